@@ -62,8 +62,9 @@ import traceback
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, TextIO
 from xml.parsers import expat
 
@@ -107,9 +108,11 @@ WATCH_SECONDS = 6 * 3600.0  # a job may not run longer on GitHub
 PROBE_SECONDS = 300.0
 PART_BYTES = 4 * 1024 * 1024  # the smallest part QingStor takes; three of them are in memory
 READ_BYTES = 256 * 1024  # moved at once
+SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
 TRIES = 3  # of a part, of a resumed download without progress
 DOWNLOAD_SECONDS = 6 * 3600.0
 MIDNIGHT_RETRY_SECONDS = 600.0
+CHECK_SECONDS = 15.0  # for all of `check`; it asks side by side
 CLOCK_LOOK_SECONDS = 60.0  # how late a jump of the clock may be noticed
 # Copying, in the workflow's job (which has 60 minutes).
 INSPECT_SECONDS = 120.0
@@ -198,44 +201,65 @@ def split_text(text: str, limit_bytes: int) -> list[str]:
 
 # ---- Settings ----------------------------------------------------------------------------------
 
-PLACEHOLDER = "your_"
+
+def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
+    """Declare a text setting: None makes it required, pattern is for the whole value."""
+    found = {"pattern": pattern, "meaning": meaning}
+    return field(metadata=found) if default is None else field(default=default, metadata=found)
+
+
+def number(default: int | None, low: int, high: int) -> Any:
+    """Declare a setting that is a whole number."""
+    found = {"low": low, "high": high, "meaning": f"应为 {low} 到 {high} 的整数"}
+    return field(metadata=found) if default is None else field(default=default, metadata=found)
+
+
+NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"  # a path component of an image reference
+REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?", "应只有主机名，不带 https:// 和路径")
+NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
+ADDRESS = (r"https?://[A-Za-z0-9.-]+(:\d+)?(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
+PROXY = (
+    r"(http|socks5)://([^@/\s]*@)?([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d+/?",
+    "应为 http://主机:端口 或 socks5://主机:端口，可带 用户:密码@（特殊字符写成 %XX）",
+)
+PRINTABLE = (r"[\x21-\x7e]+", "不能有空格")
 
 
 @dataclass(frozen=True, repr=False)
 class Settings:
     """All settings of the service, by their environment names. Has no repr: it holds secrets."""
 
-    CORP_ID: str
-    AGENT_ID: int
-    SECRET: str
-    TOKEN: str
-    ENCODING_AES_KEY: str
-    GITHUB_TOKEN: str
-    GITHUB_REPO: str
-    DOCKER_REGISTRY: str
-    DOCKER_NAMESPACE: str
-    GITHUB_BRANCH: str = "main"
-    PORT: int = 3000
-    HOST: str = "0.0.0.0"  # noqa: S104 - WeCom must reach it; every request is authenticated
-    STATE_DIR: str = "."
-    ALLOWED_USERS: tuple[str, ...] = ()
-    QINGSTOR_ACCESS_KEY_ID: str = ""
-    QINGSTOR_SECRET_ACCESS_KEY: str = ""
-    QINGSTOR_ZONE: str = "pek3a"
-    QINGSTOR_BUCKET: str = "tmp"
-    QINGSTOR_LINK_SECONDS: int = 0
-    MAX_FILE_MB: int = 2048
-    PROXY_URL: str = ""
-    NO_PROXY_DOMAINS: tuple[str, ...] = ("localhost", "127.0.0.1", "qingstor.com")
-    SYNC_TIMEOUT: int = 300
-    QUEUE_SIZE: int = 10
-    CALLBACK_MAX_AGE: int = 600
-    LOG_LEVEL: str = "INFO"
-    WECOM_API_URL: str = "https://qyapi.weixin.qq.com"
-    GITHUB_API_URL: str = "https://api.github.com"
-    QINGSTOR_URL: str = "https://qingstor.com"
-    PROXY_TEST_URL: str = "https://www.google.com"
-    DANGEROUSLY_ALLOW_PRIVATE_URLS: str = ""
+    CORP_ID: str = setting(None, r"[A-Za-z0-9_-]{1,64}", "应为“我的企业”页底部的企业 ID")
+    AGENT_ID: int = number(None, 1, 2**31 - 1)
+    SECRET: str = setting(None, *PRINTABLE)
+    TOKEN: str = setting(None, r"[A-Za-z0-9]{1,32}", "应为接收消息页的 Token，最多 32 个字母或数字")
+    ENCODING_AES_KEY: str = setting(None, r"[A-Za-z0-9+/]{43}", "应为 43 个字母或数字")
+    GITHUB_TOKEN: str = setting(None, *PRINTABLE)
+    GITHUB_REPO: str = setting(None, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带 https://github.com/")
+    DOCKER_REGISTRY: str = setting(None, *REGISTRY)
+    DOCKER_NAMESPACE: str = setting(None, *NAMESPACE)
+    GITHUB_BRANCH: str = setting("main", r"(?!.*\.\.)[\w./-]+", "不是分支名")
+    PORT: int = number(3000, 1, 65535)
+    HOST: str = setting("0.0.0.0", r"[\w.:-]+", "应为 IP 地址")  # noqa: S104 - WeCom must get in
+    STATE_DIR: str = setting(".")
+    ALLOWED_USERS: tuple[str, ...] = setting(())
+    QINGSTOR_ACCESS_KEY_ID: str = setting("", *PRINTABLE)
+    QINGSTOR_SECRET_ACCESS_KEY: str = setting("", *PRINTABLE)
+    QINGSTOR_ZONE: str = setting("pek3a", r"[a-z0-9-]+", "应为区域名，如 pek3a")
+    QINGSTOR_BUCKET: str = setting("tmp", r"[a-z0-9][a-z0-9-]{1,62}", "不是存储桶名")
+    QINGSTOR_LINK_SECONDS: int = number(0, 0, 365 * 86400)
+    MAX_FILE_MB: int = number(2048, 1, 40_000)  # 10,000 parts of 4 MiB
+    PROXY_URL: str = setting("", *PROXY)
+    NO_PROXY_DOMAINS: tuple[str, ...] = setting(("localhost", "127.0.0.1", "qingstor.com"))
+    SYNC_TIMEOUT: int = number(300, 1, 6 * 3600)
+    QUEUE_SIZE: int = number(10, 0, 1000)
+    CALLBACK_MAX_AGE: int = number(600, 0, 86400)
+    LOG_LEVEL: str = setting("INFO", "(?i:DEBUG|INFO|WARNING|ERROR)", "应为 DEBUG、INFO、WARNING 或 ERROR")
+    WECOM_API_URL: str = setting("https://qyapi.weixin.qq.com", *ADDRESS)
+    GITHUB_API_URL: str = setting("https://api.github.com", *ADDRESS)
+    QINGSTOR_URL: str = setting("https://qingstor.com", *ADDRESS)
+    PROXY_TEST_URL: str = setting("https://www.google.com", *ADDRESS)
+    DANGEROUSLY_ALLOW_PRIVATE_URLS: str = setting("", "1", "只能为空或 1")
 
     @property
     def target_prefix(self) -> str:
@@ -248,43 +272,6 @@ class Settings:
         return [*values, self.QINGSTOR_SECRET_ACCESS_KEY, password, urllib.parse.unquote(password)]
 
 
-# name -> pattern of the whole value, what it should be. `.` never matches a line end here.
-_URL = (r"https?://[A-Za-z0-9.-]+(:\d+)?(/[A-Za-z0-9._~/-]*)?", "应为 http:// 或 https:// 开头的地址")
-_NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
-SETTING_PATTERNS: dict[str, tuple[str, str]] = {
-    "CORP_ID": (r"[A-Za-z0-9_-]{1,64}", "应为“我的企业”页底部的企业 ID"),
-    "SECRET": (r"[\x21-\x7e]+", "不能有空格"),
-    "TOKEN": (r"[A-Za-z0-9]{1,32}", "应为接收消息页的 Token，最多 32 个字母或数字"),
-    "ENCODING_AES_KEY": (r"[A-Za-z0-9]{43}", "应为 43 个字母或数字"),
-    "GITHUB_TOKEN": (r"[\x21-\x7e]+", "不能有空格"),
-    "GITHUB_REPO": (r"[A-Za-z0-9-]+/[A-Za-z0-9._-]+", "应写成 owner/repo，不带 https://github.com/"),
-    "GITHUB_BRANCH": (r"(?!.*\.\.)[A-Za-z0-9._/-]+", "不是分支名"),
-    "DOCKER_REGISTRY": (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?", "应只有主机名，不带 https:// 和路径"),
-    "DOCKER_NAMESPACE": (rf"{_NAME}(?:/{_NAME})*", "应为小写字母、数字和 . _ -"),
-    "QINGSTOR_ZONE": (r"[a-z0-9-]*", "应为区域名，如 pek3a"),
-    "QINGSTOR_BUCKET": (r"[a-z0-9][a-z0-9-]{1,62}", "不是存储桶名"),
-    "LOG_LEVEL": (r"(?i:DEBUG|INFO|WARNING|ERROR)", "应为 DEBUG、INFO、WARNING 或 ERROR"),
-    "WECOM_API_URL": _URL,
-    "GITHUB_API_URL": _URL,
-    "QINGSTOR_URL": _URL,
-    "PROXY_TEST_URL": _URL,
-    "PROXY_URL": (
-        r"((http|socks5)://([^@/\s]*@)?([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d+/?)?",
-        "应为 http://主机:端口 或 socks5://主机:端口，可带 用户:密码@（特殊字符写成 %XX）",
-    ),
-    "DANGEROUSLY_ALLOW_PRIVATE_URLS": (r"1?", "只能为空或 1"),
-}
-SETTING_RANGES = {
-    "AGENT_ID": (1, 2**31 - 1),
-    "PORT": (1, 65535),
-    "QINGSTOR_LINK_SECONDS": (0, 365 * 86400),
-    "MAX_FILE_MB": (1, 40_000),  # 10,000 parts of 4 MiB
-    "SYNC_TIMEOUT": (1, 6 * 3600),
-    "QUEUE_SIZE": (0, 1000),
-    "CALLBACK_MAX_AGE": (0, 86400),
-}
-
-
 class SettingsError(Exception):
     """Settings are wrong; `problems` has one Chinese line for each."""
 
@@ -293,46 +280,40 @@ class SettingsError(Exception):
         self.problems = problems
 
 
+ENV_LINE = re.compile(
+    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
+)
+
+
 def read_env_file(path: Path) -> dict[str, str]:
     """Read KEY=value lines (comments, `export`, quotes allowed); raise SettingsError with lines."""
-    values, problems = {}, []
-    pattern = re.compile(
-        r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
-    )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{path}: 读不出来：{error}"]) from error
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        if match := pattern.fullmatch(line):
+    values, problems = {}, []
+    for line_number, line in enumerate(map(str.strip, lines), 1):
+        if match := ENV_LINE.fullmatch(line):
             value = next((v for v in match.groups()[1:] if v is not None), "")
             values[match[1]] = "" if value.startswith("#") else value
-        else:
-            problems.append(f"{path} 第 {number} 行看不懂，应为 KEY=value")
+        elif line and not line.startswith("#"):
+            problems.append(f"{path} 第 {line_number} 行看不懂，应为 KEY=value")
     if problems:
         raise SettingsError(problems)
     return values
 
 
-def _convert(name: str, kind: str, text: str) -> Any:
-    """Return the value of one setting in its type, or raise ValueError with what it should be."""
+def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
+    """Return the value of one setting in its type; raise ValueError where it breaks its rule."""
     if kind == "int":
-        low, high = SETTING_RANGES[name]
-        if not re.fullmatch(r"\d{1,10}", text) or not low <= int(text) <= high:
-            raise ValueError(f"应为 {low} 到 {high} 的整数")
-        return int(text)
-    if kind == "tuple[str, ...]":
-        items = tuple(item.strip().lower() for item in text.split(",") if item.strip())
-        if not items:
-            raise ValueError("应为逗号隔开的列表")  # never an accidental "everyone"
-        return items
-    pattern, meaning = SETTING_PATTERNS.get(name, (r"[^\r\n]*", "不能换行"))
-    if not re.fullmatch(pattern, text):
-        raise ValueError(meaning)
-    return text.rstrip("/") if name.endswith("_URL") else text
+        if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
+            return int(text)
+    elif kind == "str":
+        if re.fullmatch(rule["pattern"], text, re.ASCII):
+            return text.rstrip("/") if "://" in text else text
+    elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
+        return items  # a list of nothing but commas is wrong: it would mean everybody
+    raise ValueError(rule["meaning"])
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
@@ -341,20 +322,17 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     problems = []
     for entry in fields(Settings):
         text = environ.get(entry.name, "").strip()
-        if text.lower().startswith(PLACEHOLDER):
-            text = ""
-        required = entry.default is entry.default_factory  # both MISSING
-        if text:
+        if text and not text.lower().startswith("your_"):  # env.example's placeholders are no values
             try:
-                values[entry.name] = _convert(entry.name, str(entry.type), text)
+                values[entry.name] = _convert(str(entry.type), entry.metadata, text)
             except ValueError as error:
                 problems.append(f"{entry.name}: {error}")
-        elif required:
+        elif entry.default is MISSING:
             problems.append(f"{entry.name}: 没有设置")
-        elif entry.name in ("ALLOWED_USERS", "NO_PROXY_DOMAINS") and entry.name in environ:
+        elif entry.name == "NO_PROXY_DOMAINS" and entry.name in environ:
             values[entry.name] = ()
     if bool(values.get("QINGSTOR_ACCESS_KEY_ID")) != bool(values.get("QINGSTOR_SECRET_ACCESS_KEY")):
-        problems.append("QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY: 要么都设置，要么都不设置")
+        problems.append("QINGSTOR_ACCESS_KEY_ID, QINGSTOR_SECRET_ACCESS_KEY: 要么都设置，要么都不设置")
     if problems:
         raise SettingsError(problems)
     return Settings(**values)
@@ -1379,8 +1357,19 @@ class Upload(NamedTuple):
     name: str
 
 
+# What QingStor's code and message say, or its status -> cause and cure; the first that matches.
+QINGSTOR_ERRORS = (
+    (r"skew|expired|time_|date", "本机时钟不准：请校准时间"),
+    (r"^401|signature|access_key", "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY"),
+    (r"^404", "找不到存储桶：核对 QINGSTOR_BUCKET 和 QINGSTOR_ZONE"),
+    (r"quota|exceed|full", "存储空间已满：清理存储桶或提高配额"),
+    (r"^403", "没有权限写入存储桶：核对密钥的权限，账号是否欠费"),
+    (r"", "上传被拒绝"),
+)
+
+
 class QingStor:
-    """Objects of one bucket. The SDK's own client has no timeouts and hides errors, so it only signs."""
+    """Objects of one bucket. The SDK's own client has no timeouts and hides errors: it only signs."""
 
     def __init__(self, settings: Settings, network: Network, sleep: Callable[[float], None]) -> None:
         self._settings = settings
@@ -1391,7 +1380,8 @@ class QingStor:
         host = f"{self._zone}.{self._base.host}".removeprefix(".")
         self._client = Client(network, str(self._base._replace(host=host, target="/")), False)
 
-    def _bucket(self) -> Any:
+    def _request(self, name: str, *words: str, **options: Any) -> Any:
+        """Return the SDK's unsigned request for an operation, such as "put_object"."""
         from qingstor.sdk.service.bucket import Bucket  # noqa: PLC0415 - 10 MiB, and only for files
 
         class Config:  # the SDK's own installs a root log handler
@@ -1401,140 +1391,113 @@ class QingStor:
             enable_virtual_host_style = False
 
         place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
-        return Bucket(Config, place, None)
+        return getattr(Bucket(Config, place, None), f"{name}_request")(*words, **options)
 
-    def _send(
-        self,
-        build: Callable[[Any], Any],
-        good: tuple[int, ...],
-        body: bytes | bytearray | None = None,
-    ) -> Answer:
-        """Sign and send one request, again after a passing fault; raise Unreachable or Failure."""
-        for attempt in range(TRIES):
-            signed = build(self._bucket()).sign()  # anew each time: the Date is signed
+    def call(self, name: str, *words: str, body: bytes | bytearray = b"", **options: Any) -> Answer:
+        """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
+        if body:
+            md5 = hashlib.md5(body, usedforsecurity=False).digest()
+            options["content_md5"] = base64.b64encode(md5).decode()
+        for attempt in range(1, TRIES + 1):
+            signed = self._request(name, *words, **options).sign()  # anew: the Date is signed
             url = urllib.parse.urlsplit(signed.url)
             headers = {k: v for k, v in signed.headers.items() if k.lower() != "content-length"}
-            data = body if body is not None else signed.body
-            data = data.encode() if isinstance(data, str) else data
+            data = body or (signed.body or "").encode() or None
+            target = f"{url.path}?{url.query}".removesuffix("?")
             try:
-                target = f"{url.path}?{url.query}".removesuffix("?")
                 answer = self._client.call(signed.method, target, headers, data, DOWNLOAD_SECONDS)
+                problem = Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
                 if answer.status < 500:
-                    break
-                problem = Unreachable(f"QingStor 答 HTTP {answer.status}")
+                    return answer
             except Unreachable as error:
-                problem = Unreachable(f"连接 QingStor 失败：{error}")
-            if attempt + 1 == TRIES:
-                raise problem
-            self._sleep(1.0 + attempt)
-        if answer.status not in good:
-            raise self.failure(answer)
-        return answer
+                problem = Unreachable(f"连接 QingStor 失败：{error}，请稍后再试")
+            if attempt < TRIES:
+                self._sleep(attempt)
+        raise problem
 
-    def failure(self, answer: Answer) -> Failure:
-        """Say in words what a refused request means."""
+    @staticmethod
+    def require(answer: Answer) -> Answer:
+        """Return a 2xx answer; raise Failure with cause and cure for any other."""
+        if 200 <= answer.status < 300:
+            return answer
         try:
             found = json.loads(answer.body)
             code, said = str(found.get("code", "")), str(found.get("message", ""))
         except (ValueError, AttributeError, RecursionError):
             code = said = ""
-        text = f"{code} {said}".lower()
-        if "skew" in text or "expired" in text or "time" in code.lower():
-            cure = "本机时钟不准：请校准时间"
-        elif answer.status == 401 or "signature" in text or "access_key" in text:
-            cure = "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY"
-        elif answer.status == 404:
-            cure = f"找不到存储桶 {self._settings.QINGSTOR_BUCKET}：核对 QINGSTOR_BUCKET 和 QINGSTOR_ZONE"
-        elif "quota" in text or "exceed" in text or "full" in text:
-            cure = "存储空间已满：清理存储桶或提高配额"
-        elif answer.status == 403:
-            cure = "没有权限写入存储桶：核对密钥的权限和欠费状态"
-        else:
-            cure = "上传被拒绝"
-        return Failure(f"{cure}（QingStor {answer.status} {shown(code)}）".replace(" ）", "）"))
+        text = f"{answer.status} {code} {said}".lower()
+        cure = next(cure for pattern, cure in QINGSTOR_ERRORS if re.search(pattern, text))
+        raise Failure(f"{cure}（QingStor {shown(f'{answer.status} {code}')}）")
 
     def put(self, key: str, body: bytes | bytearray, content_type: str) -> None:
-        """Store a small object whole."""
-        md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        """Store a small object whole; an answer that got lost is settled by looking."""
         try:
-            self._send(
-                lambda b: b.put_object_request(key, content_type=content_type, content_md5=md5),
-                (200, 201),
-                body,
-            )
+            self.require(self.call("put_object", key, body=body, content_type=content_type))
         except Failure:
-            if self.size_bytes(key) != len(body):  # an answer that got lost is settled by looking
+            if self.size_bytes(key) != len(body):
                 raise
 
     def initiate(self, key: str, content_type: str) -> str:
         """Begin an object in parts; return its upload id."""
-        answer = self._send(
-            lambda b: b.initiate_multipart_upload_request(key, content_type=content_type), (200, 201)
-        )
+        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
         try:
-            upload_id = json.loads(answer.body)["upload_id"]
+            return str(json.loads(self.require(answer).body)["upload_id"])
         except (ValueError, KeyError, TypeError) as error:
             raise Failure("QingStor 的回答里没有 upload_id") from error
-        return str(upload_id)
 
-    def put_part(self, upload: Upload, number: int, body: bytes | bytearray) -> None:
-        """Store one part; numbers start at 0."""
-        md5 = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
-        self._send(
-            # The SDK takes the number as text only; an int raises TypeError there.
-            lambda b: b.upload_multipart_request(
-                upload.key, part_number=str(number), upload_id=upload.upload_id, content_md5=md5
-            ),
-            (200, 201),
-            body,
-        )
+    def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
+        """Store one part; they count from 0. (The SDK wants text: an int raises TypeError there.)"""
+        options = {"part_number": str(part), "upload_id": upload.upload_id}
+        self.require(self.call("upload_multipart", upload.key, body=body, **options))
 
     def complete(self, upload: Upload, count: int) -> None:
         """Make an object of its parts; an answer that got lost is settled by looking."""
-        parts = [{"part_number": number} for number in range(count)]
+        parts = [{"part_number": part} for part in range(count)]
+        done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
         try:
-            self._send(
-                lambda b: b.complete_multipart_upload_request(
-                    upload.key, upload_id=upload.upload_id, object_parts=parts
-                ),
-                (200, 201),
-            )
+            self.require(self.call("complete_multipart_upload", upload.key, **done))
         except Failure:
             if self.size_bytes(upload.key) is None:
                 raise
 
     def size_bytes(self, key: str) -> int | None:
         """Return the size of an object, None where there is none."""
-        answer = self._send(lambda b: b.head_object_request(key), (200, 404))
-        return int(answer.headers.get("Content-Length") or 0) if answer.status == 200 else None
+        answer = self.call("head_object", key)
+        if answer.status == 404:
+            return None
+        return int(self.require(answer).headers.get("Content-Length") or 0)
 
-    def abort(self, upload: Upload) -> None:
-        """Drop what an unfinished upload has stored; fine when there is nothing."""
-        if upload.upload_id:
-            self._send(
-                lambda b: b.abort_multipart_upload_request(upload.key, upload_id=upload.upload_id),
-                (200, 204, 404),
-            )
+    def settle(self, upload: Upload) -> int | None:
+        """Undo an interrupted upload; return the object's size if it had been finished after all."""
+        size_bytes = self.size_bytes(upload.key)
+        if size_bytes is None and upload.upload_id:
+            answer = self.call("abort_multipart_upload", upload.key, upload_id=upload.upload_id)
+            if answer.status != 404:  # already gone
+                self.require(answer)
+        return size_bytes
 
     def link(self, key: str, now: float) -> str:
         """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
         settings = self._settings
         if settings.QINGSTOR_LINK_SECONDS:
             expires = int(now) + settings.QINGSTOR_LINK_SECONDS
-            return str(self._bucket().get_object_request(key).sign_query(expires).url)
+            return str(self._request("get_object", key).sign_query(expires).url)
         host = f"{settings.QINGSTOR_BUCKET}.{self._zone}.{self._base.host}"
         if not self._zone:
             key, host = f"{settings.QINGSTOR_BUCKET}/{key}", self._base.host
         return str(self._base._replace(host=host, target="/" + urllib.parse.quote(key)))
 
-    def call_bucket(self, what: str) -> Answer:
-        """Return the Answer to `head` or `get_acl` of the bucket, whatever its status (for `check`)."""
-        return self._send(lambda b: getattr(b, f"{what}_request")(), tuple(range(200, 500)))
-
 
 # ---- Downloads ---------------------------------------------------------------------------------
 
-SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
+
+def _header_text(value: str) -> str:
+    """Return a header that http.client took for Latin-1: it is UTF-8, or in China GBK."""
+    raw = value.encode("latin-1", "replace")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("gb18030", "replace")
 
 
 def read_file_name(disposition: str, *urls: Url) -> str:
@@ -1542,12 +1505,6 @@ def read_file_name(disposition: str, *urls: Url) -> str:
 
     Folders, control characters and leading dots are taken off; the answer is never empty.
     """
-    # http.client decodes headers as Latin-1; servers send UTF-8 or, in China, GBK.
-    raw = disposition.encode("latin-1", "replace")
-    try:
-        disposition = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        disposition = raw.decode("gb18030", "replace")
     names = []
     if found := re.search(r"(?i)filename\*\s*=\s*([\w-]+)'[^']*'([^\s;]+)", disposition):
         with contextlib.suppress(LookupError):
@@ -1574,40 +1531,35 @@ def make_key(name: str) -> str:
 class Source:
     """A file being downloaded, part by part, resumed where the server allows it."""
 
+    STATUS_TEXTS = MappingProxyType(
+        {401: "需要登录", 403: "来源拒绝访问", 404: "文件不存在", 410: "文件已删除", 429: "来源限流"}
+    )
+
     def __init__(self, network: Network, link: str, vet: bool, limit_bytes: int) -> None:
         """Ask for the file and read the head of the answer; raise Failure."""
         self._network = network
         self._vet = vet
         self._limit = limit_bytes
         self._deadline = time.monotonic() + DOWNLOAD_SECONDS
-        self._url = parse_url(link)
-        first = self._url
+        self._url = first = parse_url(link)
         self._response, self._wire = self._request({})
         headers = self._response.headers
-        self.size_bytes: int | None = self._response.length
-        self.done_bytes = 0  # of what the server sends
-        self.name = read_file_name(headers.get("Content-Disposition", ""), self._url, first)
-        kind = headers.get("Content-Type", "")
-        self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
+        self._sent_bytes = self._response.length  # None: not known
+        self._done_bytes = 0
         etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
         self._validator = etag if etag and not etag.startswith("W/") else modified
-        self._decoder = self._make_decoder(headers.get("Content-Encoding", "").lower().strip())
-        self._written = 0
-        self._check_size(self.size_bytes or 0)
-
-    def _make_decoder(self, encoding: str) -> Any:
-        """Return what undoes a compression that the server applied although we asked for none."""
-        if encoding in ("", "identity"):
-            return None
-        if encoding not in ("gzip", "x-gzip", "deflate"):
+        disposition = _header_text(headers.get("Content-Disposition", ""))
+        self.name = read_file_name(disposition, self._url, first)
+        kind = headers.get("Content-Type", "")
+        self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
+        encoding = headers.get("Content-Encoding", "").lower().strip()
+        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             self.close()
             raise Failure(f"来源用了不支持的压缩方式 {shown(encoding)}，请换一个链接")
-        return zlib.decompressobj(47)
-
-    @property
-    def total_bytes(self) -> int | None:
-        """Return the size of the file where it is known beforehand."""
-        return None if self._decoder else self.size_bytes
+        # Some servers compress although we asked them not to; the file is what was compressed.
+        self._inflate = zlib.decompressobj(47) if encoding not in ("", "identity") else None
+        self.total_bytes = None if self._inflate else self._sent_bytes
+        self._check_size(self._sent_bytes or 0)
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self._limit:
@@ -1623,93 +1575,88 @@ class Source:
                     response = wire.ask("GET", self._url.target, {"Accept": "*/*", **headers})
             except (OSError, http.client.HTTPException) as error:
                 wire.close()
-                raise Unreachable(f"下载失败：{self._url.host} {explain(error)}") from error
-            if response.status in (200, 206):
+                raise Unreachable(f"下载失败：{self._url.host} {explain(error)}，请检查链接") from error
+            status = response.status
+            if status in (200, 206):
                 return response, wire
             wire.close()
-            if response.status not in (301, 302, 303, 307, 308):
-                raise self._status_failure(response.status)
-            location = response.headers.get("Location", "").encode("latin-1", "replace")
-            self._url = parse_url(
-                urllib.parse.urljoin(str(self._url), location.decode("utf-8", "replace"))
-            )
+            if status not in (301, 302, 303, 307, 308):
+                why = self.STATUS_TEXTS.get(status, "来源出错" if status >= 500 else "来源拒绝")
+                raise Failure(f"下载失败：{why}（HTTP {status}），请检查链接或稍后再试")
+            location = _header_text(response.headers.get("Location", ""))
+            self._url = parse_url(urllib.parse.urljoin(str(self._url), location))
         raise Failure("下载失败：链接不停地重定向")
 
-    @staticmethod
-    def _status_failure(status: int) -> Failure:
-        if status >= 500 or status == 429:
-            return Unreachable(f"下载失败：来源暂时不可用（HTTP {status}），请稍后再试")
-        known = {401: "需要登录", 403: "来源拒绝访问", 404: "文件不存在", 410: "文件已删除"}
-        return Failure(f"下载失败：{known.get(status, '来源答')}（HTTP {status}），请检查链接")
-
     def _resume(self, error: Exception) -> None:
-        """Continue at done_bytes (RFC 9110, 14): only the same file, only from the very byte."""
+        """Continue at the next byte (RFC 9110, 14) of the very same file; raise Failure."""
         self._wire.close()
-        if not self._validator or not self.size_bytes or self._decoder:
+        done, total = self._done_bytes, self._sent_bytes
+        if not self._validator or not total or self._inflate:
             raise Unreachable(f"下载中断：{explain(error)}，来源不支持续传，请再发一次") from error
-        wanted = {"Range": f"bytes={self.done_bytes}-", "If-Range": self._validator}
+        wanted = {"Range": f"bytes={done}-", "If-Range": self._validator}
         self._response, self._wire = self._request(wanted)
-        given = self._response.headers.get("Content-Range", "")
-        expected = f"bytes {self.done_bytes}-{self.size_bytes - 1}/{self.size_bytes}"
-        if self._response.status != 206 or given.strip() != expected:
+        given = self._response.headers.get("Content-Range", "").strip()
+        if self._response.status != 206 or given != f"bytes {done}-{total - 1}/{total}":
             self.close()
             raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次") from error
 
-    def _read(self, size: int) -> bytes:
-        """Return at most `size` bytes as the server sends them, b"" at the end; raise OSError."""
-        left = size if self.size_bytes is None else min(size, self.size_bytes - self.done_bytes)
-        piece = self._response.read1(left) if left > 0 else b""
-        if not piece and left > 0 and self.size_bytes is not None:
+    def _read(self) -> bytes:
+        """Return some bytes as the server sends them, b"" at the end; raise OSError."""
+        left = READ_BYTES
+        if self._sent_bytes is not None:
+            left = min(left, self._sent_bytes - self._done_bytes)
+        piece = self._response.read1(left) if left else b""
+        if left and not piece and self._sent_bytes is not None:
             raise ConnectionResetError("short body")
-        self.done_bytes += len(piece)
+        self._done_bytes += len(piece)
         return piece
 
-    def _pieces(self) -> Iterator[bytes]:
-        """Yield the file, resuming broken transfers; raise Failure."""
-        tries, window, mark = 0, time.monotonic() + STALL_SECONDS, self.done_bytes
+    def _raw_pieces(self) -> Iterator[bytes]:
+        """Yield what the server sends, resuming broken transfers; raise Failure."""
+        tries, window, mark = 0, time.monotonic() + STALL_SECONDS, 0
         while True:
             try:
-                if not (piece := self._read(READ_BYTES)):
-                    return
+                piece = self._read()
                 if time.monotonic() > window:
-                    if self.done_bytes - mark < SLOWEST_BYTES:
+                    if self._done_bytes - mark < SLOWEST_BYTES:
                         raise TimeoutError
-                    window, mark, tries = time.monotonic() + STALL_SECONDS, self.done_bytes, 0
+                    tries, window, mark = 0, time.monotonic() + STALL_SECONDS, self._done_bytes
             except (OSError, http.client.HTTPException, ValueError) as error:
                 tries += 1
                 if tries > TRIES or time.monotonic() > self._deadline:
                     raise Unreachable(f"下载中断：{explain(error)}，请再发一次") from error
                 self._resume(error)
                 continue
+            if not piece:
+                return
             yield piece
 
-    def _plain_pieces(self) -> Iterator[bytes]:
-        """Yield the file as it is before compression by the server."""
-        if self._decoder is None:
-            yield from self._pieces()
+    def _pieces(self) -> Iterator[bytes]:
+        """Yield the file, as it is before a server's compression; raise Failure."""
+        if self._inflate is None:
+            yield from self._raw_pieces()
             return
-        for piece in self._pieces():
+        for piece in self._raw_pieces():
             while piece:
                 try:
-                    yield self._decoder.decompress(piece, READ_BYTES)
+                    yield self._inflate.decompress(piece, READ_BYTES)
                 except zlib.error as error:
                     raise Failure("来源的压缩数据已损坏，请再发一次") from error
-                piece = self._decoder.unconsumed_tail
-        yield self._decoder.flush()
-        if not self._decoder.eof:
+                piece = self._inflate.unconsumed_tail
+        if not self._inflate.eof:
             raise Unreachable("下载中断：压缩数据不完整，请再发一次")
 
     def parts(self) -> Iterator[bytearray]:
         """Yield the file in parts of PART_BYTES (the last one shorter, an empty file as one)."""
-        part = bytearray()
-        for piece in self._plain_pieces():
+        part, written = bytearray(), 0
+        for piece in self._pieces():
             part += piece
-            self._written += len(piece)
-            self._check_size(self._written)
+            written += len(piece)
+            self._check_size(written)
             if len(part) >= PART_BYTES:
                 yield part[:PART_BYTES]
                 part = part[PART_BYTES:]
-        if part or not self._written:
+        if part or not written:
             yield part
 
     def close(self) -> None:
@@ -1725,13 +1672,13 @@ class Source:
 _DOMAIN = r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*(?::\d+)?"
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 REFERENCE = re.compile(
-    rf"(?:(?P<host>{_DOMAIN})/)?(?P<path>{_NAME}(?:/{_NAME})*)"
+    rf"(?:(?P<host>{_DOMAIN})/)?(?P<path>{NAME}(?:/{NAME})*)"
     rf"(?::(?P<tag>{_TAG}))?(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?"
 )
 PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9._]+)?")
 DEFAULT_PLATFORM = "linux/amd64"
 DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
-BARE_NAME = re.compile(_NAME)
+BARE_NAME = re.compile(NAME)
 ASK_BACK = "如需同步镜像 {0}，请发送 {0}:latest"
 # Full-width ASCII (U+FF01 to U+FF5E) and what phones and Word make of quotes, dashes and arrows.
 TIDY = {
@@ -1844,7 +1791,7 @@ def _read_image(text: str) -> Image:
     if len(platforms) == 1 and platforms[0] not in (DEFAULT_PLATFORM, "all"):
         target_tag += "-" + platforms[0].removeprefix("linux/").replace("/", "-")
     if arrow:
-        if not (match := re.fullmatch(rf"({_NAME})(?::({_TAG}))?", renamed)):
+        if not (match := re.fullmatch(rf"({NAME})(?::({_TAG}))?", renamed)):
             raise BadImage("=> 后面应为 名称 或 名称:标签，小写，不带 /")
         name, target_tag = match[1], match[2] or target_tag
     if len(name) > 255 or len(target_tag) > 128:
@@ -2542,14 +2489,6 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Source) -> tuple
     return key, size_bytes
 
 
-def settle_upload(store: QingStor, upload: Upload) -> int | None:
-    """Undo an interrupted upload; return the object's size when it had been finished after all."""
-    size_bytes = store.size_bytes(upload.key)
-    if size_bytes is None:
-        store.abort(upload)
-    return size_bytes
-
-
 def relay_file(app: App, task: Task) -> None:
     """Bring the first link of a file request into the bucket and tell the person; raise Failure."""
     store, settings = app.store, app.settings
@@ -2559,7 +2498,7 @@ def relay_file(app: App, task: Task) -> None:
     size_bytes: int | None = None
     if task.upload:  # this process or one before it was interrupted here
         key, _, name = task.upload
-        size_bytes = settle_upload(store, Upload(*task.upload))
+        size_bytes = store.settle(Upload(*task.upload))
     if size_bytes is None:
         vet = settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
         source = Source(app.network, task.items[0], vet, settings.MAX_FILE_MB * 2**20)
@@ -2581,7 +2520,7 @@ def fail_file(app: App, task: Task, why: str) -> None:
     """Tell the person that the first link failed; leave nothing in the bucket."""
     if task.upload and app.store:
         with contextlib.suppress(Failure):  # then it becomes an orphan, which is tried again
-            settle_upload(app.store, Upload(*task.upload))
+            app.store.settle(Upload(*task.upload))
             task.upload = []
     link, number = task.items[0], secrets.token_hex(3)
     text = f"❌ 文件上传失败\n{why}\n\n{shown(link, 300)}\n（#{number}）"
@@ -2593,7 +2532,7 @@ def settle_orphans(app: App) -> None:
     for orphan in list(app.state.orphans):
         try:
             if app.store:
-                settle_upload(app.store, Upload(*orphan))
+                app.store.settle(Upload(*orphan))
             app.state.forget_orphan(orphan)
         except Failure as failure:
             app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
@@ -2716,7 +2655,21 @@ class Skopeo:
         return str(path)
 
     def _run(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
-        """Return stdout; raise CopyFailure for anything but exit status 0."""
+        """Return stdout, trying again after a quick fault of the network; raise CopyFailure.
+
+        skopeo's own --retry-times leaves out HTTP 500 and DNS, and repeats a 429 for minutes.
+        """
+        for pause in (1.0, 3.0):
+            begun = time.monotonic()
+            try:
+                return self._run_once(arguments, seconds, at_target)
+            except CopyFailure as failure:
+                if failure.code != "network" or time.monotonic() - begun > CONNECT_SECONDS:
+                    raise
+            time.sleep(pause)
+        return self._run_once(arguments, seconds, at_target)
+
+    def _run_once(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
         import subprocess  # noqa: PLC0415 - only here
 
         command = [*self._command, "--command-timeout", f"{seconds:.0f}s", *arguments]
@@ -2733,24 +2686,25 @@ class Skopeo:
         text = done.stderr.decode(errors="replace")
         said = re.findall(r'msg="((?:\\.|[^"\\])*)"', text) or [text]
         at_target = at_target or any(mark in text for mark in TARGET_MARKS)
-        raise CopyFailure(classify(text, at_target), said[-1].replace('\\"', '"'))
+        detail = re.sub(r'^Error parsing image name "[^"]*": ', "", said[-1].replace('\\"', '"'))
+        raise CopyFailure(classify(text, at_target), detail)
 
     def raw(self, reference: str, at_target: bool = False) -> bytes:
         """Return the manifest or index of a reference as the registry has it."""
         auth = self._target if at_target else self._source
-        arguments = ["inspect", "--raw", "--authfile", auth, "--retry-times", "2"]
-        return self._run([*arguments, f"docker://{reference}"], INSPECT_SECONDS, at_target)
+        arguments = ["inspect", "--raw", "--authfile", auth, f"docker://{reference}"]
+        return self._run(arguments, INSPECT_SECONDS, at_target)
 
     def config(self, reference: str) -> Any:
         """Return the config of a single-platform image."""
-        arguments = ["inspect", "--config", "--authfile", self._source, "--retry-times", "2"]
-        return json.loads(self._run([*arguments, f"docker://{reference}"], INSPECT_SECONDS, False))
+        arguments = ["inspect", "--config", "--authfile", self._source, f"docker://{reference}"]
+        return json.loads(self._run(arguments, INSPECT_SECONDS, False))
 
     def copy(self, source: str, target: str, *options: str) -> None:
         """Copy one manifest with its layers, or what the options say; the digest stays the same."""
         auth = ["--src-authfile", self._source, "--dest-authfile", self._target]
-        arguments = ["copy", "--quiet", "--retry-times", "3", "--preserve-digests", *auth, *options]
-        self._run([*arguments, source, f"docker://{target}"], COPY_SECONDS, False)
+        arguments = ["copy", "--quiet", "--preserve-digests", *auth, *options, source]
+        self._run([*arguments, f"docker://{target}"], COPY_SECONDS, False)
 
 
 def digest_of(manifest: bytes) -> str:
@@ -2771,17 +2725,14 @@ def _platform(entry: Mapping[str, Any]) -> str:
 def choose(entries: list[Any], wanted: str) -> Any:
     """Return the entry of an index for os/arch[/variant]; raise CopyFailure no-platform.
 
-    Without a variant the common one is meant: v8 of arm64, v7 of arm (as containerd has it).
+    arm64 and arm64/v8 are one, so are arm and arm/v7 (as containerd has it).
     """
-    common = {"linux/arm64": "linux/arm64/v8", "linux/arm": "linux/arm/v7"}
-    same = {wanted, common.get(wanted, wanted), *(k for k, v in common.items() if v == wanted)}
-    if wanted == "linux/arm/v7":
-        same = {wanted}
-    found = [entry for entry in entries if _platform(entry.get("platform") or {}) in same]
-    if not found:
-        offered = ", ".join(_platform(entry.get("platform") or {}) for entry in entries)
-        raise CopyFailure("no-platform", f"no {wanted} among {offered}")
-    return found[0]
+    offered = [_platform(entry.get("platform") or {}) for entry in entries]
+    common = {"linux/arm64/v8": "linux/arm64", "linux/arm/v7": "linux/arm"}
+    for entry, platform in zip(entries, offered, strict=True):
+        if common.get(platform, platform) == common.get(wanted, wanted):
+            return entry
+    raise CopyFailure("no-platform", f"no {wanted} among {', '.join(offered)}")
 
 
 def copy_index(skopeo: Skopeo, image: Image, index: dict[str, Any], raw: bytes, names: tuple[str, str],
@@ -2832,7 +2783,8 @@ def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple
     if manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest:
         if len(image.platforms) > 1 or image.platforms == ("all",):
             return copy_index(skopeo, image, manifest, raw, (repository, target), folder)
-        wanted = choose(manifest["manifests"], (image.platforms or (DEFAULT_PLATFORM,))[0])
+        entries = [entry for entry in manifest["manifests"] if not _is_attestation(entry)]
+        wanted = choose(entries, (image.platforms or (DEFAULT_PLATFORM,))[0])
         digest = wanted["digest"]
     else:
         digest = digest_of(raw)
@@ -2857,22 +2809,21 @@ def check_platform(skopeo: Skopeo, image: Image, reference: str, manifest: dict[
         choose(entries, name)
 
 
-def run_copy(line: str, environ: Mapping[str, str], out: TextIO, err: TextIO) -> int:
+def run_copy(line: str, environ: Mapping[str, str]) -> int:
     """Do `wxsync.py copy LINE`: print the result and append it to $GITHUB_OUTPUT; return the status."""
     import tempfile  # noqa: PLC0415 - only here
 
     try:
         image = read_image(line)
     except BadImage as error:
-        print(f"{shown(line)}: {error}", file=err)
+        print(f"{shown(line)}: {error}", file=sys.stderr)
         return 2
     registry, namespace = environ.get("DOCKER_REGISTRY", ""), environ.get("DOCKER_NAMESPACE", "")
     prefix = f"{registry}/{namespace}"
-    print(f"{image.line} -> {image.target(prefix)}", file=err, flush=True)
+    print(f"{image.line} -> {image.target(prefix)}", file=sys.stderr, flush=True)
     try:
-        for name, value in (("DOCKER_REGISTRY", registry), ("DOCKER_NAMESPACE", namespace)):
-            if not re.fullmatch(SETTING_PATTERNS[name][0], value):
-                raise CopyFailure("error", f"{name} is not set or not valid in the Secrets")
+        if not re.fullmatch(REGISTRY[0], registry) or not re.fullmatch(NAMESPACE[0], namespace):
+            raise CopyFailure("error", "DOCKER_REGISTRY or DOCKER_NAMESPACE is not set or not valid")
         if environ.get("WXSYNC_TARGET", "") not in ("", prefix):
             raise CopyFailure("target-mismatch", f"asked for {environ['WXSYNC_TARGET']}")
         with tempfile.TemporaryDirectory(prefix="wxsync-") as folder:
@@ -2881,12 +2832,11 @@ def run_copy(line: str, environ: Mapping[str, str], out: TextIO, err: TextIO) ->
         status, result = 0, f"{'copied' if copied else 'unchanged'} {digest}"
     except CopyFailure as failure:
         detail = re.sub(r"[^\x20-\x7e]+", " ", str(failure))
-        for name in JOB_SECRETS:
-            detail = detail.replace(environ.get(name) or "\0", "***")
+        detail = detail.replace(environ.get("DOCKER_PASSWORD") or "\0", "***")
         status, result = 1, f"failed {failure.code} {shown(detail, 200)}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         status, result = 1, f"failed error odd manifest ({type(error).__name__})"
-    print(f"wxsync: {result}", file=out, flush=True)
+    print(f"wxsync: {result}", flush=True)
     if path := environ.get("GITHUB_OUTPUT"):
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"result=wxsync: {result}\n")
@@ -3355,6 +3305,16 @@ def keep_probing(app: App) -> None:
     app.sleep(PROBE_SECONDS)
 
 
+def warm_up(crypto: Crypto) -> None:
+    """Load AES before the first message waits for it; give back what compiling this file took."""
+    crypto.encrypt("")
+    if sys.platform == "linux":
+        import ctypes  # noqa: PLC0415 - the AES library has loaded it already
+
+        with contextlib.suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def start_threads(app: App, crypto: Crypto) -> None:
     """Start everything that does not answer requests."""
     if proxy := app.network.proxy:
@@ -3367,8 +3327,7 @@ def start_threads(app: App, crypto: Crypto) -> None:
     repeat(app, lambda: watch_late_runs(app))
     repeat(app, lambda: deliver(app, sent))
     repeat(app, lambda: app.sleep(keep_midnight(app)))
-    # The first message would wait for the library to load otherwise.
-    threading.Thread(target=crypto.encrypt, args=("",), daemon=True).start()
+    threading.Thread(target=warm_up, args=(crypto,), daemon=True).start()
 
 
 def serve(settings: Settings, log: Log) -> int:
@@ -3392,7 +3351,7 @@ def serve(settings: Settings, log: Log) -> int:
     return 0
 
 
-def send_text(settings: Settings, text: str, user: str, out: TextIO, err: TextIO) -> int:
+def send_text(settings: Settings, text: str, user: str) -> int:
     """Post text to the running service as WeCom would; print its immediate reply."""
     crypto = Crypto(settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID)
     now = time.time()
@@ -3411,59 +3370,48 @@ def send_text(settings: Settings, text: str, user: str, out: TextIO, err: TextIO
             response = connection.getresponse()
             data = response.read(MAX_ANSWER_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        print(f"❌ 连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？", file=err)
+        print(f"❌ 连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？", file=sys.stderr)
         return 1
     if response.status != 200:
-        print(f"❌ 服务答 {response.status}：它的设置和这里的一样吗？", file=err)
+        print(f"❌ 服务答 {response.status}：它的设置和这里的一样吗？", file=sys.stderr)
         return 1
     if data:
         reply, _ = read_fields(data)
         values, _ = read_fields(crypto.decrypt(reply["encrypt"]))
-        print(values.get("content", ""), file=out)
+        print(values.get("content", ""))
     return 0
 
 
 class Finding(NamedTuple):
-    """One line of `check`."""
+    """One line of `check`: ✅ ⚠️ or ❌, what it is about, what was found and how to mend it."""
 
-    mark: str  # ✅ ⚠️ ❌
+    mark: str
     name: str
     text: str
 
 
-def ok(name: str, text: str) -> Finding:
-    return Finding("✅", name, text)
+def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> Finding:
+    """Return ✅ with text, or the other mark with the cure."""
+    return Finding("✅", name, text) if good else Finding(mark, name, cure)
 
 
-def warn(name: str, text: str) -> Finding:
-    return Finding("⚠️", name, text)
-
-
-def bad(name: str, text: str) -> Finding:
-    return Finding("❌", name, text)
-
-
-def check_host(settings: Settings, env_file: Path) -> Iterator[Finding]:
+def check_host(app: App, env_file: Path) -> Iterator[Finding]:
     """Look at this machine: folder, file modes, libraries."""
     import importlib.util  # noqa: PLC0415
 
-    folder = Path(settings.STATE_DIR)
-    if os.access(folder if folder.exists() else folder.parent, os.W_OK):
-        yield ok("STATE_DIR", f"{folder.resolve()} 可写")
-    else:
-        yield bad("STATE_DIR", f"{folder.resolve()} 不能写：chown 给运行 wxsync 的用户")
+    folder = Path(app.settings.STATE_DIR).resolve()
+    writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
+    text = f"{folder} 不能写：chown 给运行 wxsync 的用户"
+    yield finding("STATE_DIR", writable, f"{folder} 可写", text)
     if env_file.exists() and os.name == "posix":
         mode = env_file.stat().st_mode & 0o777
-        shared = mode & 0o077
         text = f"{env_file} 权限 {mode:o}"
-        yield warn(".env", f"{text}，别人也能读：chmod 600 {env_file}") if shared else ok(".env", text)
-    needed = [("Crypto", "pycryptodome")]
-    needed += [("qingstor", "qingstor-sdk")] if settings.QINGSTOR_ACCESS_KEY_ID else []
-    for module, package in needed:
-        if importlib.util.find_spec(module):
-            yield ok(package, "已安装")
-        else:
-            yield bad(package, f"没有安装：pip install {package}")
+        cure = f"{text}，别人也能读：chmod 600 {env_file}"
+        yield finding(".env", not mode & 0o077, text, cure, "⚠️")
+    for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
+        if module == "Crypto" or app.store:
+            found = importlib.util.find_spec(module) is not None
+            yield finding(package, found, "已安装", f"没有安装：pip install {package}")
 
 
 def check_clock(name: str, answer: Answer, now: float) -> Iterator[Finding]:
@@ -3472,32 +3420,26 @@ def check_clock(name: str, answer: Answer, now: float) -> Iterator[Finding]:
 
     with contextlib.suppress(ValueError, TypeError):
         there = email.utils.parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
-        gap = abs(now - there)
-        if gap > 60:
-            yield bad("时钟", f"与 {name} 相差 {gap:.0f} 秒：timedatectl set-ntp true")
-        else:
-            yield ok("时钟", f"与 {name} 相差 {gap:.0f} 秒")
+        text = f"与 {name} 相差 {abs(now - there):.0f} 秒"
+        yield finding("时钟", abs(now - there) <= 60, text, f"{text}：timedatectl set-ntp true")
 
 
 def check_proxy(app: App) -> Iterator[Finding]:
     if app.network.proxy is None:
-        yield ok("代理", "没有设置，GitHub 直连")
-    elif app.network.probe():
-        yield ok("代理", f"{app.network.proxy} 可用")
-    else:
-        text = f"{app.network.proxy} 打不开 {app.settings.PROXY_TEST_URL}：核对地址、密码，或换 PROXY_TEST_URL"
-        yield bad("代理", text)
+        yield Finding("✅", "代理", "没有设置，GitHub 直连")
+        return
+    cure = f"{app.network.proxy} 打不开 {app.settings.PROXY_TEST_URL}：核对地址、密码，或换 PROXY_TEST_URL"
+    yield finding("代理", app.network.probe(), f"{app.network.proxy} 可用", cure)
 
 
 def check_wecom(app: App) -> Iterator[Finding]:
     """Ask for a token (CORP_ID, SECRET), then for the application (AGENT_ID, trusted IP)."""
     app.wecom.token()
-    yield ok("企业微信", "CORP_ID 和 SECRET 正确")
+    yield Finding("✅", "企业微信", "CORP_ID 和 SECRET 正确")
     query = {"agentid": str(app.settings.AGENT_ID)}
     found = app.wecom.call_with_token("GET", "/cgi-bin/agent/get", query)
-    yield ok("企业微信应用", f"AGENT_ID 正确：{shown(str(found.get('name', '')))}，本机 IP 可信")
-    if found.get("close"):
-        yield bad("企业微信应用", "应用已停用：到管理后台启用")
+    text = f"AGENT_ID 正确（{shown(str(found.get('name', '')))}），本机 IP 可信"
+    yield finding("企业微信应用", not found.get("close"), text, "应用已停用：到管理后台启用")
 
 
 def check_github(app: App) -> Iterator[Finding]:
@@ -3505,132 +3447,124 @@ def check_github(app: App) -> Iterator[Finding]:
     settings, call = app.settings, app.github.call
     found = call("GET", "", needs="Metadata: Read")
     kind = "细粒度令牌" if settings.GITHUB_TOKEN.startswith("github_pat_") else "经典令牌"
-    yield ok("GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
+    yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
     if ends := app.github.token_ends:
-        yield warn("GitHub 令牌", f"到期时间 {shown(ends)}，到期前请更换 GITHUB_TOKEN")
+        yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
     if found.get("archived"):
-        yield bad("GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
-    if (found.get("permissions") or {}).get("push"):
-        yield ok("GitHub 仓库", "可以写入")
-    else:
-        yield bad("GitHub 仓库", "令牌没有写权限：在令牌设置里加 Contents: Read and write")
+        yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
+    push = bool((found.get("permissions") or {}).get("push"))
+    cure = "令牌没有写权限：在令牌设置里加 Contents: Read and write"
+    yield finding("GitHub 仓库", push, "可以写入", cure)
     branch = urllib.parse.quote(settings.GITHUB_BRANCH)
     call("GET", f"/branches/{branch}", needs="Contents: Read and write")
-    yield ok("GitHub 分支", settings.GITHUB_BRANCH)
+    yield Finding("✅", "GitHub 分支", settings.GITHUB_BRANCH)
     yield from check_workflow(app, branch)
-    names = ("DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD")
+    names = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD"}
     try:
-        listed = pick(call("GET", "/actions/secrets?per_page=100", needs="Secrets: Read"), "secrets", list)
-        present = {entry.get("name") for entry in listed if isinstance(entry, dict)}
-        missing = [name for name in names if name not in present]
-        where = "仓库 Settings → Secrets and variables → Actions"
-        yield (
-            bad("GitHub Secrets", f"缺少 {', '.join(missing)}：在{where} 添加")
-            if missing
-            else ok("GitHub Secrets", "四个都在")
-        )
+        listed = pick(call("GET", "/actions/secrets?per_page=100"), "secrets", list)
     except GitHubError:
-        yield warn("GitHub Secrets", f"令牌不能列出 Secrets，请自行确认有 {', '.join(names)}")
+        text = f"令牌不能列出 Secrets，请自行确认有 {', '.join(sorted(names))}"
+        yield Finding("⚠️", "GitHub Secrets", text)
+        return
+    missing = ", ".join(sorted(names - {entry.get("name") for entry in listed}))
+    cure = f"缺少 {missing}：在仓库 Settings → Secrets and variables → Actions 添加"
+    yield finding("GitHub Secrets", not missing, "四个都在", cure)
 
 
 def check_workflow(app: App, branch: str) -> Iterator[Finding]:
     """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
     call = app.github.call
     with contextlib.suppress(GitHubError):  # needs Administration: Read, which is optional
-        if call("GET", "/actions/permissions").get("enabled") is False:
-            yield bad("GitHub Actions", "没有开启：仓库 Settings → Actions → General")
+        enabled = call("GET", "/actions/permissions").get("enabled") is not False
+        cure = "没有开启：仓库 Settings → Actions → General"
+        yield finding("GitHub Actions", enabled, "已开启", cure)
     try:
-        state = pick(call("GET", f"/actions/workflows/{WORKFLOW}", needs="Actions: Read"), "state", str)
+        found = call("GET", f"/actions/workflows/{WORKFLOW}", needs="Actions: Read and write")
+        state = shown(pick(found, "state", str))
+        cure = f"状态 {state}：到 Actions 页选中它，点 Enable workflow"
+        yield finding("GitHub 工作流", state == "active", "已启用", cure)
     except GitHubError as error:
-        path = f".github/workflows/{WORKFLOW}"
-        yield bad("GitHub 工作流", f"找不到 {path}（要在默认分支上）；复刻的仓库先在 Actions 页点启用：{error}")
-        return
-    if state != "active":
-        yield bad("GitHub 工作流", f"状态 {shown(state)}：到 Actions 页选中它，点 Enable workflow")
-    else:
-        yield ok("GitHub 工作流", "已启用")
+        cure = f"默认分支上要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页点启用。{error}"
+        yield Finding("❌", "GitHub 工作流", cure)
     try:
         found = call("GET", f"/contents/wxsync.py?ref={branch}", needs="Contents: Read and write")
-        theirs = hashlib.sha256(base64.b64decode(pick(found, "content", str))).digest()
-    except (Failure, ValueError) as error:
-        yield bad("GitHub 上的 wxsync.py", f"读不到，工作流需要它：{error}")
-        return
-    if theirs == hashlib.sha256(Path(__file__).read_bytes()).digest():
-        yield ok("GitHub 上的 wxsync.py", "与本机相同")
-    else:
-        yield warn("GitHub 上的 wxsync.py", "与本机的版本不同：两边更新到同一版本")
+        same = base64.b64decode(pick(found, "content", str)) == Path(__file__).read_bytes()
+        cure = "与本机的版本不同：两边更新到同一版本"
+        yield finding("GitHub 上的 wxsync.py", same, "与本机相同", cure, "⚠️")
+    except (GitHubError, ValueError) as error:
+        yield Finding("❌", "GitHub 上的 wxsync.py", f"读不到，工作流需要它：{error}")
 
 
 def check_target(app: App) -> Iterator[Finding]:
     """Look at the target registry's name and ask whether it answers."""
     registry = app.settings.DOCKER_REGISTRY
     acr = r"(registry\.[a-z0-9-]+|crpi-[a-z0-9]+\.[a-z0-9-]+\.personal\.cr)\.aliyuncs\.com"
-    if not re.fullmatch(acr, registry):
-        text = "不像阿里云个人版的公网地址（registry.cn-….aliyuncs.com 或 crpi-….personal.cr.aliyuncs.com）"
-        yield warn("目标仓库", f"{registry} {text}")
+    cure = f"{registry} 不像 ACR 个人版的公网地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.aliyuncs.com"
+    yield finding("目标仓库", bool(re.fullmatch(acr, registry)), f"{registry} 是 ACR 地址", cure, "⚠️")
     answer = Client(app.network, f"https://{registry}", proxied=False).call("GET", "/v2/", {})
-    if answer.status in (200, 401):
-        yield ok("目标仓库", f"{registry} 可以访问（账号密码由工作流使用，在这里无法检查）")
-    else:
-        yield bad("目标仓库", f"{registry} 答 {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY")
+    text = f"{registry} 可以访问（账号密码只在工作流里用，这里无法检查）"
+    cure = f"{registry} 答 HTTP {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY"
+    yield finding("目标仓库", answer.status in (200, 401), text, cure)
 
 
 def check_qingstor(app: App) -> Iterator[Finding]:
     """Ask for the bucket and who may read it."""
     if app.store is None:
-        yield ok("QingStor", "没有设置，文件功能关闭")
+        yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
         return
-    answer = app.store.call_bucket("get_acl")
+    answer = app.store.call("get_acl")
     yield from check_clock("QingStor", answer, app.now())
-    if answer.status != 200:
-        raise app.store.failure(answer)
-    yield ok("QingStor", f"存储桶 {app.settings.QINGSTOR_BUCKET} 可以访问，密钥正确")
-    if app.settings.QINGSTOR_LINK_SECONDS:
-        yield ok("QingStor 链接", f"带签名，{app.settings.QINGSTOR_LINK_SECONDS} 秒内有效")
-    elif b"QS_ALL_USERS" in answer.body:
-        yield ok("QingStor 链接", "公开读")
-    else:
-        yield bad(
-            "QingStor 链接",
-            "存储桶不是公开读，链接打不开：设置 QINGSTOR_LINK_SECONDS=86400，或把存储桶设为公开读",
-        )
+    app.store.require(answer)
+    yield Finding("✅", "QingStor", f"存储桶 {app.settings.QINGSTOR_BUCKET} 可以访问，密钥正确")
+    seconds, public = app.settings.QINGSTOR_LINK_SECONDS, b"QS_ALL_USERS" in answer.body
+    text = f"带签名，{seconds} 秒内有效" if seconds else "公开读"
+    cure = "存储桶不是公开读，链接打不开：设置 QINGSTOR_LINK_SECONDS=86400，或把存储桶设为公开读"
+    yield finding("QingStor 链接", bool(seconds) or public, text, cure)
 
 
 def run_checks(app: App, env_file: Path) -> list[Finding]:
-    """Ask every system side by side; return the findings in a fixed order."""
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
-
-    checks: dict[str, Callable[[], Iterator[Finding]]] = {
-        "本机": lambda: check_host(app.settings, env_file),
-        "代理": lambda: check_proxy(app),
-        "企业微信": lambda: check_wecom(app),
-        "GitHub": lambda: check_github(app),
-        "目标仓库": lambda: check_target(app),
-        "QingStor": lambda: check_qingstor(app),
+    """Ask every system side by side, for CHECK_SECONDS in all; return what was found, in order."""
+    checks: dict[str, Iterator[Finding]] = {
+        "本机": check_host(app, env_file),
+        "代理": check_proxy(app),
+        "企业微信": check_wecom(app),
+        "GitHub": check_github(app),
+        "目标仓库": check_target(app),
+        "QingStor": check_qingstor(app),
     }
+    findings: dict[str, list[Finding]] = {name: [] for name in checks}
 
-    def collect(name: str) -> list[Finding]:
-        findings: list[Finding] = []
+    def collect(name: str) -> None:
         try:
-            findings.extend(checks[name]())
+            findings[name].extend(checks[name])
         except Failure as failure:
-            findings.append(bad(name, str(failure)))
-        return findings
+            findings[name].append(Finding("❌", name, str(failure)))
 
-    with ThreadPoolExecutor(len(checks)) as pool:
-        return [finding for group in pool.map(collect, checks) for finding in group]
+    waiting = {name: threading.Thread(target=collect, args=(name,), daemon=True) for name in checks}
+    for thread in waiting.values():
+        thread.start()
+    deadline = time.monotonic() + CHECK_SECONDS
+    while waiting and time.monotonic() < deadline:
+        next(iter(waiting.values())).join(0.5)
+        waiting = {name: thread for name, thread in waiting.items() if thread.is_alive()}
+        if waiting and sys.stderr.isatty():
+            print(f"\r等待 {'、'.join(waiting)} …\033[K", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    for name in waiting:
+        text = f"{CHECK_SECONDS:.0f} 秒内没有回答：检查网络和地址"
+        findings[name].append(Finding("❌", name, text))
+    return [found for group in findings.values() for found in group]
 
 
-def run_check(app: App, env_file: Path, as_json: bool, out: TextIO, err: TextIO) -> int:
+def run_check(app: App, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    print("正在询问各个系统……", file=err, flush=True)
     findings = run_checks(app, env_file)
     if as_json:
-        print(json.dumps([finding._asdict() for finding in findings], ensure_ascii=False), file=out)
+        print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
     else:
-        for finding in findings:
-            print(f"{finding.mark} {finding.name}：{finding.text}", file=out)
-    return int(any(finding.mark == "❌" for finding in findings))
+        print("\n".join(f"{found.mark} {found.name}：{found.text}" for found in findings))
+    return int(any(found.mark == "❌" for found in findings))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -3652,7 +3586,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_plan(path: str, out: TextIO, err: TextIO) -> int:
+def run_plan(path: str) -> int:
     """Do `wxsync.py plan`: print the canonical lines as a JSON array, or every bad line."""
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -3660,10 +3594,10 @@ def run_plan(path: str, out: TextIO, err: TextIO) -> int:
     except (OSError, UnicodeDecodeError) as error:
         lines, errors = [], [f"{shown(path)}：{error}"]
     for error_line in errors:
-        print(error_line, file=err)
+        print(error_line, file=sys.stderr)
     if errors:
         return 2
-    print(json.dumps(lines), file=out)
+    print(json.dumps(lines))
     return 0
 
 
@@ -3674,10 +3608,10 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["copy"] and len(arguments) == 2:  # LINE may begin with --platform
-        return run_copy(arguments[1], environ, sys.stdout, sys.stderr)
+        return run_copy(arguments[1], environ)
     options = make_parser().parse_args(arguments)
     if options.command == "plan":
-        return run_plan(options.file, sys.stdout, sys.stderr)
+        return run_plan(options.file)
     env_file = Path(options.env or ".env")
     try:
         stored = read_env_file(env_file) if options.env or env_file.exists() else {}
@@ -3689,11 +3623,12 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
         return 1
     log = Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
     if options.command == "check":
-        app = build_app(settings, Log("ERROR", settings.secret_values(), sys.stderr), time.time, time.sleep)
-        return run_check(app, env_file, options.json, sys.stdout, sys.stderr)
+        quiet = Log("ERROR", settings.secret_values(), sys.stderr)
+        app = build_app(settings, quiet, time.time, lambda seconds: None)
+        return run_check(app, env_file, options.json)
     if options.command == "send":
         user = options.user or next(iter(settings.ALLOWED_USERS), "wxsync")
-        return send_text(settings, options.text, user, sys.stdout, sys.stderr)
+        return send_text(settings, options.text, user)
     return serve(settings, log)
 
 
