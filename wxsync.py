@@ -386,6 +386,10 @@ class Log:
     def error(self, text: str) -> None:
         self._write(3, text)
 
+    def close(self) -> None:
+        """Write nothing more: a thread that writes while Python exits would crash it."""
+        self._lock.acquire()
+
     def bug(self, where: str) -> None:
         """Log the exception being handled with its traceback, a line each."""
         for line in traceback.format_exc().splitlines():
@@ -643,7 +647,7 @@ class Wire(http.client.HTTPConnection):
     def __init__(self, url: Url, sock: socket.socket, proxy: Proxy | None) -> None:
         super().__init__(url.host, url.port, blocksize=READ_BYTES)
         self.default_port = DEFAULT_PORTS[url.scheme]
-        self.sock: socket.socket = sock
+        self.sock = self.link = sock  # http.client forgets its `sock` before the body is read
         plain = proxy is not None and proxy.scheme == "http" and url.scheme == "http"
         # Plain http through an http proxy: the absolute form of the target (RFC 9112, 3.2.2).
         self.prefix = str(url._replace(target="")) if plain else ""
@@ -667,7 +671,7 @@ class Wire(http.client.HTTPConnection):
             return False
         try:
             return not select.select([self.sock], [], [], 0)[0]
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # closed, or its number is over what select takes
             return False
 
 
@@ -682,6 +686,7 @@ class Network:
         self._lock = threading.Lock()
         self._tls: ssl.SSLContext | None = None
         self._is_up: bool | None = None  # None: not proven yet
+        self._probing = threading.Lock()
         self.probed = threading.Event()
 
     @property
@@ -742,24 +747,27 @@ class Network:
 
     def probe(self) -> bool:
         """Try the proxy with PROXY_TEST_URL, log a change of its state, return whether it is up."""
-        assert self.proxy is not None
-        problem = ""
+        with self._probing:
+            problem = self._try_proxy()
+            was_up, self._is_up = self._is_up, not problem
+            self.probed.set()
+            if problem and was_up is not False:
+                self._log.warning(f"⚠️  代理连接失败: {problem}")
+                self._log.warning("   将使用非代理模式继续运行")
+            elif not problem and not was_up:
+                self._log.info(f"✅ 代理可用: {self.proxy}")
+                self._log.info("🔗 GitHub API 使用代理")
+            return not problem
+
+    def _try_proxy(self) -> str:
+        """Return what is wrong with the proxy, "" for nothing."""
         try:
             wire = self._connect(self._test_url, self.proxy, False, CONNECT_SECONDS)
-            with contextlib.closing(wire), cut_off(wire.sock, CONNECT_SECONDS):
+            with contextlib.closing(wire), cut_off(wire.link, CONNECT_SECONDS):
                 status = wire.ask("GET", self._test_url.target, {}).status
-            problem = f"测试地址答 {status}" if status >= 400 else ""
         except (OSError, http.client.HTTPException) as error:
-            problem = explain(error)
-        was_up, self._is_up = self._is_up, not problem
-        self.probed.set()
-        if problem and was_up is not False:
-            self._log.warning(f"⚠️  代理连接失败: {problem}")
-            self._log.warning("   将使用非代理模式继续运行")
-        elif not problem and not was_up:
-            self._log.info(f"✅ 代理可用: {self.proxy}")
-            self._log.info("🔗 GitHub API 使用代理")
-        return not problem
+            return explain(error)
+        return f"测试地址答 {status}" if status >= 400 else ""
 
 
 class Answer(NamedTuple):
@@ -794,7 +802,7 @@ class Client:
                     wire.close()
                 wire = self._network.open(self.url, proxied=self._proxied)
             try:
-                with cut_off(wire.sock, seconds):
+                with cut_off(wire.link, seconds):
                     response = wire.ask(method, target, headers, body)
                     data = response.read(MAX_ANSWER_BYTES + 1)
             except (OSError, http.client.HTTPException) as error:
@@ -1571,7 +1579,7 @@ class Source:
         for _ in range(MAX_REDIRECTS):
             wire = self._network.open(self._url, proxied=True, vet=self._vet)
             try:
-                with cut_off(wire.sock, STALL_SECONDS):
+                with cut_off(wire.link, STALL_SECONDS):
                     response = wire.ask("GET", self._url.target, {"Accept": "*/*", **headers})
             except (OSError, http.client.HTTPException) as error:
                 wire.close()
@@ -1662,7 +1670,7 @@ class Source:
     def close(self) -> None:
         """Break off, even while another thread reads."""
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._wire.sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(self._wire.link, socket.SHUT_RDWR)
         self._wire.close()
 
 
@@ -3165,6 +3173,9 @@ class Callback:
             reply = self._obey(reading, message)
         except Failure as failure:
             reply = str(failure)
+        except Exception:
+            app.log.bug(f"message: id={shown(message.id)}")
+            reply = INTERNAL_ERROR
         pieces = split_text(reply, MAX_TEXT_BYTES)
         app.state.remember(message.id, pieces[0])
         for number, piece in enumerate(pieces[1:], 2):
@@ -3330,11 +3341,16 @@ def start_threads(app: App, crypto: Crypto) -> None:
     threading.Thread(target=warm_up, args=(crypto,), daemon=True).start()
 
 
-def serve(settings: Settings, log: Log) -> int:
+def serve(
+    settings: Settings,
+    log: Log,
+    now: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
     """Run the service until a signal comes; return the exit status."""
     try:
         lock = StateLock(Path(settings.STATE_DIR))
-        app = build_app(settings, log, time.time, time.sleep)
+        app = build_app(settings, log, now, sleep)
         crypto = Crypto(settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID)
         server = Server((settings.HOST, settings.PORT), Callback(app, crypto).answer, log)
     except (Failure, OSError) as error:
@@ -3347,6 +3363,7 @@ def serve(settings: Settings, log: Log) -> int:
     server.close()
     app.state.close()
     log.info("👋 已停止，未完成的任务下次启动后继续")
+    log.close()
     del lock  # held until here
     return 0
 
@@ -3455,10 +3472,7 @@ def check_github(app: App) -> Iterator[Finding]:
     push = bool((found.get("permissions") or {}).get("push"))
     cure = "令牌没有写权限：在令牌设置里加 Contents: Read and write"
     yield finding("GitHub 仓库", push, "可以写入", cure)
-    branch = urllib.parse.quote(settings.GITHUB_BRANCH)
-    call("GET", f"/branches/{branch}", needs="Contents: Read and write")
-    yield Finding("✅", "GitHub 分支", settings.GITHUB_BRANCH)
-    yield from check_workflow(app, branch)
+    yield from check_workflow(app)
     names = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD"}
     try:
         listed = pick(call("GET", "/actions/secrets?per_page=100"), "secrets", list)
@@ -3471,7 +3485,7 @@ def check_github(app: App) -> Iterator[Finding]:
     yield finding("GitHub Secrets", not missing, "四个都在", cure)
 
 
-def check_workflow(app: App, branch: str) -> Iterator[Finding]:
+def check_workflow(app: App) -> Iterator[Finding]:
     """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
     call = app.github.call
     with contextlib.suppress(GitHubError):  # needs Administration: Read, which is optional
@@ -3486,13 +3500,15 @@ def check_workflow(app: App, branch: str) -> Iterator[Finding]:
     except GitHubError as error:
         cure = f"默认分支上要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页点启用。{error}"
         yield Finding("❌", "GitHub 工作流", cure)
+    branch = app.settings.GITHUB_BRANCH
     try:
-        found = call("GET", f"/contents/wxsync.py?ref={branch}", needs="Contents: Read and write")
+        path = f"/contents/wxsync.py?ref={urllib.parse.quote(branch)}"
+        found = call("GET", path, needs="Contents: Read and write")
         same = base64.b64decode(pick(found, "content", str)) == Path(__file__).read_bytes()
         cure = "与本机的版本不同：两边更新到同一版本"
         yield finding("GitHub 上的 wxsync.py", same, "与本机相同", cure, "⚠️")
     except (GitHubError, ValueError) as error:
-        yield Finding("❌", "GitHub 上的 wxsync.py", f"读不到，工作流需要它：{error}")
+        yield Finding("❌", "GitHub 上的 wxsync.py", f"分支 {branch} 里读不到，工作流需要它：{error}")
 
 
 def check_target(app: App) -> Iterator[Finding]:
