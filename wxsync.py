@@ -45,6 +45,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -103,6 +104,7 @@ GITHUB_PAUSES = (1.0, 3.0, 6.0, 12.0)  # between tries of one call
 GITHUB_WAIT_SECONDS = 600.0  # the longest wait a rate limit may ask of a request
 POLL_SECONDS = 3.2  # 19 calls a minute; a finished run is told within 5 s
 JOBS_SECONDS = 30.0  # how often the jobs of a running run are counted
+ODD_ANSWERS = 5  # in a row, then following a run is given up; 16 s cover GitHub's own lag
 FIND_RUN_SECONDS = 12.0  # GitHub's list of runs lags; less than 10 would start runs twice
 WATCH_SECONDS = 6 * 3600.0  # a job may not run longer on GitHub
 PROBE_SECONDS = 300.0
@@ -1017,7 +1019,7 @@ class WeCom:
         self._lock = threading.Lock()
         self._token = ""
         self._token_ends = 0.0
-        self._refused: tuple[float, WeComError] | None = None
+        self.trouble = ""
 
     def call(self, method: str, path: str, query: Mapping[str, str], body: str = "") -> Any:
         """Return the JSON object of an errcode 0 answer; raise WeComError or Unreachable."""
@@ -1036,22 +1038,12 @@ class WeCom:
         return found
 
     def token(self, stale: str = "") -> str:
-        """Return the access token, a new one when the cached one is `stale` or has expired.
-
-        A refused SECRET is not tried again for a while: repeating it gets the address banned.
-        """
+        """Return the access token, a new one when the cached one is `stale` or has expired."""
         with self._lock:
-            if self._refused and time.monotonic() < self._refused[0]:
-                raise self._refused[1]
             if self._token and self._token != stale and time.monotonic() < self._token_ends:
                 return self._token
             pair = {"corpid": self._settings.CORP_ID, "corpsecret": self._settings.SECRET}
-            try:
-                found = self.call("GET", "/cgi-bin/gettoken", pair)
-            except WeComError as error:
-                if error.pause_seconds >= 7200:
-                    self._refused = (time.monotonic() + error.pause_seconds, error)
-                raise
+            found = self.call("GET", "/cgi-bin/gettoken", pair)
             token, seconds = found.get("access_token"), found.get("expires_in", 7200)
             if not isinstance(token, str) or not token or not isinstance(seconds, int):
                 raise Unreachable("企业微信的回答里没有 access_token")
@@ -2013,14 +2005,20 @@ class Task:
         return shown(self.items[0], 80) + more if self.items else ""
 
 
-@dataclass
-class Letter:
-    """A message to be sent; `id` orders nothing, it makes the text unlike any other."""
+def read_task(entry: dict[str, Any]) -> Task:
+    """Return the Task that was written as entry; raise TypeError where it is none."""
+    task = Task(**entry)
+    for name, value in vars(Task("", "", "", [], 0.0)).items():
+        if not isinstance(getattr(task, name), (int, float) if value == 0 else type(value)):
+            raise TypeError(name)
+    return task
+
+
+class Letter(NamedTuple):
+    """A message to be sent."""
 
     user: str
     text: str
-    tries: int = 0
-    not_before: float = 0.0  # monotonic; a restart tries at once
 
 
 class State:
@@ -2051,8 +2049,8 @@ class State:
         """Read the file; one that is damaged is set aside, never a reason not to start."""
         try:
             data = json.loads(self._path.read_bytes())
-            self.tasks = [self._typed(Task, entry) for entry in data["tasks"]]
-            self.letters = [self._typed(Letter, entry) for entry in data["letters"]]
+            self.tasks = [read_task(entry) for entry in data["tasks"]]
+            self.letters = [Letter(str(user), str(text)) for user, text in data["letters"]]
             self.orphans = [[str(v) for v in entry] for entry in data["orphans"]]
             self.seen = {str(k): (float(v[0]), str(v[1]), True) for k, v in data["seen"].items()}
             self.midnight, self.last = str(data["midnight"]), str(data["last"])
@@ -2064,22 +2062,12 @@ class State:
             self.tasks, self.letters, self.orphans, self.seen = [], [], [], {}
             self._log.error(f"❌ 状态文件已损坏，另存为 {aside.name}，从空状态开始；未完成的请求请重发")
 
-    @staticmethod
-    def _typed(kind: type[Any], entry: Any) -> Any:
-        made = kind(**entry)
-        sample = Task("", "", "", [], 0.0) if kind is Task else Letter("", "")
-        for name, value in vars(sample).items():
-            expected = (int, float) if isinstance(value, float) else type(value)
-            if not isinstance(getattr(made, name), expected):
-                raise TypeError(name)
-        return made
-
     def _save(self) -> None:
         """Write the file (lock held); raise Failure where the disk does not take it."""
         data = {
             "version": 1,
             "tasks": [vars(task) for task in self.tasks],
-            "letters": [{"user": letter.user, "text": letter.text} for letter in self.letters],
+            "letters": self.letters,
             "orphans": self.orphans,
             "seen": {k: [at, reply] for k, (at, reply, kept) in self.seen.items() if kept},
             "midnight": self.midnight,
@@ -2129,11 +2117,6 @@ class State:
 
     def count(self, lane: str, late: bool = False) -> int:
         return len(self.tasks_of(lane, late))
-
-    def has_trouble(self) -> bool:
-        """Tell whether the disk refuses writes or messages cannot be delivered."""
-        with self._changed:
-            return bool(self.trouble) or any(letter.tries for letter in self.letters)
 
     def accept(self, tasks: list[Task], message_id: str, reply: str) -> None:
         """Put requests (or none, when all were refused) on disk with the reply to their message.
@@ -2224,17 +2207,13 @@ class State:
         """
         with self._changed:
             while True:
-                now, soonest, users = time.monotonic(), None, set()
-                for letter in self.letters:
-                    if letter.user in users:
-                        continue
-                    users.add(letter.user)
-                    pace = sent.get(letter.user, -MESSAGE_INTERVAL_SECONDS) + MESSAGE_INTERVAL_SECONDS
-                    due = max(letter.not_before, pace)
-                    if due <= now:
-                        return letter
-                    soonest = due if soonest is None else min(soonest, due)
-                self._changed.wait(None if soonest is None else max(0.05, soonest - now))
+                # Reversed, so that of each user's messages the first one stays.
+                first = {letter.user: letter for letter in reversed(self.letters)}
+                due = {user: sent.get(user, -1e9) + MESSAGE_INTERVAL_SECONDS for user in first}
+                user = min(due, key=due.__getitem__, default="")
+                if user and due[user] <= time.monotonic():
+                    return first[user]
+                self._changed.wait(due[user] - time.monotonic() if user else None)
 
     def sent(self, letter: Letter) -> None:
         """Forget a message that was delivered or given up."""
@@ -2391,26 +2370,25 @@ def find_or_start_run(app: App, task: Task) -> Run:
 
 def follow(app: App, task: Task, until: float) -> bool:
     """Poll the task's run until it has ended, then finish the task; return False at `until`."""
-    next_count = app.now() + JOBS_SECONDS
-    gone = 0
+    next_count, odd = app.now() + JOBS_SECONDS, 0
     while True:
         try:
             if app.github.is_completed(task.run):
-                outcomes = app.github.outcomes(task.run, task.items)
-                finish_images(app, task, outcomes)
+                finish_images(app, task, app.github.outcomes(task.run, task.items))
                 return True
             if app.now() >= next_count:
                 next_count = app.now() + JOBS_SECONDS
-                done = app.github.outcomes(task.run, task.items)
-                task.done = sum(o.code not in ("running", "missing") for o in done)
-            gone = 0
-        except GitHubError as error:
-            # A run may be unknown for some seconds after it was started; later it was deleted.
-            gone += error.status == 404
-            if error.status in (401, 410) or gone > 20 or (error.status == 403):
+                outcomes = app.github.outcomes(task.run, task.items)
+                task.done = sum(o.code not in ("running", "missing") for o in outcomes)
+            odd = 0
+        except Failure as failure:
+            # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
+            # after it was started. What is refused or odd again and again does not.
+            status = failure.status if isinstance(failure, GitHubError) else 0
+            odd += not isinstance(failure, Unreachable) and status != 429
+            if status in (401, 403) or odd > ODD_ANSWERS:
                 raise
-        except Unreachable as error:
-            app.log.debug(f"github: {error}")
+            app.log.debug(f"github: {failure}")
         if app.now() >= until:
             return False
         app.sleep(POLL_SECONDS)
@@ -2576,22 +2554,28 @@ def watch_late_runs(app: App) -> None:
 
 
 def deliver(app: App, sent: dict[str, float]) -> None:
-    """Send one message; keep it for another try with a growing pause where that may help."""
+    """Send the next message until WeCom has taken it, or refuses it for good.
+
+    What fails otherwise would fail for every message, so they all wait, in pauses that grow.
+    """
     letter = app.state.next_letter(sent)
-    sent[letter.user] = time.monotonic()
     for user in [user for user, at in sent.items() if at < time.monotonic() - 60]:
         del sent[user]
-    try:
-        app.wecom.send(letter.user, letter.text)
-    except Failure as failure:
-        pause = failure.pause_seconds if isinstance(failure, WeComError) else 2.0
-        if pause:
-            letter.tries += 1
-            pause = max(pause, min(300.0, 2.0**letter.tries))
-            letter.not_before = time.monotonic() + pause
+    for attempt in itertools.count(1):
+        sent[letter.user] = time.monotonic()
+        try:
+            app.wecom.send(letter.user, letter.text)
+            app.wecom.trouble = ""
+            break
+        except Failure as failure:
+            least = failure.pause_seconds if isinstance(failure, WeComError) else 1.0
+            if not least:
+                app.log.error(f"wecom: {failure}；给 {shown(letter.user)} 的消息已丢弃")
+                break
+            pause = max(least, min(300.0, 2.0 ** min(attempt, 9)))
+            app.wecom.trouble = str(failure)
             app.log.warning(f"wecom: {failure}；{pause:.0f} 秒后重试")
-            return
-        app.log.error(f"wecom: {failure}；给 {shown(letter.user)} 的消息已丢弃")
+            app.sleep(pause)
     app.state.sent(letter)
 
 
@@ -3078,7 +3062,7 @@ def status_text(app: App) -> str:
             lines.append(f"　等待 {len(tasks) - 1} 个")
     if late := app.state.count("images", late=True):
         lines.append(f"超时后仍在跟踪：{late} 个")
-    if trouble := app.state.trouble or app.github.trouble:
+    if trouble := app.state.trouble or app.github.trouble or app.wecom.trouble:
         lines.append(f"⚠️ {trouble}")
     return "\n".join([*lines, f"上一个结果：{app.state.last or '还没有'}"])
 
@@ -3150,9 +3134,9 @@ class Callback:
             ahead = app.state.count(lane)
             running, queued = running + min(ahead, 1), queued + max(0, ahead - 1)
         proxy = app.network.proxy_state
-        degraded = proxy == "down" or app.state.has_trouble() or app.github.trouble
+        trouble = app.state.trouble or app.github.trouble or app.wecom.trouble
         return {
-            "status": "degraded" if degraded else "ok",
+            "status": "degraded" if trouble or proxy == "down" else "ok",
             "version": VERSION,
             "uptime_seconds": int(time.monotonic() - app.started),
             "running": running,
