@@ -470,23 +470,22 @@ def refuse_local_name(host: str) -> None:
         raise Failure(f"不允许访问内网地址：{host}")
 
 
+# The first that fits: subclasses before their bases.
+TROUBLES: tuple[tuple[type[BaseException], str], ...] = (
+    (TimeoutError, "超时"),
+    (ssl.SSLCertVerificationError, "TLS 证书不可信"),
+    (ssl.SSLError, "TLS 握手失败"),
+    (socket.gaierror, "域名解析失败"),
+    (ConnectionRefusedError, "连接被拒绝"),
+    (ConnectionError, "连接中断"),
+    (http.client.HTTPException, "对方的回答不是正常的 HTTP"),
+)
+
+
 def explain(error: BaseException) -> str:
     """Return in Chinese what went wrong on a connection."""
-    if isinstance(error, TimeoutError):
-        return "超时"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"TLS 证书不可信（{shown(error.verify_message)}）"
-    if isinstance(error, ssl.SSLError):
-        return "TLS 握手失败"
-    if isinstance(error, socket.gaierror):
-        return "域名解析失败"
-    if isinstance(error, ConnectionRefusedError):
-        return "连接被拒绝"
-    if isinstance(error, http.client.RemoteDisconnected | ConnectionError):
-        return "连接中断"
-    if isinstance(error, http.client.HTTPException):
-        return "对方的回答不是正常的 HTTP"
-    return shown(getattr(error, "strerror", None) or type(error).__name__)
+    said = getattr(error, "strerror", None) or type(error).__name__
+    return next((text for kind, text in TROUBLES if isinstance(error, kind)), shown(said))
 
 
 @contextlib.contextmanager
@@ -941,9 +940,13 @@ def read_message_fields(data: bytes) -> Message:
     user = values.get("fromusername", "")
     if not USER_PATTERN.fullmatch(user):
         raise Rejected(400, "sender")
-    content, created = values.get("content", ""), values.get("createtime", "")
-    stand_in = hashlib.sha256(f"{user}\n{created}\n{content}".encode(errors="replace")).hexdigest()
-    return Message(user, values.get("msgtype", ""), content, values.get("msgid") or stand_in)
+    # JSON can hold half of a surrogate pair, which nothing after this could encode.
+    content = values.get("content", "").encode(errors="replace").decode()
+    message_id = values.get("msgid", "")
+    if not re.fullmatch(r"[\w-]{1,64}", message_id):
+        stand_in = f"{user}\n{values.get('createtime')}\n{content}".encode(errors="replace")
+        message_id = hashlib.sha256(stand_in).hexdigest()
+    return Message(user, values.get("msgtype", ""), content, message_id)
 
 
 def _cdata(text: str) -> str:
@@ -971,26 +974,18 @@ def seal(crypto: Crypto, inner: Mapping[str, str], as_json: bool, now: float) ->
 
 # errcode -> what to tell the log, and the pause before the next try; 0: never try again.
 WECOM_ERRORS = {
-    -1: ("企业微信繁忙", 2.0),
+    **dict.fromkeys((-1, 45033), ("企业微信繁忙", 5.0)),
     40001: ("SECRET 不正确或应用已停用；两小时内不再尝试，以免本机被封一小时", 7200.0),
     40091: ("SECRET 属于另一个企业；两小时内不再尝试", 7200.0),
     40013: ("CORP_ID 不正确：见管理后台“我的企业”页底部", 7200.0),
-    40014: ("access_token 失效", 2.0),
-    42001: ("access_token 过期", 2.0),
-    40056: ("AGENT_ID 不正确：见应用详情页", 600.0),
-    41011: ("AGENT_ID 不正确：见应用详情页", 600.0),
-    301002: ("AGENT_ID 不是这个 SECRET 的应用", 600.0),
-    44004: ("消息为空", 0.0),
-    45002: ("消息过长", 0.0),
+    **dict.fromkeys((40014, 42001), ("access_token 失效", 5.0)),
+    **dict.fromkeys((40056, 41011, 301002), ("AGENT_ID 不是这个应用的：见应用详情页", 600.0)),
+    **dict.fromkeys((44004, 45002, 82001), ("消息为空、过长或没有收件人", 0.0)),
     45009: ("调用过于频繁，等待解除", 60.0),
-    45033: ("并发调用过多", 5.0),
     48002: ("应用没有发消息的权限", 600.0),
     50003: ("应用已停用：到管理后台启用", 600.0),
-    60011: ("收件人不在应用可见范围内", 0.0),
     60020: ("本机 IP 不在企业可信 IP 里", 60.0),
-    60111: ("收件人不存在", 0.0),
-    81013: ("收件人不存在或不在应用可见范围内", 0.0),
-    82001: ("没有收件人", 0.0),
+    **dict.fromkeys((60011, 60111, 81013), ("收件人不存在或不在应用可见范围内", 0.0)),
 }
 
 
@@ -1323,7 +1318,7 @@ class GitHub:
         for _ in range(int(FIND_RUN_SECONDS / 2) + 1):
             found = self.call("GET", path, needs="Actions: Read and write")
             for run in pick(found, "workflow_runs", list):
-                if isinstance(run, dict) and request_id in str(run.get("display_title")).split():
+                if isinstance(run, dict) and request_id in str(run.get("display_title")):
                     return self._run(pick(run, "id", int), run)
             self._sleep(2.0)
         return None
@@ -3172,7 +3167,7 @@ class Callback:
         if reading.command == "status":
             return status_text(app)
         if reading.command == "list":
-            lines = app.images.read().strip()
+            lines = app.images.read().encode(errors="replace").decode().strip()
             return f"📋 今天的镜像列表：\n{lines}" if lines else "📋 今天的镜像列表是空的"
         if reading.command == "help":
             return f"{reading.note}\n\n{HELP}".strip()
