@@ -2834,39 +2834,30 @@ def run_copy(line: str, environ: Mapping[str, str]) -> int:
 
 
 class Head(http.server.BaseHTTPRequestHandler):
-    """The head of one request, read by http.server; `status` is what it refuses it with."""
+    """The head of one request, read by http.server; constructing it may raise Rejected."""
 
     def __init__(self, data: bytes) -> None:
         # Not the base class's: it would read from a socket, and answer.
-        self.rfile = io.BytesIO(data)
-        self.wfile = io.BytesIO()
-        self.status = 0
-        self.command, self.path = "", ""
-        self.close_connection = True
+        self.rfile, self.wfile = io.BytesIO(data), io.BytesIO()
         self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
-        if not self.parse_request() and not self.status:
-            self.status = 400
+        if not self.parse_request() or self.request_version == "HTTP/0.9":
+            raise Rejected(400, "request line")
         self.continued = self.wfile.getvalue()  # "100 Continue", where it was asked for
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.status = code if code in (414, 431) else 400
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        pass
-
-    def body_bytes(self) -> int:
-        """Return the size of the body; raise Rejected 411, 413 or 400."""
-        if self.status:
-            raise Rejected(self.status, "malformed head")
         lengths = self.headers.get_all("Content-Length", [])
         if "Transfer-Encoding" in self.headers or (not lengths and self.command == "POST"):
             raise Rejected(411, "length required")
-        if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", (lengths or ["0"])[0].strip()):
+        length = lengths[0].strip() if lengths else "0"
+        if len(lengths) > 1 or not re.fullmatch(r"[0-9]{1,18}", length):
             raise Rejected(400, "Content-Length")
-        size = int((lengths or ["0"])[0])
-        if size > MAX_BODY_BYTES:
+        self.body_bytes = int(length)
+        if self.body_bytes > MAX_BODY_BYTES:
             raise Rejected(413, "body too large")
-        return size
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        raise Rejected(400, message or "head")
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        pass
 
 
 class Reply(NamedTuple):
@@ -2882,27 +2873,26 @@ class Connection:
         self.sock = sock
         self.data = b""
         self.head: Head | None = None
-        self.start = 0  # of the body
         self.need = 0  # bytes until the request is whole, once its head is read
         self.deadline = time.monotonic() + REQUEST_SECONDS
+        self.answered = False  # for good; what still comes is thrown away
 
     def next_request(self) -> tuple[Head, bytes] | None:
         """Return the next whole request, None while there is none; raise Rejected."""
         if self.head is None:
-            end = self.data.find(b"\r\n\r\n")
-            if end < 0 and len(self.data) <= MAX_HEAD_BYTES:
+            end = self.data.find(b"\r\n\r\n") + 4
+            if end > MAX_HEAD_BYTES or (end < 4 and len(self.data) > MAX_HEAD_BYTES):
+                raise Rejected(400, "head too large")
+            if end < 4:
                 return None
-            if end < 0 or end > MAX_HEAD_BYTES:
-                raise Rejected(431, "head too large")
-            self.head = Head(self.data[: end + 4])
-            self.start = end + 4
-            self.need = self.start + self.head.body_bytes()
+            self.head, self.data = Head(self.data[:end]), self.data[end:]
+            self.need = self.head.body_bytes
             if self.head.continued and len(self.data) < self.need:
                 self.sock.send(self.head.continued)
         if len(self.data) < self.need:
             return None
-        head, body = self.head, self.data[self.start : self.need]
-        self.data, self.head = self.data[self.need :], None
+        head, body = self.head, self.data[: self.need]
+        self.head, self.data = None, self.data[self.need :]
         return head, body
 
 
@@ -2984,7 +2974,8 @@ class Server:
         try:
             data = connection.sock.recv(MAX_BODY_BYTES)
             if not data:
-                self._drop(connection)
+                raise ConnectionResetError
+            if connection.answered:
                 return
             connection.data += data
             while request := connection.next_request():
@@ -2992,21 +2983,22 @@ class Server:
                 reply = self._answer(head.command, head.path, body)
                 self._send(connection, reply, close=head.close_connection)
                 if head.close_connection:
-                    self._drop(connection)
-                    return
+                    break
                 # To the end of the line: deadlines stay in order.
                 connection.deadline = time.monotonic() + REQUEST_SECONDS
                 self._open[connection.sock] = self._open.pop(connection.sock)
         except Rejected as refusal:
-            self._send(connection, Reply(refusal.status), close=True)
-            self._drop(connection)
-        except BlockingIOError:
-            pass
+            with contextlib.suppress(OSError):
+                self._send(connection, Reply(refusal.status), close=True)
         except OSError:
             self._drop(connection)
 
     def _send(self, connection: Connection, reply: Reply, close: bool) -> None:
-        """Write a reply in one go; a client that does not take it loses the connection."""
+        """Write a reply in one go; a client that does not take it loses the connection.
+
+        When it is the last one, only our half is closed: closing both at once, with something of
+        the request unread, would reset the connection before the client has read the reply.
+        """
         phrase = http.client.responses.get(reply.status, "")
         head = f"HTTP/1.1 {reply.status} {phrase}\r\nContent-Length: {len(reply.body)}\r\n"
         head += f"Content-Type: {reply.content_type}\r\n" if reply.body else ""
@@ -3014,6 +3006,9 @@ class Server:
         data = head.encode() + reply.body
         if connection.sock.send(data) != len(data):
             raise ConnectionAbortedError
+        if close:
+            connection.answered, connection.data = True, b""
+            connection.sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
