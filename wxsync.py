@@ -2836,6 +2836,8 @@ def run_copy(line: str, environ: Mapping[str, str]) -> int:
 class Head(http.server.BaseHTTPRequestHandler):
     """The head of one request, read by http.server; constructing it may raise Rejected."""
 
+    protocol_version = "HTTP/1.1"  # connections are kept
+
     def __init__(self, data: bytes) -> None:
         # Not the base class's: it would read from a socket, and answer.
         self.rfile, self.wfile = io.BytesIO(data), io.BytesIO()
