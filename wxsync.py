@@ -1083,6 +1083,9 @@ LIST_PATH = "images.txt"
 GITHUB_API_VERSION = "2022-11-28"  # the last one in which return_run_details exists
 
 
+JOB_CONCLUSIONS = {"cancelled": "任务被取消", "skipped": "任务被跳过", "stale": "任务没有开始"}
+
+
 class GitHubError(Failure):
     """GitHub refused a call; `status` is the HTTP status."""
 
@@ -1131,9 +1134,12 @@ def read_outcome(line: str, job: Any) -> Outcome:
         return Outcome(line, said[1] if said else "", said[3] if said else "", url)
     if said and said[2] in COPY_REASONS:
         return Outcome(line, said[2], shown(said[3], 160), url)
-    failed = [str(s.get("name")) for s in steps if s.get("conclusion") not in ("success", "skipped")]
-    where = f"步骤“{shown(failed[0])}”" if failed else f"结论 {shown(str(job.get('conclusion')))}"
-    return Outcome(line, "error", where, url)
+    conclusion = str(job.get("conclusion"))
+    if conclusion == "timed_out":
+        return Outcome(line, "timeout", "", url)
+    failed = [str(s.get("name")) for s in steps if s.get("conclusion") == "failure"]
+    where = f"失败的步骤：{shown(failed[0])}" if failed else shown(conclusion)
+    return Outcome(line, "error", JOB_CONCLUSIONS.get(conclusion, where), url)
 
 
 class GitHub:
@@ -2303,7 +2309,7 @@ def _failed_groups(outcomes: list[Outcome]) -> list[str]:
     lines = []
     for (code, detail), members in groups.items():
         if code == "missing":
-            cause, cure = "运行里没有这个镜像的任务", "打开运行地址查看日志，或重发"
+            cause, cure = "运行里没有这个镜像的任务", "请重发这一个"
         elif code == "running":
             cause, cure = "还没有结束", "打开运行地址查看"
         else:
