@@ -362,19 +362,23 @@ class Log:
 
     def hide(self, value: str) -> None:
         """Mask value from now on, in place of the last one given (access tokens change)."""
-        with self._lock:
-            self._token = self._variants(value)
+        self._token = self._variants(value)
 
     def _write(self, level: int, text: str) -> None:
         if level < self._least:
             return
-        with self._lock:
-            for value in self._hidden | self._token:
-                text = text.replace(value, "***")
-            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.mask(text))
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        # A log that cannot be written (a full disk) is no reason to stop working.
+        with self._lock, contextlib.suppress(OSError):
             self._stream.write(f"{stamp} {self.LEVELS[level]} {text}\n")
             self._stream.flush()
+
+    def mask(self, text: str) -> str:
+        """Return text without any secret."""
+        for value in self._hidden | self._token:
+            text = text.replace(value, "***")
+        return text
 
     def debug(self, text: str) -> None:
         self._write(0, text)
@@ -438,6 +442,14 @@ def parse_url(text: str) -> Url:
     query = f"?{urllib.parse.quote(parts.query, safe=URL_SAFE)}" if parts.query else ""
     path = urllib.parse.quote(parts.path or "/", safe=URL_SAFE.replace("?", ""))
     return Url(parts.scheme, host, port, path + query)
+
+
+def follow_location(url: Url, location: str) -> Url:
+    """Return where a redirect from url leads; raise Failure."""
+    try:
+        return parse_url(urllib.parse.urljoin(str(url), location))
+    except ValueError as error:
+        raise Failure(f"{url.host} 的重定向格式不正确") from error
 
 
 def is_outside(address: str) -> bool:
@@ -985,15 +997,19 @@ WECOM_ERRORS = {
     48002: ("应用没有发消息的权限", 600.0),
     50003: ("应用已停用：到管理后台启用", 600.0),
     60020: ("本机 IP 不在企业可信 IP 里", 60.0),
-    **dict.fromkeys((60011, 60111, 81013), ("收件人不存在或不在应用可见范围内", 0.0)),
+    **dict.fromkeys((40003, 60011, 60111, 81013), ("收件人不存在或不在应用可见范围内", 0.0)),
 }
 
 
 class WeComError(Failure):
-    """WeCom answered with an errcode; `pause_seconds` before the next try, 0 for never."""
+    """WeCom answered with an errcode; `pause_seconds` before the next try, 0 for never.
+
+    `is_known` tells whether it is one that would meet every message alike.
+    """
 
     def __init__(self, code: int, message: str) -> None:
-        advice, self.pause_seconds = WECOM_ERRORS.get(code, ("未知错误", 30.0))
+        advice, self.pause_seconds = WECOM_ERRORS.get(code, ("未知错误", 5.0))
+        self.is_known = code in WECOM_ERRORS
         if code == 60020 and (found := re.search(r"from ip:\s*([0-9a-fA-F.:]+)", message)):
             advice = (
                 f"到管理后台“应用管理 → 本应用 → 企业可信IP”添加 {found[1]}，约一分钟后生效"
@@ -1083,6 +1099,8 @@ LIST_PATH = "images.txt"
 GITHUB_API_VERSION = "2022-11-28"  # the last one in which return_run_details exists
 
 
+# The last step's name; "***" where one of the repository's Secrets happens to be "wxsync".
+STEP_NAME = re.compile(r"(?:wxsync|\*\*\*): (copied|unchanged|failed ([a-z-]+))\s?(.*)")
 JOB_CONCLUSIONS = {"cancelled": "任务被取消", "skipped": "任务被跳过", "stale": "任务没有开始"}
 
 
@@ -1127,9 +1145,10 @@ def read_outcome(line: str, job: Any) -> Outcome:
     url = shown(str(job.get("html_url") or ""), 200)
     if job.get("status") != "completed":
         return Outcome(line, "running", "", url)
-    steps = [s for s in job.get("steps") or () if isinstance(s, dict)]
-    names = [str(s.get("name")) for s in steps if str(s.get("name")).startswith("wxsync: ")]
-    said = re.fullmatch(r"wxsync: (copied|unchanged|failed ([a-z-]+))\s?(.*)", (names or [""])[-1])
+    listed = job.get("steps")
+    steps = [s for s in listed if isinstance(s, dict)] if isinstance(listed, list) else []
+    names = [str(s.get("name")) for s in steps if STEP_NAME.match(str(s.get("name")))]
+    said = STEP_NAME.match((names or [""])[-1])
     if job.get("conclusion") == "success" and not (said and said[2]):
         return Outcome(line, said[1] if said else "", said[3] if said else "", url)
     if said and said[2] in COPY_REASONS:
@@ -1172,7 +1191,7 @@ class GitHub:
             answer = self._client.call(method, target, self._headers(etag), body)
             if answer.status not in (301, 302, 307, 308):
                 return answer
-            location = parse_url(urllib.parse.urljoin(str(url), answer.headers.get("Location", "")))
+            location = follow_location(url, answer.headers.get("Location", ""))
             if location[:3] != url[:3]:
                 raise GitHubError(answer.status, f"GitHub 把请求转到了别的主机 {location.host}，已拒绝")
             target = location.target
@@ -1191,12 +1210,13 @@ class GitHub:
         """Return the seconds a rate-limited answer asks to wait, 0 when it is no such answer."""
         if answer.status not in (403, 429):
             return 0.0
+        numbers = r"[0-9]{1,12}"  # and no wait is longer than the hour of GitHub's own limits
         after = answer.headers.get("retry-after", "")
-        if after.isdecimal():
-            return max(1.0, float(after))
+        if re.fullmatch(numbers, after):
+            return min(3600.0, max(1.0, float(after)))
         reset = answer.headers.get("x-ratelimit-reset", "")
-        if answer.headers.get("x-ratelimit-remaining") == "0" and reset.isdecimal():
-            return max(1.0, float(reset) - now + 1)
+        if answer.headers.get("x-ratelimit-remaining") == "0" and re.fullmatch(numbers, reset):
+            return min(3600.0, max(1.0, float(reset) - now + 1))
         limited = answer.status == 429 or b"rate limit" in answer.body.lower()
         return 60.0 if limited else 0.0
 
@@ -1585,7 +1605,7 @@ class Source:
                 why = self.STATUS_TEXTS.get(status, "来源出错" if status >= 500 else "来源拒绝")
                 raise Failure(f"下载失败：{why}（HTTP {status}），请检查链接或稍后再试")
             location = _header_text(response.headers.get("Location", ""))
-            self._url = parse_url(urllib.parse.urljoin(str(self._url), location))
+            self._url = follow_location(self._url, location)
         raise Failure("下载失败：链接不停地重定向")
 
     def _resume(self, error: Exception) -> None:
@@ -1876,11 +1896,11 @@ def _read_images(items: list[str], prefix: str) -> tuple[Image, ...]:
             image = read_image(item)
             images[image.line] = image
         except BadImage as error:
-            meant = f"\n   您是不是要：{error.suggestion}" if error.suggestion else ""
+            meant = f"\n   您是不是要：{shown(error.suggestion, 160)}" if error.suggestion else ""
             bad.append(f"• {shown(item, 80)}\n   {error}{meant}")
     if bad:
-        more = [f"……还有 {len(bad) - 8} 项"] if len(bad) > 8 else []
-        raise Failure("\n".join(["❌ 没有开始，请改好后重发：", *bad[:8], *more]))
+        more = [f"……还有 {len(bad) - 5} 项"] if len(bad) > 5 else []
+        raise Failure("\n".join(["❌ 没有开始，请改好后重发：", *bad[:5], *more]))
     if len(images) > MAX_IMAGES or sum(map(len, images)) > MAX_INPUT_CHARACTERS:
         raise Failure(f"❌ 一次最多 {MAX_IMAGES} 个镜像（共 {len(images)} 个），请分开发送")
     targets: dict[str, Image] = {}
@@ -1977,6 +1997,9 @@ class ImageList:
         self.write("".join(f"{line}\n" for line in kept))
 
 
+STAGES = ("queued", "committed", "dispatching", "running", "late")
+
+
 @dataclass
 class Task:
     """An accepted request. `stage` says how far it is, for a restart to go on from there."""
@@ -1986,7 +2009,7 @@ class Task:
     user: str
     items: list[str]  # canonical lines, or links still to do
     accepted: float  # seconds since the epoch
-    stage: str = "queued"  # queued, committed, dispatching, running, late
+    stage: str = "queued"  # one of STAGES
     run_id: int = 0
     run_url: str = ""
     started: float = 0.0  # when the run was started
@@ -2007,11 +2030,18 @@ class Task:
 
 
 def read_task(entry: dict[str, Any]) -> Task:
-    """Return the Task that was written as entry; raise TypeError where it is none."""
+    """Return the Task that was written as entry; raise TypeError or ValueError where it is none."""
     task = Task(**entry)
     for name, value in vars(Task("", "", "", [], 0.0)).items():
         if not isinstance(getattr(task, name), (int, float) if value == 0 else type(value)):
             raise TypeError(name)
+    texts = [*task.items, *task.upload]
+    if not task.items or len(task.upload) not in (0, 3) or not all(isinstance(t, str) for t in texts):
+        raise TypeError("items or upload")
+    if task.lane not in ("images", "files") or task.stage not in STAGES:
+        raise ValueError("lane or stage")
+    if task.lane == "images" and [read_image(line).line for line in task.items] != task.items:
+        raise ValueError("not canonical")
     return task
 
 
@@ -2057,7 +2087,7 @@ class State:
             self.midnight, self.last = str(data["midnight"]), str(data["last"])
         except FileNotFoundError:
             return
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
             os.replace(self._path, aside)
             self.tasks, self.letters, self.orphans, self.seen = [], [], [], {}
@@ -2187,7 +2217,8 @@ class State:
 
     def _post(self, user: str, text: str, mark: str) -> None:
         """Queue text in messages of at most MAX_TEXT_BYTES, each unlike any other ever sent."""
-        pieces = split_text(text, MAX_TEXT_BYTES - 64)
+        # Masked, for an answer that is quoted might quote a secret in turn.
+        pieces = split_text(self._log.mask(text), MAX_TEXT_BYTES - 64)
         short = hashlib.sha256(mark.encode()).hexdigest()[:6]
         for number, piece in enumerate(pieces, 1):
             of = f" {number}/{len(pieces)}" if len(pieces) > 1 else ""
@@ -2201,20 +2232,20 @@ class State:
             self._post(user, text, mark)
             self._save_or_log()
 
-    def next_letter(self, sent: Mapping[str, float]) -> Letter:
+    def next_letter(self, due: Mapping[str, float]) -> Letter:
         """Wait for a message that may go now and return it, left in its place.
 
-        In order for each user; `sent` tells when each last got one (monotonic).
+        In order for each user; `due` tells when each may get the next one (monotonic).
         """
         with self._changed:
             while True:
                 # Reversed, so that of each user's messages the first one stays.
                 first = {letter.user: letter for letter in reversed(self.letters)}
-                due = {user: sent.get(user, -1e9) + MESSAGE_INTERVAL_SECONDS for user in first}
-                user = min(due, key=due.__getitem__, default="")
-                if user and due[user] <= time.monotonic():
+                user = min(first, key=lambda user: due.get(user, 0.0), default="")
+                wait = due.get(user, 0.0) - time.monotonic()
+                if user and wait <= 0:
                     return first[user]
-                self._changed.wait(due[user] - time.monotonic() if user else None)
+                self._changed.wait(wait if user else None)
 
     def sent(self, letter: Letter) -> None:
         """Forget a message that was delivered or given up."""
@@ -2554,29 +2585,33 @@ def watch_late_runs(app: App) -> None:
     app.sleep(POLL_SECONDS)
 
 
-def deliver(app: App, sent: dict[str, float]) -> None:
-    """Send the next message until WeCom has taken it, or refuses it for good.
+def deliver(app: App, due: dict[str, float], tries: dict[str, int]) -> None:
+    """Send one message. What fails for everybody holds up all, an odd errcode only its person.
 
-    What fails otherwise would fail for every message, so they all wait, in pauses that grow.
+    `due` tells when each person may get the next message (monotonic), `tries` counts failures.
     """
-    letter = app.state.next_letter(sent)
-    for user in [user for user, at in sent.items() if at < time.monotonic() - 60]:
-        del sent[user]
-    for attempt in itertools.count(1):
-        sent[letter.user] = time.monotonic()
-        try:
-            app.wecom.send(letter.user, letter.text)
-            app.wecom.trouble = ""
-            break
-        except Failure as failure:
-            least = failure.pause_seconds if isinstance(failure, WeComError) else 1.0
-            if not least:
-                app.log.error(f"wecom: {failure}；给 {shown(letter.user)} 的消息已丢弃")
-                break
-            pause = max(least, min(300.0, 2.0 ** min(attempt, 9)))
-            app.wecom.trouble = str(failure)
+    letter = app.state.next_letter(due)
+    for user in [user for user, at in due.items() if at < time.monotonic()]:
+        del due[user]
+    try:
+        app.wecom.send(letter.user, letter.text)
+    except Failure as failure:
+        tries[letter.user] = tries.get(letter.user, 0) + 1
+        is_known = not isinstance(failure, WeComError) or failure.is_known
+        least = failure.pause_seconds if isinstance(failure, WeComError) else 1.0
+        if least and (is_known or tries[letter.user] <= ODD_ANSWERS):
+            pause = max(least, min(300.0, 2.0 ** min(tries[letter.user], 9)))
             app.log.warning(f"wecom: {failure}；{pause:.0f} 秒后重试")
-            app.sleep(pause)
+            app.wecom.trouble = str(failure)
+            if is_known:
+                app.sleep(pause)
+            else:
+                due[letter.user] = time.monotonic() + pause
+            return
+        app.log.error(f"wecom: {failure}；给 {shown(letter.user)} 的消息已丢弃")
+    app.wecom.trouble = ""
+    tries.pop(letter.user, None)
+    due[letter.user] = time.monotonic() + MESSAGE_INTERVAL_SECONDS
     app.state.sent(letter)
 
 
@@ -3154,7 +3189,7 @@ class Callback:
             reading = read_message(message.content, app.settings.target_prefix)
             reply = self._obey(reading, message)
         except Failure as failure:
-            reply = str(failure)
+            reply = split_text(str(failure), MAX_TEXT_BYTES)[0]
         except Exception:
             app.log.bug(f"message: id={shown(message.id)}")
             reply = INTERNAL_ERROR
@@ -3206,8 +3241,7 @@ class Callback:
         tasks.append(Task(secrets.token_hex(8), lane, message.user, items, self._app.now()))
         if not ahead:
             return text
-        first, _, rest = text.partition("\n")
-        return f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个\n{rest}"
+        return f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个\n" + text.partition("\n")[2]
 
 
 # ---- Midnight ----------------------------------------------------------------------------------
@@ -3241,8 +3275,8 @@ def keep_midnight(app: App) -> float:
     """Do midnight's work if a day has begun since it was done; return the seconds to wait."""
     now, last = app.now(), app.state.midnight
     today = day_of(now)
-    if not last or last > day_of(now + 2 * 86400):
-        app.state.set_midnight(today)  # the first start, or the clock was far ahead once
+    if not last or last > today:
+        app.state.set_midnight(today)  # the first start, or the clock has been ahead
     elif last < today:
         try:
             empty_list(app, last)
@@ -3314,11 +3348,12 @@ def start_threads(app: App, crypto: Crypto) -> None:
         app.log.info(f"🌐 检测到代理配置: {proxy}")
         app.log.info(f"   直连域名: {', '.join(app.settings.NO_PROXY_DOMAINS)}")
         repeat(app, lambda: keep_probing(app))
-    sent: dict[str, float] = {}
+    due: dict[str, float] = {}
+    tries: dict[str, int] = {}
     repeat(app, lambda: work(app, "images"))
     repeat(app, lambda: work(app, "files"))
     repeat(app, lambda: watch_late_runs(app))
-    repeat(app, lambda: deliver(app, sent))
+    repeat(app, lambda: deliver(app, due, tries))
     repeat(app, lambda: app.sleep(keep_midnight(app)))
     threading.Thread(target=warm_up, args=(crypto,), daemon=True).start()
 
@@ -3347,7 +3382,7 @@ def serve(
     log.info("👋 已停止，未完成的任务下次启动后继续")
     log.close()
     del lock  # held until here
-    return 0
+    os._exit(0)  # returning would wait for a thread that reads a download
 
 
 def send_text(settings: Settings, text: str, user: str) -> int:
