@@ -5,31 +5,32 @@
 # ///
 """wxsync: mirror container images and files on a word typed into a WeCom (企业微信) app.
 
-What it does. Somebody types `nginx:latest`; the line is committed to images.txt in a GitHub repository,
-a GitHub Actions workflow there runs `wxsync.py copy LINE` once per image (skopeo, registry to registry),
-and the person is told per image what came of it. Somebody sends an https link; the file is streamed
-into QingStor object storage and the person gets the download link. At midnight the list is emptied.
+What it does. Somebody types `nginx:latest`; the line is committed to images.txt in a GitHub
+repository, a workflow there runs `wxsync.py copy LINE` once per image (skopeo, registry to
+registry), and the person is told per image what came of it. Somebody sends an https link; the file
+is streamed into QingStor and the person gets the download link. At midnight the list is emptied.
 
 Where each secret goes.
-    TOKEN, ENCODING_AES_KEY   nowhere: they check and decrypt what WeCom posts to us
-    SECRET                    WECOM_API_URL, in exchange for an access token; never through a proxy
-    GITHUB_TOKEN              GITHUB_API_URL only, no redirect takes it to another host
+    TOKEN, ENCODING_AES_KEY     nowhere: they check and decrypt what WeCom posts to us
+    SECRET                      WECOM_API_URL, for an access token; never through a proxy
+    GITHUB_TOKEN                GITHUB_API_URL only, no redirect takes it to another host
     QINGSTOR_SECRET_ACCESS_KEY  nowhere: it signs requests; never through a proxy
-    PROXY_URL's password      the proxy
-    DOCKER_PASSWORD           only in the workflow's job: a 0600 auth file for skopeo
-Log lines pass through `Log`, which masks every one of these, should a bug ever hand it one.
+    PROXY_URL's password        the proxy
+    DOCKER_PASSWORD             only in the workflow's job: a 0600 auth file for skopeo
+Log lines and messages are masked by `Log`, should an answer or a bug ever hand it one of these.
 
-Who is trusted. WeCom, because it knows TOKEN and ENCODING_AES_KEY; through it the users, as far as to
-name images and links, never addresses inside our network. GitHub, QingStor and download servers are
-not trusted to answer sensibly: their answers are bounded, typed and cleaned before use.
+Who is trusted. WeCom, because it knows TOKEN and ENCODING_AES_KEY; through it the users, as far
+as to name images and links, never addresses inside our network. GitHub, QingStor and download
+servers are not trusted to answer sensibly: answers are bounded, typed and cleaned before use.
 
-What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids of
-answered messages; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
+What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
+of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
 
-How to read it. Top to bottom; each section uses only those above it, the service is wired in `serve`:
-limits, settings, log, network, crypto, WeCom, GitHub, QingStor, reading a message, state on disk,
-tasks, copying an image, server, midnight, command line. One message travels: Server -> Callback ->
-read_message -> State.accept -> (a lane's thread) sync_images or relay_file -> State.finish -> deliver.
+How to read it. Top to bottom; each section uses only those above it, `serve` wires the service:
+limits, settings, log, network, crypto, WeCom, GitHub, QingStor, downloads, reading a message,
+state on disk, tasks, copying an image, server, midnight, command line. One message travels:
+Server -> Callback -> read_message -> State.accept, then in the thread of a lane sync_images or
+relay_file -> State.finish -> deliver.
 
 Verify a copy with `python wxsync.py --version`, which prints the file's own SHA-256.
 """
@@ -45,7 +46,6 @@ import http.client
 import http.server
 import io
 import ipaddress
-import itertools
 import json
 import os
 import re
@@ -83,7 +83,7 @@ MAX_BODY_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 REQUEST_SECONDS = 10.0  # from connection (or last answer) to a whole request
 MAX_CONNECTIONS = 600 if os.name == "posix" else 400  # Windows' select() takes 512 sockets
-# Chat. Documents 90236 and 90238 of WeCom: a text holds 2048 bytes; 30 messages a minute per member.
+# Chat (WeCom's document 90236): a text holds 2048 bytes; 30 messages a minute to one person.
 MAX_TEXT_BYTES = 2048
 MESSAGE_INTERVAL_SECONDS = 2.1  # to one person: 28 a minute, whatever restarts do
 DUPLICATE_CHECK_SECONDS = 4 * 3600  # the most WeCom allows; retries within it are never seen twice
@@ -136,10 +136,10 @@ ghcr.io/open-webui/open-webui:main
 状态：查看进度　列表：今天的镜像"""
 # CODE of a failed copy -> cause and cure. The codes are the contract with the workflow.
 COPY_REASONS = {
-    "not-found": ("源镜像或标签不存在", "核对名称和标签；私有镜像要在 GitHub Secrets 设置 SOURCE_AUTH"),
+    "not-found": ("源镜像或标签不存在", "核对名称和标签；私有镜像要设置 Secrets 的 SOURCE_AUTH"),
     "source-denied": (
         "源仓库拒绝读取：镜像不存在，或需要登录",
-        "核对名称；私有镜像要在 GitHub Secrets 设置 SOURCE_AUTH",
+        "核对名称；私有镜像要设置 Secrets 的 SOURCE_AUTH",
     ),
     "target-denied": (
         "目标仓库拒绝写入",
@@ -147,8 +147,7 @@ COPY_REASONS = {
     ),
     "target-login": (
         "登录目标仓库失败",
-        "DOCKER_PASSWORD 要填 ACR“访问凭证”里的固定密码（不是阿里云登录密码）；"
-        "并核对 DOCKER_USERNAME 和 DOCKER_REGISTRY 的地域",
+        "DOCKER_PASSWORD 要填 ACR“访问凭证”里的固定密码（不是阿里云登录密码）；并核对地域和用户名",
     ),
     "target-mismatch": (
         "GitHub Secrets 的目标与 wxsync 的设置不同，没有复制",
@@ -256,7 +255,7 @@ class Settings:
     SYNC_TIMEOUT: int = number(300, 1, 6 * 3600)
     QUEUE_SIZE: int = number(10, 0, 1000)
     CALLBACK_MAX_AGE: int = number(600, 0, 86400)
-    LOG_LEVEL: str = setting("INFO", "(?i:DEBUG|INFO|WARNING|ERROR)", "应为 DEBUG、INFO、WARNING 或 ERROR")
+    LOG_LEVEL: str = setting("INFO", "(?i:DEBUG|INFO|WARNING|ERROR)", "应为 DEBUG、INFO 等")
     WECOM_API_URL: str = setting("https://qyapi.weixin.qq.com", *ADDRESS)
     GITHUB_API_URL: str = setting("https://api.github.com", *ADDRESS)
     QINGSTOR_URL: str = setting("https://qingstor.com", *ADDRESS)
@@ -324,7 +323,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     problems = []
     for entry in fields(Settings):
         text = environ.get(entry.name, "").strip()
-        if text and not text.lower().startswith("your_"):  # env.example's placeholders are no values
+        if text and not text.lower().startswith("your_"):  # a placeholder is no value
             try:
                 values[entry.name] = _convert(str(entry.type), entry.metadata, text)
             except ValueError as error:
@@ -334,7 +333,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         elif entry.name == "NO_PROXY_DOMAINS" and entry.name in environ:
             values[entry.name] = ()
     if bool(values.get("QINGSTOR_ACCESS_KEY_ID")) != bool(values.get("QINGSTOR_SECRET_ACCESS_KEY")):
-        problems.append("QINGSTOR_ACCESS_KEY_ID, QINGSTOR_SECRET_ACCESS_KEY: 要么都设置，要么都不设置")
+        problems.append("QINGSTOR_ACCESS_KEY_ID, QINGSTOR_SECRET_ACCESS_KEY: 两个要一起设置")
     if problems:
         raise SettingsError(problems)
     return Settings(**values)
@@ -470,7 +469,7 @@ def is_outside(address: str) -> bool:
 
 
 def refuse_local_name(host: str) -> None:
-    """Raise Failure for a literal inside address or a local name, where a proxy would resolve it."""
+    """Raise Failure for an inside address or a local name, where a proxy would resolve it."""
     try:
         # inet_aton knows the old spellings (127.1, 0x7f000001, 2130706433), as resolvers do.
         address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
@@ -528,7 +527,7 @@ def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
 
 
 def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
-    """Return getaddrinfo's answers for TCP; raise OSError. It cannot be interrupted, so a thread waits."""
+    """Return getaddrinfo's answers for TCP, in a thread for want of a deadline; raise OSError."""
     answers: list[Any] = [TimeoutError()]
 
     def look_up() -> None:
@@ -549,7 +548,7 @@ def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
 def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
     """Return a connected TCP socket; with vet only to public addresses, those just resolved.
 
-    Raises Failure when any address of the name is inside (a mixed answer is an attack), else OSError.
+    Raises Failure when any address of the name is inside (a mixed answer is an attack), or OSError.
     """
     deadline = time.monotonic() + seconds
     found = resolve(host, port, seconds)
@@ -627,11 +626,11 @@ def ask_http_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> N
         raise OSError(0, f"代理拒绝连接 {host}（{shown(b''.join(status).decode('latin-1'), 8)}）")
 
 
-SOCKS5_ERRORS = ("", "代理内部错误", "代理规则不允许", "网络不可达", "主机不可达", "连接被拒绝", "TTL 超时")
+SOCKS5_ERRORS = ("", "代理内部错误", "代理规则不允许", "网络不可达", "主机不可达", "连接被拒绝")
 
 
 def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> None:
-    """Turn sock into a tunnel to host:port by SOCKS5 (RFC 1928, 1929); the proxy resolves the name."""
+    """Turn sock into a tunnel to host:port by SOCKS5 (RFC 1928, 1929); the proxy resolves it."""
     user, password, name = proxy.user.encode(), proxy.password.encode(), host.encode()
     if max(len(user), len(password), len(name)) > 255:
         raise OSError(0, "代理的用户名、密码或主机名过长")
@@ -653,7 +652,7 @@ def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) ->
 
 
 class Wire(http.client.HTTPConnection):
-    """One HTTP connection over a socket that is connected already, and never reconnects by itself."""
+    """One HTTP connection over a socket that is connected already; it never reconnects."""
 
     auto_open = 0
 
@@ -857,7 +856,7 @@ class Crypto:
         return hmac.compare_digest(given.encode(errors="replace"), right.encode())
 
     def _aes(self) -> Any:
-        from Crypto.Cipher import AES  # noqa: PLC0415 - `plan` and `copy` run without it
+        from Crypto.Cipher import AES  # `plan` and `copy` run without it
 
         return AES.new(self._key, AES.MODE_CBC, iv=self._key[:16])
 
@@ -1062,7 +1061,9 @@ class WeCom:
             self._token, self._token_ends = token, time.monotonic() + max(60, seconds - 300)
             return token
 
-    def call_with_token(self, method: str, path: str, query: Mapping[str, str], body: str = "") -> Any:
+    def call_with_token(
+        self, method: str, path: str, query: Mapping[str, str], body: str = ""
+    ) -> Any:
         """Make a call with the access token, renewing it once when it is refused."""
         token = self.token()
         try:
@@ -1193,7 +1194,7 @@ class GitHub:
                 return answer
             location = follow_location(url, answer.headers.get("Location", ""))
             if location[:3] != url[:3]:
-                raise GitHubError(answer.status, f"GitHub 把请求转到了别的主机 {location.host}，已拒绝")
+                raise GitHubError(answer.status, f"GitHub 转到别的主机 {location.host}，已拒绝")
             target = location.target
         raise GitHubError(310, "GitHub 不停地重定向，请核对 GITHUB_REPO")
 
@@ -1220,7 +1221,9 @@ class GitHub:
         limited = answer.status == 429 or b"rate limit" in answer.body.lower()
         return 60.0 if limited else 0.0
 
-    def call(self, method: str, path: str, body: Any = None, needs: str = "", polling: bool = False) -> Any:
+    def call(
+        self, method: str, path: str, body: Any = None, needs: str = "", polling: bool = False
+    ) -> Any:
         """Return the JSON of a 2xx answer (None for an empty one); raise GitHubError, Unreachable.
 
         GET and PUT are retried with growing pauses (PUT carries the sha it replaces), POST is not:
@@ -1274,12 +1277,13 @@ class GitHub:
         if status == 401:
             text = "GitHub 令牌无效或已过期：换一个新的 GITHUB_TOKEN"
         elif status == 403 and "not accessible" in said:
-            text = f"GitHub 令牌缺少权限 {needs}：在令牌设置里加上（细粒度令牌），或用带 repo 的经典令牌"
+            text = f"GitHub 令牌缺少权限 {needs}：在令牌设置里加上，或用带 repo 的经典令牌"
         elif status == 404:
             text = f"GitHub 找不到 {repo} 里的内容：核对仓库名、分支 {self._settings.GITHUB_BRANCH}"
             text += f"，并确认令牌可访问该仓库且有权限 {needs}"
         else:
-            text = {403: "GitHub 拒绝了请求", 409: "GitHub 上的内容同时被改动"}.get(status, "GitHub 报错")
+            known = {403: "GitHub 拒绝了请求", 409: "GitHub 上的内容同时被改动"}
+            text = known.get(status, "GitHub 报错")
         return GitHubError(status, f"{text}（{status} {said}）".replace(" ）", "）"))
 
     def upload_list(self, content: bytes, message: str) -> bool:
@@ -1309,7 +1313,7 @@ class GitHub:
         raise AssertionError("unreachable")
 
     def dispatch(self, lines: list[str], request_id: str) -> Run:
-        """Start the workflow for these lines and return its Run; may raise Unreachable: then it may run."""
+        """Start the workflow for these lines, return its Run; after Unreachable it may run, too."""
         inputs = {
             "images": json.dumps(lines, separators=(",", ":")),
             "request": request_id,
@@ -1381,7 +1385,7 @@ class Upload(NamedTuple):
 # What QingStor's code and message say, or its status -> cause and cure; the first that matches.
 QINGSTOR_ERRORS = (
     (r"skew|expired|time_|date", "本机时钟不准：请校准时间"),
-    (r"^401|signature|access_key", "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY"),
+    (r"^401|signature|access_key", "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 …SECRET_ACCESS_KEY"),
     (r"^404", "找不到存储桶：核对 QINGSTOR_BUCKET 和 QINGSTOR_ZONE"),
     (r"quota|exceed|full", "存储空间已满：清理存储桶或提高配额"),
     (r"^403", "没有权限写入存储桶：核对密钥的权限，账号是否欠费"),
@@ -1390,9 +1394,11 @@ QINGSTOR_ERRORS = (
 
 
 class QingStor:
-    """Objects of one bucket. The SDK's own client has no timeouts and hides errors: it only signs."""
+    """Objects of one bucket. The SDK's client has no timeouts and hides errors: it only signs."""
 
-    def __init__(self, settings: Settings, network: Network, sleep: Callable[[float], None]) -> None:
+    def __init__(
+        self, settings: Settings, network: Network, sleep: Callable[[float], None]
+    ) -> None:
         self._settings = settings
         self._sleep = sleep
         self._base = parse_url(settings.QINGSTOR_URL)
@@ -1403,7 +1409,7 @@ class QingStor:
 
     def _request(self, name: str, *words: str, **options: Any) -> Any:
         """Return the SDK's unsigned request for an operation, such as "put_object"."""
-        from qingstor.sdk.service.bucket import Bucket  # noqa: PLC0415 - 10 MiB, and only for files
+        from qingstor.sdk.service.bucket import Bucket  # 10 MiB, and only for files
 
         class Config:  # the SDK's own installs a root log handler
             host, port, protocol = self._base.host, self._base.port, self._base.scheme
@@ -1467,7 +1473,7 @@ class QingStor:
             raise Failure("QingStor 的回答里没有 upload_id") from error
 
     def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
-        """Store one part; they count from 0. (The SDK wants text: an int raises TypeError there.)"""
+        """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
         options = {"part_number": str(part), "upload_id": upload.upload_id}
         self.require(self.call("upload_multipart", upload.key, body=body, **options))
 
@@ -1489,7 +1495,7 @@ class QingStor:
         return int(self.require(answer).headers.get("Content-Length") or 0)
 
     def settle(self, upload: Upload) -> int | None:
-        """Undo an interrupted upload; return the object's size if it had been finished after all."""
+        """Undo an interrupted upload; return the object's size if it was finished after all."""
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             answer = self.call("abort_multipart_upload", upload.key, upload_id=upload.upload_id)
@@ -1543,7 +1549,7 @@ def read_file_name(disposition: str, *urls: Url) -> str:
 
 def make_key(name: str) -> str:
     """Return a new object key: a uuid and the cleaned extension of the name."""
-    import uuid  # noqa: PLC0415 - takes 2 ms at start, and only files need it
+    import uuid  # takes 2 ms at start, and only files need it
 
     found = re.search(r"(\.tar)?\.[A-Za-z0-9]{1,10}$", name)
     return f"{uuid.uuid4()}{found[0].lower() if found else ''}"
@@ -1553,7 +1559,7 @@ class Source:
     """A file being downloaded, part by part, resumed where the server allows it."""
 
     STATUS_TEXTS = MappingProxyType(
-        {401: "需要登录", 403: "来源拒绝访问", 404: "文件不存在", 410: "文件已删除", 429: "来源限流"}
+        {401: "需要登录", 403: "来源拒绝访问", 404: "文件不存在", 410: "文件已删除"}
     )
 
     def __init__(self, network: Network, link: str, vet: bool, limit_bytes: int) -> None:
@@ -1596,7 +1602,8 @@ class Source:
                     response = wire.ask("GET", self._url.target, {"Accept": "*/*", **headers})
             except (OSError, http.client.HTTPException) as error:
                 wire.close()
-                raise Unreachable(f"下载失败：{self._url.host} {explain(error)}，请检查链接") from error
+                text = f"下载失败：{self._url.host} {explain(error)}，请检查链接"
+                raise Unreachable(text) from error
             status = response.status
             if status in (200, 206):
                 return response, wire
@@ -1690,7 +1697,8 @@ class Source:
 # ---- Reading a message (contract section 5; no input or output in here) ------------------------
 
 # distribution/reference: domain, path component, tag; a digest of the one algorithm in use.
-_DOMAIN = r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*(?::\d+)?"
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_DOMAIN = rf"{_LABEL}(?:\.{_LABEL})*(?::\d+)?"
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 REFERENCE = re.compile(
     rf"(?:(?P<host>{_DOMAIN})/)?(?P<path>{NAME}(?:/{NAME})*)"
@@ -1712,7 +1720,7 @@ TIDY = {
     ord("→"): "=>",
 }
 PASTED = re.compile(
-    r"(?:[-*•]\s+)?(?:[$#]\s+)?(?:sudo\s+)?(?:docker\s+(?:image\s+)?pull\s+)?(?:image\s*:\s+)?", re.I
+    r"(?i)(?:[-*•]\s+)?(?:[$#]\s+)?(?:sudo\s+)?(?:docker\s+(?:image\s+)?pull\s+)?(?:image\s*:\s+)?"
 )
 
 
@@ -1861,7 +1869,7 @@ def split_items(text: str) -> tuple[list[str], list[str]]:
             continue
         for item in re.split(r"[,、;]", re.sub("—+", "--", line).translate(TIDY)):
             item = PASTED.sub("", item.strip().strip("\"'`").strip(), count=1)
-            if re.match(r"(?i)image:[^/:\s]+[/:]", item):  # `image:nginx:1` but not an image "image"
+            if re.match(r"(?i)image:[^/:\s]+[/:]", item):  # but not the image "image"
                 item = item[6:]
             if item := re.sub(r"\s+", " ", item).strip("\"'` "):
                 items.append(item)
@@ -1878,9 +1886,8 @@ def _check_links(links: list[str]) -> None:
         if page := REGISTRY_PAGE.fullmatch(link):
             with contextlib.suppress(BadImage):
                 line = read_image(page[1]).line
-                raise Failure(
-                    f"❓ 这是镜像的网页，不是文件。\n同步镜像请发送：{line}\n要文件请发送文件本身的链接"
-                )
+                text = f"❓ 这是镜像的网页，不是文件。\n同步镜像请发送：{line}\n"
+                raise Failure(text + "要文件请发送文件本身的链接")
         try:
             parse_url(link)
         except Failure as error:
@@ -1946,7 +1953,7 @@ def read_message(text: str, prefix: str) -> Reading:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace path by a file that is wholly written: temporary file, fsync, rename. Raises OSError."""
+    """Replace path by a file that is wholly written (fsync, then rename); raise OSError."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -2035,8 +2042,9 @@ def read_task(entry: dict[str, Any]) -> Task:
     for name, value in vars(Task("", "", "", [], 0.0)).items():
         if not isinstance(getattr(task, name), (int, float) if value == 0 else type(value)):
             raise TypeError(name)
-    texts = [*task.items, *task.upload]
-    if not task.items or len(task.upload) not in (0, 3) or not all(isinstance(t, str) for t in texts):
+    if not task.items or len(task.upload) not in (0, 3):
+        raise ValueError("items or upload")
+    if not all(isinstance(text, str) for text in [*task.items, *task.upload]):
         raise TypeError("items or upload")
     if task.lane not in ("images", "files") or task.stage not in STAGES:
         raise ValueError("lane or stage")
@@ -2087,11 +2095,11 @@ class State:
             self.midnight, self.last = str(data["midnight"]), str(data["last"])
         except FileNotFoundError:
             return
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
             os.replace(self._path, aside)
             self.tasks, self.letters, self.orphans, self.seen = [], [], [], {}
-            self._log.error(f"❌ 状态文件已损坏，另存为 {aside.name}，从空状态开始；未完成的请求请重发")
+            self._log.error(f"❌ 状态文件已损坏，另存为 {aside.name}；未完成的请求请重发")
 
     def _save(self) -> None:
         """Write the file (lock held); raise Failure where the disk does not take it."""
@@ -2283,7 +2291,7 @@ class StateLock:
     """STATE_DIR/wxsync.lock: held while the process lives, freed by the system when it dies."""
 
     def __init__(self, folder: Path) -> None:
-        """Take the lock; raise Failure when another process has it or the folder is not writable."""
+        """Take the lock; raise Failure when another process has it or it cannot be written."""
         path = folder / "wxsync.lock"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -2294,7 +2302,7 @@ class StateLock:
             if fcntl:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
-                import msvcrt  # noqa: PLC0415
+                import msvcrt
 
                 self._file.seek(0)
                 msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
@@ -2380,7 +2388,7 @@ def late_text(outcomes: list[Outcome], prefix: str, run_url: str) -> str:
     """Return the message of a run that outlives SYNC_TIMEOUT."""
     done = [outcome for outcome in outcomes if outcome.is_done]
     failed = [o for o in outcomes if not o.is_done and o.code not in ("running", "missing")]
-    head = f"⏰ 还在同步，已完成 {len(done)} / {len(outcomes)}，失败 {len(failed)}；结束后会再通知您"
+    head = f"⏰ 还在同步，完成 {len(done)} / {len(outcomes)}，失败 {len(failed)}；结束后再通知您"
     lines = [head, run_url, "", *_failed_groups(failed), *_done_lines(done, prefix)]
     return split_text("\n".join(lines), MAX_TEXT_BYTES - 64)[0]
 
@@ -2445,7 +2453,8 @@ def sync_images(app: App, task: Task) -> None:
             try:
                 content = app.images.add(task.items)
             except OSError as error:
-                raise Failure(f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 STATE_DIR") from error
+                text = f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 STATE_DIR"
+                raise Failure(text) from error
             app.github.upload_list(content, message)
             app.state.advance(task, stage="committed")
         if task.stage in ("committed", "dispatching"):
@@ -2474,7 +2483,7 @@ def fail_images(app: App, task: Task, why: str) -> None:
 
 def read_ahead(source: Source) -> Iterator[bytearray]:
     """Yield the source's parts, each next one read while the last one is being worked on."""
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - 5 ms at start
+    from concurrent.futures import ThreadPoolExecutor  # 5 ms at start
 
     parts = source.parts()
     with ThreadPoolExecutor(1) as pool:
@@ -2630,19 +2639,18 @@ COPY_MESSAGES: tuple[tuple[str, str, str], ...] = (
     (r"context deadline exceeded", "timeout", "timeout"),
     (r"unknown manifest class|manifest invalid|unsupported.*media ?type", "rejected", "rejected"),
     (r"no image found in (image index|manifest list)", "no-platform", "no-platform"),
-    (
-        r"no such host|connection refused|i/o timeout|connection reset|network is unreachable"
-        r"|no route to host|TLS handshake|x509:|HTTP response to HTTPS|\bEOF\b|broken pipe"
-        r"|HTTP status: 5|StatusCode: 5|server misbehaving|use of closed network",
-        "network",
-        "network",
-    ),
+    (r"no such host|server misbehaving|no route to host|is unreachable", "network", "network"),
+    (r"connection (refused|reset)|broken pipe|use of closed network|\bEOF\b", "network", "network"),
+    (r"i/o timeout|TLS handshake|x509:|HTTP response to HTTPS", "network", "network"),
+    (r"HTTP status: 5|StatusCode: 5", "network", "network"),
     (r"invalid username/password|unable to retrieve auth token", "source-denied", "target-login"),
-    (r"manifest unknown|name unknown|repository name not known|StatusCode: 404", "not-found", "error"),
-    (r"requested access to the resource is denied|\b403\b|denied", "source-denied", "target-denied"),
+    (r"manifest unknown|name unknown|name not known|StatusCode: 404", "not-found", "error"),
+    (r"denied|\b403\b", "source-denied", "target-denied"),
     (r"unauthorized|authentication required|\b401\b", "source-denied", "target-login"),
 )
-TARGET_MARKS = ("at destination", "destination repository", "initializing destination", "uploading", "writing")
+TARGET_MARKS = r"at destination|destination repository|initializing destination|uploading|writing"
+# Names in skopeo's messages, which may look like a message themselves (an image called "eof").
+NAMES = r'\w+://[^\s"\\]+|(?<=manifest )\S+ in \S+|(?<=exists in )\S+|(?<=repository )\S+'
 
 
 class CopyFailure(Exception):
@@ -2662,7 +2670,7 @@ def classify(text: str, at_target: bool) -> str:
 
 
 class Skopeo:
-    """Runs skopeo with auth files that only this process can read, never with secrets as arguments."""
+    """Runs skopeo with auth files that only this user can read, never with secrets as arguments."""
 
     def __init__(self, environ: Mapping[str, str], registry: str, folder: Path) -> None:
         self._environ = {k: v for k, v in environ.items() if k not in JOB_SECRETS}
@@ -2698,7 +2706,7 @@ class Skopeo:
         return self._run_once(arguments, seconds, at_target)
 
     def _run_once(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
-        import subprocess  # noqa: PLC0415 - only here
+        import subprocess  # only here
 
         command = [*self._command, "--command-timeout", f"{seconds:.0f}s", *arguments]
         try:
@@ -2713,7 +2721,8 @@ class Skopeo:
             return done.stdout
         text = done.stderr.decode(errors="replace")
         said = re.findall(r'msg="((?:\\.|[^"\\])*)"', text) or [text]
-        at_target = at_target or any(mark in text for mark in TARGET_MARKS)
+        text = re.sub(NAMES, "", text)
+        at_target = at_target or re.search(TARGET_MARKS, text) is not None
         detail = re.sub(r'^Error parsing image name "[^"]*": ', "", said[-1].replace('\\"', '"'))
         raise CopyFailure(classify(text, at_target), detail)
 
@@ -2763,13 +2772,15 @@ def choose(entries: list[Any], wanted: str) -> Any:
     raise CopyFailure("no-platform", f"no {wanted} among {', '.join(offered)}")
 
 
-def copy_index(skopeo: Skopeo, image: Image, index: dict[str, Any], raw: bytes, names: tuple[str, str],
-               folder: Path) -> tuple[bool, str]:
+def copy_index(
+    skopeo: Skopeo, image: Image, raw: bytes, repository: str, target: str, folder: Path
+) -> tuple[bool, str]:
     """Copy the wanted platforms by digest, then an index that holds just those."""
-    repository, target = names
+    index = json.loads(raw)
     entries = [entry for entry in index["manifests"] if not _is_attestation(entry)]
     if image.platforms != ("all",):
-        entries = [choose(entries, name) for name in image.platforms]
+        wanted = [choose(entries, name) for name in image.platforms]
+        entries = [entry for entry in entries if entry in wanted]  # in the source's order
     if entries != index["manifests"]:
         raw = json.dumps({**index, "manifests": entries}, indent=2).encode()
     digest = digest_of(raw)
@@ -2810,7 +2821,7 @@ def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple
     manifest = json.loads(raw)
     if manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest:
         if len(image.platforms) > 1 or image.platforms == ("all",):
-            return copy_index(skopeo, image, manifest, raw, (repository, target), folder)
+            return copy_index(skopeo, image, raw, repository, target, folder)
         entries = [entry for entry in manifest["manifests"] if not _is_attestation(entry)]
         wanted = choose(entries, (image.platforms or (DEFAULT_PLATFORM,))[0])
         digest = wanted["digest"]
@@ -2837,21 +2848,27 @@ def check_platform(skopeo: Skopeo, image: Image, reference: str, manifest: dict[
         choose(entries, name)
 
 
-def run_copy(line: str, environ: Mapping[str, str]) -> int:
-    """Do `wxsync.py copy LINE`: print the result and append it to $GITHUB_OUTPUT; return the status."""
-    import tempfile  # noqa: PLC0415 - only here
+def harmless(text: str) -> str:
+    """Return text on one line for a job's log, where `##[` and a leading `::` are commands."""
+    return shown(re.sub(r"[^\x20-\x7e]+", " ", text), 200).replace("##[", "# #[")
 
+
+def run_copy(line: str, environ: Mapping[str, str]) -> int:
+    """Do `wxsync.py copy LINE`: print the result, also to $GITHUB_OUTPUT; return the status."""
+    import tempfile  # only here
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the auth files go, too
     try:
         image = read_image(line)
     except BadImage as error:
-        print(f"{shown(line)}: {error}", file=sys.stderr)
+        print(f"wxsync: {harmless(line)}: {error}", file=sys.stderr)
         return 2
     registry, namespace = environ.get("DOCKER_REGISTRY", ""), environ.get("DOCKER_NAMESPACE", "")
     prefix = f"{registry}/{namespace}"
     print(f"{image.line} -> {image.target(prefix)}", file=sys.stderr, flush=True)
     try:
         if not re.fullmatch(REGISTRY[0], registry) or not re.fullmatch(NAMESPACE[0], namespace):
-            raise CopyFailure("error", "DOCKER_REGISTRY or DOCKER_NAMESPACE is not set or not valid")
+            raise CopyFailure("error", "DOCKER_REGISTRY or DOCKER_NAMESPACE is not valid")
         if environ.get("WXSYNC_TARGET", "") not in ("", prefix):
             raise CopyFailure("target-mismatch", f"asked for {environ['WXSYNC_TARGET']}")
         with tempfile.TemporaryDirectory(prefix="wxsync-") as folder:
@@ -2859,9 +2876,8 @@ def run_copy(line: str, environ: Mapping[str, str]) -> int:
             copied, digest = copy_image(skopeo, image, prefix, Path(folder))
         status, result = 0, f"{'copied' if copied else 'unchanged'} {digest}"
     except CopyFailure as failure:
-        detail = re.sub(r"[^\x20-\x7e]+", " ", str(failure))
-        detail = detail.replace(environ.get("DOCKER_PASSWORD") or "\0", "***")
-        status, result = 1, f"failed {failure.code} {shown(detail, 200)}"
+        detail = str(failure).replace(environ.get("DOCKER_PASSWORD") or "\0", "***")
+        status, result = 1, f"failed {failure.code} {harmless(detail)}"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         status, result = 1, f"failed error odd manifest ({type(error).__name__})"
     print(f"wxsync: {result}", flush=True)
@@ -3085,7 +3101,8 @@ def status_text(app: App) -> str:
         task, seconds = tasks[0], max(1.0, app.now() - (tasks[0].active or app.now()))
         lines.append(f"{name}：进行中 {task.title}，已用 {duration(seconds)}")
         if lane == "images":
-            lines.append(f"　{_bar(task.done, len(task.items))}，已完成 {task.done}/{len(task.items)}")
+            total = len(task.items)
+            lines.append(f"　{_bar(task.done, total)}，已完成 {task.done}/{total}")
         else:
             known = f"{_bar(task.done, task.total)}，" if task.total else ""
             of = f" / {task.total / 1e6:.1f}" if task.total else ""
@@ -3215,9 +3232,10 @@ class Callback:
         if reading.images:
             prefix = app.settings.target_prefix
             items = [image.line for image in reading.images]
-            lines_ = [f"{n}. {i.line} → {i.target(prefix)}" for n, i in enumerate(reading.images, 1)]
+            pairs = [f"{image.line} → {image.target(prefix)}" for image in reading.images]
+            pairs = [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
             head = f"🔄 正在处理镜像同步请求...\n共 {len(items)} 个镜像："
-            replies.append(self._queue(tasks, message, "images", items, fit(head, lines_, room)))
+            replies.append(self._queue(tasks, message, "images", items, fit(head, pairs, room)))
         if reading.links and app.store is None:
             replies.append("❌ 文件上传没有启用：请管理员设置 QINGSTOR_ACCESS_KEY_ID 等")
         elif reading.links:
@@ -3336,7 +3354,7 @@ def warm_up(crypto: Crypto) -> None:
     """Load AES before the first message waits for it; give back what compiling this file took."""
     crypto.encrypt("")
     if sys.platform == "linux":
-        import ctypes  # noqa: PLC0415 - the AES library has loaded it already
+        import ctypes  # the AES library has loaded it already
 
         with contextlib.suppress(AttributeError):  # musl has no such function
             ctypes.CDLL(None).malloc_trim(0)
@@ -3404,7 +3422,8 @@ def send_text(settings: Settings, text: str, user: str) -> int:
             response = connection.getresponse()
             data = response.read(MAX_ANSWER_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        print(f"❌ 连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？", file=sys.stderr)
+        text = f"❌ 连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？"
+        print(text, file=sys.stderr)
         return 1
     if response.status != 200:
         print(f"❌ 服务答 {response.status}：它的设置和这里的一样吗？", file=sys.stderr)
@@ -3431,7 +3450,7 @@ def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> F
 
 def check_host(app: App, env_file: Path) -> Iterator[Finding]:
     """Look at this machine: folder, file modes, libraries."""
-    import importlib.util  # noqa: PLC0415
+    import importlib.util
 
     folder = Path(app.settings.STATE_DIR).resolve()
     writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
@@ -3450,7 +3469,7 @@ def check_host(app: App, env_file: Path) -> Iterator[Finding]:
 
 def check_clock(name: str, answer: Answer, now: float) -> Iterator[Finding]:
     """Compare this machine's clock with a server's Date header."""
-    import email.utils  # noqa: PLC0415
+    import email.utils
 
     with contextlib.suppress(ValueError, TypeError):
         there = email.utils.parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
@@ -3462,7 +3481,8 @@ def check_proxy(app: App) -> Iterator[Finding]:
     if app.network.proxy is None:
         yield Finding("✅", "代理", "没有设置，GitHub 直连")
         return
-    cure = f"{app.network.proxy} 打不开 {app.settings.PROXY_TEST_URL}：核对地址、密码，或换 PROXY_TEST_URL"
+    test = app.settings.PROXY_TEST_URL
+    cure = f"{app.network.proxy} 打不开 {test}：核对地址和密码，或换 PROXY_TEST_URL"
     yield finding("代理", app.network.probe(), f"{app.network.proxy} 可用", cure)
 
 
@@ -3515,7 +3535,7 @@ def check_workflow(app: App) -> Iterator[Finding]:
         cure = f"状态 {state}：到 Actions 页选中它，点 Enable workflow"
         yield finding("GitHub 工作流", state == "active", "已启用", cure)
     except GitHubError as error:
-        cure = f"默认分支上要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页点启用。{error}"
+        cure = f"默认分支要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页启用。{error}"
         yield Finding("❌", "GitHub 工作流", cure)
     branch = app.settings.GITHUB_BRANCH
     try:
@@ -3525,15 +3545,17 @@ def check_workflow(app: App) -> Iterator[Finding]:
         cure = "与本机的版本不同：两边更新到同一版本"
         yield finding("GitHub 上的 wxsync.py", same, "与本机相同", cure, "⚠️")
     except (GitHubError, ValueError) as error:
-        yield Finding("❌", "GitHub 上的 wxsync.py", f"分支 {branch} 里读不到，工作流需要它：{error}")
+        cure = f"分支 {branch} 里读不到，工作流需要它：{error}"
+        yield Finding("❌", "GitHub 上的 wxsync.py", cure)
 
 
 def check_target(app: App) -> Iterator[Finding]:
     """Look at the target registry's name and ask whether it answers."""
     registry = app.settings.DOCKER_REGISTRY
     acr = r"(registry\.[a-z0-9-]+|crpi-[a-z0-9]+\.[a-z0-9-]+\.personal\.cr)\.aliyuncs\.com"
-    cure = f"{registry} 不像 ACR 个人版的公网地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.aliyuncs.com"
-    yield finding("目标仓库", bool(re.fullmatch(acr, registry)), f"{registry} 是 ACR 地址", cure, "⚠️")
+    cure = f"{registry} 不像 ACR 个人版的地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.…"
+    found = re.fullmatch(acr, registry) is not None
+    yield finding("目标仓库", found, f"{registry} 是 ACR 地址", cure, "⚠️")
     answer = Client(app.network, f"https://{registry}", proxied=False).call("GET", "/v2/", {})
     text = f"{registry} 可以访问（账号密码只在工作流里用，这里无法检查）"
     cure = f"{registry} 答 HTTP {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY"
@@ -3602,7 +3624,8 @@ def run_check(app: App, env_file: Path, as_json: bool) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    parser = argparse.ArgumentParser(prog="wxsync.py", description="企业微信 → GitHub Actions → 镜像仓库，链接 → QingStor")
+    about = "企业微信里发镜像名，经 GitHub Actions 复制到镜像仓库；发链接，存到 QingStor"
+    parser = argparse.ArgumentParser(prog="wxsync.py", description=about)
     parser.add_argument("--version", action="version", version=f"wxsync {VERSION} sha256:{digest}")
     parser.add_argument("--env", metavar="FILE", help="设置文件（默认当前目录的 .env）")
     commands = parser.add_subparsers(dest="command", metavar="命令")
@@ -3611,7 +3634,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="输出 JSON")
     send = commands.add_parser("send", help="像企业微信一样给运行中的服务发一条消息")
     send.add_argument("text", metavar="TEXT")
-    send.add_argument("--user", default="", metavar="ID", help="发送者（默认 ALLOWED_USERS 的第一个）")
+    send.add_argument("--user", default="", metavar="ID", help="默认 ALLOWED_USERS 的第一个")
     plan = commands.add_parser("plan", help="读镜像列表，输出规范行的 JSON 数组")
     plan.add_argument("file", nargs="?", default=LIST_PATH, metavar="FILE", help="- 为标准输入")
     copy = commands.add_parser("copy", help="用 skopeo 复制一个镜像（工作流的任务运行它）")
