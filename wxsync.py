@@ -1461,7 +1461,7 @@ class QingStor:
         try:
             self.require(self.call("put_object", key, body=body, content_type=content_type))
         except Failure:
-            if self.size_bytes(key) != len(body):
+            if not self._is_stored(key):
                 raise
 
     def initiate(self, key: str, content_type: str) -> str:
@@ -1484,8 +1484,13 @@ class QingStor:
         try:
             self.require(self.call("complete_multipart_upload", upload.key, **done))
         except Failure:
-            if self.size_bytes(upload.key) is None:
+            if not self._is_stored(upload.key):
                 raise
+
+    def _is_stored(self, key: str) -> bool:
+        with contextlib.suppress(Failure):
+            return self.size_bytes(key) is not None
+        return False
 
     def size_bytes(self, key: str) -> int | None:
         """Return the size of an object, None where there is none."""
