@@ -236,7 +236,7 @@ class Settings:
     TOKEN: str = setting(None, r"[A-Za-z0-9]{1,32}", "应为接收消息页的 Token，最多 32 个字母或数字")
     ENCODING_AES_KEY: str = setting(None, r"[A-Za-z0-9+/]{43}", "应为 43 个字母或数字")
     GITHUB_TOKEN: str = setting(None, *PRINTABLE)
-    GITHUB_REPO: str = setting(None, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带 https://github.com/")
+    GITHUB_REPO: str = setting(None, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带网址")
     DOCKER_REGISTRY: str = setting(None, *REGISTRY)
     DOCKER_NAMESPACE: str = setting(None, *NAMESPACE)
     GITHUB_BRANCH: str = setting("main", r"(?!.*\.\.)[\w./-]+", "不是分支名")
@@ -310,7 +310,8 @@ def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
         if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
             return int(text)
     elif kind == "str":
-        if re.fullmatch(rule["pattern"], text, re.ASCII):
+        port = re.search(r":(\d+)/?$", text) if "://" in text else None
+        if re.fullmatch(rule["pattern"], text, re.ASCII) and (not port or int(port[1]) < 65536):
             return text.rstrip("/") if "://" in text else text
     elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
         return items  # a list of nothing but commas is wrong: it would mean everybody
@@ -495,6 +496,8 @@ TROUBLES: tuple[tuple[type[BaseException], str], ...] = (
 
 def explain(error: BaseException) -> str:
     """Return in Chinese what went wrong on a connection."""
+    if isinstance(error, Failure):
+        return str(error)
     said = getattr(error, "strerror", None) or type(error).__name__
     return next((text for kind, text in TROUBLES if isinstance(error, kind)), shown(said))
 
@@ -1420,12 +1423,19 @@ class QingStor:
         place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
         return getattr(Bucket(Config, place, None), f"{name}_request")(*words, **options)
 
-    def call(self, name: str, *words: str, body: bytes | bytearray = b"", **options: Any) -> Answer:
+    def call(
+        self,
+        name: str,
+        *words: str,
+        body: bytes | bytearray = b"",
+        tries: int = TRIES,
+        **options: Any,
+    ) -> Answer:
         """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
         if body:
             md5 = hashlib.md5(body, usedforsecurity=False).digest()
             options["content_md5"] = base64.b64encode(md5).decode()
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, tries + 1):
             signed = self._request(name, *words, **options).sign()  # anew: the Date is signed
             url = urllib.parse.urlsplit(signed.url)
             headers = {k: v for k, v in signed.headers.items() if k.lower() != "content-length"}
@@ -1438,7 +1448,7 @@ class QingStor:
                     return answer
             except Unreachable as error:
                 problem = Unreachable(f"连接 QingStor 失败：{error}，请稍后再试")
-            if attempt < TRIES:
+            if attempt < tries:
                 self._sleep(attempt)
         raise problem
 
@@ -1466,15 +1476,34 @@ class QingStor:
 
     def initiate(self, key: str, content_type: str) -> str:
         """Begin an object in parts; return its upload id."""
-        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
-        try:
-            return str(json.loads(self.require(answer).body)["upload_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise Failure("QingStor 的回答里没有 upload_id") from error
+        for attempt in range(1, TRIES + 1):
+            try:
+                name = "initiate_multipart_upload"
+                answer = self.call(name, key, tries=1, content_type=content_type)
+                return str(json.loads(self.require(answer).body)["upload_id"])
+            except Unreachable:  # it may have begun all the same
+                self._abort_strays(key)
+                if attempt == TRIES:
+                    raise
+            except (ValueError, KeyError, TypeError) as error:
+                raise Failure("QingStor 的回答里没有 upload_id") from error
+        raise AssertionError
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
+        if answer.status != 404:  # already gone
+            self.require(answer)
+
+    def _abort_strays(self, key: str) -> None:
+        """Drop uploads of a key that were begun without our learning their id."""
+        with contextlib.suppress(Failure, ValueError, KeyError, TypeError, AttributeError):
+            listed = json.loads(self.require(self.call("list_multipart_uploads", prefix=key)).body)
+            for entry in listed["uploads"]:
+                self._abort(entry["key"], entry["upload_id"])
 
     def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
         """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
-        options = {"part_number": str(part), "upload_id": upload.upload_id}
+        options: dict[str, Any] = {"part_number": str(part), "upload_id": upload.upload_id}
         self.require(self.call("upload_multipart", upload.key, body=body, **options))
 
     def complete(self, upload: Upload, count: int) -> None:
@@ -1503,9 +1532,9 @@ class QingStor:
         """Undo an interrupted upload; return the object's size if it was finished after all."""
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
-            answer = self.call("abort_multipart_upload", upload.key, upload_id=upload.upload_id)
-            if answer.status != 404:  # already gone
-                self.require(answer)
+            self._abort(upload.key, upload.upload_id)
+        elif size_bytes is None:
+            self._abort_strays(upload.key)
         return size_bytes
 
     def link(self, key: str, now: float) -> str:
@@ -1532,17 +1561,22 @@ def _header_text(value: str) -> str:
         return raw.decode("gb18030", "replace")
 
 
+DISPOSITION = re.compile(r';\s*([\w-]+\*?)\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
+
+
 def read_file_name(disposition: str, *urls: Url) -> str:
     """Return the name to show: from Content-Disposition (RFC 6266), else from the addresses.
 
     Folders, control characters and leading dots are taken off; the answer is never empty.
     """
     names = []
-    if found := re.search(r"(?i)filename\*\s*=\s*([\w-]+)'[^']*'([^\s;]+)", disposition):
+    given = {key.lower(): value.strip() for key, value in DISPOSITION.findall(disposition)}
+    charset, quote, extended = given.get("filename*", "").partition("'")
+    if quote:
         with contextlib.suppress(LookupError):
-            names.append(urllib.parse.unquote(found[2], found[1], "replace"))
-    if found := re.search(r'(?i)filename\s*=\s*(?:"((?:\\.|[^"\\])*)"|([^\s;]+))', disposition):
-        names.append(re.sub(r"\\(.)", r"\1", found[1]) if found[1] is not None else found[2])
+            names.append(urllib.parse.unquote(extended.partition("'")[2], charset, "replace"))
+    plain = given.get("filename", "")
+    names.append(re.sub(r"\\(.)", r"\1", plain[1:-1]) if plain.startswith('"') else plain)
     paths = [urllib.parse.unquote(url.target.partition("?")[0]) for url in urls]
     names += [p for p in paths if "." in p.rpartition("/")[2]] + paths
     for name in names:
@@ -1556,7 +1590,7 @@ def make_key(name: str) -> str:
     """Return a new object key: a uuid and the cleaned extension of the name."""
     import uuid  # takes 2 ms at start, and only files need it
 
-    found = re.search(r"(\.tar)?\.[A-Za-z0-9]{1,10}$", name)
+    found = re.search(r"(?i)(\.tar)?\.[a-z0-9]{1,10}$", name)
     return f"{uuid.uuid4()}{found[0].lower() if found else ''}"
 
 
@@ -1564,7 +1598,13 @@ class Source:
     """A file being downloaded, part by part, resumed where the server allows it."""
 
     STATUS_TEXTS = MappingProxyType(
-        {401: "需要登录", 403: "来源拒绝访问", 404: "文件不存在", 410: "文件已删除"}
+        {
+            401: "需要登录",
+            403: "来源拒绝访问",
+            404: "文件不存在",
+            410: "文件已删除",
+            429: "来源限流",
+        }
     )
 
     def __init__(self, network: Network, link: str, vet: bool, limit_bytes: int) -> None:
@@ -1625,7 +1665,7 @@ class Source:
         self._wire.close()
         done, total = self._done_bytes, self._sent_bytes
         if not self._validator or not total or self._inflate:
-            raise Unreachable(f"下载中断：{explain(error)}，来源不支持续传，请再发一次") from error
+            raise Failure(f"下载中断：{explain(error)}，来源不支持续传，请再发一次") from error
         wanted = {"Range": f"bytes={done}-", "If-Range": self._validator}
         self._response, self._wire = self._request(wanted)
         given = self._response.headers.get("Content-Range", "").strip()
@@ -1647,18 +1687,22 @@ class Source:
     def _raw_pieces(self) -> Iterator[bytes]:
         """Yield what the server sends, resuming broken transfers; raise Failure."""
         tries, window, mark = 0, time.monotonic() + STALL_SECONDS, 0
+        broken: Exception | None = None
         while True:
             try:
+                if broken:
+                    self._resume(broken)
+                    broken = None
                 piece = self._read()
                 if time.monotonic() > window:
                     if self._done_bytes - mark < SLOWEST_BYTES:
                         raise TimeoutError
                     tries, window, mark = 0, time.monotonic() + STALL_SECONDS, self._done_bytes
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError, Unreachable) as error:
+                broken = error
                 tries += 1
                 if tries > TRIES or time.monotonic() > self._deadline:
                     raise Unreachable(f"下载中断：{explain(error)}，请再发一次") from error
-                self._resume(error)
                 continue
             if not piece:
                 return
@@ -1766,24 +1810,6 @@ def _read_platforms(text: str) -> tuple[str, ...]:
     return names
 
 
-def _read_reference(text: str) -> tuple[str, str, str, str]:
-    """Return host ("" for Docker Hub), path, tag and digest of a SOURCE; raise BadImage."""
-    if len(text) > 255 + 128 + 72:
-        raise BadImage("太长")
-    host, _, rest = text.partition("/")
-    if rest and ("." in host or ":" in host or host == "localhost" or host.lower() != host):
-        match = REFERENCE.fullmatch(text)
-    else:  # without such a first part the whole is a path on Docker Hub
-        match = REFERENCE.fullmatch(f"docker.io/{text}")
-    if not match or len(match["path"]) > 255:
-        raise BadImage(_why_not(text))
-    host, path = match["host"].lower(), match["path"]
-    if host in DOCKER_HUB:
-        host, path = "", re.sub(r"^library/(?=[^/]+$)", "", path)
-    digest = match["digest"] or ""
-    return host, path, match["tag"] or ("" if digest else "latest"), digest
-
-
 def _why_not(text: str) -> str:
     name, _, digest = text.partition("@")
     if re.search(r"\s", text):
@@ -1799,16 +1825,22 @@ def _why_not(text: str) -> str:
     return "不是镜像名"
 
 
-def _suggest(text: str) -> str:
-    """Return the valid line that text was likely meant to be, or ""."""
-    text = re.sub(r"\s*([:/@])\s*", r"\1", text.strip().rstrip(".。!！,，;；:"))
-    text = re.sub(r"(?i)^https?://(?:hub\.docker\.com/(?:r/|_/))?", "", text).strip("/")
-    words = text.split()
-    for attempt in (text, text.lower(), *([", ".join(words)] if len(words) > 1 else [])):
-        with contextlib.suppress(BadImage):
-            lines = [_read_image(word).line for word in attempt.split(", ")]
-            return ", ".join(lines)
-    return ""
+def _read_reference(text: str) -> tuple[str, str, str, str]:
+    """Return host ("" for Docker Hub), path, tag and digest of a SOURCE; raise BadImage."""
+    if len(text) > 255 + 128 + 72:
+        raise BadImage("太长")
+    host, _, rest = text.partition("/")
+    if rest and ("." in host or ":" in host or host.lower() == "localhost"):
+        match = REFERENCE.fullmatch(text)
+    else:  # without such a first part the whole is a path on Docker Hub
+        match = REFERENCE.fullmatch(f"docker.io/{text}")
+    if not match or len(match["path"]) > 255:
+        raise BadImage(_why_not(text))
+    host, path = match["host"].lower(), match["path"]
+    if host in DOCKER_HUB:
+        host, path = "", re.sub(r"^library/(?=[^/]+$)", "", path)
+    digest = match["digest"] or ""
+    return host, path, match["tag"] or ("" if digest else "latest"), digest
 
 
 def _read_image(text: str) -> Image:
@@ -1834,25 +1866,24 @@ def _read_image(text: str) -> Image:
     return Image(platforms, reference + (f"@{digest}" if digest else ""), name, target_tag, renamed)
 
 
+def _suggest(text: str) -> str:
+    """Return the valid line that text was likely meant to be, or ""."""
+    text = re.sub(r"\s*([:/@])\s*", r"\1", text.strip().rstrip(".。!！,，;；:"))
+    text = re.sub(r"(?i)^https?://(?:hub\.docker\.com/(?:r/|_/))?", "", text).strip("/")
+    words = text.split()
+    for attempt in (text, text.lower(), *([", ".join(words)] if len(words) > 1 else [])):
+        with contextlib.suppress(BadImage):
+            lines = [_read_image(word).line for word in attempt.split(", ")]
+            return ", ".join(lines)
+    return ""
+
+
 def read_image(text: str) -> Image:
     """Return the Image of one line (chat, images.txt, `copy`); raise BadImage with a suggestion."""
     try:
         return _read_image(text)
     except BadImage as error:
         raise BadImage(str(error), _suggest(text)) from error
-
-
-def read_list(text: str) -> tuple[list[str], list[str]]:
-    """Return the canonical lines of an images.txt, and a Chinese error for each bad line."""
-    lines, errors = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip().removeprefix("\ufeff")
-        if line and not line.startswith("#"):
-            try:
-                lines.append(read_image(line).line)
-            except BadImage as error:
-                errors.append(f"第 {number} 行 {shown(line)}：{error}")
-    return list(dict.fromkeys(lines)), errors
 
 
 class Reading(NamedTuple):
@@ -1864,31 +1895,49 @@ class Reading(NamedTuple):
     note: str = ""
 
 
+def tidy(item: str) -> str:
+    """Return an item without what comes with it from a phone, a terminal or a compose file."""
+    item = re.sub("—+", "--", item).translate(TIDY)
+    item = PASTED.sub("", item.strip().strip("\"'`").strip(), count=1)
+    if re.match(r"(?i)image:[^/:\s]+[/:]", item):  # but not the image "image"
+        item = item[6:]
+    return re.sub(r"\s+", " ", item).strip("\"'` ")
+
+
 def split_items(text: str) -> tuple[list[str], list[str]]:
     """Return the links (a line each) and the other items of a message, tidied."""
-    links, items = [], []
+    links: list[str] = []
+    items: list[str] = []
     for line in re.split(r"[\r\n\u2028\u2029]+", text):
         link = line.translate({0xFEFF: None, 0x200B: None}).strip(" \t\u3000\"'`“”‘’<>")
         if re.match(r"(?i)https?://", link):
             links.append(link)
-            continue
-        for item in re.split(r"[,、;]", re.sub("—+", "--", line).translate(TIDY)):
-            item = PASTED.sub("", item.strip().strip("\"'`").strip(), count=1)
-            if re.match(r"(?i)image:[^/:\s]+[/:]", item):  # but not the image "image"
-                item = item[6:]
-            if item := re.sub(r"\s+", " ", item).strip("\"'` "):
-                items.append(item)
+        else:
+            items += filter(None, map(tidy, re.split(r"[,，、;；]", line)))
     return links, items
 
 
-REGISTRY_PAGE = re.compile(r"(?i)https?://hub\.docker\.com/(?:_|r)/([^?#\s]+?)(?:/tags.*)?/?(?:[?#].*)?")
+def read_list(text: str) -> tuple[list[str], list[str]]:
+    """Return the canonical lines of an images.txt, and a Chinese error for each bad line."""
+    lines, errors = [], []
+    for row, line in enumerate(text.splitlines(), 1):
+        line = line.strip().removeprefix("\ufeff")
+        if line and not line.startswith("#"):
+            try:
+                lines.append(read_image(tidy(line)).line)
+            except BadImage as error:
+                errors.append(f"第 {row} 行 {shown(line)}：{error}")
+    return list(dict.fromkeys(lines)), errors
+
+
+HUB_PAGE = r"(?i)https?://hub\.docker\.com/(?:_|r)/([^?#\s]+?)(?:/tags.*)?/?(?:[?#].*)?"
 
 
 def _check_links(links: list[str]) -> None:
     if len(links) > MAX_LINKS:
         raise Failure(f"❌ 一次最多 {MAX_LINKS} 个链接，请分开发送")
     for link in links:
-        if page := REGISTRY_PAGE.fullmatch(link):
+        if page := re.fullmatch(HUB_PAGE, link):
             with contextlib.suppress(BadImage):
                 line = read_image(page[1]).line
                 text = f"❓ 这是镜像的网页，不是文件。\n同步镜像请发送：{line}\n"
@@ -1949,7 +1998,8 @@ def read_message(text: str, prefix: str) -> Reading:
     if images or links:
         note = f"\n（没有处理：{shown('、'.join(items))}）" if items else ""
         return Reading(images=images, links=tuple(links), note=note)
-    if len(items) == 1 and BARE_NAME.fullmatch(items[0]) and items[0] != "help":
+    is_name = len(items) == 1 and len(items[0]) <= 128 and BARE_NAME.fullmatch(items[0])
+    if is_name and word != "help":
         return Reading("help", note=ASK_BACK.format(items[0]))
     return Reading("help")
 
@@ -2309,8 +2359,9 @@ class StateLock:
             else:
                 import msvcrt
 
+                lock: Any = msvcrt
                 self._file.seek(0)
-                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+                lock.locking(self._file.fileno(), lock.LK_NBLCK, 1)
         except OSError as error:
             self._file.close()
             raise Failure(f"另一个 wxsync 正在使用 STATE_DIR {folder}，请先停掉它") from error
@@ -2413,6 +2464,15 @@ def find_or_start_run(app: App, task: Task) -> Run:
     raise Unreachable("GitHub 没有回应，任务没有启动，请稍后重发")
 
 
+def finish_images(app: App, task: Task, outcomes: list[Outcome]) -> None:
+    seconds = app.now() - (task.started or task.accepted)
+    text = result_text(outcomes, app.settings.target_prefix, seconds, task.run_url)
+    done = sum(outcome.is_done for outcome in outcomes)
+    app.log.info(f"images: id={task.id} done={done} of={len(outcomes)} seconds={seconds:.0f}")
+    title = f"镜像 {task.title}：成功 {done} / {len(outcomes)}"
+    app.state.finish(task, text, task.run_url, title)
+
+
 def follow(app: App, task: Task, until: float) -> bool:
     """Poll the task's run until it has ended, then finish the task; return False at `until`."""
     next_count, odd = app.now() + JOBS_SECONDS, 0
@@ -2437,15 +2497,6 @@ def follow(app: App, task: Task, until: float) -> bool:
         if app.now() >= until:
             return False
         app.sleep(POLL_SECONDS)
-
-
-def finish_images(app: App, task: Task, outcomes: list[Outcome]) -> None:
-    seconds = app.now() - (task.started or task.accepted)
-    text = result_text(outcomes, app.settings.target_prefix, seconds, task.run_url)
-    done = sum(outcome.is_done for outcome in outcomes)
-    app.log.info(f"images: id={task.id} done={done} of={len(outcomes)} seconds={seconds:.0f}")
-    title = f"镜像 {task.title}：成功 {done} / {len(outcomes)}"
-    app.state.finish(task, text, task.run_url, title)
 
 
 def sync_images(app: App, task: Task) -> None:
@@ -2777,6 +2828,17 @@ def choose(entries: list[Any], wanted: str) -> Any:
     raise CopyFailure("no-platform", f"no {wanted} among {', '.join(offered)}")
 
 
+def target_digest(skopeo: Skopeo, target: str) -> str:
+    """Return the digest that the target has now, "" where it has none or does not tell."""
+    try:
+        return digest_of(skopeo.raw(target, at_target=True))
+    except CopyFailure as failure:
+        # A denied look proves nothing (the repository may not exist yet): the copy decides.
+        if failure.code in ("target-login", "network", "timeout"):
+            raise
+        return ""
+
+
 def copy_index(
     skopeo: Skopeo, image: Image, raw: bytes, repository: str, target: str, folder: Path
 ) -> tuple[bool, str]:
@@ -2802,15 +2864,18 @@ def copy_index(
     return True, digest
 
 
-def target_digest(skopeo: Skopeo, target: str) -> str:
-    """Return the digest that the target has now, "" where it has none or does not tell."""
-    try:
-        return digest_of(skopeo.raw(target, at_target=True))
-    except CopyFailure as failure:
-        # A denied look proves nothing (the repository may not exist yet): the copy decides.
-        if failure.code in ("target-login", "network", "timeout"):
-            raise
-        return ""
+def check_platform(skopeo: Skopeo, image: Image, reference: str, manifest: dict[str, Any]) -> None:
+    """Raise CopyFailure where a single-platform image is not of the wanted platform.
+
+    skopeo would copy it all the same and say nothing.
+    """
+    if manifest.get("schemaVersion") != 2 or "config" not in manifest:
+        raise CopyFailure("rejected", "docker schema 1 image, long out of use")
+    if image.platforms == ("all",):
+        return
+    entries = [{"platform": skopeo.config(reference)}]
+    for name in image.platforms or (DEFAULT_PLATFORM,):
+        choose(entries, name)
 
 
 def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple[bool, str]:
@@ -2837,20 +2902,6 @@ def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple
         return False, digest
     skopeo.copy(f"docker://{repository}@{digest}", target)
     return True, digest
-
-
-def check_platform(skopeo: Skopeo, image: Image, reference: str, manifest: dict[str, Any]) -> None:
-    """Raise CopyFailure where a single-platform image is not of the wanted platform.
-
-    skopeo would copy it all the same and say nothing.
-    """
-    if manifest.get("schemaVersion") != 2 or "config" not in manifest:
-        raise CopyFailure("rejected", "docker schema 1 image, long out of use")
-    if image.platforms == ("all",):
-        return
-    entries = [{"platform": skopeo.config(reference)}]
-    for name in image.platforms or (DEFAULT_PLATFORM,):
-        choose(entries, name)
 
 
 def harmless(text: str) -> str:
@@ -3501,32 +3552,6 @@ def check_wecom(app: App) -> Iterator[Finding]:
     yield finding("企业微信应用", not found.get("close"), text, "应用已停用：到管理后台启用")
 
 
-def check_github(app: App) -> Iterator[Finding]:
-    """Ask for the repository, the branch, the workflow, Actions and the Secrets."""
-    settings, call = app.settings, app.github.call
-    found = call("GET", "", needs="Metadata: Read")
-    kind = "细粒度令牌" if settings.GITHUB_TOKEN.startswith("github_pat_") else "经典令牌"
-    yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
-    if ends := app.github.token_ends:
-        yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
-    if found.get("archived"):
-        yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
-    push = bool((found.get("permissions") or {}).get("push"))
-    cure = "令牌没有写权限：在令牌设置里加 Contents: Read and write"
-    yield finding("GitHub 仓库", push, "可以写入", cure)
-    yield from check_workflow(app)
-    names = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD"}
-    try:
-        listed = pick(call("GET", "/actions/secrets?per_page=100"), "secrets", list)
-    except GitHubError:
-        text = f"令牌不能列出 Secrets，请自行确认有 {', '.join(sorted(names))}"
-        yield Finding("⚠️", "GitHub Secrets", text)
-        return
-    missing = ", ".join(sorted(names - {entry.get("name") for entry in listed}))
-    cure = f"缺少 {missing}：在仓库 Settings → Secrets and variables → Actions 添加"
-    yield finding("GitHub Secrets", not missing, "四个都在", cure)
-
-
 def check_workflow(app: App) -> Iterator[Finding]:
     """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
     call = app.github.call
@@ -3552,6 +3577,32 @@ def check_workflow(app: App) -> Iterator[Finding]:
     except (GitHubError, ValueError) as error:
         cure = f"分支 {branch} 里读不到，工作流需要它：{error}"
         yield Finding("❌", "GitHub 上的 wxsync.py", cure)
+
+
+def check_github(app: App) -> Iterator[Finding]:
+    """Ask for the repository, the branch, the workflow, Actions and the Secrets."""
+    settings, call = app.settings, app.github.call
+    found = call("GET", "", needs="Metadata: Read")
+    kind = "细粒度令牌" if settings.GITHUB_TOKEN.startswith("github_pat_") else "经典令牌"
+    yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
+    if ends := app.github.token_ends:
+        yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
+    if found.get("archived"):
+        yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
+    push = bool((found.get("permissions") or {}).get("push"))
+    cure = "令牌没有写权限：在令牌设置里加 Contents: Read and write"
+    yield finding("GitHub 仓库", push, "可以写入", cure)
+    yield from check_workflow(app)
+    names = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD"}
+    try:
+        listed = pick(call("GET", "/actions/secrets?per_page=100"), "secrets", list)
+    except GitHubError:
+        text = f"令牌不能列出 Secrets，请自行确认有 {', '.join(sorted(names))}"
+        yield Finding("⚠️", "GitHub Secrets", text)
+        return
+    missing = ", ".join(sorted(names - {entry.get("name") for entry in listed}))
+    cure = f"缺少 {missing}：在仓库 Settings → Secrets and variables → Actions 添加"
+    yield finding("GitHub Secrets", not missing, "四个都在", cure)
 
 
 def check_target(app: App) -> Iterator[Finding]:
