@@ -711,7 +711,8 @@ class Network:
 
     def is_direct(self, host: str) -> bool:
         """Tell whether NO_PROXY_DOMAINS names host: itself or, for a name, a parent domain."""
-        return any(host == name or host.endswith("." + name) for name in self._direct)
+        names = [name.strip(".") for name in self._direct]
+        return any(host == name or host.endswith("." + name) for name in names)
 
     def _connect(self, url: Url, proxy: Proxy | None, vet: bool, seconds: float) -> Wire:
         """Return a Wire to url's server; raise OSError or Failure."""
@@ -1042,7 +1043,7 @@ class WeCom:
         try:
             found = json.loads(answer.body)
             code = int(found.get("errcode", 0))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise Unreachable(f"企业微信的回答看不懂（HTTP {answer.status}）") from error
         if answer.status >= 400:
             raise Unreachable(f"企业微信答 HTTP {answer.status}")
@@ -1058,10 +1059,12 @@ class WeCom:
             pair = {"corpid": self._settings.CORP_ID, "corpsecret": self._settings.SECRET}
             found = self.call("GET", "/cgi-bin/gettoken", pair)
             token, seconds = found.get("access_token"), found.get("expires_in", 7200)
-            if not isinstance(token, str) or not token or not isinstance(seconds, int):
+            odd = not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,1024}", token)
+            if odd or not isinstance(seconds, int):
                 raise Unreachable("企业微信的回答里没有 access_token")
             self._log.hide(token)
-            self._token, self._token_ends = token, time.monotonic() + max(60, seconds - 300)
+            self._token = token
+            self._token_ends = time.monotonic() + min(7200, max(60, seconds - 300))
             return token
 
     def call_with_token(
@@ -1332,9 +1335,10 @@ class GitHub:
                 raise
             del body["return_run_details"]  # GitHub Enterprise up to 3.20 does not know it
             found = self.call("POST", path, body, needs)
-        if found is not None:
-            return self._run(pick(found, "workflow_run_id", int), found)
-        for _ in range(5):  # 204: accepted, so it will show up
+        run_id = found.get("workflow_run_id") if isinstance(found, dict) else None
+        if isinstance(run_id, int):
+            return self._run(run_id, found)
+        for _ in range(5):  # 204, or an odd answer: it was accepted, so the run will show up
             if run := self.find_run(request_id):
                 return run
         raise Failure("GitHub 接受了请求，但一直没有出现对应的运行，请到 Actions 页查看")
@@ -1485,6 +1489,7 @@ class QingStor:
                 self._abort_strays(key)
                 if attempt == TRIES:
                     raise
+                self._sleep(attempt)
             except (ValueError, KeyError, TypeError) as error:
                 raise Failure("QingStor 的回答里没有 upload_id") from error
         raise AssertionError
@@ -2076,10 +2081,10 @@ class Task:
     run_url: str = ""
     started: float = 0.0  # when the run was started
     upload: list[str] = field(default_factory=list)  # an Upload, while a file is on its way
-    # What `状态` shows; not worth a write of its own.
+    # For this process, and not worth a write of its own.
     done: int = 0  # jobs or bytes
     total: int = 0
-    active: float = 0.0  # since when this process works on it
+    since: float = 0.0  # monotonic: when its work, or its run, began
 
     @property
     def run(self) -> Run:
@@ -2103,6 +2108,7 @@ def read_task(entry: dict[str, Any]) -> Task:
         raise TypeError("items or upload")
     if task.lane not in ("images", "files") or task.stage not in STAGES:
         raise ValueError("lane or stage")
+    task.since = 0.0
     if task.lane == "images" and [read_image(line).line for line in task.items] != task.items:
         raise ValueError("not canonical")
     return task
@@ -2199,9 +2205,12 @@ class State:
     def _note_seen(self, message_id: str, reply: str, kept: bool) -> None:
         now = self._now()
         for old, (at, _, _) in list(self.seen.items()):  # oldest first
-            if now - at < self._remember_seconds and len(self.seen) < MAX_REMEMBERED:
+            if now - at < self._remember_seconds:
                 break
             del self.seen[old]
+        while len(self.seen) >= MAX_REMEMBERED:  # what started work goes last
+            light = (old for old, (_, _, heavy) in self.seen.items() if not heavy)
+            del self.seen[next(light, None) or next(iter(self.seen))]
         self.seen[message_id] = (now, reply, kept)
 
     def tasks_of(self, lane: str, late: bool = False) -> list[Task]:
@@ -2473,16 +2482,24 @@ def finish_images(app: App, task: Task, outcomes: list[Outcome]) -> None:
     app.state.finish(task, text, task.run_url, title)
 
 
-def follow(app: App, task: Task, until: float) -> bool:
-    """Poll the task's run until it has ended, then finish the task; return False at `until`."""
-    next_count, odd = app.now() + JOBS_SECONDS, 0
+def started_at(app: App, task: Task) -> float:
+    """Return when the task's run was started, as a monotonic time; a restart has only the clock."""
+    return time.monotonic() - min(max(0.0, app.now() - task.started), WATCH_SECONDS)
+
+
+def follow(app: App, task: Task, seconds: float) -> bool:
+    """Poll the task's run until it has ended, then finish the task.
+
+    Returns False when it has taken `seconds` by then. Durations are monotonic, as clocks are set.
+    """
+    next_count, odd = time.monotonic() + JOBS_SECONDS, 0
     while True:
         try:
             if app.github.is_completed(task.run):
                 finish_images(app, task, app.github.outcomes(task.run, task.items))
                 return True
-            if app.now() >= next_count:
-                next_count = app.now() + JOBS_SECONDS
+            if time.monotonic() >= next_count:
+                next_count = time.monotonic() + JOBS_SECONDS
                 outcomes = app.github.outcomes(task.run, task.items)
                 task.done = sum(o.code not in ("running", "missing") for o in outcomes)
             odd = 0
@@ -2494,7 +2511,7 @@ def follow(app: App, task: Task, until: float) -> bool:
             if status in (401, 403) or odd > ODD_ANSWERS:
                 raise
             app.log.debug(f"github: {failure}")
-        if app.now() >= until:
+        if time.monotonic() >= task.since + seconds:
             return False
         app.sleep(POLL_SECONDS)
 
@@ -2519,7 +2536,8 @@ def sync_images(app: App, task: Task) -> None:
             app.state.advance(
                 task, stage="running", run_id=run.id, run_url=run.url, started=app.now()
             )
-        if not follow(app, task, task.started + app.settings.SYNC_TIMEOUT):
+        task.since = started_at(app, task)
+        if not follow(app, task, app.settings.SYNC_TIMEOUT):
             try:
                 outcomes = app.github.outcomes(task.run, task.items)
             except Failure:
@@ -2627,7 +2645,7 @@ def work(app: App, lane: str) -> None:
     if task is None:
         settle_orphans(app)
         return
-    task.active = app.now()
+    task.since = time.monotonic()
     run, fail = (sync_images, fail_images) if lane == "images" else (relay_file, fail_file)
     try:
         run(app, task)
@@ -2643,7 +2661,8 @@ def watch_late_runs(app: App) -> None:
     """Look once at every run that outlived SYNC_TIMEOUT."""
     for task in app.state.late_tasks():
         try:
-            if not follow(app, task, 0.0) and app.now() > task.started + WATCH_SECONDS:
+            task.since = task.since or started_at(app, task)
+            if not follow(app, task, 0.0) and time.monotonic() > task.since + WATCH_SECONDS:
                 fail_images(app, task, "运行 6 小时仍没有结束，不再等待，请到运行地址查看")
         except Failure as failure:
             fail_images(app, task, str(failure))
@@ -3154,7 +3173,8 @@ def status_text(app: App) -> str:
         if not tasks:
             lines.append(f"{name}：空闲")
             continue
-        task, seconds = tasks[0], max(1.0, app.now() - (tasks[0].active or app.now()))
+        task = tasks[0]
+        seconds = max(1.0, time.monotonic() - task.since) if task.since else 1.0
         lines.append(f"{name}：进行中 {task.title}，已用 {duration(seconds)}")
         if lane == "images":
             total = len(task.items)
@@ -3207,11 +3227,16 @@ class Callback:
             # An unescaped "+" has become a space on the way; base64 has no spaces.
             encrypted = values.get("echostr", "").replace(" ", "+")
             self._check(values, encrypted)
-            return Reply(200, self._crypto.decrypt(encrypted))
+            echo = self._crypto.decrypt(encrypted)
+            if not re.fullmatch(rb"[\w-]{1,128}", echo):  # a recorded message, to be decrypted
+                raise Rejected(403, "echostr")
+            return Reply(200, echo)
         envelope, as_json = read_fields(body)
         encrypted = envelope.get("encrypt", "")
         self._check(values, encrypted)
         message = read_message_fields(self._crypto.decrypt(encrypted))
+        if message.user == self._app.settings.CORP_ID:  # our own reply, sent back to us
+            raise Rejected(403, "sender")
         if message.kind != "text" or not (text := self._answer_message(message)):
             return Reply(200)
         inner = {"ToUserName": message.user, "FromUserName": self._app.settings.CORP_ID}
@@ -3278,7 +3303,10 @@ class Callback:
         if reading.command == "status":
             return status_text(app)
         if reading.command == "list":
-            lines = app.images.read().encode(errors="replace").decode().strip()
+            try:
+                lines = app.images.read().encode(errors="replace").decode().strip()
+            except OSError as error:
+                raise Failure(f"❌ 读取 {LIST_PATH} 失败：{error.strerror}，请检查 STATE_DIR") from error
             return f"📋 今天的镜像列表：\n{lines}" if lines else "📋 今天的镜像列表是空的"
         if reading.command == "help":
             return f"{reading.note}\n\n{HELP}".strip()
@@ -3422,7 +3450,9 @@ def start_threads(app: App, crypto: Crypto) -> None:
         app.log.info(f"🌐 检测到代理配置: {proxy}")
         app.log.info(f"   直连域名: {', '.join(app.settings.NO_PROXY_DOMAINS)}")
         repeat(app, lambda: keep_probing(app))
-    due: dict[str, float] = {}
+    # Somebody may have got a message just before a restart.
+    begin = time.monotonic() + MESSAGE_INTERVAL_SECONDS
+    due = {letter.user: begin for letter in app.state.letters}
     tries: dict[str, int] = {}
     repeat(app, lambda: work(app, "images"))
     repeat(app, lambda: work(app, "files"))
@@ -3613,6 +3643,7 @@ def check_target(app: App) -> Iterator[Finding]:
     found = re.fullmatch(acr, registry) is not None
     yield finding("目标仓库", found, f"{registry} 是 ACR 地址", cure, "⚠️")
     answer = Client(app.network, f"https://{registry}", proxied=False).call("GET", "/v2/", {})
+    yield from check_clock(registry, answer, app.now())
     text = f"{registry} 可以访问（账号密码只在工作流里用，这里无法检查）"
     cure = f"{registry} 答 HTTP {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY"
     yield finding("目标仓库", answer.status in (200, 401), text, cure)
@@ -3650,6 +3681,8 @@ def run_checks(app: App, env_file: Path) -> list[Finding]:
             findings[name].extend(checks[name])
         except Failure as failure:
             findings[name].append(Finding("❌", name, str(failure)))
+        except (AttributeError, TypeError):
+            findings[name].append(Finding("❌", name, "回答看不懂：核对地址"))
 
     waiting = {name: threading.Thread(target=collect, args=(name,), daemon=True) for name in checks}
     for thread in waiting.values():
