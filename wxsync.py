@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import email.utils
 import hashlib
 import hmac
 import http.client
@@ -792,6 +793,15 @@ class Answer(NamedTuple):
     body: bytes
 
 
+def clock_gap(date: str | None) -> float | None:
+    """Return the seconds by which this machine's clock is ahead of a Date header."""
+    try:
+        there = email.utils.parsedate_to_datetime(date or "").timestamp()
+    except (ValueError, TypeError):
+        return None
+    return time.time() - there - 0.5  # the header has whole seconds, rounded down
+
+
 class Client:
     """Calls to one server, one at a time, over one connection that is kept."""
 
@@ -801,6 +811,7 @@ class Client:
         self._proxied = proxied
         self._lock = threading.Lock()
         self._wire: Wire | None = None
+        self.clock_gap: float | None = None  # as its last answer showed it; for `check`
 
     def call(
         self,
@@ -827,6 +838,7 @@ class Client:
             if response.length or len(data) > MAX_ANSWER_BYTES:  # http.client is silent about it
                 wire.close()
                 raise Unreachable(f"{self.url.host}：回答不完整或过大")
+            self.clock_gap = clock_gap(response.headers.get("Date"))
             if response.will_close:
                 wire.close()
             else:
@@ -990,7 +1002,7 @@ def seal(crypto: Crypto, inner: Mapping[str, str], as_json: bool, now: float) ->
 # errcode -> what to tell the log, and the pause before the next try; 0: never try again.
 WECOM_ERRORS = {
     **dict.fromkeys((-1, 45033), ("企业微信繁忙", 5.0)),
-    40001: ("SECRET 不正确或应用已停用；两小时内不再尝试，以免本机被封一小时", 7200.0),
+    40001: ("SECRET 不正确（见应用详情页）或应用已停用；反复尝试会被封，两小时后再试", 7200.0),
     40091: ("SECRET 属于另一个企业；两小时内不再尝试", 7200.0),
     40013: ("CORP_ID 不正确：见管理后台“我的企业”页底部", 7200.0),
     **dict.fromkeys((40014, 42001), ("access_token 失效", 5.0)),
@@ -1028,7 +1040,7 @@ class WeCom:
 
     def __init__(self, settings: Settings, client: Client, log: Log) -> None:
         self._settings = settings
-        self._client = client
+        self.client = client
         self._log = log
         self._lock = threading.Lock()
         self._token = ""
@@ -1037,9 +1049,9 @@ class WeCom:
 
     def call(self, method: str, path: str, query: Mapping[str, str], body: str = "") -> Any:
         """Return the JSON object of an errcode 0 answer; raise WeComError or Unreachable."""
-        target = f"{self._client.url.target.rstrip('/')}{path}?{urllib.parse.urlencode(query)}"
+        target = f"{self.client.url.target.rstrip('/')}{path}?{urllib.parse.urlencode(query)}"
         headers = {"Content-Type": "application/json"} if body else {}
-        answer = self._client.call(method, target, headers, body.encode() or None)
+        answer = self.client.call(method, target, headers, body.encode() or None)
         try:
             found = json.loads(answer.body)
             code = int(found.get("errcode", 0))
@@ -1063,9 +1075,9 @@ class WeCom:
             if odd or not isinstance(seconds, int):
                 raise Unreachable("企业微信的回答里没有 access_token")
             self._log.hide(token)
-            self._token = token
+            self._token = str(token)
             self._token_ends = time.monotonic() + min(7200, max(60, seconds - 300))
-            return token
+            return self._token
 
     def call_with_token(
         self, method: str, path: str, query: Mapping[str, str], body: str = ""
@@ -1102,6 +1114,7 @@ class WeCom:
 # ---- GitHub: the list, one run per request, its jobs -------------------------------------------
 
 WORKFLOW = "docker-image-sync.yml"
+NO_BRANCH = "wxsync-check-no-such-branch"
 LIST_PATH = "images.txt"
 GITHUB_API_VERSION = "2022-11-28"  # the last one in which return_run_details exists
 
@@ -1175,7 +1188,7 @@ class GitHub:
         self, settings: Settings, client: Client, log: Log, sleep: Callable[[float], None]
     ) -> None:
         self._settings = settings
-        self._client = client
+        self.client = client
         self._log = log
         self._sleep = sleep
         self._cache: dict[str, tuple[str, Any]] = {}  # path -> (ETag, answer), for polling only
@@ -1193,9 +1206,9 @@ class GitHub:
 
     def _call_once(self, method: str, target: str, body: bytes | None, etag: str) -> Answer:
         """Make one call, following redirects (renamed repositories) to the same server only."""
-        url = self._client.url
+        url = self.client.url
         for _ in range(3):
-            answer = self._client.call(method, target, self._headers(etag), body)
+            answer = self.client.call(method, target, self._headers(etag), body)
             if answer.status not in (301, 302, 307, 308):
                 return answer
             location = follow_location(url, answer.headers.get("Location", ""))
@@ -1236,7 +1249,7 @@ class GitHub:
         it may have been done. A rate limit is waited for. `needs` names the token's permission.
         With polling the answer is cached by ETag and failures are left to the poller.
         """
-        target = f"{self._client.url.target.rstrip('/')}/repos/{self._settings.GITHUB_REPO}{path}"
+        target = f"{self.client.url.target.rstrip('/')}/repos/{self._settings.GITHUB_REPO}{path}"
         data = json.dumps(body).encode() if body is not None else None
         etag, cached = self._cache.get(path, ("", None)) if polling else ("", None)
         pauses = list(() if polling else GITHUB_PAUSES)
@@ -1392,7 +1405,7 @@ class Upload(NamedTuple):
 # What QingStor's code and message say, or its status -> cause and cure; the first that matches.
 QINGSTOR_ERRORS = (
     (r"skew|expired|time_|date", "本机时钟不准：请校准时间"),
-    (r"^401|signature|access_key", "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 …SECRET_ACCESS_KEY"),
+    (r"^401|signature|access_key", "密钥不正确：核对 QINGSTOR_SECRET_ACCESS_KEY 和 ACCESS_KEY_ID"),
     (r"^404", "找不到存储桶：核对 QINGSTOR_BUCKET 和 QINGSTOR_ZONE"),
     (r"quota|exceed|full", "存储空间已满：清理存储桶或提高配额"),
     (r"^403", "没有权限写入存储桶：核对密钥的权限，账号是否欠费"),
@@ -1412,7 +1425,7 @@ class QingStor:
         bare = self._base.host == "localhost" or not re.search("[a-z]", self._base.host)
         self._zone = "" if bare else settings.QINGSTOR_ZONE
         host = f"{self._zone}.{self._base.host}".removeprefix(".")
-        self._client = Client(network, str(self._base._replace(host=host, target="/")), False)
+        self.client = Client(network, str(self._base._replace(host=host, target="/")), False)
 
     def _request(self, name: str, *words: str, **options: Any) -> Any:
         """Return the SDK's unsigned request for an operation, such as "put_object"."""
@@ -1446,7 +1459,7 @@ class QingStor:
             data = body or (signed.body or "").encode() or None
             target = f"{url.path}?{url.query}".removesuffix("?")
             try:
-                answer = self._client.call(signed.method, target, headers, data, DOWNLOAD_SECONDS)
+                answer = self.client.call(signed.method, target, headers, data, DOWNLOAD_SECONDS)
                 problem = Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
                 if answer.status < 500:
                     return answer
@@ -2143,9 +2156,8 @@ class State:
         self.midnight = ""  # the day (YYYY-MM-DD) up to which the list was emptied
         self.last = ""  # the last result, for `状态`
         self.trouble = ""
-        self._load()
 
-    def _load(self) -> None:
+    def load(self) -> None:
         """Read the file; one that is damaged is set aside, never a reason not to start."""
         try:
             data = json.loads(self._path.read_bytes())
@@ -2519,7 +2531,7 @@ def follow(app: App, task: Task, seconds: float) -> bool:
 def sync_images(app: App, task: Task) -> None:
     """Run one image request from where it stands: commit, dispatch, follow; raise Failure."""
     with app.list_lock:
-        task.total = len(task.items)
+        task.since = started_at(app, task) if task.stage == "running" else time.monotonic()
         if task.stage == "queued":
             more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
             message = f"wxsync: {task.items[0]}{more} [skip ci]"
@@ -2536,7 +2548,7 @@ def sync_images(app: App, task: Task) -> None:
             app.state.advance(
                 task, stage="running", run_id=run.id, run_url=run.url, started=app.now()
             )
-        task.since = started_at(app, task)
+            task.since = time.monotonic()
         if not follow(app, task, app.settings.SYNC_TIMEOUT):
             try:
                 outcomes = app.github.outcomes(task.run, task.items)
@@ -3306,7 +3318,8 @@ class Callback:
             try:
                 lines = app.images.read().encode(errors="replace").decode().strip()
             except OSError as error:
-                raise Failure(f"❌ 读取 {LIST_PATH} 失败：{error.strerror}，请检查 STATE_DIR") from error
+                text = f"❌ 读取 {LIST_PATH} 失败：{error.strerror}，请检查 STATE_DIR"
+                raise Failure(text) from error
             return f"📋 今天的镜像列表：\n{lines}" if lines else "📋 今天的镜像列表是空的"
         if reading.command == "help":
             return f"{reading.note}\n\n{HELP}".strip()
@@ -3473,6 +3486,7 @@ def serve(
         lock = StateLock(Path(settings.STATE_DIR))
         app = build_app(settings, log, now, sleep)
         crypto = Crypto(settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID)
+        app.state.load()
         server = Server((settings.HOST, settings.PORT), Callback(app, crypto).answer, log)
     except (Failure, OSError) as error:
         log.error(f"❌ 启动失败：{error}")
@@ -3539,7 +3553,8 @@ def check_host(app: App, env_file: Path) -> Iterator[Finding]:
     import importlib.util
 
     folder = Path(app.settings.STATE_DIR).resolve()
-    writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = place.is_dir() and os.access(place, os.W_OK)
     text = f"{folder} 不能写：chown 给运行 wxsync 的用户"
     yield finding("STATE_DIR", writable, f"{folder} 可写", text)
     if env_file.exists() and os.name == "posix":
@@ -3553,14 +3568,13 @@ def check_host(app: App, env_file: Path) -> Iterator[Finding]:
             yield finding(package, found, "已安装", f"没有安装：pip install {package}")
 
 
-def check_clock(name: str, answer: Answer, now: float) -> Iterator[Finding]:
-    """Compare this machine's clock with a server's Date header."""
-    import email.utils
-
-    with contextlib.suppress(ValueError, TypeError):
-        there = email.utils.parsedate_to_datetime(answer.headers.get("Date", "")).timestamp()
-        text = f"与 {name} 相差 {abs(now - there):.0f} 秒"
-        yield finding("时钟", abs(now - there) <= 60, text, f"{text}：timedatectl set-ntp true")
+def check_clock(clients: Mapping[str, Client]) -> Iterator[Finding]:
+    """Compare this machine's clock with the servers' Date headers; tell the largest difference."""
+    gaps = {name: abs(client.clock_gap) for name, client in clients.items() if client.clock_gap}
+    if gaps:
+        name = max(gaps, key=gaps.__getitem__)
+        text = f"与 {name} 相差 {gaps[name]:.0f} 秒"
+        yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
 
 
 def check_proxy(app: App) -> Iterator[Finding]:
@@ -3582,6 +3596,19 @@ def check_wecom(app: App) -> Iterator[Finding]:
     yield finding("企业微信应用", not found.get("close"), text, "应用已停用：到管理后台启用")
 
 
+def refused(app: App, method: str, path: str, body: Any, needs: str) -> str:
+    """Return why the token may not make a call, "" where it may.
+
+    The call names a branch that does not exist: GitHub looks at the permission first, then refuses
+    it all the same, so nothing is changed.
+    """
+    try:
+        app.github.call(method, path, body, needs)
+    except GitHubError as error:
+        return str(error) if error.status in (401, 403) else ""
+    return ""
+
+
 def check_workflow(app: App) -> Iterator[Finding]:
     """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
     call = app.github.call
@@ -3592,8 +3619,10 @@ def check_workflow(app: App) -> Iterator[Finding]:
     try:
         found = call("GET", f"/actions/workflows/{WORKFLOW}", needs="Actions: Read and write")
         state = shown(pick(found, "state", str))
-        cure = f"状态 {state}：到 Actions 页选中它，点 Enable workflow"
-        yield finding("GitHub 工作流", state == "active", "已启用", cure)
+        path, body = f"/actions/workflows/{WORKFLOW}/dispatches", {"ref": NO_BRANCH}
+        why = refused(app, "POST", path, body, "Actions: Read and write")
+        cure = why or f"状态 {state}：到 Actions 页选中它，点 Enable workflow"
+        yield finding("GitHub 工作流", state == "active" and not why, "已启用，可以启动", cure)
     except GitHubError as error:
         cure = f"默认分支要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页启用。{error}"
         yield Finding("❌", "GitHub 工作流", cure)
@@ -3619,8 +3648,10 @@ def check_github(app: App) -> Iterator[Finding]:
         yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
     if found.get("archived"):
         yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
-    push = bool((found.get("permissions") or {}).get("push"))
-    cure = "令牌没有写权限：在令牌设置里加 Contents: Read and write"
+    needs, body = "Contents: Read and write", {"message": "", "content": "", "branch": NO_BRANCH}
+    why = refused(app, "PUT", f"/contents/{LIST_PATH}", body, needs)
+    push = bool((found.get("permissions") or {}).get("push")) and not why
+    cure = why or f"令牌的主人没有写权限：换有权限的账号，令牌要有 {needs}"
     yield finding("GitHub 仓库", push, "可以写入", cure)
     yield from check_workflow(app)
     names = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD"}
@@ -3635,15 +3666,14 @@ def check_github(app: App) -> Iterator[Finding]:
     yield finding("GitHub Secrets", not missing, "四个都在", cure)
 
 
-def check_target(app: App) -> Iterator[Finding]:
+def check_target(app: App, client: Client) -> Iterator[Finding]:
     """Look at the target registry's name and ask whether it answers."""
     registry = app.settings.DOCKER_REGISTRY
     acr = r"(registry\.[a-z0-9-]+|crpi-[a-z0-9]+\.[a-z0-9-]+\.personal\.cr)\.aliyuncs\.com"
     cure = f"{registry} 不像 ACR 个人版的地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.…"
     found = re.fullmatch(acr, registry) is not None
     yield finding("目标仓库", found, f"{registry} 是 ACR 地址", cure, "⚠️")
-    answer = Client(app.network, f"https://{registry}", proxied=False).call("GET", "/v2/", {})
-    yield from check_clock(registry, answer, app.now())
+    answer = client.call("GET", "/v2/", {})
     text = f"{registry} 可以访问（账号密码只在工作流里用，这里无法检查）"
     cure = f"{registry} 答 HTTP {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY"
     yield finding("目标仓库", answer.status in (200, 401), text, cure)
@@ -3655,7 +3685,6 @@ def check_qingstor(app: App) -> Iterator[Finding]:
         yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
         return
     answer = app.store.call("get_acl")
-    yield from check_clock("QingStor", answer, app.now())
     app.store.require(answer)
     yield Finding("✅", "QingStor", f"存储桶 {app.settings.QINGSTOR_BUCKET} 可以访问，密钥正确")
     seconds, public = app.settings.QINGSTOR_LINK_SECONDS, b"QS_ALL_USERS" in answer.body
@@ -3664,14 +3693,27 @@ def check_qingstor(app: App) -> Iterator[Finding]:
     yield finding("QingStor 链接", bool(seconds) or public, text, cure)
 
 
+CHECK_HINTS = {
+    "本机": "检查 STATE_DIR",
+    "代理": "检查 PROXY_URL",
+    "企业微信": "检查网络和 WECOM_API_URL",
+    "GitHub": "检查网络和 GITHUB_API_URL，连不上时设置 PROXY_URL",
+    "目标仓库": "检查网络和 DOCKER_REGISTRY",
+    "QingStor": "检查网络、QINGSTOR_URL 和 QINGSTOR_ZONE",
+}
+
+
 def run_checks(app: App, env_file: Path) -> list[Finding]:
     """Ask every system side by side, for CHECK_SECONDS in all; return what was found, in order."""
+    target = Client(app.network, f"https://{app.settings.DOCKER_REGISTRY}", proxied=False)
+    clients = {"企业微信": app.wecom.client, "GitHub": app.github.client, "目标仓库": target}
+    clients |= {"QingStor": app.store.client} if app.store else {}
     checks: dict[str, Iterator[Finding]] = {
         "本机": check_host(app, env_file),
         "代理": check_proxy(app),
         "企业微信": check_wecom(app),
         "GitHub": check_github(app),
-        "目标仓库": check_target(app),
+        "目标仓库": check_target(app, clients["目标仓库"]),
         "QingStor": check_qingstor(app),
     }
     findings: dict[str, list[Finding]] = {name: [] for name in checks}
@@ -3679,6 +3721,8 @@ def run_checks(app: App, env_file: Path) -> list[Finding]:
     def collect(name: str) -> None:
         try:
             findings[name].extend(checks[name])
+        except Unreachable as failure:
+            findings[name].append(Finding("❌", name, f"{failure}；{CHECK_HINTS[name]}"))
         except Failure as failure:
             findings[name].append(Finding("❌", name, str(failure)))
         except (AttributeError, TypeError):
@@ -3696,8 +3740,9 @@ def run_checks(app: App, env_file: Path) -> list[Finding]:
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     for name in waiting:
-        text = f"{CHECK_SECONDS:.0f} 秒内没有回答：检查网络和地址"
+        text = f"{CHECK_SECONDS:.0f} 秒内没有回答；{CHECK_HINTS[name]}"
         findings[name].append(Finding("❌", name, text))
+    findings["时钟"] = list(check_clock(clients))
     return [found for group in findings.values() for found in group]
 
 

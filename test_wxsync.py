@@ -1,0 +1,12025 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["pytest>=8", "wechatpy==1.8.18"]
+# ///
+"""Tests, sandbox and benchmark of wxsync.
+
+    python test_wxsync.py                   the sandbox: a chat with the real program
+    python test_wxsync.py bench             the benchmark (--json, --quick)
+    python test_wxsync.py picture           draw .github/chat.svg from the sandbox's story
+    python -m pytest -q test_wxsync.py      the tests
+
+Fakes are servers on 127.0.0.1 that behave as the documents say; nothing is patched. What needs a
+component that is not installed (docker-registry, skopeo, act, tinyproxy, …) is skipped with the
+reason, and fails where CI is set. WXSYNC_FUZZ=long fuzzes and kills for longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import atexit
+import base64
+import configparser
+import contextlib
+import functools
+import gzip
+import hashlib
+import hmac
+import http.client
+import importlib.util
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import socketserver
+import ssl
+import statistics
+import string
+import struct
+import subprocess
+import symtable
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import tomllib
+import traceback
+import unicodedata
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from email.utils import formatdate, parsedate_to_datetime
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, NamedTuple, Self, TextIO
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from zoneinfo import ZoneInfo
+
+import pytest
+from Crypto.Cipher import AES
+
+import wxsync
+
+# ---------------------------------------------------------------------------------------------
+# Small tools
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """One HTTP answer, as a fake gives it or as a request got it (then names are lower case)."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def json_answer(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """Return `value` as a JSON answer."""
+    body = json.dumps(value, ensure_ascii=False).encode()
+    kind = {"Content-Type": "application/json; charset=utf-8"}
+    return Answer(status, body, kind | dict(headers or {}))
+
+
+def http_request(
+    method: str,
+    url: str,
+    body: bytes | None = None,
+    headers: Mapping[str, str] | None = None,
+    timeout: float = 15,
+) -> Answer:
+    """Send one request to a plain-http address on a connection of its own, return the answer."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    try:
+        connection.request(method, target, body, dict(headers or {}))
+        got = connection.getresponse()
+        return Answer(got.status, got.read(), {k.lower(): v for k, v in got.getheaders()})
+    finally:
+        connection.close()
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 10, pause: float = 0.01) -> bool:
+    """Look at `condition` again and again, return whether it came true in time."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(pause)
+    return True
+
+
+def free_port() -> int:
+    """Return a port that nobody has, below those that outgoing connections are given."""
+    while True:
+        port = random.randrange(15000, 32000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def temporary_folder(purpose: str) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that is removed when its owner cleans up, at the latest when Python ends."""
+    return tempfile.TemporaryDirectory(prefix=f"wxsync-{purpose}-", ignore_cleanup_errors=True)
+
+
+def iso(when: float) -> str:
+    """Return seconds since 1970 in GitHub's notation."""
+    return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ---------------------------------------------------------------------------------------------
+# Peer: an HTTP server that records what it is asked and can misbehave
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request as it arrived; header names are lower case."""
+
+    time: float
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+    connection: int
+
+    @property
+    def target(self) -> str:
+        return self.path + (f"?{urlencode(self.query)}" if self.query else "")
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Goes wrong once. `where` are words that must all occur in "METHOD /path?query".
+
+    `what` is an answer (status, headers, body), or one of: "reset" (the connection breaks before
+    anything is done), "lost" (the work is done, then the connection breaks), "hang" (never any
+    answer), "garbage" (not HTTP), "short" (a body cut off), "big" (10 MB), "drip" (a byte now
+    and then, for ever).
+    """
+
+    where: str
+    what: tuple[int, dict[str, str], bytes] | str
+
+    def hits(self, call: Call) -> bool:
+        line = f"{call.method} {call.target}"
+        return all(word in line for word in self.where.split())
+
+
+class PeerHandler(BaseHTTPRequestHandler):
+    """Reads one request after the other from a connection and hands them to the Peer."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one buffered write an answer: unbuffered ones cost 40 ms each
+    disable_nagle_algorithm = True
+    server: PeerServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.number = self.server.peer.connections
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def version_string(self) -> str:
+        return "peer"
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        now = time.time() if timestamp is None else timestamp
+        return super().date_time_string(now + self.server.peer.skew)
+
+    def handle_expect_100(self) -> bool:
+        self.send_response_only(100)
+        self.end_headers()
+        self.wfile.flush()
+        return True
+
+    def do(self) -> None:
+        parts = urlsplit(self.path)
+        call = Call(
+            time.time(),
+            self.command,
+            parts.path,
+            dict(parse_qsl(parts.query, keep_blank_values=True)),
+            self.joined_headers(),
+            self.read_body(),
+            self.number,
+        )
+        self.server.peer.serve(call, self)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do
+
+    def joined_headers(self) -> dict[str, str]:
+        # A repeated header counts as one list: registries' clients send Accept many times.
+        joined: dict[str, str] = {}
+        for name, value in self.headers.items():
+            before = joined.get(name.lower())
+            joined[name.lower()] = f"{before}, {value}" if before else value
+        return joined
+
+    def read_body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = bytearray()
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass  # trailers
+        return bytes(body)
+
+    def send(self, answer: Answer) -> None:
+        """Write one answer. A Content-Length that is given wins: HEAD and faults need that."""
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        empty = answer.status in (204, 304)
+        if not empty and "content-length" not in (name.lower() for name in answer.headers):
+            self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        if self.command != "HEAD" and not empty:
+            self.wfile.write(answer.body)
+        self.wfile.flush()
+
+    def misbehave(self, what: str) -> None:
+        """Do what a Fault of this name says."""
+        self.close_connection = True
+        if what == "hang":
+            self.hold()
+        elif what in ("reset", "lost"):
+            self.reset()
+        elif what == "big":
+            self.send(Answer(200, b'{"x":"' + b"x" * 10_000_000 + b'"}'))
+        elif what == "short":
+            self.send(Answer(200, b'{"errcode":0,', {"Content-Length": "1000"}))
+        elif what == "drip":
+            self.drip()
+        else:
+            self.wfile.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
+
+    def hold(self) -> None:
+        """Wait until the client or the test gives up."""
+        while not self.server.peer.stopping.is_set():
+            if select.select([self.connection], [], [], 0.1)[0]:
+                if not self.connection.recv(1, socket.MSG_PEEK):
+                    return
+                time.sleep(0.1)  # a pipelined request: still no answer
+
+    def reset(self) -> None:
+        """Break the connection with RST, not with a polite FIN."""
+        form = "hh" if os.name == "nt" else "ii"
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(form, 1, 0))
+        socket.close(self.connection.detach())
+
+    def drip(self) -> None:
+        self.send(Answer(200, b"{", {"Content-Length": "1000000"}))
+        while not self.server.peer.stopping.wait(0.5):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+
+
+class PeerServer(ThreadingHTTPServer):
+    """The listening side of a Peer: knows its open connections, so that they can be cut."""
+
+    request_queue_size = 512
+    daemon_threads = True
+
+    def __init__(self, port: int, peer: Peer) -> None:
+        self.peer = peer
+        self.open: set[socket.socket] = set()
+        self.guard = threading.Lock()
+        super().__init__(("127.0.0.1", port), PeerHandler)
+
+    def server_bind(self) -> None:
+        # HTTPServer would look its own name up, which takes seconds where DNS is slow.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self.guard:
+            self.open.add(request)
+        self.peer.note_connection()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.guard:
+            self.open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # A client that goes away is none of the fake's faults; everything else is.
+        if not isinstance(sys.exc_info()[1], OSError):
+            self.peer.errors.append(traceback.format_exc())
+
+    def cut(self) -> None:
+        """Break every open connection."""
+        with self.guard:
+            broken = list(self.open)
+        for connection in broken:
+            with suppress(OSError):  # it may be gone already
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class Peer:
+    """Base of the fakes. Subclasses answer in `handle`, which runs in the connection's thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.errors: list[str] = []  # tracebacks of the fake itself: tests want this empty
+        self.faults: list[Fault] = []
+        self.hang = False
+        self.delay = 0.0
+        self.skew = 0.0  # seconds by which this server's clock is wrong
+        self.connections = 0  # accepted since the first start
+        self.port = 0
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.stopping = threading.Event()
+        self._server: PeerServer | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._server.open) if self._server else 0
+
+    def start(self) -> Self:
+        """Listen; the first start picks the port, later ones keep it."""
+        self.stopping.clear()
+        self._server = PeerServer(self.port, self)
+        self.port = self._server.server_port
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Close the port and break every connection. What was recorded stays."""
+        self.stopping.set()
+        server, self._server = self._server, None
+        if server:
+            server.shutdown()
+            server.server_close()
+            server.cut()
+
+    def restart(self) -> None:
+        """Be away for a moment and come back on the same port."""
+        self.stop()
+        self.start()
+
+    def cut(self) -> None:
+        """Break every open connection, but go on listening."""
+        if self._server:
+            self._server.cut()
+
+    def fail(
+        self, where: str, what: tuple[int, dict[str, str], bytes] | str, times: int = 1
+    ) -> None:
+        """Let the next `times` requests that match go wrong, see Fault."""
+        with self.lock:
+            self.faults += [Fault(where, what)] * times
+
+    def calls_to(self, where: str) -> list[Call]:
+        """Return the recorded calls in whose "METHOD /path?query" all words of `where` occur."""
+        with self.lock:
+            return [call for call in self.calls if Fault(where, "").hits(call)]
+
+    def note_connection(self) -> None:
+        with self.lock:
+            self.connections += 1
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Record the call, then answer it, or do what a fault says instead."""
+        with self.changed:
+            self.calls.append(call)
+            fault = next((f for f in self.faults if f.hits(call)), None)
+            if fault:
+                self.faults.remove(fault)
+            self.changed.notify_all()
+        if self.delay:
+            self.stopping.wait(self.delay)
+        what = "hang" if self.hang else fault.what if fault else None
+        if isinstance(what, tuple):
+            handler.send(Answer(what[0], what[2], what[1]))
+        elif what and what != "lost":
+            handler.misbehave(what)
+        else:
+            answer = self.handle(call)  # a bug in it ends in handle_error and breaks the connection
+            handler.misbehave("lost") if what else handler.send(answer)
+
+    def handle(self, call: Call) -> Answer:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+# ---------------------------------------------------------------------------------------------
+# WeCom: the server that wxsync calls
+# ---------------------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    """A chat message that reached a member (or would have)."""
+
+    time: float
+    user: str
+    text: str
+
+
+class FakeWeCom(Peer):
+    """qyapi.weixin.qq.com as far as wxsync uses it, with its silent traps made visible."""
+
+    TEXT_LIMIT = 2048
+    PER_MINUTE = 30
+
+    def __init__(
+        self,
+        corp_id: str = "ww0123456789abcdef",
+        secret: str = "wecom-secret-5f1c0a7d9e",
+        agent_id: int = 1000002,
+    ) -> None:
+        super().__init__()
+        self.corp_id, self.secret, self.agent_id = corp_id, secret, agent_id
+        self.known_users: set[str] | None = None
+        self.trusted = True
+        self.expires_in = 7200
+        self.token_calls = 0
+        self.messages: list[Message] = []
+        self.dropped: list[Message] = []  # over 30 a minute: WeCom says ok and drops them
+        self.duplicates: list[Message] = []  # swallowed by the duplicate check
+        self.violations: list[str] = []
+        self._tokens: dict[str, int] = {}  # token -> errcode that using it gives
+        self._sent: dict[str, float] = {}  # request JSON -> when it may be sent again
+
+    def handle(self, call: Call) -> Answer:
+        actions: dict[tuple[str, str], Callable[[Call], dict[str, object]]] = {
+            ("GET", "/cgi-bin/gettoken"): self._gettoken,
+            ("POST", "/cgi-bin/message/send"): self._send,
+            ("GET", "/cgi-bin/getcallbackip"): self._callback_ip,
+            ("GET", "/cgi-bin/agent/get"): self._agent,
+        }
+        action = actions.get((call.method, call.path))
+        if not action:
+            return Answer(404, b"404 page not found")
+        with self.changed:
+            result = action(call)
+            self.changed.notify_all()
+        return json_answer({"errcode": 0, "errmsg": "ok"} | result)
+
+    def expire_tokens(self, errcode: int = 42001) -> None:
+        """Make every token given so far useless; 42001 is "expired", 40014 "invalid"."""
+        with self.lock:
+            self._tokens = dict.fromkeys(self._tokens, errcode)
+
+    def refuse(self, errcode: int, errmsg: str = "refused", times: int = 1) -> None:
+        """Answer the next `message/send` with this error."""
+        body = json.dumps({"errcode": errcode, "errmsg": errmsg}).encode()
+        self.fail(
+            "POST /cgi-bin/message/send", (200, {"Content-Type": "application/json"}, body), times
+        )
+
+    def messages_for(self, user: str) -> list[str]:
+        with self.lock:
+            return [message.text for message in self.messages if message.user == user]
+
+    def wait_message(
+        self, wanted: str | Callable[[Message], object] = "", timeout: float = 10, after: int = 0
+    ) -> Message:
+        """Return the first message from number `after` on that holds, or for which, `wanted`."""
+
+        def found() -> Message | None:
+            for message in self.messages[after:]:
+                if wanted in message.text if isinstance(wanted, str) else wanted(message):
+                    return message
+            return None
+
+        with self.changed:
+            message = self.changed.wait_for(found, timeout)
+        if message is None:
+            seen = "\n---\n".join(m.text for m in self.messages[after:]) or "nothing"
+            raise TimeoutError(f"no message with {wanted!r} in {timeout} s; seen: {seen}")
+        return message
+
+    def _gettoken(self, call: Call) -> dict[str, object]:
+        self.token_calls += 1
+        if call.query.get("corpid") != self.corp_id:
+            return {"errcode": 40013, "errmsg": "invalid corpid"}
+        if call.query.get("corpsecret") != self.secret:
+            return {"errcode": 40001, "errmsg": "invalid credential"}
+        valid = [token for token, errcode in self._tokens.items() if not errcode]
+        token = valid[0] if valid else f"access-token-{secrets.token_urlsafe(24)}"
+        self._tokens[token] = 0
+        return {"access_token": token, "expires_in": self.expires_in}
+
+    def _refusal(self, call: Call) -> dict[str, object]:
+        """Return what is wrong with the token or the address of this call, {} if nothing."""
+        token = call.query.get("access_token", "")
+        if not token:
+            return {"errcode": 41001, "errmsg": "access_token missing"}
+        if errcode := self._tokens.get(token, 40014):
+            return {"errcode": errcode, "errmsg": "invalid or expired access_token"}
+        return {}
+
+    def _untrusted(self) -> dict[str, object]:
+        if self.trusted:
+            return {}
+        text = (
+            "not allow to access from your ip, hint: [1764000000512345678901234], from ip: "
+            "203.0.113.7, more info at https://open.work.weixin.qq.com/devtool/query?e=60020"
+        )
+        return {"errcode": 60020, "errmsg": text}
+
+    def _callback_ip(self, call: Call) -> dict[str, object]:
+        return self._refusal(call) or {"ip_list": ["127.0.0.1", "182.254.11.176"]}
+
+    def _agent(self, call: Call) -> dict[str, object]:
+        if refusal := self._refusal(call) or self._untrusted():
+            return refusal
+        if call.query.get("agentid") != str(self.agent_id):
+            return {"errcode": 301002, "errmsg": "no permission to access this agent"}
+        users = [{"userid": user} for user in sorted(self.known_users or {"alice"})]
+        allowed = {"allow_userinfos": {"user": users}, "allow_partys": {"partyid": [1]}}
+        return {
+            "agentid": self.agent_id,
+            "name": "镜像同步",
+            "description": "",
+            "close": 0,
+        } | allowed
+
+    def _send(self, call: Call) -> dict[str, object]:
+        if refusal := self._refusal(call) or self._untrusted():
+            return refusal
+        wish = call.json()
+        if refusal := self._bad_wish(wish):
+            return refusal
+        users = [user for user in str(wish["touser"]).split("|") if user]
+        known = [u for u in users if self.known_users is None or u in self.known_users]
+        if not known:
+            return {"errcode": 81013, "errmsg": "user & party & tag all invalid"}
+        text = self._cut(wish["text"]["content"])
+        repeated = self._repeated(wish)
+        for user in known:
+            self._deliver(Message(time.time(), user, text), repeated)
+        invalid = "|".join(user.lower() for user in users if user not in known)
+        return {"invaliduser": invalid, "msgid": secrets.token_urlsafe(32)}
+
+    def _bad_wish(self, wish: Any) -> dict[str, object]:
+        agent = wish.get("agentid")
+        if type(agent) is not int:
+            return {"errcode": 40056, "errmsg": "invalid agentid"}
+        if agent != self.agent_id:
+            return {
+                "errcode": 301002,
+                "errmsg": "not allow operate another agent with this accesstoken",
+            }
+        if wish.get("msgtype") != "text":
+            return {"errcode": 40008, "errmsg": "invalid message type"}
+        if not wish.get("text", {}).get("content"):
+            return {"errcode": 44004, "errmsg": "text content is empty"}
+        return {} if wish.get("touser") else {"errcode": 82001, "errmsg": "touser is empty"}
+
+    def _cut(self, text: str) -> str:
+        raw = text.encode()
+        if len(raw) <= self.TEXT_LIMIT:
+            return text
+        self.violations.append(f"a text of {len(raw)} bytes was truncated: {text[:60]!r}")
+        return raw[: self.TEXT_LIMIT].decode(errors="ignore")
+
+    def _repeated(self, wish: dict[str, Any]) -> bool:
+        if not wish.get("enable_duplicate_check"):
+            return False
+        key, now = json.dumps(wish, sort_keys=True), time.time()
+        if self._sent.get(key, 0) > now:
+            return True
+        self._sent[key] = now + min(int(wish.get("duplicate_check_interval", 1800)), 14400)
+        return False
+
+    def _deliver(self, message: Message, repeated: bool) -> None:
+        minute = message.time - 60
+        recent = [m for m in self.messages if m.user == message.user and m.time > minute]
+        if repeated:
+            self.duplicates.append(message)
+        elif len(recent) >= self.PER_MINUTE:
+            self.dropped.append(message)
+        else:
+            self.messages.append(message)
+
+
+# ---------------------------------------------------------------------------------------------
+# WeCom: the client side of the callback, with a cipher of its own
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the callback answered; `reply` is the decrypted text, "" for an empty body."""
+
+    status: int
+    raw: bytes
+    headers: dict[str, str]
+    reply: str = ""
+    fields: dict[str, str] = field(default_factory=dict)  # all of the decrypted reply
+
+
+@dataclass(frozen=True)
+class Post:
+    """A callback request, ready to be posted as often as a test likes."""
+
+    query: dict[str, str]
+    body: bytes
+    headers: dict[str, str]
+
+
+def cdata(text: str) -> str:
+    """Quote text for XML as WeCom does; the one thing a section cannot hold is split."""
+    return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
+
+
+def xml_document(fields: Mapping[str, object]) -> str:
+    """Return WeCom's XML: numbers bare, texts in CDATA."""
+    inner = (
+        f"<{name}>{value if isinstance(value, int) else cdata(str(value))}</{name}>\n"
+        for name, value in fields.items()
+    )
+    return "<xml>" + "".join(inner) + "</xml>"
+
+
+def envelope_fields(text: str) -> dict[str, str]:
+    """Read an XML or a JSON object of texts; the names come out in lower case."""
+    if text.lstrip().startswith("{"):
+        return {name.lower(): str(value) for name, value in json.loads(text).items()}
+    return {child.tag.lower(): child.text or "" for child in ET.fromstring(text)}
+
+
+class WeComClient:
+    """Encrypts, signs and posts to the callback what WeCom would, and reads the reply."""
+
+    def __init__(
+        self, token: str, encoding_aes_key: str, corp_id: str, agent_id: int, callback_url: str
+    ) -> None:
+        self.token, self.corp_id, self.agent_id = token, corp_id, agent_id
+        self.callback_url = callback_url
+        self.key = base64.b64decode(encoding_aes_key + "=")
+
+    def encrypt(self, text: str, receive_id: str | None = None) -> str:
+        raw = text.encode()
+        tail = (self.corp_id if receive_id is None else receive_id).encode()
+        plain = os.urandom(16) + struct.pack(">I", len(raw)) + raw + tail
+        pad = 32 - len(plain) % 32
+        cipher = AES.new(self.key, AES.MODE_CBC, self.key[:16])
+        return base64.b64encode(cipher.encrypt(plain + bytes([pad]) * pad)).decode()
+
+    def decrypt(self, encrypted: str) -> str:
+        """Return the text inside; raise ValueError when padding, length or corp id are wrong."""
+        cipher = AES.new(self.key, AES.MODE_CBC, self.key[:16])
+        plain = cipher.decrypt(base64.b64decode(encrypted, validate=True))
+        pad = plain[-1]
+        if not 1 <= pad <= 32 or plain[-pad:] != bytes([pad]) * pad or len(plain) % 32:
+            raise ValueError("bad padding")
+        (size,) = struct.unpack(">I", plain[16:20])
+        text, receive_id = plain[20 : 20 + size], plain[20 + size : -pad]
+        if receive_id != self.corp_id.encode():
+            raise ValueError(f"receive id {receive_id!r}")
+        return text.decode()
+
+    def signature(self, timestamp: str, nonce: str, encrypted: str) -> str:
+        parts = sorted([self.token, timestamp, nonce, encrypted])
+        return hashlib.sha1("".join(parts).encode()).hexdigest()
+
+    def signed(self, encrypted: str, timestamp: object = None) -> dict[str, str]:
+        """Return the query that belongs to an encrypted text."""
+        stamp = str(int(time.time()) if timestamp is None else timestamp)
+        nonce = str(secrets.randbelow(10**10))
+        signature = self.signature(stamp, nonce, encrypted)
+        return {"msg_signature": signature, "timestamp": stamp, "nonce": nonce}
+
+    def verify_url(self, echo: str = "1616140317555161061") -> tuple[int, str]:
+        """Do what saving the callback settings does; return status and body."""
+        encrypted = self.encrypt(echo)
+        query = urlencode(self.signed(encrypted) | {"echostr": encrypted})
+        got = http_request("GET", f"{self.callback_url}?{query}")
+        return got.status, got.body.decode()
+
+    def build(
+        self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
+    ) -> Post:
+        """Encrypt and sign a message of these inner fields."""
+        if fmt == "json":
+            encrypted = self.encrypt(json.dumps(fields, ensure_ascii=False))
+            outer = {
+                "tousername": self.corp_id,
+                "encrypt": encrypted,
+                "agentid": str(self.agent_id),
+            }
+            body, kind = json.dumps(outer), "application/json"
+        else:
+            encrypted = self.encrypt(xml_document(fields))
+            body = xml_document(
+                {"ToUserName": self.corp_id, "AgentID": str(self.agent_id), "Encrypt": encrypted}
+            )
+            kind = "text/xml"
+        return Post(self.signed(encrypted, timestamp), body.encode(), {"Content-Type": kind})
+
+    def text_fields(
+        self, user: str, text: str, msg_id: int | None = None, create_time: int | None = None
+    ) -> dict[str, object]:
+        """Return the inner fields of a text message; its id is a fresh one unless given."""
+        return {
+            "ToUserName": self.corp_id,
+            "FromUserName": user,
+            "CreateTime": int(time.time()) if create_time is None else create_time,
+            "MsgType": "text",
+            "Content": text,
+            "MsgId": secrets.randbits(63) if msg_id is None else msg_id,
+            "AgentID": self.agent_id,
+        }
+
+    def post(self, post: Post) -> Reply:
+        return self.post_raw(post.body, post.query, post.headers)
+
+    def post_text(
+        self,
+        user: str,
+        text: str,
+        msg_id: int | None = None,
+        timestamp: object = None,
+        fmt: str = "xml",
+        create_time: int | None = None,
+    ) -> Reply:
+        """Post what a member typed."""
+        fields = self.text_fields(user, text, msg_id, create_time)
+        return self.post(self.build(fields, fmt, timestamp))
+
+    def post_event(
+        self, user: str, event: str, event_key: str = "", fmt: str = "xml", **more: object
+    ) -> Reply:
+        """Post an event such as enter_agent; events have no MsgId."""
+        fields: dict[str, object] = {"ToUserName": self.corp_id, "FromUserName": user}
+        fields |= {"CreateTime": int(time.time()), "MsgType": "event", "Event": event}
+        fields |= {"EventKey": event_key, "AgentID": self.agent_id} | more
+        return self.post(self.build(fields, fmt))
+
+    def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
+        """Post a message of another kind: image, voice, video, location, link."""
+        fields = self.text_fields(user, "") | {"MsgType": kind} | more
+        del fields["Content"]
+        return self.post(self.build(fields, fmt))
+
+    def post_raw(
+        self,
+        body: bytes,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Reply:
+        """Post any bytes; a 200 with a body must be a reply that is signed and decrypts."""
+        url = self.callback_url + (f"?{urlencode(query)}" if query else "")
+        got = http_request("POST", url, body, headers)
+        if got.status != 200 or not got.body:
+            return Reply(got.status, got.body, got.headers)
+        fields = self.open_reply(got.body.decode())
+        return Reply(got.status, got.body, got.headers, fields.get("content", ""), fields)
+
+    def open_reply(self, text: str) -> dict[str, str]:
+        """Check and decrypt the envelope of a passive reply, return its inner fields."""
+        outer = envelope_fields(text)
+        wanted = self.signature(outer["timestamp"], outer["nonce"], outer["encrypt"])
+        if outer["msgsignature"] != wanted:
+            raise ValueError("the reply's signature is wrong")
+        return envelope_fields(self.decrypt(outer["encrypt"]))
+
+
+# ---------------------------------------------------------------------------------------------
+# GitHub: runs and their jobs
+# ---------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    name: str
+    conclusion: str | None  # None while it runs
+    started: float
+    completed: float | None
+
+
+@dataclass
+class Job:
+    """One job of a run. Change it by the methods: status and conclusion go together."""
+
+    id: int
+    name: str
+    run: Run
+    status: str = "queued"
+    conclusion: str | None = None
+    created: float = field(default_factory=time.time)
+    started: float = 0.0
+    completed: float | None = None
+    steps: list[Step] = field(default_factory=list)
+
+    def start(self) -> None:
+        with self.run.lock:
+            self.status, self.started = "in_progress", time.time()
+            self.run.touch("in_progress")
+
+    def step(self, name: str, conclusion: str | None = "success") -> None:
+        """Add a step, or end the last one if it has this name and still runs."""
+        with self.run.lock:
+            now = time.time()
+            started = now
+            if self.steps and self.steps[-1].name == name and not self.steps[-1].conclusion:
+                started = self.steps.pop().started
+            self.steps.append(Step(name, conclusion, started, now if conclusion else None))
+            self.run.touch()
+
+    def finish(self, conclusion: str) -> None:
+        with self.run.lock:
+            self.status, self.conclusion, self.completed = "completed", conclusion, time.time()
+            self.started = self.started or self.completed
+            self.run.touch()
+
+
+class Run:
+    """One workflow run, as the runner fills it and as the API shows it."""
+
+    def __init__(
+        self, run_id: int, number: int, inputs: dict[str, str], ref: str, sha: str
+    ) -> None:
+        self.id, self.number, self.inputs, self.ref, self.head_sha = (
+            run_id,
+            number,
+            inputs,
+            ref,
+            sha,
+        )
+        self.display_title = f"wxsync {inputs.get('request', '')}".strip()
+        self.event = "workflow_dispatch"
+        self.status = "queued"
+        self.conclusion: str | None = None
+        self.jobs: list[Job] = []
+        self.log: list[str] = []  # what the runner printed, for whoever looks for a cause
+        self.created = self.updated = time.time()
+        self.completed: float | None = None
+        self.lock = threading.RLock()
+
+    @property
+    def lines(self) -> list[str]:
+        """The canonical lines that this run was asked to copy."""
+        lines: list[str] = json.loads(self.inputs.get("images") or "[]")
+        return lines
+
+    def touch(self, status: str = "") -> None:
+        with self.lock:
+            self.updated = time.time()
+            self.status = status or self.status
+
+    def add_job(self, name: str) -> Job:
+        with self.lock:
+            job = Job(self.id * 1000 + len(self.jobs), name, self)
+            self.jobs.append(job)
+            self.touch()
+            return job
+
+    def job(self, name: str) -> Job:
+        """Return the job of this name; raise KeyError if there is none."""
+        with self.lock:
+            found = {job.name: job for job in self.jobs}
+            return found[name]
+
+    def finish(self, conclusion: str = "") -> None:
+        """End the run; its conclusion follows from the jobs unless given."""
+        with self.lock:
+            ends = {job.conclusion for job in self.jobs}
+            bad = "failure" if ends & {"failure", "timed_out", None} else ""
+            worst = bad or ("cancelled" if "cancelled" in ends else "success")
+            self.conclusion = conclusion or worst
+            self.completed = time.time()
+            self.touch("completed")
+
+
+Runner = Callable[[dict[str, str], Run], None]
+
+
+class PlayedRunner:
+    """Plays a run without copying anything.
+
+    `outcomes` maps a line to the name of its job's last step ("wxsync: failed …" fails the job),
+    to a bare conclusion (failure, cancelled, timed_out, skipped: no such step then), or to
+    "missing" (no job of that name). While `gate` is set to an event, jobs wait for it.
+    """
+
+    def __init__(
+        self,
+        seconds_per_job: float = 0.05,
+        outcomes: Mapping[str, str] | None = None,
+        concurrent: int = 20,
+    ) -> None:
+        self.seconds_per_job, self.concurrent = seconds_per_job, concurrent
+        self.outcomes = dict(outcomes or {})
+        self.gate: threading.Event | None = None
+
+    def __call__(self, inputs: dict[str, str], run: Run) -> None:
+        run.touch("in_progress")
+        run.add_job("plan").finish("skipped")
+        wanted = [line for line in run.lines if self.outcomes.get(line) != "missing"]
+        jobs = [run.add_job(line) for line in wanted]
+        with ThreadPoolExecutor(self.concurrent) as pool:
+            list(pool.map(self.play, jobs))
+        run.finish()
+
+    def play(self, job: Job) -> None:
+        job.start()
+        job.step("Set up job")
+        if self.gate:
+            self.gate.wait()
+        time.sleep(self.seconds_per_job)
+        outcome = self.outcomes.get(job.name) or self.copied(job.name)
+        failed = outcome.startswith("wxsync: failed")
+        if outcome.startswith("wxsync:"):
+            job.step('Run python3 wxsync.py copy "$LINE"', "failure" if failed else "success")
+            job.step(outcome)
+            job.finish("failure" if failed else "success")
+        else:
+            job.step('Run python3 wxsync.py copy "$LINE"', outcome)
+            job.finish(outcome)
+
+    @staticmethod
+    def copied(line: str) -> str:
+        return "wxsync: copied sha256:" + hashlib.sha256(line.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------
+# GitHub: the REST API
+# ---------------------------------------------------------------------------------------------
+
+
+class Commit(NamedTuple):
+    time: float
+    message: str
+    path: str
+    content: bytes
+    sha: str
+    branch: str
+
+
+class Dispatch(NamedTuple):
+    time: float
+    ref: str
+    inputs: dict[str, str]
+    run_id: int
+
+
+def blob_sha(content: bytes) -> str:
+    """Return git's name for a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def problem(status: int, message: str, **more: object) -> Answer:
+    """Return an error as GitHub words it."""
+    address = "https://docs.github.com/rest"
+    return json_answer(
+        {"message": message, "documentation_url": address, "status": str(status)} | more, status
+    )
+
+
+# What else GitHub's answers hold: unused by wxsync, there to keep their shape and size honest.
+OWNER_LINKS = (
+    "avatar events followers following gists organizations received_events repos starred "
+    "subscriptions"
+)
+REPOSITORY_LINKS = (
+    "archive assignees blobs branches collaborators comments commits compare contents contributors "
+    "deployments downloads events forks git_commits git_refs git_tags hooks issue_comment "
+    "issue_events issues keys labels languages merges milestones notifications pulls releases "
+    "stargazers statuses subscribers subscription tags teams trees"
+)
+REPOSITORY_COUNTS = (
+    "forks forks_count network_count open_issues open_issues_count size stargazers_count "
+    "subscribers_count watchers watchers_count"
+)
+REPOSITORY_FLAGS = "disabled has_discussions has_issues has_pages has_projects has_wiki"
+
+
+def in_range(value: str, wanted: str) -> bool:
+    """Tell whether an ISO time lies in a range of GitHub's search syntax (>=T, T..T, …)."""
+    first, dots, last = wanted.partition("..")
+    if dots:
+        return (first in ("*", "") or value >= first) and (last in ("*", "") or value <= last)
+    for sign, holds in (
+        (">=", value >= wanted[2:]),
+        ("<=", value <= wanted[2:]),
+        (">", value > wanted[1:]),
+        ("<", value < wanted[1:]),
+    ):
+        if wanted.startswith(sign):
+            return holds
+    return value.startswith(wanted)
+
+
+class FakeGitHub(Peer):
+    """api.github.com for one repository: contents, workflow, runs, jobs, and what `check` asks."""
+
+    WORKFLOW = "docker-image-sync.yml"
+    VERSIONS = ("2022-11-28", "2026-03-10")
+
+    def __init__(
+        self,
+        repo: str = "octo/mirror",
+        token: str = "github_pat_11AAAAAAA0fakefakefake",
+        runner: Runner | None = None,
+    ) -> None:
+        super().__init__()
+        self.repo, self.token = repo, token
+        self.runner: Runner = runner or PlayedRunner()
+        self.branches = {"main"}
+        self.files: dict[str, bytes] = {}
+        self.commits: list[Commit] = []
+        self.dispatches: list[Dispatch] = []
+        self.runs: list[Run] = []
+        self.workflow_inputs = {"images", "request", "target"}
+        self.workflow_state = "active"
+        self.secrets = {
+            f"DOCKER_{name}" for name in ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
+        }
+        self.actions_enabled = True
+        self.archived = False
+        self.permissions = {
+            "admin": True,
+            "maintain": True,
+            "push": True,
+            "triage": True,
+            "pull": True,
+        }
+        self.denied: set[str] = set()  # rights the token lacks, such as "actions=write"
+        self.token_expires = ""  # "2027-10-12 09:00:00 UTC" to have the header
+        self.old_dispatch = False  # 204 without a run id, as older servers answer
+        self.list_lag = 0.0  # seconds until a run appears in the list
+        self.run_lag = 0.0  # seconds until a run can be asked for by its id
+        self.rate_remaining = 5000
+        self.rate_reset = time.time() + 3600
+        self._numbers = itertools.count(1)
+        self._head = hashlib.sha1(repo.encode()).hexdigest()
+
+    # -- the frame around each call ------------------------------------------------------------
+
+    def handle(self, call: Call) -> Answer:
+        with self.changed:
+            right, answer = self._answer(call)
+            self.changed.notify_all()
+        return self._dressed(call, answer, right)
+
+    def _answer(self, call: Call) -> tuple[str, Answer]:
+        """Return the right that the call needs, and its answer."""
+        if refusal := self._refusal(call):
+            return "", refusal
+        path = call.path.removeprefix("/api/v3")  # where GitHub Enterprise has it
+        if path == "/rate_limit":
+            return "", json_answer(self._limits())
+        prefix = f"/repos/{self.repo}"
+        for method, pattern, right, action in self._routes():
+            match = (
+                re.fullmatch(pattern, path.removeprefix(prefix))
+                if path.startswith(prefix)
+                else None
+            )
+            if match and method == call.method:
+                if right in self.denied:
+                    return right, problem(403, "Resource not accessible by personal access token")
+                return right, action(call, *match.groups())
+        return "", problem(404, "Not Found")
+
+    def _routes(self) -> list[tuple[str, str, str, Callable[..., Answer]]]:
+        runs, flow = r"/actions/runs", r"/actions/workflows/([^/]+)"
+        return [
+            ("GET", "", "metadata=read", self._repository),
+            ("GET", r"/contents/(.+)", "contents=read", self._get_contents),
+            ("PUT", r"/contents/(.+)", "contents=write", self._put_contents),
+            ("GET", flow, "actions=read", self._workflow),
+            ("POST", flow + "/dispatches", "actions=write", self._dispatch),
+            ("GET", flow + "/runs", "actions=read", self._list_runs),
+            ("GET", runs, "actions=read", self._list_runs),
+            ("GET", runs + r"/(\d+)", "actions=read", self._get_run),
+            ("GET", runs + r"/(\d+)/jobs", "actions=read", self._list_jobs),
+            ("POST", runs + r"/(\d+)/cancel", "actions=write", self._cancel),
+            ("GET", "/actions/secrets", "secrets=read", self._list_secrets),
+            ("GET", "/actions/permissions", "administration=read", self._actions),
+        ]
+
+    def _refusal(self, call: Call) -> Answer | None:
+        if not call.headers.get("user-agent"):
+            return problem(403, "Request forbidden by administrative rules. User-Agent is missing.")
+        if call.headers.get("x-github-api-version", self.VERSIONS[0]) not in self.VERSIONS:
+            return problem(400, "Invalid API version")
+        if call.headers.get("authorization") not in (f"Bearer {self.token}", f"token {self.token}"):
+            return problem(401, "Bad credentials")
+        if self.rate_remaining <= 0 and call.path != "/rate_limit":
+            if time.time() < self.rate_reset:
+                return problem(403, "API rate limit exceeded for user ID 1.")
+            self.rate_remaining, self.rate_reset = 5000, time.time() + 3600
+        return None
+
+    def _dressed(self, call: Call, answer: Answer, right: str) -> Answer:
+        """Add ETag and the headers that every answer has; a known ETag makes it a 304."""
+        if call.method == "GET" and answer.status == 200:
+            answer.headers["ETag"] = f'W/"{hashlib.sha256(answer.body).hexdigest()}"'
+            if call.headers.get("if-none-match") == answer.headers["ETag"]:
+                answer = Answer(304, b"", {"ETag": answer.headers["ETag"]})
+        with self.lock:
+            if answer.status not in (304, 401) and self.rate_remaining > 0:
+                self.rate_remaining -= 1  # 304 is free
+            used = 5000 - self.rate_remaining
+        limits = {
+            "Limit": 5000,
+            "Remaining": self.rate_remaining,
+            "Used": used,
+            "Reset": int(self.rate_reset),
+        }
+        headers = {f"X-RateLimit-{name}": str(value) for name, value in limits.items()}
+        headers |= {"X-RateLimit-Resource": "core", "X-GitHub-Request-Id": secrets.token_hex(8)}
+        if right:
+            headers["X-Accepted-GitHub-Permissions"] = right
+        if self.token_expires:
+            headers["GitHub-Authentication-Token-Expiration"] = self.token_expires
+        return Answer(answer.status, answer.body, answer.headers | headers)
+
+    def _limits(self) -> dict[str, object]:
+        core = {"limit": 5000, "used": 5000 - self.rate_remaining, "remaining": self.rate_remaining}
+        core["reset"] = int(self.rate_reset)
+        return {"resources": {"core": core, "search": core}, "rate": core}
+
+    # -- repository and contents ---------------------------------------------------------------
+
+    @property
+    def api(self) -> str:
+        return f"{self.url}/repos/{self.repo}"
+
+    @property
+    def web(self) -> str:
+        return f"https://github.com/{self.repo}"
+
+    def _owner(self) -> dict[str, object]:
+        login = self.repo.split("/")[0]
+        address = f"{self.url}/users/{login}"
+        plain = {"login": login, "id": 1, "node_id": "U_1", "type": "User", "site_admin": False}
+        plain |= {"gravatar_id": "", "url": address, "html_url": f"https://github.com/{login}"}
+        return {f"{name}_url": f"{address}/{name}" for name in OWNER_LINKS.split()} | plain
+
+    def _small_repository(self) -> dict[str, object]:
+        """Return the repository as runs carry it."""
+        plain = {"id": 7, "node_id": "R_7", "name": self.repo.split("/")[1], "full_name": self.repo}
+        plain |= {"private": False, "fork": False, "description": None, "owner": self._owner()}
+        plain |= {"html_url": self.web, "url": self.api}
+        return {f"{name}_url": f"{self.api}/{name}" for name in REPOSITORY_LINKS.split()} | plain
+
+    def _repository(self, call: Call) -> Answer:
+        full = self._small_repository() | dict.fromkeys(REPOSITORY_COUNTS.split(), 0)
+        full |= dict.fromkeys(REPOSITORY_FLAGS.split(), False)
+        full |= dict.fromkeys(("homepage", "language", "license", "mirror_url"))
+        full |= dict.fromkeys(("created_at", "updated_at", "pushed_at"), iso(0))
+        full |= dict.fromkeys(("clone_url", "git_url", "ssh_url", "svn_url"), self.web + ".git")
+        own = {"default_branch": "main", "archived": self.archived, "permissions": self.permissions}
+        return json_answer(full | own)
+
+    def _content(self, path: str, data: bytes) -> dict[str, object]:
+        sha, address = blob_sha(data), f"{self.api}/contents/{quote(path)}"
+        return {
+            "type": "file",
+            "name": path.split("/")[-1],
+            "path": path,
+            "size": len(data),
+            "sha": sha,
+            "url": address,
+            "git_url": f"{self.api}/git/blobs/{sha}",
+            "html_url": f"{self.web}/blob/main/{path}",
+            "download_url": f"https://raw.githubusercontent.com/{self.repo}/main/{path}",
+            "_links": {"self": address, "git": f"{self.api}/git/blobs/{sha}", "html": self.web},
+        }
+
+    def _get_contents(self, call: Call, path: str) -> Answer:
+        if (ref := call.query.get("ref", "main")) not in self.branches:
+            return problem(404, f"No commit found for the ref {ref}")
+        if path not in self.files:
+            return problem(404, "Not Found")
+        data = self.files[path]
+        if "raw" in call.headers.get("accept", ""):
+            return Answer(200, data, {"Content-Type": "application/vnd.github.raw+json"})
+        small = len(data) <= 1_000_000
+        text = base64.encodebytes(data).decode() if small else ""  # 76 columns, newlines included
+        more = {"encoding": "base64" if small else "none", "content": text}
+        return json_answer(self._content(path, data) | more)
+
+    def _put_contents(self, call: Call, path: str) -> Answer:
+        wish = call.json()
+        branch = wish.get("branch", "main")
+        if branch not in self.branches:
+            return problem(404, f"Branch {branch} not found")
+        for name in ("message", "content"):
+            if not isinstance(wish.get(name), str):
+                return problem(422, f'Invalid request.\n\n"{name}" wasn\'t supplied.')
+        for person in ("committer", "author"):
+            if person in wish and not {"name", "email"} <= set(wish[person]):
+                return problem(422, f'Invalid request.\n\n"email" wasn\'t supplied for {person}.')
+        old = self.files.get(path)
+        if old is not None and not wish.get("sha"):
+            return problem(422, 'Invalid request.\n\n"sha" wasn\'t supplied.')
+        if old is not None and wish["sha"] != blob_sha(old):
+            return problem(409, f"{path} does not match {wish['sha']}")
+        content = base64.b64decode(wish["content"])
+        commit = self.commit(path, content, wish["message"], branch)
+        body = {"content": self._content(path, content), "commit": self._commit_json(commit)}
+        return json_answer(body, 200 if old is not None else 201)
+
+    def commit(self, path: str, content: bytes, message: str, branch: str = "main") -> Commit:
+        """Change a file, as PUT does, and as somebody else may at any moment."""
+        with self.lock:
+            sha = hashlib.sha1(secrets.token_bytes(20)).hexdigest()
+            commit = Commit(time.time(), message, path, content, sha, branch)
+            self.files[path], self._head = content, sha
+            self.commits.append(commit)
+            return commit
+
+    def _commit_json(self, commit: Commit) -> dict[str, object]:
+        person = {"name": "wxsync", "email": "wxsync@example.com", "date": iso(commit.time)}
+        return {
+            "sha": commit.sha,
+            "node_id": "C_" + commit.sha[:8],
+            "url": f"{self.api}/git/commits/{commit.sha}",
+            "html_url": f"{self.web}/commit/{commit.sha}",
+            "author": person,
+            "committer": person,
+            "message": commit.message,
+            "tree": {"sha": commit.sha, "url": f"{self.api}/git/trees/{commit.sha}"},
+            "parents": [],
+        }
+
+    # -- workflow, runs, jobs ------------------------------------------------------------------
+
+    def _workflow(self, call: Call, name: str) -> Answer:
+        if name != self.WORKFLOW:
+            return problem(404, "Not Found")
+        path = f".github/workflows/{name}"
+        return json_answer(
+            {
+                "id": 161335,
+                "node_id": "W_161335",
+                "name": name.removesuffix(".yml"),
+                "path": path,
+                "state": self.workflow_state,
+                "created_at": iso(0),
+                "updated_at": iso(0),
+                "url": f"{self.api}/actions/workflows/161335",
+                "html_url": f"{self.web}/blob/main/{path}",
+                "badge_url": f"{self.web}/workflows/{name}/badge.svg",
+            }
+        )
+
+    def _bad_dispatch(self, call: Call, name: str, wish: Any) -> Answer | None:
+        inputs = wish.get("inputs", {})
+        if name != self.WORKFLOW:
+            return problem(404, "Not Found")
+        if wish.get("ref") not in self.branches:
+            return problem(422, f"No ref found for: {wish.get('ref')}")
+        if self.workflow_state != "active":
+            return problem(422, "Cannot trigger a 'workflow_dispatch' on a disabled workflow")
+        if unknown := sorted(set(inputs) - self.workflow_inputs):
+            return problem(422, f"Unexpected inputs provided: {json.dumps(unknown)}")
+        if not all(isinstance(value, str) for value in inputs.values()):
+            return problem(422, "Invalid request.\n\nInputs must be strings.")
+        if len(call.body.decode()) > 65_535:
+            return problem(422, "inputs are too large.")
+        return None
+
+    def _dispatch(self, call: Call, name: str) -> Answer:
+        wish = call.json()
+        if refusal := self._bad_dispatch(call, name, wish):
+            return refusal
+        inputs = dict(wish.get("inputs", {}))
+        run = self.new_run(inputs, wish["ref"])
+        self.dispatches.append(Dispatch(run.created, wish["ref"], inputs, run.id))
+        newest = call.headers.get("x-github-api-version") == self.VERSIONS[1]
+        if self.old_dispatch or not (newest or wish.get("return_run_details")):
+            return Answer(204)
+        address = f"{self.api}/actions/runs/{run.id}"
+        web = f"{self.web}/actions/runs/{run.id}"
+        return json_answer({"workflow_run_id": run.id, "run_url": address, "html_url": web})
+
+    def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
+        """Start a run in a thread of its own."""
+        with self.lock:
+            number = next(self._numbers)
+            run = Run(30_000_000_000 + number, number, inputs, ref, self._head)
+            self.runs.append(run)
+        threading.Thread(target=self._execute, args=(inputs, run), daemon=True).start()
+        return run
+
+    def _execute(self, inputs: dict[str, str], run: Run) -> None:
+        try:
+            self.runner(inputs, run)
+        finally:
+            if run.status != "completed":  # a bug of the runner must be seen by the test
+                self.errors.append(traceback.format_exc())
+                run.finish("failure")
+
+    def _run_json(self, run: Run) -> dict[str, object]:
+        address = f"{self.api}/actions/runs/{run.id}"
+        links = {
+            f"{name}_url": f"{address}/{name}"
+            for name in ("jobs", "logs", "artifacts", "cancel", "rerun")
+        }
+        with run.lock:
+            return links | {
+                "id": run.id,
+                "node_id": f"WFR_{run.id}",
+                "name": self.WORKFLOW.removesuffix(".yml"),
+                "display_title": run.display_title,
+                "run_number": run.number,
+                "run_attempt": 1,
+                "event": run.event,
+                "status": run.status,
+                "conclusion": run.conclusion,
+                "head_branch": run.ref,
+                "head_sha": run.head_sha,
+                "path": f".github/workflows/{self.WORKFLOW}",
+                "workflow_id": 161335,
+                "check_suite_url": f"{self.api}/check-suites/{run.id}",
+                "workflow_url": f"{self.api}/actions/workflows/161335",
+                "url": address,
+                "html_url": f"{self.web}/actions/runs/{run.id}",
+                "created_at": iso(run.created),
+                "updated_at": iso(run.updated),
+                "run_started_at": iso(run.created),
+                "pull_requests": [],
+                "head_commit": None,
+                "repository": self._small_repository(),
+                "head_repository": self._small_repository(),
+            }
+
+    def _wanted(self, run: Run, query: Mapping[str, str]) -> bool:
+        return (
+            query.get("event", run.event) == run.event
+            and query.get("branch", run.ref) == run.ref
+            and query.get("head_sha", run.head_sha) == run.head_sha
+            and query.get("status", run.status) in (run.status, run.conclusion)
+            and in_range(iso(run.created), query.get("created", "*..*"))
+        )
+
+    def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
+        if name not in (self.WORKFLOW, "161335"):
+            return problem(404, "Not Found")
+        seen = [run for run in reversed(self.runs) if time.time() - run.created >= self.list_lag]
+        found = [self._run_json(run) for run in seen if self._wanted(run, call.query)]
+        return self._page(call, "workflow_runs", found)
+
+    def _page(self, call: Call, name: str, rows: list[dict[str, object]]) -> Answer:
+        """Return one page of a list, with the links to its neighbours."""
+        size = min(int(call.query.get("per_page", "30")), 100)
+        page, last = int(call.query.get("page", "1")), max(1, -(-len(rows) // size))
+        links = []
+        for rel, number in (("prev", page - 1), ("next", page + 1), ("last", last), ("first", 1)):
+            if 1 <= number <= last and number != page:
+                query = urlencode(call.query | {"page": str(number)})
+                links.append(f'<{self.url}{call.path}?{query}>; rel="{rel}"')
+        shown = rows[(page - 1) * size : page * size]
+        headers = {"Link": ", ".join(links)} if links else {}
+        return json_answer({"total_count": len(rows), name: shown}, headers=headers)
+
+    def run(self, run_id: int) -> Run:
+        """Return the run of this id; raise KeyError if there is none."""
+        with self.lock:
+            found = {run.id: run for run in self.runs}
+            return found[run_id]
+
+    def _visible(self, run_id: str) -> Run | None:
+        found = {str(run.id): run for run in self.runs if time.time() - run.created >= self.run_lag}
+        return found.get(run_id)
+
+    def _get_run(self, call: Call, run_id: str) -> Answer:
+        run = self._visible(run_id)
+        return json_answer(self._run_json(run)) if run else problem(404, "Not Found")
+
+    def _list_jobs(self, call: Call, run_id: str) -> Answer:
+        run = self._visible(run_id)
+        if not run:
+            return problem(404, "Not Found")
+        with run.lock:
+            return self._page(call, "jobs", [self._job_json(job) for job in run.jobs])
+
+    def _job_json(self, job: Job) -> dict[str, object]:
+        web, address = f"{self.web}/actions/runs/{job.run.id}", f"{self.api}/actions/jobs/{job.id}"
+        return {
+            "id": job.id,
+            "node_id": f"CR_{job.id}",
+            "run_id": job.run.id,
+            "run_url": f"{self.api}/actions/runs/{job.run.id}",
+            "run_attempt": 1,
+            "workflow_name": self.WORKFLOW.removesuffix(".yml"),
+            "head_sha": job.run.head_sha,
+            "head_branch": job.run.ref,
+            "name": job.name,
+            "status": job.status,
+            "conclusion": job.conclusion,
+            "created_at": iso(job.created),
+            "started_at": iso(job.started or job.created),
+            "completed_at": iso(job.completed) if job.completed else None,
+            "url": address,
+            "html_url": f"{web}/job/{job.id}",
+            "check_run_url": f"{self.api}/check-runs/{job.id}",
+            "labels": ["ubuntu-24.04"],
+            "runner_id": 1,
+            "runner_name": "GitHub Actions 1",
+            "runner_group_id": 0,
+            "runner_group_name": "GitHub Actions",
+            "steps": [self._step_json(n, step) for n, step in enumerate(job.steps, 1)],
+        }
+
+    def _step_json(self, number: int, step: Step) -> dict[str, object]:
+        return {
+            "number": number,
+            "name": step.name,
+            "status": "completed" if step.conclusion else "in_progress",
+            "conclusion": step.conclusion,
+            "started_at": iso(step.started),
+            "completed_at": iso(step.completed) if step.completed else None,
+        }
+
+    def _cancel(self, call: Call, run_id: str) -> Answer:
+        run = self._visible(run_id)
+        if not run:
+            return problem(404, "Not Found")
+        if run.status == "completed":
+            return problem(409, "Cannot cancel a workflow run that is completed.")
+        run.finish("cancelled")
+        return json_answer({}, 202)
+
+    # -- what only `check` asks ----------------------------------------------------------------
+
+    def _list_secrets(self, call: Call) -> Answer:
+        dates: dict[str, object] = {"created_at": iso(0), "updated_at": iso(0)}
+        rows: list[dict[str, object]] = [{"name": name} | dates for name in sorted(self.secrets)]
+        return self._page(call, "secrets", rows)
+
+    def _actions(self, call: Call) -> Answer:
+        more = (
+            {"allowed_actions": "all", "sha_pinning_required": False}
+            if self.actions_enabled
+            else {}
+        )
+        return json_answer({"enabled": self.actions_enabled} | more)
+
+
+# ---------------------------------------------------------------------------------------------
+# Real registries and images
+# ---------------------------------------------------------------------------------------------
+
+MANIFESTS = (
+    "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
+    "application/vnd.docker.distribution.manifest.list.v2+json, "
+    "application/vnd.docker.distribution.manifest.v2+json"
+)
+EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
+
+
+def missing_program(*names: str) -> str:
+    """Return why programs cannot be used, "" if they all can."""
+    absent = [name for name in names if not shutil.which(name)]
+    return f"{', '.join(absent)} not installed" if absent else ""
+
+
+class Registry:
+    """A docker-registry process of its own, empty at first, with a password if wanted."""
+
+    def __init__(self, user: str = "", password: str = "") -> None:
+        self.user, self.password = user, password
+        self.port = 0
+        self._temporary = temporary_folder("registry")
+        self.folder = Path(self._temporary.name)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def missing() -> str:
+        return missing_program("docker-registry", "skopeo", "htpasswd")
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the header that logs in, none without a password."""
+        if not self.user:
+            return {}
+        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return {"Authorization": f"Basic {login}"}
+
+    def start(self) -> Self:
+        """Start it and wait until it answers; what was pushed before is still there."""
+        self.port = self.port or free_port()
+        config = self.folder / "config.yml"
+        config.write_text(self._config())
+        command = ["docker-registry", "serve", str(config)]
+        with open(self.folder / "log", "ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        if not wait_until(self._answers, 15):
+            raise RuntimeError(
+                "registry did not start: " + (self.folder / "log").read_text()[-500:]
+            )
+        return self
+
+    def stop(self) -> None:
+        if self._process:
+            self._process.terminate()
+            self._process.wait()
+        self._process = None
+
+    def _config(self) -> str:
+        text = (
+            "version: 0.1\n"
+            "log: {level: warn, accesslog: {disabled: true}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {self.folder / 'data'}}}, "
+            "delete: {enabled: true}}\n"
+            f"http: {{addr: '{self.host}', relativeurls: true}}\n"
+        )
+        if not self.user:
+            return text
+        command = ["htpasswd", "-Bbn", self.user, self.password]
+        accounts = self.folder / "htpasswd"
+        accounts.write_bytes(subprocess.run(command, check=True, capture_output=True).stdout)
+        return text + f"auth: {{htpasswd: {{realm: mirror, path: {accounts}}}}}\n"
+
+    def _answers(self) -> bool:
+        try:
+            return http_request("GET", f"http://{self.host}/v2/", timeout=2).status in (200, 401)
+        except OSError:
+            return False
+
+    def fetch(self, repo: str, reference: str) -> Answer:
+        """GET a manifest by tag or digest."""
+        url = f"http://{self.host}/v2/{repo}/manifests/{reference}"
+        return http_request("GET", url, headers=self.headers | {"Accept": MANIFESTS})
+
+    def digest(self, repo: str, tag: str) -> str:
+        """Return the digest behind a tag, "" if there is none."""
+        got = self.fetch(repo, tag)
+        return got.headers.get("docker-content-digest", "") if got.status == 200 else ""
+
+    def manifest(self, repo: str, reference: str) -> dict[str, Any]:
+        """Return a manifest or index; raise KeyError if there is none."""
+        got = self.fetch(repo, reference)
+        if got.status != 200:
+            raise KeyError(f"{repo}:{reference}: {got.status}")
+        value: dict[str, Any] = got.json()
+        return value
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+        self._temporary.cleanup()
+
+
+class ImageLayout:
+    """Writes images into a folder in the OCI layout; the same arguments give the same digests."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+        (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+    def blob(self, data: bytes, kind: str, **more: object) -> dict[str, object]:
+        """Store a blob, return its descriptor."""
+        name = hashlib.sha256(data).hexdigest()
+        (self.folder / "blobs" / "sha256" / name).write_bytes(data)
+        return {"mediaType": kind, "digest": f"sha256:{name}", "size": len(data)} | more
+
+    def document(self, value: Mapping[str, object], kind: str, **more: object) -> dict[str, object]:
+        full = {"schemaVersion": 2, "mediaType": kind} | dict(value)
+        return self.blob(json.dumps(full).encode(), kind, **more)
+
+    def layer(self, name: str, size: int, seed: str) -> tuple[dict[str, object], str]:
+        """Return the descriptor of a layer of random bytes, and its diff id."""
+        raw = io.BytesIO()
+        with tarfile.open(fileobj=raw, mode="w") as archive:
+            entry = tarfile.TarInfo(name)
+            entry.size = size
+            archive.addfile(entry, io.BytesIO(random.Random(seed).randbytes(size)))
+        plain = raw.getvalue()
+        packed = gzip.compress(plain, 0, mtime=0)  # random bytes do not get smaller
+        descriptor = self.blob(packed, "application/vnd.oci.image.layer.v1.tar+gzip")
+        return descriptor, "sha256:" + hashlib.sha256(plain).hexdigest()
+
+    def image(self, tag: str, arch: str, sizes: Sequence[int]) -> dict[str, object]:
+        """Return the descriptor of an image for one architecture, such as "arm/v7"."""
+        name, _, variant = arch.partition("/")
+        cpu = {"architecture": name} | ({"variant": variant} if variant else {})
+        layers = [
+            self.layer(f"file{n}.bin", size, f"{tag} {arch} {n}") for n, size in enumerate(sizes)
+        ]
+        config: dict[str, object] = {"os": "linux", "config": {"Cmd": ["/bin/true"]}}
+        config["rootfs"] = {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]}
+        kind = "application/vnd.oci.image.config.v1+json"
+        parts = {
+            "config": self.blob(json.dumps(config | cpu).encode(), kind),
+            "layers": [descriptor for descriptor, _ in layers],
+        }
+        kind = "application/vnd.oci.image.manifest.v1+json"
+        return self.document(parts, kind, platform={"os": "linux"} | cpu)
+
+    def attestation(self, image: Mapping[str, object]) -> dict[str, object]:
+        """Return the entry that buildx adds for an image, the kind that ACR refuses."""
+        statement = self.blob(b'{"_type": "in-toto"}', "application/vnd.in-toto+json")
+        parts = {"config": self.blob(b"{}", EMPTY_CONFIG), "layers": [statement]}
+        parts["annotations"] = {"about": image["digest"]}
+        return self.document(
+            parts,
+            "application/vnd.oci.image.manifest.v1+json",
+            platform={"os": "unknown", "architecture": "unknown"},
+            annotations={
+                "vnd.docker.reference.type": "attestation-manifest",
+                "vnd.docker.reference.digest": image["digest"],
+            },
+        )
+
+    def finish(self, tag: str, top: Mapping[str, object]) -> str:
+        """Name the image, return its digest."""
+        names = {"org.opencontainers.image.ref.name": tag}
+        index = {"schemaVersion": 2, "manifests": [dict(top) | {"annotations": names}]}
+        (self.folder / "index.json").write_text(json.dumps(index))
+        return str(top["digest"])
+
+
+def make_image(
+    folder: Path,
+    tag: str,
+    archs: Sequence[str] = ("amd64",),
+    sizes: Sequence[int] = (2000,),
+    attestation: bool = False,
+) -> str:
+    """Make an OCI layout with one image, return the digest of its index or only manifest."""
+    layout = ImageLayout(folder)
+    entries = [layout.image(tag, arch, sizes) for arch in archs]
+    if attestation:
+        entries += [layout.attestation(entry) for entry in list(entries)]
+    if len(entries) == 1:
+        return layout.finish(tag, entries[0])
+    kind = "application/vnd.oci.image.index.v1+json"
+    return layout.finish(tag, layout.document({"manifests": entries}, kind))
+
+
+def auth_file(path: Path, registry: Registry) -> Path:
+    """Write a docker config.json that logs in to a registry."""
+    login = registry.headers.get("Authorization", "").removeprefix("Basic ")
+    accounts = {registry.host: {"auth": login}} if login else {}
+    path.touch(mode=0o600)
+    path.write_text(json.dumps({"auths": accounts}))
+    return path
+
+
+def push_image(folder: Path, tag: str, registry: Registry, repo: str, to_tag: str = "") -> None:
+    """Push all of an image from a layout into a registry."""
+    auth = auth_file(folder / "auth.json", registry)
+    command = ["skopeo", "--insecure-policy", "copy", "-q", "--all", "--dest-tls-verify=false"]
+    command += ["--dest-authfile", str(auth)]
+    command += [f"oci:{folder}:{tag}", f"docker://{registry.host}/{repo}:{to_tag or tag}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
+def publish(
+    registry: Registry,
+    repo: str,
+    tag: str,
+    archs: Sequence[str] = ("amd64",),
+    sizes: Sequence[int] = (2000,),
+    attestation: bool = False,
+) -> str:
+    """Make an image and push it, return its digest. The content depends on repo and tag."""
+    with temporary_folder("image") as folder:
+        name = f"{repo.replace('/', '_')}-{tag}"
+        digest = make_image(Path(folder), name, archs, sizes, attestation)
+        push_image(Path(folder), name, registry, repo, tag)
+    return digest
+
+
+def registries_conf(path: Path, mapping: Mapping[str, str]) -> Path:
+    """Write a registries.conf (v2) that leads prefixes to hosts which speak plain HTTP.
+
+    skopeo follows a location only when it reads; a host that is written to needs an entry under
+    its own name, so each location gets one.
+    """
+    rows = dict(mapping) | {host: host for host in mapping.values()}
+    text = "unqualified-search-registries = []\n"
+    for prefix, location in rows.items():
+        text += f'\n[[registry]]\nprefix = "{prefix}"\nlocation = "{location}"\ninsecure = true\n'
+    path.write_text(text)
+    return path
+
+
+def registry_error(
+    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """Return an error as registries word it."""
+    return json_answer({"errors": [{"code": code, "message": message}]}, status, headers)
+
+
+class PickyRegistry(Peer):
+    """Stands before a Registry: records every call, refuses attestation manifests as ACR does."""
+
+    HOP = ("connection", "keep-alive", "transfer-encoding", "expect", "content-length", "date")
+
+    def __init__(self, registry: Registry, picky: bool = True) -> None:
+        super().__init__()
+        self.registry, self.picky = registry, picky
+        self.refused = 0
+
+    @property
+    def layer_reads(self) -> list[Call]:
+        """Return the calls that fetched a blob."""
+        return [
+            call for call in self.calls if call.method == "GET" and "/blobs/sha256:" in call.path
+        ]
+
+    def handle(self, call: Call) -> Answer:
+        manifest = call.method == "PUT" and "/manifests/" in call.path
+        if self.picky and manifest and EMPTY_CONFIG.encode() in call.body:
+            self.refused += 1
+            return registry_error(403, "DENIED", f"unknown manifest class for {EMPTY_CONFIG}")
+        headers = {name: value for name, value in call.headers.items() if name not in self.HOP}
+        url = f"http://{self.registry.host}{call.target}"
+        got = http_request(call.method, url, call.body or None, headers, timeout=60)
+        return Answer(got.status, got.body, self._passed_on(call.method, got.headers))
+
+    def _passed_on(self, method: str, headers: Mapping[str, str]) -> dict[str, str]:
+        # The length of an answer to HEAD is news; any other follows from the body.
+        dropped = [name for name in self.HOP if method != "HEAD" or name != "content-length"]
+        return {name: value for name, value in headers.items() if name not in dropped}
+
+
+class FakeRegistry(Peer):
+    """A registry that only ever fails, in the ways a real one here cannot be made to."""
+
+    LIMIT = "You have reached your unauthenticated pull rate limit."
+
+    def __init__(self, mode: str) -> None:
+        """`mode`: hubmissing, denied, tok401, 429, 500, 502html, html or hang."""
+        super().__init__()
+        self.mode = mode
+        self.hang = mode == "hang"
+
+    def handle(self, call: Call) -> Answer:
+        if call.path == "/token":
+            token = json_answer({"token": "t", "access_token": "t", "expires_in": 300})
+            return self._unauthorized() if self.mode == "tok401" else token
+        bearer = call.headers.get("authorization", "").startswith("Bearer")
+        if self.mode in ("hubmissing", "tok401") and not bearer:
+            return self._unauthorized()
+        return json_answer({}) if call.path == "/v2/" else self._failure()
+
+    def _unauthorized(self, scope: str = "") -> Answer:
+        challenge = f'Bearer realm="{self.url}/token",service="fake"{scope}'
+        headers = {"WWW-Authenticate": challenge}
+        return registry_error(401, "UNAUTHORIZED", "authentication required", headers)
+
+    def _failure(self) -> Answer:
+        if self.mode == "hubmissing":
+            return self._unauthorized(',scope="repository:x/y:pull",error="insufficient_scope"')
+        return {
+            "429": registry_error(429, "TOOMANYREQUESTS", self.LIMIT),
+            "500": registry_error(500, "UNKNOWN", "internal error"),
+            "502html": Answer(502, b"<html>bad gateway</html>", {"Content-Type": "text/html"}),
+            "html": Answer(404, b"<html>not found</html>", {"Content-Type": "text/html"}),
+        }.get(self.mode) or registry_error(
+            403, "DENIED", "requested access to the resource is denied"
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# Runners that copy for real
+# ---------------------------------------------------------------------------------------------
+
+
+def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment with nothing of the caller's in it but where programs are."""
+    kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
+    base = {name: os.environ[name] for name in kept if name in os.environ}
+    return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
+
+
+class CopyRunner:
+    """Does each job by `wxsync.py copy LINE` itself: what the workflow does, without act."""
+
+    def __init__(self, script: Path, environment: Mapping[str, str], concurrent: int = 4) -> None:
+        self.script, self.environment = script.resolve(), dict(environment)
+        self.concurrent = concurrent
+
+    @staticmethod
+    def missing() -> str:
+        return missing_program("skopeo")
+
+    def __call__(self, inputs: dict[str, str], run: Run) -> None:
+        run.touch("in_progress")
+        run.add_job("plan").finish("skipped")
+        jobs = [run.add_job(line) for line in run.lines]
+        with ThreadPoolExecutor(self.concurrent) as pool:
+            list(pool.map(self.copy, jobs))
+        run.finish()
+
+    def copy(self, job: Job) -> None:
+        job.start()
+        with temporary_folder("copy") as name:
+            output = Path(name) / "output"
+            settings = {"GITHUB_OUTPUT": str(output), "LINE": job.name}
+            settings |= {"WXSYNC_TARGET": job.run.inputs.get("target", "")}
+            environment = clean_environment(Path(name), self.environment | settings)
+            command = [sys.executable, str(self.script), "copy", job.name]
+            done = subprocess.run(
+                command,
+                env=environment,
+                cwd=name,
+                capture_output=True,
+                encoding="utf-8",
+                check=False,
+            )
+            job.run.log += (done.stdout + done.stderr).splitlines()
+            result = output.read_text("utf-8") if output.exists() else ""
+        conclusion = "failure" if done.returncode else "success"
+        job.step('Run python3 wxsync.py copy "$LINE"', conclusion)
+        if found := re.search(r"^result=(.+)$", result, re.MULTILINE):
+            job.step(found[1])
+        job.finish(conclusion)
+
+
+class ActLog:
+    """Turns what `act --json` prints, line by line, into the jobs and steps of a run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.jobs: dict[str, Job] = {}
+
+    def feed(self, line: str) -> None:
+        self.run.log.append(line.rstrip())
+        record = json.loads(line) if line.startswith("{") else {}
+        if not record.get("jobID"):
+            return
+        job = self._job(record)
+        step = str(record.get("step", ""))
+        # An unnamed last step prints an empty name, so look at the field, not at its text.
+        if "step" not in record or record.get("raw_output") or step == "Complete job":
+            return
+        if result := record.get("stepResult"):
+            job.step(step, str(result))
+        elif str(record.get("msg", "")).startswith("⭐"):
+            job.step(step, None)
+
+    def _job(self, record: Mapping[str, Any]) -> Job:
+        key = f"{record['jobID']} {json.dumps(record.get('matrix'), sort_keys=True)}"
+        if key not in self.jobs:
+            self.jobs[key] = self.run.add_job(self._name(record))
+            self.jobs[key].start()
+        if record.get("jobResult") and self.jobs[key].status != "completed":
+            self._finish(self.jobs[key])
+        return self.jobs[key]
+
+    @staticmethod
+    def _name(record: Mapping[str, Any]) -> str:
+        """Return the job's name as on GitHub: act adds the workflow's and, maybe, a number."""
+        name = str(record["job"]).partition("/")[2].strip()
+        whole = [str(value) for value in (record.get("matrix") or {}).values()]
+        numbered = re.fullmatch(r"(.*)-\d+", name)
+        return numbered[1] if numbered and name not in whole and numbered[1] in whole else name
+
+    @staticmethod
+    def _finish(job: Job) -> None:
+        # act gives the whole matrix one jobResult; each job's own steps tell its own.
+        bad = any(step.conclusion not in ("success", "skipped") for step in job.steps)
+        job.finish("failure" if bad else "success")
+
+    def close(self) -> None:
+        """End what has not ended, add the job that act does not mention when it is skipped."""
+        for job in self.jobs.values():
+            if job.status != "completed":
+                job.finish("failure")
+        if not any(key.startswith("plan ") for key in self.jobs):
+            self.run.add_job("plan").finish("skipped")
+        self.run.finish("" if self.jobs else "failure")
+
+
+class ActRunner:
+    """Runs the project's own workflow file by act in host mode, in a checkout of its own."""
+
+    FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
+
+    def __init__(
+        self, project: Path, secret_values: Mapping[str, str], environment: Mapping[str, str]
+    ) -> None:
+        self.secrets, self.environment = dict(secret_values), dict(environment)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._temporary = temporary_folder("act")
+        self.folder = Path(self._temporary.name)
+        self.checkout = self.folder / "checkout"
+        self._check_out(project)
+        rows = [f"{name}='{value}'\n" for name, value in self.secrets.items()]
+        self.secret_file = self.folder / "secrets"
+        self.secret_file.touch(mode=0o600)
+        self.secret_file.write_text("".join(rows))
+
+    @staticmethod
+    def program() -> str:
+        """Return the path of act, "" if there is none: beside this Python, else on PATH."""
+        beside = Path(sys.executable).with_name("act")
+        return str(beside) if beside.exists() else shutil.which("act") or ""
+
+    @classmethod
+    def missing(cls) -> str:
+        return missing_program("git", "skopeo") or ("" if cls.program() else "act not installed")
+
+    def _check_out(self, project: Path) -> None:
+        for name in self.FILES:
+            place = self.checkout / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / name, place)
+        self._git("init", "-q", "-b", "main")
+        self._git("remote", "add", "origin", "https://github.com/octo/mirror")
+        self._git("add", "-A")
+        self._git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "project")
+
+    def _git(self, *words: str) -> None:
+        environment = clean_environment(self.folder, {"GIT_CONFIG_NOSYSTEM": "1"})
+        subprocess.run(["git", *words], cwd=self.checkout, env=environment, check=True)
+
+    def command(self, inputs: Mapping[str, str]) -> list[str]:
+        words = [self.program(), "workflow_dispatch", "--json", "--no-cache-server"]
+        words += ["--pull=false", "-P", "ubuntu-24.04=-self-hosted", "-W", self.FILES[2]]
+        words += ["--secret-file", str(self.secret_file)]
+        for name, value in inputs.items():
+            words += ["--input", f"{name}={value}"]
+        for name, value in self.environment.items():
+            words += ["--env", f"{name}={value}"]
+        return words
+
+    def __call__(self, inputs: dict[str, str], run: Run) -> None:
+        run.touch("in_progress")
+        settings = {"XDG_CACHE_HOME": str(self.folder / "cache")}
+        environment = clean_environment(self.folder, settings)
+        log = ActLog(run)
+        with subprocess.Popen(
+            self.command(inputs),
+            cwd=self.checkout,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+        ) as process:
+            self._running.add(process)
+            for line in process.stdout or ():
+                log.feed(line)
+        self._running.discard(process)
+        log.close()
+
+    def close(self) -> None:
+        """Stop what still runs and remove the checkout."""
+        for process in list(self._running):
+            process.terminate()
+            process.wait()
+        self._temporary.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# The real service, and a world around it
+# ---------------------------------------------------------------------------------------------
+
+
+class Service:
+    """`python wxsync.py` as a process of its own, with these settings and nothing else."""
+
+    def __init__(self, script: Path, settings: Mapping[str, str]) -> None:
+        self.script = script.resolve()
+        self._temporary = temporary_folder("service")
+        self.folder = Path(self._temporary.name)
+        self.port = free_port()
+        self.state_dir = Path(settings.get("STATE_DIR") or self.folder / "state")
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        own = {"HOST": "127.0.0.1", "PORT": str(self.port), "STATE_DIR": str(self.state_dir)}
+        self.settings = own | dict(settings)
+        self.log_path = self.folder / "log"
+        self.log_path.touch()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def callback_url(self) -> str:
+        return f"{self.url}/wechat/callback"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return clean_environment(self.folder, self.settings)
+
+    @property
+    def log(self) -> str:
+        """All that it has printed, over all its starts."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+    def command(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run another command of the program (check, send, …) with the same settings."""
+        return subprocess.run(
+            [sys.executable, str(self.script), *words],
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
+            check=False,
+        )
+
+    def launch(self) -> None:
+        """Start the process and do not wait for anything."""
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(self.script)],
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def start(self, timeout: float = 15) -> Self:
+        """Start it and wait until /health says 200; raise RuntimeError when it does not."""
+        self.launch()
+        if not wait_until(lambda: self.healthy() or not self.alive(), timeout) or not self.alive():
+            self.kill()
+            raise RuntimeError("wxsync did not start:\n" + self.log[-3000:])
+        return self
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def healthy(self) -> bool:
+        try:
+            return http_request("GET", f"{self.url}/health", timeout=2).status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def health(self) -> dict[str, Any]:
+        value: dict[str, Any] = http_request("GET", f"{self.url}/health", timeout=5).json()
+        return value
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def terminate(self, timeout: float = 15) -> tuple[int, float]:
+        """End it as systemd would; return exit code and seconds that it took."""
+        if not self.process:
+            return 0, 0.0
+        begun = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return code, time.monotonic() - begun
+
+    def restart(self) -> None:
+        """Kill it if it runs, then start it again on the same state."""
+        self.kill()
+        self.start()
+
+    def _proc(self, name: str) -> str:
+        return Path(f"/proc/{self.pid}/{name}").read_text()
+
+    def _status(self, name: str) -> int:
+        found = re.search(rf"^{name}:\s+(\d+)", self._proc("status"), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    def rss_bytes(self) -> int:
+        return self._status("VmRSS") * 1024
+
+    def threads(self) -> int:
+        return self._status("Threads")
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far, in steps of a clock tick (10 ms)."""
+        fields = self._proc("stat").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def wakeups(self) -> int:
+        """How often all its threads together have waited for something so far."""
+        total = 0
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            found = re.search(
+                r"^voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text(), re.MULTILINE
+            )
+            total += int(found[1]) if found else 0
+        return total
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        self._temporary.cleanup()
+
+
+class World:
+    """WeCom, GitHub and the real service between them, wired together.
+
+    `settings` replace or add to the service's settings (None takes one away). Leaving the world
+    checks nothing: look at `broken()` for what the fakes themselves noticed.
+    """
+
+    def __init__(
+        self,
+        script: Path,
+        runner: Runner | None = None,
+        settings: Mapping[str, str | None] | None = None,
+    ) -> None:
+        self.wecom, self.github = FakeWeCom(), FakeGitHub(runner=runner)
+        self.token = "CallbackToken" + secrets.token_hex(6)
+        letters = (
+            string.ascii_letters + string.digits
+        )  # so WeCom makes keys: odd last bits, no + or /
+        self.aes_key = "".join(secrets.choice(letters) for _ in range(43))
+        self.extra = dict(settings or {})
+        self.script = script
+        self._stack = ExitStack()
+
+    def defaults(self) -> dict[str, str]:
+        """Return the settings that lead the service to the fakes."""
+        return {
+            "CORP_ID": self.wecom.corp_id,
+            "AGENT_ID": str(self.wecom.agent_id),
+            "SECRET": self.wecom.secret,
+            "TOKEN": self.token,
+            "ENCODING_AES_KEY": self.aes_key,
+            "GITHUB_TOKEN": self.github.token,
+            "GITHUB_REPO": self.github.repo,
+            "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
+            "DOCKER_NAMESPACE": "mirror-space",
+            "WECOM_API_URL": self.wecom.url,
+            "GITHUB_API_URL": self.github.url,
+            "LOG_LEVEL": "DEBUG",
+        }
+
+    def prepare(self) -> Self:
+        """Start the fakes and make the service ready, but do not start it."""
+        for name in ("wxsync.py", f".github/workflows/{FakeGitHub.WORKFLOW}"):
+            if (path := self.script.parent / name).exists():
+                self.github.files[name] = path.read_bytes()
+        self._stack.enter_context(self.wecom)
+        self._stack.enter_context(self.github)
+        merged = {k: v for k, v in (self.defaults() | self.extra).items() if v is not None}
+        self.service = Service(self.script, merged)
+        self._stack.callback(self.service.__exit__, None, None, None)
+        corp_id, agent_id = self.wecom.corp_id, self.wecom.agent_id
+        address = self.service.callback_url
+        self.client = WeComClient(self.token, self.aes_key, corp_id, agent_id, address)
+        return self
+
+    def say(self, text: str, user: str = "alice") -> str:
+        """Type `text` into the chat, return the immediate reply; raise if it is not accepted."""
+        reply = self.client.post_text(user, text)
+        if reply.status != 200:
+            raise RuntimeError(f"status {reply.status} for {text!r}\n{self.service.log[-2000:]}")
+        return reply.reply
+
+    def hear(self, wanted: str | Callable[[Message], object] = "", timeout: float = 15) -> str:
+        """Return the text of the first message that holds `wanted`."""
+        return self.wecom.wait_message(wanted, timeout).text
+
+    def broken(self) -> list[str]:
+        """Return what the fakes noticed: bugs of their own, texts that WeCom would have cut."""
+        return self.wecom.errors + self.github.errors + self.wecom.violations
+
+    def secret_values(self) -> list[str]:
+        """Return all that must never be seen in anything that is written."""
+        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "GITHUB_TOKEN")
+        tokens = [call.query.get("access_token", "") for call in self.wecom.calls]
+        return [self.service.settings[name] for name in names] + sorted({t for t in tokens if t})
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self.prepare().service.start()
+            undo.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# The sandbox: what happens, as a chat
+# ---------------------------------------------------------------------------------------------
+
+
+def columns(text: str) -> int:
+    """Return how many columns a terminal needs for a text."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+class Transcript:
+    """Prints who says what, as it happens. Two threads use it: a lock keeps lines whole."""
+
+    COLOURS: ClassVar[dict[str, str]] = {"你": "36", "wxsync": "32", "GitHub": "35"}
+    PROMPT = "你> "
+
+    def __init__(self, world: World, out: TextIO, live: bool) -> None:
+        self.world, self.out, self.live = world, out, live
+        self.colour = live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.prompting = False
+        self.typed: Callable[[], str] = str  # returns what stands behind the prompt
+        self.lock = threading.RLock()
+        self.last = time.monotonic()
+        self._seen: dict[str, object] = {}
+        self._counts = {"messages": 0, "commits": 0}
+
+    def show(self, who: str, text: str, note: str = "") -> None:
+        """Print one entry; further lines stand under the first."""
+        name = f"{who}·{note}" if note else who
+        width = columns(name) + 2
+        if self.colour:
+            name = f"\033[{self.COLOURS.get(who, '2')}m{name}\033[0m"
+        body = text.replace("\n", "\n" + " " * width)
+        with self.lock:
+            print(
+                f"{self._before()}{name}  {body}{self._after()}", file=self.out, end="", flush=True
+            )
+            self.last = time.monotonic()
+
+    def _before(self) -> str:
+        return "\r\033[K" if self.prompting else ""
+
+    def _after(self) -> str:
+        return f"\n{self.PROMPT}{self.typed()}" if self.prompting else "\n"
+
+    def poll(self) -> None:
+        """Print what has happened since the last time."""
+        with self.lock:
+            for commit in self._fresh("commits", self.world.github.commits):
+                self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
+            for run in list(self.world.github.runs):
+                self._run(run)
+            for message in self._fresh("messages", self.world.wecom.messages):
+                self.show("wxsync", message.text, "消息")
+            waiting = self.waiting() if self.live and time.monotonic() - self.last > 2 else ""
+            if waiting and self._new("waiting", waiting):
+                self.show("…", waiting)
+
+    def _fresh(self, name: str, rows: list[Any]) -> list[Any]:
+        fresh = rows[self._counts[name] :]
+        self._counts[name] += len(fresh)
+        return fresh
+
+    def _new(self, key: str, value: object) -> bool:
+        changed = self._seen.get(key) != value
+        self._seen[key] = value
+        return changed
+
+    def _run(self, run: Run) -> None:
+        """Print the start and the end of a run, and each of its jobs when it ends."""
+        if self._new(f"run {run.id}", "started"):
+            self.show(
+                "GitHub",
+                f"{run.display_title}  {self.world.github.web}/actions/runs/{run.id}",
+                "运行",
+            )
+        for job in list(run.jobs):
+            ended = job.conclusion not in (None, "skipped")
+            if ended and self._new(f"job {job.id}", job.conclusion):
+                detail = job.steps[-1].name if job.steps else ""
+                self.show("GitHub", f"{job.name}  {job.conclusion}  {detail}", "任务")
+        if run.status == "completed" and self._new(f"end {run.id}", run.conclusion):
+            self.show("GitHub", f"{run.display_title}  {run.conclusion}", "结束")
+
+    def waiting(self) -> str:
+        """Return what is being waited for, "" if nothing."""
+        for run in self.world.github.runs:
+            if run.status != "completed":
+                done = sum(job.status == "completed" for job in run.jobs if job.name in run.lines)
+                return f"等待 GitHub 运行结束：已完成 {done} / {len(run.lines)} 个镜像"
+        try:
+            health = self.world.service.health()
+        except (OSError, ValueError):
+            return "wxsync 没有应答 /health"
+        return "等待 wxsync 读取结果并发出消息" if health.get("running") else ""
+
+
+# ---------------------------------------------------------------------------------------------
+# The sandbox: stage, story, chat
+# ---------------------------------------------------------------------------------------------
+
+STORY_IMAGES = (
+    "library/nginx:latest",
+    "library/redis:7.2",
+    "library/alpine:3.20",
+    "bitnami/redis:7.0",
+)
+ABSENT = "nosuch:1"
+
+
+class Stage:
+    """Builds the sandbox's world, with real copies where the programs for them are installed."""
+
+    def __init__(self, script: Path, played: bool, tell: Callable[[str], None]) -> None:
+        self.script, self.tell = script, tell
+        self.source: Registry | None = None
+        self.target: Registry | None = None
+        self.stack = ExitStack()
+        self.why = "按 --played 的要求" if played else Registry.missing()
+
+    def world(self) -> World:
+        """Start everything, return the world."""
+        if self.why:
+            self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
+            absent = {ABSENT: "wxsync: failed not-found manifest unknown"}
+            return self._enter(World(self.script, PlayedRunner(0.6, absent)))
+        self.tell("正在启动两个本地镜像仓库并放入示例镜像…")
+        self.source = self.stack.enter_context(Registry())
+        self.target = self.stack.enter_context(Registry("robot", "sandbox-" + secrets.token_hex(8)))
+        with ThreadPoolExecutor(len(STORY_IMAGES)) as pool:
+            list(pool.map(self._publish, STORY_IMAGES))
+        settings = {"DOCKER_REGISTRY": self.target.host, "DOCKER_NAMESPACE": "mirror-space"}
+        runner = self._runner(settings, self.target)
+        return self._enter(World(self.script, runner, dict(settings)))
+
+    def _publish(self, image: str) -> None:
+        repo, tag = image.split(":")
+        if self.source:
+            publish(self.source, repo, tag, ("amd64", "arm64"), (200_000,), attestation=True)
+
+    def _runner(self, settings: Mapping[str, str], target: Registry) -> Runner:
+        folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
+        source = self.source.host if self.source else ""
+        names = dict.fromkeys(("docker.io", "ghcr.io", "quay.io", "registry.k8s.io"), source)
+        conf = registries_conf(folder / "registries.conf", names | {target.host: target.host})
+        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)}
+        login = {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
+        if why := ActRunner.missing() or self._no_workflow():
+            self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
+            return CopyRunner(self.script, environment | dict(settings) | login)
+        self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
+        project = self.script.parent
+        return self.stack.enter_context(ActRunner(project, dict(settings) | login, environment))
+
+    def _no_workflow(self) -> str:
+        absent = [name for name in ActRunner.FILES if not (self.script.parent / name).exists()]
+        return f"{', '.join(absent)} missing" if absent else ""
+
+    def _enter(self, world: World) -> World:
+        self.tell("正在启动 wxsync…")
+        return self.stack.enter_context(world)
+
+
+class Scene(NamedTuple):
+    """One message of the story and what must come of it."""
+
+    text: str
+    reply: tuple[str, ...]  # must occur in the immediate reply
+    final: tuple[str, ...]  # must occur in the message that follows; () if none may follow
+
+
+STORY = (
+    Scene("nginx:latest", ("共 1 个镜像", "nginx:latest →"), ("✅", "成功 1 / 1", "docker pull ")),
+    Scene(
+        f"redis:7.2，alpine:3.20、{ABSENT}",
+        ("共 3 个镜像", "redis:7.2 →", f"{ABSENT} →"),
+        ("❌", "成功 2 / 3", ABSENT, "docker pull "),
+    ),
+    Scene("今天天气怎么样", ("镜像",), ()),
+)
+
+
+class Story:
+    """Plays STORY without a terminal and keeps a list of what was wrong."""
+
+    def __init__(self, stage: Stage, world: World, transcript: Transcript) -> None:
+        self.stage, self.world, self.transcript = stage, world, transcript
+        self.wrong: list[str] = []
+
+    def play(self) -> list[str]:
+        """Return what was wrong, nothing if all was right."""
+        for scene in STORY:
+            self._scene(scene)
+        self._targets()
+        self.wrong += self.world.broken()
+        return self.wrong
+
+    def _scene(self, scene: Scene) -> None:
+        before = self._counts()
+        self.transcript.show("你", scene.text)
+        reply = self.world.say(scene.text)
+        self.transcript.show("wxsync", reply, "回复")
+        self._expect(f"对“{scene.text}”的回复", reply, scene.reply)
+        if scene.final:
+            self._expect(f"“{scene.text}”的结果", self._result(before[2]), scene.final)
+        else:
+            time.sleep(1)  # whatever should not happen gets the time to
+            self.transcript.poll()
+        commits, runs, messages = (
+            now - then for now, then in zip(self._counts(), before, strict=True)
+        )
+        wanted = 1 if scene.final else 0
+        if (commits, runs) != (wanted, wanted) or bool(messages) != bool(scene.final):
+            self.wrong.append(f"“{scene.text}”：{commits} 次提交、{runs} 次运行、{messages} 条消息")
+
+    def _counts(self) -> tuple[int, int, int]:
+        github = self.world.github
+        return len(github.commits), len(github.dispatches), len(self.world.wecom.messages)
+
+    def _result(self, after: int, timeout: float = 90) -> str:
+        """Return the final message, printing what happens until it comes."""
+
+        def arrived() -> bool:
+            self.transcript.poll()
+            return any("成功 " in message.text for message in self.world.wecom.messages[after:])
+
+        wait_until(arrived, timeout, 0.05)
+        self.transcript.poll()
+        return "\n".join(message.text for message in self.world.wecom.messages[after:])
+
+    def _expect(self, what: str, text: str, parts: Iterable[str]) -> None:
+        self.wrong += [f"{what}里没有“{part}”" for part in parts if part not in text]
+
+    def _targets(self) -> None:
+        """With real registries: what was copied must be what the source has."""
+        if not (self.stage.source and self.stage.target):
+            return
+        for name in ("nginx:latest", "redis:7.2", "alpine:3.20"):
+            repo, tag = name.split(":")
+            index = self.stage.source.manifest(f"library/{repo}", tag)
+            copied = self.stage.target.digest(f"mirror-space/{repo}", tag)
+            if copied != index["manifests"][0]["digest"]:
+                self.wrong.append(f"目标仓库里的 {name} 与源不同：{copied or '不存在'}")
+
+
+class Chat:
+    """A chat on a terminal: what is typed is posted as WeCom would, answers come as they come."""
+
+    HELP = (
+        "输入的每一行都会像企业微信那样加密、签名后发给 wxsync。\n"
+        "可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　状态　　列表　　随便什么话\n"
+        "--platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7\n"
+        "命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"
+    )
+
+    def __init__(self, world: World, transcript: Transcript) -> None:
+        self.world, self.transcript = world, transcript
+        self.over = threading.Event()
+        self._edit_lines()
+
+    def _edit_lines(self) -> None:
+        """Use readline where there is one: history, arrow keys, and redrawing a half-typed line."""
+        try:
+            import readline
+        except ImportError:  # Windows edits lines by itself
+            return
+        self.transcript.typed = readline.get_line_buffer
+
+    def run(self) -> None:
+        watcher = threading.Thread(target=self._watch, daemon=True)
+        watcher.start()
+        self.transcript.show("沙盒", self.HELP)
+        try:
+            while self._turn():
+                pass
+        except (EOFError, KeyboardInterrupt):
+            print(file=self.transcript.out)
+        self.over.set()
+        watcher.join(2)
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.1):
+            self.transcript.poll()
+
+    def _turn(self) -> bool:
+        """Read and post one line; return False when the chat is over."""
+        self.transcript.prompting = True
+        try:
+            text = input(self.transcript.PROMPT).strip()
+        finally:
+            self.transcript.prompting = False
+        if text == "/help":
+            self.transcript.show("沙盒", self.HELP)
+        elif text == "/log":
+            self.transcript.show("日志", "\n".join(self.world.service.log.splitlines()[-20:]))
+        elif text and text != "/quit":
+            self._post(text)
+        return text != "/quit"
+
+    def _post(self, text: str) -> None:
+        try:
+            reply = self.world.client.post_text("alice", text)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            self.transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
+            return
+        shown = reply.reply or f"（HTTP {reply.status}，没有立即回复）"
+        self.transcript.show("wxsync", shown, "回复")
+
+
+def report(wrong: Sequence[str], world: World, out: TextIO) -> int:
+    """Print the verdict on the story, return the exit code."""
+    if not wrong:
+        print("\n✅ 故事演完，每一步的回答都正确", file=out)
+        return 0
+    print("\n❌ 有不对的地方：", *wrong, sep="\n   ", file=out)
+    print("\nwxsync 最近的日志：", *world.service.log.splitlines()[-30:], sep="\n   ", file=out)
+    return 1
+
+
+def sandbox(argv: Sequence[str]) -> int:
+    """Play WeCom and GitHub around the real wxsync.py; return 0 when all went as it should."""
+    parser = argparse.ArgumentParser(
+        prog="test_wxsync.py",
+        description="沙盒：不需要账号和网络，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
+        "在终端里是聊天，否则演一段短故事。",
+    )
+    here = Path(__file__).resolve().with_name("wxsync.py")
+    parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
+    parser.add_argument("--played", action="store_true", help="只演示，不真正复制镜像")
+    options = parser.parse_args(argv)
+    out, live = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
+    if isinstance(out, io.TextIOWrapper):
+        out.reconfigure(encoding="utf-8", errors="replace")  # Windows pipes and LANG=C know no 中文
+    stage = Stage(options.script.resolve(), options.played, lambda text: print(text, flush=True))
+    with stage.stack:
+        try:
+            world = stage.world()
+        except RuntimeError as error:
+            print(f"❌ 沙盒没能启动：{error}", file=out)
+            return 1
+        transcript = Transcript(world, out, live)
+        if live:
+            Chat(world, transcript).run()
+            return 0
+        return report(Story(stage, world, transcript).play(), world, out)
+
+
+# ---------------------------------------------------------------------------------------------
+# QingStor
+# ---------------------------------------------------------------------------------------------
+
+MIB = 1024 * 1024
+
+
+class StoredObject(NamedTuple):
+    """What is in the bucket. Bytes are kept of small objects only, so that memory stays small."""
+
+    size: int
+    sha256: str
+    content_type: str
+    body: bytes | None
+
+
+@dataclass
+class OpenUpload:
+    """An upload in parts that is neither completed nor aborted."""
+
+    key: str
+    content_type: str
+    sizes: dict[int, int] = field(default_factory=dict)
+    hashes: dict[int, Any] = field(default_factory=dict)  # of all bytes up to this part's end
+
+    def add(self, number: int, body: bytes) -> bool:
+        """Take a part, also a repeated one; only in order, or its bytes would have to be kept."""
+        if number and number - 1 not in self.hashes:
+            return False
+        digest = self.hashes[number - 1].copy() if number else hashlib.sha256()
+        digest.update(body)
+        self.sizes[number], self.hashes[number] = len(body), digest
+        return True
+
+
+class Refused(Exception):
+    """QingStor's answer to a request that it does not do."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+    def answer(self, call: Call) -> Answer:
+        body = {"code": self.code, "message": str(self), "url": call.path}
+        return json_answer(
+            body | {"request_id": secrets.token_hex(16)},
+            self.status,
+            {"Content-Type": "application/json"},
+        )
+
+
+def sign_qingstor(
+    secret: str, method: str, resource: str, date: str, kind: str = "", md5: str = "", own: str = ""
+) -> str:
+    """Return QingStor's signature; `own` are the canonical x-qs- headers, a line each."""
+    text = f"{method}\n{md5}\n{kind}\n{date}\n{own}{resource}"
+    return base64.b64encode(hmac.digest(secret.encode(), text.encode(), "sha256")).decode()
+
+
+class FakeQingStor(Peer):
+    """One bucket of QingStor, path style, as its API documents define it."""
+
+    SUB_RESOURCES = frozenset(("acl", "part_number", "upload_id", "uploads"))
+    LEAST_PART = 4 * MIB
+    SKEW_SECONDS = 15 * 60
+
+    def __init__(
+        self, bucket: str = "tmp", access_key: str = "QYACCESSKEYIDEXAMPLE", secret: str = ""
+    ) -> None:
+        super().__init__()
+        self.bucket, self.access_key = bucket, access_key
+        self.secret = secret or "qingstor-secret-" + secrets.token_hex(12)
+        self.objects: dict[str, StoredObject] = {}
+        self.open_uploads: dict[str, OpenUpload] = {}
+        self.parts_received: list[tuple[str, int]] = []  # upload id, number; repeats included
+        self.aborted: list[str] = []
+        self.bucket_missing = self.bucket_full = self.forbidden = self.public = False
+        self.rate_bytes_per_second = 0.0  # at which bodies are taken; 0: as they come
+        self.clock: Callable[[], float] = time.time
+        self._busy_until = 0.0
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Settings that lead wxsync to this bucket."""
+        return {
+            "QINGSTOR_URL": self.url,
+            "QINGSTOR_BUCKET": self.bucket,
+            "QINGSTOR_ACCESS_KEY_ID": self.access_key,
+            "QINGSTOR_SECRET_ACCESS_KEY": self.secret,
+        }
+
+    def fail_part(self, number: int, times: int = 1, how: int | str = 500) -> None:
+        """Let the next tries of a part go wrong: a status, "reset", "hang" or "lost"."""
+        what: tuple[int, dict[str, str], bytes] | str
+        if isinstance(how, int):
+            code = "permission_denied" if how == 403 else "internal_error"
+            body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
+            what = (how, {"Content-Type": "application/json"}, body)
+        else:
+            what = how
+        self.fail(f"PUT part_number={number}&", what, times)
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Answer; bodies are forgotten afterwards, or a big upload would fill the memory."""
+        begun = time.monotonic()
+        try:
+            if self.rate_bytes_per_second and call.body:
+                with self.lock:
+                    self._busy_until = max(begun, self._busy_until)
+                    self._busy_until += len(call.body) / self.rate_bytes_per_second
+            super().serve(call, handler)
+        finally:
+            with self.lock:
+                kept = [i for i, other in enumerate(self.calls) if other is call]
+                for index in kept:
+                    self.calls[index] = replace(call, body=call.body[:1024])
+
+    def handle(self, call: Call) -> Answer:
+        try:
+            answer = self._answer(call)
+        except Refused as refused:
+            answer = refused.answer(call)
+        if call.body and (left := self._busy_until - time.monotonic()) > 0:
+            self.stopping.wait(left)
+        return answer
+
+    def _answer(self, call: Call) -> Answer:
+        _, bucket, *rest = unquote(call.path).split("/", 2)
+        key = rest[0] if rest else ""
+        self._check(call, key)
+        if bucket != self.bucket or self.bucket_missing:
+            raise Refused(404, "bucket_not_exists", "The bucket you are accessing does not exist.")
+        routes: dict[tuple[str, str], Callable[[Call, str], Answer]] = {
+            ("HEAD", "bucket"): lambda *_: Answer(),
+            ("GET", "acl"): self._acl,
+            ("PUT", "key"): self._put_object,
+            ("GET", "uploads"): self._list_uploads,
+            ("POST", "uploads"): self._initiate,
+            ("PUT", "part_number"): self._put_part,
+            ("POST", "upload_id"): self._complete,
+            ("DELETE", "upload_id"): self._abort,
+            ("HEAD", "key"): self._get_object,
+            ("GET", "key"): self._get_object,
+            ("DELETE", "key"): self._delete,
+        }
+        subs = [
+            name for name in ("acl", "uploads", "part_number", "upload_id") if name in call.query
+        ]
+        kind = subs[0] if subs else "key" if key else "bucket"
+        action = routes.get((call.method, kind))
+        if not action:
+            raise Refused(405, "method_not_allowed", f"{call.method} {call.target}")
+        with self.changed:
+            answer = action(call, key)
+            self.changed.notify_all()
+        return answer
+
+    # -- who asks
+
+    def _check(self, call: Call, key: str) -> None:
+        """Raise Refused unless the request is signed, of now, and whole."""
+        if self.public and key and call.method in ("GET", "HEAD") and not call.query:
+            return
+        if "signature" in call.query:
+            self._check_link(call)
+        else:
+            self._check_header(call)
+        md5 = call.headers.get("content-md5", "")
+        if md5 and base64.b64encode(hashlib.md5(call.body).digest()).decode() != md5:
+            raise Refused(400, "bad_digest", "The Content-MD5 does not match the body.")
+        if self.forbidden:
+            raise Refused(403, "permission_denied", "You don't have enough permission.")
+
+    def _resource(self, call: Call) -> str:
+        subs = sorted(name for name in call.query if name in self.SUB_RESOURCES)
+        pairs = [f"{n}={call.query[n]}" if call.query[n] else n for n in subs]
+        return call.path + ("?" + "&".join(pairs) if pairs else "")
+
+    def _wanted(self, call: Call, date: str, kind: str) -> str:
+        own = sorted(name for name in call.headers if name.startswith("x-qs-"))
+        lines = "".join(f"{name}:{call.headers[name].strip()}\n" for name in own)
+        md5 = call.headers.get("content-md5", "")
+        return sign_qingstor(self.secret, call.method, self._resource(call), date, kind, md5, lines)
+
+    def _check_header(self, call: Call) -> None:
+        found = re.fullmatch(r"QS ([^:]+):(\S+)", call.headers.get("authorization", ""))
+        if not found:
+            raise Refused(401, "unauthorized", "The request is not signed.")
+        if found[1] != self.access_key:
+            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
+        date = call.headers.get("date", "")
+        try:
+            off = parsedate_to_datetime(date).timestamp() - self.clock()
+        except ValueError:
+            raise Refused(400, "invalid_date", "The Date header is malformed.") from None
+        if abs(off) > self.SKEW_SECONDS:
+            raise Refused(403, "request_expired", "The request time is too skewed.")
+        wanted = self._wanted(call, date, call.headers.get("content-type", ""))
+        if not hmac.compare_digest(wanted, found[2]):
+            raise Refused(401, "signature_not_matched", "The signature does not match.")
+
+    def _check_link(self, call: Call) -> None:
+        expires = call.query.get("expires", "")
+        if call.query.get("access_key_id") != self.access_key:
+            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
+        if not hmac.compare_digest(self._wanted(call, expires, ""), call.query["signature"]):
+            raise Refused(401, "signature_not_matched", "The signature does not match.")
+        if int(expires) < self.clock():
+            raise Refused(403, "request_expired", "The link has expired.")
+
+    # -- what is asked
+
+    def _acl(self, call: Call, key: str) -> Answer:
+        owner = {"id": "usr-Example1", "name": "example"}
+        entries: list[dict[str, object]] = [
+            {"grantee": {"type": "user", **owner}, "permission": "FULL_CONTROL"}
+        ]
+        if self.public:
+            everybody = {"type": "group", "name": "QS_ALL_USERS"}
+            entries.append({"grantee": everybody, "permission": "READ"})
+        kind = {"Content-Type": "application/json"}
+        return json_answer({"acl": entries, "owner": owner}, headers=kind)
+
+    def _room(self) -> None:
+        if self.bucket_full:
+            raise Refused(403, "quota_exceeded", "The storage quota of the bucket is exceeded.")
+
+    def _put_object(self, call: Call, key: str) -> Answer:
+        self._room()
+        digest = hashlib.sha256(call.body).hexdigest()
+        kept = call.body if len(call.body) <= MIB else None
+        kind = call.headers.get("content-type", "")
+        self.objects[key] = StoredObject(len(call.body), digest, kind, kept)
+        return Answer(201, headers={"ETag": f'"{digest[:32]}"'})
+
+    def _initiate(self, call: Call, key: str) -> Answer:
+        self._room()
+        upload_id = secrets.token_hex(16)
+        self.open_uploads[upload_id] = OpenUpload(key, call.headers.get("content-type", ""))
+        # Exactly this type: the SDK reads an answer with a charset as nothing.
+        kind = {"Content-Type": "application/json"}
+        body = {"bucket": self.bucket, "key": key, "upload_id": upload_id}
+        return json_answer(body, headers=kind)
+
+    def _list_uploads(self, call: Call, key: str) -> Answer:
+        prefix = call.query.get("prefix", "")
+        found = [
+            {"key": upload.key, "upload_id": upload_id, "created": formatdate(usegmt=True)}
+            for upload_id, upload in self.open_uploads.items()
+            if upload.key.startswith(prefix)
+        ]
+        answer = {"name": self.bucket, "prefix": prefix, "uploads": found, "has_more": False}
+        return json_answer(answer, headers={"Content-Type": "application/json"})
+
+    def _upload(self, call: Call, key: str) -> OpenUpload:
+        upload = self.open_uploads.get(call.query["upload_id"])
+        if not upload or upload.key != key:
+            raise Refused(404, "upload_not_exists", "The multipart upload does not exist.")
+        return upload
+
+    def _put_part(self, call: Call, key: str) -> Answer:
+        upload, number = self._upload(call, key), int(call.query["part_number"])
+        self._room()
+        if not 0 <= number < 10_000:
+            raise Refused(400, "invalid_argument", "part_number is out of range")
+        if not upload.add(number, call.body):
+            raise Refused(400, "invalid_argument", "this stand-in takes parts in order only")
+        self.parts_received.append((call.query["upload_id"], number))
+        return Answer(201, headers={"ETag": f'"{secrets.token_hex(16)}"'})
+
+    def _complete(self, call: Call, key: str) -> Answer:
+        upload = self._upload(call, key)
+        numbers = [int(part["part_number"]) for part in call.json()["object_parts"]]
+        if not numbers or numbers != list(range(len(upload.sizes))):
+            raise Refused(400, "invalid_object_parts", f"parts are {sorted(upload.sizes)}")
+        if any(upload.sizes[number] < self.LEAST_PART for number in numbers[:-1]):
+            raise Refused(400, "part_too_small", "A part but the last has less than 4 MB.")
+        size, digest = sum(upload.sizes.values()), upload.hashes[numbers[-1]].hexdigest()
+        self.objects[key] = StoredObject(size, digest, upload.content_type, None)
+        del self.open_uploads[call.query["upload_id"]]
+        return Answer(201)
+
+    def _abort(self, call: Call, key: str) -> Answer:
+        self._upload(call, key)
+        del self.open_uploads[call.query["upload_id"]]
+        self.aborted.append(call.query["upload_id"])
+        return Answer(204)
+
+    def _get_object(self, call: Call, key: str) -> Answer:
+        found = self.objects.get(key)
+        if not found:
+            raise Refused(404, "object_not_exists", "The object does not exist.")
+        headers = {"Content-Type": found.content_type, "ETag": f'"{found.sha256[:32]}"'}
+        if call.method == "HEAD":
+            return Answer(200, headers=headers | {"Content-Length": str(found.size)})
+        if found.body is None:
+            raise Refused(501, "not_implemented", "This stand-in has only hashed the object.")
+        return Answer(200, found.body, headers)
+
+    def _delete(self, call: Call, key: str) -> Answer:
+        self.objects.pop(key, None)
+        return Answer(204)
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources of downloads
+# ---------------------------------------------------------------------------------------------
+
+BLOCK = 64 * 1024
+
+
+@dataclass
+class Served:
+    """One path of a Source: what it holds and how it is sent."""
+
+    size: int
+    body: bytes | None = None  # None: made up as it goes
+    length: str = "known"  # or "chunked", or "close" (the end of the connection is the end)
+    status: int = 200
+    disposition: str = ""  # as bytes of UTF-8, or of `charset`
+    charset: str = "utf-8"
+    content_type: str = "application/octet-stream"
+    gzip: bool = False  # compress, whatever was asked
+    location: str = ""
+    ranges: str = ""  # "", "good", "ignored" (200 and all), "wrong" (starts elsewhere), "500"
+    etag: str = ""
+    modified: str = ""
+    change: bool = False  # after the first answer it is another file with another etag
+    cut_after: Sequence[int] = ()  # bytes after which the connection breaks, one for each answer
+    stall_after: int = -1  # bytes after which nothing more comes
+    stalls: int = 1  # how many answers stall
+    rate: float = 0.0  # bytes per second
+    headers: Mapping[str, str] = field(default_factory=dict)
+    garbage: bool = False
+    seed: int = 0
+    asked: int = 0  # how often so far
+
+    def bytes_from(self, start: int) -> Iterator[bytes]:
+        """Yield the content from a position on, in blocks."""
+        if self.body is not None:
+            for at in range(start, len(self.body), BLOCK):
+                yield self.body[at : at + BLOCK]
+            return
+        filler = made_up_block(self.seed)
+        for at in range(start - start % BLOCK, self.size, BLOCK):
+            block = struct.pack(">QQ", self.seed, at) + filler
+            yield block[max(0, start - at) : min(BLOCK, self.size - at)]
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for block in self.bytes_from(0):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+@functools.cache
+def made_up_block(seed: int) -> bytes:
+    """Return the part of a block that is the same in all of a file, and random."""
+    return random.Random(seed).randbytes(BLOCK - 16)
+
+
+class SourceServer(PeerServer):
+    """A PeerServer at an address of choice, with TLS when there is a certificate."""
+
+    def server_bind(self) -> None:
+        source = self.peer
+        if isinstance(source, Source):
+            self.server_address = (source.address, self.server_address[1])
+        super().server_bind()
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        source = self.peer
+        if isinstance(source, Source) and source.tls:
+            connection.settimeout(10)
+            connection = source.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
+
+
+class Source(Peer):
+    """A server of files. `add` says what there is and how it is (mis)served."""
+
+    def __init__(self, address: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> None:
+        super().__init__()
+        self.address, self.tls = address, tls
+        self.files: dict[str, Served] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://{self.address}:{self.port}"
+
+    def start(self) -> Self:
+        self.stopping.clear()
+        self._server = SourceServer(self.port, self)
+        self.port = self._server.server_port
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
+        return self
+
+    def add(self, path: str, size: int = 0, body: bytes | None = None, **options: Any) -> str:
+        """Serve a file at `path`, see Served; return its address."""
+        length = len(body) if body is not None else size
+        seed = options.pop("seed", len(self.files) + 1)
+        self.files[path] = Served(length, body, seed=seed, **options)
+        return self.url + quote(path, safe="/?=&%")
+
+    def sha256(self, path: str) -> str:
+        return self.files[path].sha256()
+
+    @property
+    def hits(self) -> Counter[str]:
+        """How often each path was asked for."""
+        with self.lock:
+            return Counter(call.path for call in self.calls)
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        with self.changed:
+            self.calls.append(call)
+            fault = next((f for f in self.faults if f.hits(call)), None)
+            if fault:
+                self.faults.remove(fault)
+            self.changed.notify_all()
+        served = self.files.get(call.target) or self.files.get(unquote(call.path))
+        if self.hang:
+            handler.misbehave("hang")
+        elif fault and isinstance(fault.what, str):
+            handler.misbehave(fault.what)
+        elif not served:
+            handler.send(Answer(404, b"not found"))
+        elif served.garbage:
+            handler.misbehave("garbage")
+        else:
+            Sending(call, served, handler, self.stopping).send()
+
+
+class Sending:
+    """One answer on its way, with everything that a Served says is wrong with it."""
+
+    def __init__(
+        self, call: Call, served: Served, handler: PeerHandler, stopping: threading.Event
+    ) -> None:
+        self.call, self.served, self.handler, self.stopping = call, served, handler, stopping
+        with handler.server.peer.lock:
+            served.asked += 1
+            self.turn = served.asked
+        self.etag = served.etag
+        if served.change and self.turn > 1:
+            self.etag, self.served = '"other"', replace(served, seed=served.seed + 1000)
+        self.start = 0
+        self.status = served.status
+
+    def send(self) -> None:
+        headers = self._headers()
+        chunked = self.served.length == "chunked"
+        self.handler.send_response(self.status)
+        for name, value in headers.items():
+            self.handler.send_header(name, value)
+        if self.served.disposition:
+            raw = self.served.disposition.encode(self.served.charset)
+            self.handler.send_header("Content-Disposition", raw.decode("latin-1"))
+        self.handler.end_headers()
+        self.handler.wfile.flush()
+        if self.call.method == "HEAD" or self.served.location:
+            return
+        for block in self._shaped(self._coded()):
+            self.handler.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
+        if chunked and not self.handler.close_connection:
+            self.handler.wfile.write(b"0\r\n\r\n")
+        self.handler.wfile.flush()
+
+    def _headers(self) -> dict[str, str]:
+        served = self.served
+        self._choose_range()
+        headers = {"Content-Type": served.content_type} if served.content_type else {}
+        headers |= {"ETag": self.etag} if self.etag else {}
+        headers |= {"Last-Modified": served.modified} if served.modified else {}
+        if served.location:
+            # As bytes of UTF-8: http.server would refuse what is not Latin-1.
+            headers["Location"] = served.location.encode().decode("latin-1")
+        if served.gzip:
+            headers["Content-Encoding"] = "gzip"
+        if served.location:
+            headers["Content-Length"] = "0"
+        elif served.length == "known":
+            headers["Content-Length"] = str(self._length())
+        elif served.length == "chunked":
+            headers["Transfer-Encoding"] = "chunked"
+        else:
+            headers["Connection"] = "close"
+            self.handler.close_connection = True
+        if self.status == 206:
+            last = served.size - 1
+            headers["Content-Range"] = f"bytes {self.start}-{last}/{served.size}"
+        return headers | dict(served.headers)
+
+    def _length(self) -> int:
+        if self.served.gzip:
+            return sum(map(len, self._coded()))
+        return self.served.size - self.start
+
+    def _choose_range(self) -> None:
+        """Obey Range and If-Range (RFC 9110, 13.1.5 and 14.2), or as wrongly as wanted."""
+        found = re.fullmatch(r"bytes=(\d+)-", self.call.headers.get("range", ""))
+        if not found or self.served.ranges in ("", "ignored"):
+            return
+        if self.served.ranges.isdigit():
+            self.status = int(self.served.ranges)
+            return
+        condition = self.call.headers.get("if-range", "")
+        if condition and condition not in (self.etag, self.served.modified):
+            return
+        self.start, self.status = int(found[1]), 206
+        if self.served.ranges == "wrong":
+            self.start = max(0, self.start - 10)
+
+    def _coded(self) -> Iterator[bytes]:
+        blocks = self.served.bytes_from(self.start)
+        if not self.served.gzip:
+            yield from blocks
+            return
+        yield gzip.compress(b"".join(blocks), 1, mtime=0)
+
+    def _shaped(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield the blocks at the wanted speed, up to where the trouble comes."""
+        cuts = self.served.cut_after
+        cut = cuts[self.turn - 1] if self.turn <= len(cuts) else -1
+        stall = self.served.stall_after if self.turn <= self.served.stalls else -1
+        end = min((at for at in (cut, stall) if at >= 0), default=-1)
+        begun, sent = time.monotonic(), 0
+        for block in blocks:
+            piece = block if end < 0 else block[: end - sent]
+            sent += len(piece)
+            if piece:
+                yield piece
+            self._pace(begun, sent)
+            if len(piece) < len(block) or sent == end:
+                self._trouble(sent == cut)
+                return
+
+    def _pace(self, begun: float, sent: int) -> None:
+        if not self.served.rate:
+            return
+        early = begun + sent / self.served.rate - time.monotonic()
+        if early > 0.005:
+            self.handler.wfile.flush()
+            self.stopping.wait(early)
+
+    def _trouble(self, cut: bool) -> None:
+        self.handler.wfile.flush()
+        self.handler.close_connection = True
+        if not cut:
+            self.handler.hold()
+
+
+def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
+    """Return a context for a server of this name or address, and the certificate to trust."""
+    kind = "IP" if re.fullmatch(r"[\d.]+", name) else "DNS"
+    key, certificate = folder / "key.pem", folder / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-subj", f"/CN={name}"]
+    command += ["-addext", f"subjectAltName={kind}:{name}"]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
+
+
+# ---------------------------------------------------------------------------------------------
+# Proxies
+# ---------------------------------------------------------------------------------------------
+
+
+class ProxyProcess:
+    """A real proxy in a process of its own on 127.0.0.1, with a password if wanted."""
+
+    PROGRAM = ""
+    SCHEME = ""
+
+    def __init__(self, user: str = "", password: str = "") -> None:
+        self.user, self.password = user, password
+        self.port = 0
+        self._temporary = temporary_folder("proxy")
+        self.folder = Path(self._temporary.name)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def missing(cls) -> str:
+        return missing_program(cls.PROGRAM)
+
+    @property
+    def url(self) -> str:
+        login = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@" if self.user else ""
+        return f"{self.SCHEME}://{login}127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """What it has printed, over all its starts."""
+        path = self.folder / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def asked_for(self, port: int) -> bool:
+        """Tell whether it was ever asked for this port of 127.0.0.1."""
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        """Start it and wait until it listens; the first start picks the port."""
+        self.port = self.port or free_port()
+        with open(self.folder / "log", "ab") as log:
+            self._process = subprocess.Popen(
+                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        if not wait_until(self._listens, 10):
+            raise RuntimeError(f"{self.PROGRAM} did not start: {self.log[-500:]}")
+        return self
+
+    def kill(self) -> None:
+        """End it as a crash would; its connections break."""
+        if self._process:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+        self._process = None
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        self._temporary.cleanup()
+
+
+class TinyProxy(ProxyProcess):
+    """tinyproxy; its log names each request line and each CONNECT."""
+
+    PROGRAM = "tinyproxy"
+    SCHEME = "http"
+
+    def command(self) -> list[str]:
+        lines = [f"Port {self.port}", "Listen 127.0.0.1", "Allow 127.0.0.1", "Timeout 600"]
+        lines += ["MaxClients 100", "LogLevel Info"]
+        lines += [f"BasicAuth {self.user} {self.password}"] if self.user else []
+        config = self.folder / "tinyproxy.conf"
+        config.write_text("\n".join([*lines, ""]))
+        return ["tinyproxy", "-d", "-c", str(config)]
+
+    def asked_for(self, port: int) -> bool:
+        return f"127.0.0.1:{port}" in self.log.replace(f"127.0.0.1:{self.port}", "")
+
+
+class MicroSocks(ProxyProcess):
+    """microsocks; its log names each connection that it made."""
+
+    PROGRAM = "microsocks"
+    SCHEME = "socks5"
+
+    def command(self) -> list[str]:
+        words = ["microsocks", "-i", "127.0.0.1", "-p", str(self.port)]
+        return [*words, "-u", self.user, "-P", self.password] if self.user else words
+
+    def asked_for(self, port: int) -> bool:
+        return f"127.0.0.1:{port}" in self.log
+
+
+# ---------------------------------------------------------------------------------------------
+# A net of its own, whose loopback has addresses that look public
+# ---------------------------------------------------------------------------------------------
+
+ENTER = """set -e
+ip link set lo up
+for address in $PUBLIC; do ip address add "$address" dev lo; done
+mount --bind "$FOLDER/hosts" /etc/hosts
+mount --bind "$FOLDER/resolv.conf" /etc/resolv.conf
+exec "$PYTHON" "$FOLDER/program.py"
+"""
+
+
+@functools.cache
+def namespace_missing() -> str:
+    """Return why there can be no net of its own, "" if there can."""
+    if why := missing_program("unshare", "ip", "mount"):
+        return why
+    tried = subprocess.run(
+        ["unshare", "-n", "-m", "true"], capture_output=True, check=False, text=True
+    )
+    return "" if tried.returncode == 0 else f"unshare: {tried.stderr.strip()}"
+
+
+def in_namespace(
+    program: str, hosts: Mapping[str, Sequence[str]], public: Sequence[str], timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python program where only loopback exists, `public` are addresses of it, and names
+    mean what `hosts` says. Names that are not in it are asked of a server on 127.0.0.1:53.
+    """
+    with temporary_folder("namespace") as name:
+        folder = Path(name)
+        lines = [f"{address} {host}\n" for host, many in hosts.items() for address in many]
+        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+        (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+        (folder / "program.py").write_text(program)
+        lengths = [f"{a}/{128 if ':' in a else 32}" for a in public]
+        own = {"PUBLIC": " ".join(lengths), "FOLDER": name, "PYTHON": sys.executable}
+        own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        return subprocess.run(
+            ["unshare", "-n", "-m", "sh", "-c", ENTER],
+            env=dict(os.environ) | own,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=timeout,
+            check=False,
+        )
+
+
+class NameServer:
+    """A DNS server (UDP) whose answers for one name change from one look-up to the next."""
+
+    def __init__(self, answers: Sequence[str], address: str = "127.0.0.1", port: int = 53) -> None:
+        self.answers, self.asked = list(answers), 0
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((address, port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            query, client = self._socket.recvfrom(512)
+            self._socket.sendto(self.answer(query), client)
+
+    def answer(self, query: bytes) -> bytes:
+        """Answer an A question with the next address (the last one stays), others with nothing."""
+        end = query.index(0, 12) + 5
+        kind = struct.unpack(">H", query[end - 4 : end - 2])[0]
+        found = b""
+        if kind == 1:
+            address = self.answers[min(self.asked, len(self.answers) - 1)]
+            self.asked += 1
+            found = struct.pack(">HHHIH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address)
+        head = query[:2] + struct.pack(">HHHHH", 0x8180, 1, bool(found), 0, 0)
+        return head + query[12:end] + found
+
+
+# ---------------------------------------------------------------------------------------------
+# Addresses
+# ---------------------------------------------------------------------------------------------
+
+_FORBIDDEN_HOSTS: dict[str, str] = {
+    "loopback": "127.0.0.1 127.127.127.127 127.255.255.254",
+    "loopback, short": "127.1 127.0.1 0x7f.1 0177.1",
+    "loopback, integer": "2130706433 0x7f000001 0X7F000001 017700000001",
+    "loopback, octal and hex": "0177.0.0.1 0x7f.0x0.0x0.0x1 0x7f.0.0.1 127.0.0.0x1 00177.00.00.01",
+    "loopback, trailing dot": "127.0.0.1. localhost.",
+    "this host": "0.0.0.0 0 0.0 0x0 00000000000 0.1.2.3",
+    "private": "10.0.0.1 10.1 10.255.255.255 172.16.0.1 172.31.255.255 192.168.0.1 192.168.257",
+    "private, disguised": "167772161 0xa000001 3232235521 0xc0a80001 0300.0250.0.1 012.0.0.1",
+    "link-local": "169.254.0.1 169.254.255.255",
+    "metadata": "169.254.169.254 0xa9fea9fe 2852039166 0251.0376.0251.0376 169.254.43518",
+    "metadata of Alibaba": "100.100.100.200 1684301000 0x646464c8",
+    "CGNAT": "100.64.0.1 100.127.255.255",
+    "protocols": "192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.170 192.0.0.255",
+    "6to4 relay": "192.88.99.1",
+    "documentation": "192.0.2.1 198.51.100.1 203.0.113.1",
+    "benchmarks": "198.18.0.1 198.19.255.255",
+    "multicast": "224.0.0.1 224.0.1.1 232.1.1.1 239.255.255.250 0xe0000001",
+    "reserved": "240.0.0.1 254.1.1.1",
+    "broadcast": "255.255.255.255 4294967295",
+    "IPv6 loopback": "[::1] [0:0:0:0:0:0:0:1] [0000::0001] [::0.0.0.1]",
+    "IPv6 unspecified": "[::]",
+    "IPv6 private": "[fc00::1] [fd12:3456:789a::1] [fd00:ec2::254] [fec0::1]",
+    "IPv6 link-local": "[fe80::1] [febf::1] [fe80::1%25lo] [fe80::1%lo]",
+    "IPv6 multicast": "[ff02::1] [ff05::2] [ff0e::1]",
+    "IPv6 documentation": "[2001:db8::1] [100::1]",
+    "IPv4-mapped": "[::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:7f00:0001] [::ffff:10.0.0.1]"
+    " [::ffff:a9fe:a9fe] [::ffff:100.100.100.200] [::ffff:0.0.0.0] [::ffff:224.0.0.1]",
+    "IPv4-compatible": "[::127.0.0.1] [::7f00:1] [::10.0.0.1] [::169.254.169.254]",
+    "IPv4-translated": "[::ffff:0:127.0.0.1] [::ffff:0:a00:1]",
+    "NAT64": "[64:ff9b::7f00:1] [64:ff9b::127.0.0.1] [64:ff9b::a9fe:a9fe] [64:ff9b::10.0.0.1]",
+    "NAT64, local prefix": "[64:ff9b:1::7f00:1] [64:ff9b:1::a9fe:a9fe] [64:ff9b:1:ffff::10.0.0.1]",
+    "6to4": "[2002:7f00:1::] [2002:a00:1::1] [2002:a9fe:a9fe::1] [2002:c0a8:1::1]",
+    "Teredo": "[2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::1] [2001:0:7f00:1::]",
+    "local name": "localhost LOCALHOST LocalHost foo.localhost localhost.localdomain ip6-localhost"
+    " router.local nas.lan printer.home.arpa metadata.google.internal host.docker.internal"
+    " metadata intranet",
+    "full-width digits": "１２７.０.０.１ １２７．０．０．１ １６９.254.169.254 ２130706433",
+    "ideographic full stop": "127。0。0。1 127｡0｡0｡1 10。0。0。1 localhost。",
+    "circled digits": "①②⑦.⓪.⓪.① ①⓪.⓪.⓪.①",
+    "full-width letters": "ｌｏｃａｌｈｏｓｔ ⓛⓞⓒⓐⓛⓗⓞⓢⓣ ０ｘ７ｆ０００００１",
+    "userinfo": "example.com@127.0.0.1 127.0.0.1@example.com user:pw@example.com @127.0.0.1",
+    "backslash": "example.com\\@127.0.0.1 127.0.0.1\\.example.com example.com\\127.0.0.1",
+    "percent": "%31%32%37.0.0.1 127.0.0.1%00.example.com 127.0.0.1%2f.example.com",
+    "odd port": "127.0.0.1:0 example.com:0 example.com:99999 example.com:80:80 example.com:x",
+    "odd brackets": "[127.0.0.1] [::1].example.com [localhost] []",
+}
+
+FORBIDDEN: list[tuple[str, str]] = [
+    (f"{scheme}://{host}/", why)
+    for why, hosts in _FORBIDDEN_HOSTS.items()
+    for host in hosts.split()
+    for scheme in ("http", "https")
+]
+FORBIDDEN += [
+    (url, "no http address")
+    for url in (
+        "file:///etc/passwd",
+        "ftp://example.com/",
+        "gopher://127.0.0.1:6379/_INFO",
+        "//127.0.0.1/",
+        "http:///etc/passwd",
+        "http:127.0.0.1",
+        "http://",
+        "http://?",
+        "https:",
+        "http://127.0.0.1 .example.com/",
+        "http://127.0.0.1\t/",
+        "http://exa\nmple.com/",
+        "http://example.com/\r\nX: y",
+    )
+]
+
+_ALLOWED = (
+    "1.1.1.1 8.8.8.8 223.5.5.5 114.114.114.114 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.1"
+    " 100.63.255.255 100.128.0.0 169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0"
+    " 192.0.1.1 192.0.3.0 192.88.98.1 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0"
+    " 198.51.99.1 203.0.112.1 223.255.255.255 ::ffff:8.8.8.8 2400:3200::1 2606:4700:4700::1111"
+    " 2001:4860:4860::8888 240e:4c:4008::1"
+)
+ALLOWED: list[str] = _ALLOWED.split()
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------
+
+
+class PeakMemory:
+    """Watches how much memory (VmRSS) a process takes while the block runs."""
+
+    def __init__(self, pid: int, pause: float = 0.005) -> None:
+        self.pid, self.pause = pid, pause
+        self.base = self.peak = 0
+        self._done = threading.Event()
+
+    @property
+    def added(self) -> int:
+        return self.peak - self.base
+
+    def sample(self) -> int:
+        try:
+            text = Path(f"/proc/{self.pid}/status").read_text()
+        except OSError:
+            return 0
+        found = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+
+    def _watch(self) -> None:
+        while not self._done.wait(self.pause):
+            self.peak = max(self.peak, self.sample())
+
+    def __enter__(self) -> Self:
+        self.base = self.peak = self.sample()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+
+SCRIPT = Path(wxsync.__file__).resolve()
+PREFIX = "registry.cn-hangzhou.aliyuncs.com/mirror-space"  # of every target in a World
+
+# ---------------------------------------------------------------------------------------------
+# Tools: a service that does not dawdle, one that many tests share, the parts of one in pieces
+# ---------------------------------------------------------------------------------------------
+
+# The real service; its pauses are scaled by PACE.
+FAST_SERVICE = """
+import os, sys, time
+from pathlib import Path
+sys.pycache_prefix = str(Path(__file__).parent)
+sys.path.insert(0, {folder!r})
+import wxsync
+settings = wxsync.load_settings(os.environ)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
+pace = float(os.environ.get("PACE", "0.02"))
+sys.exit(wxsync.serve(settings, log, time.time, lambda seconds: time.sleep(seconds * pace)))
+"""
+
+
+@functools.cache
+def fast_service() -> Path:
+    """Return the path of FAST_SERVICE, written down once."""
+    folder = Path(tempfile.mkdtemp(prefix="wxsync-fast-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    script = folder / "fast_service.py"
+    script.write_text(FAST_SERVICE.format(folder=str(SCRIPT.parent)))
+    return script
+
+
+def fast_world(runner: Runner | None = None, **settings: str) -> World:
+    """Return a world whose service waits a fiftieth of what it should (PACE says otherwise)."""
+    return World(fast_service(), runner or PlayedRunner(0.01), settings)
+
+
+class SlowRunner(PlayedRunner):
+    """A runner whose jobs for images named slow/… wait until `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(0.01)
+        self.go = threading.Event()
+
+    def play(self, job: Job) -> None:
+        if "slow/" in job.name:
+            job.start()
+            self.go.wait()
+        super().play(job)
+
+
+class Talk:
+    """One member's talk with a service that others have used before: sees only what is new."""
+
+    def __init__(self, world: World, runner: SlowRunner) -> None:
+        self.world, self.wecom, self.github = world, world.wecom, world.github
+        self.runner, self.client = runner, world.client
+        self.user = f"user-{secrets.token_hex(4)}"
+        self._calls, self._commits = len(self.github.calls), len(self.github.commits)
+        self._dispatches = len(self.github.dispatches)
+
+    def say(self, text: str) -> str:
+        return self.world.say(text, self.user)
+
+    def hear(self, wanted: str = "", timeout: float = 10) -> str:
+        """Return the text of the first message to this member that holds `wanted`."""
+        return self.wecom.wait_message(
+            lambda message: message.user == self.user and wanted in message.text, timeout
+        ).text
+
+    def ask(self, text: str) -> str:
+        """Type a request, return its final message."""
+        assert "🔄" in self.say(text)
+        return self.hear("成功 ")
+
+    @property
+    def messages(self) -> list[str]:
+        return self.wecom.messages_for(self.user)
+
+    @property
+    def commits(self) -> list[str]:
+        return [commit.message for commit in self.github.commits[self._commits :]]
+
+    @property
+    def inputs(self) -> list[dict[str, str]]:
+        """What each run was started with."""
+        return [dispatch.inputs for dispatch in self.github.dispatches[self._dispatches :]]
+
+    def calls(self, where: str = "") -> list[Call]:
+        """Return GitHub's calls since this talk began, in whose line all words of `where` occur."""
+        new = self.github.calls[self._calls :]
+        return [c for c in new if all(word in f"{c.method} {c.target}" for word in where.split())]
+
+    def idle(self) -> bool:
+        health = self.world.service.health()
+        return bool(health["running"] == health["queued"] == 0)
+
+    def end(self) -> None:
+        """Leave everything as the next test expects it."""
+        self.runner.go.set()
+        self.github.faults.clear()
+        self.github.denied.clear()
+        self.github.old_dispatch, self.github.list_lag = False, 0.0
+        assert wait_until(self.idle)
+        assert self.world.broken() == []
+        assert "Traceback" not in self.world.service.log
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[World]:
+    """A running service with everything as it is by default."""
+    with fast_world(SlowRunner()) as world:
+        yield world
+
+
+@pytest.fixture
+def talk(shared: World) -> Iterator[Talk]:
+    """A new member before the shared service."""
+    runner = shared.github.runner
+    assert isinstance(runner, SlowRunner)
+    runner.go.clear()
+    new = Talk(shared, runner)
+    yield new
+    new.end()
+
+
+class Desk:
+    """The parts of a service, not running: a pause is written down instead of made."""
+
+    def __init__(self, world: World) -> None:
+        self.wecom, self.github = world.wecom, world.github
+        self.pauses: list[float] = []
+        self.after_pause: Callable[[], object] | None = None
+        self.written = io.StringIO()
+        settings = wxsync.load_settings(world.service.settings)
+        log = wxsync.Log("DEBUG", settings.secret_values(), self.written)
+        self.app = wxsync.build_app(settings, log, time.time, self.pause)
+
+    def pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        if self.after_pause:
+            self.after_pause()
+
+    def send(self, text: str, user: str = "alice") -> None:
+        """Queue a message, then deliver all there is."""
+        self.app.state.post(user, text, secrets.token_hex(4))
+        while self.app.state.letters:
+            wxsync.deliver(self.app, {}, {})
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    world = World(SCRIPT)
+    try:
+        yield Desk(world.prepare())
+    finally:
+        world.close()
+
+
+def run_script(
+    *words: str, text: str = "", settings: dict[str, str] | None = None, folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the program with no installed package in reach, and return what it printed."""
+    return subprocess.run(
+        [sys.executable, "-S", str(SCRIPT), *words],
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        env=clean_environment(Path("/nonexistent"), settings or {}),
+        cwd=folder,
+        timeout=20,
+        check=False,
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+ENOUGH = {
+    "CORP_ID": "ww0123456789abcdef",
+    "AGENT_ID": "1000002",
+    "SECRET": "hidden-app-secret",
+    "TOKEN": "HiddenCallbackToken",
+    "ENCODING_AES_KEY": "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C",
+    "GITHUB_TOKEN": "github_pat_hidden",
+    "GITHUB_REPO": "octo/mirror",
+    "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
+    "DOCKER_NAMESPACE": "mirror-space",
+}
+DEFAULTS: dict[str, object] = {
+    "GITHUB_BRANCH": "main",
+    "PORT": 3000,
+    "HOST": "0.0.0.0",
+    "STATE_DIR": ".",
+    "ALLOWED_USERS": (),
+    "QINGSTOR_ACCESS_KEY_ID": "",
+    "QINGSTOR_SECRET_ACCESS_KEY": "",
+    "QINGSTOR_ZONE": "pek3a",
+    "QINGSTOR_BUCKET": "tmp",
+    "QINGSTOR_LINK_SECONDS": 0,
+    "MAX_FILE_MB": 2048,
+    "PROXY_URL": "",
+    "NO_PROXY_DOMAINS": ("localhost", "127.0.0.1", "qingstor.com"),
+    "SYNC_TIMEOUT": 300,
+    "QUEUE_SIZE": 10,
+    "CALLBACK_MAX_AGE": 600,
+    "LOG_LEVEL": "INFO",
+    "WECOM_API_URL": "https://qyapi.weixin.qq.com",
+    "GITHUB_API_URL": "https://api.github.com",
+    "QINGSTOR_URL": "https://qingstor.com",
+    "PROXY_TEST_URL": "https://www.google.com",
+    "DANGEROUSLY_ALLOW_PRIVATE_URLS": "",
+}
+
+
+def problems_of(environ: dict[str, str]) -> list[str]:
+    """Return what load_settings finds wrong, [] for nothing."""
+    try:
+        wxsync.load_settings(environ)
+    except wxsync.SettingsError as error:
+        return error.problems
+    return []
+
+
+def names_in(lines: Iterable[str]) -> list[str]:
+    """Return the setting that each line begins with."""
+    return [line.partition(":")[0] for line in lines]
+
+
+def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
+    """The table of settings, name by name."""
+    found = vars(wxsync.load_settings(ENOUGH))
+    assert {name: found[name] for name in found if name not in ENOUGH} == DEFAULTS
+
+
+def test_everything_missing_is_told_at_once() -> None:
+    """Nine required settings, nine lines, in the order of the table."""
+    assert names_in(problems_of({})) == list(ENOUGH)
+
+
+def test_placeholders_count_as_missing() -> None:
+    """`your_…` was copied from the example and never filled in."""
+    assert names_in(problems_of({name: f"your_{name.lower()}" for name in ENOUGH})) == list(ENOUGH)
+    assert problems_of(ENOUGH | {"PROXY_URL": "your_proxy"}) == []
+
+
+def test_missing_and_wrong_are_told_together() -> None:
+    """One start shows all there is to mend."""
+    wrong = ENOUGH | {"SECRET": "", "PORT": "70000", "LOG_LEVEL": "LOUD", "TOKEN": "your_token"}
+    assert sorted(names_in(problems_of(wrong))) == ["LOG_LEVEL", "PORT", "SECRET", "TOKEN"]
+
+
+WRONG = [
+    ("CORP_ID", "ww 01"),
+    ("AGENT_ID", "agent"),
+    ("AGENT_ID", "0"),
+    ("SECRET", "two words"),
+    ("TOKEN", "with-dash"),
+    ("TOKEN", "x" * 33),
+    ("ENCODING_AES_KEY", "x" * 42),
+    ("ENCODING_AES_KEY", "x" * 44),
+    ("ENCODING_AES_KEY", "x" * 42 + "="),
+    ("GITHUB_TOKEN", "github pat"),
+    ("GITHUB_REPO", "mirror"),
+    ("GITHUB_REPO", "https://github.com/octo/mirror"),
+    ("GITHUB_BRANCH", "a..b"),
+    ("DOCKER_REGISTRY", "https://registry.cn-hangzhou.aliyuncs.com"),
+    ("DOCKER_REGISTRY", "registry.example.com/space"),
+    ("DOCKER_NAMESPACE", "Mirror"),
+    ("PORT", "0"),
+    ("PORT", "65536"),
+    ("PORT", "３０００"),
+    ("PORT", "30.5"),
+    ("ALLOWED_USERS", ","),
+    ("QINGSTOR_LINK_SECONDS", "-1"),
+    ("MAX_FILE_MB", "0"),
+    ("PROXY_URL", "proxy.example.com:8080"),
+    ("PROXY_URL", "ftp://proxy.example.com:8080"),
+    ("PROXY_URL", "http://proxy.example.com"),
+    ("PROXY_URL", "http://proxy.example.com:99999"),
+    ("SYNC_TIMEOUT", "0"),
+    ("QUEUE_SIZE", "-1"),
+    ("CALLBACK_MAX_AGE", "ten"),
+    ("LOG_LEVEL", "LOUD"),
+    ("WECOM_API_URL", "qyapi.weixin.qq.com"),
+    ("GITHUB_API_URL", "ftp://api.github.com"),
+    ("GITHUB_API_URL", "https://user:password@api.github.com"),
+    ("QINGSTOR_URL", "https://"),
+    ("PROXY_TEST_URL", "www.google.com"),
+    ("DANGEROUSLY_ALLOW_PRIVATE_URLS", "yes"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG)
+def test_a_wrong_value_is_told_by_name_and_not_repeated(name: str, value: str) -> None:
+    """One line, which says what is expected; the value itself may be a secret."""
+    (problem,) = problems_of(ENOUGH | {name: value})
+    assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
+
+
+def test_qingstor_needs_both_keys() -> None:
+    """Half a pair of keys is a mistake, not "files off"."""
+    (problem,) = problems_of(ENOUGH | {"QINGSTOR_ACCESS_KEY_ID": "AK"})
+    assert "QINGSTOR_SECRET_ACCESS_KEY" in problem
+
+
+RIGHT: list[tuple[str, str, object]] = [
+    ("PORT", "65535", 65535),
+    ("QUEUE_SIZE", "0", 0),
+    ("CALLBACK_MAX_AGE", "0", 0),
+    ("ALLOWED_USERS", " Alice, bob ,", ("alice", "bob")),
+    ("NO_PROXY_DOMAINS", "", ()),
+    ("GITHUB_BRANCH", "feature/x", "feature/x"),
+    ("DOCKER_REGISTRY", "localhost:5000", "localhost:5000"),
+    ("LOG_LEVEL", "debug", "debug"),
+    ("PROXY_URL", "socks5://u%40x:p%3A1@[::1]:1080", "socks5://u%40x:p%3A1@[::1]:1080"),
+    ("GITHUB_API_URL", "https://git.example.com/api/v3/", "https://git.example.com/api/v3"),
+    ("DANGEROUSLY_ALLOW_PRIVATE_URLS", "1", "1"),
+    ("SECRET", "  spaces around  ", None),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "value"), RIGHT[:-1])
+def test_a_right_value_is_taken(name: str, text: str, value: object) -> None:
+    """Values at the edge of what is allowed."""
+    assert getattr(wxsync.load_settings(ENOUGH | {name: text}), name) == value
+
+
+def test_settings_show_nothing_of_themselves() -> None:
+    """Neither repr nor str of the settings holds any value."""
+    secrets_ = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
+    settings = wxsync.load_settings(ENOUGH | secrets_ | {"PROXY_URL": "http://u:hidden@h:1"})
+    shown = repr(settings) + str(settings) + f"{settings}"
+    assert not [
+        value for value in vars(settings).values() if len(str(value)) > 3 and str(value) in shown
+    ]
+
+
+ENV_FILE = """\ufeff# a comment\r
+\r
+PLAIN=1\r
+export EXPORTED=2\r
+  SPACED  =  3  \r
+DOUBLE="a b # c"\r
+SINGLE='a "b" $c'\r
+NOTED=4 # why\r
+HASH=a#b\r
+EQUAL=a=b=\r
+EMPTY=\r
+ONLY_NOTE= # nothing\r
+CHINESE=值\r
+TWICE=1\r
+TWICE=2"""
+ENV_VALUES = {
+    "PLAIN": "1",
+    "EXPORTED": "2",
+    "SPACED": "3",
+    "DOUBLE": "a b # c",
+    "SINGLE": 'a "b" $c',
+    "NOTED": "4",
+    "HASH": "a#b",
+    "EQUAL": "a=b=",
+    "EMPTY": "",
+    "ONLY_NOTE": "",
+    "CHINESE": "值",
+    "TWICE": "2",
+}
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
+def test_env_files_are_read_as_people_write_them(tmp_path: Path, line_end: str) -> None:
+    """A byte order mark, CRLF, comments, `export`, quotes."""
+    path = tmp_path / "settings"
+    path.write_bytes(ENV_FILE.replace("\r\n", line_end).encode())
+    assert wxsync.read_env_file(path) == ENV_VALUES
+
+
+def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
+    """All of them at once, without what they hold: it may be a secret."""
+    path = tmp_path / "settings"
+    path.write_text("GOOD=1\nhidden value\n# fine\n1BAD=hidden\n\nset -x hidden\n=hidden\n")
+    with pytest.raises(wxsync.SettingsError) as caught:
+        wxsync.read_env_file(path)
+    assert re.findall(r"第 (\d+) 行", str(caught.value)) == ["2", "4", "6", "7"]
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"SECRET=\xff\xfe"])
+def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
+    """A missing file that was asked for, and one that is no UTF-8."""
+    path = tmp_path / "settings"
+    if content is not None:
+        path.write_bytes(content)
+    done = run_script("--env", str(path), folder=tmp_path)
+    assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_process_environment_wins_over_the_file(tmp_path: Path) -> None:
+    """Both directions: it mends a wrong value of the file, and spoils a right one."""
+    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
+    done = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path)
+    told = done.stderr
+    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
+
+
+def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -> None:
+    """Exit 1, every name on stderr, nothing on stdout, no file written."""
+    done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert [name for name in ENOUGH if name not in done.stderr] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_example_asks_for_just_what_is_required() -> None:
+    """env.example, copied and not filled in, lacks the required settings and nothing else."""
+    example = SCRIPT.with_name("env.example")
+    assert names_in(problems_of(wxsync.read_env_file(example))) == list(ENOUGH)
+    options = re.findall(r"^#([A-Z_]+)=(.*)$", example.read_text(encoding="utf-8"), re.MULTILINE)
+    assert {name for name, _ in options} == set(DEFAULTS)
+    assert vars(wxsync.load_settings(ENOUGH | dict(options))) == vars(wxsync.load_settings(ENOUGH))
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a message
+# ---------------------------------------------------------------------------------------------
+
+HEX = "0123456789abcdef" * 4
+IMMICH = "ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:" + HEX
+
+# message -> canonical lines and targets, "line | target" each
+IMAGES_READ: list[tuple[str, list[str]]] = [
+    # every row of the table of targets
+    ("nginx:latest", ["nginx:latest | nginx:latest"]),
+    ("docker.io/library/nginx:latest", ["nginx:latest | nginx:latest"]),
+    ("bitnami/redis:7.0", ["bitnami/redis:7.0 | bitnami_redis:7.0"]),
+    (
+        "ghcr.io/open-webui/open-webui:main",
+        ["ghcr.io/open-webui/open-webui:main | ghcr.io_open-webui_open-webui:main"],
+    ),
+    ("localhost:5000/a/b:1", ["localhost:5000/a/b:1 | localhost-5000_a_b:1"]),
+    (
+        "--platform=linux/arm64 nginx:latest",
+        ["--platform=linux/arm64 nginx:latest | nginx:latest-arm64"],
+    ),
+    ("--platform=linux/amd64 x/y:1", ["--platform=linux/amd64 x/y:1 | x_y:1"]),
+    ("--platform=all nginx:1", ["--platform=all nginx:1 | nginx:1"]),
+    (
+        "--platform=linux/amd64+linux/arm64 nginx:1",
+        ["--platform=linux/amd64+linux/arm64 nginx:1 | nginx:1"],
+    ),
+    ("--platform=linux/arm/v7 nginx:1", ["--platform=linux/arm/v7 nginx:1 | nginx:1-arm-v7"]),
+    (f"nginx@sha256:{HEX}", [f"nginx@sha256:{HEX} | nginx:sha256-0123456789ab"]),
+    (f"nginx:1@sha256:{HEX}", [f"nginx:1@sha256:{HEX} | nginx:1"]),
+    (
+        "registry.k8s.io/pause:3.9 => pause:3.9",
+        ["registry.k8s.io/pause:3.9 => pause:3.9 | pause:3.9"],
+    ),
+    # the tag written out, Docker Hub's other names, registries
+    ("a/b", ["a/b:latest | a_b:latest"]),
+    ("index.docker.io/library/nginx", ["nginx:latest | nginx:latest"]),
+    ("library/nginx:1", ["nginx:1 | nginx:1"]),
+    ("docker.io/nginx:1", ["nginx:1 | nginx:1"]),
+    ("quay.io/library/x:1", ["quay.io/library/x:1 | quay.io_library_x:1"]),
+    ("10.0.0.1:5000/a:1", ["10.0.0.1:5000/a:1 | 10.0.0.1-5000_a:1"]),
+    ("GHCR.IO/a/b:1", ["ghcr.io/a/b:1 | ghcr.io_a_b:1"]),
+    ("a__b/c-d.e:V1_x-2", ["a__b/c-d.e:V1_x-2 | a__b_c-d.e:V1_x-2"]),
+    ("nginx:" + "t" * 128, [f"nginx:{'t' * 128} | nginx:{'t' * 128}"]),
+    # the option in all its places
+    ("--platform linux/arm64 nginx", ["--platform=linux/arm64 nginx:latest | nginx:latest-arm64"]),
+    ("nginx:1 --platform=linux/arm64", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
+    ("nginx:1   --platform  linux/arm64", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
+    ("--platform=LINUX/ARM64 nginx:1", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
+    ("—platform=linux/arm64 nginx:1", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
+    (
+        "--platform=linux/arm64+linux/arm64 nginx:1",
+        ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"],
+    ),
+    (
+        "--platform=windows/amd64 nginx:1",
+        ["--platform=windows/amd64 nginx:1 | nginx:1-windows-amd64"],
+    ),
+    # a name of one's own
+    ("k8s.gcr.io/pause:3.9=>pause", ["k8s.gcr.io/pause:3.9 => pause | pause:3.9"]),
+    (
+        "--platform=linux/arm64 nginx:1 => mine",
+        ["--platform=linux/arm64 nginx:1 => mine | mine:1-arm64"],
+    ),
+    (
+        "--platform=linux/arm64 nginx:1 => mine:2",
+        ["--platform=linux/arm64 nginx:1 => mine:2 | mine:2"],
+    ),
+    (f"a/b@sha256:{HEX} => b", [f"a/b@sha256:{HEX} => b | b:sha256-0123456789ab"]),
+    ("a/b:1→c:2", ["a/b:1 => c:2 | c:2"]),
+    # tidied: full width, quotes, what was pasted
+    ("ｎｇｉｎｘ：１．２５", ["nginx:1.25 | nginx:1.25"]),
+    ("a／b＠sha256：" + HEX, [f"a/b@sha256:{HEX} | a_b:sha256-0123456789ab"]),
+    ("“nginx:latest”", ["nginx:latest | nginx:latest"]),
+    ("'nginx:1'", ["nginx:1 | nginx:1"]),
+    ("`nginx:1`", ["nginx:1 | nginx:1"]),
+    ("「nginx:1」", ["nginx:1 | nginx:1"]),
+    ("\u3000nginx:1\u200b\xa0", ["nginx:1 | nginx:1"]),
+    ("docker pull nginx:1", ["nginx:1 | nginx:1"]),
+    ("$ sudo docker pull a/b", ["a/b:latest | a_b:latest"]),
+    ("docker pull --platform linux/arm64 a/b:1", ["--platform=linux/arm64 a/b:1 | a_b:1-arm64"]),
+    ("    image: a/b:1", ["a/b:1 | a_b:1"]),
+    ('  - image: "redis:7"', ["redis:7 | redis:7"]),
+    ("image:1", ["image:1 | image:1"]),
+    # several
+    ("nginx,redis", ["nginx:latest | nginx:latest", "redis:latest | redis:latest"]),
+    (
+        "nginx，redis、alpine;busybox；perl",
+        [
+            f"{name}:latest | {name}:latest"
+            for name in ("nginx", "redis", "alpine", "busybox", "perl")
+        ],
+    ),
+    ("nginx\r\nredis:7\n", ["nginx:latest | nginx:latest", "redis:7 | redis:7"]),
+    ("a:1\u2028b:1", ["a:1 | a:1", "b:1 | b:1"]),
+    ("nginx:1,,\n,", ["nginx:1 | nginx:1"]),
+    ("nginx\ndocker.io/library/nginx:latest", ["nginx:latest | nginx:latest"]),
+    ("a/b:1 => c:1, a_b:1", ["a/b:1 => c:1 | c:1", "a_b:1 | a_b:1"]),
+    # real messages of similar projects
+    (
+        "image: ghcr.io/immich-app/immich-machine-learning:v2",
+        [
+            "ghcr.io/immich-app/immich-machine-learning:v2 | "
+            "ghcr.io_immich-app_immich-machine-learning:v2"
+        ],
+    ),
+    (
+        IMMICH,
+        [f"{IMMICH} | ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0"],
+    ),
+    ("docker.io/valkey/valkey:8", ["valkey/valkey:8 | valkey_valkey:8"]),
+    (
+        "docker.io/docker_image_pusher",
+        ["docker_image_pusher:latest | docker_image_pusher:latest"],
+    ),
+    ("docker.io/xhofe:alist", ["xhofe:alist | xhofe:alist"]),
+    (
+        "rancher/rancher/shell:v0.6.2",
+        ["rancher/rancher/shell:v0.6.2 | rancher_rancher_shell:v0.6.2"],
+    ),
+    (
+        "registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3",
+        [
+            "registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 | "
+            "registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3"
+        ],
+    ),
+]
+
+
+def lines_and_targets(message: str) -> list[str]:
+    """Return "line | target" of every image that a message asks for."""
+    images = wxsync.read_message(message, PREFIX).images
+    return [f"{i.line} | {i.target(PREFIX).removeprefix(PREFIX + '/')}" for i in images]
+
+
+@pytest.mark.parametrize(("message", "wanted"), IMAGES_READ)
+def test_a_message_names_images(message: str, wanted: list[str]) -> None:
+    """What is typed, the canonical lines, the targets."""
+    assert lines_and_targets(message) == wanted
+    assert wxsync.read_message(message, PREFIX).links == ()
+
+
+@pytest.mark.parametrize(("message", "wanted"), IMAGES_READ)
+def test_a_canonical_line_is_its_own_canonical_line(message: str, wanted: list[str]) -> None:
+    """Chat, images.txt and the workflow's job must read a line alike."""
+    for pair in wanted:
+        assert lines_and_targets(pair.partition(" | ")[0]) == [pair]
+
+
+# message -> each bad item with the line that was likely meant ("": nothing is offered)
+REFUSED: list[tuple[str, dict[str, str]]] = [
+    # the contract's and the issue's
+    ("Nginx:latest", {"Nginx:latest": "nginx:latest"}),
+    ("nginx: latest", {"nginx: latest": "nginx:latest"}),
+    ("$(reboot):1", {"$(reboot):1": ""}),
+    ("--all x:1", {"--all x:1": ""}),
+    ("a:1\n::set-output", {"::set-output": ""}),
+    ("../x:1", {"../x:1": ""}),
+    # real ones of similar projects
+    (
+        "acryldata/docker-action: v0.14.1",
+        {"docker-action: v0.14.1": "acryldata/docker-action:v0.14.1"},
+    ),
+    (
+        "developer-wlj/Windows-MoviePilot/tree/v2",
+        {"Windows-MoviePilot": "developer-wlj/windows-moviepilot/tree/v2:latest"},
+    ),
+    ("“platform”：“”", {"platform": ""}),
+    (IMMICH[:-60] + "…", {"ghcr.io/immich-app/postgres": ""}),
+    # spaces, slashes, ends
+    ("nginx :1", {"nginx :1": "nginx:1"}),
+    ("nginx:", {"nginx:": "nginx:latest"}),
+    ("nginx:1。", {"nginx:1。": "nginx:1"}),
+    ("/nginx:1/", {"/nginx:1/": "nginx:1"}),
+    ("nginx:1 redis:2", {"nginx:1 redis:2": "nginx:1, redis:2"}),
+    ("Nginx:1, b:1, redis: 7", {"Nginx:1": "nginx:1", "redis: 7": "redis:7"}),
+    # capitals are no part of a name, wherever they stand
+    ("Library/nginx:1", {"Library/nginx:1": "nginx:1"}),
+    ("Bitnami/redis:7", {"Bitnami/redis:7": "bitnami/redis:7"}),
+    ("bitnami/Redis:7", {"bitnami/Redis:7": "bitnami/redis:7"}),
+    # what a shell, a workflow or a terminal would obey
+    ("nginx:1 && reboot", {"nginx:1 && reboot": ""}),
+    ("nginx:1|sh", {"nginx:1|sh": ""}),
+    ("nginx:`id`", {"nginx:`id": ""}),
+    ("nginx:${{ secrets.X }}", {"nginx:${{ secrets.X }}": ""}),
+    ("; rm -rf /", {"rm -rf /": ""}),
+    ("nginx:1\x00", {"nginx:1": ""}),
+    ("nginx\u202e:1", {"nginx": ""}),
+    ("nginx:1\x1b[2K", {"nginx:1": ""}),
+    # the grammar
+    ("a//b:1", {"a//b:1": ""}),
+    ("a___b:1", {"a___b:1": ""}),
+    ("-a:1", {"-a:1": ""}),
+    ("nginx:1:2", {"nginx:1:2": ""}),
+    ("nginx:-1", {"nginx:-1": ""}),
+    ("你好/世界", {"你好/世界": ""}),
+    ("ftp://x/y", {"ftp://x/y": ""}),
+    ("nginx:" + "t" * 129, {"nginx:ttt": ""}),
+    ("x/" * 5000 + "y", {"x/x/x": ""}),
+    (f"nginx@sha256:{HEX[1:]}", {"nginx@sha256:": ""}),
+    (f"a/b@sha256:{HEX.upper()}", {"a/b@sha256:": f"a/b@sha256:{HEX}"}),
+    # options and names
+    ("--platform=linux nginx:1", {"--platform=linux nginx:1": ""}),
+    ("--platform=all+linux/arm64 nginx:1", {"all+linux/arm64": ""}),
+    ("--platform=$(id) nginx:1", {"--platform=$(id) nginx:1": ""}),
+    ("--platform nginx:1", {"--platform nginx:1": ""}),
+    ("nginx:1 --force", {"nginx:1 --force": ""}),
+    ("nginx:1 => a/b", {"nginx:1 => a/b": ""}),
+    ("nginx:1 => Mine:1", {"nginx:1 => Mine:1": "nginx:1 => mine:1"}),
+    ("nginx:1 =>", {"nginx:1 =>": ""}),
+    (f"nginx:{'t' * 125} --platform=linux/arm64", {"nginx:ttt": ""}),
+]
+
+
+def refusal(message: str) -> str:
+    """Return the reply to a message that is refused."""
+    with pytest.raises(wxsync.Failure) as caught:
+        wxsync.read_message(message, PREFIX)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("message", "wanted"), REFUSED)
+def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: dict[str, str]) -> None:
+    """Each bad item by name, with the likely correction if there is one, and no control codes."""
+    reply = refusal(message)
+    assert [item for item in wanted if item not in reply] == []
+    offered = re.findall(r"您是不是要：(.*)", reply)
+    assert offered == [meant for meant in wanted.values() if meant]
+    assert reply.count("• ") == len(wanted) and len(reply.encode()) < 2048
+    assert [c for c in reply if c != "\n" and not c.isprintable()] == []
+
+
+@pytest.mark.parametrize(("message", "wanted"), REFUSED)
+def test_what_is_offered_is_accepted(message: str, wanted: dict[str, str]) -> None:
+    """A correction that would be refused in its turn helps nobody."""
+    for meant in filter(None, wanted.values()):
+        assert wxsync.read_message(meant, PREFIX).images
+
+
+CLASHES = [
+    ("a/b:1, a_b:1", "a_b:1"),
+    ("a/b:1, nginx:1 => a_b:1", "nginx:1 => a_b:1"),
+    ("nginx:1, --platform=all nginx:1", "--platform=all nginx:1"),
+]
+
+
+@pytest.mark.parametrize(("message", "second_line"), CLASHES)
+def test_two_sources_for_one_target_are_refused(message: str, second_line: str) -> None:
+    """Both lines are named, and how `=>` tells them apart."""
+    reply = refusal(message)
+    assert message.partition(",")[0] in reply and second_line in reply and "=>" in reply
+
+
+def test_256_images_are_taken_and_257_are_not() -> None:
+    """A matrix holds 256 jobs."""
+    names = [f"x/image-{number}:1" for number in range(257)]
+    assert len(wxsync.read_message("\n".join(names[:256]), PREFIX).images) == 256
+    assert len(wxsync.read_message("\n".join(names[:256] * 2), PREFIX).images) == 256
+    assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
+
+
+# message -> command, links, number of images, a part of the note
+OTHER_MESSAGES: list[tuple[str, str, list[str], int, str]] = [
+    ("状态", "status", [], 0, ""),
+    (" STATUS ", "status", [], 0, ""),
+    ("列表", "list", [], 0, ""),
+    ("list", "list", [], 0, ""),
+    ("帮助", "help", [], 0, ""),
+    ("help", "help", [], 0, ""),
+    ("", "help", [], 0, ""),
+    (" \n，", "help", [], 0, ""),
+    ("你好，在吗", "help", [], 0, ""),
+    ("hello world", "help", [], 0, ""),
+    ("镜像同步 Issue 模板", "help", [], 0, ""),
+    ("nginx", "help", [], 0, "如需同步镜像 nginx，请发送 nginx:latest"),
+    ("flask", "help", [], 0, "如需同步镜像 flask，请发送 flask:latest"),
+    ("immich", "help", [], 0, "如需同步镜像 immich，请发送 immich:latest"),
+    ("jingxiang", "help", [], 0, "jingxiang:latest"),
+    ("dev.aliyun.com", "help", [], 0, ""),
+    ("docker.cn", "help", [], 0, ""),
+    ("https://e.com/a.pdf", "", ["https://e.com/a.pdf"], 0, ""),
+    ("HTTP://e.com/a,b;c.pdf", "", ["HTTP://e.com/a,b;c.pdf"], 0, ""),
+    ("https://e.com/a\nhttps://e.com/b", "", ["https://e.com/a", "https://e.com/b"], 0, ""),
+    ("https://e.com/a\nnginx:1, redis", "", ["https://e.com/a"], 2, ""),
+    ("https://e.com/a\nnginx", "", ["https://e.com/a"], 0, "nginx"),
+    ("Https://cr.console.aliyun.com", "", ["Https://cr.console.aliyun.com"], 0, ""),
+    ("https://registry.aliyuncs.com", "", ["https://registry.aliyuncs.com"], 0, ""),
+    (
+        "https://8t4dibul.mirror.aliyuncs.com/funcam/115pc",
+        "",
+        ["https://8t4dibul.mirror.aliyuncs.com/funcam/115pc"],
+        0,
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "command", "links", "images", "note"), OTHER_MESSAGES)
+def test_commands_links_and_nonsense(
+    message: str, command: str, links: list[str], images: int, note: str
+) -> None:
+    """Anything that names no image is a link, a command, or gets the help."""
+    reading = wxsync.read_message(message, PREFIX)
+    found = (reading.command, list(reading.links), len(reading.images))
+    assert found == (command, links, images) and note in reading.note
+
+
+BAD_LINKS = [
+    "https://",
+    "http:///x",
+    "https://user:password@e.com/x",
+    "https://e.com/a nginx:1",
+    "https://e.com\\@127.0.0.1/x",
+    "https://e.com:99999/x",
+]
+
+
+@pytest.mark.parametrize("link", BAD_LINKS)
+def test_a_bad_link_stops_the_message(link: str) -> None:
+    """Also when good images stand beside it."""
+    assert "❌" in refusal(f"nginx:1\n{link}")
+
+
+HUB_PAGES = {
+    "https://hub.docker.com/_/nginx": "nginx:latest",
+    "https://hub.docker.com/r/xhofe/alist": "xhofe/alist:latest",
+    "https://hub.docker.com/r/xhofe/alist/tags?page=2": "xhofe/alist:latest",
+}
+
+
+@pytest.mark.parametrize("link", HUB_PAGES)
+def test_the_page_of_an_image_is_no_file(link: str) -> None:
+    """Who sends a page of Docker Hub wants the image."""
+    assert HUB_PAGES[link] in refusal(link)
+
+
+PIECES_OF_LINES = [
+    *(
+        "nginx",
+        "library",
+        "Library",
+        "a",
+        "B",
+        "7",
+        "docker.io",
+        "Docker.io",
+        "ghcr.io",
+        "localhost",
+    ),
+    *("/", "/", ":", ":", "@", ".", "_", "__", "-", "--", "+", " ", ",", "\n", "=>", " => "),
+    *("--platform=", "--platform ", "linux/arm64", "linux/amd64", "all", "sha256:", HEX, "latest"),
+    *(
+        "５",
+        "：",
+        "／",
+        "“",
+        "image: ",
+        "docker pull ",
+        "$(",
+        "`",
+        "\x00",
+        "\u2028",
+        "é",
+        "😀",
+        "https://",
+    ),
+]
+CANONICAL = re.compile(
+    r"(--platform=[a-z0-9/_.+]+ )?[A-Za-z0-9._/:@-]+( => [a-z0-9._-]+(:[\w.-]+)?)?"
+)
+
+
+def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
+    """Random messages: nothing outside a small alphabet gets through, lines stay as they are."""
+    chance, accepted = random.Random(20261124), 0
+    for _ in range(6000):
+        message = "".join(chance.choices(PIECES_OF_LINES, k=chance.randint(1, 9)))
+        try:
+            images = wxsync.read_message(message, PREFIX).images
+        except wxsync.Failure:
+            continue
+        for image in images:
+            accepted += 1
+            assert CANONICAL.fullmatch(image.line, re.ASCII.value * 0), message
+            assert wxsync.read_image(image.line) == image, message
+            assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", image.target("").strip("/"))
+    assert accepted > 100
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands that need nothing installed
+# ---------------------------------------------------------------------------------------------
+
+
+def test_version_names_the_file_itself() -> None:
+    """The version, and the digits by which a copy is told from another."""
+    done = run_script("--version")
+    digest = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
+    assert (done.returncode, done.stdout) == (0, f"wxsync {wxsync.VERSION} sha256:{digest}\n")
+
+
+def test_help_names_every_command() -> None:
+    """`--help` is on stdout and exits 0."""
+    done = run_script("--help")
+    assert done.returncode == 0
+    assert [
+        w for w in ("serve", "check", "send", "plan", "copy", "--env") if w not in done.stdout
+    ] == []
+
+
+def test_plan_prints_canonical_lines() -> None:
+    """A list on stdin, with comments, gives one JSON array on stdout."""
+    done = run_script("plan", "-", text="# mine\nnginx\n\ndocker pull x/y:1\nnginx:latest\r\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == ["nginx:latest", "x/y:1"]
+
+
+def test_plan_tells_every_bad_line_by_number(tmp_path: Path) -> None:
+    """Exit 2, one error per bad line, and nothing on stdout that a workflow could run."""
+    path = tmp_path / "images.txt"
+    path.write_text("nginx:1\nNginx:2\n# fine\n$(reboot):1\n::set-output name=x::y\n")
+    done = run_script("plan", str(path))
+    assert (done.returncode, done.stdout) == (2, "")
+    errors = done.stderr.splitlines()
+    assert [re.findall(r"\d+", line)[0] for line in errors] == ["2", "4", "5"]
+    assert not [line for line in errors if line.startswith("::")]
+
+
+WITHOUT_PACKAGES = [["--version"], ["--help"], ["plan", "-"], ["copy", "not valid"]]
+
+
+@pytest.mark.parametrize("words", WITHOUT_PACKAGES, ids=" ".join)
+def test_commands_that_never_import_a_package(words: list[str]) -> None:
+    """With everything installed they import none of it either."""
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words]
+    done = subprocess.run(
+        command, input="nginx", capture_output=True, encoding="utf-8", timeout=20, check=False
+    )
+    assert done.returncode == (2 if words[0] == "copy" else 0)
+    imported = re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
+    assert "json" in imported
+    assert {name.partition(".")[0] for name in imported} & {
+        "Crypto",
+        "qingstor",
+        "requests",
+    } == set()
+
+
+def test_a_service_without_files_never_imports_qingstor() -> None:
+    """It takes 20 MiB that most never use."""
+    with fast_world(PYTHONPROFILEIMPORTTIME="1") as world:
+        world.say("nginx:1")
+        world.hear("成功 1 / 1")
+        assert "Crypto.Cipher" in world.service.log
+        assert "qingstor" not in world.service.log.replace("qingstor.com", "")
+
+
+# ---------------------------------------------------------------------------------------------
+# Encryption: the published vectors, another implementation, forgeries
+# ---------------------------------------------------------------------------------------------
+
+
+class Vector(NamedTuple):
+    """A message that was published with everything that belongs to it."""
+
+    token: str
+    key: str
+    corp_id: str
+    timestamp: str
+    nonce: str
+    signature: str
+    encrypted: str
+    plain: str
+
+    @property
+    def crypto(self) -> wxsync.Crypto:
+        return wxsync.Crypto(self.token, self.key, self.corp_id)
+
+
+TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
+WECHATPY = ("123456", "kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR", "wx49f0ab532d5d035a")
+GO_WORKWX = (
+    "kjr2TKI8umCBfVF3wAHk8JiPwma5VBme",
+    "4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws",
+    "ww6a112864f8022910",
+)
+VECTORS = {
+    "document 90968, address": Vector(
+        *TENCENT,
+        "1409659589",
+        "263014780",
+        "5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3",
+        "P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==",
+        "1616140317555161061",
+    ),
+    "document 90968, message": Vector(
+        *TENCENT,
+        "1409659813",
+        "1372623149",
+        "477715d11cdb4164915debcba66cb864d751f3e6",
+        "RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3Qczc"
+        "dCUpj911L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLj"
+        "vd4Xgpue06DOdnLxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMn"
+        "vw2r+KqCKIw+3IQH03v+BCA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k"
+        "22Ncx4XXZS9o0MBH27Bo6BpNelZpS+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2Yoy"
+        "yH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==",
+        "<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>\n"
+        "<FromUserName><![CDATA[mycreate]]></FromUserName>\n<CreateTime>1409659813</CreateTime>\n"
+        "<MsgType><![CDATA[text]]></MsgType>\n<Content><![CDATA[hello]]></Content>\n"
+        "<MsgId>4561255354251345929</MsgId>\n<AgentID>218</AgentID>\n</xml>",
+    ),
+    "wechatpy, address": Vector(
+        *WECHATPY,
+        "1411443780",
+        "437374425",
+        "dd6b9c95b495b3f7e2901bfbc76c664930ffdb96",
+        "4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==",
+        "5927782489442352469",
+    ),
+    "wechatpy, message": Vector(
+        *WECHATPY,
+        "1411525903",
+        "461056294",
+        "74d92dfeb87ba7c714f89d98870ae5eb62dff26d",
+        "RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHC"
+        "rsTyeDXzF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpX"
+        "aG4+BiYyolBug/gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQi"
+        "MS6td7vXUaWOMZnYZlF3So2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQi"
+        "pvWTT4dShyqio7mlsl5noTrb++x6En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=",
+        "<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>\n"
+        "<FromUserName><![CDATA[messense]]></FromUserName>\n<CreateTime>1411525903</CreateTime>\n"
+        "<MsgType><![CDATA[text]]></MsgType>\n<Content><![CDATA[test]]></Content>\n"
+        "<MsgId>4363689963896700987</MsgId>\n<AgentID>1</AgentID>\n</xml>",
+    ),
+    "go-workwx, address": Vector(
+        *GO_WORKWX,
+        "1583940690",
+        "VHh7ymSeb0jc4lSb",
+        "1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011",
+        "6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==",
+        "94966531020182955848408",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_published_vector(name: str) -> None:
+    """Signature and text are as published; one changed digit anywhere and they are not."""
+    vector = VECTORS[name]
+    crypto, signed = vector.crypto, (vector.timestamp, vector.nonce, vector.encrypted)
+    assert crypto.is_signed(vector.signature, *signed)
+    assert crypto.decrypt(vector.encrypted).decode() == vector.plain
+    assert not crypto.is_signed(vector.signature[:-1] + "x", *signed)
+    assert not crypto.is_signed(vector.signature, vector.timestamp, vector.nonce + "0", signed[2])
+    assert not crypto.is_signed("签名", *signed)
+
+
+def test_a_message_for_another_company_is_403() -> None:
+    """The vector decrypts, but was meant for somebody else."""
+    vector = VECTORS["document 90968, message"]
+    with pytest.raises(wxsync.Rejected) as caught:
+        wxsync.Crypto(vector.token, vector.key, "wx5823bf96d3bd56c8").decrypt(vector.encrypted)
+    assert caught.value.status == 403
+
+
+def test_every_length_of_padding_works_both_ways() -> None:
+    """1 to 32 bytes: a library that pads to 16 fails on half of them."""
+    client = WeComClient(*TENCENT, 1, "")
+    crypto = wxsync.Crypto(*TENCENT)
+    for size in range(32):
+        assert crypto.decrypt(client.encrypt("x" * size)) == b"x" * size
+        assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
+
+
+def random_texts() -> list[str]:
+    """Return texts that are hard on encryption and XML, and some that chance made."""
+    chance = random.Random(1)
+    alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
+    made = ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
+    return [
+        "",
+        "x",
+        "😀",
+        "]]>",
+        "a]]>b]]>]]",
+        "\n\n",
+        "x" * 2048,
+        "镜" * 682 + "ab",
+        "&amp;",
+        *made,
+    ]
+
+
+def test_another_implementation_reads_what_we_write() -> None:
+    """wechatpy checks the signature, decrypts, and finds the text."""
+    other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
+    crypto = wxsync.Crypto(*TENCENT)
+    for text in random_texts():
+        sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
+        outer, _ = wxsync.read_fields(sealed)
+        signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
+        inner = other.decrypt_message(sealed.decode(), *signed)
+        assert wxsync.read_xml_fields(inner.encode()).get("content", "") == text
+
+
+def test_we_read_what_another_implementation_writes() -> None:
+    """The other way round, the same texts."""
+    other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
+    crypto = wxsync.Crypto(*TENCENT)
+    for text in random_texts():
+        fields = {"FromUserName": "alice", "MsgType": "text", "Content": text, "MsgId": 7}
+        sealed = other.encrypt_message(xml_document(fields), "nonce", "1409659813")
+        outer, as_json = wxsync.read_fields(sealed.encode())
+        assert not as_json
+        signed = ("1409659813", "nonce", outer["encrypt"])
+        assert crypto.is_signed(outer["msgsignature"], *signed)
+        message = wxsync.read_message_fields(crypto.decrypt(outer["encrypt"]))
+        assert message == ("alice", "text", text, "7")
+
+
+def test_another_implementation_talks_to_the_service(talk: Talk) -> None:
+    """wechatpy in WeCom's place: it verifies the address, says something, reads the reply."""
+    module = pytest.importorskip("wechatpy.enterprise.crypto")
+    client = talk.client
+    other = module.WeChatCrypto(client.token, talk.world.aes_key, client.corp_id)
+    stamp = str(int(time.time()))
+    fields = client.text_fields("alice", "nginx ]]> 😀")
+    outer = wxsync.read_xml_fields(other.encrypt_message(xml_document(fields), "n", stamp).encode())
+    query = {"msg_signature": outer["msgsignature"], "timestamp": stamp, "nonce": "n"}
+    body = xml_document({"ToUserName": client.corp_id, "Encrypt": outer["encrypt"]})
+    got = http_request("POST", f"{client.callback_url}?{urlencode(query)}", body.encode())
+    reply = wxsync.read_xml_fields(got.body)
+    signed = (reply["msgsignature"], reply["timestamp"], reply["nonce"])
+    inner = wxsync.read_xml_fields(other.decrypt_message(got.body.decode(), *signed).encode())
+    assert inner["tousername"] == "alice" and "使用说明" in inner["content"]
+
+
+# -- the callback itself
+
+
+def test_wecoms_verification_is_answered_plainly(talk: Talk) -> None:
+    """The text alone, no quotes, no newline; also where a + of base64 was not escaped."""
+    assert talk.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
+    encrypted = next(e for e in iter(lambda: talk.client.encrypt("1"), "") if "+" in e)
+    query = urlencode(talk.client.signed(encrypted)) + f"&echostr={quote(encrypted, safe='+')}"
+    got = http_request("GET", f"{talk.client.callback_url}?{query}")
+    assert (got.status, got.body) == (200, b"1")
+
+
+@pytest.mark.parametrize(("fmt", "kind"), [("xml", "xml"), ("json", "json")])
+def test_the_reply_has_the_envelope_of_the_message(talk: Talk, fmt: str, kind: str) -> None:
+    """JSON for JSON, XML for XML, to whoever asked, signed."""
+    reply = talk.client.post_text(talk.user, "帮助", fmt=fmt)
+    assert reply.status == 200 and "使用说明" in reply.reply
+    assert kind in reply.headers["content-type"]
+    assert reply.fields["tousername"] == talk.user and reply.fields["msgtype"] == "text"
+    if fmt == "json":
+        assert set(json.loads(reply.raw)) == {"encrypt", "msgsignature", "timestamp", "nonce"}
+
+
+def test_json_names_are_read_in_any_case(talk: Talk) -> None:
+    """WeCom's own documents disagree about them."""
+    for change in (str.lower, str.upper):
+        fields = talk.client.text_fields(talk.user, "nginx")
+        built = talk.client.build({change(name): value for name, value in fields.items()}, "json")
+        assert "nginx:latest" in talk.client.post(built).reply
+
+
+def sealed_bytes(client: WeComClient, plain: bytes) -> str:
+    """Encrypt bytes as they are: padding, length and corp id are the caller's affair."""
+    cipher = AES.new(client.key, AES.MODE_CBC, client.key[:16])
+    return base64.b64encode(cipher.encrypt(plain)).decode()
+
+
+def framed(client: WeComClient, length: int, pad: bytes, text: bytes = b"hello") -> str:
+    """Encrypt a text with this length in its frame, and this padding."""
+    corp_id = client.corp_id.encode()
+    room = 64 - 20 - len(text) - len(corp_id) - len(pad)
+    frame = b"r" * 16 + struct.pack(">I", length) + text + corp_id
+    return sealed_bytes(client, frame + b"\0" * room + pad)
+
+
+FORGED: dict[str, tuple[Callable[[WeComClient], str], int]] = {
+    "not base64": (lambda client: "!" * 64, 400),
+    "no whole blocks": (lambda client: base64.b64encode(b"x" * 33).decode(), 400),
+    "noise": (lambda client: base64.b64encode(b"x" * 64).decode(), 400),
+    "blocks of 16": (lambda client: sealed_bytes(client, b"x" * 32 + b"\x10" * 16), 400),
+    "padding 0": (lambda client: framed(client, 5, b"\0"), 400),
+    "padding 33": (lambda client: sealed_bytes(client, b"x" * 31 + b"\x21" * 33), 400),
+    "uneven padding": (lambda client: framed(client, 5, b"\1\4\4\4"), 400),
+    "nothing but padding": (lambda client: sealed_bytes(client, b"\x20" * 32), 400),
+    "a length beyond the end": (lambda client: framed(client, 60, b"\1"), 400),
+    "the greatest length": (lambda client: framed(client, 2**32 - 1, b"\1"), 400),
+    "another company": (lambda client: client.encrypt("hello", "ww9999999999999999"), 403),
+    "no company": (lambda client: client.encrypt("hello", ""), 403),
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_text_is_refused(talk: Talk, name: str, method: str) -> None:
+    """Even when it is signed: the status is the same for both methods, the body is empty."""
+    make, status = FORGED[name]
+    encrypted = make(talk.client)
+    query = talk.client.signed(encrypted)
+    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
+    if method == "GET":
+        query, body = query | {"echostr": encrypted}, b""
+    got = http_request(method, f"{talk.client.callback_url}?{urlencode(query)}", body)
+    assert (got.status, got.body) == (status, b"")
+
+
+UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
+    "a wrong signature": ({"msg_signature": "0" * 40}, 403),
+    "a signature in capitals": ({"msg_signature": "é"}, 403),
+    "an old time": ({"timestamp": "1409659589"}, 403),
+    "no signature": ({"msg_signature": ""}, 400),
+    "no time": ({"timestamp": ""}, 400),
+    "a time that is none": ({"timestamp": "soon"}, 400),
+    "no nonce": ({"nonce": ""}, 400),
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("name", UNSIGNED)
+def test_a_request_that_is_not_signed_is_refused(talk: Talk, name: str, method: str) -> None:
+    """403 for a wrong signature, 400 where none is to be checked."""
+    change, status = UNSIGNED[name]
+    encrypted = talk.client.encrypt("hello")
+    query = talk.client.signed(encrypted) | change
+    body = xml_document({"Encrypt": encrypted}).encode()
+    if method == "GET":
+        query, body = query | {"echostr": encrypted}, b""
+    got = http_request(method, f"{talk.client.callback_url}?{urlencode(query)}", body)
+    assert (got.status, got.body) == (status, b"")
+
+
+@pytest.mark.parametrize("age", [-590, 590])
+def test_clocks_may_differ_by_ten_minutes(talk: Talk, age: int) -> None:
+    """The times are signed, so they can be trusted as far as the clocks."""
+    assert talk.client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age).status == 200
+    stale = int(time.time()) + (age + (20 if age > 0 else -20))
+    refused = talk.client.post_text(talk.user, "nginx", timestamp=stale)
+    assert (refused.status, refused.raw) == (403, b"")
+
+
+DOCTYPE = '<?xml version="1.0"?><!DOCTYPE xml [<!ENTITY e "nginx:1">]>'
+ENVELOPES = {
+    "nothing": "",
+    "no XML": "hello",
+    "half of it": "<xml><Encrypt>",
+    "a document type": DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>",
+    "an entity": DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>",
+    "an entity nobody declared": "<xml><Encrypt>&e;</Encrypt></xml>",
+    "an unknown encoding": '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
+    "no text in it": "<xml><Other>x</Other></xml>",
+    "JSON of no text": '{"encrypt": 7',
+    "JSON too deep": "{" + '"a":{' * 5000,
+    "JSON with a list": '{"encrypt": ["x"]}',
+}
+
+
+@pytest.mark.parametrize("name", ENVELOPES)
+def test_an_envelope_that_is_none_is_400(talk: Talk, name: str) -> None:
+    """Whatever a stranger posts costs an empty answer."""
+    query = talk.client.signed("x")
+    reply = talk.client.post_raw(ENVELOPES[name].encode(), query)
+    assert (reply.status, reply.raw) == (400, b"")
+
+
+INNER = {
+    "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
+    "an entity": DOCTYPE
+    + "<xml><FromUserName>a</FromUserName><MsgType>text</MsgType><Content>&e;</Content></xml>",
+    "nobody's": "<xml><MsgType>text</MsgType><Content>nginx:1</Content></xml>",
+    "everybody's": "<xml><FromUserName>@all</FromUserName><MsgType>text</MsgType></xml>",
+    "two people's": "<xml><FromUserName>a|b</FromUserName><MsgType>text</MsgType></xml>",
+    "no XML": "hello",
+    "a list": "[1]",
+    "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_a_message_that_is_none_is_400(talk: Talk, name: str) -> None:
+    """Signed and encrypted as it should be, but no message."""
+    encrypted = talk.client.encrypt(INNER[name])
+    body = xml_document({"Encrypt": encrypted}).encode()
+    reply = talk.client.post_raw(body, talk.client.signed(encrypted))
+    assert (reply.status, reply.raw) == (400, b"")
+    assert talk.commits == [] and talk.inputs == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Sending messages
+# ---------------------------------------------------------------------------------------------
+
+SEND = "POST /cgi-bin/message/send"
+
+
+def test_a_message_goes_out_as_wecom_wants_it(desk: Desk) -> None:
+    """An integer agent id, one receiver, the duplicate check on."""
+    desk.send("你好")
+    (call,) = desk.wecom.calls_to(SEND)
+    sent = call.json()
+    assert sent["agentid"] == desk.wecom.agent_id and sent["touser"] == "alice"
+    assert sent["msgtype"] == "text" and sent["text"]["content"].startswith("你好")
+    assert sent["enable_duplicate_check"] == 1 and sent["duplicate_check_interval"] >= 1800
+
+
+def test_one_token_serves_many_messages(desk: Desk) -> None:
+    """Also when they are sent side by side before there is any."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: desk.app.wecom.send(f"user-{n}", "hello"), range(40)))
+    assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
+
+
+@pytest.mark.parametrize("code", [42001, 40014])
+def test_a_token_that_is_refused_is_renewed_once(desk: Desk, code: int) -> None:
+    """The message arrives, without a pause, and once."""
+    desk.send("one")
+    desk.wecom.expire_tokens(code)
+    desk.send("two")
+    assert desk.wecom.token_calls == 2 and desk.pauses == []
+    assert [text.split("\n")[0] for text in desk.wecom.messages_for("alice")] == ["one", "two"]
+
+
+def test_senders_side_by_side_renew_a_token_once(desk: Desk) -> None:
+    """Eight refusals of the same token are one reason to renew it."""
+    desk.send("one")
+    desk.wecom.expire_tokens()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: desk.app.wecom.send(f"user-{n}", "hello"), range(8)))
+    assert desk.wecom.token_calls == 2 and len(desk.wecom.messages) == 9
+
+
+def test_a_token_that_is_refused_again_and_again_is_not_asked_for_without_end(desk: Desk) -> None:
+    """Renewed once per try, then a pause."""
+    desk.wecom.refuse(42001, times=4)
+    desk.send("hello")
+    assert len(desk.wecom.messages) == 1 and len(desk.pauses) == 2
+    assert desk.wecom.token_calls <= 3
+
+
+def test_a_wrong_secret_is_not_tried_again_for_two_hours(desk: Desk) -> None:
+    """WeCom bans an address for an hour that asks with a wrong secret again and again."""
+    right, asked = desk.wecom.secret, []
+
+    def mend() -> None:
+        asked.append(desk.wecom.token_calls)
+        desk.wecom.secret = right
+
+    desk.wecom.secret, desk.after_pause = "another", mend
+    desk.send("hello")
+    assert asked == [1] and desk.pauses[0] >= 3600 and len(desk.wecom.messages) == 1
+    assert "SECRET" in desk.written.getvalue() and right not in desk.written.getvalue()
+
+
+def test_an_untrusted_address_is_named_with_the_cure(desk: Desk) -> None:
+    """60020: the log says which address to add, and where."""
+
+    def mend() -> None:
+        desk.wecom.trusted = True
+
+    desk.wecom.trusted, desk.after_pause = False, mend
+    desk.send("hello")
+    log = desk.written.getvalue()
+    assert "203.0.113.7" in log and "企业可信IP" in log and "60020" in log
+    assert len(desk.wecom.messages) == 1
+
+
+@pytest.mark.parametrize(("code", "least"), [(45009, 60), (-1, 1), (45033, 1), (50003, 60)])
+def test_what_passes_is_waited_for(desk: Desk, code: int, least: float) -> None:
+    """Once refused, a pause as the code asks for, then delivered once."""
+    desk.wecom.refuse(code)
+    desk.send("hello")
+    assert len(desk.pauses) == 1 and desk.pauses[0] >= least
+    assert len(desk.wecom.messages) == 1 and desk.wecom.duplicates == []
+
+
+@pytest.mark.parametrize("code", [81013, 60111])
+def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk, code: int) -> None:
+    """The message is dropped with a line in the log, the next one goes out."""
+    desk.wecom.refuse(code)
+    desk.send("hello", "nobody")
+    desk.send("hello", "alice")
+    assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"]
+    assert str(code) in desk.written.getvalue()
+
+
+def test_a_send_whose_answer_is_lost_is_tried_again_and_delivered_once(desk: Desk) -> None:
+    """The second try is the same to the letter, or WeCom would not know it."""
+    desk.wecom.fail(SEND, "lost")
+    desk.send("hello")
+    first, second_try = desk.wecom.calls_to(SEND)
+    assert first.body == second_try.body
+    assert len(desk.wecom.messages) == 1 and len(desk.wecom.duplicates) == 1
+
+
+def test_two_equal_messages_that_are_meant_both_arrive(desk: Desk) -> None:
+    """The duplicate check must not swallow the second result of the same kind."""
+    desk.send("❌ the same trouble")
+    desk.send("❌ the same trouble")
+    assert len(desk.wecom.messages) == 2 and desk.wecom.duplicates == []
+
+
+@pytest.mark.parametrize("what", ["reset", "garbage", "short", (502, {}, b"<html>bad gateway")])
+def test_a_server_that_answers_oddly_is_tried_again(desk: Desk, what: Any) -> None:
+    """With pauses that grow, until it is itself again."""
+    desk.wecom.fail(SEND, what, 3)
+    desk.send("hello")
+    assert len(desk.pauses) == 3 and desk.pauses == sorted(desk.pauses)
+    assert len(desk.wecom.messages) == 1
+
+
+TALES = {
+    "short lines": [f"第 {number} 行" for number in range(400)],
+    "one long line": ["镜" * 3000],
+    "just over": ["x" * 1970, "y" * 50],
+    "emoji": ["😀" * 900],
+}
+
+
+@pytest.mark.parametrize("name", TALES)
+def test_a_long_text_is_split_at_line_ends(desk: Desk, name: str) -> None:
+    """No piece over 2048 bytes, none cut in a character, nothing lost, all in order."""
+    text = "\n".join(TALES[name])
+    desk.send(text)
+    pieces = desk.wecom.messages_for("alice")
+    assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
+    bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
+    glue = "\n" if len(TALES[name]) > 1 else ""
+    assert glue.join(bodies) == text
+
+
+# ---------------------------------------------------------------------------------------------
+# Stories: what is typed, what happens, what is heard
+# ---------------------------------------------------------------------------------------------
+
+
+def test_one_image(talk: Talk) -> None:
+    """Confirmed at once with its target; one commit, one run, then a line ready to copy."""
+    assert talk.say("docker.io/library/story-one") == (
+        "🔄 正在处理镜像同步请求...\n共 1 个镜像：\n"
+        f"1. story-one:latest → {PREFIX}/story-one:latest"
+    )
+    result = talk.hear("成功 ").splitlines()
+    assert "✅" in result[0] and "成功 1 / 1" in result[0]
+    assert f"docker pull {PREFIX}/story-one:latest" in result
+    (run,) = talk.calls("POST dispatches")
+    assert run.json()["ref"] == "main" and run.json()["return_run_details"] is True
+    (inputs,) = talk.inputs
+    assert inputs["images"] == '["story-one:latest"]' and inputs["target"] == PREFIX
+    assert any(f"/actions/runs/{talk.github.runs[-1].id}" in line for line in result)
+    assert talk.commits == ["wxsync: story-one:latest [skip ci]"]
+    assert talk.github.files["images.txt"].endswith(b"story-one:latest\n")
+    assert talk.messages == ["\n".join(result)]
+
+
+def test_three_images_of_which_one_does_not_exist(talk: Talk) -> None:
+    """The failure first, with reason and cure, then those that worked; unchanged ones marked."""
+    talk.runner.outcomes |= {
+        "nosuch:1": "wxsync: failed not-found manifest unknown",
+        "same:1": "wxsync: unchanged sha256:" + HEX,
+    }
+    assert "共 3 个镜像" in talk.say("fresh:1，nosuch:1、same:1")
+    result = talk.hear("成功 ")
+    lines = result.splitlines()
+    assert "❌" in lines[0] and "成功 2 / 3" in lines[0]
+    assert result.index("nosuch:1") < result.index("docker pull")
+    assert "不存在" in result and f"docker pull {PREFIX}/nosuch:1" not in result
+    assert f"docker pull {PREFIX}/fresh:1" in lines
+    (same,) = [line for line in lines if "same:1" in line]
+    assert same.startswith(f"docker pull {PREFIX}/same:1") and "已是最新" in same
+    assert talk.commits == ["wxsync: fresh:1 (+2) [skip ci]"]
+
+
+# what became of a line's job -> a part of what is said of it
+NOT_DONE = {
+    "failure": "Run python3 wxsync.py copy",
+    "cancelled": "任务被取消",
+    "timed_out": "复制超时",
+    "skipped": "任务被跳过",
+    "neutral": "neutral",
+    "action_required": "action_required",
+    "missing": "没有这个镜像的任务",
+    "wxsync: failed source-denied denied": "源仓库拒绝读取",
+    "wxsync: failed target-denied denied": "目标仓库拒绝写入",
+    "wxsync: failed target-login unauthorized": "登录目标仓库失败",
+    "wxsync: failed target-mismatch other/space": "没有复制",
+    "wxsync: failed no-platform linux/s390x": "没有这个架构",
+    "wxsync: failed rate-limited 429": "限制拉取次数",
+    "wxsync: failed network refused": "连接镜像仓库失败",
+    "wxsync: failed rejected unknown manifest class": "不接受",
+    "wxsync: failed timeout": "超时",
+    "wxsync: failed error out of luck": "out of luck",
+    "wxsync: failed of-tomorrow new": "",
+}
+
+
+def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
+    """Cancelled, missing, without a step name, of a code unknown: each is told as failed."""
+    lines = {f"x/fate-{number}:1": fate for number, fate in enumerate(NOT_DONE)}
+    talk.runner.outcomes |= lines
+    talk.runner.outcomes["x/silent:1"] = "success"
+    talk.say("\n".join([*lines, "x/silent:1"]))
+    head = talk.hear("成功 ")
+    assert f"❌ 镜像同步没有全部完成，成功 1 / {len(lines) + 1}" in head
+    assert wait_until(lambda: f"docker pull {PREFIX}/x_silent:1" in "\n".join(talk.messages))
+    told = "\n".join(talk.messages)
+    assert told.count("docker pull ") == 1
+    assert [line for line in lines if f"❌ {line}" not in told] == []
+    assert [part for part in NOT_DONE.values() if part not in told] == []
+
+
+@pytest.mark.parametrize("text", ["你好，在吗", "help", "，", "What is this?"])
+def test_nonsense_gets_the_help(talk: Talk, text: str) -> None:
+    """At once, and nothing else happens."""
+    assert "使用说明" in talk.say(text) and talk.calls() == []
+
+
+def test_a_bare_word_is_asked_back(talk: Talk) -> None:
+    """It may be an image, or just a word."""
+    assert talk.say("nginx").startswith("如需同步镜像 nginx，请发送 nginx:latest")
+    assert talk.calls() == []
+
+
+ATTACKS = [
+    "$(reboot):1",
+    "--all x:1",
+    "a:1\n::set-output",
+    "../x:1",
+    "a" * 10_000,
+    "a:" * 5_000,
+    "a/" * 5_000,
+    "镜" * 10_000,
+    ",".join(["A:1"] * 2_500),
+    "https://" + "a" * 9_992,
+]
+
+
+@pytest.mark.parametrize("text", ATTACKS, ids=lambda text: f"{text[:12]!r} {len(text)}")
+def test_bad_input_changes_nothing_anywhere(talk: Talk, text: str) -> None:
+    """One reply that fits; no commit, no run, no file, no message, no line of it in the log."""
+    before = sorted(talk.world.service.state_dir.iterdir())
+    images = talk.world.service.state_dir / "images.txt"
+    content = images.read_bytes() if images.exists() else b""
+    reply = talk.say(text)
+    assert reply and len(reply.encode()) <= 2048
+    time.sleep(0.1)
+    assert talk.calls() == [] and talk.messages == []
+    assert (images.read_bytes() if images.exists() else b"") == content
+    assert sorted(talk.world.service.state_dir.iterdir()) == before
+    assert [line for line in talk.world.service.log.splitlines() if line.startswith("::")] == []
+
+
+def test_status_tells_what_runs_what_waits_and_what_was(talk: Talk) -> None:
+    """Idle with the last result, then running with one behind it."""
+    talk.ask("before:1")
+    assert "空闲" in talk.say("状态") and "before:1" in talk.say("status")
+    talk.say("slow/status:1, b:1")
+    talk.world.say("waits:1", "bob")
+    assert wait_until(lambda: talk.inputs[1:])
+    status = talk.say("状态")
+    assert "slow/status:1" in status and "等待 1" in status and "0/2" in status
+    talk.runner.go.set()
+    assert talk.world.hear("waits:1")
+
+
+def test_the_list_shows_todays_images() -> None:
+    """Empty at first, then what was asked for, each line once."""
+    with fast_world() as world:
+        assert "空" in world.say("列表")
+        world.say("nginx, redis:7")
+        world.hear("成功 2 / 2")
+        world.say("redis:7, --platform=all nginx:1", "bob")
+        world.hear(lambda message: message.user == "bob")
+        lines = ["nginx:latest", "redis:7", "--platform=all nginx:1"]
+        assert world.say("list").splitlines()[1:] == lines
+
+
+def test_a_reply_that_is_too_long_goes_on_in_messages() -> None:
+    """The passive reply first, the rest by message/send, split at line ends."""
+    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
+    with fast_world() as world:
+        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
+        reply = world.say("列表")
+        rest = world.hear(lines[-1])
+        told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
+        assert told == lines and len(reply.encode()) <= 2048 and world.broken() == []
+
+
+def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None:
+    """It is one reply; what was left out is counted."""
+    names = [f"x/a-rather-long-name-of-an-image-{number}:1" for number in range(100)]
+    reply = talk.say("\n".join(names))
+    shown = sum(f" → {PREFIX}/x_a-rather" in line for line in reply.splitlines())
+    left = re.search(r"还有 (\d+) 个", reply)
+    assert len(reply.encode()) <= 2048 and "共 100 个镜像" in reply
+    assert left and shown + int(left[1]) == 100
+    talk.hear("成功 100 / 100")
+    assert json.loads(talk.inputs[0]["images"]) == names
+
+
+EVENTS: dict[str, dict[str, str]] = {
+    "enter_agent": {},
+    "subscribe": {},
+    "LOCATION": {"Latitude": "23.1", "Longitude": "113.3", "Precision": "119"},
+    "click": {},
+    "template_card_event": {"TaskId": "t", "ResponseCode": "r"},
+}
+KINDS: dict[str, dict[str, object]] = {
+    "image": {"PicUrl": "http://127.0.0.1/a.png", "MediaId": "m"},
+    "voice": {"MediaId": "m", "Format": "amr"},
+    "video": {"MediaId": "m", "ThumbMediaId": "t"},
+    "location": {"Location_X": "23.1", "Location_Y": "113.3", "Label": "nginx:1"},
+    "link": {"Title": "nginx:1", "Url": "https://e.com/a"},
+    "file": {"MediaId": "m"},
+}
+
+
+@pytest.mark.parametrize("fmt", ["xml", "json"])
+def test_events_and_other_kinds_of_messages_get_an_empty_200(talk: Talk, fmt: str) -> None:
+    """No reply, no work, no repeat by WeCom."""
+    replies = [
+        talk.client.post_event(talk.user, event, "k", fmt, **more) for event, more in EVENTS.items()
+    ]
+    replies += [talk.client.post_kind(talk.user, kind, fmt, **more) for kind, more in KINDS.items()]
+    assert [(reply.status, reply.raw) for reply in replies] == [(200, b"")] * len(replies)
+    assert talk.calls() == [] and talk.messages == []
+
+
+def test_requests_queue_in_order(talk: Talk) -> None:
+    """Each is told how many are before it, and its targets; one runs after the other."""
+    talk.say("slow/queue:1")
+    for ahead, user in ((1, "q-bob"), (2, "q-carol")):
+        reply = talk.world.say(f"queue:{ahead}", user)
+        assert reply.startswith(f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个")
+        assert f"queue:{ahead} → {PREFIX}/queue:{ahead}" in reply
+    health = talk.world.service.health()
+    assert (health["running"], health["queued"]) == (1, 2)
+    talk.runner.go.set()
+    talk.world.hear(lambda message: message.user == "q-carol")
+    assert [json.loads(i["images"]) for i in talk.inputs] == [
+        ["slow/queue:1"],
+        ["queue:1"],
+        ["queue:2"],
+    ]
+    ends = {message.user: message.time for message in talk.wecom.messages}
+    assert ends[talk.user] < ends["q-bob"] < ends["q-carol"]
+    assert len(talk.messages) == 1
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_full_queue_refuses(size: int) -> None:
+    """QUEUE_SIZE counts those that wait; 0 refuses while one runs. Nothing of it is kept."""
+    runner = SlowRunner()
+    with fast_world(runner, QUEUE_SIZE=str(size)) as world:
+        world.say("slow/full:1")
+        for number in range(size):
+            assert "已排队" in world.say(f"waits:{number}", "bob")
+        assert world.say("refused:1", "carol") == "⏳ 已有任务正在处理中，请稍后再试"
+        runner.go.set()
+        world.hear("slow_full")
+        assert wait_until(lambda: world.service.health()["queued"] == 0)
+        assert "🔄" in world.say("again:1", "dave") or size
+        assert b"refused" not in world.github.files["images.txt"]
+
+
+def test_a_run_that_takes_long_lets_the_next_one_start() -> None:
+    """SYNC_TIMEOUT: what is done so far, the run's address, and the final result later."""
+    runner = SlowRunner()
+    with fast_world(runner, SYNC_TIMEOUT="1") as world:
+        world.say("slow/a:1, b:1, nosuch:1")
+        runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
+        world.say("next:1", "bob")
+        late = world.hear("⏰")
+        assert "/actions/runs/" in late and f"docker pull {PREFIX}/b:1" in late
+        assert "1 / 3" in late and "nosuch:1" in late and "slow_a" not in late
+        assert "成功 1 / 1" in world.hear(lambda message: message.user == "bob")
+        assert "1" in re.findall(r"仍在跟踪.*?(\d)", world.say("状态"))
+        runner.go.set()
+        assert f"docker pull {PREFIX}/slow_a:1" in world.hear("成功 2 / 3")
+        assert len(world.wecom.messages_for("alice")) == 2 and len(world.github.dispatches) == 2
+
+
+# -- GitHub as it is
+
+
+def test_one_connection_and_three_calls_before_polling() -> None:
+    """GET and PUT of the list, the dispatch; then the run, and its jobs once."""
+    with fast_world(PlayedRunner(0.3)) as world:
+        world.say("nginx:1")
+        world.hear("成功 1 / 1")
+        api, run = f"/repos/{world.github.repo}", world.github.runs[0].id
+        calls = [(call.method, call.path.removeprefix(api)) for call in world.github.calls]
+        assert calls[:3] == [
+            ("GET", "/contents/images.txt"),
+            ("PUT", "/contents/images.txt"),
+            ("POST", "/actions/workflows/docker-image-sync.yml/dispatches"),
+        ]
+        assert set(calls[3:-1]) == {("GET", f"/actions/runs/{run}")}
+        assert calls[-1] == ("GET", f"/actions/runs/{run}/jobs")
+        assert world.github.connections == 1
+        polls = [call for call in world.github.calls if call.path.endswith(f"/runs/{run}")]
+        assert len(polls) > 2 and [p for p in polls[1:] if "if-none-match" not in p.headers] == []
+        assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
+
+
+def test_the_same_request_again_makes_no_second_commit(talk: Talk) -> None:
+    """The list has its line already; the run is made all the same."""
+    talk.ask("twice:1")
+    talk.say("twice:1")
+    assert wait_until(lambda: len(talk.inputs) == 2 and talk.idle())
+    assert talk.commits == ["wxsync: twice:1 [skip ci]"]
+    assert talk.inputs[0]["request"] != talk.inputs[1]["request"]
+
+
+def test_the_list_on_github_is_replaced(talk: Talk) -> None:
+    """What somebody pushed by hand has run already, and stays in the history."""
+    talk.github.commit("images.txt", b"by-hand:1\n", "by hand")
+    talk.ask("replaces:1")
+    content = talk.github.files["images.txt"]
+    assert b"by-hand" not in content and content.endswith(b"replaces:1\n")
+
+
+def test_an_old_github_gives_no_run_id(talk: Talk) -> None:
+    """204, and a list that lags: the run is found by its title, never by being the latest."""
+    talk.github.old_dispatch, talk.github.list_lag = True, 0.3
+    talk.github.new_run({"request": "somebody-else", "images": "[]"})
+    assert "成功 1 / 1" in talk.ask("old:1")
+    assert len(talk.inputs) == 1 and len(talk.calls("GET workflows runs")) > 1
+
+
+def test_a_github_that_does_not_know_return_run_details(talk: Talk) -> None:
+    """400 for the unknown field: asked again without it."""
+    body = b'{"message": "Invalid request.\\n\\n\\"return_run_details\\" is not a permitted key."}'
+    talk.github.fail("POST dispatches", (400, {}, body))
+    talk.github.old_dispatch = True
+    assert "成功 1 / 1" in talk.ask("enterprise:1")
+    bodies = [call.json() for call in talk.calls("POST dispatches")]
+    assert ["return_run_details" in body for body in bodies] == [True, False]
+    assert len(talk.inputs) == 1
+
+
+CONFLICTS = [(409, "images.txt does not match 0123"), (422, '"sha" wasn\'t supplied.')]
+
+
+@pytest.mark.parametrize(("status", "said"), CONFLICTS)
+def test_a_conflict_is_read_again_and_tried_again(talk: Talk, status: int, said: str) -> None:
+    """Somebody else wrote to the branch in the same moment."""
+    talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 2)
+    assert "成功 1 / 1" in talk.ask(f"conflict:{status}")
+    assert len(talk.calls("GET contents")) == len(talk.calls("PUT contents")) == 3
+    assert len(talk.commits) == 1
+
+
+def test_a_lost_answer_to_the_commit_makes_no_second_one(talk: Talk) -> None:
+    """It was done: the list is read again and found equal."""
+    talk.github.fail("PUT", "lost")
+    assert "成功 1 / 1" in talk.ask("lost-commit:1")
+    assert len(talk.commits) == 1
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.15])
+def test_a_lost_answer_to_the_dispatch_starts_no_second_run(talk: Talk, lag: float) -> None:
+    """The run is looked for, for as long as GitHub's list may lag (0.15 s is 7.5 s here)."""
+    talk.github.list_lag = lag
+    talk.github.fail("POST dispatches", "lost")
+    assert "成功 1 / 1" in talk.ask(f"lost-run:{lag}")
+    assert len(talk.inputs) == 1
+
+
+def test_a_dispatch_that_never_arrived_is_made_again(talk: Talk) -> None:
+    """But only after the run has been looked for, for ten seconds (0.2 s here)."""
+    talk.github.fail("POST dispatches", "reset")
+    assert "成功 1 / 1" in talk.ask("reset-run:1")
+    first, second_call = talk.calls("POST dispatches")
+    assert second_call.time - first.time > 0.2 and len(talk.inputs) == 1
+
+
+# what GitHub says to a call -> what the person reads
+DENIED: list[tuple[str, str, int, list[str]]] = [
+    ("GET contents", "Bad credentials", 401, ["GITHUB_TOKEN", "过期"]),
+    ("PUT contents", "Resource not accessible by personal access token", 403, ["Contents"]),
+    ("POST dispatches", "Resource not accessible by personal access token", 403, ["Actions"]),
+    ("GET actions/runs/", "Resource not accessible by personal access token", 403, ["Actions"]),
+    ("PUT contents", "Not Found", 404, ["octo/mirror", "main", "Contents"]),
+    ("POST dispatches", "Not Found", 404, ["octo/mirror", "Actions"]),
+    ("POST dispatches", "No ref found for: main", 422, ["No ref found for: main"]),
+    (
+        "POST dispatches",
+        "Workflow does not have 'workflow_dispatch' trigger",
+        422,
+        ["workflow_dispatch"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("where", "said", "status", "wanted"), DENIED)
+def test_a_refusal_of_github_is_told_in_words(
+    talk: Talk, where: str, said: str, status: int, wanted: list[str]
+) -> None:
+    """What it means for the user's token, and which permission is missing."""
+    talk.github.fail(where, (status, {}, json.dumps({"message": said}).encode()), 20)
+    result = talk.ask(f"denied-{status}:1")
+    assert "❌" in result.splitlines()[0] and "成功 0 / 1" in result
+    assert [part for part in wanted if part not in result] == []
+    assert len(talk.messages) == 1
+
+
+LIMITS: dict[str, tuple[int, dict[str, str], bytes, float]] = {
+    "retry-after": (429, {"Retry-After": "7"}, b"{}", 7),
+    "a secondary limit": (403, {"Retry-After": "61"}, b"{}", 61),
+    "in words only": (403, {}, b'{"message": "You have exceeded a secondary rate limit."}', 60),
+    "429 alone": (429, {}, b"", 60),
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
+    """For as long as it says, then the call is made again."""
+    status, headers, body, seconds = LIMITS[name]
+    desk.github.fail(f"{method} contents", (status, headers, body))
+    assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
+    assert len(desk.pauses) == 1 and seconds - 1 < desk.pauses[0] <= seconds
+    assert len(desk.github.commits) == 1
+
+
+def test_a_used_up_quota_is_waited_for_until_its_reset(desk: Desk) -> None:
+    """x-ratelimit-remaining 0 and x-ratelimit-reset."""
+    reset = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(time.time()) + 90)}
+    desk.github.fail("GET contents", (403, reset, b'{"message": "API rate limit exceeded"}'))
+    assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
+    assert len(desk.pauses) == 1 and 85 < desk.pauses[0] < 95
+
+
+def test_a_quota_that_is_gone_for_an_hour_is_told() -> None:
+    """Nobody waits for that; the message says when to try again."""
+    with fast_world() as world:
+        world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
+        world.say("quota:1")
+        result = world.hear("成功 ")
+        assert "成功 0 / 1" in result and "分钟后再试" in result
+
+
+def test_nothing_is_asked_while_github_wants_quiet() -> None:
+    """A rate limit met while polling: not one call for that long, then the result."""
+    with fast_world(PlayedRunner(0.2)) as world:
+        world.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
+        world.say("nginx:1")
+        assert "成功 1 / 1" in world.hear("成功 ")
+        times = [call.time for call in world.github.calls_to("GET actions/runs/")]
+        assert 0.95 < times[1] - times[0] < 2
+
+
+def test_a_run_that_is_not_there_yet_is_waited_for() -> None:
+    """GitHub may answer 404 for a moment after it has started a run."""
+    with fast_world() as world:
+        world.github.run_lag = 0.2
+        world.say("nginx:1")
+        assert "成功 1 / 1" in world.hear("成功 ")
+
+
+def test_257_jobs_are_read_page_by_page(talk: Talk) -> None:
+    """256 images and the plan: three pages of the list of jobs."""
+    names = [f"p{number}:1" for number in range(256)]
+    talk.runner.outcomes[names[255]] = "wxsync: failed not-found manifest unknown"
+    assert "共 256 个镜像" in talk.say("\n".join(names))
+    assert "❌ p255:1" in talk.hear("成功 255 / 256")
+    assert [call.query["page"] for call in talk.calls("GET jobs")] == ["1", "2", "3"]
+
+
+class Elsewhere(Peer):
+    """Another server, which would gladly take a token."""
+
+    def handle(self, call: Call) -> Answer:
+        return json_answer({})
+
+
+@pytest.mark.parametrize("where", ["GET contents", "PUT contents", "POST dispatches", "GET runs/"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_takes_the_token_elsewhere(talk: Talk, where: str, status: int) -> None:
+    """Neither to another port nor to another name of the same machine; the person is told."""
+    with Elsewhere() as elsewhere:
+        address = elsewhere.url.replace("127.0.0.1", "localhost") if status > 302 else elsewhere.url
+        talk.github.fail(where, (status, {"Location": f"{address}/repos/octo/mirror"}, b""), 20)
+        assert "成功 0 / 1" in talk.ask(f"redirect-{status}:1")
+        assert elsewhere.calls == []
+
+
+def test_a_renamed_repository_is_followed(talk: Talk) -> None:
+    """GitHub itself redirects to its own new address: method and body stay."""
+    path = f"/repos/{talk.github.repo}/contents/images.txt"
+    for method, status in (("GET", 301), ("PUT", 307)):
+        talk.github.fail(f"{method} contents", (status, {"Location": path}, b""))
+    assert "成功 1 / 1" in talk.ask("renamed:1")
+
+
+ODD_SERVERS: dict[str, Any] = {
+    "10 MB": "big",
+    "garbage": "garbage",
+    "a reset": "reset",
+    "a body cut off": "short",
+    "502": (502, {}, b"<html>bad gateway</html>"),
+    "no JSON": (200, {}, b"<html>welcome</html>"),
+    "an empty body": (200, {}, b""),
+    "a list": (200, {}, b"[1]"),
+    "null": (200, {}, b"null"),
+    "odd values": (200, {}, b'{"sha": 7, "workflow_run_id": "x", "status": [], "jobs": {}}'),
+    "a deep list": (200, {}, b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", ODD_SERVERS)
+def test_odd_answers_give_one_message_and_the_lane_goes_on(talk: Talk, name: str) -> None:
+    """To the dispatch and to every look for its run; the next request is served."""
+    for where in ("POST dispatches", "GET workflows runs"):
+        talk.github.fail(where, ODD_SERVERS[name], 60)
+    result = talk.ask("odd:1")
+    assert "❌" in result.splitlines()[0] and "成功 0 / 1" in result
+    assert wxsync.INTERNAL_ERROR not in result and len(result) < 400
+    talk.github.faults.clear()
+    talk.world.say("even:1", user := f"after-{talk.user}")
+    assert "成功 1 / 1" in talk.world.hear(lambda message: message.user == user)
+    assert len(talk.messages) == 1
+
+
+def all_letters(world: World, user: str) -> list[str]:
+    """Return what a member got and what is on its way, in order."""
+    state = json.loads((world.service.state_dir / "wxsync.state").read_bytes())
+    waiting = [text for receiver, text in state["letters"] if receiver == user]
+    return list(dict.fromkeys([*world.wecom.messages_for(user), *waiting]))
+
+
+def many_failures(names: list[str], fate: Callable[[int], str]) -> list[str]:
+    """Ask for these images, of which each fails, and return all messages of the result."""
+    runner = PlayedRunner(0.0, {name: fate(number) for number, name in enumerate(names)})
+    with fast_world(runner) as world:
+        world.say("\n".join([*names, "x/fine:1"][:256]))
+        world.hear("成功 ")
+        letters = all_letters(world, "alice")
+        assert world.broken() == [] and max(len(text.encode()) for text in letters) <= 2048
+        return letters
+
+
+def test_256_failures_fit_in_ten_messages() -> None:
+    """With one cause all of them are named."""
+    names = [f"registry.example.com/space/image-{number}:1" for number in range(256)]
+    letters = many_failures(names, lambda number: "wxsync: failed not-found manifest unknown")
+    told = re.findall(r"^❌ (registry\S+)$", "\n".join(letters), re.MULTILINE)
+    assert len(letters) <= 10 and "成功 0 / 256" in letters[0] and told == names
+
+
+def test_256_different_failures_are_cut_with_a_count() -> None:
+    """Ten messages cannot hold 256 stories; the run's address holds the rest."""
+    names = [f"registry.example.com/space/image-{number}:1" for number in range(256)]
+    letters = many_failures(names, lambda number: f"wxsync: failed error trouble number {number}")
+    assert len(letters) == 10 and "成功 0 / 256" in letters[0]
+    assert "/actions/runs/" in letters[0] and re.search(r"还有 \d+", letters[-1])
+
+
+def test_failures_come_first_and_whole() -> None:
+    """128 of 255 fail: every one is told before the first that worked."""
+    names = [f"registry.example.com/space/image-{number}:1" for number in range(255)]
+    fates = ("wxsync: failed timeout", "wxsync: copied sha256:" + HEX)
+    text = "\n".join(many_failures(names, lambda number: fates[number % 2]))
+    failed = [name for name in names[::2] if f"❌ {name}" in text]
+    assert len(failed) == 128 and "成功 128 / 256" in text
+    assert text.index(failed[-1]) < text.index("docker pull ")
+
+
+# ---------------------------------------------------------------------------------------------
+# The shape of the program
+# ---------------------------------------------------------------------------------------------
+
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+
+
+def names_defined_by(node: ast.stmt) -> set[str]:
+    """Return the names that a statement at the top of the file defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    found = {
+        n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    return found if isinstance(node, ast.Assign | ast.AnnAssign) else set()
+
+
+def global_names(table: symtable.SymbolTable) -> set[str]:
+    """Return the names that a function, or a class and its methods, take from the module."""
+    found = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+    return found.union(*map(global_names, table.get_children()))
+
+
+def test_the_file_reads_from_top_to_bottom() -> None:
+    """Functions and classes use only what stands above them, or themselves."""
+    lines = {name: node.lineno for node in TREE.body for name in names_defined_by(node)}
+    tables = symtable.symtable(SOURCE, "wxsync.py", "exec").get_children()
+    below = [
+        f"{table.get_name()} (line {table.get_lineno()}) uses {name} (line {lines[name]})"
+        for table in tables
+        for name in sorted(global_names(table) & set(lines))
+        if name != table.get_name() and lines[name] > lines.get(table.get_name(), 0)
+    ]
+    assert below == []
+
+
+def test_nothing_is_global() -> None:
+    """No function changes a name of the module."""
+    assert [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Global)] == []
+
+
+def test_no_line_is_wider_than_100_columns() -> None:
+    """A Chinese character is two columns wide."""
+    wide = [
+        f"{n}: {columns(line)}"
+        for n, line in enumerate(SOURCE.splitlines(), 1)
+        if columns(line) > 100
+    ]
+    assert wide == []
+
+
+def test_no_function_is_longer_than_45_lines() -> None:
+    """So that each fits a screen."""
+    functions = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
+    sizes = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
+    assert {name: size for name, size in sizes.items() if size > 45} == {}
+
+
+IMPORT = """
+import os, sys, threading, time
+sys.pycache_prefix = {cache!r}
+sys.path.insert(0, {folder!r})
+begun = time.perf_counter()
+import wxsync
+seconds = time.perf_counter() - begun
+assert threading.active_count() == 1 and os.listdir(".") == []
+print(seconds)
+"""
+
+
+def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
+    """Under 0.2 s once it is compiled; no thread, no file, not a word."""
+    here = tmp_path / "here"
+    here.mkdir()
+    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(SCRIPT.parent))
+    command, seconds = [sys.executable, "-S", "-c", code], []
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    for _ in range(4):
+        done = subprocess.run(
+            command,
+            cwd=here,
+            env=environ,
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+            timeout=20,
+        )
+        assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+        seconds.append(float(done.stdout))
+    assert min(seconds) < 0.2
+
+
+PASSWORD = "target-pass-5b1e93c7"  # no substring of anything else: tests look for it everywhere
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+
+
+def need(reason: str) -> None:
+    """Skip the test where `reason` names a missing component; in CI nothing may be missing."""
+    if reason and os.environ.get("CI"):
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+# ---------------------------------------------------------------------------------------------
+# plan: the list that the workflow reads
+# ---------------------------------------------------------------------------------------------
+
+
+def plan(text: bytes, file: str = "-", folder: Path | None = None) -> tuple[int, str, str]:
+    """Run `wxsync.py plan FILE`; return exit status, stdout and stderr."""
+    command = [sys.executable, str(SCRIPT), "plan", file]
+    done = subprocess.run(command, input=text, capture_output=True, cwd=folder, check=False)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+LISTS = {
+    "an empty file": ("", []),
+    "only comments": ("# nginx:latest\n\n   # more\n", []),
+    "canonical lines, each once": (
+        "nginx\ndocker.io/library/nginx:latest\nbitnami/redis:7.0",
+        ["nginx:latest", "bitnami/redis:7.0"],
+    ),
+    "platforms": (
+        "--platform linux/arm64 nginx:1\nnginx:1 --platform=all\n",
+        ["--platform=linux/arm64 nginx:1", "--platform=all nginx:1"],
+    ),
+    "a name of one's own": (
+        "registry.k8s.io/pause:3.9   =>   pause:3.9\n",
+        ["registry.k8s.io/pause:3.9 => pause:3.9"],
+    ),
+    "saved by Windows' Notepad": ("\ufeffnginx:1\r\nredis:7\r\n", ["nginx:1", "redis:7"]),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_plan_prints_canonical_lines_as_one_json_array(name: str) -> None:
+    """The workflow's matrix is made of this: one line of JSON on stdout, nothing else."""
+    text, lines = LISTS[name]
+    status, out, errors = plan(text.encode())
+    assert (status, json.loads(out), errors) == (0, lines, "")
+    assert out.count("\n") == 1
+
+
+def test_plan_reads_images_txt_where_no_file_is_named(tmp_path: Path) -> None:
+    """`plan` and `plan FILE` are the same for images.txt in the current folder."""
+    (tmp_path / "images.txt").write_text("nginx:1\n")
+    command = [sys.executable, str(SCRIPT), "plan"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == ["nginx:1"]
+    assert plan(b"", "images.txt", tmp_path) == (0, '["nginx:1"]\n', "")
+
+
+def test_plan_reads_the_images_txt_of_the_project() -> None:
+    """A fresh copy of the project has a list with nothing to do."""
+    assert plan(b"", str(SCRIPT.with_name("images.txt"))) == (0, "[]\n", "")
+
+
+def test_plan_names_every_bad_line() -> None:
+    """One bad line stops the whole list: nothing on stdout, one error per bad line."""
+    status, out, errors = plan(b"nginx:1\nNginx:latest\n# ok\n$(reboot):1\nredis:7\n")
+    assert (status, out) == (2, "")
+    second, fourth = errors.splitlines()
+    assert "2" in second and "Nginx:latest" in second
+    assert "4" in fourth and "$(reboot):1" in fourth
+
+
+@pytest.mark.parametrize("file", ["absent.txt", "."])
+def test_plan_of_a_file_that_cannot_be_read(file: str, tmp_path: Path) -> None:
+    """An unreadable list is an error, not an empty list."""
+    status, out, errors = plan(b"", file, tmp_path)
+    assert (status, out, len(errors.splitlines())) == (2, "", 1)
+
+
+def test_plan_refuses_what_is_no_utf8() -> None:
+    """Half a list in the wrong encoding would be a wrong list."""
+    assert plan("镜像:1\n".encode("gbk"))[:2] == (2, "")
+
+
+# ---------------------------------------------------------------------------------------------
+# Two registries, and `copy` between them
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What one `wxsync.py copy LINE` did."""
+
+    status: int
+    out: str
+    log: str
+    output: str  # what it appended to $GITHUB_OUTPUT
+    left: list[str]  # what it left behind in its folder for temporary files
+
+    @property
+    def code(self) -> str:
+        """Return "copied", "unchanged" or the CODE of the failure, "" without a result."""
+        words = self.out.removeprefix("wxsync: ").split()
+        return words[1] if words[:1] == ["failed"] else "".join(words[:1])
+
+    @property
+    def digest(self) -> str:
+        """Return the digest that the result names."""
+        return self.out.split()[-1] if self.status == 0 else ""
+
+
+def copy(line: str, home: Path, settings: Mapping[str, str]) -> Copied:
+    """Run `wxsync.py copy LINE` with these settings and nothing else of ours."""
+    output, temporary = home / "output", home / "tmp"
+    temporary.mkdir(exist_ok=True)
+    output.write_text("")
+    own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "copy", line],
+        env=clean_environment(home, own | dict(settings)),
+        cwd=home,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=150,
+        check=False,
+    )
+    left = [path.name for path in temporary.iterdir()]
+    return Copied(done.returncode, done.stdout, done.stderr, output.read_text("utf-8"), left)
+
+
+IMAGES: dict[str, tuple[tuple[str, ...], bool]] = {
+    "library/app:one": (("amd64",), False),
+    "library/app:arm": (("arm64",), False),
+    "library/app:multi": (("amd64", "arm64/v8", "arm/v7"), False),
+    "library/app:attested": (("amd64", "arm64"), True),
+    "library/app:buildx": (("amd64",), True),  # what `docker buildx build --push` makes by default
+    "acme/team/app:1": (("amd64",), False),
+}
+
+
+class Mirror:
+    """A source, a target with a password, images in the source, and counting fronts of both."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.source = stack.enter_context(Registry())
+        self.target = stack.enter_context(Registry("robot", PASSWORD))
+        self.front = stack.enter_context(PickyRegistry(self.source, picky=False))
+        self.acr = stack.enter_context(PickyRegistry(self.target))
+        folder = Path(stack.enter_context(temporary_folder("mirror")))
+        names = {"docker.io": self.front.host, "dead.example.com": f"127.0.0.1:{free_port()}"}
+        own = {host: host for host in (self.source.host, self.target.host, self.acr.host)}
+        self.conf = registries_conf(folder / "registries.conf", names | own)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(self.publish, IMAGES))
+        self._docker_format()
+        self._bare_index()
+        self.numbers = itertools.count(1)
+
+    def publish(self, image: str) -> None:
+        """Push one of IMAGES into the source."""
+        archs, attestation = IMAGES[image]
+        repo, _, tag = image.partition(":")
+        publish(self.source, repo, tag, archs, (30_000, 20_000), attestation)
+
+    def _docker_format(self) -> None:
+        """Add app:docker, which is app:multi with docker's own manifests, not OCI's."""
+        repo = f"docker://{self.source.host}/library/app"
+        command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2"]
+        command += ["--src-tls-verify=false", "--dest-tls-verify=false"]
+        subprocess.run([*command, f"{repo}:multi", f"{repo}:docker"], check=True)
+
+    def _bare_index(self) -> None:
+        """Add app:bare, an index without the mediaType that OCI leaves optional."""
+        index = self.source.manifest("library/app", "attested")
+        body = json.dumps({"schemaVersion": 2, "manifests": index["manifests"]}).encode()
+        url = f"http://{self.source.host}/v2/library/app/manifests/bare"
+        put = http_request("PUT", url, body, {"Content-Type": OCI_INDEX})
+        assert put.status == 201, put.body
+
+    def entries(self, tag: str) -> list[dict[str, Any]]:
+        """Return the entries of an index in the source, attestations left out."""
+        entries: list[dict[str, Any]] = self.source.manifest("library/app", tag)["manifests"]
+        return [entry for entry in entries if entry["platform"]["os"] != "unknown"]
+
+    def digest(self, tag: str, arch: str = "") -> str:
+        """Return the digest of app:TAG (or acme) in the source, or of one architecture in it."""
+        if tag == "acme":
+            return self.source.digest("acme/team/app", "1")
+        if not arch:
+            return self.source.digest("library/app", tag)
+        name, _, variant = arch.partition("/")
+        wanted = (name, variant or None)
+        for entry in self.entries(tag):
+            if (entry["platform"]["architecture"], entry["platform"].get("variant")) == wanted:
+                return str(entry["digest"])
+        raise KeyError(arch)
+
+
+class Space:
+    """An empty namespace of the target, and what the workflow's job knows about it."""
+
+    def __init__(self, mirror: Mirror, home: Path) -> None:
+        self.mirror, self.home = mirror, home
+        self.namespace = f"space-{next(mirror.numbers)}"
+        self.settings = {
+            "DOCKER_REGISTRY": mirror.target.host,
+            "DOCKER_NAMESPACE": self.namespace,
+            "DOCKER_USERNAME": mirror.target.user,
+            "DOCKER_PASSWORD": mirror.target.password,
+            "CONTAINERS_REGISTRIES_CONF": str(mirror.conf),
+        }
+
+    def copy(self, line: str, **changed: str) -> Copied:
+        """Run `copy LINE` into this namespace."""
+        return copy(line, self.home, self.settings | changed)
+
+    def lead(self, *hosts: str, hub: str = "") -> str:
+        """Return a registries.conf in which docker.io leads to `hub`, else past the front."""
+        plain = {host: host for host in (*hosts, self.mirror.target.host) if host}
+        names = {"docker.io": hub or self.mirror.source.host} | plain
+        return str(registries_conf(self.home / "other.conf", names))
+
+    def digest(self, name: str) -> str:
+        """Return the digest of NAME:TAG in this namespace, "" if there is none."""
+        repo, _, tag = name.partition(":")
+        return self.mirror.target.digest(f"{self.namespace}/{repo}", tag)
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """Return the manifest or index of NAME:TAG in this namespace."""
+        repo, _, tag = name.partition(":")
+        return self.mirror.target.manifest(f"{self.namespace}/{repo}", tag)
+
+
+@pytest.fixture(scope="session")
+def mirror() -> Iterator[Mirror]:
+    """Start the registries, once for all tests."""
+    need(Registry.missing())
+    with ExitStack() as stack:
+        yield Mirror(stack)
+
+
+Met = dict[tuple[str, str], "Future[Copied]"]  # (trouble, side) -> what `copy` makes of it
+
+
+@pytest.fixture
+def space(mirror: Mirror, met: Met, tmp_path: Path) -> Space:
+    """Return a namespace of the test's own; the slow failures (`met`) come about meanwhile."""
+    return Space(mirror, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# copy: what arrives, and under which name
+# ---------------------------------------------------------------------------------------------
+
+
+def test_copy_then_unchanged(space: Space) -> None:
+    """The digest stays the source's; a second run finds it there and reads no layer."""
+    front, whole = space.mirror.front, space.mirror.source.manifest("library/app", "one")
+    layers = {f"/v2/library/app/blobs/{layer['digest']}" for layer in whole["layers"]}
+
+    front.calls.clear()
+    first = space.copy("app:one")
+    assert (first.status, first.code, first.digest) == (0, "copied", space.mirror.digest("one"))
+    assert space.digest("app:one") == space.mirror.digest("one")
+    assert layers <= {call.path for call in front.layer_reads}
+
+    front.calls.clear()
+    second = space.copy("app:one")
+    assert (second.status, second.code, second.digest) == (0, "unchanged", first.digest)
+    assert not layers & {call.path for call in front.layer_reads}
+
+
+@pytest.mark.parametrize("line", ["app:multi", "--platform=all app:attested"])
+def test_unchanged_index_reads_no_blob_at_all(space: Space, line: str) -> None:
+    """An index names its platforms, so a second look needs neither layers nor configs."""
+    assert space.copy(line).code == "copied"
+    space.mirror.front.calls.clear()
+    assert space.copy(line).code == "unchanged"
+    assert space.mirror.front.layer_reads == []
+
+
+def test_a_tag_that_moved_is_copied_again(space: Space) -> None:
+    """The target follows the source, also when its tag exists already."""
+    assert space.copy("app:one => app:1").code == "copied"
+    assert space.copy("app:multi => app:1").code == "copied"
+    assert space.digest("app:1") == space.mirror.digest("multi", "amd64")
+
+
+# line ({…} is filled in below) -> what stands in the target -> which digest of the source it has
+COPIES = [
+    ("app:one", "app:one", "one"),
+    ("docker.io/library/app:one", "app:one", "one"),
+    ("acme/team/app:1", "acme_team_app:1", "acme"),
+    ("{host}/acme/team/app:1", "{host_}_acme_team_app:1", "acme"),
+    ("app:one => renamed", "renamed:one", "one"),
+    ("app:one => renamed:2.0", "renamed:2.0", "one"),
+    # One platform of an index: its own manifest, by its own digest.
+    ("app:multi", "app:multi", "multi amd64"),
+    ("app:buildx", "app:buildx", "buildx amd64"),
+    ("app:docker", "app:docker", "docker amd64"),
+    ("app:bare", "app:bare", "bare amd64"),
+    ("--platform=linux/amd64 app:multi", "app:multi", "multi amd64"),
+    ("--platform=linux/arm64 app:multi", "app:multi-arm64", "multi arm64/v8"),
+    ("--platform=linux/arm64/v8 app:multi", "app:multi-arm64-v8", "multi arm64/v8"),
+    ("--platform=linux/arm64/v8 app:attested", "app:attested-arm64-v8", "attested arm64"),
+    ("--platform=linux/arm/v7 app:multi", "app:multi-arm-v7", "multi arm/v7"),
+    ("--platform=linux/arm64 app:multi => app:mine", "app:mine", "multi arm64/v8"),
+    ("--platform=linux/arm64 app:arm", "app:arm-arm64", "arm"),
+    # Several platforms that are all there are: the very index of the source.
+    ("--platform=all app:multi", "app:multi", "multi"),
+    ("--platform=all app:docker", "app:docker", "docker"),
+    ("--platform=all app:one", "app:one", "one"),
+    ("--platform=all app:arm", "app:arm", "arm"),
+    ("--platform=linux/amd64+linux/arm64+linux/arm/v7 app:multi", "app:multi", "multi"),
+    ("--platform=linux/arm/v7+linux/arm64+linux/amd64 app:multi", "app:multi", "multi"),
+    # A digest is exact; a tag beside it only names the target.
+    ("app@{one}", "app:sha256-{one12}", "one"),
+    ("app:9.9@{one}", "app:9.9", "one"),
+    ("app@{multi}", "app:sha256-{multi12}", "multi amd64"),
+    ("--platform=all app@{multi}", "app:sha256-{multi12}", "multi"),
+]
+
+
+@pytest.mark.parametrize(("line", "target", "wanted"), COPIES)
+def test_what_a_line_copies(space: Space, line: str, target: str, wanted: str) -> None:
+    """Each kind of line, the name it gets in the target, and the digest it keeps."""
+    mirror = space.mirror
+    host, one, multi = mirror.source.host, mirror.digest("one"), mirror.digest("multi")
+    words = {"host": host, "host_": host.replace(":", "-"), "one": one, "multi": multi}
+    words |= {"one12": one[7:19], "multi12": multi[7:19]}
+    digest = mirror.digest(*wanted.split())
+    done = space.copy(line.format(**words))
+    assert (done.status, done.code, done.digest) == (0, "copied", digest), done
+    assert space.digest(target.format(**words)) == digest
+
+
+def test_an_index_that_loses_nothing_is_the_same_byte_for_byte(space: Space) -> None:
+    """Whoever has pinned the source's digest, or signed it, can use the mirror's."""
+    space.copy("--platform=all app:multi")
+    mirror, repo = space.mirror, f"{space.namespace}/app"
+    copied = mirror.target.fetch(repo, "multi")
+    assert copied.body == mirror.source.fetch("library/app", "multi").body
+
+
+FILTERED = [
+    ("--platform=all app:attested", ["amd64", "arm64"]),
+    ("--platform=all app:bare", ["amd64", "arm64"]),
+    ("--platform=all app:buildx", ["amd64"]),
+    ("--platform=linux/amd64+linux/arm64 app:attested", ["amd64", "arm64"]),
+    ("--platform=linux/amd64+linux/arm64 app:multi", ["amd64", "arm64/v8"]),
+    ("--platform=linux/amd64+linux/arm64 app:docker", ["amd64", "arm64/v8"]),
+    ("--platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi", ["amd64", "arm64/v8"]),
+]
+
+
+@pytest.mark.parametrize(("line", "archs"), FILTERED)
+def test_an_index_holds_just_what_was_wanted(space: Space, line: str, archs: list[str]) -> None:
+    """Several platforms into a registry that refuses attestations, as ACR does."""
+    acr, tag = space.mirror.acr, line.rpartition(":")[2]
+    refused = acr.refused
+    done = space.copy(line, DOCKER_REGISTRY=acr.host)
+    assert (done.status, done.code) == (0, "copied"), done
+    assert (done.digest, acr.refused) == (space.digest(f"app:{tag}"), refused)
+    entries = space.manifest(f"app:{tag}")["manifests"]
+    found = {entry["digest"]: entry["platform"] for entry in entries}
+    assert len(found) == len(entries)
+    assert set(found) == {space.mirror.digest(tag, arch) for arch in archs}
+    for digest in found:
+        assert space.mirror.target.fetch(f"{space.namespace}/app", digest).status == 200
+    assert space.copy(line, DOCKER_REGISTRY=acr.host).code == "unchanged"
+
+
+def test_the_refusing_registry_refuses(space: Space) -> None:
+    """What skopeo alone would do with such an image: so the tests above prove something."""
+    mirror = space.mirror
+    login = f"{mirror.target.user}:{mirror.target.password}"
+    command = ["skopeo", "--registries-conf", str(mirror.conf), "copy", "-q", "--all"]
+    command += ["--dest-creds", login, "docker://docker.io/library/app:attested"]
+    command += [f"docker://{mirror.acr.host}/{space.namespace}/app:attested"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode and "unknown manifest class" in done.stderr
+
+
+NO_PLATFORM = [
+    "app:arm",
+    "--platform=linux/arm64 app:one",
+    "--platform=linux/s390x app:multi",
+    "--platform=linux/arm/v6 app:multi",
+    "--platform=linux/amd64+linux/s390x app:multi",
+    "--platform=linux/amd64+linux/arm64 app:one",
+]
+
+
+@pytest.mark.parametrize("line", NO_PLATFORM)
+def test_a_platform_that_the_image_has_not(space: Space, line: str) -> None:
+    """Better no image than one that does not run: skopeo alone would copy it in silence."""
+    done = space.copy(line)
+    assert (done.status, done.code) == (1, "no-platform"), done
+    repo = f"http://{space.mirror.target.host}/v2/{space.namespace}/app/tags/list"
+    assert http_request("GET", repo, headers=space.mirror.target.headers).status == 404
+
+
+def test_a_broken_line_is_tried_again(space: Space) -> None:
+    """One reset and one bad gateway are no reason to bother anybody."""
+    front = space.mirror.front
+    front.fail("GET /v2/library/app/manifests/one", (502, {}, b"bad gateway"))
+    front.fail("GET /v2/library/app/blobs/", "reset")
+    assert space.copy("app:one").code == "copied"
+    assert front.faults == []
+
+
+# ---------------------------------------------------------------------------------------------
+# copy: what it says, and to whom
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["app:one", "app:absent"])
+def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space, line: str) -> None:
+    """The workflow makes a step name of it; progress goes to stderr."""
+    done = space.copy(line)
+    assert done.out.startswith("wxsync: ") and done.out.count("\n") == 1
+    assert done.output == f"result={done.out}"
+    assert line in done.log
+
+
+def test_github_output_is_appended_to(space: Space) -> None:
+    """Whatever earlier commands of the step wrote stays."""
+    output = space.home / "mine"
+    output.write_text("before=1\n")
+    done = space.copy("app:one", GITHUB_OUTPUT=str(output))
+    assert output.read_text() == f"before=1\nresult={done.out}"
+
+
+def test_without_github_output_the_result_is_only_printed(space: Space) -> None:
+    """`copy` works on any machine, not only in a workflow."""
+    assert space.copy("app:one", GITHUB_OUTPUT="").out.startswith("wxsync: copied sha256:")
+
+
+def test_a_hostile_registry_cannot_forge_a_result(space: Space) -> None:
+    """What a registry says ends up in one printable line, cut short."""
+    forged = "no\nresult=wxsync: copied sha256:0\n::error::x \x1b[31m 镜像 " + "x" * 9999
+    body = json.dumps({"errors": [{"code": "DENIED", "message": forged}]}).encode()
+    space.mirror.front.fail("/manifests/one", (403, {"Content-Type": "application/json"}, body))
+    done = space.copy("app:one")
+    assert (done.status, done.code) == (1, "source-denied")
+    assert done.output == f"result={done.out}" and done.out.count("\n") == 1
+    assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
+
+
+class Watched(NamedTuple):
+    """What could be seen of a copy from outside while it ran."""
+
+    arguments: set[str]
+    modes: dict[str, int]  # of every file in its folder for temporary files
+
+
+def watch(process: subprocess.Popen[bytes], temporary: Path) -> Watched:
+    """Look at the arguments of all processes, and at the copy's files, until it ends."""
+    seen = Watched(set(), {})
+    while process.poll() is None:
+        for place in itertools.chain(Path("/proc").glob("[0-9]*/cmdline"), temporary.rglob("*")):
+            try:
+                if place.name == "cmdline":
+                    seen.arguments.add(place.read_text(errors="replace"))
+                elif place.is_file():
+                    seen.modes[place.name] = place.stat().st_mode & 0o777
+            except OSError:
+                pass  # it ended meanwhile
+        time.sleep(0.005)
+    return seen
+
+
+def test_passwords_are_in_no_argument_and_in_private_files(space: Space) -> None:
+    """Anybody on the machine can read arguments; the auth files are for the owner, and go."""
+    need("" if Path("/proc/self/cmdline").exists() else "/proc not there")
+    temporary = space.home / "tmp"
+    temporary.mkdir()
+    auth = base64.b64encode(f"robot:{PASSWORD}".encode()).decode()
+    source = {"auths": {"private.example.com": {"auth": auth}}}
+    settings = space.settings | {"SOURCE_AUTH": json.dumps(source), "TMPDIR": str(temporary)}
+    environment = clean_environment(space.home, settings)
+    space.mirror.front.delay = 0.1
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), "copy", "app:multi"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        seen = watch(process, temporary)
+    space.mirror.front.delay = 0
+
+    assert process.returncode == 0
+    assert any("skopeo\0" in words and "\0copy\0" in words for words in seen.arguments)
+    assert not [words for words in seen.arguments if PASSWORD in words or auth in words]
+    assert seen.modes and set(seen.modes.values()) == {0o600}
+    assert list(temporary.iterdir()) == []
+
+
+LEAKS = {
+    "copied": {},
+    "wrong password": {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
+    "source login is no JSON": {"SOURCE_AUTH": f"robot:{PASSWORD}"},
+    "source login is not base64": {
+        "SOURCE_AUTH": json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}})
+    },
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_passwords_are_never_printed_and_nothing_is_left(space: Space, name: str) -> None:
+    """Also not when the copy fails because of them."""
+    done = space.copy("app:one", **LEAKS[name])
+    assert PASSWORD not in done.out + done.log + done.output
+    assert done.left == []
+    assert "Traceback" not in done.log
+
+
+# ---------------------------------------------------------------------------------------------
+# copy: what it refuses before anything runs
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """Return settings in which `skopeo` is a script that only notes that it was run, and how."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = folder / "skopeo"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\nenv >> {tmp_path}/ran\nexit 1\n')
+    script.chmod(0o755)
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "DOCKER_REGISTRY": "registry.example.com",
+        "DOCKER_NAMESPACE": "mirror-space",
+        "DOCKER_USERNAME": "robot",
+        "DOCKER_PASSWORD": PASSWORD,
+        "SOURCE_AUTH": json.dumps({"auths": {"a.example.com": {"auth": PASSWORD}}}),
+    }
+
+
+BAD_LINES = [
+    "",
+    " ",
+    "Nginx:latest",
+    "nginx: latest",
+    "nginx:1 redis:7",
+    "$(reboot):1",
+    "--all nginx:1",
+    "--help",
+    "../x:1",
+    "nginx:1\n::set-output name=result::wxsync: copied",
+    "::error::gone",
+    "##[add-mask]e",
+    "nginx@sha256:123",
+    "nginx:1 => a/b:1",
+    "--platform=arm64;reboot nginx:1",
+    "x" * 10_000,
+]
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=[line[:20] for line in BAD_LINES])
+def test_a_bad_line_runs_nothing(line: str, stand_in: dict[str, str], tmp_path: Path) -> None:
+    """Exit status 2 and a short reason; nothing is run, nothing becomes a workflow command."""
+    done = copy(line, tmp_path, stand_in)
+    assert (done.status, done.out, done.output) == (2, "", "")
+    assert not (tmp_path / "ran").exists()
+    assert 0 < len(done.log) < 500 and "Traceback" not in done.log
+    commands = [text for text in done.log.splitlines() if text.lstrip().startswith("::")]
+    assert commands == [] and "##[" not in done.log
+
+
+MISSING_CASES = [
+    ("DOCKER_REGISTRY", "", "error"),
+    ("DOCKER_NAMESPACE", "", "error"),
+    ("DOCKER_REGISTRY", "https://registry.example.com", "error"),
+    ("DOCKER_NAMESPACE", "Mirror Space", "error"),
+    ("WXSYNC_TARGET", "registry.example.com/other", "target-mismatch"),
+    ("WXSYNC_TARGET", "evil.example.com/mirror-space", "target-mismatch"),
+    ("WXSYNC_TARGET", "registry.example.com", "target-mismatch"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "code"), MISSING_CASES)
+def test_wrong_secrets_run_nothing(
+    name: str, value: str, code: str, stand_in: dict[str, str], tmp_path: Path
+) -> None:
+    """Without a target, or with another one than the chat promised, no password goes anywhere."""
+    done = copy("nginx:1", tmp_path, stand_in | {name: value})
+    assert (done.status, done.code) == (1, code)
+    assert done.output == f"result={done.out}"
+    assert not (tmp_path / "ran").exists()
+    assert code != "error" or "DOCKER_" in done.out  # says which Secret
+
+
+def test_skopeo_gets_no_secret_in_its_environment(stand_in: dict[str, str], tmp_path: Path) -> None:
+    """It gets files; the registries.conf that was asked for is passed on as an option."""
+    conf = registries_conf(tmp_path / "mine.conf", {})
+    done = copy("nginx:1", tmp_path, stand_in | {"CONTAINERS_REGISTRIES_CONF": str(conf)})
+    ran = (tmp_path / "ran").read_text()
+    assert done.status == 1 and f"--registries-conf {conf} " in ran
+    assert PASSWORD not in ran
+
+
+def test_without_skopeo_the_failure_says_so(stand_in: dict[str, str], tmp_path: Path) -> None:
+    """A machine without skopeo is a failure with a result like any other."""
+    done = copy("nginx:1", tmp_path, stand_in | {"PATH": str(tmp_path)})
+    assert (done.status, done.code) == (1, "error") and "skopeo" in done.out
+    assert done.output == f"result={done.out}"
+
+
+def test_the_promised_target_is_copied_to(space: Space) -> None:
+    """WXSYNC_TARGET that agrees changes nothing; nor does an empty one."""
+    target = f"{space.mirror.target.host}/{space.namespace}"
+    assert space.copy("app:one", WXSYNC_TARGET=target).code == "copied"
+    assert space.copy("app:one", WXSYNC_TARGET="").code == "unchanged"
+
+
+# ---------------------------------------------------------------------------------------------
+# copy: logins
+# ---------------------------------------------------------------------------------------------
+
+
+def login(host: str, user: str, password: str) -> str:
+    """Return a docker config.json that logs in to one host, as SOURCE_AUTH holds it."""
+    auth = base64.b64encode(f"{user}:{password}".encode()).decode()
+    return json.dumps({"auths": {host: {"auth": auth}}})
+
+
+@pytest.fixture(scope="session")
+def private() -> Iterator[Registry]:
+    """Start a registry whose images cannot be read without a password."""
+    need(Registry.missing())
+    with Registry("reader", "source-pass-77d0") as registry:
+        publish(registry, "team/app", "1")
+        yield registry
+
+
+class SharedHost(Peer):
+    """One host with two owners: team/… is one registry, all the rest another."""
+
+    def __init__(self, team: Registry, rest: Registry) -> None:
+        super().__init__()
+        self.team, self.rest = PickyRegistry(team), PickyRegistry(rest)
+
+    def handle(self, call: Call) -> Answer:
+        """Answer as the registry that owns the path."""
+        owner = self.team if call.path.startswith("/v2/team/") else self.rest
+        return owner.handle(call)
+
+
+def test_a_private_source_by_source_auth(space: Space, private: Registry) -> None:
+    """SOURCE_AUTH is for the source, DOCKER_PASSWORD for the target, and never the other way."""
+    conf = space.lead(private.host)
+    line, conf_of = f"{private.host}/team/app:1", {"CONTAINERS_REGISTRIES_CONF": conf}
+    auth = login(private.host, private.user, private.password)
+    target = private.host.replace(":", "-") + "_team_app:1"
+
+    assert space.copy(line, **conf_of).code == "source-denied"
+    assert space.copy(line, **conf_of, SOURCE_AUTH="{}").code == "source-denied"
+    wrong = login(private.host, private.user, "wrong")
+    assert space.copy(line, **conf_of, SOURCE_AUTH=wrong).code == "source-denied"
+    assert space.digest(target) == ""
+    assert space.copy(line, **conf_of, SOURCE_AUTH=auth).code == "copied"
+    assert space.digest(target) == private.digest("team/app", "1")
+
+
+def test_source_and_target_on_one_host_with_different_passwords(
+    space: Space, private: Registry
+) -> None:
+    """Two accounts of one registry host do not get mixed up."""
+    with SharedHost(private, space.mirror.target) as shared:
+        done = space.copy(
+            f"{shared.host}/team/app:1 => app:1",
+            DOCKER_REGISTRY=shared.host,
+            SOURCE_AUTH=login(shared.host, private.user, private.password),
+            CONTAINERS_REGISTRIES_CONF=space.lead(shared.host),
+        )
+        assert shared.errors == []
+    assert (done.status, done.code) == (0, "copied"), done
+    assert space.digest("app:1") == private.digest("team/app", "1")
+
+
+def test_the_targets_password_is_not_shown_to_the_source(space: Space) -> None:
+    """A source that asks for a login gets none but its own."""
+    with FakeRegistry("tok401") as nosy:
+        space.copy("app:one", CONTAINERS_REGISTRIES_CONF=space.lead(hub=nosy.host))
+        assert nosy.calls
+        sent = " ".join(call.headers.get("authorization", "") for call in nosy.calls)
+    assert "Basic" not in sent
+
+
+# ---------------------------------------------------------------------------------------------
+# Failures: what skopeo says -> CODE
+# ---------------------------------------------------------------------------------------------
+
+# case -> what skopeo wrote -> CODE where the source said it, CODE where the target did ("" = it
+# cannot). All were seen with real registries.
+AT_TARGET = "trying to reuse blob sha256:75df at destination: "
+MESSAGES = {
+    "missing tag": (
+        "reading manifest nope in 127.0.0.1:5000/library/one: manifest unknown: manifest unknown",
+        "not-found",
+        "",
+    ),
+    "missing repository": (
+        (
+            'Error parsing image name "docker://ghcr.io/a/b:1": reading manifest 1 in ghcr.io/a/b: '
+            "name unknown: repository name not known to registry"
+        ),
+        "not-found",
+        "",
+    ),
+    "missing or private on Docker Hub": (
+        (
+            "reading manifest 1 in docker.io/x/y: errors:\\ndenied: requested access to the resource "
+            "is denied\\nunauthorized: authentication required\\n"
+        ),
+        "source-denied",
+        "",
+    ),
+    "missing or private on Docker Hub, in short": (
+        "reading manifest 1 in docker.io/x/y: unauthorized",
+        "source-denied",
+        "",
+    ),
+    "source 403": ("reading manifest 1 in ghcr.io/a/b: denied", "source-denied", ""),
+    "source needs login": (
+        "reading manifest 1.0 in a.example.com/b: unauthorized: authentication required",
+        "source-denied",
+        "",
+    ),
+    "wrong password, basic": (
+        (
+            f"{AT_TARGET}checking whether a blob sha256:75df exists in a.example.com/ns/x: "
+            "unauthorized: authentication required"
+        ),
+        "",
+        "target-login",
+    ),
+    "wrong password, bearer": (
+        f"{AT_TARGET}unable to retrieve auth token: invalid username/password: unauthorized",
+        "",
+        "target-login",
+    ),
+    "namespace missing": (
+        f"{AT_TARGET}failed to read from destination repository ns/x: 403 (Forbidden)",
+        "",
+        "target-denied",
+    ),
+    "no right to push": (
+        (
+            f"{AT_TARGET}checking whether a blob sha256:75df exists in a.example.com/ns/x: errors:\\n"
+            "denied: requested access to the resource is denied\\n"
+        ),
+        "",
+        "target-denied",
+    ),
+    "attestation refused": (
+        (
+            "writing manifest: uploading manifest sha256:75df to a.example.com/ns/x: denied: unknown "
+            "manifest class for application/vnd.oci.empty.v1+json"
+        ),
+        "",
+        "rejected",
+    ),
+    "platform absent": (
+        'no image found in image index for architecture s390x, variant \\"\\", OS linux',
+        "no-platform",
+        "",
+    ),
+    "platform absent, docker's list": (
+        "choosing image instance: no image found in manifest list for architecture s390x",
+        "no-platform",
+        "",
+    ),
+    "refused": (
+        (
+            'pinging container registry a.example.com: Get \\"https://a.example.com/v2/\\": dial tcp '
+            "192.0.2.1:443: connect: connection refused"
+        ),
+        "network",
+        "network",
+    ),
+    "unknown host": (
+        (
+            'pinging container registry a.example.com: Get \\"https://a.example.com/v2/\\": dial tcp: '
+            "lookup a.example.com on 127.0.0.53:53: no such host"
+        ),
+        "network",
+        "network",
+    ),
+    "dropped packets": (
+        (
+            'pinging container registry a.example.com: Get \\"https://a.example.com/v2/\\": dial tcp '
+            "192.0.2.1:443: i/o timeout"
+        ),
+        "network",
+        "network",
+    ),
+    "command timeout": ("context deadline exceeded", "timeout", "timeout"),
+    "rate limit": (
+        (
+            "reading manifest 1 in docker.io/library/x: toomanyrequests: You have reached your "
+            "unauthenticated pull rate limit. https://www.docker.com/increase-rate-limit"
+        ),
+        "rate-limited",
+        "rate-limited",
+    ),
+    "server error": (
+        "reading manifest 1 in a.example.com/x: received unexpected HTTP status: 502 Bad Gateway",
+        "network",
+        "network",
+    ),
+    "not a registry": (
+        "reading manifest 1 in a.example.com/x: StatusCode: 404, <html>not found</html>",
+        "not-found",
+        "error",
+    ),
+    "no TLS": ("http: server gave HTTP response to HTTPS client", "network", "network"),
+    "unknown authority": (
+        "tls: failed to verify certificate: x509: certificate signed by unknown authority",
+        "network",
+        "network",
+    ),
+    "never seen before": ("the moon is full", "error", "error"),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_classify(case: str) -> None:
+    """Each real message, by the side that it came from."""
+    text, at_source, at_target = MESSAGES[case]
+    line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
+    if at_source:
+        assert wxsync.classify(line, False) == at_source
+    if at_target:
+        assert wxsync.classify(line, True) == at_target
+
+
+NAMES_LIKE_ERRORS = ["eof", "x509", "denied", "unauthorized", "403", "writing", "uploading-x"]
+
+
+@pytest.mark.parametrize("name", NAMES_LIKE_ERRORS)
+def test_an_image_named_like_an_error_is_judged_by_the_error(space: Space, name: str) -> None:
+    """The name is part of skopeo's message, and is not the message."""
+    assert space.copy(f"{name}:1").code == "not-found"
+    with FakeRegistry("denied") as denying:
+        conf = space.lead(hub=denying.host)
+        assert space.copy(f"{name}:1", CONTAINERS_REGISTRIES_CONF=conf).code == "source-denied"
+
+
+# what is wrong -> CODE where that is the source, CODE where that is the target
+TROUBLES = {
+    "hubmissing": ("source-denied", "target-denied"),
+    "denied": ("source-denied", "target-denied"),
+    "tok401": ("source-denied", "target-login"),
+    "500": ("network", "network"),
+    "502html": ("network", "network"),
+    "html": ("not-found", "error"),
+    "refused port": ("network", "network"),
+    "unknown host": ("network", "network"),
+    "no TLS": ("network", ""),
+    "wrong password": ("", "target-login"),
+    "no password": ("", "target-login"),
+    "invalid manifest": ("", "rejected"),
+    "missing tag": ("not-found", ""),
+    "missing repository": ("not-found", ""),
+    "missing digest": ("not-found", ""),
+}
+SLOW_TROUBLES = {"429": ("rate-limited", "")}  # skopeo itself tries for 30 s
+SIDES = ("source", "target")
+SETTINGS = {
+    "wrong password": {"DOCKER_PASSWORD": "wrong-one"},
+    "no password": {"DOCKER_USERNAME": "", "DOCKER_PASSWORD": ""},
+}
+LINES = {
+    "missing tag": "app:absent",
+    "missing repository": "nosuch/app:1",
+    "missing digest": f"app@sha256:{'0' * 64}",
+}
+
+
+def break_registries_conf(home: Path) -> None:
+    """Write what runner images have shipped: a registries.conf that skopeo cannot read."""
+    place = home / ".config" / "containers" / "registries.conf"
+    place.parent.mkdir(parents=True)
+    place.write_text("[[registry]\nthis is no TOML")
+
+
+def bad_host(trouble: str, mirror: Mirror, stack: ExitStack) -> str:
+    """Return a host at which `trouble` waits, "" where the registries do not make it."""
+    if trouble in LINES or trouble in SETTINGS:
+        return ""
+    if trouble == "unknown host":
+        return "registry.invalid"
+    if trouble == "refused port":
+        return f"127.0.0.1:{free_port()}"
+    if trouble != "invalid manifest":
+        return stack.enter_context(FakeRegistry(trouble)).host
+    strict = stack.enter_context(PickyRegistry(mirror.target))
+    body = b'{"errors": [{"code": "MANIFEST_INVALID", "message": "manifest invalid"}]}'
+    strict.fail("PUT /manifests/", (400, {"Content-Type": "application/json"}, body), 9)
+    return strict.host
+
+
+def meet(trouble: str, side: str, mirror: Mirror) -> Copied:
+    """Copy an image while `trouble` is what is wrong on one side."""
+    with ExitStack() as stack:
+        space = Space(mirror, Path(stack.enter_context(temporary_folder("trouble"))))
+        if trouble == "no TLS":
+            break_registries_conf(space.home)
+            line = f"{mirror.source.host}/library/app:one"
+            return space.copy(line, CONTAINERS_REGISTRIES_CONF="")
+        host = bad_host(trouble, mirror, stack)
+        conf = space.lead(host, hub=host if side == "source" else "")
+        changed = {"CONTAINERS_REGISTRIES_CONF": conf} | SETTINGS.get(trouble, {})
+        if host and side == "target":
+            changed["DOCKER_REGISTRY"] = host
+        return space.copy(LINES.get(trouble, "app:one"), **changed)
+
+
+@pytest.fixture(scope="session")
+def met(mirror: Mirror) -> Iterator[Met]:
+    """Meet all troubles at once, for most of them are nothing but waiting."""
+    rows = TROUBLES | (SLOW_TROUBLES if os.environ.get("CI") else {})
+    with ThreadPoolExecutor(len(rows)) as pool:
+        yield {
+            (trouble, side): pool.submit(meet, trouble, side, mirror)
+            for trouble, codes in reversed(rows.items())
+            for side, code in zip(SIDES, codes, strict=True)
+            if code
+        }
+
+
+MEETINGS = [
+    (trouble, side, code)
+    for trouble, codes in TROUBLES.items()
+    for side, code in zip(SIDES, codes, strict=True)
+    if code
+]
+
+
+@pytest.mark.parametrize(("trouble", "side", "code"), MEETINGS)
+def test_each_trouble_has_its_code(met: Met, trouble: str, side: str, code: str) -> None:
+    """What goes wrong at either registry, and the CODE from which the chat gives advice."""
+    done = met[trouble, side].result()
+    assert (done.status, done.code) == (1, code), done
+    assert done.output == f"result={done.out}" and done.left == []
+
+
+def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_path: Path) -> None:
+    """Where the variable is not set, `copy` uses a small file of its own."""
+    break_registries_conf(tmp_path)
+    environment = clean_environment(tmp_path, {})
+    command = ["skopeo", "inspect", "--raw", "docker://127.0.0.1:1/a:1"]
+    bare = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "loading registries configuration" in bare.stderr  # so that file would be read
+
+    done = met["no TLS", "source"].result()
+    assert "HTTP response to HTTPS" in done.out and "configuration" not in done.out + done.log
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole way: chat, GitHub, the project's own workflow, registries, chat
+# ---------------------------------------------------------------------------------------------
+
+
+class PushRunner(ActRunner):
+    """Runs the workflow as a push of images.txt does."""
+
+    def command(self, inputs: Mapping[str, str]) -> list[str]:
+        """Return act's command for the push event."""
+        return [word.replace("workflow_dispatch", "push") for word in super().command(inputs)]
+
+
+class Factory:
+    """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
+
+    def __init__(self, space: Space) -> None:
+        self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
+        own = {"DOCKER_REGISTRY": space.mirror.acr.host}
+        self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
+        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)}
+
+    @contextmanager
+    def world(self, **changed: str) -> Iterator[World]:
+        """Run WeCom, GitHub with this workflow, and the service; some Secrets may be wrong."""
+        names = ("DOCKER_REGISTRY", "DOCKER_NAMESPACE")
+        settings = {name: self.secrets[name] for name in names}
+        with (
+            ActRunner(SCRIPT.parent, self.secrets | changed, self.environment) as runner,
+            World(SCRIPT, runner, settings) as world,
+        ):
+            yield world
+            assert world.broken() == []
+
+    def run(self, kind: type[ActRunner], images_txt: str, inputs: dict[str, str]) -> Run:
+        """Run the workflow alone, on this images.txt."""
+        with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
+            (runner.checkout / "images.txt").write_text(images_txt)
+            run = Run(1, 1, inputs, "main", "0" * 40)
+            runner(inputs, run)
+        return run
+
+
+@pytest.fixture
+def factory(space: Space) -> Factory:
+    """Return a factory with an empty namespace."""
+    need(ActRunner.missing())
+    return Factory(space)
+
+
+def results(run: Run) -> dict[str, str]:
+    """Return for each job that ran the name of its last step, which is its result."""
+    jobs = [job for job in run.jobs if job.name != "plan"]
+    return {job.name: job.steps[-1].name for job in jobs}
+
+
+def conclusions(run: Run) -> dict[str, str | None]:
+    """Return how each job ended."""
+    return {job.name: job.conclusion for job in run.jobs}
+
+
+def ask(world: World, text: str) -> tuple[str, Run]:
+    """Say something about images, return the final message and the run that it tells about."""
+    before = len(world.wecom.messages)
+    world.say(text)
+    message = world.wecom.wait_message("成功 ", 60, before).text
+    return message, world.github.runs[-1]
+
+
+def test_from_chat_to_registry(factory: Factory) -> None:
+    """One message, one run: what is good arrives, and what is not is told with its reason."""
+    space = factory.space
+    digest = space.mirror.digest("multi", "amd64")
+    expected = {
+        "app:multi": f"copied {digest}",
+        "app:absent": "failed not-found ",
+        "--platform=linux/s390x app:multi": "failed no-platform ",
+        "dead.example.com/a:1": "failed network ",
+    }
+    with factory.world() as world:
+        reply = world.say(
+            "docker pull docker.io/library/app：multi，app:absent\n"
+            "app:multi --platform linux/s390x、dead.example.com/a:1"
+        )
+        assert "共 4 个镜像" in reply
+        assert f"1. app:multi → {factory.prefix}/app:multi" in reply
+
+        text = world.hear("成功 ", 60)
+        run = world.github.runs[-1]
+        assert "❌" in text.splitlines()[0] and "成功 1 / 4" in text
+        assert f"docker pull {factory.prefix}/app:multi" in text
+        assert f"/actions/runs/{run.id}" in text
+        for line, result in list(expected.items())[1:]:
+            assert line in text
+            assert all(words in text for words in wxsync.COPY_REASONS[result.split()[1]])
+
+        assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
+        for line, result in expected.items():
+            assert results(run)[line].startswith(f"wxsync: {result}")
+        assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
+        printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
+        assert PASSWORD not in "\n".join(printed)
+    assert space.digest("app:multi") == digest
+
+
+def test_a_second_request_finds_everything_up_to_date(factory: Factory) -> None:
+    """Several platforms of an image with attestations, into a registry that refuses those."""
+    space, line = factory.space, "--platform=all app:attested"
+    with factory.world() as world:
+        text, run = ask(world, line)
+        digest = space.digest("app:attested")
+        assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text and "已是最新" not in text
+        assert results(run) == {line: f"wxsync: copied {digest}"}
+        children = [entry["digest"] for entry in space.manifest("app:attested")["manifests"]]
+        assert children == [entry["digest"] for entry in space.mirror.entries("attested")]
+
+        text, run = ask(world, line)
+        assert "成功 1 / 1" in text
+        assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
+        assert results(run) == {line: f"wxsync: unchanged {digest}"}
+
+
+def test_a_wrong_password_in_github(factory: Factory) -> None:
+    """Nothing is copied, and the chat says which Secret to look at."""
+    with factory.world(DOCKER_PASSWORD="wrong-password-31") as world:
+        text, run = ask(world, "app:one")
+        assert "❌" in text.splitlines()[0] and "成功 0 / 1" in text
+        assert all(words in text for words in wxsync.COPY_REASONS["target-login"])
+        assert results(run)["app:one"].startswith("wxsync: failed target-login ")
+        assert "wrong-password-31" not in world.service.log + "\n".join(run.log) + text
+    assert factory.space.digest("app:one") == ""
+
+
+def test_another_target_than_the_dispatch_promised(factory: Factory) -> None:
+    """Whoever starts a run cannot move the target; nor do changed Secrets, behind the chat."""
+    inputs = {"images": '["app:one"]', "request": "r1", "target": "registry.example.com/other"}
+    run = factory.run(ActRunner, "", inputs)
+    assert conclusions(run)["app:one"] == "failure"
+    assert results(run)["app:one"].startswith("wxsync: failed target-mismatch ")
+    assert factory.space.digest("app:one") == ""
+
+
+def test_lines_of_a_dispatch_are_never_run_as_a_command(factory: Factory) -> None:
+    """Whoever starts a run chooses the lines, and cannot choose anything else by them."""
+    mark = factory.space.home / "mark"
+    lines = [f"$(touch {mark}):1", f'"; touch {mark}; "', f"`touch {mark}`", f"x'; touch {mark}; '"]
+    run = factory.run(ActRunner, "", {"images": json.dumps(lines)})
+    assert run.conclusion == "failure" and len(run.jobs) == 1 + len(lines)
+    assert not mark.exists()
+    assert set(results(run).values()) == {"no result"}
+
+
+BY_HAND = "# mine\ndocker.io/library/app:one\n\n--platform linux/arm64 app:multi\napp:one\n"
+STARTS = [(PushRunner, {}), (ActRunner, {}), (ActRunner, {"request": "r1", "images": ""})]
+
+
+@pytest.mark.parametrize(("kind", "inputs"), STARTS, ids=["push", "button", "empty inputs"])
+def test_the_list_edited_on_github_is_copied(
+    factory: Factory, kind: type[ActRunner], inputs: dict[str, str]
+) -> None:
+    """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
+    mirror = factory.space.mirror
+    arm = mirror.digest("multi", "arm64/v8")
+    run = factory.run(kind, BY_HAND, inputs)
+    assert run.conclusion == "success" and conclusions(run)["plan"] == "success", run.log
+    assert results(run) == {
+        "app:one": f"wxsync: copied {mirror.digest('one')}",
+        "--platform=linux/arm64 app:multi": f"wxsync: copied {arm}",
+    }
+    assert factory.space.digest("app:multi-arm64") == arm
+
+
+LISTS_BY_HAND = [("# nothing yet\n", "success"), ("app:one\nApp:one\n", "failure")]
+
+
+@pytest.mark.parametrize(("images_txt", "conclusion"), LISTS_BY_HAND, ids=["empty", "bad line"])
+def test_a_list_of_which_nothing_is_copied(
+    factory: Factory, images_txt: str, conclusion: str
+) -> None:
+    """An empty list is fine and starts no job; a bad line stops the whole list."""
+    run = factory.run(PushRunner, images_txt, {})
+    assert conclusions(run) == {"plan": conclusion}
+    assert factory.space.digest("app:one") == ""
+
+
+def test_a_dispatch_with_images_skips_plan(factory: Factory) -> None:
+    """It goes straight to the matrix, and images.txt is not looked at."""
+    run = factory.run(ActRunner, "App:bad\n", {"images": '["app:one => mine"]', "request": "r2"})
+    assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
+    assert results(run)["app:one => mine"].startswith("wxsync: copied sha256:")
+    assert factory.space.digest("mine:one") == factory.space.mirror.digest("one")
+
+
+@pytest.mark.parametrize("trouble", SLOW_TROUBLES)
+def test_a_slow_trouble_has_its_code(mirror: Mirror, met: Met, trouble: str) -> None:
+    """skopeo tries for 30 s on a rate limit; it was started long ago, so this comes last."""
+    if not os.environ.get("CI"):
+        pytest.skip("30 seconds: only in CI")
+    done = met[trouble, "source"].result()
+    assert (done.status, done.code) == (1, SLOW_TROUBLES[trouble][0]), done
+
+
+BIG = bool(os.environ.get("CI") or os.environ.get("WXSYNC_BIG"))
+DEAD_END = "http://127.0.0.1:9"  # nobody listens there
+PART = 4 * MIB
+
+# ---------------------------------------------------------------------------------------------
+# Tools
+# ---------------------------------------------------------------------------------------------
+
+# The real service with short pauses, and with less patience for transfers that stand still.
+RELAY_SCRIPT = """
+import os, sys, time
+from pathlib import Path
+sys.pycache_prefix = str(Path(__file__).parent)
+sys.path.insert(0, {folder!r})
+import wxsync
+wxsync.STALL_SECONDS = float(os.environ.get("STALL", "1.0"))
+wxsync.CLOCK_LOOK_SECONDS = 0.5
+wxsync.MESSAGE_INTERVAL_SECONDS = 0.02
+settings = wxsync.load_settings(os.environ)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
+scale = float(os.environ.get("SCALE", "0.01"))
+sys.exit(wxsync.serve(settings, log, time.time, lambda seconds: time.sleep(seconds * scale)))
+"""
+
+
+@functools.cache
+def relay_script() -> Path:
+    """Return the path of RELAY_SCRIPT, written down once."""
+    folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    script = folder / "quick.py"
+    script.write_text(RELAY_SCRIPT.format(folder=str(SCRIPT.parent)))
+    return script
+
+
+def needs(reason: str) -> None:
+    """Skip the test where `reason` names a missing component; in CI nothing may be missing."""
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"missing in CI: {reason}")
+    if reason:
+        pytest.skip(reason)
+
+
+class RelayWorld:
+    """A source, QingStor, WeCom and GitHub, and the real service between them."""
+
+    USERS = itertools.count(1)
+
+    def __init__(self, **settings: str) -> None:
+        self.store, self.source = FakeQingStor(), Source()
+        self.runner = PlayedRunner(0.01)
+        self.extra = settings
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._stack.enter_context(self.store)
+        self._stack.enter_context(self.source)
+        self.source.add("/probe", body=b"ok")
+        base = {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
+        settings = base | self.store.settings | self.extra
+        self.world = World(relay_script(), self.runner, settings)
+        self._stack.enter_context(self.world)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def user(self) -> str:
+        """Return somebody who has not said anything yet."""
+        return f"user{next(self.USERS)}"
+
+    def ask(self, text: str) -> str:
+        """Type a message as somebody new, who is returned."""
+        user = self.user()
+        self.world.say(text, user)
+        return user
+
+    def answer(self, user: str, timeout: float = 20) -> str:
+        """Return the first message that reached somebody."""
+        try:
+            return self.world.wecom.wait_message(lambda m: m.user == user, timeout).text
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.log[-3000:]}") from None
+
+    def relay(self, link: str, timeout: float = 20) -> str:
+        """Send a link, return the final message."""
+        return self.answer(self.ask(link), timeout)
+
+    @property
+    def log(self) -> str:
+        return self.world.service.log
+
+    def check(self) -> None:
+        """Fail where a fake or the service broke, or an upload was left open."""
+        wait_until(lambda: not self.store.open_uploads, 2)
+        left = dict(self.store.open_uploads)
+        self.store.open_uploads.clear()  # or every story after this one would fail as well
+        assert not left, left
+        assert not self.store.errors and not self.source.errors and not self.world.broken()
+        assert "Traceback" not in self.log and wxsync.INTERNAL_ERROR not in self.log, self.log
+
+
+RESULT = re.compile(
+    r"✅ 文件上传成功！\n\n文件名: (?P<name>.+)\n文件大小: (?P<size>\d+) 字节\n"
+    r"存储桶: (?P<bucket>\S+)\n下载链接: (?P<link>\S+)"
+)
+KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{1,10})?")
+
+
+def read_result(text: str) -> dict[str, str]:
+    """Return the fields of a message of success, in exactly the form that users know."""
+    match = RESULT.fullmatch(text)
+    assert match, text
+    return match.groupdict()
+
+
+@pytest.fixture(scope="module")
+def shared_relay() -> Iterator[RelayWorld]:
+    with RelayWorld() as depot:
+        yield depot
+
+
+@pytest.fixture
+def depot(shared_relay: RelayWorld) -> Iterator[RelayWorld]:
+    """The depot that most stories share: each has to leave it in order."""
+    yield shared_relay
+    shared_relay.check()
+    user = shared_relay.ask(shared_relay.source.add("/after.txt", body=b"the next task works"))
+    assert read_result(shared_relay.answer(user))["size"] == "19"
+
+
+def check_object(depot: RelayWorld, path: str, text: str) -> str:
+    """Check that the message and the bucket have the very file; return the object's key."""
+    found, served = read_result(text), depot.source.files[path]
+    key = found["link"].rpartition("/")[2]
+    stored = depot.store.objects[key]
+    assert KEY.fullmatch(key), key
+    assert found["bucket"] == depot.store.bucket
+    assert int(found["size"]) == stored.size == served.size
+    assert stored.sha256 == served.sha256()
+    return key
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that arrive
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", ["known", "chunked", "close"])
+@pytest.mark.parametrize("size", [0, 1, PART - 1, PART, PART + 1, 2 * PART, 30_000_000])
+def test_relay_sizes(depot: RelayWorld, size: int, length: str) -> None:
+    """Every byte arrives, whatever the size, and whether the source tells it or not."""
+    path = f"/{length}-{size}.tar.gz"
+    link = depot.source.add(path, size, length=length, content_type="application/gzip")
+    received = len(depot.store.parts_received)
+    key = check_object(depot, path, depot.relay(link))
+    assert key.endswith(".tar.gz")
+    assert depot.store.objects[key].content_type == "application/gzip"
+    parts = len(depot.store.parts_received) - received
+    assert parts == (0 if size < PART else -(-size // PART))
+
+
+def test_every_upload_is_checked_by_md5(depot: RelayWorld) -> None:
+    """The body of each object and part is covered by a checksum."""
+    link = depot.source.add("/md5.bin", 5 * MIB)
+    first = len(depot.store.calls)
+    check_object(depot, "/md5.bin", depot.relay(link))
+    puts = [call for call in depot.store.calls[first:] if call.method == "PUT"]
+    assert puts and all("content-md5" in call.headers for call in puts)
+
+
+NAMES = [
+    ('attachment; filename="report.pdf"', "report.pdf"),
+    ("attachment; filename=report.pdf", "report.pdf"),
+    ("attachment;filename=report.pdf;size=3", "report.pdf"),
+    ('attachment; FileName = "two words.txt"', "two words.txt"),
+    ("attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename=\"x.pdf\"", "文档.pdf"),
+    ("attachment; filename=\"x.pdf\"; filename*=utf-8'zh'%E6%96%87.pdf", "文.pdf"),
+    ("attachment; filename*=ISO-8859-1''na%EFve.txt", "naïve.txt"),
+    ("attachment; filename*=GBK''%CE%C4.txt", "文.txt"),
+    ("attachment; filename*=bogus''%41.txt; filename=ok.txt", "ok.txt"),
+    (r'attachment; filename="a\"b.txt"', 'a"b.txt'),
+    ('attachment; filename="文档.pdf"', "文档.pdf"),
+    ('attachment; filename="../../etc/passwd"', "passwd"),
+    (r'attachment; filename="..\\..\\boot.ini"', "boot.ini"),
+    ("attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd", "passwd"),
+    ("attachment; filename*=UTF-8''a%00b%0A%0Dc.txt", "abc.txt"),
+    ("attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe", "evilfdp.exe"),
+    ('attachment; filename="...hidden"', "hidden"),
+    ('attachment; filename="\x1b[31mred.txt"', "[31mred.txt"),
+    ('attachment; filename=""', "page.html"),
+    ('attachment; filename="/"', "page.html"),
+    ('attachment; filename="..."', "page.html"),
+    ("attachment", "page.html"),
+    ("inline", "page.html"),
+    ("", "page.html"),
+    ('attachment; xfilename="evil.exe"; filename="ok.txt"', "ok.txt"),
+    ("attachment; filename=\"a; filename*=UTF-8''b.exe\"", "a; filename*=UTF-8''b.exe"),
+]
+
+
+@pytest.mark.parametrize(("disposition", "name"), NAMES)
+def test_name_of_disposition(disposition: str, name: str) -> None:
+    """The name is the one of RFC 6266, without anything that could harm."""
+    url = wxsync.parse_url("https://example.com/a/page.html?x=y.zip")
+    assert wxsync.read_file_name(disposition, url) == name
+
+
+@pytest.mark.parametrize(
+    ("links", "name"),
+    [
+        (["https://example.com/a/%E6%96%87.zip?x=1"], "文.zip"),
+        (["https://cdn.example.com/0a1b2c", "https://example.com/v1/tool.tar.gz"], "tool.tar.gz"),
+        (["https://cdn.example.com/real.zip", "https://example.com/latest"], "real.zip"),
+        (["https://example.com/download"], "download"),
+        (["https://example.com/"], "download"),
+        (["https://example.com/a%2Fb.txt"], "b.txt"),
+        (["https://example.com/%00%0A"], "download"),
+    ],
+)
+def test_name_of_address(links: list[str], name: str) -> None:
+    """Without a disposition the addresses name the file, one with an extension first."""
+    assert wxsync.read_file_name("", *map(wxsync.parse_url, links)) == name
+
+
+def test_long_name_is_cut() -> None:
+    url = wxsync.parse_url("https://example.com/")
+    name = wxsync.read_file_name(f'attachment; filename="{"长" * 500}.tar.gz"', url)
+    assert len(name) <= 150 and name.endswith(".tar.gz")
+
+
+@pytest.mark.parametrize(
+    ("charset", "disposition", "name", "extension"),
+    [
+        ("utf-8", 'attachment; filename="年度报告.PDF"', "年度报告.PDF", ".pdf"),
+        ("gbk", 'attachment; filename="年度报告.pdf"', "年度报告.pdf", ".pdf"),
+        ("utf-8", "attachment; filename*=UTF-8''%E5%B9%B4.tar.gz", "年.tar.gz", ".tar.gz"),
+        ("utf-8", 'attachment; filename="../../x.p;df"', "x.p;df", ""),
+        ("utf-8", 'attachment; filename="x.%2e%2e"', "x.%2e%2e", ""),
+        ("utf-8", 'attachment; filename="X.TAR.GZ"', "X.TAR.GZ", ".tar.gz"),
+    ],
+)
+def test_relay_names(
+    depot: RelayWorld, charset: str, disposition: str, name: str, extension: str
+) -> None:
+    """The name that is shown may be any, the key never is."""
+    link = depot.source.add("/named", body=b"x", disposition=disposition, charset=charset)
+    text = depot.relay(link)
+    assert read_result(text)["name"] == name
+    key = check_object(depot, "/named", text)
+    assert key[36:] == extension
+
+
+def test_chinese_address(depot: RelayWorld) -> None:
+    """A link with Chinese letters and spaces as %20 works as it is typed."""
+    depot.source.add("/下载/文 件.txt", body="内容".encode())
+    text = depot.relay(f"{depot.source.url}/下载/文%20件.txt")
+    assert read_result(text)["name"] == "文 件.txt"
+    check_object(depot, "/下载/文 件.txt", text)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects(depot: RelayWorld, status: int) -> None:
+    """Absolute, relative and other redirects lead to the file, which may be named by the first."""
+    source = depot.source
+    source.add("/to/0a1b", body=b"moved")
+    source.add("/to/step", status=status, location="0a1b")
+    source.add("/to/second", status=status, location=f"{source.url}/to/step")
+    link = source.add("/to/first.zip", status=status, location="/to/second")
+    text = depot.relay(link)
+    assert read_result(text)["name"] == "first.zip"
+    check_object(depot, "/to/0a1b", text)
+
+
+@pytest.mark.parametrize("length", ["known", "chunked", "close"])
+def test_compressed_although_not_asked(depot: RelayWorld, length: str) -> None:
+    """What arrives is the file, not its compression; nothing else was asked for."""
+    link = depot.source.add("/packed.bin", 6_000_000, gzip=True, length=length)
+    check_object(depot, "/packed.bin", depot.relay(link))
+    asked = depot.source.calls_to("GET /packed.bin")[-1]
+    assert asked.headers["accept-encoding"] == "identity"
+
+
+DAY = "Tue, 24 Nov 2026 08:00:00 GMT"
+
+
+@pytest.mark.parametrize("cuts", [[1], [100_000], [5_000_000, 3_000_000], [PART, PART, 1]])
+@pytest.mark.parametrize("validator", [{"etag": '"v1"'}, {"modified": DAY}])
+def test_resume(depot: RelayWorld, validator: dict[str, str], cuts: list[int]) -> None:
+    """A download that breaks goes on where it was, if it is the same file still."""
+    path = "/resumed.iso"
+    options: dict[str, Any] = validator | {"cut_after": cuts, "ranges": "good"}
+    link = depot.source.add(path, 12_000_000, **options)
+    first = len(depot.source.calls)
+    check_object(depot, path, depot.relay(link))
+    calls = [call for call in depot.source.calls[first:] if call.path == path]
+    assert len(calls) == len(cuts) + 1
+    wanted = next(iter(validator.values()))
+    assert [call.headers.get("if-range") for call in calls] == [None, *[wanted] * len(cuts)]
+
+
+def test_resume_after_stall(depot: RelayWorld) -> None:
+    """A source that stands still is left and asked again."""
+    options: dict[str, Any] = {"etag": '"s"', "ranges": "good", "stall_after": 5_000_000}
+    link = depot.source.add("/stalled.iso", 9_000_000, **options)
+    check_object(depot, "/stalled.iso", depot.relay(link))
+
+
+def test_resume_after_restart_of_the_source(depot: RelayWorld) -> None:
+    """A source that is gone for a moment is found again."""
+    options: dict[str, Any] = {"etag": '"s"', "ranges": "good", "rate": 8_000_000.0}
+    link = depot.source.add("/restarted.iso", 12_000_000, **options)
+    received = len(depot.store.parts_received)
+    user = depot.ask(link)
+    assert wait_until(lambda: len(depot.store.parts_received) > received)
+    depot.source.restart()
+    check_object(depot, "/restarted.iso", depot.answer(user))
+
+
+def test_resume_when_the_first_try_breaks(depot: RelayWorld) -> None:
+    """Asking for the rest is tried again: a source or proxy that ends may break that, too."""
+    options: dict[str, Any] = {"etag": '"s"', "ranges": "good", "rate": 8_000_000.0}
+    link = depot.source.add("/twice-cut.iso", 9_000_000, **options)
+    received = len(depot.store.parts_received)
+    user = depot.ask(link)
+    assert wait_until(lambda: len(depot.store.parts_received) > received)
+    depot.source.fail("GET /twice-cut.iso", "reset")
+    depot.source.cut()
+    check_object(depot, "/twice-cut.iso", depot.answer(user))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that do not arrive
+# ---------------------------------------------------------------------------------------------
+
+SENTENCE = re.compile(r"❌ 文件上传失败\n(?P<why>[^\n]+)\n\n(?P<link>\S+)\n（#[0-9a-f]{6}）")
+CUT_ALWAYS = {"cut_after": [5_000_000] * 20}
+SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
+    "not found": ({"status": 404}, "文件不存在（HTTP 404）"),
+    "gone": ({"status": 410}, "文件已删除"),
+    "login": ({"status": 401}, "需要登录"),
+    "forbidden": ({"status": 403}, "HTTP 403"),
+    "too many": ({"status": 429}, "HTTP 429"),
+    "broken": ({"status": 500}, "来源出错（HTTP 500）"),
+    "busy": ({"status": 503}, "来源出错（HTTP 503）"),
+    "teapot": ({"status": 418}, "来源拒绝（HTTP 418）"),
+    "empty": ({"status": 204}, "HTTP 204"),
+    "no http": ({"garbage": True}, "不是正常的 HTTP"),
+    "loop": ({"status": 302, "location": "/trouble"}, "不停地重定向"),
+    "to ftp": ({"status": 302, "location": "ftp://example.com/x"}, "格式不正确"),
+    "to a file": ({"status": 302, "location": "file:///etc/passwd"}, "格式不正确"),
+    "to login": ({"status": 302, "location": "http://u:p@example.com/"}, "格式不正确"),
+    "nowhere": ({"status": 302, "location": f"{DEAD_END}/"}, "连接被拒绝"),
+    "no validator": (CUT_ALWAYS, "来源不支持续传"),
+    "weak validator": (CUT_ALWAYS | {"etag": 'W/"1"', "ranges": "good"}, "来源不支持续传"),
+    "no ranges": (CUT_ALWAYS | {"etag": '"1"'}, "来源文件已变化或不支持续传"),
+    "ignored": (CUT_ALWAYS | {"etag": '"1"', "ranges": "ignored"}, "已变化或不支持续传"),
+    "wrong start": (CUT_ALWAYS | {"etag": '"1"', "ranges": "wrong"}, "已变化或不支持续传"),
+    "changed": (CUT_ALWAYS | {"etag": '"1"', "ranges": "good", "change": True}, "已变化"),
+    "416": (CUT_ALWAYS | {"etag": '"1"', "ranges": "416"}, "HTTP 416"),
+    "always cut": (
+        {"etag": '"1"', "ranges": "good", "cut_after": [5_000_000] + [1] * 20},
+        "下载中断：连接中断",
+    ),
+    "stalls": ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
+    "stalls at once": ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
+    "drips": ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
+    "short chunks": ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
+    "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
+    "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
+    "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
+    "too large": ({"size": 64 * MIB + 1}, "文件超过上限 64 MB（MAX_FILE_MB）"),
+    "too large, chunked": ({"size": 65 * MIB, "length": "chunked"}, "文件超过上限 64 MB"),
+    "too large, close": ({"size": 65 * MIB, "length": "close"}, "文件超过上限 64 MB"),
+}
+
+
+@pytest.mark.parametrize("trouble", SOURCE_TROUBLES)
+def test_bad_sources(depot: RelayWorld, trouble: str) -> None:
+    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
+    options, why = SOURCE_TROUBLES[trouble]
+    before = set(depot.store.objects)
+    link = depot.source.add("/trouble", **({"size": 12_000_000} | options))
+    user = depot.ask(link)
+    text = depot.answer(user)
+    match = SENTENCE.fullmatch(text)
+    assert match and why in match["why"] and match["link"] == link, text
+    assert set(depot.store.objects) == before
+    assert len(depot.world.wecom.messages_for(user)) == 1
+
+
+def test_bomb_is_refused(depot: RelayWorld) -> None:
+    """What a small compressed body becomes counts, not what it is."""
+    link = depot.source.add("/bomb", body=bytes(80 * MIB), gzip=True)
+    assert "文件超过上限 64 MB" in depot.relay(link)
+
+
+@pytest.mark.parametrize(
+    ("link", "why"),
+    [
+        ("http://no-such-host.invalid/x", "域名解析失败"),
+        (f"{DEAD_END}/x", "连接被拒绝"),
+    ],
+)
+def test_no_source(depot: RelayWorld, link: str, why: str) -> None:
+    text = depot.relay(link)
+    assert (match := SENTENCE.fullmatch(text)) and why in match["why"], text
+
+
+# ---------------------------------------------------------------------------------------------
+# QingStor that does not do
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [500, 503, "reset", "lost", "hang"])
+@pytest.mark.parametrize("number", [0, 2])
+def test_part_fails_once(depot: RelayWorld, how: int | str, number: int) -> None:
+    """A part that fails is sent again, and nothing is lost or doubled."""
+    depot.store.fail_part(number, 2 if isinstance(how, int) else 1, how)
+    path = f"/once-{how}-{number}.bin"
+    check_object(depot, path, depot.relay(depot.source.add(path, 13_000_000)))
+    assert not depot.store.faults
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (500, "QingStor 暂时不可用（HTTP 500），请稍后再试"),
+        (503, "QingStor 暂时不可用（HTTP 503），请稍后再试"),
+        ("reset", "连接 QingStor 失败"),
+        (403, "没有权限写入存储桶"),
+    ],
+)
+def test_part_fails_always(depot: RelayWorld, how: int | str, why: str) -> None:
+    """A part that cannot be sent ends the upload, which is taken back."""
+    before, aborted = set(depot.store.objects), len(depot.store.aborted)
+    depot.store.fail_part(1, 3, how)
+    text = depot.relay(depot.source.add("/always.bin", 30_000_000))
+    depot.store.faults.clear()
+    assert (match := SENTENCE.fullmatch(text)) and why in match["why"], text
+    assert set(depot.store.objects) == before
+    assert len(depot.store.aborted) == aborted + 1
+
+
+@pytest.mark.parametrize("where", ["POST uploads", "POST upload_id", "PUT /tmp/"])
+@pytest.mark.parametrize("how", ["reset", "lost"])
+def test_lost_answers(depot: RelayWorld, where: str, how: str) -> None:
+    """A call whose answer got lost is not an upload that failed, nor one left open."""
+    path = f"/lost-{how}.bin"
+    size = 100_000 if "PUT" in where else 9_000_000
+    depot.store.fail(where, how)
+    check_object(depot, path, depot.relay(depot.source.add(path, size)))
+    assert not depot.store.faults
+
+
+TEMPERS: dict[str, tuple[dict[str, Any], str]] = {
+    "bucket missing": ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
+    "bucket full": ({"bucket_full": True}, "存储空间已满"),
+    "no right": ({"forbidden": True}, "没有权限写入存储桶"),
+    "wrong secret": ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    "wrong key": ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    "clock early": ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
+    "clock late": ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
+}
+
+
+@pytest.mark.parametrize("size", [100, 9_000_000])
+@pytest.mark.parametrize("temper", TEMPERS)
+def test_refusals_of_qingstor(depot: RelayWorld, temper: str, size: int) -> None:
+    """Each refusal is told with what to do about it, for small files and for big ones."""
+    changes, why = TEMPERS[temper]
+    before = {name: getattr(depot.store, name) for name in changes}
+    vars(depot.store).update(changes)
+    try:
+        text = depot.relay(depot.source.add("/refused.bin", size))
+    finally:
+        vars(depot.store).update(before)
+    assert (match := SENTENCE.fullmatch(text)) and why in match["why"], text
+
+
+def test_bucket_fills_up_while_uploading(depot: RelayWorld) -> None:
+    """An upload that is refused in its middle is taken back."""
+    link = depot.source.add("/filling.bin", 20_000_000, rate=10_000_000.0)
+    user = depot.ask(link)
+    assert wait_until(lambda: depot.store.open_uploads and depot.store.parts_received)
+    depot.store.bucket_full = True
+    text = depot.answer(user)
+    depot.store.bucket_full = False
+    assert "存储空间已满" in text
+
+
+def test_qingstor_goes_and_comes_back() -> None:
+    """An upload that could not be taken back is, as soon as QingStor is there again."""
+    with RelayWorld() as depot:
+        link = depot.source.add("/down.bin", 20_000_000, rate=20_000_000.0)
+        user = depot.ask(link)
+        assert wait_until(lambda: len(depot.store.parts_received) >= 2)
+        depot.store.stop()
+        assert "连接 QingStor 失败" in depot.answer(user)
+        assert len(depot.store.open_uploads) == 1
+        depot.store.start()
+        depot.check()
+        assert len(depot.store.aborted) == 1
+        check_object(depot, "/down.bin", depot.relay(link))
+        assert len(depot.world.wecom.messages_for(user)) == 1
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_killed_while_uploading(away: bool) -> None:
+    """After a kill the next start undoes the upload and does it again; told once."""
+    with RelayWorld() as depot:
+        link = depot.source.add("/killed.bin", 20_000_000, rate=10_000_000.0)
+        user = depot.ask(link)
+        assert wait_until(lambda: len(depot.store.parts_received) >= 2)
+        depot.world.service.kill()
+        (old,) = depot.store.open_uploads
+        depot.source.files["/killed.bin"].rate = 0
+        if away:  # the orphan cannot be settled at once
+            depot.store.stop()
+        depot.world.service.start()
+        text = depot.answer(user)
+        if away:
+            assert "连接 QingStor 失败" in text
+            depot.store.start()
+        else:
+            check_object(depot, "/killed.bin", text)
+        depot.check()
+        assert depot.store.aborted == [old]
+        depot.world.service.restart()
+        time.sleep(0.3)
+        assert depot.world.wecom.messages_for(user) == [text]
+
+
+def test_killed_again_and_again() -> None:
+    """Wherever it is killed, one file is in the bucket in the end, and one message is sent."""
+    with RelayWorld() as depot:
+        for pause in (0.0, 0.1, 0.3, 0.6):
+            objects = len(depot.store.objects)
+            link = depot.source.add("/again.bin", 9_000_000, rate=15_000_000.0)
+            user = depot.ask(link)
+            time.sleep(pause)
+            depot.world.service.restart()
+            text = depot.answer(user)
+            assert read_result(text)["size"] == "9000000"
+            depot.check()
+            assert wait_until(lambda: depot.world.service.health()["running"] == 0)
+            # The very same text may be sent twice: WeCom's duplicate check is what drops it.
+            assert set(depot.world.wecom.messages_for(user)) == {text}
+            assert len(depot.store.objects) - objects == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Links, status, several at once
+# ---------------------------------------------------------------------------------------------
+
+
+def test_signed_links() -> None:
+    """A signed link opens a private object until it expires, and only unchanged."""
+    with RelayWorld(QINGSTOR_LINK_SECONDS="600") as depot:
+        body = "你好".encode()
+        link = depot.source.add("/签名.txt", body=body)
+        found = read_result(depot.relay(link))["link"]
+        assert http_request("GET", found).body == body
+        assert http_request("GET", found.replace("expires=1", "expires=2")).status == 401
+        assert http_request("GET", found.partition("?")[0]).status == 401
+        depot.store.clock = lambda: time.time() + 595
+        assert http_request("GET", found).status == 200
+        depot.store.clock = lambda: time.time() + 605
+        assert http_request("GET", found).status == 403
+
+
+def test_plain_links(depot: RelayWorld) -> None:
+    """A plain link opens an object of a bucket that everybody may read."""
+    link = depot.source.add("/plain.txt", body=b"open")
+    found = read_result(depot.relay(link))["link"]
+    depot.store.public = True
+    got = http_request("GET", found)
+    depot.store.public = False
+    assert (got.status, got.body) == (200, b"open")
+    assert http_request("GET", found).status == 401
+
+
+@pytest.mark.parametrize(
+    ("seconds", "form"),
+    [
+        ("0", r"https://tmp\.pek3a\.qingstor\.com/[0-9a-f-]{36}\.pdf"),
+        ("60", r"https://pek3a\.qingstor\.com/tmp/[0-9a-f-]{36}\.pdf\?.*expires=\d+.*"),
+    ],
+)
+def test_form_of_links(seconds: str, form: str) -> None:
+    """At QingStor itself, the bucket and the zone stand before the host."""
+    settings = load(QINGSTOR_LINK_SECONDS=seconds)
+    store = wxsync.QingStor(settings, network(settings), time.sleep)
+    assert re.fullmatch(form, store.link(wxsync.make_key("a.pdf"), time.time()))
+
+
+def test_status_shows_how_far(depot: RelayWorld) -> None:
+    """状态 tells bytes, percentage and speed while a file is on its way."""
+    link = depot.source.add("/watched.bin", 20_000_000, rate=20_000_000.0)
+    received = len(depot.store.parts_received)
+    user = depot.ask(link)
+    assert wait_until(lambda: len(depot.store.parts_received) >= received + 3)
+    time.sleep(0.05)
+    text = depot.world.say("状态", depot.user())
+    found = re.search(r"文件：进行中.*\n　▓+░* (\d+)%，([\d.]+) / 20\.0 MB，([\d.]+) MB/s", text)
+    assert found and 40 <= int(found[1]) <= 100 and float(found[2]) >= 8, text
+    check_object(depot, "/watched.bin", depot.answer(user))
+    assert "文件：空闲" in depot.world.say("状态", depot.user())
+
+
+@pytest.mark.parametrize(
+    ("page", "image"),
+    [
+        ("https://hub.docker.com/_/nginx", "nginx:latest"),
+        ("https://hub.docker.com/r/bitnami/redis", "bitnami/redis:latest"),
+        ("https://hub.docker.com/r/bitnami/redis/tags", "bitnami/redis:latest"),
+        ("https://hub.docker.com/r/bitnami/redis/?a=b", "bitnami/redis:latest"),
+    ],
+)
+def test_page_of_a_registry_is_asked_back(depot: RelayWorld, page: str, image: str) -> None:
+    """The page of an image is most likely not what is wanted."""
+    reply = depot.world.say(page, depot.user())
+    assert image in reply and "❓" in reply
+
+
+def test_several_links(depot: RelayWorld) -> None:
+    """Several links are several messages; a bad one does not harm the others."""
+    good = [depot.source.add(f"/many-{n}.bin", 1000 + n) for n in range(3)]
+    bad = f"{depot.source.url}/no-such-file"
+    user = depot.ask("\n".join([good[0], bad, *good[1:]]))
+    assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 4)
+    texts = depot.world.wecom.messages_for(user)
+    assert [read_result(t)["size"] for t in (texts[0], *texts[2:])] == ["1000", "1001", "1002"]
+    assert bad in texts[1] and "404" in texts[1]
+
+
+def test_the_same_link_twice(depot: RelayWorld) -> None:
+    """Two equal links in one message are answered, however often."""
+    link = depot.source.add("/twice.bin", 1000)
+    user = depot.ask(f"{link}\n{link}")
+    assert wait_until(lambda: depot.world.wecom.messages_for(user))
+    assert wait_until(lambda: depot.world.service.health()["running"] == 0)
+    assert all(read_result(t)["size"] == "1000" for t in depot.world.wecom.messages_for(user))
+
+
+def test_files_run_beside_images() -> None:
+    """Files have a queue of their own, in which one waits for the other."""
+    with RelayWorld(QUEUE_SIZE="1") as depot:
+        depot.runner.gate = threading.Event()
+        images = depot.ask("nginx:latest")
+        slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
+        quick = depot.source.add("/quick.bin", 1000)
+        first = depot.ask(slow)
+        assert wait_until(lambda: depot.source.hits["/slow.bin"])
+        second = depot.user()
+        assert "已排队，前面还有 1 个" in depot.world.say(quick, second)
+        assert "请稍后再试" in depot.world.say(quick, depot.user())
+        check_object(depot, "/slow.bin", depot.answer(first))
+        check_object(depot, "/quick.bin", depot.answer(second))
+        assert not depot.world.wecom.messages_for(images)
+        depot.runner.gate.set()
+        assert "成功 1 / 1" in depot.answer(images)
+        depot.check()
+
+
+def test_links_and_images_in_one_message() -> None:
+    """A message may hold both; both are done."""
+    with RelayWorld() as depot:
+        link = depot.source.add("/both.bin", 1000)
+        user = depot.ask(f"nginx:latest\n{link}")
+        assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 2)
+        texts = depot.world.wecom.messages_for(user)
+        assert sum("成功 1 / 1" in text for text in texts) == 1
+        assert sum("文件上传成功" in text for text in texts) == 1
+
+
+def test_without_qingstor() -> None:
+    """Where files are off a link is refused at once."""
+    with RelayWorld(QINGSTOR_ACCESS_KEY_ID="", QINGSTOR_SECRET_ACCESS_KEY="") as depot:
+        reply = depot.world.say(depot.source.add("/off.bin", 1), depot.user())
+        assert "没有启用" in reply and "QINGSTOR_ACCESS_KEY_ID" in reply
+
+
+# ---------------------------------------------------------------------------------------------
+# Only the outside world
+# ---------------------------------------------------------------------------------------------
+
+
+def load(**settings: str) -> wxsync.Settings:
+    """Return valid settings with these among them."""
+    base = {
+        "CORP_ID": "ww0123456789abcdef",
+        "AGENT_ID": "1000002",
+        "SECRET": "s",
+        "TOKEN": "t",
+        "ENCODING_AES_KEY": "a" * 43,
+        "GITHUB_TOKEN": "g",
+        "GITHUB_REPO": "o/r",
+        "DOCKER_REGISTRY": "registry.example.com",
+        "DOCKER_NAMESPACE": "n",
+        "QINGSTOR_ACCESS_KEY_ID": "k",
+        "QINGSTOR_SECRET_ACCESS_KEY": "s",
+    }
+    return wxsync.load_settings(base | settings)
+
+
+def network(settings: wxsync.Settings) -> wxsync.Network:
+    return wxsync.Network(settings, wxsync.Log("ERROR", [], sys.stderr))
+
+
+@pytest.mark.parametrize(("link", "why"), FORBIDDEN)
+def test_forbidden_addresses(link: str, why: str) -> None:
+    """No disguise leads inside, neither directly nor by way of a proxy."""
+    try:
+        url = wxsync.parse_url(link)
+    except wxsync.Failure:
+        return
+    with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
+        wxsync.refuse_local_name(url.host)
+    with pytest.raises((wxsync.Failure, OSError)) as caught:
+        wxsync.dial(url.host, 9, 3, True).close()
+    # A name may also just not resolve here; an address must be refused, not tried.
+    literal = not re.search(r"[g-z]", url.host.removeprefix("0x"))
+    kinds = (wxsync.Failure,) if literal else (wxsync.Failure, socket.gaierror)
+    assert isinstance(caught.value, kinds), caught.value
+
+
+@pytest.mark.parametrize("address", ALLOWED)
+def test_allowed_addresses(address: str) -> None:
+    """The neighbours of what is refused are not."""
+    assert wxsync.is_outside(address)
+    wxsync.refuse_local_name(address)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "example.com",
+        "local.example.com",
+        "localhost.example.com",
+        "internal.example.com",
+        "1.2.3.4.example.com",
+    ],
+)
+def test_allowed_names(name: str) -> None:
+    wxsync.refuse_local_name(name)
+
+
+@pytest.mark.parametrize(
+    ("link", "form"),
+    [
+        ("http://EXAMPLE.com", "http://example.com/"),
+        (
+            "https://例子.测试/文 件".replace(" ", ""),
+            "https://xn--fsqu00a.xn--0zwm56d/%E6%96%87%E4%BB%B6",
+        ),
+        ("https://example.com:443/a?b=c#d", "https://example.com/a?b=c"),
+        ("http://example.com:8080/a%20b?q=%2F&r=1", "http://example.com:8080/a%20b?q=%2F&r=1"),
+        ("http://example.com./", "http://example.com/"),
+        ("https://[2400:3200::1]:8443/x", "https://[2400:3200::1]:8443/x"),
+        ("https://example.com?x=1", "https://example.com/?x=1"),
+    ],
+)
+def test_form_of_addresses(link: str, form: str) -> None:
+    assert str(wxsync.parse_url(link)) == form
+
+
+INSIDE = """
+import json, socket, sys, threading
+sys.path[:0] = {paths!r}
+import test_wxsync as t, wxsync
+from test_wxsync import FORBIDDEN, NameServer, Source
+
+touched = []
+
+def listen(port):
+    # Whoever connects to any address that is not meant to be reached is seen here.
+    server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    def serve():
+        while True:
+            connection, address = server.accept()
+            touched.append([port, connection.getsockname()[0]])
+            connection.close()
+    threading.Thread(target=serve, daemon=True).start()
+
+def fetch(link):
+    try:
+        source = wxsync.Source(network, link, True, 2**30)
+        try:
+            return b"".join(source.parts()).decode()
+        finally:
+            source.close()
+    except wxsync.Failure as failure:
+        return str(failure)
+
+outside = Source("8.8.4.4")
+outside.port = 8000
+outside.start()
+outside.add("/file", body=b"content")
+network = t.network(t.load())
+answers = {{}}
+"""
+
+
+def run_inside(program: str, **hosts: list[str]) -> Any:
+    """Run a program after INSIDE in a net of its own; return what it puts into `answers`."""
+    needs(namespace_missing())
+    paths = [str(Path(__file__).parent), str(SCRIPT.parent)]
+    names = {name.replace("_", "."): addresses for name, addresses in hosts.items()}
+    inner = ["10.0.0.1", "169.254.169.254", "100.100.100.200", "192.168.0.1", "172.16.0.1"]
+    text = INSIDE.format(paths=paths) + program + "\nprint(json.dumps(answers))\n"
+    done = in_namespace(text, names, ["8.8.4.4", "2400:3200::1", *inner])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+REDIRECTED = """
+listen(80), listen(443)
+answers["plain"] = fetch("http://files.example.com:8000/file")
+answers["address"] = fetch("http://8.8.4.4:8000/file")
+for link, why in FORBIDDEN:
+    if link.isprintable():
+        outside.add("/go", status=302, location=link)
+        answers[link] = fetch("http://files.example.com:8000/go")
+answers["touched"] = touched
+"""
+
+
+def test_redirects_to_the_inside() -> None:
+    """A public address that leads inside is not followed, whatever the disguise."""
+    answers = run_inside(REDIRECTED, files_example_com=["8.8.4.4"])
+    assert answers.pop("plain") == answers.pop("address") == "content"
+    assert answers.pop("touched") == []
+    # What has no host, like "http://", is relative: it leads back to where it came from.
+    wrong = {
+        link: text
+        for link, text in answers.items()
+        if not re.search("不允许访问内网地址|格式不正确|域名解析失败|HTTP 404|不停地重定向", text)
+    }
+    assert not wrong
+    assert sum("不允许访问内网地址" in text for text in answers.values()) > 100
+
+
+MIXED = """
+listen(8001)
+for name in ("mixed.example.com", "mixed6.example.com", "inner.example.com"):
+    answers[name] = fetch(f"http://{name}:8001/file")
+answers["touched"] = touched
+"""
+
+
+def test_names_with_an_inside_address() -> None:
+    """A name that has an inside address among others is refused as a whole."""
+    answers = run_inside(
+        MIXED,
+        mixed_example_com=["8.8.4.4", "127.0.0.1"],
+        mixed6_example_com=["8.8.4.4", "::1"],
+        inner_example_com=["10.0.0.1"],
+    )
+    assert answers.pop("touched") == []
+    assert all("不允许访问内网地址" in text for text in answers.values()), answers
+
+
+CHANGING = """
+listen(8001)
+names = NameServer(["8.8.4.4", "127.0.0.1"])
+answers["first"] = fetch("http://rebind.example.org:8000/file")
+answers["asked"] = names.asked
+answers["second"] = fetch("http://rebind.example.org:8000/file")
+names.asked = 0
+outside.add("/again", status=302, location="http://rebind.example.org:8001/file")
+answers["redirected"] = fetch("http://rebind.example.org:8000/again")
+answers["touched"] = touched
+answers["host"] = outside.calls[0].headers["host"]
+"""
+
+
+def test_names_that_change_their_answer() -> None:
+    """A name is looked up once a connection, and what is checked is what is connected to."""
+    answers = run_inside(CHANGING)
+    assert answers["first"] == "content" and answers["asked"] == 1
+    assert answers["host"] == "rebind.example.org:8000"
+    assert "不允许访问内网地址" in answers["second"]
+    assert "不允许访问内网地址" in answers["redirected"]
+    assert answers["touched"] == []
+
+
+WHOLE_FILE = """
+outside.add("/inside", status=302, location="http://169.254.169.254/latest/meta-data/")
+with t.RelayWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+    answers["good"] = depot.relay("http://files.example.com:8000/file")
+    answers["redirected"] = depot.relay("http://files.example.com:8000/inside")
+    answers["direct"] = depot.relay(depot.source.add("/secret", body=b"secret"))
+    answers["hits"] = depot.source.hits["/secret"]
+"""
+
+
+def test_the_whole_service_keeps_outside() -> None:
+    """Unless it is allowed on purpose, people in the chat reach nothing inside."""
+    answers = run_inside(WHOLE_FILE, files_example_com=["8.8.4.4"])
+    assert read_result(answers["good"])["size"] == "7"
+    for name in ("redirected", "direct"):
+        match = SENTENCE.fullmatch(answers[name])
+        assert match and "不允许访问内网地址" in match["why"], answers[name]
+    assert answers["hits"] == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Proxies
+# ---------------------------------------------------------------------------------------------
+
+PROXIES: list[tuple[type[ProxyProcess], str, str]] = [
+    (TinyProxy, "", ""),
+    (TinyProxy, "user", "pass-word.1"),
+    (MicroSocks, "", ""),
+    (MicroSocks, "us:er", "p@ss/w#rd %"),
+]
+UP, DOWN = "✅ 代理可用: ", "⚠️  代理连接失败: "
+
+
+class ProxyRelayWorld(RelayWorld):
+    """A depot whose service is to use a proxy for everything but WeCom and QingStor."""
+
+    def __init__(self, proxy: ProxyProcess, **settings: str) -> None:
+        dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy"), DEAD_END)
+        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com"}
+        super().__init__(**(dead | own | settings))
+        self.proxy = proxy
+
+    def __enter__(self) -> Self:
+        self.source.port = self.source.port or free_port()
+        self.extra.setdefault("PROXY_TEST_URL", f"{self.source.url}/probe")
+        return super().__enter__()
+
+    def asked(self) -> dict[str, bool]:
+        """Tell of each server whether the proxy was asked for it."""
+        servers = {"source": self.source, "github": self.world.github}
+        servers |= {"wecom": self.world.wecom, "qingstor": self.store}
+        return {name: self.proxy.asked_for(peer.port) for name, peer in servers.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "user", "password"), PROXIES, ids=lambda value: getattr(value, "__name__", value)
+)
+def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> None:
+    """GitHub and downloads go through the proxy; WeCom and QingStor never do."""
+    needs(kind.missing())
+    with kind(user, password) as proxy, ProxyRelayWorld(proxy) as depot:
+        assert wait_until(lambda: depot.world.service.health()["proxy"] == "up"), depot.log
+        link = depot.source.add("/through.bin", 9_000_000)
+        images = depot.ask("nginx:latest")
+        check_object(depot, "/through.bin", depot.relay(link))
+        assert "成功 1 / 1" in depot.answer(images)
+        depot.check()
+        asked = depot.asked()
+        assert asked == {"source": True, "github": True, "wecom": False, "qingstor": False}
+        masked = f"{kind.SCHEME}://{'***:***@' if user else ''}127.0.0.1:{proxy.port}"
+        assert [line for line in said(depot) if "代理" in line or "直连" in line] == [
+            f"🌐 检测到代理配置: {masked}",
+            "   直连域名: qingstor.com",
+            f"✅ 代理可用: {masked}",
+            "🔗 GitHub API 使用代理",
+        ]
+        assert not password or (password not in depot.log and user + ":" not in depot.log)
+
+
+def said(depot: RelayWorld) -> list[str]:
+    """Return the log's lines without time and level."""
+    return [re.sub(r"^\S+ \S+ (?:[A-Z]+ )?", "", line, count=1) for line in depot.log.splitlines()]
+
+
+def test_tls_through_a_proxy(tmp_path: Path) -> None:
+    """https goes through an http proxy by CONNECT, with the certificate checked."""
+    needs(TinyProxy.missing() or missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    with Source(tls=context) as source, TinyProxy("user", "secret") as proxy:
+        link = source.add("/tls.bin", 9_000_000)
+        source.add("/probe", body=b"ok")
+        trust = {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": f"{source.url}/probe"}
+        with ProxyRelayWorld(proxy, **trust) as depot:
+            assert wait_until(lambda: depot.world.service.health()["proxy"] == "up"), depot.log
+            depot.source.files |= source.files
+            check_object(depot, "/tls.bin", depot.relay(link))
+            assert f"CONNECT 127.0.0.1:{source.port}" in proxy.log
+        with ProxyRelayWorld(proxy, **trust | {"SSL_CERT_FILE": "/dev/null"}) as depot:
+            assert wait_until(lambda: DOWN in depot.log)
+            assert "TLS 证书不可信" in depot.log
+            assert "TLS 证书不可信" in depot.relay(link)
+
+
+@pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
+def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> None:
+    """A proxy that does not let us in is told of and done without."""
+    needs(kind.missing() or missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    with Source(tls=context) as source, kind("user", "right") as proxy:
+        source.add("/probe", body=b"ok")
+        settings = {
+            "PROXY_URL": proxy.url.replace(":right@", ":wrong-one@"),
+            "PROXY_TEST_URL": f"{source.url}/probe",
+            "SSL_CERT_FILE": str(certificate),
+        }
+        with ProxyRelayWorld(proxy, **settings) as depot:
+            assert wait_until(lambda: DOWN in depot.log)
+            assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in said(depot)
+            assert "   将使用非代理模式继续运行" in said(depot)
+            assert depot.world.service.health()["proxy"] == "down"
+            assert "wrong-one" not in depot.log
+            link = depot.source.add("/direct.bin", 1000)
+            check_object(depot, "/direct.bin", depot.relay(link))
+            assert "成功 1 / 1" in depot.answer(depot.ask("nginx:latest"))
+
+
+@pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
+def test_proxy_killed_and_started_again(kind: type[ProxyProcess]) -> None:
+    """A proxy that dies in a task does not end it; when it is back it is used again."""
+    needs(kind.missing())
+    with kind() as proxy, ProxyRelayWorld(proxy, SCALE="0.005") as depot:
+        assert wait_until(lambda: UP in depot.log)
+        options: dict[str, Any] = {"etag": '"1"', "ranges": "good", "rate": 10_000_000.0}
+        link = depot.source.add("/cut.bin", 12_000_000, **options)
+        user = depot.ask(link)
+        assert wait_until(lambda: depot.store.parts_received)
+        images = depot.ask("nginx:latest")
+        proxy.kill()
+        check_object(depot, "/cut.bin", depot.answer(user))
+        assert "成功 1 / 1" in depot.answer(images)
+        assert DOWN in depot.log and "   将使用非代理模式继续运行" in said(depot)
+        assert depot.log.count(DOWN) == 1
+        proxy.start()
+        assert wait_until(lambda: depot.log.count(UP) == 2), depot.log[-2000:]
+        assert depot.world.service.health()["proxy"] == "up"
+        before = len(proxy.log)
+        check_object(depot, "/after.bin", depot.relay(depot.source.add("/after.bin", 1000)))
+        assert f":{depot.source.port}" in proxy.log[before:]
+        depot.check()
+
+
+def test_everything_down_at_the_start() -> None:
+    """The service starts and answers with proxy, GitHub and QingStor all away."""
+    away = {"GITHUB_API_URL": DEAD_END, "QINGSTOR_URL": DEAD_END}
+    with RelayWorld(PROXY_URL=DEAD_END, NO_PROXY_DOMAINS="qingstor.com", **away) as depot:
+        assert depot.world.client.verify_url() == (200, "1616140317555161061")
+        assert wait_until(lambda: DOWN in depot.log)
+        text = depot.relay(depot.source.add("/down.bin", 1000))
+        assert "连接 QingStor 失败" in text
+
+
+@pytest.mark.parametrize(
+    ("host", "direct"),
+    [
+        ("qingstor.com", True),
+        ("pek3a.qingstor.com", True),
+        ("tmp.pek3a.qingstor.com", True),
+        ("evilqingstor.com", False),
+        ("qingstor.com.evil.com", False),
+        ("qingstor.co", False),
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.0.0.10", False),
+        ("7.0.0.1", False),
+        ("27.0.0.1", False),
+        ("api.github.com", False),
+    ],
+)
+def test_direct_domains(host: str, direct: bool) -> None:
+    """A name of NO_PROXY_DOMAINS means itself and what is below it, at a dot."""
+    assert network(load(PROXY_URL=DEAD_END)).is_direct(host) is direct
+
+
+def test_direct_domains_are_direct() -> None:
+    """What NO_PROXY_DOMAINS names does not go through the proxy."""
+    needs(TinyProxy.missing())
+    with TinyProxy() as proxy, ProxyRelayWorld(proxy, NO_PROXY_DOMAINS="127.0.0.1") as depot:
+        assert wait_until(lambda: UP in depot.log)
+        before = proxy.log
+        check_object(depot, "/near.bin", depot.relay(depot.source.add("/near.bin", 1000)))
+        assert proxy.log == before
+
+
+def test_inside_addresses_through_a_proxy() -> None:
+    """A proxy is not a way inside: it would resolve the name, so local ones are refused."""
+    needs(TinyProxy.missing())
+    with TinyProxy() as proxy, ProxyRelayWorld(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+        assert wait_until(lambda: UP in depot.log)
+        port = depot.source.port
+        depot.source.add("/secret", body=b"secret")
+        for host in (
+            "127.0.0.1",
+            "localhost",
+            "0x7f000001",
+            "127.1",
+            "１２７.0.0.1",
+            "nas.lan",
+        ):
+            text = depot.relay(f"http://{host}:{port}/secret")
+            assert "不允许访问内网地址" in text, text
+        assert not depot.source.hits["/secret"]
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_proxies_of_the_environment(proxied: bool) -> None:
+    """Whatever the environment says about proxies, nothing goes there."""
+    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    dead = dict.fromkeys([*names, *map(str.lower, names)], DEAD_END)
+    with ExitStack() as stack:
+        if proxied:
+            needs(MicroSocks.missing())
+            proxy = stack.enter_context(MicroSocks())
+            depot: RelayWorld = stack.enter_context(ProxyRelayWorld(proxy, **dead))
+        else:
+            depot = stack.enter_context(RelayWorld(**dead))
+        images = depot.ask("nginx:latest")
+        link = depot.source.add("/env.bin", 5_000_000)
+        check_object(depot, "/env.bin", depot.relay(link))
+        assert "成功 1 / 1" in depot.answer(images)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory and time
+# ---------------------------------------------------------------------------------------------
+
+
+def big_files(pid: int) -> set[str]:
+    """Return the regular files of over 1 MiB that a process has open."""
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if link.is_file() and link.stat().st_size > MIB:
+                found.add(os.readlink(link))
+        except OSError:
+            pass  # closed meanwhile
+    return found
+
+
+def watched_relay(depot: RelayWorld, path: str, timeout: float) -> tuple[int, float]:
+    """Relay a file; return the added memory and the seconds, and see that no file was written."""
+    service = depot.world.service
+    opened: set[str] = set()
+    with PeakMemory(service.pid) as memory:
+        begun = time.monotonic()
+        user = depot.ask(depot.source.url + path)
+        while not depot.world.wecom.messages_for(user) and time.monotonic() < begun + timeout:
+            opened |= big_files(service.pid)
+            time.sleep(0.02)
+        seconds = time.monotonic() - begun
+    check_object(depot, path, depot.answer(user, 1))
+    sizes = [file.stat().st_size for file in service.folder.rglob("*") if file.is_file()]
+    assert not opened and sum(sizes) < 4 * MIB
+    return memory.added, seconds
+
+
+def test_memory_does_not_grow() -> None:
+    """A file takes a few parts of memory, whatever its size; the SDK is in the figure."""
+    with RelayWorld(MAX_FILE_MB="2048") as depot:
+        depot.source.add("/medium.bin", 200 * MIB, length="chunked")
+        added, _ = watched_relay(depot, "/medium.bin", 60)
+        assert added < 64 * MIB, f"{added / MIB:.0f} MiB"
+        depot.source.add("/small.bin", 8 * MIB)
+        again, _ = watched_relay(depot, "/small.bin", 60)
+        assert again < 16 * MIB, f"{again / MIB:.0f} MiB more for a second file"
+
+
+def plain_download(url: str) -> float:
+    """Return the seconds that it takes to read a file and do nothing with it."""
+    parts = urlsplit(url)
+    begun = time.monotonic()
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, blocksize=256 * 1024)
+    connection.request("GET", parts.path)
+    response = connection.getresponse()
+    while response.read(256 * 1024):
+        pass
+    connection.close()
+    return time.monotonic() - begun
+
+
+class PlainUpload:
+    """Uploads made-up parts to a FakeQingStor, with signatures of its own."""
+
+    def __init__(self, store: FakeQingStor) -> None:
+        self.store = store
+        self.connection = http.client.HTTPConnection("127.0.0.1", store.port)
+
+    def call(self, method: str, target: str, body: bytes = b"") -> bytes:
+        date = formatdate(usegmt=True)
+        signature = sign_qingstor(self.store.secret, method, target, date)
+        authorization = f"QS {self.store.access_key}:{signature}"
+        headers = {"Date": date, "Authorization": authorization}
+        self.connection.request(method, target, body, headers)
+        response = self.connection.getresponse()
+        data = response.read()
+        assert response.status < 300, data
+        return data
+
+    def run(self, size: int) -> float:
+        """Return the seconds that it takes to upload so many bytes."""
+        body, path = os.urandom(PART), f"/{self.store.bucket}/plain"
+        begun = time.monotonic()
+        upload_id = json.loads(self.call("POST", f"{path}?uploads"))["upload_id"]
+        for number in range(size // PART):
+            self.call("PUT", f"{path}?part_number={number}&upload_id={upload_id}", body)
+        parts = [{"part_number": number} for number in range(size // PART)]
+        done = json.dumps({"object_parts": parts}).encode()
+        self.call("POST", f"{path}?upload_id={upload_id}", done)
+        return time.monotonic() - begun
+
+
+def relay_in_time(size: int, rate: float) -> dict[str, float]:
+    """Relay a file between limited lines; return what it took and what each side takes alone."""
+    with RelayWorld(MAX_FILE_MB="2048", STALL="30") as depot:
+        depot.relay(depot.source.add("/warm.bin", 10))  # the SDK is loaded then
+        link = depot.source.add("/big.bin", size, rate=rate)
+        depot.store.rate_bytes_per_second = rate
+        down, up = plain_download(link), PlainUpload(depot.store).run(size)
+        added, seconds = watched_relay(depot, "/big.bin", 20 * max(down, up))
+        depot.check()
+    return {"down": down, "up": up, "relay": seconds, "ratio": seconds / max(down, up)} | {
+        "added MiB": added / MIB
+    }
+
+
+def test_download_and_upload_overlap() -> None:
+    """The whole takes little longer than the slower side."""
+    figures = relay_in_time(48 * MIB, 40e6)
+    assert figures["ratio"] <= 1.25, figures
+
+
+@pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
+def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
+    """1 GiB arrives unchanged, in little memory, without a file, in the time of the slower side."""
+    figures = relay_in_time(1024 * MIB, 100e6)
+    with capsys.disabled():
+        print("\n1 GiB:", ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    assert figures["added MiB"] < 64 and figures["ratio"] <= 1.25, figures
+
+
+LONG = os.environ.get("WXSYNC_FUZZ") == "long"
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+What = tuple[int, dict[str, str], bytes] | str  # goes wrong, see Fault
+COUNTS: Counter[str] = Counter()  # what the run has proved, printed at its end
+
+
+# ---------------------------------------------------------------------------------------------
+# Tools: a quick service, stories that wait side by side, counting
+# ---------------------------------------------------------------------------------------------
+
+# The real service with pauses of a fiftieth, and a clock that is off by what STATE_DIR/clock says.
+QUICK = """
+import os, sys, time
+from pathlib import Path
+sys.pycache_prefix = str(Path(__file__).parent)
+sys.path.insert(0, {folder!r})
+import wxsync
+if sys.argv[1:]:
+    sys.exit(wxsync.main())
+settings = wxsync.load_settings(os.environ)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
+clock = Path(settings.STATE_DIR, "clock")
+def now():
+    return time.time() + float(clock.exists() and clock.read_text() or 0)
+scale = float(os.environ.get("SCALE", "0.02"))
+sys.exit(wxsync.serve(settings, log, now, lambda seconds: time.sleep(seconds * scale)))
+"""
+
+
+@functools.cache
+def quick_script() -> Path:
+    """Return the path of QUICK, written down once."""
+    folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    script = folder / "quick.py"
+    script.write_text(QUICK.format(folder=str(SCRIPT.parent)))
+    return script
+
+
+def quick(runner: PlayedRunner | None = None, /, **settings: str) -> World:
+    """Return a world whose service does not dawdle."""
+    return World(quick_script(), runner or PlayedRunner(0.01), settings)
+
+
+GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests would wait for ever
+
+
+def gated() -> PlayedRunner:
+    """Return a runner whose jobs wait until `gate` is set."""
+    runner = PlayedRunner(0.01)
+    runner.gate = threading.Event()
+    GATES.append(runner.gate)
+    return runner
+
+
+def open_gate(runner: PlayedRunner) -> None:
+    if runner.gate:
+        runner.gate.set()
+
+
+def saved(world: World) -> dict[str, Any]:
+    """Return the state that is on disk now."""
+    value: dict[str, Any] = json.loads((world.service.state_dir / "wxsync.state").read_bytes())
+    return value
+
+
+def idle(world: World) -> bool:
+    """Tell whether nothing is left to do: no task, no message."""
+    state = saved(world)
+    return not state["tasks"] and not state["letters"]
+
+
+def finals(world: World, user: str) -> list[str]:
+    """Return the final messages that reached a user."""
+    return [text for text in world.wecom.messages_for(user) if "成功 " in text]
+
+
+def hear(world: World, user: str, wanted: str) -> str:
+    """Wait for a message to this user that holds `wanted`, return its text."""
+    return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 6).text
+
+
+def is_calm(log: str) -> bool:
+    """Tell whether a log shows no bug."""
+    return "Traceback" not in log and wxsync.INTERNAL_ERROR not in log
+
+
+STORIES: dict[str, Callable[[], None]] = {}
+
+
+def early(story: Callable[[], None]) -> Callable[[dict[str, Future[None]]], None]:
+    """Make a test of a story that mostly waits: all of them start together and run side by side."""
+    name = story.__name__
+    STORIES[name] = story
+
+    def test(told: dict[str, Future[None]]) -> None:
+        told[name].result()
+
+    test.__doc__ = story.__doc__
+    return test
+
+
+@pytest.fixture(scope="module")
+def told(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """Start the stories of the tests that were chosen."""
+    names = [item.name for item in request.session.items if item.name in STORIES]
+    with ThreadPoolExecutor(len(names) + 1) as pool:
+        yield {name: pool.submit(STORIES[name]) for name in names}
+    for gate in GATES:
+        gate.set()
+
+
+class Summary:
+    """Prints COUNTS after the last test, one line a topic."""
+
+    LINES: ClassVar[dict[str, str]] = {
+        "kills survived": "kill -9",
+        "requests accepted": "accepted",
+        "final messages delivered": "delivered",
+        "callbacks fuzzed": "fuzzed",
+        "raw requests fuzzed": "raw",
+        "connections held": "held",
+        "faults injected": "faults",
+        "damaged state files": "damaged",
+        "reads of files being replaced": "reads",
+        "midnights": "midnights",
+        "texts searched for secrets": "searched",
+    }
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("nothing lost, nobody in")
+        for name, key in self.LINES.items():
+            terminalreporter.write_line(f"{name}: {COUNTS[key]}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def summary(request: pytest.FixtureRequest) -> None:
+    request.config.pluginmanager.register(Summary())
+
+
+def count_requests(world: World, accepted: int) -> None:
+    """Count accepted requests and the final messages that came of them."""
+    COUNTS["accepted"] += accepted
+    COUNTS["delivered"] += sum("成功 " in message.text for message in world.wecom.messages)
+
+
+class Store(Peer):
+    """A QingStor that takes small objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.objects: dict[str, int] = {}
+
+    def handle(self, call: Call) -> Answer:
+        if call.method == "HEAD":
+            size = self.objects.get(call.path)
+            return Answer(404) if size is None else Answer(200, b"", {"Content-Length": str(size)})
+        if call.method == "PUT":
+            self.objects[call.path] = len(call.body)
+        return Answer(201)
+
+
+class Website(Peer):
+    """Has one small file."""
+
+    def handle(self, call: Call) -> Answer:
+        return Answer(200, b"x" * 1000)
+
+
+def file_settings(store: Peer) -> dict[str, str]:
+    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID", "QINGSTOR_SECRET_ACCESS_KEY": "qingstor-secret"}
+    return keys | {"QINGSTOR_URL": store.url, "DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: the disk
+# ---------------------------------------------------------------------------------------------
+
+WHOLE: dict[str, Any] = {"version": 1, "tasks": [], "letters": [], "orphans": [], "seen": {}}
+WHOLE |= {"midnight": "2026-01-01", "last": ""}
+TASK: dict[str, Any] = {
+    "id": "0123456789abcdef",
+    "lane": "images",
+    "user": "alice",
+    "items": ["nginx:1"],
+}
+TASK |= {"accepted": 1.0}
+
+
+def with_task(**changes: object) -> bytes:
+    return json.dumps(WHOLE | {"tasks": [TASK | changes]}).encode()
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut off": json.dumps(WHOLE).encode()[:50],
+    "zeros": bytes(4096),
+    "binary": bytes(range(256)) * 10,
+    "null": b"null",
+    "a list": b"[]",
+    "nested": b"[" * 100_000,
+    "tasks null": json.dumps(WHOLE | {"tasks": None}).encode(),
+    "seen odd": json.dumps(WHOLE | {"seen": {"1": 5}}).encode(),
+    "huge number": json.dumps(WHOLE | {"seen": {"1": [10**400, "x"]}}).encode(),
+    "unknown field": with_task(colour="red"),
+    "items text": with_task(items="nginx:1"),
+    "items numbers": with_task(items=[1]),
+    "no items": with_task(items=[]),
+    "no file items": with_task(lane="files", items=[]),
+    "odd upload": with_task(lane="files", items=["http://127.0.0.1/"], upload=[1]),
+    "no image": with_task(items=["rm -rf / \n# evil"]),
+    "unknown lane": with_task(lane="trains"),
+    "late odd": with_task(stage="late", items=[1], run_id=1),
+}
+
+
+@pytest.mark.usefixtures("told")  # the first test here: from now on the stories run beside it
+def test_a_whole_state_file_is_taken_up() -> None:
+    """What the damaged ones below are made of is in order: the request in it is done."""
+    world = quick().prepare()
+    with closing(world):
+        (world.service.state_dir / "wxsync.state").write_bytes(with_task())
+        world.service.start()
+        assert "✅" in world.hear("成功 1 / 1") and "damaged" not in world.service.log
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_state_file_is_set_aside(name: str) -> None:
+    """The service starts, says it loudly, keeps the file and images.txt, and does the next task."""
+    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID", "QINGSTOR_SECRET_ACCESS_KEY": "qingstor-secret"}
+    world = quick(**keys, QINGSTOR_URL=NOWHERE).prepare()
+    with closing(world):
+        folder = world.service.state_dir
+        (folder / "wxsync.state").write_bytes(DAMAGED[name])
+        (folder / "images.txt").write_text("redis:6\n")
+        world.service.start()
+        aside = [path for path in folder.iterdir() if "damaged" in path.name]
+        world.say("nginx:latest", "bob")
+        assert wait_until(lambda: finals(world, "bob"), 3), "the lane is stuck"
+        assert [path.read_bytes() for path in aside] == [DAMAGED[name]]
+        assert re.search(r"ERROR ❌ .*damaged", world.service.log)
+        assert (folder / "images.txt").read_text() == "redis:6\nnginx:latest\n"
+        assert is_calm(world.service.log)
+    COUNTS["damaged"] += 1
+
+
+def test_an_images_txt_of_foreign_bytes_is_kept() -> None:
+    """Somebody has put binary rubbish into the list: it is shown, kept and added to."""
+    with quick() as world:
+        images = world.service.state_dir / "images.txt"
+        images.write_bytes(b"\xff\xfe\x00rubbish\xed\xa0\x80")
+        assert "rubbish" in world.say("列表")
+        world.say("nginx:latest")
+        hear(world, "alice", "✅")
+        assert images.read_bytes() == b"\xff\xfe\x00rubbish\xed\xa0\x80\nnginx:latest\n"
+        assert is_calm(world.service.log)
+
+
+def test_an_images_txt_that_cannot_be_read_is_told() -> None:
+    """A folder of that name is in the way: one message says so, and /health still answers."""
+    with quick() as world:
+        (world.service.state_dir / "images.txt").mkdir()
+        world.say("nginx:latest")
+        assert "images.txt" in hear(world, "alice", "❌")
+        assert world.say("列表") and is_calm(world.service.log)
+
+
+@contextmanager
+def small_disk(kilobytes: int = 256) -> Iterator[Path]:
+    """Mount a file system of this size for a while; skip the test where that is not allowed."""
+    folder = Path(tempfile.mkdtemp(prefix="wxsync-disk-"))
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+    if (
+        not shutil.which("mount")
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
+        folder.rmdir()
+        pytest.skip("cannot mount a small file system here (needs root)")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        folder.rmdir()
+
+
+def fill(folder: Path) -> Path:
+    """Take the last byte of a file system; deleting the returned file gives it back."""
+    filler = folder / "filler"
+    with open(filler, "wb", 0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 512)
+    return filler
+
+
+@pytest.mark.parametrize("log_is_there_too", [False, True])
+def test_a_full_disk_is_told_and_nothing_is_accepted(log_is_there_too: bool) -> None:
+    """The refusal comes as the reply, even when the log cannot be written either."""
+    with small_disk() as disk:
+        world = quick(STATE_DIR=str(disk)).prepare()
+        with closing(world):
+            if log_is_there_too:
+                world.service.log_path = disk / "log"
+                world.service.log_path.touch()
+            world.service.start()
+            world.say("列表")
+            filler = fill(disk)
+            while log_is_there_too and disk_takes_log(world):
+                pass
+            assert "无法保存" in world.say("nginx:latest")
+            assert "无法保存" in world.say("redis:7")
+            assert world.service.health()["running"] == 0, "accepted all the same"
+            filler.unlink()
+            world.say("alpine:3", "bob")
+            world.hear("✅")
+            assert [d.inputs["images"] for d in world.github.dispatches] == ['["alpine:3"]']
+            assert saved(world)["tasks"] == []
+
+
+def disk_takes_log(world: World) -> bool:
+    """Let the service log something; tell whether the log has become longer."""
+    before = world.service.log_path.stat().st_size
+    with suppress(OSError, http.client.HTTPException):
+        world.client.post_text("alice", "x", timestamp=1)
+    return world.service.log_path.stat().st_size > before
+
+
+def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
+    """The folder becomes read-only under the running service."""
+    with small_disk() as disk, quick(STATE_DIR=str(disk)) as world:
+        subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
+            assert "无法保存" in world.say("nginx:latest")
+            assert world.service.health()["status"] == "degraded"
+            assert world.service.health()["running"] == 0
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+        world.say("redis:7")
+        world.hear("✅")
+        assert len(world.github.dispatches) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: midnight
+# ---------------------------------------------------------------------------------------------
+
+# Reads a moment a line, does midnight's work at it, prints what `keep_midnight` returned.
+MIDNIGHT = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import wxsync
+settings = wxsync.load_settings(os.environ)
+log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
+moment = [0.0]
+app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
+for line in sys.stdin:
+    moment[0] = float(line)
+    print(wxsync.keep_midnight(app), flush=True)
+"""
+
+
+class Nights:
+    """Midnight's work of one STATE_DIR at moments of the test's choice."""
+
+    def __init__(self, github: FakeGitHub, zone: str, folder: Path) -> None:
+        self.github, self.zone, self.folder = github, zone, folder
+        self.images = folder / "images.txt"
+        world = World(SCRIPT)
+        settings = world.defaults() | {"GITHUB_API_URL": github.url, "WECOM_API_URL": NOWHERE}
+        settings["STATE_DIR"] = str(folder)
+        self.environment = clean_environment(folder, settings) | {"TZ": zone}
+        self.log = folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-B", "-c", MIDNIGHT, str(SCRIPT.parent)],
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def restart(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.start()
+
+    def begin(self, moment: float) -> None:
+        """Start midnight's work and do not wait for it."""
+        assert self.process.stdin
+        print(moment, file=self.process.stdin, flush=True)
+
+    def end(self) -> float:
+        """Return the seconds that the work begun wants to wait."""
+        assert self.process.stdout
+        return float(self.process.stdout.readline())
+
+    def seconds(self, when: str, fold: int = 0) -> float:
+        """Return a local time in seconds since 1970."""
+        local = datetime.fromisoformat(when).replace(tzinfo=ZoneInfo(self.zone), fold=fold)
+        return local.timestamp()
+
+    def at(self, when: str, fold: int = 0) -> float:
+        """Do the work at a local time, return the seconds to wait."""
+        self.begin(self.seconds(when, fold))
+        return self.end()
+
+    def ask(self, *lines: str) -> None:
+        """Put lines on the list, as requests do."""
+        with open(self.images, "a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    @property
+    def pushed(self) -> list[str]:
+        """What each commit made of images.txt."""
+        return [commit.content.decode() for commit in self.github.commits]
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Iterator[Callable[[str], Nights]]:
+    with FakeGitHub() as github, ExitStack() as stack:
+
+        def begin(zone: str) -> Nights:
+            made = Nights(github, zone, tmp_path)
+            stack.callback(made.process.kill)
+            COUNTS["midnights"] += 1
+            return made
+
+        yield begin
+
+
+def test_the_first_start_empties_nothing(nights: Callable[[str], Nights]) -> None:
+    """A list that is there already is today's."""
+    berlin = nights("Europe/Berlin")
+    berlin.ask("nginx:1")
+    assert berlin.at("2026-05-05 12:00") == 60
+    assert (berlin.images.read_text(), berlin.pushed) == ("nginx:1\n", [])
+
+
+@pytest.mark.parametrize(
+    ("zone", "eve"),
+    [
+        ("Asia/Shanghai", "2026-05-05"),
+        ("Europe/Berlin", "2026-03-29"),  # has 23 hours
+        ("Europe/Berlin", "2026-10-25"),  # has 25
+        ("Africa/Cairo", "2026-04-23"),  # the next day begins at 01:00
+        ("Asia/Beirut", "2026-10-24"),  # 23:00 to 24:00 comes twice
+    ],
+)
+def test_midnight_comes_once_a_day(zone: str, eve: str, nights: Callable[[str], Nights]) -> None:
+    """Going where it sends us, from noon on: the list is emptied within a second of 00:00:00."""
+    place = nights(zone)
+    place.ask("nginx:1")
+    place.at(f"{eve} 00:30")
+    moment, last = place.seconds(f"{eve} 22:00"), 0.0
+    while not place.pushed:
+        last = moment
+        place.begin(moment)
+        wait = place.end()
+        assert wait > 0, "a busy loop"
+        moment += wait
+        assert moment < place.seconds(f"{eve} 22:00") + 5 * 3600, "no midnight"
+    local = [datetime.fromtimestamp(last - ago, ZoneInfo(zone)) for ago in (0, 1)]
+    assert local[0].date() > local[1].date() and str(local[1].date()) == eve
+    assert (place.images.read_text(), place.pushed) == ("", ["nginx:1\n"])
+
+
+def test_a_missed_midnight_is_made_up_for(nights: Callable[[str], Nights]) -> None:
+    """The service was down for days: at its next start the old list goes, once."""
+    berlin = nights("Europe/Berlin")
+    berlin.at("2026-05-05 12:00")
+    berlin.ask("nginx:1")
+    berlin.restart()
+    for _ in range(2):
+        berlin.at("2026-05-09 09:00")
+        assert (berlin.images.read_text(), berlin.pushed) == ("", ["nginx:1\n"])
+
+
+def test_github_is_down_at_midnight(nights: Callable[[str], Nights]) -> None:
+    """Nothing is emptied until the upload has succeeded; it is tried again in a while."""
+    berlin = nights("Europe/Berlin")
+    berlin.at("2026-05-05 12:00")
+    berlin.ask("nginx:1")
+    berlin.github.stop()
+    assert 60 <= berlin.at("2026-05-06 00:00") <= 3600
+    assert berlin.images.read_text() == "nginx:1\n"
+    berlin.github.start()
+    berlin.at("2026-05-06 00:10")
+    assert (berlin.images.read_text(), berlin.pushed) == ("", ["nginx:1\n"])
+
+
+def test_equal_content_gives_no_commit(nights: Callable[[str], Nights]) -> None:
+    """What GitHub has already is not pushed again, but the local list is emptied."""
+    berlin = nights("Europe/Berlin")
+    berlin.at("2026-05-05 12:00")
+    berlin.ask("nginx:1")
+    berlin.github.files["images.txt"] = b"nginx:1\n"
+    berlin.at("2026-05-06 00:00")
+    assert (berlin.images.read_text(), berlin.pushed) == ("", [])
+
+
+def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights]) -> None:
+    """The list grows while GitHub takes its time."""
+    berlin = nights("Europe/Berlin")
+    berlin.at("2026-05-05 12:00")
+    berlin.ask("nginx:1", "# 说明")
+    berlin.github.delay = 0.3
+    berlin.begin(berlin.seconds("2026-05-06 00:00"))
+    assert wait_until(lambda: berlin.github.calls_to("PUT"))
+    berlin.ask("redis:7")
+    berlin.end()
+    assert (berlin.images.read_text(), berlin.pushed) == ("redis:7\n", ["nginx:1\n# 说明\n"])
+
+
+def test_the_clock_jumps_a_year_ahead_and_back(nights: Callable[[str], Nights]) -> None:
+    """The days after the jump are days again."""
+    berlin = nights("Europe/Berlin")
+    berlin.at("2026-05-05 12:00")
+    berlin.at("2027-05-05 12:00")
+    berlin.at("2026-05-05 12:01")
+    berlin.ask("nginx:1")
+    berlin.at("2026-05-05 23:59:59")
+    assert berlin.images.read_text() == "nginx:1\n"
+    berlin.at("2026-05-06 00:00")
+    assert (berlin.images.read_text(), berlin.pushed[-1]) == ("", "nginx:1\n")
+
+
+def test_the_clock_jumps_a_day_ahead_and_back(nights: Callable[[str], Nights]) -> None:
+    """A small jump must not cost a midnight either."""
+    berlin = nights("Europe/Berlin")
+    berlin.at("2026-05-05 12:00")
+    berlin.at("2026-05-06 12:00")
+    berlin.at("2026-05-05 12:01")
+    berlin.ask("nginx:1")
+    berlin.at("2026-05-06 00:00")
+    assert berlin.images.read_text() == ""
+
+
+def test_the_clock_jumps_back(nights: Callable[[str], Nights]) -> None:
+    """The list of today stays while yesterday is lived again."""
+    berlin = nights("Europe/Berlin")
+    berlin.at("2026-05-06 00:05")
+    berlin.ask("nginx:1")
+    berlin.at("2026-05-05 23:50")
+    assert (berlin.images.read_text(), berlin.pushed) == ("nginx:1\n", [])
+
+
+@early
+def test_midnight_waits_for_the_request_that_runs() -> None:
+    """The day ends in the middle of a run: only after it the list is emptied."""
+    runner = gated()
+    east = 86400 - 60 - time.time() % 86400  # where it is 23:59 now
+    zone = f"TST-{int(east // 3600)}:{int(east // 60 % 60):02}:{int(east % 60):02}"
+    with quick(runner, TZ=zone) as world:
+        images = world.service.state_dir / "images.txt"
+        assert wait_until(lambda: (world.service.state_dir / "wxsync.state").exists())
+        world.say("nginx:1")
+        assert wait_until(lambda: world.github.runs)
+        (world.service.state_dir / "clock").write_text("120")
+        time.sleep(2)  # more than a look at the clock takes here
+        assert images.read_text() == "nginx:1\n" and len(world.github.commits) == 1
+        open_gate(runner)
+        world.hear("成功 1 / 1")
+        assert wait_until(lambda: images.read_text() == "")
+        assert len(world.github.commits) == 1, "equal content was committed"
+        count_requests(world, 1)
+    COUNTS["midnights"] += 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: the lock and the end
+# ---------------------------------------------------------------------------------------------
+
+
+def second(world: World) -> Service:
+    """Return another service on the same STATE_DIR, not started."""
+    settings = {k: v for k, v in world.service.settings.items() if k != "PORT"}
+    return Service(world.service.script, settings)
+
+
+def test_a_second_service_says_so_and_exits() -> None:
+    """One STATE_DIR has one owner; the lock dies with it, and no stale file is in the way."""
+    with World(SCRIPT) as world:
+        other = second(world)
+        got = other.command()
+        assert got.returncode == 1 and "另一个 wxsync" in got.stderr
+        world.service.kill()
+        assert (world.service.state_dir / "wxsync.lock").exists()
+        with other:
+            assert other.healthy()
+
+
+# What Windows has in place of fcntl, made of what Linux has in place of it.
+MSVCRT = """
+import os
+LK_NBLCK = 2
+def locking(fd, mode, count):
+    assert mode == LK_NBLCK and os.lseek(fd, 0, os.SEEK_CUR) == 0
+    os.lockf(fd, os.F_TLOCK, count)
+"""
+
+
+def test_the_lock_of_windows(tmp_path: Path) -> None:
+    """Without fcntl the lock is msvcrt's, and does the same."""
+    (tmp_path / "msvcrt.py").write_text(MSVCRT)
+    (tmp_path / "fcntl.py").write_text("raise ImportError")
+    (tmp_path / "windows.py").write_text(
+        f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(SCRIPT.parent)!r}]\n"
+        "import wxsync\nassert wxsync.fcntl is None\nsys.exit(wxsync.main())\n"
+    )
+    with World(tmp_path / "windows.py") as world:
+        got = second(world).command()
+        assert got.returncode == 1 and "另一个 wxsync" in got.stderr
+        world.service.restart()  # the lock died with its process
+        assert world.service.terminate()[0] == 0
+
+
+def test_sigterm_ends_it_within_2_seconds_while_everything_hangs() -> None:
+    """Exit 0, nothing lost: the next start does the rest."""
+    with quick() as world:
+        world.github.hang = world.wecom.hang = True
+        world.say("nginx:latest")
+        assert wait_until(lambda: world.github.calls)
+        code, seconds = world.service.terminate()
+        assert code == 0 and seconds < 2
+        world.github.hang = world.wecom.hang = False
+        world.service.start()
+        assert "✅" in world.hear("成功 1 / 1")
+        assert is_calm(world.service.log) and len(world.github.commits) == 1
+        count_requests(world, 1)
+
+
+@pytest.mark.parametrize("trouble", ["drip", "hang"])
+def test_sigterm_ends_it_within_2_seconds_in_a_download(trouble: str) -> None:
+    """A source that drips or hangs does not keep the process, and the file is fetched later."""
+    with Store() as store, Website() as site, quick(**file_settings(store)) as world:
+        site.fail("GET /a.bin", trouble)
+        world.say(f"{site.url}/a.bin")
+        assert wait_until(lambda: site.calls)
+        time.sleep(0.3)
+        code, seconds = world.service.terminate(5)
+        assert (code, seconds < 2) == (0, True), f"{code} after {seconds:.1f} s"
+        world.service.start()
+        assert "文件大小: 1000 字节" in world.hear("文件上传成功")
+
+
+def test_sigterm_in_an_upload_that_hangs() -> None:
+    """QingStor keeps silent while it ends."""
+    with Store() as store, Website() as site, quick(**file_settings(store)) as world:
+        store.hang = True
+        world.say(f"{site.url}/a.bin")
+        assert wait_until(lambda: store.calls)
+        code, seconds = world.service.terminate(5)
+        assert (code, seconds < 2) == (0, True), f"{code} after {seconds:.1f} s"
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: kill -9
+# ---------------------------------------------------------------------------------------------
+
+
+class Held(Peer):
+    """Does the work of one call, then keeps the answer back until the test is over."""
+
+    hold = ""  # words as in Fault
+
+    def handle(self, call: Call) -> Answer:
+        answer = super().handle(call)
+        if self.hold and Fault(self.hold, "").hits(call):
+            self.hold = ""
+            self.stopping.wait(20)
+        return answer
+
+
+class HeldGitHub(Held, FakeGitHub):
+    pass
+
+
+class HeldWeCom(Held, FakeWeCom):
+    pass
+
+
+KILLS = (  # who is asked, what, and whether the work is done when the service dies
+    ("github", "GET /contents/", "before"),
+    ("github", "PUT /contents/", "before"),
+    ("github", "PUT /contents/", "after"),
+    ("github", "POST /dispatches", "before"),
+    ("github", "POST /dispatches", "after"),
+    ("github", "GET /actions/runs/", "before"),
+    ("github", "GET /jobs", "after"),
+    ("wecom", "GET /gettoken", "before"),
+    ("wecom", "POST /message/send", "before"),
+    ("wecom", "POST /message/send", "after"),
+)
+
+
+def kill_at(who: str, where: str, when: str) -> World:
+    """Kill the service at this call of an image request, start it again, return the world."""
+    world = quick()
+    world.github, world.wecom = HeldGitHub(runner=PlayedRunner(0.01)), HeldWeCom()
+    world.prepare().service.start()
+    peer = world.github if who == "github" else world.wecom
+    if when == "after":
+        assert isinstance(peer, Held)
+        peer.hold = where
+    else:
+        peer.fail(where, "hang")
+    assert "共 1 个镜像" in world.say("nginx:latest")
+    assert wait_until(lambda: peer.calls_to(where))
+    if when == "after":
+        assert wait_until(lambda: isinstance(peer, Held) and not peer.hold)
+    world.service.restart()
+    return world
+
+
+def check_kill(step: tuple[str, str, str]) -> None:
+    world = kill_at(*step)
+    with closing(world):
+        assert wait_until(lambda: idle(world)), f"{step}: {saved(world)}"
+        assert len(finals(world, "alice")) == 1, f"{step}: {world.wecom.messages}"
+        assert "✅" in finals(world, "alice")[0]
+        assert len(world.github.commits) == 1, f"{step}: {world.github.commits}"
+        assert len(world.github.dispatches) == 1, f"{step}: {world.github.dispatches}"
+        assert is_calm(world.service.log) and not world.broken()
+        COUNTS["kill -9"] += 1
+        count_requests(world, 1)
+
+
+@early
+def test_killed_at_any_step_everything_happens_once() -> None:
+    """One commit, one run and one final message, wherever kill -9 interrupts a request."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(check_kill, KILLS))
+
+
+class HeldStore(Held, Store):
+    pass
+
+
+FILE_KILLS = (
+    ("site", "GET /a.bin", "before"),
+    ("store", "PUT /tmp/", "before"),
+    ("store", "PUT /tmp/", "after"),
+    ("wecom", "POST /message/send", "after"),
+)
+
+
+def check_file_kill(step: tuple[str, str, str]) -> None:
+    """Kill the service at this call of a file request, and see that the link comes once."""
+    who, where, when = step
+    with HeldStore() as store, Website() as site:
+        world = quick(**file_settings(store))
+        world.wecom = wecom = HeldWeCom()
+        with world:
+            peer = {"site": site, "store": store, "wecom": wecom}[who]
+            if isinstance(peer, Held) and when == "after":
+                peer.hold = where
+            else:
+                peer.fail(where, "hang")
+            assert "共 1 个文件" in world.say(f"{site.url}/a.bin")
+            assert wait_until(lambda: peer.calls_to(where)), step
+            assert wait_until(lambda: not isinstance(peer, Held) or not peer.hold)
+            world.service.restart()
+            world.hear("文件大小: 1000 字节")
+            assert wait_until(lambda: idle(world)) and len(world.wecom.messages) == 1, step
+            assert len(store.objects) == 1 and is_calm(world.service.log), step
+    COUNTS["kill -9"] += 1
+
+
+@early
+def test_killed_at_any_step_a_file_arrives_once() -> None:
+    """One object and one link, wherever kill -9 interrupts the transfer of a small file."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check_file_kill, FILE_KILLS))
+
+
+class Watcher:
+    """Reads the files of STATE_DIR all the time and notes whatever is not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.over, self.wrong = folder, threading.Event(), list[str]()
+        self.lines: list[str] = []
+        self.thread = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.002):
+            with suppress(FileNotFoundError):
+                self._look()
+                COUNTS["reads"] += 2
+
+    def _look(self) -> None:
+        text = (self.folder / "images.txt").read_text()
+        lines = text.splitlines()
+        if lines[: len(self.lines)] != self.lines or (text and not text.endswith("\n")):
+            self.wrong.append(f"images.txt: {text!r}")
+        self.lines = lines
+        data = (self.folder / "wxsync.state").read_bytes()
+        try:
+            json.loads(data)
+        except ValueError:
+            self.wrong.append(f"wxsync.state: {data!r}")
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+@early
+def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
+    """Each accepted request ends in one commit, one run, one message; files are always whole."""
+    seed, lives = secrets.randbits(32), 100 if LONG else 12
+    chance = random.Random(seed)
+    with quick(QUEUE_SIZE="1000") as world, Watcher(world.service.state_dir) as watcher:
+        for life in range(lives):
+            kill = threading.Timer(chance.uniform(0, 0.5), world.service.kill)
+            kill.start()
+            image, replies = f"app{life}:1", list[str]()
+            while len(replies) < 2:  # and once more, as WeCom does
+                try:
+                    reply = world.client.post_text(f"user{life}", image, msg_id=1000 + life)
+                    replies.append(reply.reply)
+                except (OSError, http.client.HTTPException):
+                    kill.join()
+                    world.service.start()
+            assert replies[0] == replies[1] and image in replies[0], f"seed {seed}"
+            kill.join()
+            if not world.service.alive():
+                world.service.start()
+        assert wait_until(lambda: idle(world), 20), f"seed {seed}: {saved(world)}"
+        commits = Counter(commit.message for commit in world.github.commits)
+        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
+        for life in range(lives):
+            assert len(finals(world, f"user{life}")) == 1, f"seed {seed} life {life}"
+            assert commits[f"wxsync: app{life}:1 [skip ci]"] == 1, f"seed {seed} life {life}"
+            assert runs[f'["app{life}:1"]'] == 1, f"seed {seed} life {life}"
+        assert not watcher.wrong and is_calm(world.service.log) and not world.broken()
+        count_requests(world, lives)
+    COUNTS["kill -9"] += lives
+
+
+def test_a_request_is_on_disk_before_it_is_answered() -> None:
+    """Right after the 200 the state file has the request."""
+    runner = gated()
+    with quick(runner, QUEUE_SIZE="20") as world:
+        for number in range(20):
+            world.say(f"app{number}:1")
+            assert f"app{number}:1" in [item for t in saved(world)["tasks"] for item in t["items"]]
+        world.service.kill()  # and so it survives
+        assert len(saved(world)["tasks"]) == 20
+        open_gate(runner)
+
+
+def test_the_queue_survives_kills_in_order() -> None:
+    """QUEUE_SIZE requests wait, each told its place; after kill -9 they run one by one."""
+    runner = gated()
+    with quick(runner, QUEUE_SIZE="3") as world:
+        assert "正在处理" in world.say("app0:1", "user0")
+        for place in (1, 2, 3):
+            reply = world.say(f"app{place}:1", f"user{place}")
+            assert f"已排队，前面还有 {place} 个" in reply and f"app{place}:1 →" in reply
+        assert "请稍后再试" in world.say("app4:1", "user4")
+        world.service.restart()
+        assert (world.service.health()["running"], world.service.health()["queued"]) == (1, 3)
+        assert "请稍后再试" in world.say("app5:1", "user5")
+        open_gate(runner)
+        assert wait_until(lambda: idle(world))
+        order = [dispatch.inputs["images"] for dispatch in world.github.dispatches]
+        assert order == [f'["app{number}:1"]' for number in range(4)]
+        assert [len(finals(world, f"user{number}")) for number in range(6)] == [1, 1, 1, 1, 0, 0]
+        count_requests(world, 4)
+    COUNTS["kill -9"] += 1
+
+
+@early
+def test_a_run_that_outlives_sync_timeout_is_told_after_a_restart() -> None:
+    """⏰ first, then the next request may start; the result follows although the service died."""
+    runner = gated()
+    with quick(runner, SYNC_TIMEOUT="1") as world:
+        world.say("nginx:latest")
+        early_word = world.hear("⏰")
+        assert "完成 0 / 1" in early_word and "/actions/runs/" in early_word
+        world.service.restart()
+        assert "正在处理" in world.say("redis:7", "bob")
+        open_gate(runner)
+        assert "✅" in hear(world, "alice", "成功 1 / 1")
+        assert "✅" in hear(world, "bob", "成功 1 / 1")
+        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 2
+        count_requests(world, 2)
+    COUNTS["kill -9"] += 1
+
+
+@pytest.mark.parametrize("text", ["nginx:latest", "Nginx:latest", "帮助", "nginx"])
+def test_repeats_get_the_same_reply_and_start_nothing(text: str) -> None:
+    """The same MsgId again, as XML or JSON, before and after kill -9."""
+    with quick() as world:
+        first = world.client.post_text("alice", text, msg_id=4711).reply
+        for fmt in ("xml", "json"):
+            assert world.client.post_text("alice", text, msg_id=4711, fmt=fmt).reply == first
+        world.service.restart()
+        for fmt in ("xml", "json"):
+            assert world.client.post_text("alice", text, msg_id=4711, fmt=fmt).reply == first
+        assert wait_until(lambda: text != "nginx:latest" or idle(world))
+        assert len(world.github.dispatches) == (text == "nginx:latest")
+        assert not world.wecom.duplicates
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: messages
+# ---------------------------------------------------------------------------------------------
+
+
+@early
+def test_messages_wait_for_wecom_in_order_and_not_too_fast() -> None:
+    """WeCom is away, the service dies meanwhile; all arrives later, in order, 30 a minute."""
+    with quick(QUEUE_SIZE="20") as world:
+        world.wecom.stop()
+        for number in range(4):
+            world.say(f"app{number}:1", "alice")
+        world.say("other:1", "bob")
+        assert wait_until(lambda: len(saved(world)["letters"]) == 5)
+        time.sleep(1.5)
+        assert world.service.health()["status"] == "degraded"
+        world.service.restart()
+        time.sleep(1)
+        world.wecom.start()
+        assert wait_until(lambda: idle(world), 30), saved(world)
+        texts = finals(world, "alice")
+        assert [re.findall(r"app\d", text)[-1] for text in texts] == [f"app{n}" for n in range(4)]
+        times = [message.time for message in world.wecom.messages if message.user == "alice"]
+        assert min(b - a for a, b in itertools.pairwise(times)) >= 2
+        assert len(finals(world, "bob")) == 1 and not world.wecom.dropped
+        assert world.service.health()["status"] == "ok"
+        count_requests(world, 5)
+
+
+@early
+def test_45009_is_waited_for() -> None:
+    """After "too frequent" the message is kept and WeCom is left alone for a minute."""
+    with World(SCRIPT) as world:
+        world.wecom.refuse(45009)
+        world.say("nginx:latest")
+        assert wait_until(lambda: "45009" in world.service.log, 20)
+        time.sleep(5)
+        assert len(world.wecom.calls_to("message/send")) == 1 and len(saved(world)["letters"]) == 1
+        world.service.restart()
+        world.hear("✅")
+        count_requests(world, 1)
+
+
+@pytest.mark.skipif(not LONG, reason="takes minutes: WXSYNC_FUZZ=long")
+def test_restarts_do_not_make_it_more_than_30_a_minute() -> None:
+    """WeCom drops what is over 30 a minute to one person: a crash loop must not lead there."""
+    with quick(QUEUE_SIZE="100") as world:
+        world.wecom.stop()
+        for number in range(45):
+            world.say(f"app{number}:1")
+        assert wait_until(lambda: len(saved(world)["letters"]) == 45, 60)
+        world.wecom.start()
+        for _ in range(40):
+            world.service.restart()
+            time.sleep(0.2)
+        assert wait_until(lambda: idle(world), 120)
+        assert not world.wecom.dropped
+
+
+@pytest.mark.skipif(not LONG, reason="takes half a minute: WXSYNC_FUZZ=long")
+def test_days_without_wecom_do_not_break_the_post() -> None:
+    """After more than a thousand tries the message is still there, and arrives."""
+    with quick(SCALE="0.00002") as world:
+        world.wecom.stop()
+        world.say("nginx:latest")
+        assert wait_until(lambda: world.service.log.count("秒后重试") > 1100, 60, 0.5)
+        world.wecom.start()
+        world.hear("✅")
+        assert is_calm(world.service.log)
+
+
+ODD_WECOM: dict[str, What] = {
+    "null": (200, {}, b"null"),
+    "list": (200, {}, b"[]"),
+    "text": (200, {}, b'"ok"'),
+    "nested": (200, {}, b"[" * 100_000),
+    "not JSON": (200, {}, b"<html>\xff</html>"),
+    "errcode text": (200, {}, b'{"errcode": "x"}'),
+    "errcode null": (200, {}, b'{"errcode": null}'),
+    "errcode list": (200, {}, b'{"errcode": []}'),
+    "errcode infinite": (200, {}, b'{"errcode": 1e999}'),
+    "errcode NaN": (200, {}, b'{"errcode": NaN}'),
+    "unknown errcode": (200, {}, b'{"errcode": 123456789, "errmsg": {}}'),
+    "500": (500, {}, b""),
+    "redirect": (302, {"Location": "http://evil.example/"}, b""),
+    "reset": "reset",
+    "lost": "lost",
+    "garbage": "garbage",
+    "short": "short",
+    "big": "big",
+}
+ODD_TOKENS = [
+    b"{}",
+    b'{"errcode": 0}',
+    b'{"access_token": 5}',
+    b'{"access_token": ""}',
+    b'{"access_token": "x y\\n\\ud800"}',
+    b'{"access_token": "x", "expires_in": "7200"}',
+    b'{"access_token": "x", "expires_in": null}',
+    b'{"access_token": "x", "expires_in": -5}',
+    b'{"access_token": "x", "expires_in": 1%s}' % (b"0" * 400),
+]
+
+
+@early
+def test_odd_answers_of_wecom_lose_no_message() -> None:
+    """Whatever is wrong with one answer, the message arrives in the end, once."""
+    with quick() as world:
+        for number, (name, what) in enumerate(ODD_WECOM.items()):
+            world.wecom.fail("POST message/send", what)
+            world.say(f"app{number}:1", f"user{number}")
+            assert wait_until(lambda: idle(world), 6), f"{name}: {world.service.log[-500:]}"
+            assert len(finals(world, f"user{number}")) == 1, name
+            assert is_calm(world.service.log), name
+        for number, body in enumerate(ODD_TOKENS):
+            world.wecom.fail("GET gettoken", (200, {}, body))
+            world.wecom.expire_tokens(40014)
+            world.say(f"site{number}:1", f"guest{number}")
+            assert wait_until(lambda: idle(world), 6), f"{body!r}: {world.service.log[-500:]}"
+            assert len(finals(world, f"guest{number}")) == 1, body
+            assert is_calm(world.service.log), body
+        assert not world.broken()
+        COUNTS["faults"] += len(ODD_WECOM) + len(ODD_TOKENS)
+        count_requests(world, len(ODD_WECOM) + len(ODD_TOKENS))
+
+
+class PickyWeCom(FakeWeCom):
+    """Does not like one of the members, for a reason that nobody has heard of."""
+
+    def handle(self, call: Call) -> Answer:
+        if b'"alice"' in call.body:
+            return Answer(200, b'{"errcode": 40003, "errmsg": "invalid UserID"}')
+        return super().handle(call)
+
+
+@early
+def test_one_person_wecom_refuses_does_not_keep_others_waiting() -> None:
+    """An errcode that concerns one person only is no reason for silence to everybody."""
+    world = quick()
+    world.wecom = PickyWeCom()
+    with world:
+        world.say("app1:1", "alice")
+        assert wait_until(lambda: world.wecom.calls_to("message/send"))
+        world.say("app2:1", "bob")
+        assert wait_until(lambda: finals(world, "bob"), 5), "bob hears nothing"
+
+
+# ---------------------------------------------------------------------------------------------
+# Nobody in: connections
+# ---------------------------------------------------------------------------------------------
+
+PREFIXES = (  # of requests that never end
+    b"",
+    b"G",
+    b"POST /wechat/callback HTTP/1.1\r\nHost: x\r\n",
+    b"POST /wechat/callback HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n<xml>",
+    b"POST /wechat/callback HTTP/1.1\r\nX: " + b"x" * 16000,
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Tell whether the other side has closed a connection."""
+    connection.setblocking(False)
+    try:
+        return not connection.recv(100)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+@early
+def test_500_connections_are_held_and_dropped_in_time() -> None:
+    """Silent, half-open and one-byte-a-second clients cost little, and /health still answers."""
+    with World(SCRIPT) as world, ExitStack() as stack:
+        before, begun, slowest = world.service.rss_bytes(), time.monotonic(), 0.0
+        address = ("127.0.0.1", world.service.port)
+        held = [stack.enter_context(socket.create_connection(address)) for _ in range(500)]
+        for number, connection in enumerate(held):
+            connection.sendall(PREFIXES[number % len(PREFIXES)])
+        while time.monotonic() < begun + 8:
+            for connection in held[::3]:
+                with suppress(OSError):
+                    connection.send(b"x")  # one byte a second
+            asked = time.monotonic()
+            assert world.service.healthy() and world.client.verify_url()[0] == 200
+            slowest = max(slowest, time.monotonic() - asked)
+            time.sleep(1)
+        grown = world.service.rss_bytes() - before
+        assert slowest < 1 and grown < 32 * 2**20
+        assert wait_until(lambda: all(map(is_closed, held)), 5, 0.2), "held for over 13 s"
+        assert is_calm(world.service.log)
+    COUNTS["held"] += len(held)
+
+
+def test_more_connections_than_it_holds_shut_nobody_out() -> None:
+    """With 1,500 connections the oldest go; /health and callbacks get in at once."""
+    with World(SCRIPT) as world, ExitStack() as stack:
+        address = ("127.0.0.1", world.service.port)
+        for _ in range(1500):
+            stack.enter_context(socket.create_connection(address))
+        asked = time.monotonic()
+        assert world.service.healthy() and world.say("帮助")
+        assert time.monotonic() - asked < 1 and is_calm(world.service.log)
+
+
+def raw(world: World, data: bytes, half_close: bool = False) -> bytes:
+    """Send bytes, return all that comes back until the other side closes or is silent."""
+    with socket.create_connection(("127.0.0.1", world.service.port), 2) as connection:
+        got = b""
+        with suppress(OSError):
+            connection.sendall(data)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+        with suppress(OSError):
+            while piece := connection.recv(65536):
+                got += piece
+        return got
+
+
+def head(length: object, *more: str) -> bytes:
+    """Return the head of a POST to the callback, without a length if that is None."""
+    lines = ["POST /wechat/callback HTTP/1.1", "Host: x", "Connection: close", *more]
+    lines += [] if length is None else [f"Content-Length: {length}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+MALFORMED = {
+    "oversized": (head(65537), 413),
+    "far oversized": (head(10**15), 413),
+    "chunked": (head(None, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
+    "chunked and a length": (head(5, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
+    "no length": (head(None), 411),
+    "two lengths": (head(5, "Content-Length: 6") + b"<xml>", 400),
+    "two equal lengths": (head(5, "Content-Length: 5") + b"<xml>", 400),
+    "negative length": (head(-5), 400),
+    "signed length": (head("+5"), 400),
+    "odd length": (head("5 5"), 400),
+    "full-width length": (head("５"), 400),
+    "endless header": (b"GET /health HTTP/1.1\r\nX: " + b"x" * 20000, 400),
+    "200 headers": (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 400),
+    "no HTTP": (b"hello\r\n\r\n", 400),
+    "HTTP/9": (b"GET /health HTTP/9.9\r\n\r\n", 400),
+    "other path": (b"GET /wechat/callback/ HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
+    "other method": (b"PUT /wechat/callback HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
+    "no query": (head(5) + b"<xml>", 400),
+    "no XML": (head(8) + b"\xff\xfe\x00<xml>", 400),
+    "entities": (head(30) + b'<!DOCTYPE x [<!ENTITY a "aaa">', 400),
+}
+
+
+def test_malformed_requests_are_refused_with_the_right_status() -> None:
+    """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500."""
+    with World(SCRIPT) as world:
+        for name, (data, status) in MALFORMED.items():
+            got = raw(world, data)
+            assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
+            assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
+        assert is_calm(world.service.log) and world.service.healthy()
+
+
+def test_a_client_that_sends_a_large_body_reads_its_413() -> None:
+    """The refusal arrives although the client sends all of its body before it reads."""
+    with World(SCRIPT) as world:
+        for size in (65_537, 1_000_000, 10_000_000) * 5:
+            got = http_request("POST", world.service.callback_url, b"x" * size)
+            assert (got.status, got.body) == (413, b"")
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    """Requests that come in one piece, or cut anywhere, get their answers in order."""
+    with World(SCRIPT) as world:
+        one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+        last = one % (b"health", b"Connection: close\r\n")
+        got = raw(world, one % (b"health", b"") + one % (b"none", b"") + last)
+        assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
+        with socket.create_connection(("127.0.0.1", world.service.port), 5) as connection:
+            for byte in last:
+                connection.send(bytes([byte]))
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_may_ask_before_it_sends_the_body() -> None:
+    """Expect: 100-continue, as curl says it."""
+    with World(SCRIPT) as world:
+        address = ("127.0.0.1", world.service.port)
+        with socket.create_connection(address, 5) as connection:
+            connection.sendall(head(5, "Expect: 100-continue"))
+            assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+            connection.sendall(b"<xml>")
+            assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_client_that_never_reads_costs_nothing() -> None:
+    """Endless pipelined requests whose answers nobody reads do not fill the memory."""
+    with World(SCRIPT) as world:
+        before, end = world.service.rss_bytes(), time.monotonic() + 2
+        with socket.create_connection(("127.0.0.1", world.service.port)) as connection:
+            connection.setblocking(False)
+            with suppress(ConnectionError):
+                while time.monotonic() < end:
+                    with suppress(BlockingIOError):
+                        connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
+        assert world.service.healthy()
+        assert world.service.rss_bytes() - before < 16 * 2**20
+
+
+# ---------------------------------------------------------------------------------------------
+# Nobody in: callbacks
+# ---------------------------------------------------------------------------------------------
+
+
+def test_forged_and_stale_callbacks_are_403_with_an_empty_body() -> None:
+    """A wrong signature, another company, an old or a future time stamp."""
+    with World(SCRIPT, settings={"CALLBACK_MAX_AGE": "600"}) as world:
+        client, fields = world.client, world.client.text_fields("alice", "nginx:1")
+        right = client.build(fields)
+        other = WeComClient("AnotherToken", world.aes_key, client.corp_id, 1, client.callback_url)
+        alien = WeComClient(world.token, world.aes_key, "wwALIEN", 1, client.callback_url)
+        for post in (
+            Post(right.query | {"msg_signature": "0" * 40}, right.body, {}),
+            Post(right.query | {"nonce": "1"}, right.body, {}),
+            other.build(fields),
+            alien.build(fields),
+            client.build(fields, timestamp=int(time.time()) - 610),
+            client.build(fields, timestamp=int(time.time()) + 610),
+        ):
+            got = http_request("POST", f"{client.callback_url}?{urlencode(post.query)}", post.body)
+            assert (got.status, got.body) == (403, b"")
+        time.sleep(0.3)
+        assert world.service.health()["running"] == 0 and not world.github.calls
+
+
+def test_a_replayed_callback_starts_nothing() -> None:
+    """The same bytes again and again, also after a restart."""
+    with quick() as world:
+        post = world.client.build(world.client.text_fields("alice", "nginx:1"))
+        first = world.client.post(post).reply
+        assert [world.client.post(post).reply for _ in range(5)] == [first] * 5
+        world.service.restart()
+        assert world.client.post(post).reply == first
+        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
+
+
+def test_the_verification_does_not_decrypt_messages() -> None:
+    """Who has recorded a message cannot have it read aloud by sending it as an echostr."""
+    with World(SCRIPT) as world:
+        client = world.client
+        encrypted = client.encrypt(json.dumps(client.text_fields("alice", "something private")))
+        query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
+        got = http_request("GET", f"{client.callback_url}?{query}")
+        assert b"private" not in got.body and got.status in (400, 403)
+
+
+def test_our_own_reply_is_no_message() -> None:
+    """A recorded passive reply, posted back, is not taken for something that a user typed."""
+    with World(SCRIPT) as world:
+        outer = wxsync.read_fields(world.client.post_text("alice", "状态").raw)[0]
+        query = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
+        body = wxsync.write_xml({"Encrypt": outer["encrypt"]}).encode()
+        assert world.client.post_raw(body, query | {"nonce": outer["nonce"]}).reply == ""
+
+
+def test_a_sender_is_one_person() -> None:
+    """What message/send would take for several people, or all, is no sender."""
+    with World(SCRIPT) as world:
+        for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
+            post = world.client.build(world.client.text_fields(sender, "nginx:1"), "json")
+            assert world.client.post(post).status == 400, sender
+        assert world.service.health()["running"] == 0
+
+
+@early
+def test_a_replay_is_known_after_a_thousand_other_messages() -> None:
+    """A busy day does not make an old message new again while its time stamp is valid."""
+    with quick(CALLBACK_MAX_AGE="600") as world:
+        post = world.client.build(world.client.text_fields("alice", "nginx:1"))
+        first = world.client.post(post).reply
+        for _ in range(1100):
+            world.say("帮助", "bob")
+        assert world.client.post(post).reply == first
+        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
+
+
+def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
+    """ALLOWED_USERS, whatever the stranger types; case does not matter to WeCom."""
+    with quick(ALLOWED_USERS="Alice, bob") as world:
+        for text in ("nginx:1", "https://example.com/a", "状态", "列表", "你好"):
+            assert "没有使用权限" in world.say(text, "mallory")
+        assert "没有使用权限" in world.say("nginx:1", "alice2")
+        time.sleep(0.3)
+        assert not world.github.calls and not world.wecom.calls
+        assert not (world.service.state_dir / "images.txt").exists()
+        assert "正在处理" in world.say("nginx:1", "aLICE")
+
+
+def surrogate_message(client: WeComClient, **fields: object) -> Post:
+    """Return a JSON message; json.dumps writes lone surrogates as the escapes that JSON allows."""
+    encrypted = client.encrypt(json.dumps(client.text_fields("alice", "nginx:1") | fields))
+    return Post(client.signed(encrypted), json.dumps({"encrypt": encrypted}).encode(), {})
+
+
+@pytest.mark.parametrize("name", ["MsgId", "Content", "FromUserName"])
+def test_half_characters_in_json_do_no_harm(name: str) -> None:
+    """A lone surrogate is no text: it must neither show a bug nor poison the state."""
+    with quick() as world:
+        value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
+        assert world.client.post(surrogate_message(world.client, **{name: value})).status in (
+            200,
+            400,
+        )
+        assert "正在处理" in world.say("redis:7", "bob")
+        assert is_calm(world.service.log)
+
+
+def test_one_message_does_not_bring_dozens_of_messages() -> None:
+    """What is offered as the likely correction is cut like everything else."""
+    with quick() as world:
+        world.say("a:1 " * 10_000)
+        state = world.service.state_dir / "wxsync.state"
+        assert not state.exists() or len(saved(world)["letters"]) <= 10
+
+
+PIECES = b"]]> <![CDATA[ &#0; &amp; \0 \xff\xfe \\ud800 -1 1e999 null [[[[ </xml> <Encrypt>".split()
+PIECES += b'" => @sha256: --platform= http://[ nginx:1 % + = \xed\xa0\x80 MsgId {"a":'.split()
+PIECES += [b"<!DOCTYPE x>", "，".encode(), "→".encode(), b"\r\n\r\n"]
+PIECES += [b"9" * 5000, b"a" * 3000, b"<a>" * 3000]
+
+
+def mutate(data: bytes, chance: random.Random) -> bytes:
+    """Change bytes in one to four places."""
+    changed = bytearray(data)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(changed) + 1)
+        to = min(len(changed), at + chance.choice((0, 1, 1, 4, 40)))
+        new = chance.choice((b"", bytes([chance.randrange(256)]), chance.choice(PIECES)))
+        changed[at:to] = new if chance.random() < 0.9 else bytes(changed[: chance.randrange(200)])
+    return bytes(changed)
+
+
+class Fuzzer:
+    """Posts callbacks that are nearly right, on one connection, and counts the answers."""
+
+    KINDS = ("message", "padding", "cipher", "envelope", "query")
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.client, self.port, self.seed = world.client, world.service.port, seed
+        self.chance = random.Random(seed)
+        self.statuses: Counter[int] = Counter()
+
+    def encrypt(self, plain: bytes) -> bytes:
+        cipher = AES.new(self.client.key, AES.MODE_CBC, self.client.key[:16])
+        return base64.b64encode(cipher.encrypt(plain))
+
+    def callback(self) -> tuple[str, bytes]:
+        """Return query and body of a callback that was mutated at one stage of its making."""
+        chance, kind, as_json = self.chance, self.chance.choice(self.KINDS), self.chance.random()
+        text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
+        fields = self.client.text_fields("alice", text, chance.getrandbits(60))
+        inner = json.dumps(fields).encode()
+        if as_json < 0.5:
+            rows = (f"<{name}><![CDATA[{value}]]></{name}>" for name, value in fields.items())
+            inner = f"<xml>{''.join(rows)}</xml>".encode()
+        inner = mutate(inner, chance) if kind == "message" else inner
+        plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + self.client.corp_id.encode()
+        pad = 32 - len(plain) % 32
+        plain += bytes([pad]) * pad
+        plain = mutate(plain, chance) if kind == "padding" else plain
+        if kind == "padding" and chance.random() < 0.5:
+            plain += b"\x01" * (-len(plain) % 32)
+        encrypted = self.encrypt(plain + b"\0" * (-len(plain) % 16))
+        encrypted = mutate(encrypted, chance) if kind == "cipher" else encrypted
+        query = self.client.signed(encrypted.decode("latin-1"))
+        body = b"<xml><Encrypt><![CDATA[" + encrypted + b"]]></Encrypt></xml>"
+        if chance.random() < 0.5:
+            body = b'{"encrypt": "' + encrypted + b'"}'
+        body = mutate(body, chance) if kind == "envelope" else body
+        asked = urlencode(query)
+        if kind == "query":
+            asked = quote(mutate(asked.encode(), chance), safe="=&%+")
+        return asked, body
+
+    def run(self, count: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        for _ in range(count):
+            query, body = self.callback()
+            connection.request("POST", f"/wechat/callback?{query}", body)
+            response = connection.getresponse()
+            answer = response.read()
+            self.statuses[response.status] += 1
+            assert response.status in (200, 400, 403, 413), f"seed {self.seed} {response.status}"
+            assert response.status == 200 or not answer
+        connection.close()
+
+
+@early
+def test_10_000_mutated_callbacks_show_no_bug() -> None:
+    """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
+    total = 200_000 if LONG else 10_000
+    runner = gated()
+    with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
+        world.say("nginx:1")
+        assert wait_until(lambda: world.github.runs)
+        threads, memory = world.service.threads(), world.service.rss_bytes()
+        fuzzers = [Fuzzer(world, secrets.randbits(32)) for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda fuzzer: fuzzer.run(total // 2), fuzzers))
+        seeds = [fuzzer.seed for fuzzer in fuzzers]
+        statuses = sum((fuzzer.statuses for fuzzer in fuzzers), Counter[int]())
+        assert is_calm(world.service.log), f"seeds {seeds}"
+        assert min(statuses[200], statuses[400], statuses[403]) > total // 100, statuses
+        assert wait_until(lambda: world.service.threads() == threads, 5), "threads left"
+        assert world.service.rss_bytes() - memory < 64 * 2**20
+        open_gate(runner)
+        assert world.say("帮助") and world.service.healthy()
+        COUNTS["fuzzed"] += total
+
+
+def test_mutated_requests_show_no_bug() -> None:
+    """The same below HTTP: broken request lines, heads and lengths on raw connections."""
+    chance = random.Random(seed := secrets.randbits(32))
+    count = 20_000 if LONG else 500
+    with World(SCRIPT) as world:
+        for _ in range(count):
+            data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
+            got = raw(world, data, half_close=True)
+            assert b" 500 " not in got, f"seed {seed}: {data!r}"
+        assert is_calm(world.service.log) and world.service.healthy()
+    COUNTS["raw"] += count
+
+
+# ---------------------------------------------------------------------------------------------
+# Nobody in: secrets and the log
+# ---------------------------------------------------------------------------------------------
+
+
+class ForwardProxy(Peer):
+    """An http proxy that wants a password and passes plain http on."""
+
+    login = base64.b64encode("robot:p@ss/Wörd-123456".encode()).decode()
+    url_login = "robot:p%40ss%2FW%C3%B6rd-123456"
+
+    def handle(self, call: Call) -> Answer:
+        if call.headers.get("proxy-authorization") != f"Basic {self.login}":
+            return Answer(407)
+        kept = {n: v for n, v in call.headers.items() if n not in ("proxy-authorization",)}
+        url = f"http://{call.headers['host']}{call.target}"
+        if call.path == "/generate_204":
+            return Answer(204)
+        got = http_request(call.method, url, call.body or None, kept)
+        dropped = ("content-length", "connection", "date", "server")
+        return Answer(
+            got.status, got.body, {n: v for n, v in got.headers.items() if n not in dropped}
+        )
+
+
+def forms(secret: str) -> set[str]:
+    """Return how a secret may look when it leaks."""
+    data = secret.encode()
+    coded = {base64.b64encode(data).decode().rstrip("="), base64.urlsafe_b64encode(data).decode()}
+    return {secret, quote(secret), quote(secret, safe=""), data.hex(), repr(secret)[1:-1], *coded}
+
+
+def written(world: World) -> Iterator[tuple[str, str]]:
+    """Yield everything that the service has written or shows, with where it was found."""
+    yield "the log", world.service.log
+    for path in world.service.state_dir.iterdir():
+        with suppress(FileNotFoundError):  # a temporary file, renamed meanwhile
+            yield path.name, path.read_text(errors="replace")
+    for message in world.wecom.messages + world.wecom.duplicates:
+        yield "a message", message.text
+    for commit in world.github.commits:
+        yield "a commit", commit.message + commit.content.decode()
+    for dispatch in world.github.dispatches:
+        yield "a dispatch", json.dumps(dispatch.inputs)
+    yield "/health", json.dumps(world.service.health())
+    yield "the arguments", Path(f"/proc/{world.service.pid}/cmdline").read_text()
+
+
+def search(world: World, more: Mapping[str, str], hidden: list[str]) -> None:
+    """Assert that no secret is in what was written, in no form."""
+    hidden = [*hidden, *world.secret_values()]
+    for where, text in [*written(world), *more.items()]:
+        COUNTS["searched"] += 1
+        assert not re.search(r"access_token=|corpsecret=|Bearer ", text), f"a query is in {where}"
+        for secret in hidden:
+            leaked = [form for form in forms(secret) if form in text]
+            assert not leaked, (
+                f"{leaked} is in {where}: …{text[max(0, text.find(leaked[0]) - 80) :][:200]}"
+            )
+
+
+@early
+def test_no_secret_is_written_in_any_story() -> None:
+    """Success and failures of all kinds at DEBUG, through a proxy with a password."""
+    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID-123", "QINGSTOR_SECRET_ACCESS_KEY": "q/ng+st0r-secret"}
+    with ForwardProxy() as proxy:
+        address = f"http://{proxy.url_login}@{proxy.host}"
+        settings = {"PROXY_URL": address, "PROXY_TEST_URL": f"{proxy.url}/generate_204"}
+        settings |= {"QINGSTOR_URL": NOWHERE, "DOCKER_REGISTRY": "127.0.0.1:9"}
+        with quick(**settings, **keys, NO_PROXY_DOMAINS="qingstor.com") as world:
+            wecom, github = world.wecom, world.github
+            assert wait_until(lambda: world.service.health()["proxy"] == "up")
+            faults: tuple[What, ...] = ("short", "reset", "garbage", "lost", (500, {}, b"no"))
+            for what in (*faults, (200, {}, b"[]")):
+                wecom.fail("POST message/send", what)
+                github.fail("PUT", what)
+                COUNTS["faults"] += 2
+            wecom.fail("GET gettoken", "reset")
+            wecom.refuse(60020, "not allow to access from your ip, from ip: 203.0.113.7")
+            for number, user in enumerate(("alice", "bob", "carol")):
+                world.say(f"app{number}:1", user)
+            assert wait_until(lambda: len(wecom.calls_to("message/send")) >= 3)
+            wecom.expire_tokens(40014)
+            github.fail("GET /contents", (401, {}, b'{"message": "Bad credentials"}'))
+            github.fail("GET /contents", (302, {"Location": "http://evil.example/x"}, b""))
+            for number, user in enumerate(("dave", "erin", "frank")):
+                world.say(f"site{number}:1", user)
+            world.say("https://127.0.0.1/x", "grace")
+            world.say("状态", "heidi")
+            world.client.post_text("mallory", "x", timestamp=1)
+            proxy.stop()
+            world.say("late:1", "ivan")
+            assert wait_until(lambda: finals(world, "ivan"), 20)
+            outputs = [world.service.command(*words) for words in (("check",), ("send", "状态"))]
+            more = {"check or send": "".join(got.stdout + got.stderr for got in outputs)}
+            search(world, more, [*keys.values(), "p@ss/Wörd-123456", "p%40ss%2FW%C3%B6rd-123456"])
+            search(world, {}, [proxy.login])
+            assert is_calm(world.service.log)
+
+
+def test_no_secret_is_written_when_it_is_wrong() -> None:
+    """Both tokens are refused: the words for it do not repeat them."""
+    wrong = {"SECRET": "wrong-secret/value+1", "GITHUB_TOKEN": "ghp_wrong0token0value"}
+    with quick(**wrong, DOCKER_REGISTRY="127.0.0.1:9") as world:
+        world.say("nginx:1")
+        assert wait_until(lambda: "40001" in world.service.log)
+        got = world.service.command("check")
+        assert got.returncode == 1
+        search(world, {"check": got.stdout + got.stderr}, list(wrong.values()))
+
+
+def test_github_cannot_make_us_tell_the_token() -> None:
+    """An error message that repeats our token is not passed on to the chat."""
+    with quick() as world:
+        body = json.dumps({"message": f"bad token {world.github.token}"}).encode()
+        world.github.fail("POST /dispatches", (422, {}, body))
+        world.say("nginx:1")
+        world.hear("❌")
+        search(world, {}, [])
+
+
+EVIL = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+
+
+def test_users_cannot_forge_log_lines() -> None:
+    """Newlines, escapes and direction marks in what users type stay inside their line."""
+    with quick() as world:
+        forged = "2026-01-01 00:00:00 ERROR forged"
+        for evil in EVIL:
+            for text in (
+                f"nginx:1{evil}{forged}",
+                f"https://example.com/{evil}{forged}",
+                evil + forged,
+            ):
+                fields = world.client.text_fields("alice", text)
+                world.client.post(world.client.build(fields, "json"))
+            with suppress(ValueError):
+                post = world.client.build(fields | {"FromUserName": f"al{evil}{forged}"}, "json")
+                world.client.post(post)
+            name = f"wxsync: failed error {evil}{forged}"
+            world.github.runner = PlayedRunner(0.0, {"nginx:2": name})
+            world.say("nginx:2", "bob")
+        assert wait_until(lambda: idle_lanes(world))
+        log = world.service.log
+        assert log.splitlines() == log.split("\n")[:-1]
+        for line in log.splitlines():
+            assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
+            assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
+        assert is_calm(log)
+
+
+def idle_lanes(world: World) -> bool:
+    return not saved(world)["tasks"]
+
+
+# ---------------------------------------------------------------------------------------------
+# Nobody in: GitHub's answers
+# ---------------------------------------------------------------------------------------------
+
+JOB = {"name": "IMAGE", "status": "completed", "conclusion": "success"}
+ODD_JOBS = {"sha": "a", "content": {}, "status": "completed", "workflow_run_id": -1}
+ODD_JOBS |= {"jobs": [5, None, {"name": []}, JOB | {"steps": 5}]}
+ODD_STEPS = {"sha": "a", "status": "completed", "workflow_run_id": True}
+ODD_STEPS |= {"jobs": [JOB | {"conclusion": {}, "steps": [5, {"name": {}, "conclusion": []}]}]}
+WRONG_TYPES = {"sha": 5, "content": [], "status": {}, "jobs": {}, "workflow_run_id": "1"}
+
+ODD: dict[str, What] = {
+    "null": (200, {}, b"null"),
+    "list": (200, {}, b"[1, [2]]"),
+    "number": (200, {}, b"5"),
+    "text": (200, {}, b'"sha"'),
+    "empty": (200, {}, b""),
+    "204": (204, {}, b""),
+    "nested": (200, {}, b"[" * 100_000),
+    "not JSON": (200, {}, b"<html>\xff\xfe</html>"),
+    "wrong types": (200, {}, json.dumps(WRONG_TYPES).encode()),
+    "odd jobs": (200, {}, json.dumps(ODD_JOBS).encode()),
+    "odd steps": (200, {}, json.dumps(ODD_STEPS).encode()),
+    "infinity": (200, {}, b'{"sha": Infinity, "workflow_run_id": 1e999, "status": NaN}'),
+    "500": (500, {}, b"oops"),
+    "status 999": (999, {}, b"{}"),
+    "redirect to itself": (302, {"Location": "/"}, b""),
+    "redirect nowhere": (307, {}, b""),
+    "redirect to another host": (301, {"Location": "http://evil.example/"}, b""),
+    "odd redirect": (302, {"Location": "http://[::1"}, b""),
+    "odd message": (422, {}, b'{"message": {"a": [1]}}'),
+    "reset": "reset",
+    "lost": "lost",
+    "garbage": "garbage",
+    "short": "short",
+    "big": "big",
+}
+CALLS = {  # how often in a row: what is polled may fail for a while
+    "GET /contents/": 6,
+    "PUT /contents/": 6,
+    "POST /dispatches": 3,
+    "GET /actions/runs/": 2,
+    "GET /jobs": 2,
+}
+
+
+def ask_oddly(world: World, where: str, name: str) -> str:
+    """Send one request while a call is answered oddly; return what is wrong with the outcome."""
+    number = world.service.log.count("accepted=")
+    image, user = f"app{number}:1", f"user{number}"
+    what = ODD[name]
+    if not isinstance(what, str):
+        what = (what[0], what[1], what[2].replace(b"IMAGE", image.encode()))
+    times = 1 if name == "lost" else CALLS[where]
+    world.github.fail(where, what, times)
+    COUNTS["faults"] += times
+    world.say(image, user)
+    wait_until(lambda: idle(world), 6)
+    world.github.faults.clear()
+    heard = world.wecom.messages_for(user)
+    wait_until(lambda: idle(world), 6)
+    said = finals(world, user)
+    if len(heard) != 1 or len(said) != 1 or said[0][0] not in "✅❌":
+        return f"{where} {name}: {heard}"
+    if wxsync.INTERNAL_ERROR in said[0]:
+        return f"{where} {name}: no clear message: {said[0]!r}"
+    return ""
+
+
+def still_works(world: World) -> bool:
+    """Tell whether an ordinary request ends well."""
+    world.say("nginx:latest", "zoe")
+    return wait_until(lambda: finals(world, "zoe"), 6) and "✅" in finals(world, "zoe")[0]
+
+
+def odd_answers(where: str) -> list[str]:
+    """Try every odd answer at one call, in a fresh world after one that did harm."""
+    wrong: list[str] = []
+    names = list(ODD)
+    while names:
+        with quick(PlayedRunner(0.0)) as world:
+            while names:
+                trouble = ask_oddly(world, where, names.pop(0))
+                if trouble:
+                    wrong.append(trouble)
+                    break
+            else:
+                wrong += [] if is_calm(world.service.log) else [f"{where}: a traceback"]
+                wrong += [] if still_works(world) else [f"{where}: the lane is stuck"]
+            count_requests(world, world.service.log.count("accepted="))
+    return wrong
+
+
+@early
+def test_odd_answers_of_github_give_one_message_each() -> None:
+    """Whatever GitHub says, each request ends in one clear message and the lane goes on."""
+    with ThreadPoolExecutor(2) as pool:
+        wrong = [problem for found in pool.map(odd_answers, CALLS) for problem in found]
+    assert not wrong, "\n".join(wrong)
+
+
+@early
+def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
+    """Among the runs that are watched after SYNC_TIMEOUT one gets an odd answer."""
+    runner = gated()
+    with quick(runner, SYNC_TIMEOUT="1") as world:
+        for user in ("alice", "bob"):
+            world.say(f"{user}:1", user)
+            hear(world, user, "⏰")
+        job = b'{"name": "alice:1", "status": "completed", "conclusion": "success", "steps": 5}'
+        world.github.fail("GET /jobs", (200, {}, b'{"jobs": [%s]}' % job), 50)
+        open_gate(runner)
+        time.sleep(1)
+        world.github.faults.clear()
+        for user in ("alice", "bob"):
+            hear(world, user, "成功 ")
+        assert is_calm(world.service.log)
+        count_requests(world, 2)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Retry-After": "9" * 400},
+        {"Retry-After": "99999999"},
+        {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "253402300799"},
+        {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 400},
+    ],
+)
+def test_a_rate_limit_of_centuries_is_not_believed(headers: dict[str, str]) -> None:
+    """GitHub counts by the hour: nothing it says keeps us from asking again after that."""
+    with quick() as world:
+        world.github.fail("GET /contents", (429, headers, b"{}"))
+        for number in range(2):
+            world.say(f"app{number}:1", f"user{number}")
+            text = hear(world, f"user{number}", "成功 ")
+            assert all(int(minutes) <= 61 for minutes in re.findall(r"(\d+) 分钟", text)), text
+            assert wxsync.INTERNAL_ERROR not in text
+        assert is_calm(world.service.log)
+        COUNTS["faults"] += 1
+
+
+class Garbling(FakeGitHub):
+    """Starts each run, but says it unintelligibly."""
+
+    said = b""
+
+    def handle(self, call: Call) -> Answer:
+        answer = super().handle(call)
+        return Answer(200, self.said) if call.path.endswith("/dispatches") else answer
+
+
+@pytest.mark.parametrize("said", [b"", b"{}", b"[]", b"<html>", b'{"workflow_run_id": "7"}'])
+def test_a_run_whose_start_is_said_unintelligibly_is_found(said: bytes) -> None:
+    """A garbled answer is as good as a lost one: the run is looked for, not called a failure."""
+    world = quick()
+    world.github = github = Garbling(runner=PlayedRunner(0.01))
+    github.said = said
+    with world:
+        world.say("nginx:1")
+        assert "✅" in hear(world, "alice", "成功 ")
+        assert len(github.dispatches) == 1 and is_calm(world.service.log)
+        COUNTS["faults"] += 1
+        count_requests(world, 1)
+
+
+@early
+def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
+    """The clock is set in the middle of a run: its result is told all the same, and only that."""
+    jump_in_a_run(-30)
+    jump_in_a_run(7)
+
+
+def jump_in_a_run(hours: int) -> None:
+    runner = gated()
+    with quick(runner) as world:
+        world.say("nginx:1")
+        assert wait_until(lambda: world.github.runs)
+        (world.service.state_dir / "clock").write_text(str(hours * 3600))
+        time.sleep(0.5)
+        open_gate(runner)
+        hear(world, "alice", "✅")
+        assert wait_until(lambda: idle(world))
+        assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
+        count_requests(world, 1)
+
+
+def hang_once(where: str) -> None:
+    """Let one call hang: after its deadline it is tried again, or the run is looked for."""
+    with quick() as world:
+        what = "drip" if where.startswith("GET /jobs") else "hang"
+        world.github.fail(where, what)
+        begun = time.monotonic()
+        world.say("nginx:1")
+        assert "✅" in world.hear("成功 1 / 1", 35), where
+        assert time.monotonic() - begun > 5
+        assert len(world.github.dispatches) == len(world.github.commits) == 1
+        assert is_calm(world.service.log)
+        COUNTS["faults"] += 1
+        count_requests(world, 1)
+
+
+@early
+def test_calls_that_hang_have_a_deadline() -> None:
+    """GitHub never answers one call, or for ever a byte at a time."""
+    with ThreadPoolExecutor(len(CALLS)) as pool:
+        list(pool.map(hang_once, CALLS))
+
+
+@early
+def test_health_and_verification_answer_while_everything_hangs() -> None:
+    """GitHub, WeCom and QingStor keep silent; both lanes are busy."""
+    with Store() as store, Website() as site, quick(**file_settings(store)) as world:
+        world.github.hang = world.wecom.hang = store.hang = True
+        world.say("nginx:1")
+        world.say(f"{site.url}/a.bin")
+        assert wait_until(lambda: world.github.calls and store.calls)
+        slowest = 0.0
+        for _ in range(20):
+            asked = time.monotonic()
+            assert world.service.healthy() and world.client.verify_url() == (
+                200,
+                "1616140317555161061",
+            )
+            assert "进行中" in world.say("状态")
+            slowest = max(slowest, time.monotonic() - asked)
+            time.sleep(0.1)
+        assert slowest < 1
+        COUNTS["faults"] += 3
+
+
+ROOT = Path(os.environ.get("WXSYNC_ROOT") or Path(__file__).parent)
+PROGRAM = ROOT / "wxsync.py"
+NO_REGISTRY = "127.0.0.1:9"  # nobody listens there
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such thing")
+IN_CI = os.environ.get("CI") == "true"
+
+# ---------------------------------------------------------------------------------------------
+# Tools: what is missing, and reading the documents
+# ---------------------------------------------------------------------------------------------
+
+
+def require(missing: str) -> None:
+    """Skip where `missing` names a component that is not there; in CI that is a failure."""
+    if missing and IN_CI:
+        pytest.fail(f"missing in CI: {missing}")
+    if missing:
+        pytest.skip(missing)
+
+
+@functools.cache
+def document(name: str) -> str:
+    """Return the text of a file of the project."""
+    return (ROOT / name).read_text("utf-8")
+
+
+def document_yaml(name: str) -> Any:
+    """Return a YAML file of the project as Python values; `on:` is read as True."""
+    return pytest.importorskip("yaml").safe_load(document(name))
+
+
+def section(title: str) -> str:
+    """Return a section of README.md, its sub-sections included."""
+    bare = without_code()
+    head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.M)
+    if not head:
+        pytest.fail(f"README.md has no section {title}")
+    after = re.compile(rf"^#{{1,{len(head[1])}}} ", re.M).search(bare, head.end())
+    return document("README.md")[head.end() : after.start() if after else len(bare)]
+
+
+def without_code() -> str:
+    """Return README.md with the lines of its code blocks blanked, each as long as before."""
+    blank = re.compile(r"^( *)```.*?^\1```$", re.M | re.S)
+    return blank.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), document("README.md"))
+
+
+def code_blocks(text: str, language: str = "") -> list[str]:
+    """Return the fenced blocks of one language, without the indentation of the list they are in."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.M | re.S)
+    return [re.sub(rf"^{indent}", "", block, flags=re.M) for indent, block in found]
+
+
+def table(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the first table of a Markdown text: its first column without ` to the other ones."""
+    lines = re.search(r"(?:^ *\|.*\n)+", text, re.M)
+    if not lines:
+        pytest.fail(f"no table in {text[:80]!r}")
+    cell = re.compile(r"(?<!\\)\|")
+    rows = [
+        [part.strip() for part in cell.split(line.strip())[1:-1]] for line in lines[0].split("\n")
+    ]
+    return {row[0].strip("`"): tuple(row[1:]) for row in rows[2:] if row}
+
+
+def run_here(*words: str, folder: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program with nothing of this process's settings in its environment."""
+    environment = clean_environment(folder, options.pop("settings", {}))
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        timeout=60,
+        **options,
+    )
+
+
+def run_wxsync(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return run_here(sys.executable, str(PROGRAM), *words, folder=folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# The story: eight seconds, so it is played beside the tests of check
+# ---------------------------------------------------------------------------------------------
+
+
+class Plays(NamedTuple):
+    """The sandbox in a process of its own, and the picture drawn by `picture`."""
+
+    process: subprocess.Popen[str]
+    drawn: Future[int]
+    file: Path
+
+
+@pytest.fixture(scope="module")
+def plays() -> Iterator[Plays]:
+    """Start both and let them go on."""
+    with temporary_folder("story") as name, ThreadPoolExecutor(1) as pool:
+        file = Path(name) / "chat.svg"
+        words = [sys.executable, inspect.getfile(sandbox), "--script", str(PROGRAM), "--played"]
+        environment = clean_environment(Path(name), {"PYTHONPATH": os.pathsep.join(sys.path)})
+        with subprocess.Popen(
+            words,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+        ) as process:
+            drawn = pool.submit(picture, ["--out", str(file)])
+            yield Plays(process, drawn, file)
+            process.kill()
+
+
+# ---------------------------------------------------------------------------------------------
+# check: the settings
+# ---------------------------------------------------------------------------------------------
+
+REQUIRED = [entry.name for entry in fields(wxsync.Settings) if entry.default is MISSING]
+
+
+def check_file(folder: Path, text: str) -> tuple[int, list[str]]:
+    """Run check with this .env in the current folder; return status and the names it blames."""
+    (folder / ".env").write_text(text, "utf-8")
+    done = run_wxsync("check", folder=folder)
+    return done.returncode, re.findall(r"^❌ ([A-Z_]+):", done.stderr, re.M)
+
+
+ENV_FILES = {
+    "empty": ("", REQUIRED),
+    "as copied": ("env.example", REQUIRED),
+    "placeholders": ("".join(f"{name}=your_{name.lower()}\n" for name in REQUIRED), REQUIRED),
+    "half-filled": (
+        "CORP_ID=ww1\nAGENT_ID=1\nSECRET=s\nTOKEN=t\nDOCKER_REGISTRY=r.example.com\n",
+        ["ENCODING_AES_KEY", "GITHUB_TOKEN", "GITHUB_REPO", "DOCKER_NAMESPACE"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ENV_FILES)
+def test_check_of_an_unfinished_env_file_names_what_is_missing(
+    plays: Plays, tmp_path: Path, kind: str
+) -> None:
+    """All of it at once, nothing else, and exit status 1."""
+    text, missing = ENV_FILES[kind]
+    text = document(text) if text == "env.example" else text
+    assert check_file(tmp_path, text) == (1, missing)
+
+
+def test_check_without_any_env_file_says_how_to_begin(tmp_path: Path) -> None:
+    """Somebody who types `check` first is told what to copy."""
+    done = run_wxsync("check", folder=tmp_path)
+    assert done.returncode == 1
+    assert "cp env.example .env" in done.stderr
+
+
+WRONG_VALUES = {
+    "CORP_ID": "ww 1",
+    "AGENT_ID": "镜像同步",
+    "SECRET": "two words",
+    "TOKEN": "has-a-dash",
+    "ENCODING_AES_KEY": "much-too-short",
+    "GITHUB_REPO": "https://github.com/octo/mirror",
+    "GITHUB_TOKEN": "github pat",
+    "DOCKER_REGISTRY": "https://registry.cn-hangzhou.aliyuncs.com/",
+    "DOCKER_NAMESPACE": "My-Space",
+    "PORT": "99999",
+    "PROXY_URL": "proxy.example.com:8080",
+    "WECOM_API_URL": "qyapi.weixin.qq.com",
+    "QUEUE_SIZE": "-1",
+    "LOG_LEVEL": "LOUD",
+}
+
+
+def test_check_names_every_wrong_value_and_repeats_none(tmp_path: Path) -> None:
+    """A value may be a secret in the wrong place, so the name and the rule have to do."""
+    (tmp_path / ".env").write_text("".join(f"{k}='{v}'\n" for k, v in WRONG_VALUES.items()))
+    done = run_wxsync("check", folder=tmp_path)
+    blamed = re.findall(r"^❌ ([A-Z_]+): .+", done.stderr, re.M)
+    assert (done.returncode, sorted(blamed)) == (1, sorted(WRONG_VALUES))
+    assert not [value for value in WRONG_VALUES.values() if value in done.stderr + done.stdout]
+
+
+# ---------------------------------------------------------------------------------------------
+# check: every kind of trouble
+# ---------------------------------------------------------------------------------------------
+
+
+class Found(NamedTuple):
+    """A line of check."""
+
+    mark: str
+    name: str
+    text: str
+
+
+def findings(output: str) -> list[Found]:
+    """Read what check printed; a line of another form is a failure."""
+    found = [re.fullmatch(r"(✅|⚠️|❌) ([^：]+)：(.+)", line) for line in output.splitlines()]
+    assert all(found), output
+    return [Found(match[1], match[2], match[3]) for match in found if match]
+
+
+def checked(world: World, **changed: str) -> list[Found]:
+    """Run check with the settings of a world in an .env file; nothing secret may be printed."""
+    settings = world.service.settings | changed
+    file = world.service.folder / ".env"
+    if not file.exists():
+        file.touch(mode=0o600)
+    file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = wxsync.main(["--env", str(file), "check"], {})
+    found = findings(out.getvalue())
+    assert status == int("❌" in out.getvalue())
+    hidden = {settings[name] for name in settings if re.search("SECRET|TOKEN|_KEY$", name)}
+    assert not [value for value in hidden | set(world.secret_values()) if value in out.getvalue()]
+    return found
+
+
+@pytest.fixture
+def healthy() -> Iterator[World]:
+    """A world in which only the target registry does not answer."""
+    world = World(PROGRAM, None, {"DOCKER_REGISTRY": NO_REGISTRY})
+    with contextlib.closing(world.prepare()):
+        yield world
+
+
+class Trouble(NamedTuple):
+    """What is changed in a healthy world, the line that must come of it and words of its cure."""
+
+    line: str
+    cure: tuple[str, ...]
+    settings: Mapping[str, str] = {}
+    wecom: Mapping[str, object] = {}
+    github: Mapping[str, object] = {}
+
+
+READ_ONLY = {"admin": False, "push": False, "pull": True}
+THREE = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME"}
+CHECK_TROUBLES = {
+    "wrong SECRET": Trouble(
+        "❌ 企业微信", ("SECRET", "应用详情页"), {"SECRET": "secret-of-another-app"}
+    ),
+    "wrong CORP_ID": Trouble("❌ 企业微信", ("CORP_ID", "我的企业"), {"CORP_ID": "wwother"}),
+    "wrong AGENT_ID": Trouble("❌ 企业微信", ("AGENT_ID", "应用详情页"), {"AGENT_ID": "1000099"}),
+    "untrusted IP": Trouble(
+        "❌ 企业微信", ("60020", "企业可信IP", "203.0.113.7"), wecom={"trusted": False}
+    ),
+    "wrong GitHub token": Trouble(
+        "❌ GitHub", ("GITHUB_TOKEN", "换一个新的"), {"GITHUB_TOKEN": "github_pat_wrong"}
+    ),
+    "no such repository": Trouble(
+        "❌ GitHub", ("octo/other", "核对仓库名"), {"GITHUB_REPO": "octo/other"}
+    ),
+    "no such branch": Trouble(
+        "❌ GitHub 上的 wxsync.py", ("master", "分支"), {"GITHUB_BRANCH": "master"}
+    ),
+    "no push right": Trouble(
+        "❌ GitHub 仓库", ("Contents: Read and write",), github={"permissions": READ_ONLY}
+    ),
+    "archived": Trouble("❌ GitHub 仓库", ("已归档", "Unarchive"), github={"archived": True}),
+    "token may not read contents": Trouble(
+        "❌ GitHub 上的 wxsync.py",
+        ("缺少权限 Contents: Read and write",),
+        github={"denied": {"contents=read"}},
+    ),
+    "token may not read Actions": Trouble(
+        "❌ GitHub 工作流",
+        ("缺少权限 Actions: Read and write",),
+        github={"denied": {"actions=read"}},
+    ),
+    "token may see nothing": Trouble(
+        "❌ GitHub", ("缺少权限 Metadata: Read",), github={"denied": {"metadata=read"}}
+    ),
+    "token may not write contents": Trouble(
+        "❌ GitHub 仓库", ("Contents: Read and write",), github={"denied": {"contents=write"}}
+    ),
+    "token may not start workflows": Trouble(
+        "❌ GitHub 工作流", ("Actions: Read and write",), github={"denied": {"actions=write"}}
+    ),
+    "Actions disabled": Trouble(
+        "❌ GitHub Actions", ("Settings → Actions",), github={"actions_enabled": False}
+    ),
+    "workflow missing": Trouble(
+        "❌ GitHub 工作流", ("docker-image-sync.yml",), github={"WORKFLOW": "other.yml"}
+    ),
+    "workflow disabled": Trouble(
+        "❌ GitHub 工作流", ("Enable workflow",), github={"workflow_state": "disabled_manually"}
+    ),
+    "another wxsync.py there": Trouble(
+        "⚠️ GitHub 上的 wxsync.py", ("更新到同一版本",), github={"files": {"wxsync.py": b"old"}}
+    ),
+    "no wxsync.py there": Trouble(
+        "❌ GitHub 上的 wxsync.py", ("main", "读不到"), github={"files": {}}
+    ),
+    "a Secret missing": Trouble(
+        "❌ GitHub Secrets",
+        ("缺少 DOCKER_PASSWORD：", "Secrets and variables → Actions"),
+        github={"secrets": THREE},
+    ),
+    "Secrets cannot be listed": Trouble(
+        "⚠️ GitHub Secrets",
+        ("DOCKER_PASSWORD", "自行确认"),
+        github={"denied": {"secrets=read"}},
+    ),
+    "token expires": Trouble(
+        "⚠️ GitHub 令牌",
+        ("2027-10-12 09:00:00 UTC", "更换 GITHUB_TOKEN"),
+        github={"token_expires": "2027-10-12 09:00:00 UTC"},
+    ),
+    "proxy down": Trouble(
+        "❌ 代理",
+        ("127.0.0.1:9", "核对地址和密码", "PROXY_TEST_URL"),
+        {"PROXY_URL": "http://user:not-told@127.0.0.1:9"},
+    ),
+    "WeCom unreachable": Trouble(
+        "❌ 企业微信", ("WECOM_API_URL",), {"WECOM_API_URL": "http://127.0.0.1:9"}
+    ),
+    "GitHub unreachable": Trouble(
+        "❌ GitHub", ("PROXY_URL", "GITHUB_API_URL"), {"GITHUB_API_URL": "http://127.0.0.1:9"}
+    ),
+}
+
+
+def test_check_of_a_healthy_world_has_one_complaint(healthy: World) -> None:
+    """The registry that does not answer: it is named, and the setting to look at."""
+    wrong = [found for found in checked(healthy) if found.mark != "✅"]
+    assert [(found.mark, found.name) for found in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
+    assert NO_REGISTRY.partition(":")[0] in wrong[1].text
+    assert "DOCKER_REGISTRY" in wrong[1].text
+
+
+@pytest.mark.parametrize("kind", CHECK_TROUBLES)
+def test_check_tells_a_trouble_and_its_cure(healthy: World, kind: str) -> None:
+    """One trouble, one line that says what to click or to type, and no other complaint."""
+    trouble = CHECK_TROUBLES[kind]
+    for peer, changes in ((healthy.wecom, trouble.wecom), (healthy.github, trouble.github)):
+        for name, value in changes.items():
+            setattr(peer, name, value)
+    found = [line for line in checked(healthy, **trouble.settings) if line.mark != "✅"]
+    told = {f"{line.mark} {line.name}": line.text for line in found if line.name != "目标仓库"}
+    assert list(told) == [trouble.line]
+    assert [word for word in trouble.cure if word not in told[trouble.line]] == []
+
+
+def test_check_without_actions_enabled_to_see_is_no_complaint(healthy: World) -> None:
+    """Administration: Read is optional; a token without it hears nothing of it."""
+    healthy.github.denied = {"administration=read"}
+    assert not [line for line in checked(healthy) if line.name == "GitHub Actions"]
+
+
+@POSIX
+def test_check_warns_of_an_env_file_that_others_can_read(healthy: World) -> None:
+    """The line to type is given."""
+    file = healthy.service.folder / ".env"
+    file.touch()
+    file.chmod(0o644)
+    told = {line.name: line for line in checked(healthy)}[".env"]
+    assert (told.mark, f"chmod 600 {file}" in told.text) == ("⚠️", True)
+
+
+def unusable_folder(folder: Path, kind: str) -> Path:
+    """Return a STATE_DIR in which nothing can be written, whoever runs it."""
+    (folder / "file").touch()
+    return folder / "file" if kind == "a file" else folder / "file" / "state"
+
+
+@pytest.mark.parametrize("kind", ["a file", "inside a file"])
+def test_check_tells_a_state_dir_that_cannot_be_used(
+    healthy: World, tmp_path: Path, kind: str
+) -> None:
+    """What serve would refuse, check must not call writable."""
+    place = unusable_folder(tmp_path, kind)
+    told = {line.name: line for line in checked(healthy, STATE_DIR=str(place))}["STATE_DIR"]
+    assert (told.mark, str(place) in told.text) == ("❌", True)
+
+
+def test_check_accepts_a_state_dir_that_serve_will_make(healthy: World, tmp_path: Path) -> None:
+    """serve makes the whole path, so check must not refuse it."""
+    told = {line.name: line for line in checked(healthy, STATE_DIR=str(tmp_path / "a" / "b"))}
+    assert told["STATE_DIR"].mark == "✅"
+
+
+@POSIX
+def test_check_tells_a_state_dir_of_somebody_else(healthy: World, tmp_path: Path) -> None:
+    """Run without root's right to write anywhere."""
+    place = tmp_path / "state"
+    place.mkdir(mode=0o555)
+    words = [sys.executable, str(PROGRAM), "check"]
+    if os.geteuid() == 0:
+        require(missing_program("setpriv"))
+        words = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *words]
+    settings = healthy.service.settings | {"STATE_DIR": str(place)}
+    done = run_here(*words, folder=healthy.service.folder, settings=settings)
+    told = {line.name: line for line in findings(done.stdout)}["STATE_DIR"]
+    assert (told.mark, str(place) in told.text, "chown" in told.text) == ("❌", True, True)
+
+
+QINGSTOR_TROUBLES = {
+    "all well": ("✅ QingStor", ("tmp", "密钥正确"), {}, {"public": True}),
+    "links closed": ("❌ QingStor 链接", ("QINGSTOR_LINK_SECONDS=86400",), {}, {}),
+    "signed links": ("✅ QingStor 链接", ("600 秒",), {"QINGSTOR_LINK_SECONDS": "600"}, {}),
+    "wrong key": (
+        "❌ QingStor",
+        ("QINGSTOR_SECRET_ACCESS_KEY",),
+        {"QINGSTOR_SECRET_ACCESS_KEY": "not-the-key"},
+        {},
+    ),
+    "no bucket": ("❌ QingStor", ("QINGSTOR_BUCKET",), {}, {"bucket_missing": True}),
+    "clock wrong": ("❌ 时钟", ("3600 秒", "timedatectl"), {}, {"skew": 3600.0}),
+    "unreachable": ("❌ QingStor", ("QINGSTOR_URL",), {"QINGSTOR_URL": "http://127.0.0.1:9"}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", QINGSTOR_TROUBLES)
+def test_check_of_qingstor(healthy: World, kind: str) -> None:
+    """Bucket, key, links and clock, each with its cure."""
+    line, words, settings, switches = QINGSTOR_TROUBLES[kind]
+    with FakeQingStor() as store:
+        for name, value in switches.items():
+            setattr(store, name, value)
+        found = checked(healthy, **(store.settings | settings))
+    told = {f"{line.mark} {line.name}": line.text for line in found}
+    assert line in told
+    assert [word for word in words if word not in told[line]] == []
+
+
+def test_check_compares_the_clock_where_no_registry_answers(healthy: World) -> None:
+    """A clock that is wrong breaks WeCom's callbacks; WeCom and GitHub tell the time, too."""
+    healthy.wecom.skew = healthy.github.skew = -3600.0
+    assert ("❌", "时钟") in [(line.mark, line.name) for line in checked(healthy)]
+
+
+class Registries(NamedTuple):
+    """A registry with TLS, and settings that lead to it."""
+
+    peer: Source
+    settings: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def tls_registry() -> Iterator[Registries]:
+    require(missing_program("openssl"))
+    with temporary_folder("tls") as name:
+        tls, certificate = make_tls(Path(name), "127.0.0.1")
+        with Source(tls=tls) as peer:
+            peer.add("/v2/", body=b"{}")
+            target = {"DOCKER_REGISTRY": peer.host, "SSL_CERT_FILE": str(certificate)}
+            yield Registries(peer, target)
+
+
+REGISTRY_TROUBLES: dict[str, tuple[dict[str, str], int, float, tuple[str, ...]]] = {
+    "all well": ({}, 200, 0.0, ()),
+    "clock wrong": ({}, 200, -3600.0, ("时钟", "3600 秒", "timedatectl")),
+    "not a registry": ({}, 404, 0.0, ("目标仓库", "HTTP 404", "核对 DOCKER_REGISTRY")),
+    "strange certificate": ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, ("目标仓库", "证书")),
+}
+
+
+@pytest.mark.parametrize("kind", REGISTRY_TROUBLES)
+def test_check_of_a_registry_with_tls(tls_registry: Registries, kind: str) -> None:
+    """Exit status 0 where everything is right, at last; else one ❌."""
+    settings, status, skew, words = REGISTRY_TROUBLES[kind]
+    tls_registry.peer.files["/v2/"].status, tls_registry.peer.skew = status, skew
+    world = World(PROGRAM, None, tls_registry.settings | settings)
+    with contextlib.closing(world.prepare()):
+        done = world.service.command("check")
+    wrong = [f"{line.name} {line.text}" for line in findings(done.stdout) if line.mark == "❌"]
+    assert (done.returncode, len(wrong)) == ((1, 1) if words else (0, 0))
+    assert [word for word in words if word not in wrong[0]] == []
+
+
+def test_check_for_machines(healthy: World) -> None:
+    """--json is one array of mark, name and text, the same lines in the same order."""
+    plain, as_json = (healthy.service.command("check", *more) for more in ((), ("--json",)))
+    rows = json.loads(as_json.stdout)
+    assert {frozenset(row) for row in rows} == {frozenset(("mark", "name", "text"))}
+    assert [Found(**row) for row in rows] == findings(plain.stdout)
+    assert as_json.returncode == plain.returncode == 1
+
+
+# The real check with less patience: what is tested is that it keeps to its patience.
+IMPATIENT = """
+import os, sys
+sys.path.insert(0, {folder!r})
+import wxsync
+wxsync.CHECK_SECONDS = float(sys.argv[1])
+sys.exit(wxsync.main(["check"]))
+"""
+
+
+def test_check_takes_seconds_while_every_server_hangs() -> None:
+    """Side by side, so that the slowest one decides; each says that it did not answer."""
+    assert wxsync.CHECK_SECONDS <= 15
+    patience = wxsync.CHECK_SECONDS if IN_CI else 1.5
+    with contextlib.ExitStack() as stack:
+        store, proxy, silent = FakeQingStor(), Source(), socket.create_server(("127.0.0.1", 0))
+        registry = f"127.0.0.1:{stack.enter_context(silent).getsockname()[1]}"
+        for peer in (store, proxy):
+            stack.enter_context(peer)
+        more = store.settings | {"PROXY_URL": proxy.url, "DOCKER_REGISTRY": registry}
+        more |= {"NO_PROXY_DOMAINS": "nobody.example.com"}
+        world = stack.enter_context(contextlib.closing(World(PROGRAM, None, more).prepare()))
+        hanging: list[Peer] = [world.wecom, world.github, store, proxy]
+        for peer in hanging:
+            peer.hang = True
+        begun = time.monotonic()
+        code = IMPATIENT.format(folder=str(ROOT))
+        words = (sys.executable, "-c", code, str(patience))
+        done = run_here(*words, folder=world.service.folder, settings=world.service.settings)
+        taken = time.monotonic() - begun
+    silent_ones = [line.name for line in findings(done.stdout) if line.mark == "❌"]
+    assert (done.returncode, taken < patience + 1) == (1, True)
+    assert sorted(silent_ones) == sorted(["代理", "企业微信", "GitHub", "目标仓库", "QingStor"])
+
+
+# ---------------------------------------------------------------------------------------------
+# send, and the chat texts that README.md shows
+# ---------------------------------------------------------------------------------------------
+
+SHOWN = {"DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com", "DOCKER_NAMESPACE": "namespace"}
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[World]:
+    """A service for two users, whose first image request runs until the gate is opened."""
+    runner = PlayedRunner(0.01)
+    runner.gate = threading.Event()
+    with World(PROGRAM, runner, SHOWN | {"ALLOWED_USERS": "boss,alice"}) as world:
+        yield world
+        runner.gate.set()
+
+
+def test_send_prints_the_reply(running: World) -> None:
+    """As the first of ALLOWED_USERS unless another is named; accepted is exit status 0."""
+    done = running.service.command("send", "nginx")
+    assert (done.returncode, done.stderr) == (0, "")
+    asked_back = done.stdout.splitlines()[0]
+    assert asked_back == "如需同步镜像 nginx，请发送 nginx:latest"
+    assert f"“{asked_back}”" in section("怎么用")
+
+
+SENDERS = {"alice": "📖", "mallory": "您没有使用权限"}
+
+
+@pytest.mark.parametrize("user", SENDERS)
+def test_send_as_somebody(running: World, user: str) -> None:
+    """--user is who wxsync takes it from: a stranger is refused, in words."""
+    done = running.service.command("send", "帮助", "--user", user)
+    assert (done.returncode, SENDERS[user] in done.stdout) == (0, True)
+
+
+def test_send_to_a_service_with_other_settings(running: World) -> None:
+    """Changed .env, old service: exit status 1 and what to look at."""
+    settings = running.service.settings | {"TOKEN": "Another"}
+    words = (sys.executable, str(PROGRAM), "send", "nginx")
+    done = run_here(*words, folder=running.service.folder, settings=settings)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "403" in done.stderr
+    assert "设置" in done.stderr
+
+
+def test_send_to_nobody(healthy: World) -> None:
+    """The address that was tried, and the likely reason."""
+    done = healthy.service.command("send", "nginx")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"127.0.0.1:{healthy.service.port}" in done.stderr
+    assert "服务在运行吗" in done.stderr
+
+
+def readme_text(first: str) -> str:
+    """Return the block of README.md that begins with these words."""
+    found = [block for block in code_blocks(section("怎么用")) if block.startswith(first)]
+    assert len(found) == 1, first
+    return found[0].rstrip("\n")
+
+
+def test_readme_shows_the_confirmation_the_queue_and_the_correction(running: World) -> None:
+    """In the order in which a user would meet them."""
+    assert running.say("nginx:latest\nredis:7.0") == readme_text("🔄")
+    busy = running.say("alpine:3.20").partition("\n")[0]
+    assert f"“{busy}”" in section("怎么用")
+    assert running.say("Nginx:latest") == readme_text("❌ 没有开始")
+
+
+def outcomes(nginx: str, redis: str) -> list[wxsync.Outcome]:
+    """Return what came of two images; a line with : is a name and its own outcome."""
+    lines = ((nginx, "nginx:latest"), (redis, "redis:7.0"))
+    return [
+        wxsync.Outcome("nginx:nope" if code == "not-found" else line, code, "", "")
+        for code, line in lines
+    ]
+
+
+RESULTS = {"✅ 镜像": ("copied", "unchanged"), "❌ 镜像": ("not-found", "copied")}
+
+
+@pytest.mark.parametrize("first", RESULTS)
+def test_readme_shows_the_results(first: str) -> None:
+    """To the letter."""
+    prefix, run = "/".join(SHOWN.values()), "https://github.com/你的账号/wxsync/actions/runs/1"
+    text = wxsync.result_text(outcomes(*RESULTS[first]), prefix, 41, run)
+    assert text.rstrip() == readme_text(first)
+
+
+def test_readme_shows_the_file_result() -> None:
+    """To the letter, but for the address of the store and the object's own name."""
+    with FakeQingStor() as store, Source() as source:
+        store.public = True
+        settings = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
+        with World(PROGRAM, None, settings) as world:
+            world.say(source.add("/file.pdf", body=b"x" * 102400))
+            text = world.hear("文件上传成功")
+    link = r"https?://\S+/(?:<uuid>|[0-9a-f-]{36})\.pdf"
+    assert re.sub(link, "LINK", text) == re.sub(link, "LINK", readme_text("✅ 文件"))
+
+
+def test_readme_shows_the_answer_of_health(running: World) -> None:
+    """Somebody compares this text with what a browser shows."""
+    answer = json.dumps(running.service.health())
+    assert '"status": "ok"' in document("README.md")
+    assert '"status": "ok"' in answer
+    named = set(re.findall(r"`([a-z_]+)`", section("按日志").rpartition("GET /health")[2]))
+    assert set(running.service.health()) == named - {"ok", "degraded", "off", "up", "down"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The documents agree with the code
+# ---------------------------------------------------------------------------------------------
+
+
+def written_default(value: object) -> str:
+    """Return a default as README.md and env.example write it."""
+    return ",".join(value) if isinstance(value, tuple) else str(value)
+
+
+def settings_of_code() -> dict[str, str | None]:
+    """Return each setting's default, None where there is none."""
+    return {
+        entry.name: None if entry.default is MISSING else written_default(entry.default)
+        for entry in fields(wxsync.Settings)
+    }
+
+
+def test_readme_lists_every_setting_with_its_default() -> None:
+    """No setting is missing, none is made up, no default is out of date."""
+    rows = table(section("设置"))
+    shown = {name: None if row[0] == "必填" else row[0].strip("`") for name, row in rows.items()}
+    assert {
+        name: "" if text == "空" else text for name, text in shown.items()
+    } == settings_of_code()
+    assert all(row[1] for row in rows.values())
+
+
+def test_env_example_lists_every_setting_with_its_default() -> None:
+    """Required ones are empty, the others stand behind # with their default; each is explained."""
+    found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.M)
+    shown = {name: value if mark else None for _, mark, name, value in found}
+    assert shown == settings_of_code()
+    assert [name for _, mark, name, value in found if value and not mark] == []
+
+
+def test_compose_uses_settings_and_their_defaults() -> None:
+    """What docker-compose.yml publishes is what the code listens on."""
+    services = document_yaml("docker-compose.yml")["services"]
+    assert list(services) == ["image-sync"]
+    code = settings_of_code()
+    used = re.findall(r"\$\{(\w+):-([^}]*)\}", document("docker-compose.yml"))
+    assert {name: default for name, default in used} == {n: code[n] for n in ("HOST", "PORT")}
+    assert set(services["image-sync"]["environment"]) <= set(code)
+    named = re.findall(r"docker compose (?:run --rm|exec) (\S+)", document("README.md"))
+    assert set(named) == {"image-sync"}
+
+
+def inline_script() -> dict[str, Any]:
+    """Return the PEP 723 block of wxsync.py."""
+    found = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", document("wxsync.py"), re.M)
+    assert found
+    return tomllib.loads(re.sub(r"^# ?", "", found[1], flags=re.M))
+
+
+def test_dependencies_stand_once() -> None:
+    """Everything else installs from the block in wxsync.py or names its packages in words."""
+    named = [re.split("[<>=]", item)[0] for item in inline_script()["dependencies"]]
+    assert [name for name in named if f"`{name}`" not in section("审计与核对")] == []
+    for name in ("Dockerfile", "README.md", ".github/workflows/ci.yml"):
+        installs = re.findall(r"pip\S* install (.+?)(?:;| &&|$)", document(name), re.M)
+        wanted = (
+            r'(-\S+ |--no-cache-dir )*("pip>=26"|--requirements-from-script (test_)?wxsync\.py)'
+        )
+        assert [words for words in installs if not re.match(wanted, words)] == []
+
+
+def test_python_versions_agree() -> None:
+    """README, container and CI use versions that wxsync.py allows; CI has the oldest of them."""
+    oldest = inline_script()["requires-python"].removeprefix(">=")
+    assert f"Python {oldest} 以上" in document("README.md")
+    matrix = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix["python"][0] == oldest
+    assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "windows"}
+    image = re.search(r"^FROM python:(\d+)\.(\d+)-slim$", document("Dockerfile"), re.M)
+    assert image
+    assert (int(image[1]), int(image[2])) >= tuple(map(int, oldest.split(".")))
+
+
+def test_ci_runs_the_test_command_of_readme() -> None:
+    """The pattern by which .ci/run looks for it finds one line; ci.yml has the same words."""
+    pattern = re.search(r"command=\$\(grep -m 1 -E '(.+)' README\.md\)", document(".ci/run"))
+    assert pattern
+    commands = re.findall(pattern[1], document("README.md"), re.M)
+    assert len(commands) == 1
+    steps = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["steps"]
+    runs = [" ".join(step["run"].split()) for step in steps if "run" in step]
+    assert commands[0] in runs
+
+
+def test_the_two_commands_of_the_quick_start_begin_alike() -> None:
+    """Trying and testing make the same environment; both name files that exist."""
+    first, second = (block.strip() for block in code_blocks(document("README.md"), "sh")[:2])
+    assert second.startswith(first.rpartition(" && ")[0])
+    assert first.endswith(" && .venv/bin/python test_wxsync.py")
+    assert second.endswith(" && .venv/bin/python -m pytest -q test_wxsync.py")
+
+
+LIMITS = {
+    "一条消息的镜像": f"{wxsync.MAX_IMAGES} 个",
+    "一个镜像的复制时间": f"{wxsync.COPY_SECONDS / 60:.0f} 分钟",
+    "跟踪一次运行": f"{wxsync.WATCH_SECONDS / 3600:.0f} 小时",
+    "排队": f"{settings_of_code()['QUEUE_SIZE']} 个",
+    "单个文件": f"{settings_of_code()['MAX_FILE_MB']} MB",
+    "一条企业微信消息": f"{wxsync.MAX_TEXT_BYTES} 字节",
+    "发给同一个人": "30 条",
+    "回调请求": f"{wxsync.MAX_BODY_BYTES // 1024} KiB",
+    "一条消息的链接": f"{wxsync.MAX_LINKS} 个",
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_readme_states_the_true_limits(what: str) -> None:
+    """The numbers are those of the code."""
+    assert LIMITS[what] in table(section("限制"))[what][0]
+
+
+def test_readme_states_other_true_numbers() -> None:
+    """Those that stand outside of the table of limits."""
+    assert 60 / wxsync.MESSAGE_INTERVAL_SECONDS < 30
+    assert f"分块 {wxsync.PART_BYTES // 2**20} MiB" in section("限制")
+    assert f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时" in section("怎么用")
+    assert wxsync.WECOM_ERRORS[40001][1] == 7200
+    assert "两小时内不再尝试" in section("按日志")
+    workflow = document_yaml(".github/workflows/docker-image-sync.yml")
+    minutes = workflow["jobs"]["copy"]["timeout-minutes"]
+    assert f"任务 {minutes} 分钟" in section("限制")
+    assert minutes * 60 > wxsync.COPY_SECONDS
+
+
+def test_readme_explains_every_code() -> None:
+    """The table of codes is that of the code, and the causes are the same."""
+    assert set(table(section("按失败代码"))) == set(wxsync.COPY_REASONS)
+
+
+def test_readme_explains_words_that_the_log_really_has() -> None:
+    """Whoever looks a line of the log up finds it, to the letter."""
+    source = document("wxsync.py")
+    numbers = set(map(str, wxsync.WECOM_ERRORS))
+    for phrase in (first.partition("`")[0] for first in table(section("按日志"))):
+        lane, words = re.fullmatch(r"(?:(\w+): )?(.*)", phrase, re.S).groups()  # type: ignore[union-attr]
+        assert lane is None or lane in source, phrase
+        pieces = re.split(r"…|(?<==)\d+| (?=done=|of=|key=|bytes=|run=)", words)
+        for piece in filter(None, map(str.strip, pieces)):
+            wecom = re.fullmatch(r"企业微信 (\d+)", piece)
+            assert wecom[1] in numbers if wecom else piece in source, phrase
+
+
+def test_readme_explains_what_a_user_reads_in_chat() -> None:
+    """Each text in “…” of the table of symptoms occurs in the program, or is of WeCom."""
+    theirs = {"openapi 回调地址请求不通过", "自动创建仓库"}
+    texts = [re.findall("“([^”]+)”", row) for row in table(section("按现象"))]
+    for text in set(itertools.chain(*texts)) - theirs:
+        pieces = [piece.strip() for piece in text.split("…")]
+        assert [piece for piece in pieces if piece not in document("wxsync.py")] == [], text
+
+
+def test_links_within_readme_lead_somewhere() -> None:
+    """Anchors are made as GitHub makes them; files exist."""
+    titles = re.findall(r"^#+ (.+)$", without_code(), re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    targets = re.findall(r"\]\((?!https?:)([^)]+)\)", document("README.md"))
+    assert {target[1:] for target in targets if target.startswith("#")} <= anchors
+    assert [t for t in targets if not t.startswith("#") and not (ROOT / t).exists()] == []
+
+
+def test_the_frp_example_leads_to_the_service() -> None:
+    """It is TOML, and its port is the one wxsync listens on."""
+    (block,) = code_blocks(section("没有公网地址：FRP"), "toml")
+    (proxy,) = tomllib.loads(block)["proxies"]
+    assert str(proxy["localPort"]) == settings_of_code()["PORT"]
+    assert f"http://frp.example.com:{proxy['remotePort']}/wechat/callback" in document("README.md")
+
+
+def test_the_secrets_example_is_a_docker_config() -> None:
+    """It is JSON of the form that skopeo reads."""
+    (block,) = code_blocks(section("第二步：GitHub"), "json")
+    assert all(set(login) == {"auth"} for login in json.loads(block)["auths"].values())
+
+
+# ---------------------------------------------------------------------------------------------
+# The systemd unit
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit of README.md, with the programs of this machine."""
+    (text,) = code_blocks(section("systemd"), "ini")
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(text)
+    started = parser["Service"]["ExecStart"].split()
+    assert started[:3] == ["/opt/wxsync/.venv/bin/python", "/opt/wxsync/wxsync.py", "--env"]
+    file = tmp_path / "wxsync.service"
+    here = text.replace(started[0], sys.executable).replace(started[1], str(PROGRAM))
+    file.write_text(here, "utf-8")
+    require(missing_program("systemd-analyze"))
+    return file
+
+
+def test_the_systemd_unit_is_right(unit: Path) -> None:
+    """systemd has nothing to say about it."""
+    done = run_here("systemd-analyze", "verify", str(unit))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_systemd_unit_is_as_safe_as_readme_says(unit: Path) -> None:
+    """systemd's own score; versions of systemd differ by some tenths."""
+    done = run_here("systemd-analyze", "security", "--offline=true", str(unit))
+    score = re.search(r"Overall exposure level for wxsync\.service: ([\d.]+)", done.stdout)
+    told = re.search(r"暴露分是 ([\d.]+)", section("systemd"))
+    assert score, done.stderr
+    assert told
+    assert abs(float(score[1]) - float(told[1])) <= 0.3
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands that README.md shows
+# ---------------------------------------------------------------------------------------------
+
+
+def test_help_names_the_commands_of_readme() -> None:
+    """The table of commands is what the program knows."""
+    shown = table(section("设置").partition("\n命令：\n")[2])
+    named = {re.split("[` ]", name.rpartition("… ")[2])[0] for name in shown}
+    done = run_wxsync("--help")
+    assert done.returncode == 0
+    assert set(re.findall(r"^    (\w+) +\S", done.stdout, re.M)) == named
+
+
+EXAMPLES = ("check --json", "send TEXT [--user ID]", "plan [FILE]", "copy LINE")
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_help_of_a_command_knows_its_words(example: str) -> None:
+    """What the table shows can be typed."""
+    command, *words = re.sub(r"[\[\]]", "", example).split()
+    text = run_wxsync(command, "--help").stdout
+    assert [word for word in words if word not in text] == []
+
+
+def test_version_is_the_checksum_of_the_file() -> None:
+    """`--version` and `sha256sum wxsync.py` agree, as README.md says they do."""
+    version = run_wxsync("--version").stdout
+    found = re.fullmatch(r"wxsync (\S+) sha256:([0-9a-f]{12})\n", version)
+    assert found
+    assert found[1] == wxsync.VERSION
+    assert hashlib.sha256(PROGRAM.read_bytes()).hexdigest().startswith(found[2])
+    if shutil.which("sha256sum"):
+        assert run_here("sha256sum", "wxsync.py").stdout.startswith(found[2])
+
+
+@POSIX
+def test_the_audit_commands_show_what_readme_says() -> None:
+    """The first lists the sections, the second leads to the one place that starts processes."""
+    sections, processes = code_blocks(section("审计与核对"), "sh")[0].splitlines()[:2]
+    listed = run_here("sh", "-c", sections).stdout.splitlines()
+    starts = {int(line.split(":")[0]): line for line in listed}
+    hits = [int(line.split(":")[0]) for line in run_here("sh", "-c", processes).stdout.splitlines()]
+    where = {starts[max(start for start in starts if start < hit)] for hit in hits}
+    assert len(starts) >= 15
+    assert len(where) == 1
+    assert "Copying an image" in where.pop()
+
+
+def test_the_sandbox_plays_its_story(plays: Plays) -> None:
+    """Without a terminal it ends by itself; exit status 0 says that every answer was right."""
+    output, _ = plays.process.communicate(timeout=60)
+    assert (plays.process.returncode, "✅ 故事演完" in output) == (0, True), output[-2000:]
+
+
+# ---------------------------------------------------------------------------------------------
+# The workflow: what must hold whatever a linter says
+# ---------------------------------------------------------------------------------------------
+
+WORKFLOWS = (".github/workflows/docker-image-sync.yml", ".github/workflows/ci.yml")
+
+
+def steps_of(name: str) -> list[dict[str, Any]]:
+    """Return every step of every job of a workflow."""
+    jobs = document_yaml(name)["jobs"].values()
+    return [step for job in jobs for step in job["steps"]]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_have_no_rights_but_to_read(name: str) -> None:
+    """Nothing by default, contents: read for each job, and no token left in the checkout."""
+    workflow = document_yaml(name)
+    assert workflow["permissions"] == {}
+    for job in workflow["jobs"].values():
+        assert job["permissions"] == {"contents": "read"}
+        assert job["timeout-minutes"] <= 60
+    checkouts = [step for step in steps_of(name) if "checkout" in step.get("uses", "")]
+    assert checkouts
+    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_actions_are_pinned_and_shells_get_no_expressions(name: str) -> None:
+    """By commit; and `${{ }}` inside run: would let a line be read as a command."""
+    used = [step["uses"] for step in steps_of(name) if "uses" in step]
+    assert [
+        action for action in used if not re.fullmatch(r"actions/\S+@[0-9a-f]{40}", action)
+    ] == []
+    assert [step for step in steps_of(name) if "${{" in step.get("run", "")] == []
+
+
+def test_secrets_reach_one_step() -> None:
+    """The five that README.md names, in the environment of the step that copies."""
+    name = WORKFLOWS[0]
+    (step,) = (step for step in steps_of(name) if "secrets." in json.dumps(step))
+    assert "wxsync.py copy" in step["run"]
+    from_secrets = {key for key, value in step["env"].items() if "secrets." in value}
+    assert from_secrets == set(table(section("第二步：GitHub")))
+    assert document(name).count("secrets.") == len(from_secrets)
+    assert set(step["env"]) - from_secrets == {"WXSYNC_TARGET", "LINE"}
+
+
+def test_one_job_an_image_and_none_stops_the_others() -> None:
+    """The parts of contract 7 that the service relies on."""
+    workflow = document_yaml(WORKFLOWS[0])
+    copy = workflow["jobs"]["copy"]
+    assert (copy["strategy"]["fail-fast"], copy["runs-on"]) == (False, "ubuntu-24.04")
+    assert set(workflow[True]) == {"workflow_dispatch", "push"}
+    inputs = workflow[True]["workflow_dispatch"]["inputs"]
+    assert {name: value["required"] for name, value in inputs.items()} == dict.fromkeys(
+        ("images", "request", "target"), False
+    )
+    assert WORKFLOWS[0].endswith(wxsync.WORKFLOW)
+    assert copy["steps"][-1]["if"] == "always()"
+
+
+def test_dependabot_looks_after_actions_and_the_base_image() -> None:
+    """What is pinned grows old."""
+    updates = document_yaml(".github/dependabot.yml")["updates"]
+    assert {entry["package-ecosystem"] for entry in updates} == {"github-actions", "docker"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The picture of a chat
+# ---------------------------------------------------------------------------------------------
+
+WIDTH, FONT, LINE_HEIGHT = 420, 13, 19
+BUBBLE_EMS = 23.5  # the widest line of a bubble
+STYLE = """
+text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
+sans-serif;fill:#191919;white-space:pre}
+.page{fill:#ededed;stroke:#c8c8c8}.bar{fill:#f7f7f7}.rule{stroke:#d9d9d9}
+.wxsync{fill:#fff}.me{fill:#95ec69}.me+*{fill:#191919}.link{fill:#576b95}
+.head{font-size:15px;font-weight:600;text-anchor:middle}.face{font-size:14px;text-anchor:middle;fill:#fff}
+.time{font-size:11px;fill:#9a9a9a;text-anchor:middle}.robot{fill:#2f6feb}.user{fill:#7d8590}
+@media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}.bar{fill:#191919}
+.rule{stroke:#2c2c2c}.wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine text{fill:#06120b}.link{fill:#7d90c9}
+.time{fill:#7a7a7a}.face{fill:#fff}}
+"""
+
+
+def ems(text: str) -> float:
+    """Estimate how wide a text is, in times of its font size; rather too wide."""
+    wide = columns(text) - len(text)
+    pictures = sum(c > "\u2600" and not "\u3000" <= c <= "\uffef" for c in text)
+    return wide + 0.3 * pictures + 0.57 * (len(text) - wide)
+
+
+def wrapped(line: str, limit: float = BUBBLE_EMS) -> list[str]:
+    """Cut a line where a phone would: after a space, / or -, else anywhere; nothing is lost."""
+    pieces = []
+    while ems(line) > limit:
+        most = next(n for n in range(len(line), 0, -1) if ems(line[:n]) <= limit)
+        soft = max(line.rfind(sign, 0, most) + 1 for sign in " /-，；")
+        at = soft if ems(line[:soft]) > limit * 0.6 else most
+        pieces.append(line[:at])
+        line = line[at:]
+    return [*pieces, line]
+
+
+class Bubble(NamedTuple):
+    """Something that was said, by the member or by wxsync."""
+
+    mine: bool
+    text: str
+
+
+class Recorder(Transcript):
+    """Keeps what the two say, with nothing in it that differs from time to time."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, io.StringIO(), False)
+        self.said: list[Bubble] = []
+
+    def show(self, who: str, text: str, note: str = "") -> None:
+        if who not in ("你", "wxsync"):
+            return
+        text = re.sub(r"用时 .+", "用时 41 秒", text)
+        text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
+        self.said.append(Bubble(who == "你", re.sub(r"（#\w+）", "", text).strip()))
+
+
+def tell_story(script: Path) -> tuple[list[Bubble], list[str]]:
+    """Play the sandbox's story; return what was said and what was wrong."""
+    stage = Stage(script, True, lambda text: None)
+    with stage.stack:
+        world = stage.world()
+        recorder = Recorder(world)
+        wrong = Story(stage, world, recorder).play()
+    return recorder.said, wrong
+
+
+def draw_bubble(bubble: Bubble, y: int) -> tuple[str, int]:
+    """Return the drawing of a bubble that begins at y, and its height."""
+    lines = [wrapped(line) for line in bubble.text.split("\n")]
+    width = round(max(ems(piece) for pieces in lines for piece in pieces) * FONT) + 24
+    height = sum(map(len, lines)) * LINE_HEIGHT + 17
+    x = WIDTH - 58 - width if bubble.mine else 58
+    kind, face, name = ("me", "user", "我") if bubble.mine else ("wxsync", "robot", "wx")
+    at, side = (WIDTH - 48, WIDTH - 58) if bubble.mine else (12, 58)
+    tip = side + (6 if bubble.mine else -6)
+    parts = [
+        f'<g class="{"mine" if bubble.mine else "theirs"}">',
+        f'<rect class="{face}" x="{at}" y="{y}" width="36" height="36" rx="5"/>',
+        f'<text class="face" x="{at + 18}" y="{y + 23}">{name}</text>',
+        f'<path class="{kind}" d="M{side} {y + 12}L{tip} {y + 18}L{side} {y + 24}z"/>',
+        f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="6"/>',
+    ]
+    top = y + 22
+    for pieces in lines:
+        link = ' class="link"' if pieces[0].startswith("http") else ""
+        spans = [
+            f'<tspan x="{x + 12}" y="{top + n * LINE_HEIGHT}">{escape(piece, quote=False)}</tspan>'
+            for n, piece in enumerate(pieces)
+        ]
+        parts += [f"<text{link}>{''.join(spans)}</text>"] if any(pieces) else []
+        top += len(pieces) * LINE_HEIGHT
+    return "\n".join([*parts, "</g>"]), height
+
+
+def draw_chat(said: Sequence[Bubble]) -> str:
+    """Return a chat as an SVG picture of a phone's screen."""
+    middle = WIDTH // 2
+    parts, y = [f'<text class="time" x="{middle}" y="72">上午 10:24</text>'], 86
+    for bubble in said:
+        drawn, height = draw_bubble(bubble, y)
+        parts.append(drawn)
+        y += max(height, 36) + 16
+    frame = f'width="{WIDTH - 1}" height="{y - 1}" rx="14"'
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" role="img"'
+        f' viewBox="0 0 {WIDTH} {y}">',
+        "<title>企业微信里的一次对话：发镜像名，收到结果</title>",
+        f"<style>{STYLE.strip()}</style>",
+        f'<clipPath id="screen"><rect x=".5" y=".5" {frame}/></clipPath>',
+        f'<rect class="page" x=".5" y=".5" {frame}/>',
+        f'<path class="bar" clip-path="url(#screen)" d="M1 1h{WIDTH - 2}v46h-{WIDTH - 2}z"/>',
+        f'<path class="rule" d="M1 47.5h{WIDTH - 2}"/>',
+        f'<text class="head" x="{middle}" y="30">镜像同步</text>',
+        '<text x="18" y="31" font-size="20">‹</text>',
+        f'<text x="{WIDTH - 34}" y="30" font-weight="700">···</text>',
+    ]
+    return "\n".join([*head, *parts, "</svg>", ""])
+
+
+def picture(argv: Sequence[str]) -> int:
+    """Draw the picture of README.md from the sandbox's story; return 0 when the story is right."""
+    parser = argparse.ArgumentParser(
+        prog="test_wxsync.py picture", description="演一遍沙盒的故事，把对话画成 .github/chat.svg"
+    )
+    parser.add_argument("--script", type=Path, default=PROGRAM, help="wxsync.py 的位置")
+    parser.add_argument("--out", type=Path, default=ROOT / ".github" / "chat.svg")
+    options = parser.parse_args(argv)
+    said, wrong = tell_story(options.script.resolve())
+    if wrong:
+        print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
+        return 1
+    options.out.write_text(draw_chat(said), "utf-8", newline="\n")
+    print(options.out)
+    return 0
+
+
+def picture_lines(file: Path) -> list[str]:
+    """Return the lines of text in a picture, put together again where they were wrapped."""
+    name = "{http://www.w3.org/2000/svg}text"
+    return ["".join(text.itertext()) for text in ET.parse(file).iter(name)]
+
+
+def test_the_picture_shows_what_the_program_says_now(plays: Plays) -> None:
+    """Run `python test_wxsync.py picture` when this fails: a text has changed since."""
+    shown = picture_lines(ROOT / ".github" / "chat.svg")
+    assert [line for line in wxsync.HELP.splitlines() if line and line not in shown] == []
+    assert "🔄 正在处理镜像同步请求..." in shown
+    assert "✅ 镜像同步完成，成功 1 / 1" in shown
+    assert plays.drawn.result(60) == 0
+    assert picture_lines(plays.file) == shown
+    assert plays.file.read_text("utf-8") == document(".github/chat.svg")
+
+
+def test_the_picture_fits_a_page_and_loads_nothing() -> None:
+    """GitHub shows it as an image: no scripts, no fonts or pictures from elsewhere."""
+    text = document(".github/chat.svg")
+    root = ET.fromstring(text)
+    assert root.get("width") == str(WIDTH)
+    assert len(text) < 30_000
+    assert not re.search(r"<script|<image|<foreignObject|href|url\((?!#)|@import", text)
+
+
+def test_a_line_is_wrapped_without_loss() -> None:
+    """Whatever it holds: a long address, Chinese, nothing."""
+    for line in ("", "docker pull " + "a/" * 60, "镜像" * 40, "x" * 200, STORY[1].text):
+        assert "".join(wrapped(line)) == line
+        assert max(map(ems, wrapped(line))) <= BUBBLE_EMS
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark: what a row is, and the tools that rows share
+# ---------------------------------------------------------------------------------------------
+
+RATE = 20e6  # bytes per second of source and target, where a row limits them
+ROUND_TRIP = 0.2  # seconds to the far GitHub
+LAYERS = 5
+IMPORTS = "import http.server, ssl"  # the least that any service of this kind loads
+OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
+COMPILE = (
+    "import sys, time; text = open(sys.argv[1]).read(); begun = time.perf_counter(); "
+    "compile(text, 'x', 'exec', dont_inherit=True); print(time.perf_counter() - begun)"
+)
+
+
+class Skip(Exception):
+    """Why a row cannot be measured here."""
+
+
+@dataclass
+class Measured:
+    """What a row found; `reached` is None where there is no target to reach."""
+
+    text: str
+    reached: bool | None
+    figures: dict[str, float] = field(default_factory=dict)
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One line of the table. Rows that only wait are measured side by side, to save time."""
+
+    name: str
+    what: str
+    target: str
+    measure: Callable[[Benchmark], Measured]
+    waits: bool = False
+
+
+class Relayed(NamedTuple):
+    """What bringing one file from a source into the bucket took."""
+
+    seconds: float
+    cpu: float  # seconds, of the service
+    peers: float  # seconds, of source and bucket together
+    before: int  # bytes of memory, as `peak` and `after`
+    peak: int
+    after: int
+
+
+class Load(NamedTuple):
+    """What wrk saw."""
+
+    per_second: float
+    p50: float
+    p99: float
+    errors: int
+    cpu: float  # seconds of the server per 1,000 answers
+
+
+class Benchmark:
+    """One run of the benchmark: its options, and what several rows need."""
+
+    def __init__(self, script: Path, quick: bool) -> None:
+        self.script, self.quick = script, quick
+        self.begun = time.monotonic()
+        self.stack = ExitStack()
+        self.relay_size = (128 if quick else 1024) * MIB
+
+    def tell(self, text: str) -> None:
+        """Print progress, a line in one write: rows side by side would mix theirs."""
+        sys.stderr.write(f"{time.monotonic() - self.begun:6.1f} s  {text}\n")
+        sys.stderr.flush()
+
+    def times(self, usual: int, quick: int) -> int:
+        return quick if self.quick else usual
+
+    def world(
+        self,
+        settings: Mapping[str, str | None] | None = None,
+        runner: Runner | None = None,
+    ) -> World:
+        """Return a world that logs as users do, not as tests do."""
+        return World(self.script, runner, {"LOG_LEVEL": None} | dict(settings or {}))
+
+    @functools.cached_property
+    def source(self) -> Registry:
+        """The registry that images are copied from."""
+        if why := Registry.missing():
+            raise Skip(why)
+        return self.stack.enter_context(Registry())
+
+    @functools.cached_property
+    def big_image(self) -> str:
+        """An image of 200 MB in several layers, as a line for `copy`."""
+        size = (40_000_000 if self.quick else 200_000_000) // LAYERS
+        publish(self.source, "library/big", "1", sizes=[size] * LAYERS)
+        return "big:1"
+
+    @functools.cached_property
+    def small_images(self) -> list[str]:
+        """20 images of 5 MB, as lines for `copy`."""
+        names = [f"small{number}" for number in range(20)]
+        for name in names:
+            publish(self.source, f"library/{name}", "1", sizes=[2_500_000] * 2)
+        return [f"{name}:1" for name in names]
+
+    @functools.cached_property
+    def fast_relays(self) -> list[Relayed]:
+        return [relay(self, self.relay_size) for _ in range(self.times(3, 1))]
+
+
+def middle(values: Sequence[float], share: float = 0.5) -> float:
+    """Return the value below which this share of the values lies."""
+    if share == 0.5:
+        return statistics.median(values)
+    return sorted(values)[math.ceil(len(values) * share) - 1]
+
+
+def need_proc() -> None:
+    if not Path("/proc/self/status").exists():
+        raise Skip("no /proc")
+
+
+def need_programs(*names: str) -> None:
+    if why := missing_program(*names):
+        raise Skip(why)
+
+
+def need_modules(*names: str) -> None:
+    absent = [name for name in names if not importlib.util.find_spec(name)]
+    if absent:
+        raise Skip(f"{', '.join(absent)} not installed")
+
+
+def python(words: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Run Python code in a process of its own, return what it prints."""
+    command = [sys.executable, "-c", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark: start, memory, rest
+# ---------------------------------------------------------------------------------------------
+
+
+def is_up(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), 5) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return connection.recv(100).startswith(b"HTTP/1.1 200")
+    except ConnectionError:
+        return False
+
+
+def start_seconds(service: Service) -> float:
+    """Start the service, return the seconds from before the process to the first 200."""
+    begun = time.perf_counter()
+    service.launch()
+    if not wait_until(lambda: is_up(service.port), 15, 0.0005):
+        raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
+    seconds = time.perf_counter() - begun
+    service.kill()
+    return seconds
+
+
+def measure_start(bench: Benchmark) -> Measured:
+    starts, imports, compiling = [], [], []
+    with bench.world() as world:
+        world.service.kill()  # once started: the libraries' bytecode is written, as on any machine
+        for _ in range(bench.times(15, 5)):
+            starts.append(start_seconds(world.service))
+            begun = time.perf_counter()
+            python([IMPORTS], world.service.environment)
+            imports.append(time.perf_counter() - begun)
+            source = str(bench.script)
+            compiling.append(float(python([COMPILE, source], world.service.environment)))
+    start, bare, compiled = middle(starts), middle(imports), middle(compiling)
+    return Measured(
+        f"{start * 1000:.0f} ms，{start / bare:.2f} 倍（import {bare * 1000:.0f} ms；"
+        f"编译 wxsync.py {compiled * 1000:.0f} ms）",
+        start <= 0.12 and start <= 1.5 * bare,
+        {"seconds": start, "imports_seconds": bare, "compile_seconds": compiled},
+    )
+
+
+def rest_rss(bench: Benchmark) -> float:
+    """Return the memory, in bytes, of a service with QingStor set and unused."""
+    with FakeQingStor() as store, bench.world(store.settings) as world:
+        time.sleep(2)
+        return world.service.rss_bytes()
+
+
+def measure_memory(bench: Benchmark) -> Measured:
+    need_proc()
+    need_modules("qingstor")
+    rest = middle([rest_rss(bench) for _ in range(bench.times(3, 1))]) / MIB
+    bare = int(python([OWN_RSS], dict(os.environ))) / 1024
+    relays = bench.fast_relays
+    after = middle([relayed.after - relayed.before for relayed in relays]) / MIB
+    peak = middle([relayed.peak - relayed.before for relayed in relays]) / MIB
+    return Measured(
+        f"{rest:.1f} MiB（只 import http.server、ssl 的 Python：{bare:.1f}）；"
+        f"之后多 {after:.1f} MiB，最高时多 {peak:.1f}",
+        rest <= 26 and max(after, peak) <= 48,
+        {"rest_mib": rest, "imports_mib": bare, "after_mib": after, "peak_mib": peak},
+    )
+
+
+def measure_rest(bench: Benchmark) -> Measured:
+    need_proc()
+    seconds = bench.times(60, 10)
+    with bench.world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
+        world.say("nginx:latest")  # at rest after work, with connections and threads in use
+        world.hear("成功 1 / 1")
+        time.sleep(3)
+        cpu, wakeups = world.service.cpu_seconds(), world.service.wakeups()
+        time.sleep(seconds)
+        cpu = world.service.cpu_seconds() - cpu
+        woken = (world.service.wakeups() - wakeups) / seconds
+        threads = world.service.threads()
+    return Measured(
+        f"{seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）",
+        cpu == 0 and woken <= 1,
+        {"cpu_seconds": cpu, "wakeups_per_second": woken, "threads": threads},
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark: callbacks
+# ---------------------------------------------------------------------------------------------
+
+
+def request_bytes(post: Post) -> bytes:
+    """Return a callback as it goes over the wire."""
+    lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name}: {value}" for name, value in post.headers.items()]
+    lines += [f"Content-Length: {len(post.body)}", "", ""]
+    return "\r\n".join(lines).encode() + post.body
+
+
+WHOLE_HEAD = re.compile(rb"content-length: *(\d+)\r\n(?:.*?\r\n)??\r\n", re.I | re.S)
+
+
+def exchange(port: int, request: bytes) -> bytes:
+    """Send a request on a connection of its own, return the body of the answer, a 200."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while not (found := WHOLE_HEAD.search(answer)):
+            answer += receive(connection)
+        while len(answer) < found.end() + int(found[1]):
+            answer += receive(connection)
+    if not answer.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(answer[:200].decode(errors="replace"))
+    return answer[found.end() :]
+
+
+def receive(connection: socket.socket) -> bytes:
+    piece = connection.recv(65536)
+    if not piece:
+        raise ConnectionError("closed before the answer was whole")
+    return piece
+
+
+def built(client: WeComClient, user: str, text: str) -> bytes:
+    return request_bytes(client.build(client.text_fields(user, text)))
+
+
+def latencies(world: World, texts: Sequence[str]) -> list[float]:
+    """Post the messages one at a time, return the seconds that each took; replies are checked."""
+    requests = [built(world.client, "alice", text) for text in texts]
+    seconds, bodies = [], []
+    for request in requests:
+        begun = time.perf_counter()
+        bodies.append(exchange(world.service.port, request))
+        seconds.append(time.perf_counter() - begun)
+    if not all(world.client.open_reply(body.decode())["content"] for body in bodies):
+        raise RuntimeError("an empty reply")
+    return seconds
+
+
+def measure_callback(bench: Benchmark) -> Measured:
+    runner = PlayedRunner()
+    runner.gate = threading.Event()  # nothing moves on while the requests are taken
+    with bench.world({"QUEUE_SIZE": "100"}, runner) as world:
+        latencies(world, ["help"] * 100)
+        rounds = [latencies(world, ["help"] * bench.times(2000, 500)) for _ in range(3)]
+        images = latencies(world, [f"nginx:{number}" for number in range(bench.times(60, 30))])
+        runner.gate.set()
+    p50 = middle([middle(found) for found in rounds]) * 1000
+    p99 = middle([middle(found, 0.99) for found in rounds]) * 1000
+    stored = middle(images) * 1000
+    return Measured(
+        f"p50 {p50:.2f} ms，p99 {p99:.2f} ms（要先落盘的镜像请求 p50 {stored:.1f} ms）",
+        p50 < 1.5 and p99 < 8,
+        {"p50_ms": p50, "p99_ms": p99, "image_request_p50_ms": stored},
+    )
+
+
+# What a short answer to the same task looks like: the usual framework, the same crypto.
+FLASK_APP = """
+import base64, hashlib, hmac, os, secrets, struct, time
+import xml.etree.ElementTree as ET
+
+from Crypto.Cipher import AES
+from flask import Flask, Response, abort, request
+
+KEY = base64.b64decode(os.environ["ENCODING_AES_KEY"] + "=")
+TOKEN, CORP_ID, REPLY = os.environ["TOKEN"], os.environ["CORP_ID"].encode(), os.environ["REPLY"]
+app = Flask(__name__)
+
+
+def sign(*parts):
+    return hashlib.sha1("".join(sorted([TOKEN, *parts])).encode()).hexdigest()
+
+
+def decrypt(encrypted):
+    plain = AES.new(KEY, AES.MODE_CBC, KEY[:16]).decrypt(base64.b64decode(encrypted))
+    plain = plain[: -plain[-1]]
+    (size,) = struct.unpack(">I", plain[16:20])
+    if plain[20 + size :] != CORP_ID:
+        abort(403)
+    return plain[20 : 20 + size].decode()
+
+
+def encrypt(text):
+    raw = text.encode()
+    plain = os.urandom(16) + struct.pack(">I", len(raw)) + raw + CORP_ID
+    pad = 32 - len(plain) % 32
+    cipher = AES.new(KEY, AES.MODE_CBC, KEY[:16])
+    return base64.b64encode(cipher.encrypt(plain + bytes([pad]) * pad)).decode()
+
+
+@app.post("/wechat/callback")
+def callback():
+    encrypted = ET.fromstring(request.get_data()).findtext("Encrypt")
+    wanted = sign(request.args["timestamp"], request.args["nonce"], encrypted)
+    if not hmac.compare_digest(wanted, request.args["msg_signature"]):
+        abort(403)
+    message = ET.fromstring(decrypt(encrypted))
+    inner = encrypt(
+        f"<xml><ToUserName><![CDATA[{message.findtext('FromUserName')}]]></ToUserName>"
+        f"<FromUserName><![CDATA[{message.findtext('ToUserName')}]]></FromUserName>"
+        f"<CreateTime>{int(time.time())}</CreateTime><MsgType><![CDATA[text]]></MsgType>"
+        f"<Content><![CDATA[{REPLY}]]></Content></xml>"
+    )
+    stamp, nonce = str(int(time.time())), secrets.token_hex(8)
+    return Response(
+        f"<xml><Encrypt><![CDATA[{inner}]]></Encrypt>"
+        f"<MsgSignature><![CDATA[{sign(stamp, nonce, inner)}]]></MsgSignature>"
+        f"<TimeStamp>{stamp}</TimeStamp><Nonce><![CDATA[{nonce}]]></Nonce></xml>",
+        mimetype="text/xml",
+    )
+
+
+@app.get("/health")
+def health():
+    return "ok"
+"""
+
+# The requests are in a file, each after its length; every one is used once before any repeats.
+WRK_SCRIPT = """
+local requests, at = {}, 0
+local file = io.open("REQUESTS", "rb")
+while true do
+  local size = file:read("*n")
+  if not size then break end
+  file:read(1)
+  requests[#requests + 1] = file:read(size)
+end
+function request()
+  at = at % #requests + 1
+  return requests[at]
+end
+function done(summary, latency)
+  local e = summary.errors
+  io.write(string.format("RESULT %f %f %f %d %d\\n",
+    summary.requests / summary.duration * 1e6, latency:percentile(50) / 1e6,
+    latency:percentile(99) / 1e6, e.connect + e.read + e.write + e.status + e.timeout,
+    summary.requests))
+end
+"""
+
+
+@contextmanager
+def flask_service(world: World, folder: Path) -> Iterator[tuple[int, int]]:
+    """Run the Flask app under gunicorn, yield its port and process id."""
+    (folder / "app.py").write_text(FLASK_APP, encoding="utf-8")
+    port = free_port()
+    settings = world.service.settings | {"REPLY": world.say("help")}
+    command = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8"]
+    command += ["-b", f"127.0.0.1:{port}", "--log-level", "error", "app:app"]
+    environment = clean_environment(folder, settings)
+    with subprocess.Popen(command, cwd=folder, env=environment) as process:
+        try:
+            if not wait_until(lambda: is_up(port), 20):
+                raise RuntimeError("gunicorn did not start")
+            yield port, process.pid
+        finally:
+            process.terminate()
+
+
+def family_cpu(pid: int) -> float:
+    """Return the CPU seconds of a process and its children so far."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    ticks = 0
+    for member in (str(pid), *children):
+        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def put_load(server: tuple[int, int], script: Path, seconds: int) -> Load:
+    """Post from 100 connections at once, as fast as answers come from a port of a process."""
+    port, pid = server
+    command = ["wrk", "-t1", "-c100", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
+    command.append(f"http://127.0.0.1:{port}/wechat/callback")
+    cpu = family_cpu(pid)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    cpu = family_cpu(pid) - cpu
+    found = re.search(r"RESULT (\S+) (\S+) (\S+) (\d+) (\d+)", done.stdout)
+    if not found:
+        raise RuntimeError(done.stdout + done.stderr)
+    per_second, p50, p99 = (float(found[number]) for number in (1, 2, 3))
+    return Load(per_second, p50, p99, int(found[4]), cpu * 1000 / int(found[5]))
+
+
+def write_requests(world: World, folder: Path, count: int) -> Path:
+    """Write the messages and the script that posts them; no two have the same MsgId."""
+    with open(folder / "requests", "wb") as file:
+        for number in range(count):
+            request = built(world.client, f"user{number % 500}", "help")
+            file.write(b"%d\n" % len(request) + request)
+    script = folder / "post.lua"
+    script.write_text(WRK_SCRIPT.replace("REQUESTS", str(folder / "requests")))
+    return script
+
+
+def check_reply(client: WeComClient, port: int) -> None:
+    body = exchange(port, built(client, "alice", "help"))
+    if "wxsync" not in client.open_reply(body.decode())["content"]:
+        raise RuntimeError(f"no help on port {port}")
+
+
+def compared_loads(bench: Benchmark) -> tuple[list[Load], list[Load]]:
+    """Return what wrk saw of the service, and of Flask, in turns."""
+    ours, theirs = [], []
+    with temporary_folder("press") as name, bench.world() as world:
+        folder = Path(name)
+        script = write_requests(world, folder, bench.times(60_000, 20_000))
+        with flask_service(world, folder) as flask:
+            service = (world.service.port, world.service.pid)
+            for server in (service, flask):
+                check_reply(world.client, server[0])
+                put_load(server, script, 1)
+            for _ in range(bench.times(2, 1)):
+                ours.append(put_load(service, script, bench.times(20, 4)))
+                theirs.append(put_load(flask, script, bench.times(20, 4)))
+    return ours, theirs
+
+
+def measure_load(bench: Benchmark) -> Measured:
+    need_proc()
+    need_programs("wrk")
+    need_modules("flask", "gunicorn")
+    ours, theirs = compared_loads(bench)
+    here = middle([found.per_second for found in ours])
+    there = middle([found.per_second for found in theirs])
+    p99, slow = (middle([found.p99 for found in group]) for group in (ours, theirs))
+    cpu, more = (middle([found.cpu for found in group]) for group in (ours, theirs))
+    errors = sum(found.errors for found in ours)
+    return Measured(
+        f"每秒 {here:.0f} 条，{here / there:.2f} 倍（Flask {there:.0f} 条）；错误 {errors} 个；"
+        f"p99 {p99 * 1000:.0f} ms（Flask {slow * 1000:.0f}）；"
+        f"每条 CPU {cpu * 1000:.0f} µs（Flask {more * 1000:.0f}）",
+        here >= 1.2 * there and not errors and p99 < 0.15,
+        {
+            "per_second": here,
+            "flask_per_second": there,
+            "p99_seconds": p99,
+            "flask_p99_seconds": slow,
+            "errors": errors,
+            "cpu_seconds_per_1000": cpu,
+            "flask_cpu_seconds_per_1000": more,
+            "flask_errors": sum(found.errors for found in theirs),
+        },
+    )
+
+
+def measure_messages(bench: Benchmark) -> Measured:
+    need_proc()
+    total = bench.times(10_000, 2_000)
+    texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
+    with bench.world() as world:
+        path, sizes, memory = world.service.state_dir / "wxsync.state", [], []
+        for number in range(1, total + 1):
+            text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
+            exchange(world.service.port, built(world.client, f"user{number % 300}", text))
+            if number in (total // 10, total):
+                memory.append(world.service.rss_bytes() / MIB)
+                sizes.append(path.stat().st_size / 1024)
+    return Measured(
+        f"{total // 10} 条时 {memory[0]:.1f} MiB，{total} 条时 {memory[1]:.1f} MiB；"
+        f"状态文件 {sizes[0]:.0f} → {sizes[1]:.0f} KiB",
+        memory[1] - memory[0] < 5 and sizes[1] < 1024,
+        {"grown_mib": memory[1] - memory[0], "rss_mib": memory[1], "state_kib": sizes[1]},
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark: GitHub
+# ---------------------------------------------------------------------------------------------
+
+
+class FarServer(PeerServer):
+    """TLS, and a handshake that takes as long as it does to a server far away."""
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        if isinstance(self.peer, MeasuredGitHub) and self.peer.tls:
+            connection = self.peer.tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        time.sleep(2 * self.peer.delay)  # TCP's round trip and TLS 1.3's
+        super().process_request_thread(request, client_address)
+
+
+class MeasuredGitHub(FakeGitHub):
+    """Remembers the status of each answer; with `tls` it is far away and speaks https."""
+
+    def __init__(self, runner: Runner, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(runner=runner)
+        self.tls = tls
+        self.answers: list[tuple[Call, int]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
+
+    def start(self) -> MeasuredGitHub:
+        if not self.tls:
+            return super().start()
+        self.stopping.clear()
+        self.delay = ROUND_TRIP
+        self._server = FarServer(self.port, self)
+        self.port = self._server.server_port
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
+        return self
+
+    def handle(self, call: Call) -> Answer:
+        answer = super().handle(call)
+        with self.lock:
+            self.answers.append((call, answer.status))
+        return answer
+
+
+class Dispatched(NamedTuple):
+    """One request on its way to the dispatch, and the connections until its result was told."""
+
+    seconds: float
+    calls: int
+    connections: int
+
+
+def dispatch_one(world: World, image: str) -> Dispatched:
+    """Ask for an image, see how it gets to the dispatch, wait until its result is told."""
+    github, told = world.github, len(world.wecom.messages)
+    calls, connections, runs = len(github.calls), github.connections, len(github.dispatches)
+    begun = time.time()
+    world.say(image)
+    if not wait_until(lambda: len(github.dispatches) > runs, 30, 0.002):
+        raise RuntimeError("no dispatch\n" + world.service.log[-2000:])
+    until = [c for c in github.calls[calls:] if c.time <= github.dispatches[runs].time]
+    world.wecom.wait_message("成功 1 / 1", 60, told)
+    opened = github.connections - connections
+    return Dispatched(github.dispatches[runs].time - begun, len(until), opened)
+
+
+def measure_dispatch(bench: Benchmark) -> Measured:
+    need_programs("openssl")
+    pause = bench.times(45, 5)
+    with temporary_folder("tls") as name:
+        context, certificate = make_tls(Path(name), "127.0.0.1")
+        world = bench.world({"SSL_CERT_FILE": str(certificate)})
+        world.github = MeasuredGitHub(PlayedRunner(), context)
+        with world:
+            first, second = dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")
+            time.sleep(pause)
+            third = dispatch_one(world, "nginx:3")
+    found = (first, second, third)
+    calls = max(one.calls for one in found)
+    opened = [one.connections for one in found]
+    warm = (second.seconds + third.seconds) / 2
+    return Measured(
+        f"{calls} 次调用；新连接 {opened[0]}、{opened[1]}、{opened[2]} 个"
+        f"（第三个请求前空闲 {pause} 秒）；首次 {first.seconds:.2f} s，其后 {warm:.2f} s",
+        calls <= 3 and max(opened) <= 1,
+        {
+            "calls": calls,
+            "connections": max(opened),
+            "first_seconds": first.seconds,
+            "warm_seconds": warm,
+        },
+    )
+
+
+class WatchedRun(NamedTuple):
+    """How one run was waited for."""
+
+    late: float  # seconds from the run's end to the message
+    per_minute: float
+    unchanged: float  # share of 304
+
+
+def watch_run(bench: Benchmark, seconds: float) -> WatchedRun:
+    """Ask for an image whose run takes so long, see how it is waited for."""
+    world = bench.world()
+    world.github = github = MeasuredGitHub(PlayedRunner(seconds))
+    with world:
+        world.say("nginx:latest")
+        world.hear("成功 1 / 1", seconds + 30)
+        message: Message = world.wecom.messages[-1]
+        begun, ended = github.dispatches[0].time, github.runs[0].completed or 0.0
+        waiting = [status for call, status in github.answers if call.time > begun]
+    minutes = (message.time - begun) / 60
+    share = waiting.count(304) / len(waiting)
+    return WatchedRun(message.time - ended, len(waiting) / minutes, share)
+
+
+def measure_finished(bench: Benchmark) -> Measured:
+    # Ends that lie differently between two looks at the run.
+    lengths = [bench.times(55, 25) + 0.7 * step for step in range(bench.times(5, 3))]
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        found = list(pool.map(lambda seconds: watch_run(bench, seconds), lengths))
+    late, latest = middle([one.late for one in found]), max(one.late for one in found)
+    calls = max(one.per_minute for one in found)
+    unchanged = min(one.unchanged for one in found)
+    return Measured(
+        f"{late:.1f} s，最多 {latest:.1f} s；每分钟 {calls:.0f} 次，其中 304 占 {unchanged:.0%}",
+        latest < 5 and calls <= 25 and unchanged > 0.5,
+        {
+            "seconds": late,
+            "most_seconds": latest,
+            "calls_per_minute": calls,
+            "unchanged_share": unchanged,
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark: copies
+# ---------------------------------------------------------------------------------------------
+
+
+class Lane:
+    """A fresh target registry, and the ways to bring an image from the source into it.
+
+    Fresh each time, port included: skopeo remembers per registry which layers it has seen there
+    (as root not under HOME), and would only mount what an earlier measurement has brought.
+    """
+
+    def __init__(self, bench: Benchmark, source: str = "") -> None:
+        self.bench = bench
+        self.stack = ExitStack()
+        self.source = source or bench.source.host
+
+    def __enter__(self) -> Lane:
+        self.target = self.stack.enter_context(Registry("robot", "bench-password"))
+        self.home = Path(self.stack.enter_context(temporary_folder("home")))
+        hosts = {"docker.io": self.source, self.target.host: self.target.host}
+        self.conf = registries_conf(self.home / "registries.conf", hosts)
+        self.auth = auth_file(self.home / "config.json", self.target)
+        if hasattr(os, "sync"):
+            os.sync()  # or this one would pay for what the one before left to be written
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def run(self, command: Sequence[str], settings: Mapping[str, str]) -> str:
+        environment = clean_environment(self.home, settings)
+        done = subprocess.run(
+            command, env=environment, cwd=self.home, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{command}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+        return done.stdout
+
+    def copy(self, line: str, wanted: str = "copied") -> None:
+        """Copy as a job of the workflow does."""
+        settings = {
+            "CONTAINERS_REGISTRIES_CONF": str(self.conf),
+            "DOCKER_REGISTRY": self.target.host,
+            "DOCKER_NAMESPACE": "mirror",
+            "DOCKER_USERNAME": self.target.user,
+            "DOCKER_PASSWORD": self.target.password,
+        }
+        printed = self.run([sys.executable, str(self.bench.script), "copy", line], settings)
+        if not printed.startswith(f"wxsync: {wanted}"):
+            raise RuntimeError(printed)
+
+    def skopeo(self, line: str) -> None:
+        """Copy with one bare command."""
+        command = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
+        command += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
+        self.run([*command, f"docker://{self.target.host}/mirror/{line}"], {})
+
+    def docker(self, line: str, engine: str) -> None:
+        """Pull, tag and push."""
+        program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
+        source = f"{self.source}/library/{line}"
+        target = f"{self.target.host}/mirror/{line}"
+        settings = {"DOCKER_HOST": engine, "DOCKER_CONFIG": str(self.home)}
+        for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
+            self.run([program, *words], settings)
+
+
+def timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+@contextmanager
+def docker_engine() -> Iterator[str]:
+    """Run a dockerd that has never seen anything, yield its address."""
+    with temporary_folder("docker") as name:
+        folder = Path(name)
+        address = f"unix://{folder}/docker.sock"
+        command = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none"]
+        command += ["--ip-forward=false", "--ip-masq=false", f"--data-root={folder}/data"]
+        command += [f"--exec-root={folder}/exec", f"--pidfile={folder}/pid", "-H", address]
+        with open(folder / "log", "wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            up = wait_until(lambda: engine_answers(folder) or process.poll() is not None, 20, 0.05)
+            if not up or process.poll() is not None:
+                raise Skip("dockerd does not come up")
+            yield address
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def engine_answers(folder: Path) -> bool:
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(folder / "docker.sock"))
+            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            return b" 200 " in connection.recv(100)
+    except OSError:
+        return False
+
+
+def docker_seconds(bench: Benchmark) -> float:
+    with docker_engine() as engine, Lane(bench) as lane:
+        return timed(lambda: lane.docker(bench.big_image, engine))
+
+
+def copy_seconds(bench: Benchmark) -> float:
+    with Lane(bench) as lane:
+        return timed(lambda: lane.copy(bench.big_image))
+
+
+def skopeo_seconds(bench: Benchmark) -> float:
+    with Lane(bench) as lane:
+        return timed(lambda: lane.skopeo(bench.big_image))
+
+
+def measure_docker(bench: Benchmark) -> Measured:
+    need_programs("dockerd", "docker")
+    copies, dockers = [], []
+    for _ in range(bench.times(2, 1)):
+        dockers.append(docker_seconds(bench))
+        copies.append(copy_seconds(bench))
+    ours, theirs = middle(copies), middle(dockers)
+    return Measured(
+        f"{ours:.2f} s，快 {theirs / ours:.1f} 倍（docker {theirs:.2f} s）",
+        theirs >= 4 * ours,
+        {"seconds": ours, "docker_seconds": theirs},
+    )
+
+
+def measure_copy(bench: Benchmark) -> Measured:
+    ours, theirs = [], []
+    for _ in range(bench.times(5, 2)):
+        ours.append(copy_seconds(bench))
+        theirs.append(skopeo_seconds(bench))
+    here, there = middle(ours), middle(theirs)
+    return Measured(
+        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
+        here <= 1.25 * there,
+        {"seconds": here, "skopeo_seconds": there},
+    )
+
+
+def layers_read(bench: Benchmark) -> int:
+    """Return how many layers the source is asked for when nothing has changed."""
+    manifest = bench.source.manifest("library/big", "1")
+    layers = {layer["digest"] for layer in manifest["layers"]}
+    with PickyRegistry(bench.source, picky=False) as door, Lane(bench, door.host) as lane:
+        lane.copy(bench.big_image)
+        copied = len(door.layer_reads)
+        lane.copy(bench.big_image, "unchanged")
+        return sum(call.path.rpartition("/")[2] in layers for call in door.layer_reads[copied:])
+
+
+def measure_unchanged(bench: Benchmark) -> Measured:
+    with Lane(bench) as lane:
+        lane.copy(bench.big_image)
+        found = [
+            timed(lambda: lane.copy(bench.big_image, "unchanged")) for _ in range(bench.times(9, 3))
+        ]
+    seconds, layers = middle(found), layers_read(bench)
+    return Measured(
+        f"{seconds:.2f} s，读了 {layers} 层",
+        seconds < 0.5 and not layers,
+        {"seconds": seconds, "layers_read": layers},
+    )
+
+
+def four_at_once(work: Callable[[str], None], lines: Sequence[str]) -> float:
+    with ThreadPoolExecutor(4) as pool:
+        return timed(lambda: list(pool.map(work, lines)))
+
+
+def measure_many(bench: Benchmark) -> Measured:
+    lines, ours, theirs = bench.small_images, [], []
+    for _ in range(bench.times(5, 1)):
+        with Lane(bench) as lane:
+            ours.append(four_at_once(lane.copy, lines))
+        with Lane(bench) as lane:
+            theirs.append(four_at_once(lane.skopeo, lines))
+    here, there = middle(ours), middle(theirs)
+    return Measured(
+        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
+        here <= 1.5 * there,
+        {"seconds": here, "skopeo_seconds": there},
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark: files
+# ---------------------------------------------------------------------------------------------
+
+
+def relay(bench: Benchmark, size: int, rate: float = 0.0) -> Relayed:
+    """Send the link of a file to the service, wait until it is in the bucket, check it."""
+    with FakeQingStor() as store, Source() as source:
+        store.rate_bytes_per_second = rate
+        link = source.add("/big.bin", size, rate=rate)
+        settings = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
+        with bench.world(settings) as world:
+            time.sleep(1)
+            service, peers = world.service, time.process_time()
+            cpu = service.cpu_seconds()
+            with PeakMemory(service.pid, 0.02) as memory:
+                seconds = timed(lambda: finish_file(world, link))
+            cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
+            time.sleep(1)
+            after = service.rss_bytes()
+        stored = list(store.objects.values())
+        if len(stored) != 1 or stored[0].sha256 != source.sha256("/big.bin"):
+            raise RuntimeError("the file in the bucket is another one")
+    return Relayed(seconds, cpu, peers, memory.base, memory.peak, after)
+
+
+def finish_file(world: World, link: str) -> None:
+    world.say(link)
+    told = world.hear("文件", 300)
+    if "文件上传成功" not in told:
+        raise RuntimeError(told)
+
+
+def curl(*words: str) -> None:
+    subprocess.run(["curl", "-sS", "-f", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def curl_down(size: int, rate: float, to: Path) -> float:
+    with Source() as source:
+        link = source.add("/big.bin", size, rate=rate)
+        return timed(lambda: curl("-o", str(to), link))
+
+
+def curl_up(file: Path) -> float:
+    with FakeQingStor() as store:
+        date = formatdate(usegmt=True)
+        signature = sign_qingstor(store.secret, "PUT", f"/{store.bucket}/big.bin", date)
+        login = f"Authorization: QS {store.access_key}:{signature}"
+        address = f"{store.url}/{store.bucket}/big.bin"
+        return timed(lambda: curl("-T", str(file), "-H", f"Date: {date}", "-H", login, address))
+
+
+def measure_slow_relay(bench: Benchmark) -> Measured:
+    need_proc()
+    need_programs("curl")
+    need_modules("qingstor")
+    relayed = relay(bench, bench.relay_size, RATE)
+    # The limit makes the time grow evenly: an eighth of the file tells one direction.
+    one_way = 8 * curl_down(bench.relay_size // 8, RATE, Path(os.devnull))
+    ratio = relayed.seconds / one_way
+    return Measured(
+        f"{relayed.seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {relayed.cpu:.1f} s",
+        ratio <= 1.15,
+        {"seconds": relayed.seconds, "one_way_seconds": one_way, "cpu_seconds": relayed.cpu},
+    )
+
+
+def measure_fast_relay(bench: Benchmark) -> Measured:
+    need_proc()
+    need_programs("curl")
+    need_modules("qingstor")
+    downs, ups = [], []
+    with temporary_folder("curl") as name:
+        file = Path(name) / "big.bin"
+        for _ in bench.fast_relays:
+            downs.append(curl_down(bench.relay_size, 0, file))
+            ups.append(curl_up(file))
+    relays = bench.fast_relays
+    seconds, down, up = middle([r.seconds for r in relays]), middle(downs), middle(ups)
+    cpu, peers = middle([r.cpu for r in relays]), middle([r.peers for r in relays])
+    cores = (cpu + peers) / seconds
+    return Measured(
+        f"{seconds:.2f} s，{seconds / (down + up):.2f} 倍"
+        f"（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；"
+        f"CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核",
+        None,
+        {
+            "seconds": seconds,
+            "curl_down_seconds": down,
+            "curl_up_seconds": up,
+            "cpu_seconds": cpu,
+            "peers_cpu_seconds": peers,
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmark: the table
+# ---------------------------------------------------------------------------------------------
+
+BENCH_ROWS = (
+    BenchRow(
+        "start",
+        "启动：从进程开始到 `/health` 首次 200",
+        '≤ 120 ms，且 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
+        measure_start,
+    ),
+    BenchRow(
+        "memory",
+        "内存：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后",
+        "≤ 26 MiB / 多 ≤ 48 MiB",
+        measure_memory,
+    ),
+    BenchRow(
+        "callback",
+        "回调：密文消息到密文回复，逐条，每条一个连接",
+        "p50 < 1.5 ms，p99 < 8 ms",
+        measure_callback,
+    ),
+    BenchRow(
+        "press",
+        "回调：100 个连接同时，20 秒",
+        "≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms",
+        measure_load,
+    ),
+    BenchRow(
+        "dispatch",
+        "消息到启动工作流，GitHub 往返 200 ms（TLS）",
+        "每个请求 ≤ 3 次调用、≤ 1 个连接",
+        measure_dispatch,
+        True,
+    ),
+    BenchRow(
+        "finished",
+        "运行结束到消息发出",
+        "< 5 s；等待时每分钟 ≤ 25 次调用，多数为 304",
+        measure_finished,
+        True,
+    ),
+    BenchRow(
+        "docker",
+        "`copy`：200 MB、多层、首次，对 docker pull + tag + push",
+        "快 ≥ 4 倍",
+        measure_docker,
+    ),
+    BenchRow("copy", "`copy`：同一镜像，对单独的 `skopeo copy`", "≤ 1.25 倍", measure_copy),
+    BenchRow("unchanged", "`copy`：没有变化", "< 0.5 s，不读任何层", measure_unchanged),
+    BenchRow(
+        "many",
+        "`copy`：20 个 5 MB 的镜像，4 个并行",
+        "≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍",
+        measure_many,
+    ),
+    BenchRow(
+        "relay-slow",
+        "中转 1 GiB，来源和目标各限 20 MB/s",
+        "≤ 单向时间的 1.15 倍",
+        measure_slow_relay,
+        True,
+    ),
+    BenchRow(
+        "relay-fast",
+        "中转 1 GiB，本机回环，对 curl 下载 + 上传",
+        "报告",
+        measure_fast_relay,
+    ),
+    BenchRow("rest", "空闲 60 秒", "CPU 0.00 s；每秒唤醒 ≤ 1 次", measure_rest, True),
+    BenchRow(
+        "messages",
+        "同一进程 10,000 条消息",
+        "第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界",
+        measure_messages,
+    ),
+)
+
+
+def measure_row(bench: Benchmark, row: BenchRow) -> Measured:
+    """Measure one row; what goes wrong in it costs that row only."""
+    bench.tell(f"{row.name} …")
+    try:
+        measured = row.measure(bench)
+    except Skip as why:
+        measured = Measured(f"跳过：{why}", None, skipped=True)
+    except Exception as error:  # one broken row must not cost the others
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        measured = Measured(f"出错：{lines[-1]}", False)
+    bench.tell(f"{row.name}: {measured.text}")
+    return measured
+
+
+def measure_rows(bench: Benchmark, rows: Sequence[BenchRow]) -> list[Measured]:
+    """Measure the rows that only wait side by side, then the others, each alone."""
+    found: dict[str, Measured] = {}
+    waiting = [row for row in rows if row.waits]
+    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+        results = pool.map(lambda row: measure_row(bench, row), waiting)
+        found |= dict(zip((row.name for row in waiting), results, strict=True))
+    for row in rows:
+        if not row.waits:
+            found[row.name] = measure_row(bench, row)
+    return [found[row.name] for row in rows]
+
+
+def machine() -> dict[str, object]:
+    """Say what this was measured on."""
+    processor = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():
+        models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        processor = models[0] if models else processor
+    return {
+        "cores": os.cpu_count(),
+        "cpu": processor,
+        "python": platform.python_version(),
+        "kernel": f"{platform.system()} {platform.release()}",
+    }
+
+
+def print_table(rows: Sequence[BenchRow], found: Sequence[Measured], quick: bool) -> None:
+    here = machine()
+    note = "；--quick：次数和大小都较小，只供参考" if quick else ""
+    print(
+        f"{here['cores']} 核 {here['cpu']}，Python {here['python']}，{here['kernel']}；"
+        f"各行为多次测量的中位数，对照在同一次运行中测得{note}\n"
+    )
+    print("| 项目 | 目标 | 实测 | 达到 |\n|---|---|---|---|")
+    for row, measured in zip(rows, found, strict=True):
+        mark = {True: "✅", False: "❌", None: "—"}[measured.reached]
+        print(f"| {row.what} | {row.target} | {measured.text} | {mark} |")
+
+
+def print_json(
+    rows: Sequence[BenchRow], found: Sequence[Measured], seconds: float, quick: bool
+) -> None:
+    table = [
+        {"name": row.name, "what": row.what, "target": row.target} | asdict(measured)
+        for row, measured in zip(rows, found, strict=True)
+    ]
+    report = {"machine": machine(), "quick": quick, "seconds": round(seconds, 1), "rows": table}
+    print(json.dumps(report, ensure_ascii=False, indent=2))
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Measure, print the table; return 1 when a row could not be measured for an error."""
+    parser = argparse.ArgumentParser(prog="test_wxsync.py bench", description="性能测试")
+    here = Path(__file__).resolve().with_name("wxsync.py")
+    names = [row.name for row in BENCH_ROWS]
+    parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
+    parser.add_argument("--json", action="store_true", help="给程序读的输出")
+    parser.add_argument("--quick", action="store_true", help="一分钟左右的粗测")
+    parser.add_argument("--only", action="append", choices=names, help="只测这一行，可多次")
+    options = parser.parse_args(argv)
+    rows = [row for row in BENCH_ROWS if row.name in (options.only or names)]
+    run = Benchmark(options.script.resolve(), options.quick)
+    with run.stack:
+        found = measure_rows(run, rows)
+    seconds = time.monotonic() - run.begun
+    run.tell("end")
+    if options.json:
+        print_json(rows, found, seconds, options.quick)
+    else:
+        print_table(rows, found, options.quick)
+    return int(any(measured.text.startswith("出错") for measured in found))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark, draw the picture, or play the sandbox."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    return sandbox(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
