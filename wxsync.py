@@ -1405,7 +1405,10 @@ class Upload(NamedTuple):
 # What QingStor's code and message say, or its status -> cause and cure; the first that matches.
 QINGSTOR_ERRORS = (
     (r"skew|expired|time_|date", "本机时钟不准：请校准时间"),
-    (r"^401|signature|access_key", "密钥不正确：核对 QINGSTOR_SECRET_ACCESS_KEY 和 ACCESS_KEY_ID"),
+    (
+        r"^401|signature|access_key",
+        "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY",
+    ),
     (r"^404", "找不到存储桶：核对 QINGSTOR_BUCKET 和 QINGSTOR_ZONE"),
     (r"quota|exceed|full", "存储空间已满：清理存储桶或提高配额"),
     (r"^403", "没有权限写入存储桶：核对密钥的权限，账号是否欠费"),
@@ -3797,7 +3800,8 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
         if isinstance(stream, io.TextIOWrapper):  # a Windows console may know no Chinese
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["copy"] and len(arguments) == 2:  # LINE may begin with --platform
+    is_line = len(arguments) == 2 and arguments[1] not in ("-h", "--help")
+    if arguments[:1] == ["copy"] and is_line:  # LINE may begin with --platform
         return run_copy(arguments[1], environ)
     options = make_parser().parse_args(arguments)
     if options.command == "plan":
