@@ -187,6 +187,8 @@ def shown(text: str, limit: int = 60) -> str:
 
 def split_text(text: str, limit_bytes: int) -> list[str]:
     """Split at line ends into pieces of at most limit_bytes UTF-8; a longer line is cut."""
+    if len(text.encode()) <= limit_bytes:
+        return [text]
     pieces = [""]
     for line in text.split("\n"):
         while len(line.encode()) > limit_bytes:
@@ -978,7 +980,8 @@ def read_message_fields(data: bytes) -> Message:
 
 def _cdata(text: str) -> str:
     # Characters that XML 1.0 (section 2.2) has no place for, and the one end CDATA cannot hold.
-    text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
+    if not text.isprintable():
+        text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
     return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
 
 
@@ -2219,10 +2222,8 @@ class State:
 
     def _note_seen(self, message_id: str, reply: str, kept: bool) -> None:
         now = self._now()
-        for old, (at, _, _) in list(self.seen.items()):  # oldest first
-            if now - at < self._remember_seconds:
-                break
-            del self.seen[old]
+        while self.seen and now - next(iter(self.seen.values()))[0] >= self._remember_seconds:
+            del self.seen[next(iter(self.seen))]  # oldest first
         while len(self.seen) >= MAX_REMEMBERED:  # what started work goes last
             light = (old for old, (_, _, heavy) in self.seen.items() if not heavy)
             del self.seen[next(light, None) or next(iter(self.seen))]
