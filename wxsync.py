@@ -980,7 +980,7 @@ def read_message_fields(data: bytes) -> Message:
 
 def _cdata(text: str) -> str:
     # Characters that XML 1.0 (section 2.2) has no place for, and the one end CDATA cannot hold.
-    if not text.isprintable():
+    if not text.replace("\n", "").isprintable():
         text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
     return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
 
