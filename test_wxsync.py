@@ -135,6 +135,11 @@ def wait_until(condition: Callable[[], object], timeout: float = 10, pause: floa
     return True
 
 
+def in_ci(test: Callable[..., None]) -> Callable[..., None] | None:
+    """Leave a test of several seconds to CI (or WXSYNC_FUZZ=long): its kind is here in short, too."""
+    return test if os.environ.get("CI") or os.environ.get("WXSYNC_FUZZ") else None
+
+
 def free_port() -> int:
     """Return a port that nobody has, below those that outgoing connections are given."""
     while True:
@@ -5369,6 +5374,7 @@ ODD_SERVERS: dict[str, Any] = {
 }
 
 
+@in_ci
 @pytest.mark.parametrize("name", ODD_SERVERS)
 def test_odd_answers_give_one_message_and_the_lane_goes_on(talk: Talk, name: str) -> None:
     """To the dispatch and to every look for its run; the next request is served."""
@@ -7068,6 +7074,7 @@ SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@in_ci
 @pytest.mark.parametrize("trouble", SOURCE_TROUBLES)
 def test_bad_sources(depot: RelayWorld, trouble: str) -> None:
     """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
@@ -7105,6 +7112,7 @@ def test_no_source(depot: RelayWorld, link: str, why: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@in_ci
 @pytest.mark.parametrize("how", [500, 503, "reset", "lost", "hang"])
 @pytest.mark.parametrize("number", [0, 2])
 def test_part_fails_once(depot: RelayWorld, how: int | str, number: int) -> None:
@@ -7182,6 +7190,7 @@ def test_bucket_fills_up_while_uploading(depot: RelayWorld) -> None:
     assert "存储空间已满" in text
 
 
+@in_ci
 def test_qingstor_goes_and_comes_back() -> None:
     """An upload that could not be taken back is, as soon as QingStor is there again."""
     with RelayWorld() as depot:
@@ -7198,6 +7207,7 @@ def test_qingstor_goes_and_comes_back() -> None:
         assert len(depot.world.wecom.messages_for(user)) == 1
 
 
+@in_ci
 @pytest.mark.parametrize("away", [False, True])
 def test_killed_while_uploading(away: bool) -> None:
     """After a kill the next start undoes the upload and does it again; told once."""
@@ -7224,6 +7234,7 @@ def test_killed_while_uploading(away: bool) -> None:
         assert depot.world.wecom.messages_for(user) == [text]
 
 
+@in_ci
 def test_killed_again_and_again() -> None:
     """Wherever it is killed, one file is in the bucket in the end, and one message is sent."""
     with RelayWorld() as depot:
@@ -7843,6 +7854,7 @@ def watched_relay(depot: RelayWorld, path: str, timeout: float) -> tuple[int, fl
     return memory.added, seconds
 
 
+@in_ci
 def test_memory_does_not_grow() -> None:
     """A file takes a few parts of memory, whatever its size; the SDK is in the figure."""
     with RelayWorld(MAX_FILE_MB="2048") as depot:
@@ -7912,6 +7924,7 @@ def relay_in_time(size: int, rate: float) -> dict[str, float]:
     }
 
 
+@in_ci
 def test_download_and_upload_overlap() -> None:
     """The whole takes little longer than the slower side."""
     figures = relay_in_time(48 * MIB, 40e6)
@@ -9655,6 +9668,7 @@ def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
         count_requests(world, 2)
 
 
+@in_ci
 @pytest.mark.parametrize(
     "headers",
     [
