@@ -1851,6 +1851,10 @@ class FakeRegistry(Peer):
 # ---------------------------------------------------------------------------------------------
 
 
+# `skopeo list-tags` follows no location of a registries.conf: it must not ask the real registry.
+NO_WAY_OUT = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
 def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
     """Return an environment with nothing of the caller's in it but where programs are."""
     kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
@@ -2442,7 +2446,7 @@ class Stage:
         source = self.source.host if self.source else ""
         names = dict.fromkeys(("docker.io", "ghcr.io", "quay.io", "registry.k8s.io"), source)
         conf = registries_conf(folder / "registries.conf", names | {target.host: target.host})
-        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)}
+        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
         login = {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
         if why := ActRunner.missing() or self._no_workflow():
             self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
@@ -2967,7 +2971,7 @@ class Served:
     charset: str = "utf-8"
     content_type: str = "application/octet-stream"
     gzip: bool = False  # compress, whatever was asked
-    location: str = ""
+    location: str = ""  # {turn} in it is how often this path was asked for
     ranges: str = ""  # "", "good", "ignored" (200 and all), "wrong" (starts elsewhere), "500"
     etag: str = ""
     modified: str = ""
@@ -2978,6 +2982,9 @@ class Served:
     rate: float = 0.0  # bytes per second
     headers: Mapping[str, str] = field(default_factory=dict)
     garbage: bool = False
+    expired: int = 0  # the status of every answer but the first, as of a signed address
+    raw: bytes = b""  # the answer, byte for byte; then `again` twenty times a second, without end
+    again: bytes = b""
     seed: int = 0
     asked: int = 0  # how often so far
 
@@ -3077,6 +3084,13 @@ class Source(Peer):
             handler.send(Answer(404, b"not found"))
         elif served.garbage:
             handler.misbehave("garbage")
+        elif served.raw:
+            handler.close_connection = True
+            handler.wfile.write(served.raw)
+            handler.wfile.flush()
+            while served.again and not self.stopping.wait(0.05):
+                handler.wfile.write(served.again)
+                handler.wfile.flush()
         else:
             Sending(call, served, handler, self.stopping).send()
 
@@ -3094,8 +3108,10 @@ class Sending:
         self.etag = served.etag
         if served.change and self.turn > 1:
             self.etag, self.served = '"other"', replace(served, seed=served.seed + 1000)
+        if served.expired and self.turn > 1:
+            self.served = replace(served, status=served.expired, size=0, ranges="")
         self.start = 0
-        self.status = served.status
+        self.status = self.served.status
 
     def send(self) -> None:
         headers = self._headers()
@@ -3124,7 +3140,8 @@ class Sending:
         headers |= {"Last-Modified": served.modified} if served.modified else {}
         if served.location:
             # As bytes of UTF-8: http.server would refuse what is not Latin-1.
-            headers["Location"] = served.location.encode().decode("latin-1")
+            location = served.location.replace("{turn}", str(self.turn))
+            headers["Location"] = location.encode().decode("latin-1")
         if served.gzip:
             headers["Content-Encoding"] = "gzip"
         if served.location:
@@ -3227,6 +3244,7 @@ class ProxyProcess:
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
         self.port = 0
+        self.around: list[str] = []  # a command that runs it
         self._temporary = temporary_folder("proxy")
         self.folder = Path(self._temporary.name)
         self._process: subprocess.Popen[bytes] | None = None
@@ -3258,7 +3276,7 @@ class ProxyProcess:
         self.port = self.port or free_port()
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.around, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         if not wait_until(self._listens, 10):
             raise RuntimeError(f"{self.PROGRAM} did not start: {self.log[-500:]}")
@@ -3419,6 +3437,7 @@ _FORBIDDEN_HOSTS: dict[str, str] = {
     "link-local": "169.254.0.1 169.254.255.255",
     "metadata": "169.254.169.254 0xa9fea9fe 2852039166 0251.0376.0251.0376 169.254.43518",
     "metadata of Alibaba": "100.100.100.200 1684301000 0x646464c8",
+    "wire server of Azure": "168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] [64:ff9b::a83f:8110]",
     "CGNAT": "100.64.0.1 100.127.255.255",
     "protocols": "192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.170 192.0.0.255",
     "6to4 relay": "192.88.99.1",
@@ -5649,14 +5668,14 @@ class Copied:
         return self.out.split()[-1] if self.status == 0 else ""
 
 
-def copy(line: str, home: Path, settings: Mapping[str, str]) -> Copied:
+def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRIPT) -> Copied:
     """Run `wxsync.py copy LINE` with these settings and nothing else of ours."""
     output, temporary = home / "output", home / "tmp"
     temporary.mkdir(exist_ok=True)
     output.write_text("")
-    own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)}
+    own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)} | NO_WAY_OUT
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "copy", line],
+        [sys.executable, str(script), "copy", line],
         env=clean_environment(home, own | dict(settings)),
         cwd=home,
         capture_output=True,
@@ -6519,7 +6538,7 @@ class Factory:
         self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
         own = {"DOCKER_REGISTRY": space.mirror.acr.host}
         self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
-        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)}
+        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
 
     @contextmanager
     def world(self, **changed: str) -> Iterator[World]:
@@ -6717,6 +6736,7 @@ sys.pycache_prefix = str(Path(__file__).parent)
 sys.path.insert(0, {folder!r})
 import wxsync
 wxsync.STALL_SECONDS = float(os.environ.get("STALL", "1.0"))
+wxsync.DOWNLOAD_SECONDS = float(os.environ.get("DOWNLOAD", "600"))
 wxsync.CLOCK_LOOK_SECONDS = 0.5
 wxsync.MESSAGE_INTERVAL_SECONDS = 0.02
 settings = wxsync.load_settings(os.environ)
@@ -7616,6 +7636,475 @@ def test_the_whole_service_keeps_outside() -> None:
         match = SENTENCE.fullmatch(answers[name])
         assert match and "不允许访问内网地址" in match["why"], answers[name]
     assert answers["hits"] == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Hostile origins and registries
+# ---------------------------------------------------------------------------------------------
+
+FIRST, SECOND = (random.Random(seed).randbytes(90_000) for seed in (1, 2))
+PACKED = gzip.compress(FIRST, mtime=0)  # as good as any .tar.gz
+MEMBERS = PACKED + gzip.compress(b"") + gzip.compress(SECOND)
+CHUNKED = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked"
+
+
+def coded(body: bytes, coding: str = "gzip", **options: Any) -> dict[str, Any]:
+    """Return the options of a Served whose head says that its body is coded."""
+    return {"body": body, "headers": {"Content-Encoding": coding}} | options
+
+
+def wire(head: str, body: bytes = b"", again: bytes = b"") -> dict[str, Any]:
+    """Return the options of a Served that is sent as it stands here."""
+    return {"raw": head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body, "again": again}
+
+
+def in_chunks(data: bytes, size: int) -> bytes:
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+
+
+@pytest.fixture(scope="module")
+def shared_hasty() -> Iterator[RelayWorld]:
+    with RelayWorld(STALL="1", DOWNLOAD="3", MAX_FILE_MB="1") as depot:
+        yield depot
+
+
+@pytest.fixture
+def hasty(shared_hasty: RelayWorld) -> Iterator[RelayWorld]:
+    """A depot without patience or room; whatever a test did to its lane, the next link works."""
+    yield shared_hasty
+    shared_hasty.source.files.clear()
+    shared_hasty.source.cut()
+    after = shared_hasty.source.add("/after.txt", body=b"the next task works")
+    assert read_result(shared_hasty.relay(after))["size"] == "19"
+    assert not shared_hasty.source.errors + shared_hasty.store.errors + shared_hasty.world.broken()
+
+
+def fetched(depot: RelayWorld, path: str = "/a.bin", **options: Any) -> bytes | None:
+    """Relay a file that is served like this; return what is stored, None where it is refused."""
+    before = set(depot.store.objects)
+    text = depot.relay(depot.source.add(path, **options))
+    assert wxsync.INTERNAL_ERROR not in text
+    if SENTENCE.fullmatch(text):
+        assert set(depot.store.objects) == before
+        return None
+    return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
+
+
+# how a file is served -> what may be stored (None: it is refused, in words)
+ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
+    "members": (coded(MEMBERS), [FIRST + SECOND]),
+    "members, in small chunks": (
+        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
+        [FIRST + SECOND],
+    ),
+    "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
+    "no member behind the end": (coded(PACKED + b"more"), [None]),
+    "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
+    # Many servers label a packed file with its packing; its checksum is that of what is sent.
+    "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
+    "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
+    "gzip is its type, in members": (
+        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
+        [MEMBERS],
+    ),
+    "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
+    "compressed twice": (
+        wire("HTTP/1.1 200 OK" + "\nContent-Encoding: gzip" * 2, gzip.compress(PACKED)),
+        [FIRST, None],
+    ),
+    "a part, not asked for": (
+        wire("HTTP/1.1 206 OK\nContent-Range: bytes 0-4/9\nContent-Length: 5", b"01234"),
+        [None],
+    ),
+    "a part, chunked": (
+        wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
+        [None],
+    ),
+    "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
+    "early hints": (
+        wire(
+            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
+            "HTTP/1.1 200 OK\nContent-Length: 4",
+            b"body",
+        ),
+        [b"body"],
+    ),
+}
+for line in (
+    "gzip, chunked",
+    "gzip",
+    "chunked, chunked",
+    "identity",
+    "gzip\nTransfer-Encoding: chunked",
+    "chunked\nTransfer-Encoding: gzip",
+):
+    answer = wire(f"HTTP/1.1 200 OK\nTransfer-Encoding: {line}", in_chunks(PACKED, 999))
+    ORIGINS[f"transfer: {line!r}"] = (answer, [None])
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_a_file_is_stored_as_its_origin_means_it(hasty: RelayWorld, name: str) -> None:
+    """What is told as success is the very file, its checksum valid; in doubt it is refused."""
+    options, wanted = ORIGINS[name]
+    got = fetched(hasty, **options)
+    assert got in wanted, f"{len(got or b'')} bytes are stored"
+
+
+def test_bytes_behind_the_end_take_no_memory(hasty: RelayWorld) -> None:
+    """What comes on the wire counts against MAX_FILE_MB, not only what becomes of it."""
+    body = gzip.compress(b"ok") + bytes(64 * MIB)
+    with PeakMemory(hasty.world.service.pid) as memory:
+        assert fetched(hasty, **coded(body, length="chunked")) is None
+    assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize("extended", ["idna''%ff", "punycode''%ff", "undefined''%41", "a\0''%41"])
+def test_a_name_in_an_odd_charset_is_no_name(hasty: RelayWorld, extended: str) -> None:
+    """What cannot be read leaves the name to the address."""
+    disposition = f"attachment; filename*={extended}"
+    text = hasty.relay(hasty.source.add("/named.bin", body=b"x", disposition=disposition))
+    assert read_result(text)["name"] == "named.bin"
+
+
+HELD: dict[str, dict[str, Any]] = {
+    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
+    "just above the floor": wire("HTTP/1.1 200 OK\nContent-Length: 900000", again=b"x" * 2000),
+    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
+    "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
+    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
+    "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
+    "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", HELD if BIG else [*HELD][:2])  # of 3 s each, so the rest is for CI
+def test_nobody_holds_the_lane(hasty: RelayWorld, name: str) -> None:
+    """Every read has the deadline of the whole transfer, whatever is being read."""
+    text = hasty.relay(hasty.source.add("/held.bin", **HELD[name]), timeout=7)
+    assert SENTENCE.fullmatch(text), text
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_an_expired_address_is_asked_for_again_at_the_link(hasty: RelayWorld, status: int) -> None:
+    """A link leads to a signed address, which has expired when the download is resumed."""
+    source, first = hasty.source, len(hasty.source.calls)
+    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
+    for turn in (1, 2, 3):
+        source.add(f"/signed?t={turn}", 900_000, expired=status, **options)
+    link = source.add("/signed.iso", status=302, location="/signed?t={turn}")
+    check_object(hasty, "/signed?t=1", hasty.relay(link))
+    calls = [call.headers for call in source.calls[first:] if call.path == "/signed.iso"]
+    asked = [(call.get("range"), call.get("if-range")) for call in calls]
+    assert asked == [(None, None), ("bytes=300000-", '"v"'), ("bytes=600000-", '"v"')]
+
+
+def test_a_link_that_is_refused_when_resumed_is_given_up(hasty: RelayWorld) -> None:
+    """There is nowhere to begin again: it ends, after a few requests."""
+    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [9_000]}
+    assert fetched(hasty, "/refused.bin", size=900_000, expired=403, **options) is None
+    assert hasty.source.hits["/refused.bin"] <= 6
+
+
+@pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
+def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
+    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
+    with RelayWorld() as depot:
+        link = depot.source.add("/deadly.bin", 2_000_000, rate=2e6)
+        user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
+        for turn in (1, 2):
+            assert wait_until(lambda: depot.source.hits["/deadly.bin"] == turn)  # noqa: B023 - at once
+            getattr(depot.world.service, end)()
+            depot.world.service.start()
+        assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 2)
+        told, following = depot.world.wecom.messages_for(user)
+        assert depot.source.hits["/deadly.bin"] == tries, told
+        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and "deadly.bin" in told
+        check_object(depot, "/next.bin", following)
+        depot.check()
+
+
+# What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
+INNER = {"loop": "127.0.0.1", "private": "10.0.0.1", "mixed": "8.8.4.4 10.0.0.1", "six": "::1"}
+INNER |= {"metadata": "169.254.169.254", "azure": "168.63.129.16"}
+OUTER = {"files": "8.8.4.4", "poisoned": "1.1.1.1"}
+PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blocked"]]
+INNER_LINKS = [f"http://{name}.example.com:8000/secret" for name in INNER]
+INNER_LINKS += [f"http://files.example.com:8000/to-{name}" for name in INNER]
+INNER_LINKS += ["https://private.example.com:8000/secret"]
+
+
+def ask_for_names() -> dict[str, dict[str, str]]:
+    """In a net of its own: send the links with each kind of proxy and none; return the answers."""
+    answers: dict[str, dict[str, str]] = {}
+    outside = Source("0.0.0.0")
+    outside.port = 8000
+    with outside, temporary_folder("hosts") as folder:
+        outside.add("/file", body=b"content")
+        outside.add("/secret", body=b"secret")
+        for name, link in zip(INNER, INNER_LINKS, strict=False):
+            outside.add(f"/to-{name}", status=302, location=link)
+        hosts = Path(folder, "hosts")
+        names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
+        hosts.write_text(f"{names}8.8.4.4 blocked.example.com\n")
+        for proxy in (TinyProxy(), MicroSocks()):
+            enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+            proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
+            with proxy, ProxyRelayWorld(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+                assert wait_until(lambda: UP in depot.log)
+                links = INNER_LINKS + PUBLIC_LINKS
+                answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
+        with RelayWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
+            answers["direct"] = {link: direct.relay(link) for link in INNER_LINKS}
+        answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
+    return answers
+
+
+def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
+    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
+    needs(namespace_missing() or TinyProxy.missing() or MicroSocks.missing())
+    program = "import json, test_wxsync as t\nprint(json.dumps(t.ask_for_names()))\n"
+    names = {f"{name}.example.com": text.split() for name, text in (INNER | OUTER).items()}
+    own = ["8.8.4.4", "10.0.0.1", "169.254.169.254", "168.63.129.16"]
+    done = in_namespace(program, names, own)
+    assert done.returncode == 0, done.stderr
+    wrong = []
+    for way, texts in json.loads(done.stdout.splitlines()[-1]).items():
+        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
+        for link, text in texts.items():
+            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
+            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
+    assert not wrong, "\n".join(wrong)
+
+
+# -- registries
+
+
+def put_manifest(registry: Registry, repo: str, tag: str, manifest: Answer) -> None:
+    """Give a repository another tag."""
+    url = f"http://{registry.host}/v2/{repo}/manifests/{tag}"
+    kind = {"Content-Type": manifest.headers["content-type"]}
+    assert http_request("PUT", url, manifest.body, kind).status == 201
+
+
+def tags(space: Space) -> list[str]:
+    """Return the tags of `app` in the target."""
+    registry = space.mirror.target
+    url = f"http://{registry.host}/v2/{space.namespace}/app/tags/list"
+    return http_request("GET", url, headers=registry.headers).json().get("tags") or []
+
+
+@pytest.fixture
+def front(space: Space) -> Iterator[PickyRegistry]:
+    """What stands before the source, to go wrong in one test."""
+    space.mirror.front.calls.clear()
+    yield space.mirror.front
+    space.mirror.front.faults.clear()
+    space.mirror.front.delay = 0
+
+
+# line ({} is the digest of what is asked for) -> what is asked for, what is given instead
+LIES = [
+    ("app@{}", "one", "multi amd64"),
+    ("app@{}", "multi", "attested"),
+    ("--platform=all app@{}", "multi", "attested"),
+    ("--platform=linux/amd64+linux/arm64 app@{}", "multi", "docker"),
+    ("app:multi", "multi amd64", "one"),
+    ("--platform=all app:multi", "multi arm64/v8", "one"),
+]
+
+
+@pytest.mark.parametrize(("line", "asked", "given"), LIES)
+def test_what_has_not_its_digest_is_never_copied(
+    space: Space, front: PickyRegistry, line: str, asked: str, given: str
+) -> None:
+    """A registry that answers other bytes for the digest of an image, an index or its entry."""
+    mirror, digest = space.mirror, space.mirror.digest(*asked.split())
+    other = mirror.source.fetch("library/app", mirror.digest(*given.split()))
+    kind = {"Content-Type": other.headers["content-type"]}
+    front.fail(f"GET /manifests/{digest}", (200, kind, other.body), 99)
+    done = space.copy(line.format(digest))
+    assert (done.status, done.code, tags(space)) == (1, "error", []), done
+    assert "digest" in done.out.partition("error")[2]
+
+
+@pytest.mark.parametrize("depth", [2_000, 200_000])
+def test_a_deeply_nested_manifest_has_a_result(
+    space: Space, front: PickyRegistry, depth: int
+) -> None:
+    """Whatever a registry answers, it is a failure like any other."""
+    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
+    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
+    done = space.copy("app:one")
+    assert (done.status, done.output) == (1, f"result={done.out}")
+    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
+
+
+# the architecture that an index names for the index inside it, line -> what arrives of app:multi
+NESTED = [
+    ("", "app:nested", "amd64"),
+    ("", "--platform=linux/arm64 app:nested", "arm64/v8"),
+    ("arm64", "--platform=linux/arm64 app:nested", "arm64/v8"),
+    ("", "--platform=linux/amd64+linux/arm64 app:nested", "amd64 arm64/v8"),
+]
+
+
+@pytest.mark.parametrize(("said", "line", "archs"), NESTED)
+def test_an_index_inside_an_index_is_resolved(
+    space: Space, said: str, line: str, archs: str
+) -> None:
+    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
+    source, inner = space.mirror.source, space.mirror.source.fetch("library/app", "multi")
+    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
+    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
+    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
+    put_manifest(source, "library/app", "nested", replace(inner, body=json.dumps(index).encode()))
+    done = space.copy(line)
+    assert done.code == "copied", done
+    manifest = space.manifest(f"app:{tags(space)[0]}")
+    arrived = {each["digest"] for each in manifest.get("manifests", [])} or {done.digest}
+    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
+    assert space.digest(f"app:{tags(space)[0]}") == done.digest
+    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
+
+
+# what is in an image, the platform that is asked for -> the one that arrives
+FIRST_VERSIONS = [
+    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
+    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
+    (["amd64/v1"], "linux/amd64", ""),
+]
+
+
+@pytest.mark.parametrize(("archs", "platform", "arch"), FIRST_VERSIONS)
+def test_amd64_v1_is_amd64(space: Space, archs: list[str], platform: str, arch: str) -> None:
+    """The first version of an architecture is what is meant where none is said."""
+    publish(space.mirror.source, "library/app", "v1", archs)
+    done = space.copy(f"--platform={platform} app:v1")
+    assert (done.code, done.digest) == ("copied", space.mirror.digest("v1", arch)), done
+
+
+class Signatures(Peer):
+    """Where signatures lie beside a registry: there is one for everything."""
+
+    def handle(self, call: Call) -> Answer:
+        found = call.path.endswith("/signature-1")
+        return Answer(200, b"\x89signature") if found else Answer(404)
+
+
+@pytest.mark.parametrize("line", ["app:one", "--platform=all app:attested"])
+def test_signatures_stay_where_they_are(space: Space, line: str) -> None:
+    """They are no reason to fail where they cannot be written; the target would not hold them."""
+    place = space.home / ".config" / "containers" / "registries.d"
+    place.mkdir(parents=True)
+    with Signatures() as signatures:
+        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
+        done = space.copy(line)
+    assert (done.status, done.code) == (0, "copied"), done
+
+
+@pytest.mark.parametrize("line", ["app:some", "--platform=linux/amd64+linux/arm64 app:some"])
+def test_no_platform_names_those_there_are(space: Space, line: str) -> None:
+    """In words that can be sent, without attestations; a single image has its own."""
+    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
+    done = space.copy(line)
+    assert done.code == "no-platform"
+    assert done.out.endswith("; has linux/arm64 linux/arm/v7\n"), done.out
+    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
+
+
+# repository -> its tags, of which those are named first that are nearest to 1.25.3
+NEAREST = {
+    "team/near": ("v1.25.3 1.25 1.25.2 1.19.0 latest stable-alpine 0a1b2c3", 3),
+    "team/other": ("1.25.4 mainline perl", 1),
+    f"{'deep/' * 24}near": ("v1.25.3 1.25 1.25.2 1.19.0", 3),
+}
+
+
+@pytest.mark.parametrize("repo", NEAREST)
+def test_not_found_names_the_nearest_tags(space: Space, repo: str) -> None:
+    """A missing v first, then what is close in spelling and number; at most three."""
+    source, there = space.mirror.source, NEAREST[repo][0].split()
+    publish(source, repo, there[0])
+    for tag in there[1:]:
+        put_manifest(source, repo, tag, source.fetch(repo, there[0]))
+    done = space.copy(f"{source.host}/{repo}:1.25.3")
+    detail, _, named = done.out.removesuffix("\n").partition("; nearest ")
+    first, *others = named.split(" ")
+    assert detail.startswith("wxsync: failed not-found ") and first == there[0], done.out
+    assert {*there[1 : NEAREST[repo][1]]} <= {*others} <= {*there} and len(others) < 3, named
+
+
+LISTINGS: dict[str, What] = {
+    "denied": (403, {}, b'{"errors": [{"code": "DENIED", "message": "denied"}]}'),
+    "no JSON": (200, {}, b"<html>"),
+    "nested": (200, {}, b'{"tags":' + b"[" * 9_000 + b"]" * 9_000 + b"}"),
+    "no tags": (200, {}, b'{"name": "a", "tags": ["$(reboot)", "::error::", "a b", "\\n1"]}'),
+    "none": (200, {}, b'{"name": "a", "tags": null}'),
+    "no answer": "hang",
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_list_of_tags_that_fails_changes_nothing(
+    space: Space, front: PickyRegistry, name: str
+) -> None:
+    """The tag is not found all the same, and that is told within 20 s more."""
+    if name == "no answer" and not os.environ.get("CI"):
+        pytest.skip("20 seconds: only in CI")
+    front.fail("GET /tags/list", LISTINGS[name], 9)
+    begun = time.monotonic()
+    done = space.copy(f"{front.host}/library/app:absent")
+    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
+    assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
+
+
+# The real program, whose copy may take three seconds in all.
+SHORT_COPY = """
+import sys
+sys.path.insert(0, {folder!r})
+import wxsync
+wxsync.COPY_SECONDS = 3.0
+sys.exit(wxsync.main())
+"""
+
+
+def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
+    """Several platforms take no longer than one may; GitHub's own limit comes later."""
+    script, begun = space.home / "short.py", time.monotonic()
+    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
+    front.delay = 0.4  # so that each step is within, and all of them are not
+    done = copy("--platform=all app:multi", space.home, space.settings, script)
+    assert (done.status, done.code, tags(space)) == (1, "timeout", []), done
+    assert time.monotonic() - begun < 6
+    minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
+    assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
+
+
+# a list that no run can do -> what is named of it
+IMPOSSIBLE = {
+    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
+    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
+    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
+    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
+    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
+}
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
+def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
+    """By name, before a job is started: a matrix holds 256, and two jobs cannot write one tag."""
+    status, out, errors = plan(text.encode())
+    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
+
+
+def test_plan_takes_what_a_run_can_do() -> None:
+    """256 lines, and one of them twice."""
+    lines = [f"app{number}:1" for number in range(256)]
+    status, out, errors = plan("\n".join([*lines, lines[0]]).encode())
+    assert (status, json.loads(out), errors) == (0, lines, "")
 
 
 # ---------------------------------------------------------------------------------------------
