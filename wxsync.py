@@ -404,15 +404,17 @@ def is_talk(word: str) -> bool:
     """
     numeric = r"[\d.]+(?:[:/][\d.:/]*)?"  # 12:30, 3/4, 24/7, 192.168.1.1:8080
     plain = r"(?:localhost|(?:\d+\.){3}\d+)(?::\d+)?"
-    pair = r"(?:and|or|he|she|his|yes|no|on|off|true|false|key|value|w|n|s|a|tcp|udp|am|pm)"
-    return bool(re.fullmatch(rf"(?i){numeric}|{plain}|{pair}/{pair}|[a-z]/[a-z]", word))
+    pair = r"(?:and|or|he|she|his|yes|no|on|off|true|false|key|value|tcp|udp|am|pm|w|n|a|o)"
+    host = r"[a-z][\w-]*(?:\.[a-z][\w-]*)+:\d{2,5}"  # example.com:8080, main.py:30
+    return bool(re.fullmatch(rf"(?i){numeric}|{plain}|{pair}/{pair}|{host}", word))
 
 
 def _lines_of(words: list[str]) -> list[str]:
     """Return the canonical lines of the words that look like an image by themselves."""
     lines = []
+    bare = not OFFICIAL.issuperset(words)
     for word in words:
-        if (re.search(r"[:/]", word) and not is_talk(word)) or word in OFFICIAL:
+        if not bare or (re.search(r":[\w.-]+$|\.[^/]*/|@sha256", word) and not is_talk(word)):
             with contextlib.suppress(BadImage):
                 lines.append(_read_image(word).line)
     return lines
@@ -420,12 +422,12 @@ def _lines_of(words: list[str]) -> list[str]:
 
 def _suggest(text: str) -> str:
     """Return the valid line that text was likely meant to be, or ""."""
+    words = re.split(r"[\s\u2e80-\uffff\U00010000-\U0010ffff]+", text)
     text = re.sub(r"\s*([:/@])\s*", r"\1", text.strip().rstrip(".。!！,，;；:"))
     text = re.sub(r"(?i)^https?://(?:hub\.docker\.com/(?:r/|_/))?", "", text).strip("/")
     for attempt in (text, text.lower()):
         with contextlib.suppress(BadImage):
             return _read_image(attempt).line
-    words = text.split()
     return ", ".join(_lines_of(words)) if len(words) > 1 else ""
 
 
@@ -832,7 +834,7 @@ def try_copy(image: Image, environ: Mapping[str, str]) -> tuple[int, str]:
         return 0, f"{'copied' if copied else 'unchanged'} {digest}"
     except CopyFailure as failure:
         detail = str(failure).replace(environ.get("DOCKER_PASSWORD") or "\0", "***")
-        return 1, f"failed {failure.code} {harmless(detail, 300)}"
+        return 1, f"failed {failure.code} {harmless(detail, 260)}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return 1, f"failed error odd manifest ({type(error).__name__})"
 
@@ -2171,7 +2173,7 @@ class GitHub:
         said = f" {quoted(said, 160)}" if said else ""
         return GitHubError(status, f"{text}（{status}{said}）")
 
-    def upload_list(self, content: bytes, message: str, patience: Patience) -> bool:
+    def upload_list(self, content: bytes, message: str, patience: Patience | None = None) -> bool:
         """Make images.txt on GITHUB_BRANCH equal content; return whether that took a commit."""
         path, branch = f"/contents/{LIST_PATH}", self._settings.GITHUB_BRANCH
 
@@ -2197,7 +2199,9 @@ class GitHub:
 
         return persist(attempt, (1.0, 2.0, 3.0, 4.0), self._sleep, passes)
 
-    def dispatch(self, lines: Sequence[str], request_id: str, patience: Patience) -> Run:
+    def dispatch(
+        self, lines: Sequence[str], request_id: str, patience: Patience | None = None
+    ) -> Run:
         """Start the workflow for these lines, return its Run; after Unreachable it may run, too."""
         inputs = {
             "images": json.dumps(lines, separators=(",", ":")),
@@ -2227,7 +2231,7 @@ class GitHub:
             url = f"https://github.com/{self._settings.GITHUB_REPO}/actions/runs/{run_id}"
         return Run(run_id, url)
 
-    def find_run(self, request_id: str, patience: Patience) -> Run | None:
+    def find_run(self, request_id: str, patience: Patience | None = None) -> Run | None:
         """Return the run whose display_title carries request_id, looking for a while; else None.
 
         Asked for without filters: filtered lists have been seen to lag by minutes.
@@ -2955,7 +2959,7 @@ def read_facts(data: dict[str, Any]) -> tuple[Facts, list[Any]]:
         if not isinstance(listed, kind):
             bad.append({name: listed})
             return []
-        for entry in listed.items() if isinstance(listed, dict) else list(listed):
+        for entry in listed.items() if kind is dict else listed:
             try:
                 found.append(read(entry))
             except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
@@ -3524,18 +3528,24 @@ def _fit(head: str, entries: list[str], room_bytes: int, unit: str) -> str:
 
 
 def _is_attempt(item: str) -> bool:
-    """Tell whether an item is meant as an image, well or badly written, or is just talk."""
+    """Tell whether an item is meant as an image, well or badly written, or is just talk.
+
+    Talk is a time, a path, an address, `key: value`, a sentence in which nothing looks like an
+    image.
+    """
     if re.search(r"=>|--platform", item):
         return True
-    path = re.match(r"[~.]{0,2}[/\\]|[A-Za-z]:\\", item) and not re.search(r":[\w.-]+$", item)
+    path = re.match(r"[~.]{0,2}[/\\]|[A-Za-z]:\\", item) and not re.search(r":[\w.-]+/?$", item)
     address = re.fullmatch(r"(?:mailto:)?[^\s@:/]+@[\w.-]+\.\w+", item)
-    if path or address or is_talk(item):
+    if path or address or is_talk(item) or not re.search("[:/@]", item):
         return False
-    with contextlib.suppress(BadImage):
-        _read_image(item)
-        return ":" in item or "/" in item
-    one = re.fullmatch(r"[\x21-\x7e]*[:/@][\x21-\x7e]*", item) and not re.match(r"\W|\w+:\W", item)
-    return bool(one) or bool(re.search("[:/]", item) and _suggest(item))
+    name = re.match(r"\s*([\w./-]+?)\s*:", item)
+    if name and (name[1] in OFFICIAL or "/" in name[1]):
+        return True
+    if re.search(r"[\u2e80-\uffff\U00010000-\U0010ffff]", item) or re.search(r"\s", item):
+        likely = "" if re.match(r"[\w .-]+:\s", item) else _suggest(item)
+        return bool(likely) or re.search(r"(?:^|\s)-\w?-?\w", item) is not None
+    return True
 
 
 def _is_list(items: list[str]) -> bool:
@@ -4147,17 +4157,20 @@ class Post:
     until no letter does; a newer one replaces an older.
     """
 
-    def __init__(self, channel: Channel, state: State, log: Log) -> None:
+    def __init__(
+        self, channel: Channel, state: State, log: Log, sleep: Callable[[float], None]
+    ) -> None:
         self._channel = channel
         self._state = state
         self._log = log
+        self._sleep = sleep
         self.pace = Pace(channel.pace)
         self._busy: set[str] = set()  # addresses; this and the rest under state.changed
         self._lists: dict[str, list[str]] = {}
         self._not_before: dict[str, float] = {}  # address -> monotonic
         self._tries: dict[str, int] = {}
-        self._blocked_until = 0.0  # monotonic; for all
         self._outage_tries = 0
+        self._lives = 0  # signs of life so far
         self._dropped_at = 0.0
         self.dropped = 0  # messages given up since the start
         self._trouble = ""
@@ -4179,10 +4192,7 @@ class Post:
 
     def sign_of_life(self) -> None:
         """Try at once what an outage holds up: the other side has just been heard."""
-        with self._state.changed:
-            if 0 < self._blocked_until - time.monotonic() <= OUTAGE_SECONDS:
-                self._blocked_until = 0.0
-                self._state.changed.notify_all()
+        self._lives += 1
 
     def _next(self) -> Letter:
         """Wait for a message that may go now and return it, its address marked as busy."""
@@ -4198,8 +4208,8 @@ class Post:
                 for letter in first.values():
                     if letter.address in self._busy:
                         continue
-                    at = max(self._blocked_until, self._not_before.get(letter.address, 0.0))
-                    seconds = max(at - now, self.pace.wait_seconds(letter.address))
+                    seconds = self._not_before.get(letter.address, 0.0) - now
+                    seconds = max(seconds, self.pace.wait_seconds(letter.address))
                     if seconds <= 0:
                         self._busy.add(letter.address)
                         return letter
@@ -4263,12 +4273,20 @@ class Post:
             if known:
                 self._outage_tries += 1
                 pause = max(least, min(OUTAGE_SECONDS, 2.0 ** min(self._outage_tries, 9)))
-                self._blocked_until = time.monotonic() + pause
             else:
                 pause = max(least, min(900.0, 5.0 * 2.0 ** min(tries - 1, 8)))
                 self._not_before[letter.address] = time.monotonic() + pause
         self._log.warning(f"wecom: {failure}；{pause:.0f} 秒后重试")
+        if known:
+            self._sit_out(pause)
         return False
+
+    def _sit_out(self, seconds: float) -> None:
+        """Wait for an outage to pass; a short one ends with a sign of life."""
+        lives, can_end = self._lives, seconds <= OUTAGE_SECONDS
+        while seconds > 0 and not (can_end and self._lives != lives):
+            self._sleep(min(5.0, seconds))
+            seconds -= 5.0
 
 
 # ---- What ends a request -----------------------------------------------------------------------
@@ -4602,7 +4620,7 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the first link failed; leave nothing in the bucket."""
     drop_upload(app, task)
     link, number = task.items[0], secrets.token_hex(3)
-    retry = f"\n{RETRY}" if can_retry else ""
+    retry = f"；{RETRY}" if can_retry else ""
     text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
     finish(app, task, text, number, "文件：失败", (link,), item=link)
 
@@ -5959,7 +5977,9 @@ def take_up(app: App) -> None:
         text = f"❌ 您有一个请求在重启后读不出来，请重发：\n{items}"
         letters = app.channel(task.user).letters(task.user, text, secrets.token_hex(4))
         app.state.change(lambda facts, new=letters: facts.with_letters(new))  # type: ignore[misc]
-    app.posts.update({name: Post(c, app.state, app.log) for name, c in app.channels.items()})
+    app.posts.update(
+        {name: Post(c, app.state, app.log, app.sleep) for name, c in app.channels.items()}
+    )
 
 
 def start_threads(app: App) -> None:
