@@ -4601,7 +4601,7 @@ def test_we_read_what_another_implementation_writes() -> None:
         assert not as_json
         signed = ("1409659813", "nonce", outer["encrypt"])
         assert crypto.is_signed(outer["msgsignature"], *signed)
-        message = wxsync.read_posted(crypto.decrypt(outer["encrypt"])).message
+        message = wxsync.read_posted(crypto.decrypt(outer["encrypt"]))
         assert message == ("alice", "text", text, "7")
 
 
@@ -4867,7 +4867,7 @@ def test_what_passes_is_waited_for(desk: Desk, code: int, least: float) -> None:
     """Once refused, a pause as the code asks for, then delivered once."""
     desk.wecom.refuse(code)
     desk.send("hello")
-    assert len(desk.pauses) == 1 and desk.pauses[0] >= least
+    assert sum(desk.pauses) >= least
     assert len(desk.wecom.messages) == 1 and desk.wecom.duplicates == []
 
 
@@ -4902,7 +4902,7 @@ def test_a_server_that_answers_oddly_is_tried_again(desk: Desk, what: Any) -> No
     """With pauses that grow, until it is itself again."""
     desk.wecom.fail(SEND, what, 3)
     desk.send("hello")
-    assert len(desk.pauses) == 3 and desk.pauses == sorted(desk.pauses)
+    assert desk.written.getvalue().count("秒后重试") == 3 and 10 < sum(desk.pauses) < 20
     assert len(desk.wecom.messages) == 1
 
 
@@ -4963,7 +4963,8 @@ def test_three_images_of_which_one_does_not_exist(talk: Talk) -> None:
     assert result.index("nosuch:1") < result.index("docker pull")
     assert "不存在" in result and f"docker pull {PREFIX}/nosuch:1" not in result
     assert f"docker pull {PREFIX}/fresh:1" in lines
-    (same,) = [line for line in lines if "same:1" in line]
+    same, tag = [line for line in lines if "same:1" in line]
+    assert tag == f"docker tag {PREFIX}/same:1 same:1"
     assert same.startswith(f"docker pull {PREFIX}/same:1") and "已是最新" in same
     assert talk.commits == ["wxsync: fresh:1 (+2) [skip ci]"]
 
@@ -7830,13 +7831,13 @@ def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries
 
 
 # What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
-INNER = {"loop": "127.0.0.1", "private": "10.0.0.1", "mixed": "8.8.4.4 10.0.0.1", "six": "::1"}
-INNER |= {"metadata": "169.254.169.254", "azure": "168.63.129.16"}
+HIDDEN_INSIDE = {"loop": "127.0.0.1", "private": "10.0.0.1", "mixed": "8.8.4.4 10.0.0.1", "six": "::1"}
+HIDDEN_INSIDE |= {"metadata": "169.254.169.254", "azure": "168.63.129.16"}
 OUTER = {"files": "8.8.4.4", "poisoned": "1.1.1.1"}
 PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blocked"]]
-INNER_LINKS = [f"http://{name}.example.com:8000/secret" for name in INNER]
-INNER_LINKS += [f"http://files.example.com:8000/to-{name}" for name in INNER]
-INNER_LINKS += ["https://private.example.com:8000/secret"]
+HIDDEN_INSIDE_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
+HIDDEN_INSIDE_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
+HIDDEN_INSIDE_LINKS += ["https://private.example.com:8000/secret"]
 
 
 def ask_for_names() -> dict[str, dict[str, str]]:
@@ -7847,7 +7848,7 @@ def ask_for_names() -> dict[str, dict[str, str]]:
     with outside, temporary_folder("hosts") as folder:
         outside.add("/file", body=b"content")
         outside.add("/secret", body=b"secret")
-        for name, link in zip(INNER, INNER_LINKS, strict=False):
+        for name, link in zip(HIDDEN_INSIDE, HIDDEN_INSIDE_LINKS, strict=False):
             outside.add(f"/to-{name}", status=302, location=link)
         hosts = Path(folder, "hosts")
         names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
@@ -7857,10 +7858,10 @@ def ask_for_names() -> dict[str, dict[str, str]]:
             proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
             with proxy, ProxyRelayWorld(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
                 assert wait_until(lambda: UP in depot.log)
-                links = INNER_LINKS + PUBLIC_LINKS
+                links = HIDDEN_INSIDE_LINKS + PUBLIC_LINKS
                 answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
         with RelayWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
-            answers["direct"] = {link: direct.relay(link) for link in INNER_LINKS}
+            answers["direct"] = {link: direct.relay(link) for link in HIDDEN_INSIDE_LINKS}
         answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
     return answers
 
@@ -7869,7 +7870,7 @@ def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
     """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
     needs(namespace_missing() or TinyProxy.missing() or MicroSocks.missing())
     program = "import json, test_wxsync as t\nprint(json.dumps(t.ask_for_names()))\n"
-    names = {f"{name}.example.com": text.split() for name, text in (INNER | OUTER).items()}
+    names = {f"{name}.example.com": text.split() for name, text in (HIDDEN_INSIDE | OUTER).items()}
     own = ["8.8.4.4", "10.0.0.1", "169.254.169.254", "168.63.129.16"]
     done = in_namespace(program, names, own)
     assert done.returncode == 0, done.stderr

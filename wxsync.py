@@ -453,8 +453,8 @@ def read_list(text: str) -> tuple[list[str], list[str]]:
 
     Bad is also what one run cannot do: more lines than a matrix holds, two with one target.
     """
-    found: dict[str, int] = {}  # canonical line -> row
-    targets: dict[str, int] = {}
+    found: list[str] = []
+    targets: dict[str, str] = {}  # target -> row and line
     errors = []
     for row, line in enumerate(text.splitlines(), 1):
         line = line.strip().removeprefix("\ufeff")
@@ -467,14 +467,13 @@ def read_list(text: str) -> tuple[list[str], list[str]]:
             continue
         if image.line in found:
             continue
-        other = targets.setdefault(image.target(""), row)
-        if other != row:
-            text = f"目标与第 {other} 行相同，给其中一个加 => 新名称"
-            errors.append(f"第 {row} 行 {shown(line)}：{text}")
-        elif len(found) >= MAX_IMAGES:
-            errors.append(f"第 {row} 行 {shown(line)}：超过一次运行的上限 {MAX_IMAGES} 个")
-        found[image.line] = row
-    return list(found), errors
+        found.append(image.line)
+        where = f"第 {row} 行 {shown(line)}"
+        if (other := targets.setdefault(image.target(""), where)) != where:
+            errors.append(f"{where}：目标与{other} 相同，给其中一个加 => 新名称")
+        elif len(found) > MAX_IMAGES:
+            errors.append(f"{where}：超过一次运行的上限 {MAX_IMAGES} 个")
+    return found, errors
 
 
 # ---- Copying an image (this is what each workflow job runs) ------------------------------------
@@ -2563,7 +2562,7 @@ class Download:
         headers = self._response.headers
         if self._response.status != 200:
             raise Failure("下载失败：来源只给了文件的一部分，请换一个链接")
-        coding = headers.get("Transfer-Encoding", "chunked")
+        coding = ", ".join(headers.get_all("Transfer-Encoding", ["chunked"]))
         if coding.strip().lower() != "chunked":
             raise Failure(f"来源用了不支持的传输方式 {quoted(coding)}，请换一个链接")
         self._sent_bytes = self._response.length  # None: not known
@@ -2573,7 +2572,7 @@ class Download:
         self.name = read_file_name(disposition, self._url, self._first)
         kind = headers.get("Content-Type", "")
         self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
-        encoding = headers.get("Content-Encoding", "").lower().strip()
+        encoding = ", ".join(headers.get_all("Content-Encoding", [])).lower().strip()
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise Failure(f"来源用了不支持的压缩方式 {quoted(encoding)}，请换一个链接")
         self._packed = encoding not in ("", "identity")
@@ -3139,6 +3138,9 @@ class State:
         """Add a line to the journal, or begin it anew; tell whether the disk took it."""
         line, size_bytes = self._dump(facts), self._size_bytes
         try:
+            if hasattr(os, "statvfs") and not os.statvfs(self._path.parent).f_bavail:
+                # A line might still fit where the file ends, but nothing else that follows from it.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if size_bytes + len(line) > JOURNAL_BYTES:
                 write_atomically(self._path, line)
                 self._size_bytes = len(line)
@@ -3166,7 +3168,10 @@ class State:
         return json.dumps(data, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def close(self) -> None:
-        """Write a last time, in one line that every version reads, and let nothing change after."""
+        """Write a last time, in one line that every version reads, and let nothing change after.
+
+        Uploads that this ends have not killed the process.
+        """
         with self.changed:
             self._stopping = True
             self.changed.notify_all()
@@ -3174,7 +3179,7 @@ class State:
         self.changed.acquire()  # never given back
         if not self._writer.is_alive():
             with contextlib.suppress(OSError):
-                write_atomically(self._path, self._dump(self.facts))
+                write_atomically(self._path, self._dump(replace(self.facts, tries={})))
 
 
 class StateLock:
@@ -3550,9 +3555,14 @@ def _is_attempt(item: str) -> bool:
 
 def _is_list(items: list[str]) -> bool:
     """Tell whether every item is a valid image, or at least one word that is no YAML key."""
-    return all(
-        re.fullmatch(r"(?:--platform[= ]\S+ )?[\w./:@=+-]+( => \S+)?", i) for i in items
-    ) and not (any(item.endswith(":") for item in items))
+
+    def fits(item: str) -> bool:
+        with contextlib.suppress(BadImage):
+            _read_image(item)
+            return True
+        return bool(re.fullmatch(r"[\w./:@=+-]*[\w./@=+-]", item))
+
+    return all(map(fits, items))
 
 
 def _read_bare(names: list[str]) -> Reading:
@@ -4284,9 +4294,10 @@ class Post:
     def _sit_out(self, seconds: float) -> None:
         """Wait for an outage to pass; a short one ends with a sign of life."""
         lives, can_end = self._lives, seconds <= OUTAGE_SECONDS
-        while seconds > 0 and not (can_end and self._lives != lives):
-            self._sleep(min(5.0, seconds))
-            seconds -= 5.0
+        while seconds > 0 and self._lives == lives:
+            step = min(5.0, seconds) if can_end else seconds
+            self._sleep(step)
+            seconds -= step
 
 
 # ---- What ends a request -----------------------------------------------------------------------
