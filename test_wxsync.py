@@ -4375,6 +4375,1065 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Pastes
+# ---------------------------------------------------------------------------------------------
+
+# Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
+# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
+# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing may
+# start. A line that ends in ⤶ goes on in the next; HEX is 64 hexadecimal digits.
+PASTES_FOUND = r"""
+=== compose, repository
+services:
+  immich-server:
+    image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
+    # extends:
+    #   service: cpu # set to one of [nvenc, quicksync, rkmpp] for accelerated transcoding
+    volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
+  redis:
+    image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
+    healthcheck:
+      test: redis-cli ping || exit 1
+→ valkey/valkey:8-bookworm@sha256:HEX
+✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
+=== compose, repository
+  db_postgres:
+    image: postgres:15-alpine
+    environment:
+      PGDATA: ${PGDATA:-/var/lib/postgresql/data/pgdata}
+      HTTP_PROXY: ${HTTP_PROXY:-http://ssrf_proxy:3128}
+    healthcheck:
+      test: [ "CMD", "pg_isready", "-h", "db_postgres", "-U", "${DB_USERNAME:-postgres}" ]
+  # for more information, please refer to
+  # https://docs.dify.ai/learn-more/faq/install-faq
+  ssrf_proxy:
+    image: ubuntu/squid:latest
+    extra_hosts:
+      - "host.docker.internal:host-gateway"
+→ postgres:15-alpine, ubuntu/squid:latest
+=== compose, repository
+x-airflow-common:
+  &airflow-common
+  image: ${AIRFLOW_IMAGE_NAME:-apache/airflow:2.9.1}
+  # build: .
+  environment:
+    AIRFLOW__CELERY__BROKER_URL: redis://:@redis:6379/0
+services:
+  redis:
+    image: redis:7.2-bookworm
+  flower:
+    <<: *airflow-common
+    command: celery flower
+→ redis:7.2-bookworm
+✗ ${AIRFLOW_IMAGE_NAME
+=== compose, repository
+services:
+  db:
+    image: postgres
+    healthcheck:
+      test: [ "CMD", "pg_isready" ]
+      interval: 10s
+  proxy:
+    build: ./proxy
+    image: nginx
+    ports:
+      - 80:80
+→ postgres:latest, nginx:latest
+=== compose, repository
+  send:
+    image: registry.gitlab.com/timvisee/send:latest # official image
+    #image: l4rm4nd/send:latest # image of a fork with darkmode only
+  firezone:
+    image: l4rm4nd/firezone:7.2.x # or for arm: l4rm4nd/firezone:7.2.x-arm64
+  #jellyfin:
+  #  image: linuxserver/jellyfin:latest
+→ registry.gitlab.com/timvisee/send:latest, l4rm4nd/firezone:7.2.x
+=== compose, repository
+version: '3.8'
+services:
+  obsidian:
+    image: 'ghcr.io/sytone/obsidian-remote:latest'
+    platform: linux/arm64
+    ports: ["8080:8080", "8443:8443"]
+  server:
+    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
+→ ghcr.io/sytone/obsidian-remote:latest
+✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
+=== compose, thread
+$ version: '3.6'
+services:
+  python:
+    build:
+      context: .  # This should point to the directory containing your Dockerfile
+    image: mydockerhub/projectname:python-service  # Replace with your Docker Hub name
+  grafana:
+    image: grafana/grafana  # Correct image name
+→ mydockerhub/projectname:python-service, grafana/grafana:latest
+=== compose in one line, page
+services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
+→ nginx:1.25-alpine, redis:7
+=== compose with an anchor, repository
+x-default: &default-image registry.example.com/team/app:2.1
+services:
+  api: {image: *default-image, command: api}
+  worker:
+    image: &worker ghcr.io/acme/worker:1.4
+  beat:
+    image: *worker
+→ ghcr.io/acme/worker:1.4
+=== compose, chat
+麻烦同步一下这几个，服务器上拉不动
+
+services：
+  db：
+    image：mysql:8.0.27
+    command：'--default-authentication-plugin=mysql_native_password'
+  wordpress：
+    image：“wordpress:latest”
+谢谢！
+→ mysql:8.0.27, wordpress:latest
+=== compose, a code block quoted in a thread
+我的配置是这样的：
+> ```yaml
+> services:
+>   frigate:
+>     image: 'ghcr.io/blakeblackshear/frigate:stable'
+>     volumes: ['/etc/localtime:/etc/localtime:ro']
+> ```
+On Feb 28, 2026 at 7:03 PM, someone wrote:
+→ ghcr.io/blakeblackshear/frigate:stable
+=== compose, change in a pull request
+diff --git a/docker-compose.yml b/docker-compose.yml
+@@ -10,7 +10,7 @@ services:
+   pgadmin:
+-    image: dpage/pgadmin4:8.5
++    image: dpage/pgadmin4:8.6
+→ dpage/pgadmin4:8.6
+=== GitLab CI, repository
+image: docker:24.0.5
+services:
+  - docker:24.0.5-dind
+build:
+  image:
+    name: gcr.io/kaniko-project/executor:v1.23.2-debug
+    entrypoint: [""]
+test:
+  image: "python:3.11-slim"
+  script: [pip install -r requirements.txt, pytest]
+→ docker:24.0.5, python:3.11-slim
+=== GitHub Actions, repository
+    runs-on: ubuntu-latest
+    container:
+      image: node:20-bookworm
+    services:
+      postgres:
+        image: postgres:16
+    steps:
+      - uses: actions/checkout@v4
+→ node:20-bookworm, postgres:16
+=== Ansible, repository
+  community.docker.docker_container:
+    name: app
+    image: "{{ app_image }}:{{ app_tag }}"
+✗ {{ app_image }}:{{ app_tag }}
+=== Kubernetes, repository
+kind: Service
+spec:
+  ports:
+  - port: 6379
+---
+kind: Deployment
+spec:
+      containers:
+      - name: master
+        image: registry.k8s.io/redis:e2e  # or just image: redis
+        imagePullPolicy: IfNotPresent
+---
+      - image: gcr.io/google_samples/gb-redisslave:v1
+        name: slave
+→ registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
+=== Kubernetes, repository
+kind: CronJob
+spec:
+  schedule: "*/5 * * * *"
+  jobTemplate:
+          initContainers:
+          - name: init
+            image: cockroachdb/cockroach-k8s-init:0.2
+            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
+          containers:
+          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
+→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
+=== Kubernetes, repository
+        - name: upgrade-ipam
+          image: docker.io/calico/cni:v3.27.3
+          command: ["/opt/cni/bin/calico-ipam", "-upgrade"]
+        - name: mount-bpffs
+          image: docker.io/calico/node:v3.27.3
+      containers:
+        - name: calico-node
+          image: docker.io/calico/node:v3.27.3
+→ calico/cni:v3.27.3, calico/node:v3.27.3
+=== Kubernetes, repository
+        - name: cert-manager-controller
+          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+          args:
+          - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
+          env:
+          - name: RELATED_IMAGE
+            value: quay.io/jetstack/cert-manager-webhook:v1.14.4
+→ quay.io/jetstack/cert-manager-controller:v1.14.4
+=== Kubernetes, repository
+      initContainers:
+      - command: [/bin/cp, -n, /usr/local/bin/argocd, /shared/argocd-dex]
+        image: quay.io/argoproj/argocd:latest
+      - image: public.ecr.aws/docker/library/redis:8.10.1-alpine
+→ quay.io/argoproj/argocd:latest, public.ecr.aws/docker/library/redis:8.10.1-alpine
+=== Kubernetes as JSON, repository
+        "containers": [
+          {
+            "name": "web",
+            "image": "chees/meteor-gke-example:latest",
+            "ports": [{"name": "http-server", "containerPort": 8080}],
+          }
+        ]
+→ chees/meteor-gke-example:latest
+=== Kubernetes as JSON in one line, page
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
+"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
+"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
+→ nginx:1.27, quay.io/prometheus/busybox:latest
+=== kubectl get pod -o json, thread
+        "image": "docker.io/cdrage/helloworldasdf",
+        "imageID": "",
+        "state": {
+            "message": "Back-off pulling image \"docker.io/cdrage/helloworldasdf\"",
+            "reason": "ImagePullBackOff"
+        }
+→ cdrage/helloworldasdf:latest
+=== kubectl get pod -o yaml, page
+    kubectl.kubernetes.io/last-applied-configuration: |
+      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.14.2","name":"n"}]}}
+spec:
+  containers:
+  - image: nginx:1.14.2
+    imagePullPolicy: IfNotPresent
+status:
+  containerStatuses:
+  - containerID: containerd://HEX
+    image: docker.io/library/nginx:1.14.2
+    imageID: docker.io/library/nginx@sha256:HEX
+  - image: sha256:HEX
+    imageID: docker-pullable://mysql@sha256:HEX
+→ nginx:1.14.2
+=== kubectl get pod -o yaml, thread
+  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
+    imageID: ""
+        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
+redacted/redacted:": couldn''t parse image reference'
+✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
+=== ECS task, page
+{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
+  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
+  "networkMode": "awsvpc" }
+→ public.ecr.aws/docker/library/httpd:latest
+=== devcontainer.json, repository
+{
+	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
+	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
+	"features": {"ghcr.io/devcontainers/features/node:1": {}},
+}
+→ mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
+=== docker inspect, page
+        "Id": "HEX",
+        "Image": "sha256:HEX",
+        "Config": {
+            "Hostname": "6b0f2c3d4e5f",
+            "Image": "portainer/portainer-ce:2.20.3",
+            "WorkingDir": "/"
+→ portainer/portainer-ce:2.20.3
+=== helm template, repository
+# Source: redis/templates/master/application.yaml
+        - name: redis
+          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
+          imagePullPolicy: "IfNotPresent"
+---
+# Source: node-exporter/templates/daemonset.yaml
+          image: "quay.io/prometheus/node-exporter:v1.8.1"
+          args: [--path.procfs=/host/proc]
+→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
+=== chart template, repository
+        - name: {{ .Chart.Name }}
+          image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+      initContainers:
+        - name: tokengen
+          image: bitnami/kubectl
+→ bitnami/kubectl:latest
+✗ {{ .Values.image.repository }}
+=== values.yaml, repository
+kubeRBACProxy:
+  image:
+    registry: quay.io
+    repository: brancz/kube-rbac-proxy
+    tag: v0.22.1
+    sha: ""
+✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
+=== values.yaml, repository
+image: &image
+  # -- The container registry to use
+  registry: docker.io
+  # -- The image repository to use
+  repository: grafana/enterprise-logs
+  # -- The version of Grafana Enterprise Logs
+  tag: v1.5.2
+loki:
+  image: *image
+✎ grafana/enterprise-logs:v1.5.2
+=== values.yaml, repository
+image:
+  repository: ghcr.io/jukie/k8s-pull-secret-injector
+  pullPolicy: IfNotPresent
+  # Overrides the image tag whose default is the chart appVersion.
+  tag: "v1.0.0"
+logstash:
+  image: grafana/logstash-output-loki
+→ grafana/logstash-output-loki:latest
+✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
+=== values.yaml, repository
+image:
+  registry: registry.k8s.io
+  repository: kube-state-metrics/kube-state-metrics
+  # If unset use v + .Charts.appVersion
+  tag: ""
+=== values as JSON, page
+{"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "IfNotPresent"}, "nodeSelector": {}}
+✎ nginx:1.16.0
+=== Dockerfile, repository
+ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
+FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
+RUN apt-get update && apt-get install --no-install-recommends -y git
+FROM $BASE_IMAGE AS argocd-base
+LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
+FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
+COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
+FROM argocd-base
+COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
+→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
+✗ $BASE_IMAGE
+=== Dockerfile, repository
+# syntax=docker/dockerfile:1.4
+FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
+FROM builder as dev-envs
+RUN <<EOF
+apk add git bash
+EOF
+# install Docker tools (cli, buildx, compose)
+COPY --from=gloursdocker/docker / /
+→ python:3.10-alpine
+=== Dockerfile, repository
+FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
+FROM scratch
+COPY --from=builder /src/app /app
+→ rust:1.97.1@sha256:HEX
+=== Dockerfile, page
+ARG GO_VERSION=1.22
+FROM golang:${GO_VERSION}-alpine AS build
+FROM ${BASE:-alpine}
+COPY --from=build /out /out
+✗ golang:${GO_VERSION}-alpine, ${BASE
+=== Dockerfile, page
+# escape=`
+FROM mcr.microsoft.com/windows/servercore:ltsc2022
+SHELL ["powershell", "-Command"]
+COPY setup.exe C:\
+→ mcr.microsoft.com/windows/servercore:ltsc2022
+=== Dockerfile, repository
+from node:lts-buster-slim as development
+run npm ci
+from development as dev-envs
+FROM --platform=linux/arm64 nginx:1.13-alpine
+→ node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
+=== Dockerfile, repository
+#FROM debian:bookworm-slim
+FROM r.j3ss.co/osquery AS osquery
+FROM ubuntu
+LABEL maintainer "Somebody <somebody@example.com>"
+COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
+→ r.j3ss.co/osquery:latest, ubuntu:latest
+=== Dockerfile, one line in chat
+FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+=== kubelet, thread
+Failed to pull image "kubernetes/pause": image pull failed for unknown error
+Error syncing pod, skipping: failed to "StartContainer" for "web" with ErrImagePull: "image pull ⤶
+failed for unknown error"
+→ kubernetes/pause:latest
+=== kubelet, thread
+May 01 17:18:11 node1 kubelet[15142]: E0501 17:18:11.218757   15142 kuberuntime_sandbox.go:54] ⤶
+CreatePodSandbox for pod "nfs-server-provisioner-0_kube-system(fa317e4b-4d83-11e8-9865-ee49)" ⤶
+failed: rpc error: code = Unknown desc = failed pulling image "k8s.gcr.io/pause-amd64:3.1": Error ⤶
+response from daemon: Get https://k8s.gcr.io/v2/: net/http: request canceled
+→ k8s.gcr.io/pause-amd64:3.1
+=== kubelet through a translator, thread
+Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
+pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
+✗ registry. k8s. io/pause: 3.6
+=== kubelet, thread
+    Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
+"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
+"https://harbor.example.com/release/name:1.1.0": invalid reference format
+✗ https://harbor.example.com/release/name:1.1.0
+=== kubelet, thread
+I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
+"kubernetes/pause:latest": ""
+I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
+kubernetes/pause:latest
+→ kubernetes/pause:latest
+=== containerd, thread
+level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
+Labels:map[string]string{io.cri-containerd.image: managed,},}"
+level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
+\"sha256:HEX\""
+→ registry.example.com/k8s/pause:3.2
+=== containerd, thread
+level=error msg="cancel pulling image registry.example.com/csg/idrac_to_kafka:20250429T0012 ⤶
+because of no progress in 1m0s"
+level=error msg="PullImage \"registry.example.com/csg/idrac_to_kafka:20250429T0012\" failed" ⤶
+error="rpc error: code = Canceled desc = context canceled"
+→ registry.example.com/csg/idrac_to_kafka:20250429T0012
+=== kubeadm init, thread
+me to error execution phase preflight: [preflight] Some fatal errors occurred:
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
+10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
+error: code = Unknown desc = failed to pull and unpack image ⤶
+\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
+kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
+, error: exit status 1
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
+→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
+=== kubeadm init, thread
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
+→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
+=== kubelet in a log written in JSON, repository
+{"tool":"kubectl_describe","data":"status: Pending\nWarning  Failed  59m (x4 over 61m)  kubelet  ⤶
+Failed to pull image \\\"registry.example.com/aiops/rootcause:v0\\\": rpc error: code = Unknown"}
+→ registry.example.com/aiops/rootcause:v0
+=== docker, thread
+root@cold-1:/# docker pull podobaas/digitalocean-telegram-bot
+Using default tag: latest
+Error response from daemon: manifest for podobaas/digitalocean-telegram-bot:latest not found: ⤶
+manifest unknown: manifest unknown
+→ podobaas/digitalocean-telegram-bot:latest
+=== docker, thread
+dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
+/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
+→ mariadb:10.1
+=== docker, thread
+someone@MacBook-Pro ~ % docker pull konard/hive-mind:latest
+Error response from daemon: no matching manifest for linux/arm64/v8 in the manifest list entries: ⤶
+no match for platform in manifest: not found
+→ konard/hive-mind:latest
+=== docker, thread
+在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
+no matching manifest for linux/arm64/v8 in the manifest list entries
+=== docker, thread
+$ docker run hello-world
+Unable to find image 'hello-world:latest' locally
+docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
+manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
+%3Apull&service=registry.docker.io": context deadline exceeded.
+See 'docker run --help'.
+→ hello-world:latest
+=== docker compose, thread
+➜ docker compose up
+[+] Running 1/1
+ ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
+Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
+→ wgportal/wg-portal:v2
+=== docker compose, thread
+[+] pull 1/1
+ ✘ Image eceasy/cli-proxy-api-plus:latest Error failed to resolve reference "docker.... 2.7s
+Error response from daemon: failed to resolve reference ⤶
+"docker.io/eceasy/cli-proxy-api-plus:latest": failed to authorize: failed to fetch anonymous ⤶
+token: Get "https://auth.docker.io/token?scope=repository%3Aeceasy%2Fcli-proxy-api-plus%3Apull": EOF
+→ eceasy/cli-proxy-api-plus:latest
+=== docker build, thread
+❯ sudo docker build -t system_health_check .
+ => ERROR [internal] load metadata for docker.io/library/ubuntu:latest           0.3s
+------
+ > [internal] load metadata for docker.io/library/ubuntu:latest:
+------
+   2 |     # sudo docker run -d -p 1024:1024 --rm -it system_health_check
+   4 | >>> FROM ubuntu
+--------------------
+ERROR: failed to solve: ubuntu: failed to resolve source metadata for docker.io/library/⤶
+ubuntu:latest: failed to do request: Head "https://mirror.example.com:444/v2/library/ubuntu/"
+→ ubuntu:latest
+=== docker build, thread; the terminal broke the line
+ERROR: failed to solve: node:20-alpine: failed to resolve source metadata for ⤶
+docker.io/library/node:20-alpine: failed to do request: Head
+https://dockerproxy.com/v2/library/node/manifests/20-alpine?ns=docker.io: read tcp ⤶
+192.168.127.130:44148->150.136.252.237:443: read: connection reset by peer
+→ node:20-alpine
+=== docker build, thread
+failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
+rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
+ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
+→ python:3.6
+=== podman, thread
+Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
+Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
+kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
+→ ghcr.io/podman-desktop/kubernetes-dashboard:latest
+=== GitLab runner, thread
+Using Docker executor with image deployphp/deployer:7 ...
+WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
+for deployphp/deployer, repository does not exist or may require 'docker login'
+ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
+→ deployphp/deployer:7, deployphp/deployer:latest
+=== docker, thread
+Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
+require 'docker login': denied: requested access to the resource is denied
+→ xiaoya-tvbox:latest
+=== docker, thread
+PS E:\k8s-for-docker-desktop> .\load_images.ps1
+k8s.gcr.io/pause-amd64:3.1=registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+Error response from daemon: Get https://registry.cn-hangzhou.aliyuncs.com/v2/: dial tcp: lookup ⤶
+registry.cn-hangzhou.aliyuncs.com on 192.168.65.1:53: server misbehaving
+Error: No such image: registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+→ registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+=== crictl, thread
+23:31:29 CST message: [node1]
+downloading image: kubesphere/pause:3.8
+pull image failed: Failed to exec command: sudo -E /bin/bash -c "env PATH=$PATH crictl pull ⤶
+kubesphere/pause:3.8"
+→ kubesphere/pause:3.8
+=== docker, thread
+sudo docker pull scllovewkf/opencalib:v1
+v1: Pulling from scllovewkf/opencalib
+4d01e55a3979: Waiting
+error pulling image configuration: download failed after attempts=6: dial tcp ⤶
+[2a03:2880:f130:83:face:b00c:0:25de]:443: i/o timeout
+在使用docker拉取image时超时。
+→ scllovewkf/opencalib:v1
+=== shell, thread
+我执行
+[user@dockerhost ~]$ docker pull xiaoyaliu/alist
+Using default tag: latest
+fbcfea79c1c4: Pull complete
+Digest: sha256:HEX
+Status: Downloaded newer image for xiaoyaliu/alist:latest
+docker.io/xiaoyaliu/alist:latest
+[user@dockerhost ~]$ docker pull registry.k8s.io/ingress-nginx/controller:v1.9.4
+Error response from daemon: Head "https://us-west2-docker.pkg.dev/v2/k8s-artifacts-prod/images/⤶
+ingress-nginx/controller/manifests/v1.9.4": dial tcp 74.125.20.82:443: connect: connection refused
+→ xiaoyaliu/alist:latest, registry.k8s.io/ingress-nginx/controller:v1.9.4
+=== shell, thread
+run "docker pull --platform linux/x86_64 mysql:5.7" firstly
+→ --platform=linux/x86_64 mysql:5.7
+=== shell, repository
+sudo ctr -n k8s.io images pull --platform linux/amd64 docker.io/vllm/vllm-openai:latest
+# 确认镜像已存在
+sudo ctr -n k8s.io images ls | grep -E 'vllm|vllm-openai'
+sudo ctr -n k8s.io images export vllm_latest.tar docker.io/vllm/vllm-openai:latest
+→ --platform=linux/amd64 vllm/vllm-openai:latest
+=== shell, repository
+ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
+ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
+ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
+→ eclipse-temurin:17
+=== shell, thread
+$ nerdctl -n k8s.io images pull quay.io/calico/node:v3.29.1
+FATA[0000] accepts at most 1 arg(s), received 2
+The correct command is `nerdctl -n k8s.io image pull quay.io/calico/cni:v3.29.1`
+→ quay.io/calico/node:v3.29.1, quay.io/calico/cni:v3.29.1
+=== shell, thread
+> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
+mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
+→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+=== shell, thread
+# docker pull registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+3.1: Pulling from library/google_containers/pause-amd64
+# ctr --debug  images pull  registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+ctr: failed to resolve reference "registry.cn-south-1.example.com/library/google_containers/⤶
+pause-amd64:3.1": failed to do request: Head https://registry.cn-south-1.example.com/v2/: EOF
+→ registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+=== shell, thread
+sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
+✗ amd64
+=== shell, repository
+docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
+docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
+✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+=== shell, thread
+docker pull m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+docker tag m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+再执行docker-compose -f docker/docker-compose.dev.yml up --build时就报错了
+→ m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+=== shell, repository
+function download_pause() {
+    docker pull docker.io/kubernetes/pause
+    docker tag kubernetes/pause gcr.io/google_containers/pause:0.8.0
+    docker rmi kubernetes/pause
+}
+→ kubernetes/pause:latest
+=== shell, repository
+list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"
+for i in $list
+do
+	docker pull kalid/$i
+	docker tag kalid/$i k8s.gcr.io/$i
+done
+✗ kalid/$i
+=== shell, repository
+for IT in coredns:1.7.0 etcd:3.4.13-0 pause:3.2 kube-proxy:v1.20.10
+do docker image pull "registry.cn-shanghai.aliyuncs.com/yingzhuo/$IT"; done
+✗ registry.cn-shanghai.aliyuncs.com/yingzhuo/$IT
+=== shell, repository
+docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
+    docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
+    docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
+docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
+→ k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
+=== shell, page
+k3s crictl pull rancher/mirrored-pause:3.6
+crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
+registry.example.com/team/api:2.0
+podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
+git pull origin main && helm pull bitnami/redis --version 19.0.1
+→ rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
+=== shell, page
+`crictl pull {{image:tag}}`
+docker pull <path to GCR image>
+docker pull [OPTIONS] NAME[:TAG|@DIGEST]
+✗ {{image:tag}}
+=== shell, quoted in chat
+「张三：docker pull ghcr.io/open-webui/open-webui:main」
+- - - - - - - - - - - - - - -
+这个一直拉不下来，帮忙弄一下
+→ ghcr.io/open-webui/open-webui:main
+=== shell on Windows, thread
+C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
+Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
+PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
+→ xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
+=== docker run, page
+docker run -d \
+  --name open-webui -p 3000:8080 \
+  --add-host=host.docker.internal:host-gateway \
+  -v open-webui:/app/backend/data \
+  --restart always \
+  ghcr.io/open-webui/open-webui:main
+✎ ghcr.io/open-webui/open-webui:main
+=== docker run, thread
+docker run -dp 8360:8360 -v mgw-data:/app/data --name mgw-app --restart always sergree/matchering-web
+✎ sergree/matchering-web:latest
+=== docker run, page
+$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
+✎ alpine@sha256:HEX
+=== docker images, thread
+ REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
+docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
+<none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
+postgres                      13        faa0ddfa0c0f   8 days ago       371MB
+thanks for looking
+→ docker_inventree-dev-server:latest, postgres:13
+=== docker images --digests, thread
+REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
+alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
+redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
+→ redis:7.2
+=== docker images since version 29, thread
+                                                                     i Info →   U  In Use
+IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
+moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
+<untagged>                      09538a1f51d3       20.6kB         4.21kB
+→ moby/buildkit:buildx-stable-1
+=== docker image ls that lost its columns, page
+REPOSITORY TAG IMAGE ID CREATED SIZE
+quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
+→ quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
+=== nerdctl images, thread
+    REPOSITORY     TAG       IMAGE ID        CREATED          PLATFORM          SIZE
+    i686/ubuntu    latest    ac91cf5ed7e0    2 days ago       linux/386         240.9 MiB
+    alpine         latest    e1c082e3d3c4    5 minutes ago    linux/amd64       5.9 MiB
+    alpine         latest    e1c082e3d3c4    5 minutes ago    linux/arm64/v8    5.7 MiB
+→ i686/ubuntu:latest, alpine:latest
+=== crictl images, thread
+IMAGE                                     TAG                 IMAGE ID            SIZE
+busybox                                   latest              8c811b4aec35f       1.15MB
+docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
+→ busybox:latest
+=== crictl images, chat
+帮忙把这些同步到我们仓库：
+$ sudo crictl images
+WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
+IMAGE                                TAG       IMAGE ID       SIZE
+registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
+registry.k8s.io/pause                3.9       e6f1816883972  322kB
+→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
+=== docker-compose images, thread
+    Container           Repository       Tag       Image Id       Size
+------------------------------------------------------------------------
+example_backend_1    nginx              latest   35c43ace9216   133.1 MB
+example_backend_2    nginx              latest   35c43ace9216   133.1 MB
+→ nginx:latest
+=== docker compose images, thread
+$ docker compose images
+CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
+truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
+→ ghcr.io/truc/hello:2.0
+=== kubeadm config images list, thread
+[root@master ~]# kubeadm config images list
+W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
+internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
+W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
+k8s.gcr.io/kube-apiserver:v1.16.1
+k8s.gcr.io/etcd:3.3.15-0
+→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
+=== kubeadm config images list, chat
+I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
+registry.k8s.io/kube-proxy:v1.29.3
+registry.k8s.io/coredns/coredns:v1.11.1
+→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
+=== kubeadm config images list through a translator, thread
+master0@master0 :~$kubeadm config images list
+Registry. k8s. io/kube apiserver: v1.27.3
+Registry. k8s. io/pause: 3.9
+=== kubectl describe pod, thread
+Node:                 node1/10.3.147.253
+Annotations:          scheduler.alpha.kubernetes.io/critical-pod:
+Init Containers:
+  upgrade-ipam:
+    Image:         calico/cni:v3.10.3
+    Image ID:
+    Port:          <none>
+    Command:
+      /opt/cni/bin/calico-ipam
+  calico-node:
+    Image:          calico/node:v3.10.3
+    Image ID:       docker-pullable://calico/node@sha256:HEX
+    State:          Waiting
+→ calico/cni:v3.10.3, calico/node:v3.10.3
+=== kubectl describe pod, thread
+Events:
+  Type     Reason     Age    From               Message
+  ----     ------     ----   ----               -------
+  Normal   Scheduled  17s    default-scheduler  Successfully assigned default/hello-k55jk to minikube
+  Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
+  Normal   Pulled     10s    kubelet            Container image "busybox:1.36" already present on machine
+→ anjia0532/echoserver:1.4, busybox:1.36
+=== kubectl get events, thread
+LAST SEEN   TYPE      REASON    OBJECT         MESSAGE
+4m35s       Normal    BackOff   pod/dig-tool   Back-off pulling image ⤶
+"registry.k8s.io/e2e-test-images/jessie-dnsutils:1.0"
+18m         Warning   Failed    pod/dig-tool   Failed to pull image "curlimages/curl:latest": rpc ⤶
+error: code = DeadlineExceeded desc = failed to pull and unpack image ⤶
+"docker.io/curlimages/curl:latest": failed to resolve reference "docker.io/curlimages/curl:latest"
+→ registry.k8s.io/e2e-test-images/jessie-dnsutils:1.0, curlimages/curl:latest
+=== kubectl get events, thread
+3s   3s   1   my-nginx-tkigj   Pod   Scheduled   {scheduler }   Successfully assigned to 127.0.0.1
+2s   2s   1   my-nginx-p70z0   Pod   spec.containers{my-nginx}   Pulling   pulling image "ngixn"
+→ ngixn:latest
+=== kubectl -o jsonpath, page
+nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
+✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
+=== kubectl -o jsonpath | sort | uniq -c, page
+      3 registry.k8s.io/coredns/coredns:v1.10.1
+      1 registry.k8s.io/etcd:3.5.9-0
+✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
+"""
+
+# Texts with nothing to start, found in the same places, ⏎ is a new line.
+NOTHING_FOUND = r"""
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
+ (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
+ toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
+docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
+ canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
+Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
+ net/http: TLS handshake timeout
+error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
+registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
+ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
+ code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
+[+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
+docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
+ harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
+1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
+NAME     DESCRIPTION                STARS   OFFICIAL⏎nginx    Official build of Nginx.   19876   [OK]
+NAME            READY   STATUS             RESTARTS   AGE⏎my-nginx-k55jk  0/1     ErrImagePull   0    39m
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎  "registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
+    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
+  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
+resources: [deployment.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
+{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
+github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎  "dependencies": {"tag": "1.0.0"}⏎}
+{"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
+{"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
+---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
+properties:⏎  image:⏎    type: string⏎    format: binary
+server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
+    root /usr/share/nginx/html;⏎}
+Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
+ do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
+2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
+ [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
+SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
+select * from nginx_log⏎from orders⏎group by day;
+From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
+from redis import Redis⏎from flask import Flask, request⏎import os
+requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
+module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
+steps:⏎  - uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎    with: {tags: user/app:1}
+npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
+Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
+git@github.com:docker/compose.git
+git clone -b main https://github.com/docker/compose.git && git pull origin main
+127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
+DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
+*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
+drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，CPU/内存
+You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
+ manifest⏎for the release is not found. Images and pulls are free; see image 3.
+## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
+image: 这个字段是什么意思
+FROM users
+docker pull failed
+docker pull 一直失败，怎么办？用的 --platform linux/amd64
+TCP/IP, CI/CD
+《k8s/docker 入门》今晚 8:00 直播
+"""
+
+# Talk, ¦ between messages: help.
+TALK_HEARD = r"""
+14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30
+3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ hi,there ¦ 👍:ok
+192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 127.0.0.1:5432, 127.0.0.1:6379 ¦ localhost ¦ localhost:3000
+key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
+user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
+在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢 ¦ From now on ¦ From China with love
+docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker拉取 ¦ docker login
+docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui ¦ docker ps -a
+"""
+
+# message -> lines that are offered; no other word of it may be offered as an image
+SUGGESTED = [
+    ("please sync nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下 nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下：nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下\nnginx:1.25\nredis:7", []),
+    ("帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢", ["nginx:1.25", "bitnami/redis:7.0"]),
+    ("docker run nginx:1", ["nginx:1"]),
+    ("docker run -d -p 80:80 --name web nginx", ["nginx:latest"]),
+    ("podman run --rm -it quay.io/podman/hello", ["quay.io/podman/hello:latest"]),
+    ("nginx:1 redis:2", ["nginx:1", "redis:2"]),
+    ("2 registry.k8s.io/pause:3.9", ["registry.k8s.io/pause:3.9"]),
+    ("同步 24/7 的 nginx:1.25", ["nginx:1.25"]),
+    ("14:30 前同步 nginx:1.25", ["nginx:1.25"]),
+    ("please sync bitnami/redis to ours", ["bitnami/redis:latest"]),
+    ("k8s.gcr.io/pause:3.5systemctl restart docker", []),
+    ("registry.k8s.io//nriver/trilium-cn", []),
+]
+
+# two or more bare words -> canonical lines, lines that are offered
+BARE_WORDS: list[tuple[str, list[str], list[str]]] = [
+    ("nginx, redis", ["nginx:latest", "redis:latest"], []),
+    ("nginx\nmyapp", ["nginx:latest", "myapp:latest"], []),
+    ("postgres、openresty；mysql", ["postgres:latest", "openresty:latest", "mysql:latest"], []),
+    ("immich, alist", [], ["immich:latest", "alist:latest"]),
+    ("myapp\nmyworker\nmydb", [], ["myapp:latest", "myworker:latest", "mydb:latest"]),
+    ("hello world, nginx", [], []),
+    ("Nginx, Redis", [], []),
+]
+
+LINKS_IN_SENTENCES = [
+    "请下载 https://example.com/a.pdf 谢谢",
+    "see https://example.com/a.pdf",
+    "文件：https://example.com/a.pdf",
+    "git clone https://github.com/docker/compose.git",
+]
+
+
+class Paste(NamedTuple):
+    """A text and what must come of it."""
+
+    kind: str
+    text: str
+    images: list[str]  # canonical lines
+    named: list[str]  # pieces of what is named, not done
+    offered: list[str]  # lines that are offered
+
+
+def unfold(text: str) -> str:
+    """Return text without the shortenings of the tables."""
+    return text.strip("\n").replace("⤶\n", "").replace("HEX", HEX)
+
+
+def read_pastes(found: str) -> list[Paste]:
+    """Take PASTES_FOUND apart."""
+    pastes = []
+    for block in unfold(found).removeprefix("=== ").split("\n=== "):
+        kind, *lines = block.split("\n")
+        wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
+        while lines[-1][:1] in wanted:
+            mark, _, values = lines.pop().partition(" ")
+            wanted[mark] = values.split(", ")
+        pastes.append(Paste(kind, "\n".join(lines), wanted["→"], wanted["✗"], wanted["✎"]))
+    return pastes
+
+
+PASTES = read_pastes(PASTES_FOUND)
+NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
+TALK = [item.replace("⏎", "\n") for item in re.split(r" ¦ |\n", TALK_HEARD.strip())]
+
+
+def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
+    """Return the canonical lines and the links that a message starts, and what is said beside."""
+    try:
+        reading = wxsync.read_message(message, PREFIX)
+    except wxsync.Failure as failure:
+        return [], (), str(failure)
+    assert not (reading.command and (reading.images or reading.links))
+    return [image.line for image in reading.images], reading.links, reading.note
+
+
+def curly(text: str) -> str:
+    """Return text with the quotes that phones and Word make."""
+    for straight, pair in (('"', "“”"), ("'", "‘’")):
+        pieces = text.split(straight)
+        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
+    return text
+
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "Windows": lambda text: text.replace("\n", "\r\n"),
+    "colons of phones": lambda text: text.replace(":", "："),
+    "curly quotes": curly,
+    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
+    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
+    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
+    "empty lines between": lambda text: text.replace("\n", "\n\n"),
+    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
+    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
+}
+
+
+@pytest.mark.parametrize("paste", PASTES, ids=lambda paste: paste.kind)
+def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
+    """What is marked and not plain is named with 没有处理, what is likely meant is offered."""
+    images, links, said = heard(paste.text)
+    assert [line for line in images if line not in paste.images] == [] and links == ()
+    assert len(set(images)) == len(images)
+    assert [piece for piece in paste.named + paste.offered if piece not in said] == []
+    assert "没有处理" in said or not (images and paste.named)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
+    """At least 97 % of the marked images are found, none is wrong, no link starts."""
+    wanted, missed, wrong = 0, [], []
+    for paste in PASTES:
+        images, links, _ = heard(DAMAGES[damage](paste.text))
+        wanted += len(paste.images)
+        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
+        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
+        wrong += links
+    share = 100 * (wanted - len(missed)) / wanted
+    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
+    assert wrong == [] and share >= 97
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_texts_without_a_mark_start_nothing(damage: str) -> None:
+    """Code, logs, lists, addresses, other commands, tables of other tools."""
+    assert [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])] == []
+
+
+@pytest.mark.parametrize("message", TALK)
+def test_talk_gets_help(message: str) -> None:
+    """Neither a refusal nor the offer to sync a word of talk."""
+    reading = wxsync.read_message(message, PREFIX)
+    assert (reading.command, reading.images, reading.links) == ("help", (), ())
+    assert ":latest" not in reading.note or "," in message
+
+
+@pytest.mark.parametrize(("message", "offered"), SUGGESTED)
+def test_only_what_looks_like_an_image_is_offered(message: str, offered: list[str]) -> None:
+    """What is offered can be sent as it is, and does no harm then."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()) and [line for line in offered if line not in said] == []
+    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
+    assert [word for word in words if word in said] == []
+    assert not offered or heard(", ".join(offered))[0] == offered
+
+
+@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
+def test_bare_words_are_images_beside_a_well_known_one(
+    message: str, images: list[str], offered: list[str]
+) -> None:
+    """Other plain names are asked back with the line to send."""
+    found, links, said = heard(message)
+    assert (found, links) == (images, ()) and [line for line in offered if line not in said] == []
+
+
+@pytest.mark.parametrize("message", LINKS_IN_SENTENCES)
+def test_a_link_in_a_sentence_is_told_as_such(message: str) -> None:
+    """Nothing is fetched, and the person hears why."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()) and "独占一行" in said
+
+
+def test_a_plain_list_stays_all_or_nothing() -> None:
+    """`docker pull` and `image:` in a list do not make a paste of it."""
+    lines = ["nginx:1", "redis:7", "alpine:latest"]
+    assert heard("docker pull nginx:1\nimage: redis:7\nalpine")[0] == lines
+    assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
+
+
+def test_limits_and_clashes_hold_for_pastes() -> None:
+    """256 images, one source for a target."""
+    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
+    assert len(heard("\n".join(services[:257]))[0]) == 256
+    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
+    assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
+
+
+def test_passwords_in_commands_are_not_said_again() -> None:
+    """Only what is marked is quoted."""
+    said = heard("ctr images pull -u me:hunter2 $IMAGE\npodman pull --creds=me:hunter2 a/$B")[2]
+    assert "hunter2" not in said and "$IMAGE" in said and "a/$B" in said
+
+
+HOSTILE_PIECES = [
+    *("docker -a ", "docker pull -x ", "docker pull ", "run -e ", "image: ", '"image": "', '\\"'),
+    *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
+    *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
+    *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE_PIECES)
+def test_hostile_pastes_are_read_quickly(piece: str) -> None:
+    """256 KiB of anything, as long as a sent text file may be, take less than two seconds."""
+    for text in (piece * (2**18 // len(piece.encode())), f"image: nginx:1\n{piece * 9000}"):
+        began = time.process_time()
+        heard(text)
+        assert time.process_time() - began < 2
+
+
+# ---------------------------------------------------------------------------------------------
 # Commands that need nothing installed
 # ---------------------------------------------------------------------------------------------
 
