@@ -402,7 +402,7 @@ def is_talk(word: str) -> bool:
 
     A time, fraction, number, address, `localhost`, `and/or`: contract section 5.
     """
-    numeric = r"[\d.]+(?:[:/][\d.:/]*)?"  # 12:30, 3/4, 24/7, 192.168.1.1:8080
+    numeric = r"[\d.]+(?:[-:/][-\d.:/]*)?"  # 12:30, 3/4, 24/7, 192.168.1.1:8080
     plain = r"(?:localhost|(?:\d+\.){3}\d+)(?::\d+)?"
     pair = r"(?:and|or|he|she|his|yes|no|on|off|true|false|key|value|tcp|udp|am|pm|w|n|a|o)"
     host = r"[a-z][\w-]*(?:\.[a-z][\w-]*)+:\d{2,5}"  # example.com:8080, main.py:30
@@ -3242,212 +3242,212 @@ COMMANDS = {
 
 # ---- Pastes: texts that are read for their marked positions only -------------------------------
 
-# What ends a reference in running text; it is read_image that judges what stands before.
-_REF = r"[^\s\"'`,;<>()\[\]{}\\|]+"
-_LINE_NUMBER = r"(?:\d+\s*\|\s*)?"
-# (kind, pattern): every match marks a position; `v` is what stands there. Kinds: "key" and "from"
-# are named where they are no plain reference, "said" too, "word" is prose and only taken when sure.
-MARKS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (kind, re.compile(pattern))
-    for kind, pattern in (
-        ("key", rf"(?i)^\s*(?:[-•+]\s+)*{_LINE_NUMBER}[\"']?image[\"']?\s*:\s+(?P<v>[^\s{{].*)$"),
-        ("key", r"(?i)[{,]\s*[\"']?image[\"']?\s*:\s*(?P<v>\"[^\"]*\"|'[^']*'|[^\s,}\"']+)"),
-        (
-            "from",
-            rf"(?i)^\s*{_LINE_NUMBER}(?:>>>\s*)?FROM\s+(?:--platform=(?P<p>\S+)\s+)?(?P<v>\S+)"
-            r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
-        ),
-        (
-            "said",
-            r"(?:[Ii]mages?|[Pp]ull(?:ing|ed|Image)?|reference|(?:manifest|metadata|denied) for)"
-            r"(?: (?:tag|reference))?:?\s+\(?\\*([\"'])(?P<v>.+?)\\*\1",
-        ),
-        (
-            "word",
-            r"(?P<sure>manifest for|metadata for|access denied for)?(?(sure)|(?:(?:pull(?:ed|ing)?|"
-            r"such|with) image|[Ii]mage|failed to solve|Trying to pull)):?\s+\[?"
-            rf"(?P<v>{_REF})",
-        ),
+# A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
+# tag (prose). What is no plain reference is named, nothing is guessed.
+MARKS = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
+        r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?"""
+        r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
+        # in one line: {image: x, …}, "image":"x", also with \" around it
+        r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*"""
+        r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
+        # Dockerfile, also as a build shows it
+        r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)"
+        r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
+        # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
+        r"""(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|"""
+        r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
+        # … and without; docker leaves the tag out behind "denied for"
+        r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",
+        r"""(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to solve:|"""
+        r"""trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?(?P<loose>[^\s"'\[\],\\]+)""",
     )
 )
-# A tool, options and `image`, then pull or run: so no other tool's `pull` fits.
-SHELL = re.compile(
-    r"\b(?:docker|podman|nerdctl|crictl|ctr)((?:\s+(?:-{1,2}[\w-]+(?:[= ][^\s-]\S*)?|images?|i))*)"
-    r"\s+(pull|run|create)\s+([^;&|>\n]*)"
+TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
+# Options of pull (and of the tools) whose value is the next word; options of run that have none.
+WITH_VALUE = re.compile(
+    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|policy|"
+    r"snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
+    r"runtime-endpoint|image-endpoint|timeout|context|log-level)"
 )
-# Options of pull whose value is the next word; of run those that have none.
-PULL_VALUES = re.compile(
-    r"--(?:creds|auth|username|password|user|authfile|cert-dir|hosts-dir|policy|snapshotter|label|"
-    r"arch|os|variant|pod-config|annotation|config|namespace|tls\S*)|-[unaH]"
+ALONE = re.compile(
+    r"-[ditPq]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|"
+    r"no-healthcheck)|.*=.*"
 )
-RUN_FLAGS = re.compile(
-    r"-[ditP]+|-[a-zA-Z]\S+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|"
-    r"no-healthcheck|\S+=\S*)"
+TABLE = re.compile(
+    r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|(?P<one>IMAGE)\s+ID\s+D"
 )
-TABLE = re.compile(r"^\s*(?:CONTAINER\s+)?(?:REPOSITORY|IMAGE)\s+TAG\b")
-KLOG = re.compile(r"(?m)^[IWEF]\d{4} |kubeadm config images")
-DOCKERFILE = re.compile(
-    r"(?im)^\s*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
-)
-SQL = re.compile(r"(?im)^\s*(?:SELECT|DELETE|INSERT|UPDATE)\b")
-SPLIT_KEY = re.compile(
-    r"^(\s*(?:- )?)[\"']?(registry|repository|tag)[\"']?\s*:\s*[\"']?([^\s\"',#]+)"
+PARTS = re.compile(
+    r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
+    r"""["']?([^\s"',}#{&]*)"""
 )
 NO_IMAGE = re.compile(
-    r"(?i)(?:sha256:)?[0-9a-f]{12,64}|(?:linux|windows|darwin)/\S+|(?:data:|https?:/|\.{0,2}/).*|"
-    r".*\.(?:png|jpe?g|gif|svg|webp|ico|bmp|avif)|[*&{\[|>~].*|null|none|\"\"|''|<none>.*|"
+    r"(?:sha256:)?[0-9a-f]{12,}|[\d.:/]+|null|~|[|>][-+]?|[&*].*|data:.*|(?:linux|windows)/\w+|"
+    r"(?:https?:/)?/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
+)
+PULL_TALK = frozenset("failed fails error timeout slow stuck".split(" "))
+INSTRUCTION = re.compile(
+    r"(?im)^\W*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
+)
+SQL = re.compile(r"(?im)^\s*(?:SELECT|DELETE|INSERT|UPDATE)\s")
+KLOG = re.compile(r"(?m)^[IWEF]\d{4} |kubeadm config images")
+COMMENT = re.compile(r"#(?! \S*(?:docker|podman|nerdctl|crictl|ctr) )|//")  # "# docker" is a prompt
+# what kubectl applied before, not what is
+APPLIED = re.compile(
+    r"(?m)^([ \t]*).*last-applied-configuration.*(?:(?<=[|>-])\s*\n.*)?(?:\n\1[ \t]+\S.*)*"
 )
 
 
 class Paste:
-    """What a text has at its marked positions. Nothing is guessed."""
+    """What a text has at its marked positions."""
 
     def __init__(self, text: str) -> None:
         self.images: dict[str, Image] = {}
-        self.skipped: dict[str, str] = {}  # marked, but no plain reference -> why
+        self.named: dict[str, str] = {}  # marked, but no plain reference -> why
         self.offers: dict[str, None] = {}  # lines to send, where a person has to say so
-        self._stages: set[str] = set()
-        self._text = text
-        diff = re.search(r"(?m)^(?:@@ |diff --git)", text)
-        for line in re.sub(r"\\\s*\n", " ", text).split("\n"):
-            if not (diff and line.startswith("-")):
-                self._read_line(line)
-        self._read_tables(text.split("\n"))
-        self._read_split_keys(text.split("\n"))
-        if KLOG.search(text):
-            for line in text.split("\n"):
-                if re.fullmatch(r"\s*\S+[:/]\S+\s*", line):
-                    self._take("word", line.strip(), "")
+        text = re.sub(r"\r\n?|[\u2028\u2029]", "\n", text.translate(TIDY)).replace("\\\n", " ")
+        text = APPLIED.sub("", re.sub(r"\x1b\[[0-9;]*m", "", text))
+        text = re.sub(r"(?i)(image:) *[|>]-?\n\s*", r"\1 ", text)
+        self._is_build = bool(INSTRUCTION.search(text))
+        self._is_sql = bool(SQL.search(text))
+        self._is_listed = bool(KLOG.search(text))
+        self._stages = {"scratch"}
+        self._denied: list[str] = []
+        self._table: re.Match[str] | None = None
+        lines = [
+            re.sub(r"^(?:>+ |\d+ *\|)+", "", line.strip()).strip() for line in text.split("\n")
+        ]
+        if any(line.startswith(("@@ ", "diff --git")) for line in lines):
+            lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("-")]
+        for line in lines:
+            self._read_line(line)
+        for name in self._denied:
+            if not any(line.startswith((f"{name}:", f"{name}@")) for line in self.images):
+                self._take(name)
+        self._read_parts(text)
 
-    def __bool__(self) -> bool:
-        return bool(self.images or self.skipped or self.offers)
+    def _take(self, ref: str, platform: str = "", loose: bool = False, offer: bool = False) -> None:
+        """Take what stands at a mark: an image, or named with the reason, or nothing of the kind."""
+        ref = ref.strip(" \"'`")
+        ref = ref.rstrip(".:,;)]}…") if loose else ref
+        if not ref or NO_IMAGE.fullmatch(ref) or (loose and not re.search("[:@]", ref)):
+            return
+        line = f"--platform={platform} {ref}" if platform else ref
+        try:
+            if re.search(r"[$<]|\{\{", line):
+                raise BadImage("含有变量，请换成实际的值")
+            image = read_image(line)
+        except BadImage as error:
+            if not loose:
+                self.named[line] = str(error)
+            return
+        if offer:
+            self.offers[image.line] = None
+        else:
+            self.images[image.line] = image
 
     def _read_line(self, line: str) -> None:
-        for kind, pattern in MARKS:
-            for match in pattern.finditer(line):
-                found = match.groupdict()
-                if kind == "from" and not self._is_stage(found):
-                    continue
-                sure = kind != "word" or bool(found["sure"])
-                self._take(kind, found["v"], found.get("p") or "", sure)
-        for before, verb, words in SHELL.findall(line):
-            self._read_command(f"{before} {words}", verb)
+        if COMMENT.match(line):
+            return
+        if head := TABLE.match(line):
+            self._table = head
+        elif self._table and re.search(r"\s[0-9a-f]{12,13}(?=\s|$)", line):
+            self._read_row(line.split(), self._table)
+        elif self._is_listed and re.fullmatch(r"[\w.-]+/[\w./-]+:[\w.-]+", line):
+            self._take(line)
+        else:
+            for mark in MARKS:
+                for found in mark.finditer(line):
+                    self._read_mark(found.groupdict())
+                if mark is MARKS[0] and mark.match(line):
+                    return  # what follows is a comment
+            self._read_commands(line)
 
-    def _is_stage(self, found: dict[str, str | None]) -> bool:
-        """Tell whether a FROM names an image that is not built in the same file; note its stage."""
-        name = str(found["v"])
-        is_file = not SQL.search(self._text) and (
-            re.search(r"[:/@$]", name) or name in OFFICIAL or DOCKERFILE.search(self._text)
-        )
-        known = name.lower() in self._stages or name.lower() == "scratch"
-        if is_file:
-            self._stages.add(str(found["stage"]).lower())
-        return bool(is_file) and not known
+    def _read_row(self, words: list[str], head: re.Match[str]) -> None:
+        """Read name and tag below their header."""
+        name, tag = words[1:3] if head["second"] else [*words, ""][:2]
+        if "<" not in name + ("" if head["one"] else tag):
+            self._take(name if head["one"] else f"{name}:{tag}", loose=True)
 
-    def _read_command(self, words_text: str, verb: str) -> None:
-        """Read what stands behind `pull` or `run`: options, then references."""
-        platform, skip = "", False
-        words = re.split(r"\s+#\s", words_text)[0].split()
-        for index, word in enumerate(words):
-            if skip:
-                skip = False
-            elif found := re.fullmatch(r"--platform(?:=(\S+))?", word):
-                platform, skip = found[1] or (words[index + 1 : index + 2] or [""])[0], not found[1]
-            elif word.startswith("-"):
+    def _read_mark(self, got: dict[str, str | None]) -> None:
+        ref = got.get("a") or got.get("b") or got.get("ref") or ""
+        if "stage" in got:  # a FROM: of SQL, of an earlier stage, of a Dockerfile
+            is_sure = re.search("[:/@$]", ref) or ref in OFFICIAL or self._is_build
+            known = ref.lower() in self._stages or ref.endswith(":")
+            if is_sure and not self._is_sql and not known:
+                platform = got["platform"] or ""
+                self._take(ref, "" if "$" in platform else platform)
+            self._stages.add((got["stage"] or "").lower())
+        elif "denied" in got:
+            self._denied.append(str(got["denied"]))
+        else:
+            self._take(ref or got.get("loose") or "", loose=not ref)
+
+    def _read_commands(self, line: str) -> None:
+        """Read `docker … pull X`, and offer the X of `docker … run X`."""
+        words = re.sub(r"(&&|[;|]|\s#)", r" \1 ", line).replace("`", " ").split()
+        starts = [i for i, w in enumerate(words) if re.split(r"[/(\"'>:$]", w)[-1] in TOOLS]
+        for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+            self._read_command(words[start + 1 : end])
+
+    def _read_command(self, words: list[str]) -> None:
+        verb = platform = ""
+        while words:
+            word, *words = words
+            if word.startswith("-"):
+                name, equals, value = word.partition("=")
                 takes = (
-                    PULL_VALUES.fullmatch(word) if verb == "pull" else not RUN_FLAGS.fullmatch(word)
+                    ALONE.fullmatch(word) is None if verb == "run" else WITH_VALUE.fullmatch(word)
                 )
-                skip = bool(takes) and "=" not in word
-            elif not re.fullmatch("images?|i", word):
-                if verb != "pull":
-                    self._offer(word.strip("\"'"), platform)
-                    return
-                bare = re.search(r"[:/@$]", word) is None
-                if not bare or len(words) == 1 or word in OFFICIAL:
-                    self._take("said" if not bare else "word", word, platform)
+                if takes and not equals and words:
+                    value, *words = words
+                    while value[:1] in ('"', "'") and value.count(value[0]) == 1 and words:
+                        value, words = value + words[0], words[1:]  # a quoted value with blanks
+                platform = value.strip("\"'") if name == "--platform" else platform
+            elif verb:
+                if verb == "pull" and words and words[0].startswith("--platform"):
+                    platform = (words[0].partition("=")[2] or "".join(words[1:2])).strip("\"'")
+                is_last = not words or words[0] in ("&&", ";", "|", "#")
+                is_name = is_last and re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
+                if verb == "run" or re.search(r"[:/@$<{]", word) or is_name:
+                    self._take(word, platform, offer=verb == "run")
+                return
+            elif word in ("pull", "run", "create"):
+                verb = "pull" if word == "pull" else "run"
+            elif word not in ("image", "images", "i"):
+                return
 
-    def _take(self, kind: str, value: str, platform: str, sure: bool = True) -> None:
-        """Take one marked value: an image, or named with the reason, or nothing of the kind."""
-        value = re.sub(r"^&\S+\s+", "", re.split(r"\s+#", value.strip())[0])
-        value = value.strip().rstrip(",").strip("\"'\\").rstrip(".:,)]}…")
-        if (
-            NO_IMAGE.fullmatch(value)
-            or is_talk(value)
-            or (not sure and not re.search("[:/]", value))
-        ):
-            return
-        if re.search(r"\$|\{\{|%\w+%", value):
-            if kind != "word":
-                self.skipped[value] = "含有变量，请换成实际的值"
-            return
-        if not platform.startswith("$") and platform:
-            value = f"--platform={platform} {value}"
-        try:
-            image = read_image(value)
-            self.images[image.line] = image
-        except BadImage as error:
-            if kind in ("key", "from") or (kind == "said" and " " not in value):
-                self.skipped[value] = str(error)
+    def _read_parts(self, text: str) -> None:
+        """Offer `repository:` with the `tag:` beside it, as in a chart's values."""
+        parts: dict[str, str] = {}
+        end = 0
+        for found in [*PARTS.finditer(text), None]:
+            if not found or found[1].lower() in parts or found.start() - end > 300:
+                name, tag = parts.get("repository", ""), parts.get("tag", "")
+                if parts.get("image") and parts.get("imagetag"):
+                    name, tag = parts["image"], parts["imagetag"]
+                    with contextlib.suppress(BadImage):
+                        self.images.pop(read_image(name).line, None)
+                if name and tag and not re.search("[{]|://", name):
+                    host = parts.get("registry", "")
+                    self._take(f"{host}/{name}:{tag}" if host else f"{name}:{tag}", offer=True)
+                parts = {}
+            if found:
+                parts[found[1].lower()], end = found[2], found.end()
 
-    def _offer(self, value: str, platform: str = "") -> None:
-        with contextlib.suppress(BadImage):
-            self.offers[
-                read_image(f"--platform={platform} {value}" if platform else value).line
-            ] = None
-
-    def _read_tables(self, lines: list[str]) -> None:
-        """Read name and tag under their header: both stand before the first name of two words."""
-        columns: tuple[int, int] | None = None
-        for line in lines:
-            words = line.split()
-            if TABLE.match(line):
-                columns = (
-                    next(i for i, w in enumerate(words) if w in ("REPOSITORY", "IMAGE")),
-                    words.index("TAG"),
-                )
-            elif not words:
-                columns = None
-            elif columns and len(words) > max(columns) + 1:
-                name, tag = words[columns[0]], words[columns[1]]
-                if "<none>" not in (name, tag):
-                    self._take("word", f"{name}:{tag}", "")
-            elif re.match(r"IMAGE\s+ID\s+DISK", line):
-                columns = None
-        if re.search(r"(?m)^\s*IMAGE\s+ID\s+DISK", self._text):
-            for line in lines:
-                if found := re.match(rf"\s*({_REF}:{TAG})\s+[0-9a-f]{{12}}\b", line):
-                    self._take("word", found[1], "")
-
-    def _read_split_keys(self, lines: list[str]) -> None:
-        """Offer `repository:` with the `tag:` beside it (a chart's values)."""
-        found: dict[str, str] = {}
-        indent, since = "", 0
-        for line in [*lines, ""]:
-            match, since = SPLIT_KEY.match(line), since + 1
-            own = match[1].replace("-", " ") if match else ""
-            if match and own == indent and since < 6 and match[2] not in found:
-                found[match[2]] = match[3]
-            elif match:
-                found, indent, since = {match[2]: match[3]}, own, 0
-            if {"repository", "tag"} <= found.keys() and "://" not in found["repository"]:
-                host = found.get("registry", "")
-                name = f"{found['repository']}:{found['tag']}"
-                if not re.search(r"[$\{]", name + host):
-                    self._offer(f"{host}/{name}" if host else name)
+    def __bool__(self) -> bool:
+        return bool(self.images or self.named or self.offers)
 
     def note(self) -> str:
         """Return what was not done and why, and what could be sent."""
-        lines = [f"• {quoted(value, 80)}：{why}" for value, why in self.skipped.items()]
+        lines = [f"• {quoted(value, 80)}：{why}" for value, why in self.named.items()]
         text = "\n没有处理：\n" + "\n".join(lines) if lines else ""
         offers = [line for line in self.offers if line not in self.images]
         if offers:
-            text += "\n没有开始（需要您确认）。如需同步，请发送：\n" + _block(offers)
+            text += "\n没有开始，如需同步请发送：\n" + "\n".join(["```", *offers, "```"])
         return text
-
-
-def _block(lines: Iterable[str]) -> str:
-    """Return lines to copy, as a block."""
-    return "\n".join(["```", *lines, "```"])
 
 
 # ---- Reading a message (contract section 5) ----------------------------------------------------
@@ -3540,7 +3540,7 @@ def _is_attempt(item: str) -> bool:
     """
     if re.search(r"=>|--platform", item):
         return True
-    path = re.match(r"[~.]{0,2}[/\\]|[A-Za-z]:\\", item) and not re.search(r":[\w.-]+/?$", item)
+    path = re.match(r"[~.]{0,2}[/\\]|[A-Za-z]:[\\/]", item) and not re.search(r":[\w.-]+/?$", item)
     address = re.fullmatch(r"(?:mailto:)?[^\s@:/]+@[\w.-]+\.\w+", item)
     if path or address or is_talk(item) or not re.search("[:/@]", item):
         return False
@@ -3578,7 +3578,7 @@ def _read_items(text: str, items: list[str]) -> Reading:
     is_list = _is_list(items)
     if items and is_list and any(map(_is_attempt, items)):
         return Reading(images=_read_images(items))
-    paste = Paste(re.sub(r"\x1b\[[0-9;]*m", "", text.translate(TIDY)))
+    paste = Paste(text)
     if paste:
         note = paste.note()
         return Reading("" if paste.images else "help", _check_images(paste.images), (), note)
@@ -3599,7 +3599,7 @@ def read_message(text: str, prefix: str = "") -> Reading:
         return Reading(COMMANDS[word])
     text = re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
     links, items = split_items(text)
-    if links and (paste := Paste(text.translate(TIDY))) and not _is_list(items):
+    if links and (paste := Paste(text)) and not _is_list(items):
         # Terminals wrap errors so that a line begins with an address: no link of the person's.
         return Reading(
             "" if paste.images else "help", _check_images(paste.images), (), paste.note()
