@@ -4380,8 +4380,8 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
 # names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
-# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing may
-# start. A line that ends in ⤶ goes on in the next; HEX is 64 hexadecimal digits.
+# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
+# may start. A line that ends in ⤶ goes on in the next; HEX is 64 hexadecimal digits.
 PASTES_FOUND = r"""
 === compose, repository
 services:
@@ -4443,11 +4443,11 @@ services:
   send:
     image: registry.gitlab.com/timvisee/send:latest # official image
     #image: l4rm4nd/send:latest # image of a fork with darkmode only
-  firezone:
-    image: l4rm4nd/firezone:7.2.x # or for arm: l4rm4nd/firezone:7.2.x-arm64
+  passbolt:
+    image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
   #jellyfin:
   #  image: linuxserver/jellyfin:latest
-→ registry.gitlab.com/timvisee/send:latest, l4rm4nd/firezone:7.2.x
+→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
 === compose, repository
 version: '3.8'
 services:
@@ -4589,6 +4589,10 @@ spec:
         image: quay.io/argoproj/argocd:latest
       - image: public.ecr.aws/docker/library/redis:8.10.1-alpine
 → quay.io/argoproj/argocd:latest, public.ecr.aws/docker/library/redis:8.10.1-alpine
+=== Kubernetes, repository
+          image: >-
+            image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
+→ image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
 === Kubernetes as JSON, repository
         "containers": [
           {
@@ -4613,7 +4617,7 @@ spec:
 → cdrage/helloworldasdf:latest
 === kubectl get pod -o yaml, page
     kubectl.kubernetes.io/last-applied-configuration: |
-      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.14.2","name":"n"}]}}
+      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
 spec:
   containers:
   - image: nginx:1.14.2
@@ -4664,7 +4668,7 @@ redacted/redacted:": couldn''t parse image reference'
 → bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
 === chart template, repository
         - name: {{ .Chart.Name }}
-          image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+        image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
       initContainers:
         - name: tokengen
           image: bitnami/kubectl
@@ -4705,8 +4709,13 @@ image:
   repository: kube-state-metrics/kube-state-metrics
   # If unset use v + .Charts.appVersion
   tag: ""
+=== values.yaml, repository
+image: "docker.elastic.co/elasticsearch/elasticsearch"
+imageTag: "8.5.1"
+imagePullPolicy: "IfNotPresent"
+✎ docker.elastic.co/elasticsearch/elasticsearch:8.5.1
 === values as JSON, page
-{"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "IfNotPresent"}, "nodeSelector": {}}
+{"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "Always"}, "nodeSelector": {}}
 ✎ nginx:1.16.0
 === Dockerfile, repository
 ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
@@ -4892,7 +4901,7 @@ Using Docker executor with image deployphp/deployer:7 ...
 WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
 for deployphp/deployer, repository does not exist or may require 'docker login'
 ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
-→ deployphp/deployer:7, deployphp/deployer:latest
+→ deployphp/deployer:7
 === docker, thread
 Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
 require 'docker login': denied: requested access to the resource is denied
@@ -4957,7 +4966,7 @@ mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},}
 === shell, thread
 # docker pull registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
 3.1: Pulling from library/google_containers/pause-amd64
-# ctr --debug  images pull  registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+# ctr --debug images pull registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
 ctr: failed to resolve reference "registry.cn-south-1.example.com/library/google_containers/⤶
 pause-amd64:3.1": failed to do request: Head https://registry.cn-south-1.example.com/v2/: EOF
 → registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
@@ -5029,9 +5038,6 @@ docker run -d \
   --restart always \
   ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
-=== docker run, thread
-docker run -dp 8360:8360 -v mgw-data:/app/data --name mgw-app --restart always sergree/matchering-web
-✎ sergree/matchering-web:latest
 === docker run, page
 $ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
 ✎ alpine@sha256:HEX
@@ -5123,9 +5129,9 @@ Init Containers:
 Events:
   Type     Reason     Age    From               Message
   ----     ------     ----   ----               -------
-  Normal   Scheduled  17s    default-scheduler  Successfully assigned default/hello-k55jk to minikube
+  Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
   Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
-  Normal   Pulled     10s    kubelet            Container image "busybox:1.36" already present on machine
+  Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
 → anjia0532/echoserver:1.4, busybox:1.36
 === kubectl get events, thread
 LAST SEEN   TYPE      REASON    OBJECT         MESSAGE
@@ -5166,15 +5172,15 @@ docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme
  harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
 CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
 1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
-NAME     DESCRIPTION                STARS   OFFICIAL⏎nginx    Official build of Nginx.   19876   [OK]
-NAME            READY   STATUS             RESTARTS   AGE⏎my-nginx-k55jk  0/1     ErrImagePull   0    39m
-sudo tee /etc/docker/daemon.json <<EOF⏎{⏎  "registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
+NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
+NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
     "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
   "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
-resources: [deployment.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
 dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
 {⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
-github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎  "dependencies": {"tag": "1.0.0"}⏎}
+github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎"dependencies": {"tag": "1.0"}⏎}
 {"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
 {"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
 ---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
@@ -5192,7 +5198,7 @@ From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pu
 from redis import Redis⏎from flask import Flask, request⏎import os
 requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
 module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
-steps:⏎  - uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎    with: {tags: user/app:1}
+steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
 npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
 Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
 git@github.com:docker/compose.git
@@ -5209,6 +5215,9 @@ image: 这个字段是什么意思
 FROM users
 docker pull failed
 docker pull 一直失败，怎么办？用的 --platform linux/amd64
+ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
+message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
+namespaceMetadata: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
 TCP/IP, CI/CD
 《k8s/docker 入门》今晚 8:00 直播
 """
@@ -5216,15 +5225,15 @@ TCP/IP, CI/CD
 # Talk, ¦ between messages: help.
 TALK_HEARD = r"""
 14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30
-3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ hi,there ¦ 👍:ok
-192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 127.0.0.1:5432, 127.0.0.1:6379 ¦ localhost ¦ localhost:3000
+3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
+192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
 key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
-user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
 /etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
 File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
 在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢 ¦ From now on ¦ From China with love
-docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker拉取 ¦ docker login
-docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui ¦ docker ps -a
+docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
+docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui ¦ docker ps -a
 """
 
 # message -> lines that are offered; no other word of it may be offered as an image
@@ -5334,8 +5343,7 @@ DAMAGES: dict[str, Callable[[str], str]] = {
 def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
     """What is marked and not plain is named with 没有处理, what is likely meant is offered."""
     images, links, said = heard(paste.text)
-    assert [line for line in images if line not in paste.images] == [] and links == ()
-    assert len(set(images)) == len(images)
+    assert (sorted(images), links) == (sorted(paste.images), ())
     assert [piece for piece in paste.named + paste.offered if piece not in said] == []
     assert "没有处理" in said or not (images and paste.named)
 
