@@ -1900,6 +1900,10 @@ class FakeRegistry(Peer):
 # ---------------------------------------------------------------------------------------------
 
 
+# `skopeo list-tags` follows no location of a registries.conf: it must not ask the real registry.
+NO_WAY_OUT = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
 def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
     """Return an environment with nothing of the caller's in it but where programs are."""
     kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
@@ -2494,7 +2498,7 @@ class Stage:
         source = self.source.host if self.source else ""
         names = dict.fromkeys(("docker.io", "ghcr.io", "quay.io", "registry.k8s.io"), source)
         conf = registries_conf(folder / "registries.conf", names | {target.host: target.host})
-        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)}
+        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
         login = {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
         if why := ActRunner.missing() or self._no_workflow():
             self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
@@ -3019,7 +3023,7 @@ class Served:
     charset: str = "utf-8"
     content_type: str = "application/octet-stream"
     gzip: bool = False  # compress, whatever was asked
-    location: str = ""
+    location: str = ""  # {turn} in it is how often this path was asked for
     ranges: str = ""  # "", "good", "ignored" (200 and all), "wrong" (starts elsewhere), "500"
     etag: str = ""
     modified: str = ""
@@ -3030,6 +3034,9 @@ class Served:
     rate: float = 0.0  # bytes per second
     headers: Mapping[str, str] = field(default_factory=dict)
     garbage: bool = False
+    expired: int = 0  # the status of every answer but the first, as of a signed address
+    raw: bytes = b""  # the answer, byte for byte; then `again` twenty times a second, without end
+    again: bytes = b""
     seed: int = 0
     asked: int = 0  # how often so far
 
@@ -3129,6 +3136,13 @@ class Source(Peer):
             handler.send(Answer(404, b"not found"))
         elif served.garbage:
             handler.misbehave("garbage")
+        elif served.raw:
+            handler.close_connection = True
+            handler.wfile.write(served.raw)
+            handler.wfile.flush()
+            while served.again and not self.stopping.wait(0.05):
+                handler.wfile.write(served.again)
+                handler.wfile.flush()
         else:
             Sending(call, served, handler, self.stopping).send()
 
@@ -3146,8 +3160,10 @@ class Sending:
         self.etag = served.etag
         if served.change and self.turn > 1:
             self.etag, self.served = '"other"', replace(served, seed=served.seed + 1000)
+        if served.expired and self.turn > 1:
+            self.served = replace(served, status=served.expired, size=0, ranges="")
         self.start = 0
-        self.status = served.status
+        self.status = self.served.status
 
     def send(self) -> None:
         headers = self._headers()
@@ -3176,7 +3192,8 @@ class Sending:
         headers |= {"Last-Modified": served.modified} if served.modified else {}
         if served.location:
             # As bytes of UTF-8: http.server would refuse what is not Latin-1.
-            headers["Location"] = served.location.encode().decode("latin-1")
+            location = served.location.replace("{turn}", str(self.turn))
+            headers["Location"] = location.encode().decode("latin-1")
         if served.gzip:
             headers["Content-Encoding"] = "gzip"
         if served.location:
@@ -3279,6 +3296,7 @@ class ProxyProcess:
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
         self.port = 0
+        self.around: list[str] = []  # a command that runs it
         self._temporary = temporary_folder("proxy")
         self.folder = Path(self._temporary.name)
         self._process: subprocess.Popen[bytes] | None = None
@@ -3310,7 +3328,7 @@ class ProxyProcess:
         self.port = self.port or free_port()
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.around, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         if not wait_until(self._listens, 10):
             raise RuntimeError(f"{self.PROGRAM} did not start: {self.log[-500:]}")
@@ -3471,6 +3489,7 @@ _FORBIDDEN_HOSTS: dict[str, str] = {
     "link-local": "169.254.0.1 169.254.255.255",
     "metadata": "169.254.169.254 0xa9fea9fe 2852039166 0251.0376.0251.0376 169.254.43518",
     "metadata of Alibaba": "100.100.100.200 1684301000 0x646464c8",
+    "wire server of Azure": "168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] [64:ff9b::a83f:8110]",
     "CGNAT": "100.64.0.1 100.127.255.255",
     "protocols": "192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.170 192.0.0.255",
     "6to4 relay": "192.88.99.1",
@@ -3724,6 +3743,9 @@ class Desk:
         settings = wxsync.load_settings(world.service.settings)
         log = wxsync.Log("DEBUG", settings.secret_values(), self.written)
         self.app = wxsync.build_app(settings, log, time.time, self.pause)
+        wxsync.take_up(self.app)
+        self.post = self.app.posts[""]
+        self.post.pace = wxsync.Pace(((1000.0, 0.001),))
 
     def pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -3732,11 +3754,12 @@ class Desk:
 
     def send(self, text: str, user: str = "alice") -> None:
         """Queue a message, then deliver all there is."""
-        self.app.state.post(user, text, secrets.token_hex(4))
+        letters = self.app.channels[""].letters(user, text, secrets.token_hex(4))
+        self.app.state.change(lambda facts: facts.with_letters(letters))
         for _ in range(40):
-            if not self.app.state.letters:
+            if not self.app.state.facts.letters:
                 return
-            wxsync.deliver(self.app, {}, {})
+            self.post.step()
         raise TimeoutError(f"tried in vain, pauses {self.pauses}")
 
 
@@ -4233,7 +4256,7 @@ def refusal(message: str) -> str:
     """Return the reply to a message that is refused."""
     with pytest.raises(wxsync.Failure) as caught:
         wxsync.read_message(message, PREFIX)
-    return str(caught.value)
+    return str(caught.value).replace("`", "")
 
 
 @pytest.mark.parametrize(("message", "wanted"), REFUSED)
@@ -4402,6 +4425,1065 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
             assert wxsync.read_image(image.line) == image, message
             assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", image.target("").strip("/"))
     assert accepted > 100
+
+
+# ---------------------------------------------------------------------------------------------
+# Pastes
+# ---------------------------------------------------------------------------------------------
+
+# Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
+# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
+# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing may
+# start. A line that ends in ⤶ goes on in the next; HEX is 64 hexadecimal digits.
+PASTES_FOUND = r"""
+=== compose, repository
+services:
+  immich-server:
+    image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
+    # extends:
+    #   service: cpu # set to one of [nvenc, quicksync, rkmpp] for accelerated transcoding
+    volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
+  redis:
+    image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
+    healthcheck:
+      test: redis-cli ping || exit 1
+→ valkey/valkey:8-bookworm@sha256:HEX
+✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
+=== compose, repository
+  db_postgres:
+    image: postgres:15-alpine
+    environment:
+      PGDATA: ${PGDATA:-/var/lib/postgresql/data/pgdata}
+      HTTP_PROXY: ${HTTP_PROXY:-http://ssrf_proxy:3128}
+    healthcheck:
+      test: [ "CMD", "pg_isready", "-h", "db_postgres", "-U", "${DB_USERNAME:-postgres}" ]
+  # for more information, please refer to
+  # https://docs.dify.ai/learn-more/faq/install-faq
+  ssrf_proxy:
+    image: ubuntu/squid:latest
+    extra_hosts:
+      - "host.docker.internal:host-gateway"
+→ postgres:15-alpine, ubuntu/squid:latest
+=== compose, repository
+x-airflow-common:
+  &airflow-common
+  image: ${AIRFLOW_IMAGE_NAME:-apache/airflow:2.9.1}
+  # build: .
+  environment:
+    AIRFLOW__CELERY__BROKER_URL: redis://:@redis:6379/0
+services:
+  redis:
+    image: redis:7.2-bookworm
+  flower:
+    <<: *airflow-common
+    command: celery flower
+→ redis:7.2-bookworm
+✗ ${AIRFLOW_IMAGE_NAME
+=== compose, repository
+services:
+  db:
+    image: postgres
+    healthcheck:
+      test: [ "CMD", "pg_isready" ]
+      interval: 10s
+  proxy:
+    build: ./proxy
+    image: nginx
+    ports:
+      - 80:80
+→ postgres:latest, nginx:latest
+=== compose, repository
+  send:
+    image: registry.gitlab.com/timvisee/send:latest # official image
+    #image: l4rm4nd/send:latest # image of a fork with darkmode only
+  firezone:
+    image: l4rm4nd/firezone:7.2.x # or for arm: l4rm4nd/firezone:7.2.x-arm64
+  #jellyfin:
+  #  image: linuxserver/jellyfin:latest
+→ registry.gitlab.com/timvisee/send:latest, l4rm4nd/firezone:7.2.x
+=== compose, repository
+version: '3.8'
+services:
+  obsidian:
+    image: 'ghcr.io/sytone/obsidian-remote:latest'
+    platform: linux/arm64
+    ports: ["8080:8080", "8443:8443"]
+  server:
+    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
+→ ghcr.io/sytone/obsidian-remote:latest
+✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
+=== compose, thread
+$ version: '3.6'
+services:
+  python:
+    build:
+      context: .  # This should point to the directory containing your Dockerfile
+    image: mydockerhub/projectname:python-service  # Replace with your Docker Hub name
+  grafana:
+    image: grafana/grafana  # Correct image name
+→ mydockerhub/projectname:python-service, grafana/grafana:latest
+=== compose in one line, page
+services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
+→ nginx:1.25-alpine, redis:7
+=== compose with an anchor, repository
+x-default: &default-image registry.example.com/team/app:2.1
+services:
+  api: {image: *default-image, command: api}
+  worker:
+    image: &worker ghcr.io/acme/worker:1.4
+  beat:
+    image: *worker
+→ ghcr.io/acme/worker:1.4
+=== compose, chat
+麻烦同步一下这几个，服务器上拉不动
+
+services：
+  db：
+    image：mysql:8.0.27
+    command：'--default-authentication-plugin=mysql_native_password'
+  wordpress：
+    image：“wordpress:latest”
+谢谢！
+→ mysql:8.0.27, wordpress:latest
+=== compose, a code block quoted in a thread
+我的配置是这样的：
+> ```yaml
+> services:
+>   frigate:
+>     image: 'ghcr.io/blakeblackshear/frigate:stable'
+>     volumes: ['/etc/localtime:/etc/localtime:ro']
+> ```
+On Feb 28, 2026 at 7:03 PM, someone wrote:
+→ ghcr.io/blakeblackshear/frigate:stable
+=== compose, change in a pull request
+diff --git a/docker-compose.yml b/docker-compose.yml
+@@ -10,7 +10,7 @@ services:
+   pgadmin:
+-    image: dpage/pgadmin4:8.5
++    image: dpage/pgadmin4:8.6
+→ dpage/pgadmin4:8.6
+=== GitLab CI, repository
+image: docker:24.0.5
+services:
+  - docker:24.0.5-dind
+build:
+  image:
+    name: gcr.io/kaniko-project/executor:v1.23.2-debug
+    entrypoint: [""]
+test:
+  image: "python:3.11-slim"
+  script: [pip install -r requirements.txt, pytest]
+→ docker:24.0.5, python:3.11-slim
+=== GitHub Actions, repository
+    runs-on: ubuntu-latest
+    container:
+      image: node:20-bookworm
+    services:
+      postgres:
+        image: postgres:16
+    steps:
+      - uses: actions/checkout@v4
+→ node:20-bookworm, postgres:16
+=== Ansible, repository
+  community.docker.docker_container:
+    name: app
+    image: "{{ app_image }}:{{ app_tag }}"
+✗ {{ app_image }}:{{ app_tag }}
+=== Kubernetes, repository
+kind: Service
+spec:
+  ports:
+  - port: 6379
+---
+kind: Deployment
+spec:
+      containers:
+      - name: master
+        image: registry.k8s.io/redis:e2e  # or just image: redis
+        imagePullPolicy: IfNotPresent
+---
+      - image: gcr.io/google_samples/gb-redisslave:v1
+        name: slave
+→ registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
+=== Kubernetes, repository
+kind: CronJob
+spec:
+  schedule: "*/5 * * * *"
+  jobTemplate:
+          initContainers:
+          - name: init
+            image: cockroachdb/cockroach-k8s-init:0.2
+            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
+          containers:
+          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
+→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
+=== Kubernetes, repository
+        - name: upgrade-ipam
+          image: docker.io/calico/cni:v3.27.3
+          command: ["/opt/cni/bin/calico-ipam", "-upgrade"]
+        - name: mount-bpffs
+          image: docker.io/calico/node:v3.27.3
+      containers:
+        - name: calico-node
+          image: docker.io/calico/node:v3.27.3
+→ calico/cni:v3.27.3, calico/node:v3.27.3
+=== Kubernetes, repository
+        - name: cert-manager-controller
+          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+          args:
+          - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
+          env:
+          - name: RELATED_IMAGE
+            value: quay.io/jetstack/cert-manager-webhook:v1.14.4
+→ quay.io/jetstack/cert-manager-controller:v1.14.4
+=== Kubernetes, repository
+      initContainers:
+      - command: [/bin/cp, -n, /usr/local/bin/argocd, /shared/argocd-dex]
+        image: quay.io/argoproj/argocd:latest
+      - image: public.ecr.aws/docker/library/redis:8.10.1-alpine
+→ quay.io/argoproj/argocd:latest, public.ecr.aws/docker/library/redis:8.10.1-alpine
+=== Kubernetes as JSON, repository
+        "containers": [
+          {
+            "name": "web",
+            "image": "chees/meteor-gke-example:latest",
+            "ports": [{"name": "http-server", "containerPort": 8080}],
+          }
+        ]
+→ chees/meteor-gke-example:latest
+=== Kubernetes as JSON in one line, page
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
+"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
+"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
+→ nginx:1.27, quay.io/prometheus/busybox:latest
+=== kubectl get pod -o json, thread
+        "image": "docker.io/cdrage/helloworldasdf",
+        "imageID": "",
+        "state": {
+            "message": "Back-off pulling image \"docker.io/cdrage/helloworldasdf\"",
+            "reason": "ImagePullBackOff"
+        }
+→ cdrage/helloworldasdf:latest
+=== kubectl get pod -o yaml, page
+    kubectl.kubernetes.io/last-applied-configuration: |
+      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.14.2","name":"n"}]}}
+spec:
+  containers:
+  - image: nginx:1.14.2
+    imagePullPolicy: IfNotPresent
+status:
+  containerStatuses:
+  - containerID: containerd://HEX
+    image: docker.io/library/nginx:1.14.2
+    imageID: docker.io/library/nginx@sha256:HEX
+  - image: sha256:HEX
+    imageID: docker-pullable://mysql@sha256:HEX
+→ nginx:1.14.2
+=== kubectl get pod -o yaml, thread
+  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
+    imageID: ""
+        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
+redacted/redacted:": couldn''t parse image reference'
+✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
+=== ECS task, page
+{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
+  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
+  "networkMode": "awsvpc" }
+→ public.ecr.aws/docker/library/httpd:latest
+=== devcontainer.json, repository
+{
+	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
+	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
+	"features": {"ghcr.io/devcontainers/features/node:1": {}},
+}
+→ mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
+=== docker inspect, page
+        "Id": "HEX",
+        "Image": "sha256:HEX",
+        "Config": {
+            "Hostname": "6b0f2c3d4e5f",
+            "Image": "portainer/portainer-ce:2.20.3",
+            "WorkingDir": "/"
+→ portainer/portainer-ce:2.20.3
+=== helm template, repository
+# Source: redis/templates/master/application.yaml
+        - name: redis
+          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
+          imagePullPolicy: "IfNotPresent"
+---
+# Source: node-exporter/templates/daemonset.yaml
+          image: "quay.io/prometheus/node-exporter:v1.8.1"
+          args: [--path.procfs=/host/proc]
+→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
+=== chart template, repository
+        - name: {{ .Chart.Name }}
+          image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+      initContainers:
+        - name: tokengen
+          image: bitnami/kubectl
+→ bitnami/kubectl:latest
+✗ {{ .Values.image.repository }}
+=== values.yaml, repository
+kubeRBACProxy:
+  image:
+    registry: quay.io
+    repository: brancz/kube-rbac-proxy
+    tag: v0.22.1
+    sha: ""
+✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
+=== values.yaml, repository
+image: &image
+  # -- The container registry to use
+  registry: docker.io
+  # -- The image repository to use
+  repository: grafana/enterprise-logs
+  # -- The version of Grafana Enterprise Logs
+  tag: v1.5.2
+loki:
+  image: *image
+✎ grafana/enterprise-logs:v1.5.2
+=== values.yaml, repository
+image:
+  repository: ghcr.io/jukie/k8s-pull-secret-injector
+  pullPolicy: IfNotPresent
+  # Overrides the image tag whose default is the chart appVersion.
+  tag: "v1.0.0"
+logstash:
+  image: grafana/logstash-output-loki
+→ grafana/logstash-output-loki:latest
+✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
+=== values.yaml, repository
+image:
+  registry: registry.k8s.io
+  repository: kube-state-metrics/kube-state-metrics
+  # If unset use v + .Charts.appVersion
+  tag: ""
+=== values as JSON, page
+{"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "IfNotPresent"}, "nodeSelector": {}}
+✎ nginx:1.16.0
+=== Dockerfile, repository
+ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
+FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
+RUN apt-get update && apt-get install --no-install-recommends -y git
+FROM $BASE_IMAGE AS argocd-base
+LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
+FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
+COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
+FROM argocd-base
+COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
+→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
+✗ $BASE_IMAGE
+=== Dockerfile, repository
+# syntax=docker/dockerfile:1.4
+FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
+FROM builder as dev-envs
+RUN <<EOF
+apk add git bash
+EOF
+# install Docker tools (cli, buildx, compose)
+COPY --from=gloursdocker/docker / /
+→ python:3.10-alpine
+=== Dockerfile, repository
+FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
+FROM scratch
+COPY --from=builder /src/app /app
+→ rust:1.97.1@sha256:HEX
+=== Dockerfile, page
+ARG GO_VERSION=1.22
+FROM golang:${GO_VERSION}-alpine AS build
+FROM ${BASE:-alpine}
+COPY --from=build /out /out
+✗ golang:${GO_VERSION}-alpine, ${BASE
+=== Dockerfile, page
+# escape=`
+FROM mcr.microsoft.com/windows/servercore:ltsc2022
+SHELL ["powershell", "-Command"]
+COPY setup.exe C:\
+→ mcr.microsoft.com/windows/servercore:ltsc2022
+=== Dockerfile, repository
+from node:lts-buster-slim as development
+run npm ci
+from development as dev-envs
+FROM --platform=linux/arm64 nginx:1.13-alpine
+→ node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
+=== Dockerfile, repository
+#FROM debian:bookworm-slim
+FROM r.j3ss.co/osquery AS osquery
+FROM ubuntu
+LABEL maintainer "Somebody <somebody@example.com>"
+COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
+→ r.j3ss.co/osquery:latest, ubuntu:latest
+=== Dockerfile, one line in chat
+FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+=== kubelet, thread
+Failed to pull image "kubernetes/pause": image pull failed for unknown error
+Error syncing pod, skipping: failed to "StartContainer" for "web" with ErrImagePull: "image pull ⤶
+failed for unknown error"
+→ kubernetes/pause:latest
+=== kubelet, thread
+May 01 17:18:11 node1 kubelet[15142]: E0501 17:18:11.218757   15142 kuberuntime_sandbox.go:54] ⤶
+CreatePodSandbox for pod "nfs-server-provisioner-0_kube-system(fa317e4b-4d83-11e8-9865-ee49)" ⤶
+failed: rpc error: code = Unknown desc = failed pulling image "k8s.gcr.io/pause-amd64:3.1": Error ⤶
+response from daemon: Get https://k8s.gcr.io/v2/: net/http: request canceled
+→ k8s.gcr.io/pause-amd64:3.1
+=== kubelet through a translator, thread
+Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
+pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
+✗ registry. k8s. io/pause: 3.6
+=== kubelet, thread
+    Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
+"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
+"https://harbor.example.com/release/name:1.1.0": invalid reference format
+✗ https://harbor.example.com/release/name:1.1.0
+=== kubelet, thread
+I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
+"kubernetes/pause:latest": ""
+I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
+kubernetes/pause:latest
+→ kubernetes/pause:latest
+=== containerd, thread
+level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
+Labels:map[string]string{io.cri-containerd.image: managed,},}"
+level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
+\"sha256:HEX\""
+→ registry.example.com/k8s/pause:3.2
+=== containerd, thread
+level=error msg="cancel pulling image registry.example.com/csg/idrac_to_kafka:20250429T0012 ⤶
+because of no progress in 1m0s"
+level=error msg="PullImage \"registry.example.com/csg/idrac_to_kafka:20250429T0012\" failed" ⤶
+error="rpc error: code = Canceled desc = context canceled"
+→ registry.example.com/csg/idrac_to_kafka:20250429T0012
+=== kubeadm init, thread
+me to error execution phase preflight: [preflight] Some fatal errors occurred:
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
+10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
+error: code = Unknown desc = failed to pull and unpack image ⤶
+\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
+kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
+, error: exit status 1
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
+→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
+=== kubeadm init, thread
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
+→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
+=== kubelet in a log written in JSON, repository
+{"tool":"kubectl_describe","data":"status: Pending\nWarning  Failed  59m (x4 over 61m)  kubelet  ⤶
+Failed to pull image \\\"registry.example.com/aiops/rootcause:v0\\\": rpc error: code = Unknown"}
+→ registry.example.com/aiops/rootcause:v0
+=== docker, thread
+root@cold-1:/# docker pull podobaas/digitalocean-telegram-bot
+Using default tag: latest
+Error response from daemon: manifest for podobaas/digitalocean-telegram-bot:latest not found: ⤶
+manifest unknown: manifest unknown
+→ podobaas/digitalocean-telegram-bot:latest
+=== docker, thread
+dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
+/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
+→ mariadb:10.1
+=== docker, thread
+someone@MacBook-Pro ~ % docker pull konard/hive-mind:latest
+Error response from daemon: no matching manifest for linux/arm64/v8 in the manifest list entries: ⤶
+no match for platform in manifest: not found
+→ konard/hive-mind:latest
+=== docker, thread
+在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
+no matching manifest for linux/arm64/v8 in the manifest list entries
+=== docker, thread
+$ docker run hello-world
+Unable to find image 'hello-world:latest' locally
+docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
+manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
+%3Apull&service=registry.docker.io": context deadline exceeded.
+See 'docker run --help'.
+→ hello-world:latest
+=== docker compose, thread
+➜ docker compose up
+[+] Running 1/1
+ ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
+Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
+→ wgportal/wg-portal:v2
+=== docker compose, thread
+[+] pull 1/1
+ ✘ Image eceasy/cli-proxy-api-plus:latest Error failed to resolve reference "docker.... 2.7s
+Error response from daemon: failed to resolve reference ⤶
+"docker.io/eceasy/cli-proxy-api-plus:latest": failed to authorize: failed to fetch anonymous ⤶
+token: Get "https://auth.docker.io/token?scope=repository%3Aeceasy%2Fcli-proxy-api-plus%3Apull": EOF
+→ eceasy/cli-proxy-api-plus:latest
+=== docker build, thread
+❯ sudo docker build -t system_health_check .
+ => ERROR [internal] load metadata for docker.io/library/ubuntu:latest           0.3s
+------
+ > [internal] load metadata for docker.io/library/ubuntu:latest:
+------
+   2 |     # sudo docker run -d -p 1024:1024 --rm -it system_health_check
+   4 | >>> FROM ubuntu
+--------------------
+ERROR: failed to solve: ubuntu: failed to resolve source metadata for docker.io/library/⤶
+ubuntu:latest: failed to do request: Head "https://mirror.example.com:444/v2/library/ubuntu/"
+→ ubuntu:latest
+=== docker build, thread; the terminal broke the line
+ERROR: failed to solve: node:20-alpine: failed to resolve source metadata for ⤶
+docker.io/library/node:20-alpine: failed to do request: Head
+https://dockerproxy.com/v2/library/node/manifests/20-alpine?ns=docker.io: read tcp ⤶
+192.168.127.130:44148->150.136.252.237:443: read: connection reset by peer
+→ node:20-alpine
+=== docker build, thread
+failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
+rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
+ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
+→ python:3.6
+=== podman, thread
+Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
+Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
+kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
+→ ghcr.io/podman-desktop/kubernetes-dashboard:latest
+=== GitLab runner, thread
+Using Docker executor with image deployphp/deployer:7 ...
+WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
+for deployphp/deployer, repository does not exist or may require 'docker login'
+ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
+→ deployphp/deployer:7, deployphp/deployer:latest
+=== docker, thread
+Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
+require 'docker login': denied: requested access to the resource is denied
+→ xiaoya-tvbox:latest
+=== docker, thread
+PS E:\k8s-for-docker-desktop> .\load_images.ps1
+k8s.gcr.io/pause-amd64:3.1=registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+Error response from daemon: Get https://registry.cn-hangzhou.aliyuncs.com/v2/: dial tcp: lookup ⤶
+registry.cn-hangzhou.aliyuncs.com on 192.168.65.1:53: server misbehaving
+Error: No such image: registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+→ registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+=== crictl, thread
+23:31:29 CST message: [node1]
+downloading image: kubesphere/pause:3.8
+pull image failed: Failed to exec command: sudo -E /bin/bash -c "env PATH=$PATH crictl pull ⤶
+kubesphere/pause:3.8"
+→ kubesphere/pause:3.8
+=== docker, thread
+sudo docker pull scllovewkf/opencalib:v1
+v1: Pulling from scllovewkf/opencalib
+4d01e55a3979: Waiting
+error pulling image configuration: download failed after attempts=6: dial tcp ⤶
+[2a03:2880:f130:83:face:b00c:0:25de]:443: i/o timeout
+在使用docker拉取image时超时。
+→ scllovewkf/opencalib:v1
+=== shell, thread
+我执行
+[user@dockerhost ~]$ docker pull xiaoyaliu/alist
+Using default tag: latest
+fbcfea79c1c4: Pull complete
+Digest: sha256:HEX
+Status: Downloaded newer image for xiaoyaliu/alist:latest
+docker.io/xiaoyaliu/alist:latest
+[user@dockerhost ~]$ docker pull registry.k8s.io/ingress-nginx/controller:v1.9.4
+Error response from daemon: Head "https://us-west2-docker.pkg.dev/v2/k8s-artifacts-prod/images/⤶
+ingress-nginx/controller/manifests/v1.9.4": dial tcp 74.125.20.82:443: connect: connection refused
+→ xiaoyaliu/alist:latest, registry.k8s.io/ingress-nginx/controller:v1.9.4
+=== shell, thread
+run "docker pull --platform linux/x86_64 mysql:5.7" firstly
+→ --platform=linux/x86_64 mysql:5.7
+=== shell, repository
+sudo ctr -n k8s.io images pull --platform linux/amd64 docker.io/vllm/vllm-openai:latest
+# 确认镜像已存在
+sudo ctr -n k8s.io images ls | grep -E 'vllm|vllm-openai'
+sudo ctr -n k8s.io images export vllm_latest.tar docker.io/vllm/vllm-openai:latest
+→ --platform=linux/amd64 vllm/vllm-openai:latest
+=== shell, repository
+ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
+ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
+ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
+→ eclipse-temurin:17
+=== shell, thread
+$ nerdctl -n k8s.io images pull quay.io/calico/node:v3.29.1
+FATA[0000] accepts at most 1 arg(s), received 2
+The correct command is `nerdctl -n k8s.io image pull quay.io/calico/cni:v3.29.1`
+→ quay.io/calico/node:v3.29.1, quay.io/calico/cni:v3.29.1
+=== shell, thread
+> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
+mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
+→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+=== shell, thread
+# docker pull registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+3.1: Pulling from library/google_containers/pause-amd64
+# ctr --debug  images pull  registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+ctr: failed to resolve reference "registry.cn-south-1.example.com/library/google_containers/⤶
+pause-amd64:3.1": failed to do request: Head https://registry.cn-south-1.example.com/v2/: EOF
+→ registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+=== shell, thread
+sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
+✗ amd64
+=== shell, repository
+docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
+docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
+✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+=== shell, thread
+docker pull m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+docker tag m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+再执行docker-compose -f docker/docker-compose.dev.yml up --build时就报错了
+→ m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+=== shell, repository
+function download_pause() {
+    docker pull docker.io/kubernetes/pause
+    docker tag kubernetes/pause gcr.io/google_containers/pause:0.8.0
+    docker rmi kubernetes/pause
+}
+→ kubernetes/pause:latest
+=== shell, repository
+list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"
+for i in $list
+do
+	docker pull kalid/$i
+	docker tag kalid/$i k8s.gcr.io/$i
+done
+✗ kalid/$i
+=== shell, repository
+for IT in coredns:1.7.0 etcd:3.4.13-0 pause:3.2 kube-proxy:v1.20.10
+do docker image pull "registry.cn-shanghai.aliyuncs.com/yingzhuo/$IT"; done
+✗ registry.cn-shanghai.aliyuncs.com/yingzhuo/$IT
+=== shell, repository
+docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
+    docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
+    docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
+docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
+→ k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
+=== shell, page
+k3s crictl pull rancher/mirrored-pause:3.6
+crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
+registry.example.com/team/api:2.0
+podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
+git pull origin main && helm pull bitnami/redis --version 19.0.1
+→ rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
+=== shell, page
+`crictl pull {{image:tag}}`
+docker pull <path to GCR image>
+docker pull [OPTIONS] NAME[:TAG|@DIGEST]
+✗ {{image:tag}}
+=== shell, quoted in chat
+「张三：docker pull ghcr.io/open-webui/open-webui:main」
+- - - - - - - - - - - - - - -
+这个一直拉不下来，帮忙弄一下
+→ ghcr.io/open-webui/open-webui:main
+=== shell on Windows, thread
+C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
+Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
+PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
+→ xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
+=== docker run, page
+docker run -d \
+  --name open-webui -p 3000:8080 \
+  --add-host=host.docker.internal:host-gateway \
+  -v open-webui:/app/backend/data \
+  --restart always \
+  ghcr.io/open-webui/open-webui:main
+✎ ghcr.io/open-webui/open-webui:main
+=== docker run, thread
+docker run -dp 8360:8360 -v mgw-data:/app/data --name mgw-app --restart always sergree/matchering-web
+✎ sergree/matchering-web:latest
+=== docker run, page
+$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
+✎ alpine@sha256:HEX
+=== docker images, thread
+ REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
+docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
+<none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
+postgres                      13        faa0ddfa0c0f   8 days ago       371MB
+thanks for looking
+→ docker_inventree-dev-server:latest, postgres:13
+=== docker images --digests, thread
+REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
+alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
+redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
+→ redis:7.2
+=== docker images since version 29, thread
+                                                                     i Info →   U  In Use
+IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
+moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
+<untagged>                      09538a1f51d3       20.6kB         4.21kB
+→ moby/buildkit:buildx-stable-1
+=== docker image ls that lost its columns, page
+REPOSITORY TAG IMAGE ID CREATED SIZE
+quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
+→ quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
+=== nerdctl images, thread
+    REPOSITORY     TAG       IMAGE ID        CREATED          PLATFORM          SIZE
+    i686/ubuntu    latest    ac91cf5ed7e0    2 days ago       linux/386         240.9 MiB
+    alpine         latest    e1c082e3d3c4    5 minutes ago    linux/amd64       5.9 MiB
+    alpine         latest    e1c082e3d3c4    5 minutes ago    linux/arm64/v8    5.7 MiB
+→ i686/ubuntu:latest, alpine:latest
+=== crictl images, thread
+IMAGE                                     TAG                 IMAGE ID            SIZE
+busybox                                   latest              8c811b4aec35f       1.15MB
+docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
+→ busybox:latest
+=== crictl images, chat
+帮忙把这些同步到我们仓库：
+$ sudo crictl images
+WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
+IMAGE                                TAG       IMAGE ID       SIZE
+registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
+registry.k8s.io/pause                3.9       e6f1816883972  322kB
+→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
+=== docker-compose images, thread
+    Container           Repository       Tag       Image Id       Size
+------------------------------------------------------------------------
+example_backend_1    nginx              latest   35c43ace9216   133.1 MB
+example_backend_2    nginx              latest   35c43ace9216   133.1 MB
+→ nginx:latest
+=== docker compose images, thread
+$ docker compose images
+CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
+truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
+→ ghcr.io/truc/hello:2.0
+=== kubeadm config images list, thread
+[root@master ~]# kubeadm config images list
+W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
+internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
+W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
+k8s.gcr.io/kube-apiserver:v1.16.1
+k8s.gcr.io/etcd:3.3.15-0
+→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
+=== kubeadm config images list, chat
+I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
+registry.k8s.io/kube-proxy:v1.29.3
+registry.k8s.io/coredns/coredns:v1.11.1
+→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
+=== kubeadm config images list through a translator, thread
+master0@master0 :~$kubeadm config images list
+Registry. k8s. io/kube apiserver: v1.27.3
+Registry. k8s. io/pause: 3.9
+=== kubectl describe pod, thread
+Node:                 node1/10.3.147.253
+Annotations:          scheduler.alpha.kubernetes.io/critical-pod:
+Init Containers:
+  upgrade-ipam:
+    Image:         calico/cni:v3.10.3
+    Image ID:
+    Port:          <none>
+    Command:
+      /opt/cni/bin/calico-ipam
+  calico-node:
+    Image:          calico/node:v3.10.3
+    Image ID:       docker-pullable://calico/node@sha256:HEX
+    State:          Waiting
+→ calico/cni:v3.10.3, calico/node:v3.10.3
+=== kubectl describe pod, thread
+Events:
+  Type     Reason     Age    From               Message
+  ----     ------     ----   ----               -------
+  Normal   Scheduled  17s    default-scheduler  Successfully assigned default/hello-k55jk to minikube
+  Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
+  Normal   Pulled     10s    kubelet            Container image "busybox:1.36" already present on machine
+→ anjia0532/echoserver:1.4, busybox:1.36
+=== kubectl get events, thread
+LAST SEEN   TYPE      REASON    OBJECT         MESSAGE
+4m35s       Normal    BackOff   pod/dig-tool   Back-off pulling image ⤶
+"registry.k8s.io/e2e-test-images/jessie-dnsutils:1.0"
+18m         Warning   Failed    pod/dig-tool   Failed to pull image "curlimages/curl:latest": rpc ⤶
+error: code = DeadlineExceeded desc = failed to pull and unpack image ⤶
+"docker.io/curlimages/curl:latest": failed to resolve reference "docker.io/curlimages/curl:latest"
+→ registry.k8s.io/e2e-test-images/jessie-dnsutils:1.0, curlimages/curl:latest
+=== kubectl get events, thread
+3s   3s   1   my-nginx-tkigj   Pod   Scheduled   {scheduler }   Successfully assigned to 127.0.0.1
+2s   2s   1   my-nginx-p70z0   Pod   spec.containers{my-nginx}   Pulling   pulling image "ngixn"
+→ ngixn:latest
+=== kubectl -o jsonpath, page
+nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
+✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
+=== kubectl -o jsonpath | sort | uniq -c, page
+      3 registry.k8s.io/coredns/coredns:v1.10.1
+      1 registry.k8s.io/etcd:3.5.9-0
+✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
+"""
+
+# Texts with nothing to start, found in the same places, ⏎ is a new line.
+NOTHING_FOUND = r"""
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
+ (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
+ toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
+docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
+ canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
+Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
+ net/http: TLS handshake timeout
+error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
+registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
+ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
+ code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
+[+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
+docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
+ harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
+1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
+NAME     DESCRIPTION                STARS   OFFICIAL⏎nginx    Official build of Nginx.   19876   [OK]
+NAME            READY   STATUS             RESTARTS   AGE⏎my-nginx-k55jk  0/1     ErrImagePull   0    39m
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎  "registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
+    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
+  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
+resources: [deployment.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
+{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
+github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎  "dependencies": {"tag": "1.0.0"}⏎}
+{"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
+{"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
+---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
+properties:⏎  image:⏎    type: string⏎    format: binary
+server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
+    root /usr/share/nginx/html;⏎}
+Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
+ do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
+2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
+ [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
+SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
+select * from nginx_log⏎from orders⏎group by day;
+From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
+from redis import Redis⏎from flask import Flask, request⏎import os
+requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
+module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
+steps:⏎  - uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎    with: {tags: user/app:1}
+npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
+Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
+git@github.com:docker/compose.git
+git clone -b main https://github.com/docker/compose.git && git pull origin main
+127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
+DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
+*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
+drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，CPU/内存
+You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
+ manifest⏎for the release is not found. Images and pulls are free; see image 3.
+## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
+image: 这个字段是什么意思
+FROM users
+docker pull failed
+docker pull 一直失败，怎么办？用的 --platform linux/amd64
+TCP/IP, CI/CD
+《k8s/docker 入门》今晚 8:00 直播
+"""
+
+# Talk, ¦ between messages: help.
+TALK_HEARD = r"""
+14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30
+3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ hi,there ¦ 👍:ok
+192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 127.0.0.1:5432, 127.0.0.1:6379 ¦ localhost ¦ localhost:3000
+key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
+user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
+在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢 ¦ From now on ¦ From China with love
+docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker拉取 ¦ docker login
+docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui ¦ docker ps -a
+"""
+
+# message -> lines that are offered; no other word of it may be offered as an image
+SUGGESTED = [
+    ("please sync nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下 nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下：nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下\nnginx:1.25\nredis:7", []),
+    ("帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢", ["nginx:1.25", "bitnami/redis:7.0"]),
+    ("docker run nginx:1", ["nginx:1"]),
+    ("docker run -d -p 80:80 --name web nginx", ["nginx:latest"]),
+    ("podman run --rm -it quay.io/podman/hello", ["quay.io/podman/hello:latest"]),
+    ("nginx:1 redis:2", ["nginx:1", "redis:2"]),
+    ("2 registry.k8s.io/pause:3.9", ["registry.k8s.io/pause:3.9"]),
+    ("同步 24/7 的 nginx:1.25", ["nginx:1.25"]),
+    ("14:30 前同步 nginx:1.25", ["nginx:1.25"]),
+    ("please sync bitnami/redis to ours", ["bitnami/redis:latest"]),
+    ("k8s.gcr.io/pause:3.5systemctl restart docker", []),
+    ("registry.k8s.io//nriver/trilium-cn", []),
+]
+
+# two or more bare words -> canonical lines, lines that are offered
+BARE_WORDS: list[tuple[str, list[str], list[str]]] = [
+    ("nginx, redis", ["nginx:latest", "redis:latest"], []),
+    ("nginx\nmyapp", ["nginx:latest", "myapp:latest"], []),
+    ("postgres、openresty；mysql", ["postgres:latest", "openresty:latest", "mysql:latest"], []),
+    ("immich, alist", [], ["immich:latest", "alist:latest"]),
+    ("myapp\nmyworker\nmydb", [], ["myapp:latest", "myworker:latest", "mydb:latest"]),
+    ("hello world, nginx", [], []),
+    ("Nginx, Redis", [], []),
+]
+
+LINKS_IN_SENTENCES = [
+    "请下载 https://example.com/a.pdf 谢谢",
+    "see https://example.com/a.pdf",
+    "文件：https://example.com/a.pdf",
+    "git clone https://github.com/docker/compose.git",
+]
+
+
+class Paste(NamedTuple):
+    """A text and what must come of it."""
+
+    kind: str
+    text: str
+    images: list[str]  # canonical lines
+    named: list[str]  # pieces of what is named, not done
+    offered: list[str]  # lines that are offered
+
+
+def unfold(text: str) -> str:
+    """Return text without the shortenings of the tables."""
+    return text.strip("\n").replace("⤶\n", "").replace("HEX", HEX)
+
+
+def read_pastes(found: str) -> list[Paste]:
+    """Take PASTES_FOUND apart."""
+    pastes = []
+    for block in unfold(found).removeprefix("=== ").split("\n=== "):
+        kind, *lines = block.split("\n")
+        wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
+        while lines[-1][:1] in wanted:
+            mark, _, values = lines.pop().partition(" ")
+            wanted[mark] = values.split(", ")
+        pastes.append(Paste(kind, "\n".join(lines), wanted["→"], wanted["✗"], wanted["✎"]))
+    return pastes
+
+
+PASTES = read_pastes(PASTES_FOUND)
+NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
+TALK = [item.replace("⏎", "\n") for item in re.split(r" ¦ |\n", TALK_HEARD.strip())]
+
+
+def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
+    """Return the canonical lines and the links that a message starts, and what is said beside."""
+    try:
+        reading = wxsync.read_message(message, PREFIX)
+    except wxsync.Failure as failure:
+        return [], (), str(failure)
+    assert not (reading.command and (reading.images or reading.links))
+    return [image.line for image in reading.images], reading.links, reading.note
+
+
+def curly(text: str) -> str:
+    """Return text with the quotes that phones and Word make."""
+    for straight, pair in (('"', "“”"), ("'", "‘’")):
+        pieces = text.split(straight)
+        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
+    return text
+
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "Windows": lambda text: text.replace("\n", "\r\n"),
+    "colons of phones": lambda text: text.replace(":", "："),
+    "curly quotes": curly,
+    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
+    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
+    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
+    "empty lines between": lambda text: text.replace("\n", "\n\n"),
+    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
+    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
+}
+
+
+@pytest.mark.parametrize("paste", PASTES, ids=lambda paste: paste.kind)
+def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
+    """What is marked and not plain is named with 没有处理, what is likely meant is offered."""
+    images, links, said = heard(paste.text)
+    assert [line for line in images if line not in paste.images] == [] and links == ()
+    assert len(set(images)) == len(images)
+    assert [piece for piece in paste.named + paste.offered if piece not in said] == []
+    assert "没有处理" in said or not (images and paste.named)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
+    """At least 97 % of the marked images are found, none is wrong, no link starts."""
+    wanted, missed, wrong = 0, [], []
+    for paste in PASTES:
+        images, links, _ = heard(DAMAGES[damage](paste.text))
+        wanted += len(paste.images)
+        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
+        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
+        wrong += links
+    share = 100 * (wanted - len(missed)) / wanted
+    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
+    assert wrong == [] and share >= 97
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_texts_without_a_mark_start_nothing(damage: str) -> None:
+    """Code, logs, lists, addresses, other commands, tables of other tools."""
+    assert [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])] == []
+
+
+@pytest.mark.parametrize("message", TALK)
+def test_talk_gets_help(message: str) -> None:
+    """Neither a refusal nor the offer to sync a word of talk."""
+    reading = wxsync.read_message(message, PREFIX)
+    assert (reading.command, reading.images, reading.links) == ("help", (), ())
+    assert ":latest" not in reading.note or "," in message
+
+
+@pytest.mark.parametrize(("message", "offered"), SUGGESTED)
+def test_only_what_looks_like_an_image_is_offered(message: str, offered: list[str]) -> None:
+    """What is offered can be sent as it is, and does no harm then."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()) and [line for line in offered if line not in said] == []
+    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
+    assert [word for word in words if word in said] == []
+    assert not offered or heard(", ".join(offered))[0] == offered
+
+
+@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
+def test_bare_words_are_images_beside_a_well_known_one(
+    message: str, images: list[str], offered: list[str]
+) -> None:
+    """Other plain names are asked back with the line to send."""
+    found, links, said = heard(message)
+    assert (found, links) == (images, ()) and [line for line in offered if line not in said] == []
+
+
+@pytest.mark.parametrize("message", LINKS_IN_SENTENCES)
+def test_a_link_in_a_sentence_is_told_as_such(message: str) -> None:
+    """Nothing is fetched, and the person hears why."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()) and "独占一行" in said
+
+
+def test_a_plain_list_stays_all_or_nothing() -> None:
+    """`docker pull` and `image:` in a list do not make a paste of it."""
+    lines = ["nginx:1", "redis:7", "alpine:latest"]
+    assert heard("docker pull nginx:1\nimage: redis:7\nalpine")[0] == lines
+    assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
+
+
+def test_limits_and_clashes_hold_for_pastes() -> None:
+    """256 images, one source for a target."""
+    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
+    assert len(heard("\n".join(services[:257]))[0]) == 256
+    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
+    assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
+
+
+def test_passwords_in_commands_are_not_said_again() -> None:
+    """Only what is marked is quoted."""
+    said = heard("ctr images pull -u me:hunter2 $IMAGE\npodman pull --creds=me:hunter2 a/$B")[2]
+    assert "hunter2" not in said and "$IMAGE" in said and "a/$B" in said
+
+
+HOSTILE_PIECES = [
+    *("docker -a ", "docker pull -x ", "docker pull ", "run -e ", "image: ", '"image": "', '\\"'),
+    *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
+    *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
+    *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE_PIECES)
+def test_hostile_pastes_are_read_quickly(piece: str) -> None:
+    """256 KiB of anything, as long as a sent text file may be, take less than two seconds."""
+    for text in (piece * (2**18 // len(piece.encode())), f"image: nginx:1\n{piece * 9000}"):
+        began = time.process_time()
+        heard(text)
+        assert time.process_time() - began < 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4631,7 +5713,7 @@ def test_we_read_what_another_implementation_writes() -> None:
         assert not as_json
         signed = ("1409659813", "nonce", outer["encrypt"])
         assert crypto.is_signed(outer["msgsignature"], *signed)
-        message = wxsync.read_message_fields(crypto.decrypt(outer["encrypt"]))
+        message = wxsync.read_posted(crypto.decrypt(outer["encrypt"]))
         assert message == ("alice", "text", text, "7")
 
 
@@ -4834,7 +5916,7 @@ def test_a_message_goes_out_as_wecom_wants_it(desk: Desk) -> None:
 def test_one_token_serves_many_messages(desk: Desk) -> None:
     """Also when they are sent side by side before there is any."""
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: desk.app.wecom.send(f"user-{n}", "hello"), range(40)))
+        list(pool.map(lambda n: desk.app.channels[""].wecom.send(f"user-{n}", "hello"), range(40)))
     assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
 
 
@@ -4853,7 +5935,7 @@ def test_senders_side_by_side_renew_a_token_once(desk: Desk) -> None:
     desk.send("one")
     desk.wecom.expire_tokens()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: desk.app.wecom.send(f"user-{n}", "hello"), range(8)))
+        list(pool.map(lambda n: desk.app.channels[""].wecom.send(f"user-{n}", "hello"), range(8)))
     assert desk.wecom.token_calls == 2 and len(desk.wecom.messages) == 9
 
 
@@ -4897,7 +5979,7 @@ def test_what_passes_is_waited_for(desk: Desk, code: int, least: float) -> None:
     """Once refused, a pause as the code asks for, then delivered once."""
     desk.wecom.refuse(code)
     desk.send("hello")
-    assert len(desk.pauses) == 1 and desk.pauses[0] >= least
+    assert sum(desk.pauses) >= least
     assert len(desk.wecom.messages) == 1 and desk.wecom.duplicates == []
 
 
@@ -4932,7 +6014,7 @@ def test_a_server_that_answers_oddly_is_tried_again(desk: Desk, what: Any) -> No
     """With pauses that grow, until it is itself again."""
     desk.wecom.fail(SEND, what, 3)
     desk.send("hello")
-    assert len(desk.pauses) == 3 and desk.pauses == sorted(desk.pauses)
+    assert desk.written.getvalue().count("秒后重试") == 3 and 10 < sum(desk.pauses) < 20
     assert len(desk.wecom.messages) == 1
 
 
@@ -4993,7 +6075,8 @@ def test_three_images_of_which_one_does_not_exist(talk: Talk) -> None:
     assert result.index("nosuch:1") < result.index("docker pull")
     assert "不存在" in result and f"docker pull {PREFIX}/nosuch:1" not in result
     assert f"docker pull {PREFIX}/fresh:1" in lines
-    (same,) = [line for line in lines if "same:1" in line]
+    same, tag = [line for line in lines if "same:1" in line]
+    assert tag == f"docker tag {PREFIX}/same:1 same:1"
     assert same.startswith(f"docker pull {PREFIX}/same:1") and "已是最新" in same
     assert talk.commits == ["wxsync: fresh:1 (+2) [skip ci]"]
 
@@ -5685,14 +6768,14 @@ class Copied:
         return self.out.split()[-1] if self.status == 0 else ""
 
 
-def copy(line: str, home: Path, settings: Mapping[str, str]) -> Copied:
+def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRIPT) -> Copied:
     """Run `wxsync.py copy LINE` with these settings and nothing else of ours."""
     output, temporary = home / "output", home / "tmp"
     temporary.mkdir(exist_ok=True)
     output.write_text("")
-    own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)}
+    own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)} | NO_WAY_OUT
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "copy", line],
+        [sys.executable, str(script), "copy", line],
         env=clean_environment(home, own | dict(settings)),
         cwd=home,
         capture_output=True,
@@ -6555,7 +7638,7 @@ class Factory:
         self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
         own = {"DOCKER_REGISTRY": space.mirror.acr.host}
         self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
-        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)}
+        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
 
     @contextmanager
     def world(self, **changed: str) -> Iterator[World]:
@@ -6753,6 +7836,7 @@ sys.pycache_prefix = str(Path(__file__).parent)
 sys.path.insert(0, {folder!r})
 import wxsync
 wxsync.STALL_SECONDS = float(os.environ.get("STALL", "1.0"))
+wxsync.DOWNLOAD_SECONDS = float(os.environ.get("DOWNLOAD", "600"))
 wxsync.CLOCK_LOOK_SECONDS = 0.5
 wxsync.MESSAGE_INTERVAL_SECONDS = 0.02
 settings = wxsync.load_settings(os.environ)
@@ -7339,7 +8423,7 @@ def test_plain_links(depot: RelayWorld) -> None:
 def test_form_of_links(seconds: str, form: str) -> None:
     """At QingStor itself, the bucket and the zone stand before the host."""
     settings = load(QINGSTOR_LINK_SECONDS=seconds)
-    store = wxsync.QingStor(settings, network(settings), time.sleep)
+    store = wxsync.QingStor(settings, network(settings), wxsync.Log('ERROR', [], sys.stderr), time.sleep)
     assert re.fullmatch(form, store.link(wxsync.make_key("a.pdf"), time.time()))
 
 
@@ -7465,7 +8549,7 @@ def test_forbidden_addresses(link: str, why: str) -> None:
     except wxsync.Failure:
         return
     with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
-        wxsync.refuse_local_name(url.host)
+        wxsync.refuse_inside(url.host, 3)
     with pytest.raises((wxsync.Failure, OSError)) as caught:
         wxsync.dial(url.host, 9, 3, True).close()
     # A name may also just not resolve here; an address must be refused, not tried.
@@ -7478,7 +8562,7 @@ def test_forbidden_addresses(link: str, why: str) -> None:
 def test_allowed_addresses(address: str) -> None:
     """The neighbours of what is refused are not."""
     assert wxsync.is_outside(address)
-    wxsync.refuse_local_name(address)
+    wxsync.refuse_inside(address, 3)
 
 
 @pytest.mark.parametrize(
@@ -7492,7 +8576,7 @@ def test_allowed_addresses(address: str) -> None:
     ],
 )
 def test_allowed_names(name: str) -> None:
-    wxsync.refuse_local_name(name)
+    wxsync.refuse_inside(name, 3)
 
 
 @pytest.mark.parametrize(
@@ -7534,7 +8618,7 @@ def listen(port):
 
 def fetch(link):
     try:
-        source = wxsync.Source(network, link, True, 2**30)
+        source = wxsync.Download(network, link, True, 2**30, lambda: False)
         try:
             return b"".join(source.parts()).decode()
         finally:
@@ -7652,6 +8736,475 @@ def test_the_whole_service_keeps_outside() -> None:
         match = SENTENCE.fullmatch(answers[name])
         assert match and "不允许访问内网地址" in match["why"], answers[name]
     assert answers["hits"] == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Hostile origins and registries
+# ---------------------------------------------------------------------------------------------
+
+FIRST, SECOND = (random.Random(seed).randbytes(90_000) for seed in (1, 2))
+PACKED = gzip.compress(FIRST, mtime=0)  # as good as any .tar.gz
+MEMBERS = PACKED + gzip.compress(b"") + gzip.compress(SECOND)
+CHUNKED = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked"
+
+
+def coded(body: bytes, coding: str = "gzip", **options: Any) -> dict[str, Any]:
+    """Return the options of a Served whose head says that its body is coded."""
+    return {"body": body, "headers": {"Content-Encoding": coding}} | options
+
+
+def wire(head: str, body: bytes = b"", again: bytes = b"") -> dict[str, Any]:
+    """Return the options of a Served that is sent as it stands here."""
+    return {"raw": head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body, "again": again}
+
+
+def in_chunks(data: bytes, size: int) -> bytes:
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+
+
+@pytest.fixture(scope="module")
+def shared_hasty() -> Iterator[RelayWorld]:
+    with RelayWorld(STALL="1", DOWNLOAD="3", MAX_FILE_MB="1") as depot:
+        yield depot
+
+
+@pytest.fixture
+def hasty(shared_hasty: RelayWorld) -> Iterator[RelayWorld]:
+    """A depot without patience or room; whatever a test did to its lane, the next link works."""
+    yield shared_hasty
+    shared_hasty.source.files.clear()
+    shared_hasty.source.cut()
+    after = shared_hasty.source.add("/after.txt", body=b"the next task works")
+    assert read_result(shared_hasty.relay(after))["size"] == "19"
+    assert not shared_hasty.source.errors + shared_hasty.store.errors + shared_hasty.world.broken()
+
+
+def fetched(depot: RelayWorld, path: str = "/a.bin", **options: Any) -> bytes | None:
+    """Relay a file that is served like this; return what is stored, None where it is refused."""
+    before = set(depot.store.objects)
+    text = depot.relay(depot.source.add(path, **options))
+    assert wxsync.INTERNAL_ERROR not in text
+    if SENTENCE.fullmatch(text):
+        assert set(depot.store.objects) == before
+        return None
+    return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
+
+
+# how a file is served -> what may be stored (None: it is refused, in words)
+ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
+    "members": (coded(MEMBERS), [FIRST + SECOND]),
+    "members, in small chunks": (
+        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
+        [FIRST + SECOND],
+    ),
+    "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
+    "no member behind the end": (coded(PACKED + b"more"), [None]),
+    "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
+    # Many servers label a packed file with its packing; its checksum is that of what is sent.
+    "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
+    "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
+    "gzip is its type, in members": (
+        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
+        [MEMBERS],
+    ),
+    "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
+    "compressed twice": (
+        wire("HTTP/1.1 200 OK" + "\nContent-Encoding: gzip" * 2, gzip.compress(PACKED)),
+        [FIRST, None],
+    ),
+    "a part, not asked for": (
+        wire("HTTP/1.1 206 OK\nContent-Range: bytes 0-4/9\nContent-Length: 5", b"01234"),
+        [None],
+    ),
+    "a part, chunked": (
+        wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
+        [None],
+    ),
+    "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
+    "early hints": (
+        wire(
+            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
+            "HTTP/1.1 200 OK\nContent-Length: 4",
+            b"body",
+        ),
+        [b"body"],
+    ),
+}
+for line in (
+    "gzip, chunked",
+    "gzip",
+    "chunked, chunked",
+    "identity",
+    "gzip\nTransfer-Encoding: chunked",
+    "chunked\nTransfer-Encoding: gzip",
+):
+    answer = wire(f"HTTP/1.1 200 OK\nTransfer-Encoding: {line}", in_chunks(PACKED, 999))
+    ORIGINS[f"transfer: {line!r}"] = (answer, [None])
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_a_file_is_stored_as_its_origin_means_it(hasty: RelayWorld, name: str) -> None:
+    """What is told as success is the very file, its checksum valid; in doubt it is refused."""
+    options, wanted = ORIGINS[name]
+    got = fetched(hasty, **options)
+    assert got in wanted, f"{len(got or b'')} bytes are stored"
+
+
+def test_bytes_behind_the_end_take_no_memory(hasty: RelayWorld) -> None:
+    """What comes on the wire counts against MAX_FILE_MB, not only what becomes of it."""
+    body = gzip.compress(b"ok") + bytes(64 * MIB)
+    with PeakMemory(hasty.world.service.pid) as memory:
+        assert fetched(hasty, **coded(body, length="chunked")) is None
+    assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize("extended", ["idna''%ff", "punycode''%ff", "undefined''%41", "a\0''%41"])
+def test_a_name_in_an_odd_charset_is_no_name(hasty: RelayWorld, extended: str) -> None:
+    """What cannot be read leaves the name to the address."""
+    disposition = f"attachment; filename*={extended}"
+    text = hasty.relay(hasty.source.add("/named.bin", body=b"x", disposition=disposition))
+    assert read_result(text)["name"] == "named.bin"
+
+
+HELD: dict[str, dict[str, Any]] = {
+    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
+    "just above the floor": wire("HTTP/1.1 200 OK\nContent-Length: 900000", again=b"x" * 2000),
+    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
+    "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
+    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
+    "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
+    "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", HELD if BIG else [*HELD][:2])  # of 3 s each, so the rest is for CI
+def test_nobody_holds_the_lane(hasty: RelayWorld, name: str) -> None:
+    """Every read has the deadline of the whole transfer, whatever is being read."""
+    text = hasty.relay(hasty.source.add("/held.bin", **HELD[name]), timeout=7)
+    assert SENTENCE.fullmatch(text), text
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_an_expired_address_is_asked_for_again_at_the_link(hasty: RelayWorld, status: int) -> None:
+    """A link leads to a signed address, which has expired when the download is resumed."""
+    source, first = hasty.source, len(hasty.source.calls)
+    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
+    for turn in (1, 2, 3):
+        source.add(f"/signed?t={turn}", 900_000, expired=status, **options)
+    link = source.add("/signed.iso", status=302, location="/signed?t={turn}")
+    check_object(hasty, "/signed?t=1", hasty.relay(link))
+    calls = [call.headers for call in source.calls[first:] if call.path == "/signed.iso"]
+    asked = [(call.get("range"), call.get("if-range")) for call in calls]
+    assert asked == [(None, None), ("bytes=300000-", '"v"'), ("bytes=600000-", '"v"')]
+
+
+def test_a_link_that_is_refused_when_resumed_is_given_up(hasty: RelayWorld) -> None:
+    """There is nowhere to begin again: it ends, after a few requests."""
+    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [9_000]}
+    assert fetched(hasty, "/refused.bin", size=900_000, expired=403, **options) is None
+    assert hasty.source.hits["/refused.bin"] <= 6
+
+
+@pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
+def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
+    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
+    with RelayWorld() as depot:
+        link = depot.source.add("/deadly.bin", 2_000_000, rate=2e6)
+        user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
+        for turn in (1, 2):
+            assert wait_until(lambda: depot.source.hits["/deadly.bin"] == turn)  # noqa: B023 - at once
+            getattr(depot.world.service, end)()
+            depot.world.service.start()
+        assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 2)
+        told, following = depot.world.wecom.messages_for(user)
+        assert depot.source.hits["/deadly.bin"] == tries, told
+        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and "deadly.bin" in told
+        check_object(depot, "/next.bin", following)
+        depot.check()
+
+
+# What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
+HIDDEN_INSIDE = {"loop": "127.0.0.1", "private": "10.0.0.1", "mixed": "8.8.4.4 10.0.0.1", "six": "::1"}
+HIDDEN_INSIDE |= {"metadata": "169.254.169.254", "azure": "168.63.129.16"}
+OUTER = {"files": "8.8.4.4", "poisoned": "1.1.1.1"}
+PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blocked"]]
+HIDDEN_INSIDE_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
+HIDDEN_INSIDE_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
+HIDDEN_INSIDE_LINKS += ["https://private.example.com:8000/secret"]
+
+
+def ask_for_names() -> dict[str, dict[str, str]]:
+    """In a net of its own: send the links with each kind of proxy and none; return the answers."""
+    answers: dict[str, dict[str, str]] = {}
+    outside = Source("0.0.0.0")
+    outside.port = 8000
+    with outside, temporary_folder("hosts") as folder:
+        outside.add("/file", body=b"content")
+        outside.add("/secret", body=b"secret")
+        for name, link in zip(HIDDEN_INSIDE, HIDDEN_INSIDE_LINKS, strict=False):
+            outside.add(f"/to-{name}", status=302, location=link)
+        hosts = Path(folder, "hosts")
+        names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
+        hosts.write_text(f"{names}8.8.4.4 blocked.example.com\n")
+        for proxy in (TinyProxy(), MicroSocks()):
+            enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+            proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
+            with proxy, ProxyRelayWorld(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+                assert wait_until(lambda: UP in depot.log)
+                links = HIDDEN_INSIDE_LINKS + PUBLIC_LINKS
+                answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
+        with RelayWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
+            answers["direct"] = {link: direct.relay(link) for link in HIDDEN_INSIDE_LINKS}
+        answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
+    return answers
+
+
+def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
+    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
+    needs(namespace_missing() or TinyProxy.missing() or MicroSocks.missing())
+    program = "import json, test_wxsync as t\nprint(json.dumps(t.ask_for_names()))\n"
+    names = {f"{name}.example.com": text.split() for name, text in (HIDDEN_INSIDE | OUTER).items()}
+    own = ["8.8.4.4", "10.0.0.1", "169.254.169.254", "168.63.129.16"]
+    done = in_namespace(program, names, own)
+    assert done.returncode == 0, done.stderr
+    wrong = []
+    for way, texts in json.loads(done.stdout.splitlines()[-1]).items():
+        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
+        for link, text in texts.items():
+            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
+            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
+    assert not wrong, "\n".join(wrong)
+
+
+# -- registries
+
+
+def put_manifest(registry: Registry, repo: str, tag: str, manifest: Answer) -> None:
+    """Give a repository another tag."""
+    url = f"http://{registry.host}/v2/{repo}/manifests/{tag}"
+    kind = {"Content-Type": manifest.headers["content-type"]}
+    assert http_request("PUT", url, manifest.body, kind).status == 201
+
+
+def tags(space: Space) -> list[str]:
+    """Return the tags of `app` in the target."""
+    registry = space.mirror.target
+    url = f"http://{registry.host}/v2/{space.namespace}/app/tags/list"
+    return http_request("GET", url, headers=registry.headers).json().get("tags") or []
+
+
+@pytest.fixture
+def front(space: Space) -> Iterator[PickyRegistry]:
+    """What stands before the source, to go wrong in one test."""
+    space.mirror.front.calls.clear()
+    yield space.mirror.front
+    space.mirror.front.faults.clear()
+    space.mirror.front.delay = 0
+
+
+# line ({} is the digest of what is asked for) -> what is asked for, what is given instead
+LIES = [
+    ("app@{}", "one", "multi amd64"),
+    ("app@{}", "multi", "attested"),
+    ("--platform=all app@{}", "multi", "attested"),
+    ("--platform=linux/amd64+linux/arm64 app@{}", "multi", "docker"),
+    ("app:multi", "multi amd64", "one"),
+    ("--platform=all app:multi", "multi arm64/v8", "one"),
+]
+
+
+@pytest.mark.parametrize(("line", "asked", "given"), LIES)
+def test_what_has_not_its_digest_is_never_copied(
+    space: Space, front: PickyRegistry, line: str, asked: str, given: str
+) -> None:
+    """A registry that answers other bytes for the digest of an image, an index or its entry."""
+    mirror, digest = space.mirror, space.mirror.digest(*asked.split())
+    other = mirror.source.fetch("library/app", mirror.digest(*given.split()))
+    kind = {"Content-Type": other.headers["content-type"]}
+    front.fail(f"GET /manifests/{digest}", (200, kind, other.body), 99)
+    done = space.copy(line.format(digest))
+    assert (done.status, done.code, tags(space)) == (1, "error", []), done
+    assert "digest" in done.out.partition("error")[2]
+
+
+@pytest.mark.parametrize("depth", [2_000, 200_000])
+def test_a_deeply_nested_manifest_has_a_result(
+    space: Space, front: PickyRegistry, depth: int
+) -> None:
+    """Whatever a registry answers, it is a failure like any other."""
+    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
+    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
+    done = space.copy("app:one")
+    assert (done.status, done.output) == (1, f"result={done.out}")
+    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
+
+
+# the architecture that an index names for the index inside it, line -> what arrives of app:multi
+NESTED = [
+    ("", "app:nested", "amd64"),
+    ("", "--platform=linux/arm64 app:nested", "arm64/v8"),
+    ("arm64", "--platform=linux/arm64 app:nested", "arm64/v8"),
+    ("", "--platform=linux/amd64+linux/arm64 app:nested", "amd64 arm64/v8"),
+]
+
+
+@pytest.mark.parametrize(("said", "line", "archs"), NESTED)
+def test_an_index_inside_an_index_is_resolved(
+    space: Space, said: str, line: str, archs: str
+) -> None:
+    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
+    source, inner = space.mirror.source, space.mirror.source.fetch("library/app", "multi")
+    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
+    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
+    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
+    put_manifest(source, "library/app", "nested", replace(inner, body=json.dumps(index).encode()))
+    done = space.copy(line)
+    assert done.code == "copied", done
+    manifest = space.manifest(f"app:{tags(space)[0]}")
+    arrived = {each["digest"] for each in manifest.get("manifests", [])} or {done.digest}
+    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
+    assert space.digest(f"app:{tags(space)[0]}") == done.digest
+    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
+
+
+# what is in an image, the platform that is asked for -> the one that arrives
+FIRST_VERSIONS = [
+    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
+    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
+    (["amd64/v1"], "linux/amd64", ""),
+]
+
+
+@pytest.mark.parametrize(("archs", "platform", "arch"), FIRST_VERSIONS)
+def test_amd64_v1_is_amd64(space: Space, archs: list[str], platform: str, arch: str) -> None:
+    """The first version of an architecture is what is meant where none is said."""
+    publish(space.mirror.source, "library/app", "v1", archs)
+    done = space.copy(f"--platform={platform} app:v1")
+    assert (done.code, done.digest) == ("copied", space.mirror.digest("v1", arch)), done
+
+
+class Signatures(Peer):
+    """Where signatures lie beside a registry: there is one for everything."""
+
+    def handle(self, call: Call) -> Answer:
+        found = call.path.endswith("/signature-1")
+        return Answer(200, b"\x89signature") if found else Answer(404)
+
+
+@pytest.mark.parametrize("line", ["app:one", "--platform=all app:attested"])
+def test_signatures_stay_where_they_are(space: Space, line: str) -> None:
+    """They are no reason to fail where they cannot be written; the target would not hold them."""
+    place = space.home / ".config" / "containers" / "registries.d"
+    place.mkdir(parents=True)
+    with Signatures() as signatures:
+        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
+        done = space.copy(line)
+    assert (done.status, done.code) == (0, "copied"), done
+
+
+@pytest.mark.parametrize("line", ["app:some", "--platform=linux/amd64+linux/arm64 app:some"])
+def test_no_platform_names_those_there_are(space: Space, line: str) -> None:
+    """In words that can be sent, without attestations; a single image has its own."""
+    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
+    done = space.copy(line)
+    assert done.code == "no-platform"
+    assert done.out.endswith("; has linux/arm64 linux/arm/v7\n"), done.out
+    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
+
+
+# repository -> its tags, of which those are named first that are nearest to 1.25.3
+NEAREST = {
+    "team/near": ("v1.25.3 1.25 1.25.2 1.19.0 latest stable-alpine 0a1b2c3", 3),
+    "team/other": ("1.25.4 mainline perl", 1),
+    f"{'deep/' * 24}near": ("v1.25.3 1.25 1.25.2 1.19.0", 3),
+}
+
+
+@pytest.mark.parametrize("repo", NEAREST)
+def test_not_found_names_the_nearest_tags(space: Space, repo: str) -> None:
+    """A missing v first, then what is close in spelling and number; at most three."""
+    source, there = space.mirror.source, NEAREST[repo][0].split()
+    publish(source, repo, there[0])
+    for tag in there[1:]:
+        put_manifest(source, repo, tag, source.fetch(repo, there[0]))
+    done = space.copy(f"{source.host}/{repo}:1.25.3")
+    detail, _, named = done.out.removesuffix("\n").partition("; nearest ")
+    first, *others = named.split(" ")
+    assert detail.startswith("wxsync: failed not-found ") and first == there[0], done.out
+    assert {*there[1 : NEAREST[repo][1]]} <= {*others} <= {*there} and len(others) < 3, named
+
+
+LISTINGS: dict[str, What] = {
+    "denied": (403, {}, b'{"errors": [{"code": "DENIED", "message": "denied"}]}'),
+    "no JSON": (200, {}, b"<html>"),
+    "nested": (200, {}, b'{"tags":' + b"[" * 9_000 + b"]" * 9_000 + b"}"),
+    "no tags": (200, {}, b'{"name": "a", "tags": ["$(reboot)", "::error::", "a b", "\\n1"]}'),
+    "none": (200, {}, b'{"name": "a", "tags": null}'),
+    "no answer": "hang",
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_list_of_tags_that_fails_changes_nothing(
+    space: Space, front: PickyRegistry, name: str
+) -> None:
+    """The tag is not found all the same, and that is told within 20 s more."""
+    if name == "no answer" and not os.environ.get("CI"):
+        pytest.skip("20 seconds: only in CI")
+    front.fail("GET /tags/list", LISTINGS[name], 9)
+    begun = time.monotonic()
+    done = space.copy(f"{front.host}/library/app:absent")
+    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
+    assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
+
+
+# The real program, whose copy may take three seconds in all.
+SHORT_COPY = """
+import sys
+sys.path.insert(0, {folder!r})
+import wxsync
+wxsync.COPY_SECONDS = 3.0
+sys.exit(wxsync.main())
+"""
+
+
+def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
+    """Several platforms take no longer than one may; GitHub's own limit comes later."""
+    script, begun = space.home / "short.py", time.monotonic()
+    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
+    front.delay = 0.4  # so that each step is within, and all of them are not
+    done = copy("--platform=all app:multi", space.home, space.settings, script)
+    assert (done.status, done.code, tags(space)) == (1, "timeout", []), done
+    assert time.monotonic() - begun < 6
+    minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
+    assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
+
+
+# a list that no run can do -> what is named of it
+IMPOSSIBLE = {
+    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
+    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
+    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
+    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
+    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
+}
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
+def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
+    """By name, before a job is started: a matrix holds 256, and two jobs cannot write one tag."""
+    status, out, errors = plan(text.encode())
+    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
+
+
+def test_plan_takes_what_a_run_can_do() -> None:
+    """256 lines, and one of them twice."""
+    lines = [f"app{number}:1" for number in range(256)]
+    status, out, errors = plan("\n".join([*lines, lines[0]]).encode())
+    assert (status, json.loads(out), errors) == (0, lines, "")
 
 
 # ---------------------------------------------------------------------------------------------
