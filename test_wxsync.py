@@ -6519,8 +6519,8 @@ def test_odd_answers_give_one_message_and_the_lane_goes_on(talk: Talk, name: str
 
 def all_letters(world: World, user: str) -> list[str]:
     """Return what a member got and what is on its way, in order."""
-    state = json.loads((world.service.state_dir / "wxsync.state").read_bytes())
-    waiting = [text for receiver, text in state["letters"] if receiver == user]
+    letters = saved(world)["letters"]
+    waiting = [text for address, text in letters if address.partition(" ")[0] == user]
     return list(dict.fromkeys([*world.wecom.messages_for(user), *waiting]))
 
 
@@ -9606,8 +9606,9 @@ def open_gate(runner: PlayedRunner) -> None:
 
 
 def saved(world: World) -> dict[str, Any]:
-    """Return the state that is on disk now."""
-    value: dict[str, Any] = json.loads((world.service.state_dir / "wxsync.state").read_bytes())
+    """Return the state that is on disk now: the last whole line."""
+    data = (world.service.state_dir / "wxsync.state").read_bytes()
+    value: dict[str, Any] = json.loads(data[: data.rfind(b"\n")].splitlines()[-1])
     return value
 
 
