@@ -1881,7 +1881,7 @@ JOB_NAME_CHARACTERS = 100  # longer ones are cut to 97 and "..." (actions/runner
 STEP_NAME = re.compile(r"[a-z*]{1,12}: (copied|unchanged|failed ([a-z-]+))\b\s?(.*)")
 JOB_CONCLUSIONS = {"cancelled": "任务被取消", "skipped": "任务被跳过", "stale": "任务没有开始"}
 # What a branch that does not take commits says, with 403, 409 or 422.
-PROTECTED = r"(?i)rule violation|protected branch|GH00[36]|cannot be committed|push declined"
+PROTECTED = r"(?i)rule violation|protected|GH00[36]|pull request|not authorized to push|declined"
 
 
 class GitHubError(Failure):
@@ -1993,11 +1993,14 @@ def match_jobs(lines: Sequence[str], jobs: Iterable[Any]) -> list[Any]:
 
     limit = JOB_NAME_CHARACTERS
     names = [line if len(line) <= limit else f"{line[: limit - 3]}..." for line in lines]
-    waiting = {
-        name: sorted(named.get(name, {}).values(), key=age)[-names.count(name) :]
-        for name in set(names)
-    }
-    return [waiting[name].pop(0) if waiting[name] else None for name in names]
+    waiting: dict[str, list[Any]] = {}
+    for name in set(names):
+        count = names.count(name)
+        found = sorted(named.get(name, {}).values(), key=age)[-count:]
+        # Of several that look alike none may be missing, nor of another attempt than the rest.
+        is_sure = len(found) == count and len({age(job)[0] for job in found}) == 1
+        waiting[name] = found if is_sure else [None] * count
+    return [waiting[name].pop(0) for name in names]
 
 
 class Patience:
@@ -2063,18 +2066,14 @@ class GitHub:
 
     def _obey_limit(self, polling: bool, patience: Patience) -> None:
         """Wait while GitHub wants no calls; raise GitHubError 429 when that is too long."""
-        with self._lock:
-            until = self._quiet_until
-        wait = until - time.monotonic()
-        if wait <= 0:
-            return
-        if polling:
-            raise GitHubError(429, "GitHub 限制调用次数")
-        patience.spend(wait)
-        self._sleep(wait)
-        with self._lock:
-            if self._quiet_until == until:  # nobody has been told to wait for longer meanwhile
-                self._quiet_until = 0.0
+        while (wait := (until := self._quiet_until) - time.monotonic()) > 0:
+            if polling:
+                raise GitHubError(429, "GitHub 限制调用次数")
+            patience.spend(wait)
+            self._sleep(wait)
+            with self._lock:
+                if self._quiet_until == until:  # nobody has been told to wait longer meanwhile
+                    self._quiet_until = 0.0
 
     def _wait_asked(self, answer: Answer, now: float) -> float:
         """Return the seconds a rate-limited answer asks to wait, 0 when it is no such answer."""
@@ -2952,9 +2951,11 @@ def read_facts(data: dict[str, Any]) -> tuple[Facts, list[Any]]:
     """Return the Facts written as data, and the entries that could not be read."""
     bad: list[Any] = []
 
-    def entries(name: str, kind: type, read: Callable[[Any], T]) -> list[T]:
+    def entries(
+        name: str, kind: type[list[Any] | dict[str, Any]], read: Callable[[Any], T]
+    ) -> list[T]:
         found: list[T] = []
-        listed: Any = data.get(name, kind())
+        listed: Any = data.get(name, kind())  # a list, or a dict whose items are meant
         if not isinstance(listed, kind):
             bad.append({name: listed})
             return []
@@ -3245,24 +3246,35 @@ COMMANDS = {
 # A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
 # tag (prose). What is no plain reference is named, nothing is guessed.
 MARKS = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
+    re.compile("".join(parts), re.IGNORECASE)
+    for parts in (
         # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
-        r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?"""
-        r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
+        (
+            r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?""",
+            r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
+        ),
         # in one line: {image: x, …}, "image":"x", also with \" around it
-        r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*"""
-        r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
+        (
+            r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
+            r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
+        ),
         # Dockerfile, also as a build shows it
-        r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)"
-        r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
+        (
+            r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)",
+            r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
+        ),
         # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
-        r"""(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|"""
-        r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
+        (
+            r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|",
+            r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
+        ),
         # … and without; docker leaves the tag out behind "denied for"
-        r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",
-        r"""(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to solve:|"""
-        r"""trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?(?P<loose>[^\s"'\[\],\\]+)""",
+        (r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",),
+        (
+            r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to ",
+            r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?""",
+            r"""(?P<loose>[^\s"'\[\],\\]+)""",
+        ),
     )
 )
 TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
@@ -3287,7 +3299,7 @@ NO_IMAGE = re.compile(
     r"(?:sha256:)?[0-9a-f]{12,}|[\d.:/]+|null|~|[|>][-+]?|[&*].*|data:.*|(?:linux|windows)/\w+|"
     r"(?:https?:/)?/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
 )
-PULL_TALK = frozenset("failed fails error timeout slow stuck".split(" "))
+PULL_TALK = frozenset(("failed", "fails", "error", "timeout", "slow", "stuck"))
 INSTRUCTION = re.compile(
     r"(?im)^\W*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
 )
@@ -3329,7 +3341,7 @@ class Paste:
         self._read_parts(text)
 
     def _take(self, ref: str, platform: str = "", loose: bool = False, offer: bool = False) -> None:
-        """Take what stands at a mark: an image, or named with the reason, or nothing of the kind."""
+        """Take what stands at a mark: an image, or named with the reason, or nothing."""
         ref = ref.strip(" \"'`")
         ref = ref.rstrip(".:,;)]}…") if loose else ref
         if not ref or NO_IMAGE.fullmatch(ref) or (loose and not re.search("[:@]", ref)):
@@ -4407,15 +4419,29 @@ class Follower:
         self._odd = 0  # answers in a row
         self._open_polls = 0  # since the run ended, with jobs that have not
         self._next_count = time.monotonic() + JOBS_SECONDS
-        self._cancel_sent = False
+        self._cancels = 0  # tries; below 0: done with it
+
+    def _cancel(self) -> None:
+        """Ask GitHub to cancel the run; where it does not, say so and follow on."""
+        app, task = self._app, self._task
+        try:
+            app.github.cancel(task.run)
+            self._cancels = -1
+        except Failure as failure:
+            self._cancels += 1
+            lasting = isinstance(failure, GitHubError) and failure.status in (401, 403, 404)
+            if lasting or self._cancels > ODD_ANSWERS:
+                self._cancels = -1
+                text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
+                letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
+                app.state.change(lambda facts: facts.with_letters(letters))
 
     def poll(self) -> bool:
         """Look once; tell whether the run has ended and the task is finished. Raises Failure."""
         app, task = self._app, self._task
         try:
-            if not self._cancel_sent and app.state.is_cancelled(task):
-                app.github.cancel(task.run)
-                self._cancel_sent = True
+            if self._cancels >= 0 and app.state.is_cancelled(task):
+                self._cancel()
             seconds = app.github.run_seconds(task.run)
             if seconds is not None:
                 return self._finish(seconds)
