@@ -3401,7 +3401,7 @@ class Paste:
         """Read `docker … pull X`, and offer the X of `docker … run X`."""
         words = re.sub(r"(&&|[;|]|\s#)", r" \1 ", line).replace("`", " ").split()
         starts = [i for i, w in enumerate(words) if re.split(r"[/(\"'>:$]", w)[-1] in TOOLS]
-        for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+        for start, end in zip(starts, [*starts[1:], len(words)], strict=False):
             self._read_command(words[start + 1 : end])
 
     def _read_command(self, words: list[str]) -> None:
