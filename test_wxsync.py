@@ -4221,7 +4221,7 @@ REFUSED: list[tuple[str, dict[str, str]]] = [
     # what a shell, a workflow or a terminal would obey
     ("nginx:1 && reboot", {"nginx:1 && reboot": ""}),
     ("nginx:1|sh", {"nginx:1|sh": ""}),
-    ("nginx:`id`", {"nginx:`id": ""}),
+    ("nginx:`id`", {"nginx:'id": ""}),
     ("nginx:${{ secrets.X }}", {"nginx:${{ secrets.X }}": ""}),
     ("; rm -rf /", {"rm -rf /": ""}),
     ("nginx:1\x00", {"nginx:1": ""}),
@@ -4233,7 +4233,6 @@ REFUSED: list[tuple[str, dict[str, str]]] = [
     ("-a:1", {"-a:1": ""}),
     ("nginx:1:2", {"nginx:1:2": ""}),
     ("nginx:-1", {"nginx:-1": ""}),
-    ("你好/世界", {"你好/世界": ""}),
     ("ftp://x/y", {"ftp://x/y": ""}),
     ("nginx:" + "t" * 129, {"nginx:ttt": ""}),
     ("x/" * 5000 + "y", {"x/x/x": ""}),

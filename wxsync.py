@@ -409,12 +409,16 @@ def is_talk(word: str) -> bool:
     return bool(re.fullmatch(rf"(?i){numeric}|{plain}|{pair}/{pair}|{host}", word))
 
 
+INTENT = frozenset(("pull", "sync", "mirror", "image", "同步", "拉取", "镜像"))
+
+
 def _lines_of(words: list[str]) -> list[str]:
     """Return the canonical lines of the words that look like an image by themselves."""
     lines = []
-    bare = not OFFICIAL.issuperset(words)
+    words = [word.strip(":,.!?") for word in words]
+    likely = r":[\w.-]+$|\.[^/]*/|@sha256" + ("|/" if INTENT.intersection(words) else "")
     for word in words:
-        if not bare or (re.search(r":[\w.-]+$|\.[^/]*/|@sha256", word) and not is_talk(word)):
+        if OFFICIAL.issuperset(words) or (re.search(likely, word) and not is_talk(word)):
             with contextlib.suppress(BadImage):
                 lines.append(_read_image(word).line)
     return lines
@@ -428,7 +432,8 @@ def _suggest(text: str) -> str:
     for attempt in (text, text.lower()):
         with contextlib.suppress(BadImage):
             return _read_image(attempt).line
-    return ", ".join(_lines_of(words)) if len(words) > 1 else ""
+    is_prose = len(words) > 1 and not re.search(r"[&|;$=`<>]|(?:^|\s)-", text)
+    return ", ".join(_lines_of(words)) if is_prose else ""
 
 
 def read_image(text: str) -> Image:
@@ -2951,9 +2956,7 @@ def read_facts(data: dict[str, Any]) -> tuple[Facts, list[Any]]:
     """Return the Facts written as data, and the entries that could not be read."""
     bad: list[Any] = []
 
-    def entries(
-        name: str, kind: type[list[Any] | dict[str, Any]], read: Callable[[Any], T]
-    ) -> list[T]:
+    def entries(name: str, kind: Any, read: Callable[[Any], T]) -> list[T]:
         found: list[T] = []
         listed: Any = data.get(name, kind())  # a list, or a dict whose items are meant
         if not isinstance(listed, kind):
@@ -3297,7 +3300,7 @@ PARTS = re.compile(
 )
 NO_IMAGE = re.compile(
     r"(?:sha256:)?[0-9a-f]{12,}|[\d.:/]+|null|~|[|>][-+]?|[&*].*|data:.*|(?:linux|windows)/\w+|"
-    r"(?:https?:/)?/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
+    r"/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
 )
 PULL_TALK = frozenset(("failed", "fails", "error", "timeout", "slow", "stuck"))
 INSTRUCTION = re.compile(
@@ -3308,7 +3311,7 @@ KLOG = re.compile(r"(?m)^[IWEF]\d{4} |kubeadm config images")
 COMMENT = re.compile(r"#(?! \S*(?:docker|podman|nerdctl|crictl|ctr) )|//")  # "# docker" is a prompt
 # what kubectl applied before, not what is
 APPLIED = re.compile(
-    r"(?m)^([ \t]*).*last-applied-configuration.*(?:(?<=[|>-])\s*\n.*)?(?:\n\1[ \t]+\S.*)*"
+    r"(?m)^([ \t]*+).*last-applied-configuration.*(?:(?<=[|>-])\s*\n.*)?(?:\n\1[ \t]+\S.*)*"
 )
 
 
@@ -3606,8 +3609,8 @@ def _read_items(text: str, items: list[str]) -> Reading:
 
 def read_message(text: str, prefix: str = "") -> Reading:
     """Return what a chat message asks for; raise Failure with the reply for one that is refused."""
-    word = re.sub(r"^[\W_]+|[\W_]+$", "", text.translate(TIDY)).lower()
-    if word in COMMANDS:
+    word = text.translate(TIDY).strip().lower()
+    if len(word) < 20 and (word := re.sub(r"^[\W_]+|[\W_]+$", "", word)) in COMMANDS:
         return Reading(COMMANDS[word])
     text = re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
     links, items = split_items(text)
