@@ -5,12 +5,12 @@
 # ///
 """Tests, sandbox and benchmark of wxsync.
 
-    python test_wxsync.py                   the sandbox: a chat with the real program
-    python test_wxsync.py bench             the benchmark (--json, --quick)
-    python test_wxsync.py picture           draw .github/chat.svg from the sandbox's story
-    python -m pytest -q test_wxsync.py      the tests
+    python3 test_wxsync.py              the sandbox: a story is played, then it is your turn
+    python3 test_wxsync.py test         the tests (what follows is for pytest)
+    python3 test_wxsync.py bench        the benchmark (--json, --quick)
+    python3 test_wxsync.py picture      draw .github/chat.svg from the sandbox's story
 
-Fakes are servers on 127.0.0.1 that behave as the documents say; nothing is patched. What needs a
+Packages that are missing are installed into .venv beside this file, nothing anywhere else. Fakes are servers on 127.0.0.1 that behave as the documents say; nothing is patched. What needs a
 component that is not installed (docker-registry, skopeo, act, tinyproxy, …) is skipped with the
 reason, and fails where CI is set. WXSYNC_FUZZ=long fuzzes and kills for longer.
 """
@@ -75,6 +75,42 @@ from typing import Any, ClassVar, NamedTuple, Self, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo
 
+if __name__ == "__main__" and None in map(
+    importlib.util.find_spec, ("pytest", "wechatpy", "Crypto", "qingstor")
+):
+    # Begin again in .venv. Where that lacks something it is added, where it is broken .venv is made anew.
+    venv = Path(__file__).resolve().with_name(".venv")
+    inner = str(venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+    def done(*words: str, **options: Any) -> bool:
+        with suppress(OSError):
+            return subprocess.run(words, check=False, **options).returncode == 0
+        return False
+
+    def has(names: str) -> bool:
+        return done(inner, "-c", f"import {names}", stderr=subprocess.DEVNULL)
+
+    needed = "pytest, wechatpy, Crypto.Cipher.AES, qingstor.sdk"
+    for anew in ([], ["--clear"]):
+        if has(needed):
+            break
+        if anew or has("Crypto.Cipher.AES, pip._internal.commands.install"):
+            print(f"正在把要用的包装进 {venv}（约半分钟）…", file=sys.stderr, flush=True)
+            wanted = [["--requirements-from-script", str(venv.with_name("wxsync.py"))]]
+            wanted = [["-U", "pip>=26"], *wanted, ["--requirements-from-script", __file__]]
+            steps = [[inner, "-m", "pip", "install", "-q", *words] for words in wanted]
+            steps.insert(0, [sys.executable, "-m", "venv", *anew, str(venv)])
+            if not all(done(*step, stdout=sys.stderr) for step in steps):
+                sys.exit("❌ 没有装成，原因见上。连不上 PyPI 时可以把 PIP_INDEX_URL 设为镜像站地址")
+    else:
+        if not has(needed):
+            sys.exit(f"❌ 装好了，可是 {venv} 里没有：看看 pip 的设置（pip config list）")
+    words = [inner, __file__, *sys.argv[1:]]
+    if os.name == "posix":
+        os.execv(inner, words)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that begins now
+    sys.exit(subprocess.call(words))
+
 import pytest
 from Crypto.Cipher import AES
 
@@ -135,9 +171,10 @@ def wait_until(condition: Callable[[], object], timeout: float = 10, pause: floa
     return True
 
 
-def in_ci(test: Callable[..., None]) -> Callable[..., None] | None:
-    """Leave a test of several seconds to CI (or WXSYNC_FUZZ=long): its kind is here in short, too."""
-    return test if os.environ.get("CI") or os.environ.get("WXSYNC_FUZZ") else None
+in_ci = pytest.mark.skipif(
+    not (os.environ.get("CI") or os.environ.get("WXSYNC_FUZZ")),
+    reason="takes seconds, and its kind is tested in short as well: set CI",
+)
 
 
 def free_port() -> int:
@@ -2620,8 +2657,9 @@ def sandbox(argv: Sequence[str]) -> int:
     """Play WeCom and GitHub around the real wxsync.py; return 0 when all went as it should."""
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py",
-        description="沙盒：不需要账号和网络，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
-        "在终端里是聊天，否则演一段短故事。",
+        description="沙盒：不需要账号，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
+        "先演一段短故事，在终端里接着由你来聊；每一步都对，退出码才是 0。",
+        epilog="还有：test 运行测试，bench 性能测试，picture 画图。",
     )
     here = Path(__file__).resolve().with_name("wxsync.py")
     parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
@@ -2638,10 +2676,10 @@ def sandbox(argv: Sequence[str]) -> int:
             print(f"❌ 沙盒没能启动：{error}", file=out)
             return 1
         transcript = Transcript(world, out, live)
+        status = report(Story(stage, world, transcript).play(), world, out)
         if live:
             Chat(world, transcript).run()
-            return 0
-        return report(Story(stage, world, transcript).play(), world, out)
+        return status
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7952,9 +7990,7 @@ def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
 LONG = os.environ.get("WXSYNC_FUZZ") == "long"
 
 
-def in_long_mode(test: Callable[[], None]) -> Callable[[], None] | None:
-    """Leave a test out where there is no time for it: WXSYNC_FUZZ=long takes minutes."""
-    return test if LONG else None
+in_long_mode = pytest.mark.skipif(not LONG, reason="takes minutes: set WXSYNC_FUZZ=long")
 
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -12443,9 +12479,18 @@ def bench(argv: Sequence[str]) -> int:
     return int(any(measured.text.startswith("出错") for measured in found))
 
 
+def run_tests(words: Sequence[str]) -> int:
+    """Run the tests, quietly, with the reason of each that is skipped."""
+    return pytest.main(["-q", "-rs", __file__, *words])
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, draw the picture, or play the sandbox."""
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
+    """Run the tests or the benchmark, draw the picture, or play the sandbox."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "test": run_tests,
+        "bench": bench,
+        "picture": picture,
+    }
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return sandbox(arguments)
