@@ -7887,6 +7887,29 @@ def test_inside_addresses_through_a_proxy() -> None:
         assert not depot.source.hits["/secret"]
 
 
+class HiddenWeCom(FakeWeCom):
+    """WeCom behind somebody's own reverse proxy, which passes on what comes below a secret path."""
+
+    @property
+    def url(self) -> str:
+        return f"{super().url}/long-and-random"
+
+    def handle(self, call: Call) -> Answer:
+        _, hidden, path = call.path.partition("/long-and-random")
+        return super().handle(replace(call, path=path)) if hidden else Answer(404, b"no")
+
+
+def test_wecom_behind_a_reverse_proxy() -> None:
+    """WECOM_API_URL may have a path: every call goes below it, and no line of the log shows it."""
+    world = fast_world()
+    world.wecom = HiddenWeCom()
+    with world:
+        world.say("nginx:latest")
+        assert "成功 1 / 1" in world.hear("成功 ")
+        assert "long-and-random" not in world.service.log
+        assert all(call.path.startswith("/long-and-random/cgi-bin/") for call in world.wecom.calls)
+
+
 @pytest.mark.parametrize("proxied", [False, True])
 def test_proxies_of_the_environment(proxied: bool) -> None:
     """Whatever the environment says about proxies, nothing goes there."""
