@@ -2522,7 +2522,7 @@ STORY = (
     Scene(
         f"redis:7.2，alpine:3.20、{ABSENT}",
         ("共 3 个镜像", "redis:7.2 →", f"{ABSENT} →"),
-        ("❌", "成功 2 / 3", ABSENT, "docker pull "),
+        ("❌", "成功 2 / 3", ABSENT, "源镜像或标签不存在", "docker pull "),
     ),
     Scene("今天天气怎么样", ("镜像",), ()),
 )
