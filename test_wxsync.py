@@ -10571,6 +10571,559 @@ def test_one_person_wecom_refuses_does_not_keep_others_waiting() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The robot
+# ---------------------------------------------------------------------------------------------
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
+COMMANDS = ("aibot_respond_msg", "aibot_respond_welcome_msg", "aibot_send_msg")
+Mood = str | int | float | None
+
+
+class Broken(Exception):
+    """A client broke RFC 6455; str() says how."""
+
+
+class Line:
+    """One WebSocket connection at the server's end."""
+
+    LIMIT = 1 << 20
+
+    def __init__(self, number: int, handler: PeerHandler) -> None:
+        self.number, self.handler = number, handler
+        self.guard = threading.Lock()
+
+    def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
+        """Send one frame."""
+        size = len(data)
+        length = bytes([size]) if size < 126 else struct.pack(">BH", 126, size)
+        length = struct.pack(">BQ", 127, size) if size > 0xFFFF else length
+        self.raw(bytes([opcode | fin << 7]) + length + data)
+
+    def raw(self, data: bytes) -> None:
+        with self.guard:
+            self.handler.connection.sendall(data)
+
+    def cut(self) -> None:
+        with suppress(OSError):  # it may be gone already
+            self.handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def _exactly(self, size: int) -> bytes:
+        data = self.handler.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionResetError
+        return data
+
+    def _frame(self) -> tuple[int, bool, bytes]:
+        """Read one frame; raise Broken for whatever a client may not send."""
+        first, second = self._exactly(2)
+        opcode, fin, size = first & 15, first >= 128, second & 127
+        if size > 125 and opcode < 8:
+            least, size = (126, 2) if size == 126 else (1 << 16, 8)
+            size = int.from_bytes(self._exactly(size), "big")
+            if size < least:
+                raise Broken("a length in more bytes than it needs")
+        wrong = {
+            "a frame that is not masked": second < 128,
+            "reserved bits": first & 0x70,
+            f"opcode {opcode}": opcode not in (0, TEXT, BINARY, CLOSE, PING, PONG),
+            "a long or fragmented control frame": opcode >= 8 and (size > 125 or not fin),
+            f"a frame of {size} bytes": size > self.LIMIT,
+        }
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise Broken(found[0])
+        mask = self._exactly(4)
+        data = self._exactly(size)
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+        return opcode, fin, (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
+
+    def read(self) -> str | None:
+        """Return the next message, None after a close frame; pings are answered on the way."""
+        whole, begun = b"", False
+        while True:
+            opcode, fin, data = self._frame()
+            if opcode == CLOSE:
+                with suppress(OSError):
+                    self.write(CLOSE, data[:2])
+                return None
+            if opcode == PING:
+                self.write(PONG, data)
+            elif opcode != PONG:
+                if begun != (opcode == 0) or opcode == BINARY:
+                    raise Broken(f"opcode {opcode} where it cannot be")
+                whole, begun = whole + data, True
+                if fin:
+                    return whole.decode()
+
+
+class Frame(NamedTuple):
+    """A command as it arrived."""
+
+    time: float
+    connection: int
+    cmd: str
+    req_id: str
+    body: dict[str, Any]
+
+
+@dataclass
+class ChatMessage:
+    """A message as a person sees it. A stream is one message, whatever it shows in between."""
+
+    time: float
+    chat: str  # the person, in a group the group
+    text: str
+    connection: int
+    req_id: str = ""  # of the message that it answers, "" for one that was pushed
+    stream: str = ""
+    finished: bool = True
+    shown: list[tuple[float, str]] = field(default_factory=list)  # all that it ever showed
+
+
+class FakeGateway(Peer):
+    """openws.work.weixin.qq.com for one robot, as far as documents, code and threads know it.
+
+    It keeps `frames` (what came), `messages` (what people see), `violations` (what the real one
+    would drop, cut or punish). It limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a
+    chat (what is over is dropped although it is acknowledged), 6 minutes a stream, 5 s a welcome,
+    5 minutes a file, one connection. It forgets the req_ids of earlier connections unless
+    `remembers` is set. Its clock is `ahead` of the true one by seconds that a test may change.
+    Unkindness: `fail` for the handshake as for every Peer, `unkind` for frames, `write`.
+    """
+
+    LIMIT, PER_MINUTE, PER_HOUR = 20_480, 30, 1000
+    STREAM_SECONDS, WELCOME_SECONDS, FILE_SECONDS = 360, 5, 300
+
+    def __init__(self, bot_id: str = "aibFakeRobot0123456789", secret: str = "") -> None:
+        super().__init__()
+        self.bot_id, self.secret = bot_id, secret or "bot-secret-" + secrets.token_hex(8)
+        self.ahead = 0.0
+        self.remembers = False
+        self.line: Line | None = None  # the one that is subscribed
+        self.frames: list[Frame] = []
+        self.messages: list[ChatMessage] = []
+        self.violations: list[str] = []
+        self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
+        self.lost_acks: list[Frame] = []  # taken, but the client could not know
+        self.moods: list[tuple[str, Mood]] = []
+        self.chats: dict[str, int] = {}  # who has written so far -> chat_type
+        self._origins: dict[str, tuple[int, str, str, float]] = {}  # req_id -> line, chat, …
+        self._counted: dict[str, list[float]] = {}
+        self._files: dict[str, tuple[float, Answer]] = {}
+
+    @property
+    def ws_url(self) -> str:
+        return f"ws://{self.host}"
+
+    def now(self) -> float:
+        return time.time() + self.ahead
+
+    # -- the wire ------------------------------------------------------------------------------
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
+        wanted = call.headers.get("upgrade", "").lower() == "websocket"
+        if not wanted or self.hang or any(fault.hits(call) for fault in self.faults):
+            super().serve(call, handler)
+            return
+        with self.lock:
+            self.calls.append(call)
+        handler.close_connection = True
+        key = call.headers.get("sec-websocket-key", "")
+        version = call.headers.get("sec-websocket-version")
+        upgrade = "upgrade" in call.headers.get("connection", "").lower()
+        if upgrade and version == "13" and re.fullmatch(r"[\w+/]{22}==", key):
+            self._converse(key, handler)
+        else:
+            self._wrong(f"a handshake with {call.headers}")
+            handler.send(Answer(400))
+
+    def _converse(self, key: str, handler: PeerHandler) -> None:
+        """Accept a handshake, then read frames until the line ends."""
+        digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+        handler.send_response(101)
+        handler.send_header("Upgrade", "websocket")
+        handler.send_header("Connection", "Upgrade")
+        handler.send_header("Sec-WebSocket-Accept", base64.b64encode(digest).decode())
+        handler.end_headers()
+        handler.wfile.flush()
+        line = Line(handler.number, handler)
+        try:
+            while (text := line.read()) is not None:
+                self._take(line, text)
+        except Broken as error:
+            self._wrong(str(error))
+        finally:
+            with self.changed:
+                self.line = None if self.line is line else self.line
+                self.changed.notify_all()
+
+    def handle(self, call: Call) -> Answer:
+        """Answer the download of a file that was sent."""
+        with self.lock:
+            until, answer = self._files.get(call.path, (0.0, Answer(404)))
+        return answer if self.now() < until else Answer(404, b"expired")
+
+    def _wrong(self, what: str) -> None:
+        with self.lock:
+            self.violations.append(what)
+
+    def write(
+        self, data: bytes | Mapping[str, object], opcode: int = TEXT, fin: bool = True
+    ) -> None:
+        """Send the subscribed client a frame, right or wrong; opcode -1 sends bare bytes."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.line, 10)
+            line = self.line
+        if not line:
+            raise ConnectionError("nobody is subscribed")
+        data = data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=False).encode()
+        if opcode < 0:
+            line.raw(data)
+        else:
+            line.write(opcode, data, fin)
+
+    # -- what a test makes happen --------------------------------------------------------------
+
+    def unkind(self, where: str, what: Mood, times: int = 1) -> None:
+        """Let the next frames go wrong whose JSON holds all words of `where`.
+
+        `what`: "cut" (the line breaks, nothing is taken), "ignore" (nothing is taken or said),
+        "lost" (taken, then the line breaks), "swallow" (taken, no acknowledgement), an errcode
+        (refused), or a float (taken; acknowledged after so many seconds).
+        """
+        with self.lock:
+            self.moods += [(where, what)] * times
+
+    def mood(self, text: str) -> Mood:
+        """Return what shall go wrong with this frame; a test may put another function here."""
+        for number, (where, what) in enumerate(self.moods):
+            if all(word in text for word in where.split()):
+                del self.moods[number]
+                return what
+        return None
+
+    def say(self, text: str, user: str = "alice", group: str = "", msgid: str = "") -> str:
+        """Let a person type `text`, return the req_id."""
+        return self.say_kind("text", {"content": text}, user, group, msgid)
+
+    def say_kind(
+        self, kind: str, body: object, user: str = "alice", group: str = "", msgid: str = ""
+    ) -> str:
+        """Let a person send a message of any kind, return the req_id."""
+        message: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
+        message |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
+        self.chats[group or user] = 2 if group else 1
+        return self._call_back("aibot_msg_callback", message | {kind: body}, user, group or user)
+
+    def event(self, kind: str, user: str = "alice") -> str:
+        """Let an event happen (enter_chat, …), return the req_id."""
+        body: dict[str, object] = {"msgid": secrets.token_hex(12), "msgtype": "event"}
+        body["event"] = {"eventtype": kind}
+        if user:
+            self.chats.setdefault(user, 1)
+        return self._call_back("aibot_event_callback", body, user, user)
+
+    def _call_back(self, cmd: str, body: dict[str, object], user: str, chat: str) -> str:
+        req_id, now = secrets.token_hex(12), self.now()
+        body |= {"aibotid": self.bot_id, "create_time": int(now)}
+        if user:
+            body["from"] = {"userid": user}
+        with self.changed:
+            self.changed.wait_for(lambda: self.line, 10)
+            if self.line:
+                self._origins[req_id] = (self.line.number, chat, cmd, now)
+        self.write({"cmd": cmd, "headers": {"req_id": req_id}, "body": body})
+        return req_id
+
+    def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, str]:
+        """Return the body of a message of kind "file" for a file of this content."""
+        key, pad = os.urandom(32), 32 - len(data) % 32
+        sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
+        path = f"/file/{secrets.token_hex(8)}"
+        named = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+        self._files[path] = (self.now() + self.FILE_SECONDS, Answer(200, sealed, named))
+        return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
+
+    def throw_out(self) -> None:
+        """Do what happens when another program takes the robot over."""
+        with self.lock:
+            line, self.line = self.line, None
+        if line:
+            event = {"msgtype": "event", "event": {"eventtype": "disconnected_event"}}
+            event |= {"msgid": secrets.token_hex(12), "aibotid": self.bot_id}
+            frame = {"cmd": "aibot_event_callback", "headers": {"req_id": "x"}, "body": event}
+            with suppress(OSError):
+                line.write(TEXT, json.dumps(frame).encode())
+                line.write(CLOSE, struct.pack(">H", 1000))
+            line.cut()
+
+    # -- what a test looks at ------------------------------------------------------------------
+
+    def texts(self, chat: str = "alice") -> list[str]:
+        """Return what a chat shows now."""
+        with self.lock:
+            return [message.text for message in self.messages if message.chat == chat]
+
+    def hear(
+        self,
+        wanted: str | Callable[[ChatMessage], object],
+        chat: str = "alice",
+        timeout: float = 10,
+    ) -> ChatMessage:
+        """Return the first message in a chat that holds, or for which, `wanted`."""
+
+        def found() -> ChatMessage | None:
+            for message in self.messages:
+                holds = wanted in message.text if isinstance(wanted, str) else wanted(message)
+                if holds and message.chat == chat:
+                    return message
+            return None
+
+        with self.changed:
+            message = self.changed.wait_for(found, timeout)
+        if message is None:
+            seen = "\n---\n".join(self.texts(chat)) or "nothing"
+            raise TimeoutError(f"{chat} has no message with {wanted!r}; seen: {seen}")
+        return message
+
+    def commands(self, where: str = "") -> list[Frame]:
+        """Return the frames in whose command and body all words of `where` occur."""
+        with self.lock:
+            return [f for f in self.frames if all(w in f"{f.cmd} {f.body}" for w in where.split())]
+
+    # -- frames --------------------------------------------------------------------------------
+
+    def _take(self, line: Line, text: str) -> None:
+        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
+        value = json.loads(text)
+        frame = Frame(self.now(), line.number, value["cmd"], value["headers"]["req_id"], {})
+        frame = frame._replace(body=value.get("body") or {})
+        with self.changed:
+            self.frames.append(frame)
+            what = self.mood(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+            taken = what not in ("cut", "ignore") and type(what) is not int
+            code = self._do(line, frame) if taken else what
+            if taken and what is not None and not code:
+                self.lost_acks.append(frame)
+            self.changed.notify_all()
+        if what in ("cut", "lost"):
+            line.cut()
+        elif what not in ("ignore", "swallow"):
+            said = "ok" if not code else f"refused, hint: [17640000005], more info at e={code}"
+            ack = {"headers": {"req_id": frame.req_id}, "errcode": code, "errmsg": said}
+            data = json.dumps(ack).encode()
+            if isinstance(what, float):
+                later = threading.Timer(what, self._late, (line, data))
+                later.daemon = True
+                later.start()
+            else:
+                line.write(TEXT, data)
+
+    @staticmethod
+    def _late(line: Line, data: bytes) -> None:
+        with suppress(OSError):
+            line.write(TEXT, data)
+
+    def _do(self, line: Line, frame: Frame) -> int:
+        """Return the errcode that a command ends with."""
+        if frame.cmd == "aibot_subscribe":
+            return self._subscribe(line, frame)
+        if line is not self.line:
+            return 846609
+        if frame.cmd == "ping":
+            return 0
+        if frame.cmd not in COMMANDS:
+            self._wrong(f"an unknown command: {frame}")
+            return 40001
+        if frame.cmd == "aibot_send_msg":
+            return self._push(frame)
+        number, chat, kind, begun = self._origins.get(frame.req_id, (0, "", "", 0.0))
+        welcome = frame.cmd == "aibot_respond_welcome_msg"
+        wanted = "aibot_event_callback" if welcome else "aibot_msg_callback"
+        lives = self.WELCOME_SECONDS if welcome else 86_400
+        forgotten = number != line.number and not self.remembers
+        if kind != wanted or forgotten or frame.time > begun + lives:
+            return 846605
+        return self._welcome(frame, chat) if welcome else self._reply(frame, chat)
+
+    def _subscribe(self, line: Line, frame: Frame) -> int:
+        if line is self.line:
+            self._wrong("subscribed twice on one connection")
+        right = {"bot_id": self.bot_id, "secret": self.secret}
+        code = 0 if right.items() <= frame.body.items() else 853000
+        self.subscriptions.append((frame.time, code))
+        if not code:
+            self.throw_out()
+            self.line = line
+        return code
+
+    def _push(self, frame: Frame) -> int:
+        chat = frame.body.get("chatid")
+        kind = self.chats.get(str(chat), 0)
+        if not kind or frame.body.get("chat_type", kind) != kind:
+            self._wrong(f"pushed to a chat that is none: {frame.body}")
+            return 93006
+        if frame.body.get("msgtype") != "markdown":
+            return 40008
+        return self._show(frame, str(chat), frame.body["markdown"]["content"])
+
+    def _welcome(self, frame: Frame, chat: str) -> int:
+        if frame.body.get("msgtype") != "text":
+            return 40008
+        return self._show(frame, chat, frame.body["text"]["content"], req_id=frame.req_id)
+
+    def _reply(self, frame: Frame, chat: str) -> int:
+        """Show a stream's first frame as a message, put later ones in its place."""
+        if frame.body.get("msgtype") != "stream":
+            return 40008
+        stream = frame.body["stream"]
+        name, text, finish = stream["id"], stream["content"], stream.get("finish", False)
+        same = [m for m in self.messages if (m.req_id, m.stream) == (frame.req_id, name)]
+        if not same:
+            own = {"req_id": frame.req_id, "stream": name, "finished": finish}
+            return self._show(frame, chat, text, **own)
+        message = same[0]
+        if message.finished:
+            self._wrong(f"a finished stream goes on: {text!r}")
+            return 846608
+        if frame.time > message.time + self.STREAM_SECONDS:
+            return 846608
+        code = self._count(frame, chat, text)
+        if not code:
+            message.text, message.finished = text, finish
+            message.shown.append((frame.time, text))
+        return max(code, 0)
+
+    def _show(self, frame: Frame, chat: str, text: str, **more: Any) -> int:
+        code = self._count(frame, chat, text)
+        if not code:
+            shown = [(frame.time, text)]
+            message = ChatMessage(frame.time, chat, text, frame.connection, shown=shown, **more)
+            self.messages.append(message)
+        return max(code, 0)
+
+    def _count(self, frame: Frame, chat: str, text: str) -> int:
+        """Return 0 when a chat may get this text, -1 when it is dropped, or an errcode."""
+        if not text.strip() or len(text.encode()) > self.LIMIT:
+            self._wrong(f"a text of {len(text.encode())} bytes: {text[:60]!r}")
+            return 45002
+        times = self._counted.setdefault(chat, [])
+        minute = sum(moment > frame.time - 60 for moment in times)
+        hour = sum(moment > frame.time - 3600 for moment in times)
+        if minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
+            self._wrong(f"{minute} a minute, {hour} an hour to {chat}, dropped: {text[:60]!r}")
+            return -1
+        times.append(frame.time)
+        return 0
+
+
+# Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
+SDK_CLIENT = """
+const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
+const [botId, secret, wsUrl] = process.argv.slice(3)
+const tell = (...what) => console.log(JSON.stringify(what))
+const quiet = { debug() {}, info() {}, warn(...what) { tell('warn', ...what) }, error() {} }
+const options = { botId, secret, wsUrl, logger: quiet, heartbeatInterval: 100 }
+const client = new WSClient({ ...options, maxReconnectAttempts: 0, maxAuthFailureAttempts: 0 })
+client.on('authenticated', () => tell('authenticated'))
+client.on('error', (error) => tell('error', error.message))
+client.on('disconnected', (reason) => { tell('disconnected', reason); process.exit(0) })
+client.on('message.file', async (frame) => {
+  const { buffer, filename } = await client.downloadFile(frame.body.file.url, frame.body.file.aeskey)
+  tell('file', filename, buffer.toString())
+})
+client.on('message.text', async (frame) => {
+  const { from, chatid, text } = frame.body
+  tell('text', from.userid, text.content)
+  for (const part of ['one', 'one, two']) await client.replyStream(frame, 'S1', part, false)
+  await client.replyStream(frame, 'S1', 'one, two, three', true)
+  const pushed = { msgtype: 'markdown', markdown: { content: 'by the way' } }
+  tell('pushed', (await client.sendMessage(chatid || from.userid, pushed)).errcode)
+  const bad = { msgtype: 'text', text: { content: 'as text' } }
+  await client.reply(frame, bad).catch((ack) => tell('refused', ack.errcode))
+})
+client.on('event.enter_chat', async (frame) => {
+  await client.replyWelcome(frame, { msgtype: 'text', text: { content: 'welcome' } })
+})
+client.connect()
+"""
+
+
+class Judge:
+    """Tencent's own client as a process, subscribed to a gateway; `told` is what it said."""
+
+    def __init__(self, gateway: FakeGateway, secret: str = "") -> None:
+        folder = os.environ.get("WXSYNC_AIBOT_SDK", "")
+        sdk = Path(folder, "node_modules/@wecom/aibot-node-sdk")
+        none = "" if folder and sdk.is_dir() else "WXSYNC_AIBOT_SDK names no folder with the SDK"
+        need(missing_program("node") or none)
+        words = [folder, gateway.bot_id, secret or gateway.secret, gateway.ws_url]
+        self.process = subprocess.Popen(
+            ["node", "-e", SDK_CLIENT, "sdk", *words], stdout=subprocess.PIPE, text=True
+        )
+        self.told: list[list[Any]] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout
+        self.told.extend(json.loads(line) for line in self.process.stdout)
+
+    def tells(self, *what: object) -> bool:
+        """Tell whether it comes to say this."""
+        return wait_until(lambda: any(said[: len(what)] == list(what) for said in self.told))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_tencents_client_agrees_with_the_fake_gateway() -> None:
+    """It subscribes, receives, streams, pushes, welcomes, opens a file, and is thrown out."""
+    with FakeGateway() as gateway, Judge(gateway) as judge:
+        assert judge.tells("authenticated"), judge.told
+        for group in ("", "G1"):
+            gateway.say("hello", "alice", group)
+            stream = gateway.hear(lambda m: m.finished and m.stream, group or "alice")
+            assert [text for _, text in stream.shown] == ["one", "one, two", "one, two, three"]
+            gateway.hear("by the way", group or "alice")
+        assert judge.tells("text", "alice", "hello") and judge.tells("pushed", 0)
+        assert judge.tells("refused", 40008)
+        gateway.event("enter_chat")
+        gateway.hear("welcome")
+        gateway.say_kind("file", gateway.share("图片: nginx:1".encode(), "清单 1.yaml"))
+        assert judge.tells("file", "清单 1.yaml", "图片: nginx:1")
+        gateway.write(b'{"headers": \x07{"req_id": "garbage"}}')  # it strips control characters
+        assert judge.tells("warn", "Received unknown frame (ignored):")
+        assert wait_until(lambda: gateway.commands("ping"))
+        with Judge(gateway) as other:
+            assert other.tells("authenticated") and judge.tells("disconnected")
+            assert judge.process.wait(10) == 0
+        assert (gateway.violations, gateway.errors) == ([], [])
+
+
+def test_tencents_client_is_refused_with_a_wrong_secret() -> None:
+    """Its own words for it name the code."""
+    with FakeGateway() as gateway, Judge(gateway, "wrong") as judge:
+        assert wait_until(lambda: any("853000" in str(said) for said in judge.told)), judge.told
+        assert gateway.subscriptions[0][1] == 853000 and not gateway.line
+
+
+def test_tencents_client_meets_an_unkind_gateway() -> None:
+    """A line that breaks and a handshake that fails are seen by it as what they are."""
+    with FakeGateway() as gateway:
+        gateway.unkind("three", "cut")
+        with Judge(gateway) as judge:
+            gateway.say("hello")
+            assert judge.tells("disconnected") and gateway.texts() == ["one, two"]
+        gateway.fail("GET /", (502, {}, b"<html>"))
+        with Judge(gateway) as judge:
+            assert judge.tells("error", "Unexpected server response: 502")
+
+
+# ---------------------------------------------------------------------------------------------
 # Nobody in: connections
 # ---------------------------------------------------------------------------------------------
 
