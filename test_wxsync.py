@@ -9626,6 +9626,8 @@ class Summary:
 
     LINES: ClassVar[dict[str, str]] = {
         "kills survived": "kill -9",
+        "lines cut": "cut",
+        "told twice, an acknowledgement being lost": "doubled",
         "requests accepted": "accepted",
         "final messages delivered": "delivered",
         "callbacks fuzzed": "fuzzed",
@@ -10705,6 +10707,9 @@ class FakeGateway(Peer):
         self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
         self.lost_acks: list[Frame] = []  # taken, but the client could not know
         self.moods: list[tuple[str, Mood]] = []
+        self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
+        self.fragments = False  # send each callback in pieces, with what else may be in between
+        self.ended: dict[int, float] = {}  # connection -> when it ended
         self.chats: dict[str, int] = {}  # who has written so far -> chat_type
         self._origins: dict[str, tuple[int, str, str, float]] = {}  # req_id -> line, chat, …
         self._counted: dict[str, list[float]] = {}
@@ -10755,6 +10760,7 @@ class FakeGateway(Peer):
         finally:
             with self.changed:
                 self.line = None if self.line is line else self.line
+                self.ended[line.number] = self.now()
                 self.changed.notify_all()
 
     def handle(self, call: Call) -> Answer:
@@ -10794,8 +10800,8 @@ class FakeGateway(Peer):
         with self.lock:
             self.moods += [(where, what)] * times
 
-    def mood(self, text: str) -> Mood:
-        """Return what shall go wrong with this frame; a test may put another function here."""
+    def next_mood(self, text: str) -> Mood:
+        """Return what shall go wrong with this frame."""
         for number, (where, what) in enumerate(self.moods):
             if all(word in text for word in where.split()):
                 del self.moods[number]
@@ -10832,7 +10838,17 @@ class FakeGateway(Peer):
             self.changed.wait_for(lambda: self.line, 10)
             if self.line:
                 self._origins[req_id] = (self.line.number, chat, cmd, now)
-        self.write({"cmd": cmd, "headers": {"req_id": req_id}, "body": body})
+        frame = {"cmd": cmd, "headers": {"req_id": req_id}, "body": body}
+        data = json.dumps(frame, ensure_ascii=False).encode()
+        if self.fragments:
+            data = data.replace(b'"body"', b'\x07"body\x0b"')
+            pieces = [bytes([byte]) for byte in data]
+            self.write(pieces[0], TEXT, False)
+            for piece in pieces[1:]:
+                self.write(b"between", PING)
+                self.write(piece, 0, False)
+            data = b""
+        self.write(data, 0 if self.fragments else TEXT)
         return req_id
 
     def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, str]:
@@ -10885,6 +10901,12 @@ class FakeGateway(Peer):
             seen = "\n---\n".join(self.texts(chat)) or "nothing"
             raise TimeoutError(f"{chat} has no message with {wanted!r}; seen: {seen}")
         return message
+
+    def is_doubtful(self, message: ChatMessage) -> bool:
+        """Tell whether the client could not know that this message was taken as it is now."""
+        when = message.shown[-1][0]
+        lost = any(frame.time == when for frame in self.lost_acks)
+        return lost or self.ended.get(message.connection, math.inf) < when + 1
 
     def commands(self, where: str = "") -> list[Frame]:
         """Return the frames in whose command and body all words of `where` occur."""
@@ -11121,6 +11143,857 @@ def test_tencents_client_meets_an_unkind_gateway() -> None:
         gateway.fail("GET /", (502, {}, b"<html>"))
         with Judge(gateway) as judge:
             assert judge.tells("error", "Unexpected server response: 502")
+
+
+# -- stories: what is typed, what is seen
+
+CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
+SCALED = """
+for name in ("ROBOT_STREAM_SECONDS", "REFRESH_SECONDS", "ACK_SECONDS", "ROBOT_PING_SECONDS"):
+    if name in os.environ:
+        setattr(wxsync, name, float(os.environ[name]))
+settings ="""
+
+
+@functools.cache
+def robot_script() -> Path:
+    """Return the path of QUICK, in which the environment may also shorten the robot's patience."""
+    script = quick_script().with_name("robot.py")
+    script.write_text(quick_script().read_text().replace("\nsettings =", SCALED, 1))
+    return script
+
+
+class RobotWorld(World):
+    """A world whose chat is the robot's. `both` leaves the callback's settings in.
+
+    Leaving it checks that no fake saw anything wrong, that the log is calm and tells no secret.
+    """
+
+    def __init__(
+        self, runner: Runner | None = None, both: bool = False, /, **settings: str
+    ) -> None:
+        own = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1"}
+        super().__init__(robot_script(), runner or PlayedRunner(0.01), own | settings)
+        self.both, self.gateway = both, FakeGateway()
+
+    def defaults(self) -> dict[str, str]:
+        gateway, common = self.gateway, super().defaults()
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret, "BOT_URL": gateway.ws_url}
+        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
+
+    def prepare(self) -> Self:
+        self._stack.enter_context(self.gateway)
+        return super().prepare()
+
+    def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
+        """Type `text`, return the message that answers it and goes on living."""
+        req_id = self.gateway.say(text, user, group)
+        return self.gateway.hear(lambda m: m.req_id == req_id, group or user)
+
+    def result(self, chat: str = "alice", wanted: str = "成功 1 / 1") -> ChatMessage:
+        """Return the first finished message in a chat that holds `wanted`."""
+        return self.gateway.hear(lambda m: m.finished and wanted in m.text, chat, 20)
+
+    def pushed(self, wanted: str, chat: str = "alice") -> ChatMessage:
+        return self.gateway.hear(lambda m: not m.req_id and wanted in m.text, chat, 20)
+
+    def is_up(self) -> bool:
+        return bool(self.service.health()["bot"] == "up")
+
+    def is_idle(self) -> bool:
+        health = self.service.health()
+        return bool(health["running"] == health["queued"] == 0)
+
+    def pass_time(self, seconds: float) -> None:
+        """Set the gateway's clock forward, then the service's."""
+        self.gateway.ahead += seconds
+        file = self.service.state_dir / "clock"
+        file.with_suffix(".new").write_text(str(self.gateway.ahead))
+        file.with_suffix(".new").replace(file)
+
+    def count_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
+        """See that a result is there, and twice only where an acknowledgement was lost."""
+        copies = [m for m in self.gateway.messages if m.chat == chat and wanted in m.text]
+        assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
+        sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
+        assert not sure, f"{chat} got it again: {sure}"
+        COUNTS["accepted"] += 1
+        COUNTS["delivered"] += 1
+        COUNTS["doubled"] += len(copies) - 1
+
+    def broken(self) -> list[str]:
+        return super().broken() + self.gateway.errors + self.gateway.violations
+
+    def secret_values(self) -> list[str]:
+        kept = [self.service.settings.get(name, "") for name in ("BOT_SECRET", "GITHUB_TOKEN")]
+        return kept + (super().secret_values() if self.both else [])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        log = self.service.log
+        super().__exit__(kind, value, trace)
+        if not kind:
+            assert self.broken() == [] and is_calm(log)
+            assert not [secret for secret in self.secret_values() if secret in log]
+
+
+def code_and_rest(text: str) -> tuple[str, str]:
+    """Return what stands in code (``` blocks, spans between backticks), and all other markdown."""
+    code, rest, inside = list[str](), list[str](), False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif inside:
+            code.append(line)
+        else:
+            code += [span for _, span in re.findall(r"(`+)(.+?)\1(?!`)", line)]
+            rest.append(re.sub(r"(`+)(.+?)\1(?!`)", "", line))
+    return "\n".join(code), "\n".join(rest)
+
+
+@pytest.fixture(scope="module")
+def shared_robot() -> Iterator[RobotWorld]:
+    with RobotWorld(SlowRunner()) as world:
+        yield world
+
+
+PEOPLE = (f"person{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def robot(shared_robot: RobotWorld) -> Iterator[RobotWorld]:
+    """A world that many tests use: each with a person of its own (`next(PEOPLE)`)."""
+    yield shared_robot
+    shared_robot.gateway.moods.clear()
+    assert wait_until(shared_robot.is_idle) and wait_until(shared_robot.is_up)
+
+
+def test_one_message_that_lives() -> None:
+    """Confirmed within 2 s, being on disk; then how far it is, then the result, in one message."""
+    runner, on_disk = SlowRunner(), list[bool]()
+    runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
+    with RobotWorld(runner) as world:
+
+        def look(text: str) -> Mood:
+            if "aibot_respond_msg" in text:
+                state = (world.service.state_dir / "wxsync.state").read_text()
+                on_disk.append("nosuch:1" in state)
+            return None
+
+        world.gateway.mood, begun = look, time.monotonic()
+        message = world.ask("a:1, b:1, nosuch:1, slow/c:1, slow/d:1")
+        assert time.monotonic() - begun < 2 and on_disk[0]
+        confirmation = code_and_rest(message.text)[0]
+        assert f"{PREFIX}/slow_d:1" in confirmation and "共 5 个镜像" in message.text
+        assert wait_until(lambda: "3 / 5" in message.text), message.text
+        names = code_and_rest(message.text)[0]
+        assert re.search("[▓█■▰]+[░□▱]", message.text)
+        assert [name in names for name in ("a:1", "b:1", "nosuch:1")] == [True] * 3
+        frames = len(world.gateway.frames)
+        time.sleep(1)  # five times REFRESH_SECONDS
+        assert len(world.gateway.frames) == frames and not message.finished
+        runner.go.set()
+        assert world.result(wanted="成功 4 / 5") is message
+        block = message.text.split("```")[1].splitlines()
+        assert f"docker pull {PREFIX}/a:1" in block and "nosuch:1" in code_and_rest(message.text)[0]
+        assert world.gateway.messages == [message]
+        assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
+
+
+def test_refreshes_keep_their_distance() -> None:
+    """However fast jobs end, a message is refreshed once in REFRESH_SECONDS, and when changed."""
+    with RobotWorld(PlayedRunner(0.1, concurrent=1), REFRESH_SECONDS="0.5") as world:
+        message = world.ask(", ".join(f"app{number}:1" for number in range(20)))
+        world.result(wanted="成功 20 / 20")
+        times, texts = zip(*message.shown, strict=True)
+        assert all(b - a > 0.4 for a, b in itertools.pairwise(times[1:-1])), times
+        assert len(times) >= 4 and all(a != b for a, b in itertools.pairwise(texts))
+
+
+AT_ONCE = {
+    "help": "使用说明",
+    "你好，在吗": "使用说明",
+    "状态": "状态",
+    "列表": "",
+    "重试": "",
+    "取消": "",
+    "nginx": "nginx:latest",
+    "Nginx:1": "nginx:1",
+}
+
+
+@pytest.mark.parametrize("text", AT_ONCE)
+def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld, text: str) -> None:
+    """Commands, talk and refusals: said once, for good."""
+    user = next(PEOPLE)
+    message = robot.ask(text, user)
+    assert message.finished and AT_ONCE[text] in message.text and len(message.shown) == 1
+    time.sleep(0.1)
+    assert robot.gateway.texts(user) == [message.text]
+
+
+TYPED = (
+    "[evil](http://evil.example):1",
+    "[evil]: http://evil.example",
+    "<@evil>:1, nginx:1",
+    "# evil:1\n> evil:1 x",
+    "**evil**/X:1",
+    "evil` <@evil> ``[evil](http://evil.example)`/x:1",
+    "```\nevil:1 x\n```\n<@evil>:1",
+    "http://evil.example/`<@evil>`",
+    "evil.example/a__b__c/d_e:1",
+    "evil:1, x=>:1\u2028# evil",
+)
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_nothing_typed_becomes_markdown(robot: RobotWorld, text: str) -> None:
+    """What a person typed is code or is left out: no link, no mention, no heading."""
+    user = next(PEOPLE)
+    robot.ask(text, user)
+    assert wait_until(lambda: all(m.finished for m in robot.gateway.messages if m.chat == user))
+    shown = [s for m in robot.gateway.messages if m.chat == user for _, s in m.shown]
+    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+
+
+def test_nothing_a_run_says_becomes_markdown() -> None:
+    """What a registry said is foreign, too."""
+    detail = "wxsync: failed error `[evil](http://evil.example) <@evil> **evil**"
+    with RobotWorld(
+        PlayedRunner(0.01, {"x:1": detail, "y:1": detail.replace("`", "```")})
+    ) as world:
+        world.ask("x:1, y:1")
+        assert "evil" not in code_and_rest(world.result(wanted="成功 0 / 2").text)[1]
+
+
+def test_a_long_result_is_cut_into_messages_that_fit() -> None:
+    """At most 20,480 bytes each, ten in all; none of 256 failures is left out."""
+    names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
+    runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
+    with RobotWorld(runner) as world:
+        world.ask("\n".join(names))
+        world.result(wanted="成功 0 / 250")
+        told = wait_until(lambda: not [n for n in names if n not in "".join(world.gateway.texts())])
+        assert told and len(world.gateway.messages) <= 10
+
+
+MENTIONS = (
+    "@同步 g1:1",
+    "@镜像 小助手 g2:1",
+    "@my mirror bot g3:1",
+    "@助手\u2005g4:1",
+    "@助手\ng5:1",
+    "@助手 docker pull g6:1",
+    "@助手 g7:1 => other:1",
+)
+
+
+@pytest.mark.parametrize("text", MENTIONS)
+def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld, text: str) -> None:
+    """The robot's name is no part of the text; the result names in its first line who asked."""
+    user, group = next(PEOPLE), f"group-{next(PEOPLE)}"
+    robot.ask(text, user, group)
+    result = robot.result(group)
+    assert user in result.text.splitlines()[0] and robot.gateway.texts(user) == []
+    assert re.findall(r"g\d:1", text)[0] in robot.github.dispatches[-1].inputs["images"]
+    for word, wanted in (("状态", "状态"), ("help", "使用说明")):
+        assert wanted in robot.ask(f"@Mirror Bot {word}", user, group).text
+
+
+@pytest.mark.parametrize("limit", ["SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"])
+def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
+    """⏰ ends it with what is done so far, also while it waits; the result is a message of its own."""
+    runner = SlowRunner()
+    with RobotWorld(runner, **{limit: "1"}) as world:
+        message = world.ask("slow/a:1, b:1", group="G1")
+        other = world.ask("slow/c:1", "bob")
+        assert wait_until(lambda: message.finished and other.finished, 5)
+        assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
+        runner.go.set()
+        assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
+        assert world.pushed("成功 1 / 1", "bob")
+        assert len(world.gateway.messages) == 4
+
+
+def test_a_stream_that_is_too_old_is_left_alone() -> None:
+    """846608 comes earlier than our own clock says: the rest goes by aibot_send_msg."""
+    runner = SlowRunner()
+    with RobotWorld(runner) as world:
+        world.ask("slow/a:1")
+        world.gateway.ahead = 400
+        runner.go.set()
+        world.pushed("成功 1 / 1")
+
+
+# -- what is sent must arrive
+
+MOODS: dict[str, Mood] = {
+    "refused": 846605,
+    "refused as too old": 846608,
+    "refused oddly": -1,
+    "ignored": "ignore",
+    "not acknowledged": "swallow",
+    "acknowledged late": 3.0,
+    "cut off before it is taken": "cut",
+    "cut off after it is taken": "lost",
+}
+
+
+@pytest.mark.parametrize("name", MOODS)
+@pytest.mark.parametrize("what", ["help", "confirmation", "result", "push"])
+def test_what_is_not_acknowledged_is_pushed(robot: RobotWorld, what: str, name: str) -> None:
+    """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
+    user, text, wanted = next(PEOPLE), f"{next(PEOPLE)}:1", "成功 1 / 1"
+    if what == "help":
+        text, wanted = "help", "使用说明"
+    if what == "push":
+        robot.gateway.unkind('"finish":true', "ignore")
+        robot.gateway.unkind("aibot_send_msg", MOODS[name])
+    else:
+        finish = "false" if what == "confirmation" else "true"
+        robot.gateway.unkind(f'"finish":{finish}', MOODS[name])
+    robot.gateway.say(text, user)
+    if what == "confirmation":
+        robot.gateway.hear(lambda m: any("共 1 个镜像" in text for _, text in m.shown), user)
+        robot.result(user)
+    else:
+        robot.pushed(wanted, user)
+    assert wait_until(robot.is_idle)
+    assert wait_until(lambda: not robot.gateway.moods)
+    time.sleep(0.2)
+    robot.count_copies(user, wanted)
+
+
+@early
+def test_the_line_may_break_at_every_frame() -> None:
+    """At the n-th frame, and at each of the first n: confirmation, refresh, result, push, login."""
+    with RobotWorld() as world:
+        for number, what, again in itertools.product(range(4), ("cut", "lost"), (False, True)):
+            frames, user = itertools.count(), next(PEOPLE)
+
+            def mood(
+                text: str,
+                what: str = what,
+                again: bool = again,
+                frames: Any = frames,
+                last: int = number,
+            ) -> Mood:
+                now = next(frames)
+                return what if now == last or (again and now < last) else None
+
+            world.gateway.mood = mood
+            world.gateway.say(f"{user}:1", user)
+            world.result(user)
+            assert wait_until(world.is_idle)
+            COUNTS["cut"] += 1
+        time.sleep(1.5)  # what is not acknowledged after ACK_SECONDS goes once more
+        for user in {message.chat for message in world.gateway.messages}:
+            world.count_copies(user)
+
+
+ROBOT_KILLS = [step for step in KILLS if step[0] == "github"]
+ROBOT_KILLS += [("gateway", str(frame), when) for frame in (0, 1) for when in ("before", "after")]
+
+
+def check_robot_kill(step: tuple[str, str, str]) -> None:
+    """Kill the service at this call or frame of an image request, and start it again."""
+    who, where, when = step
+    world, frames = RobotWorld(), itertools.count()
+    world.github = github = HeldGitHub(runner=PlayedRunner(0.01))
+
+    def mood(text: str) -> Mood:
+        if next(frames) != int(where):
+            return None
+        world.service.kill()
+        return "cut" if when == "before" else "lost"
+
+    with world:
+        assert wait_until(world.is_up)
+        if who == "gateway":
+            world.gateway.mood = mood
+        elif when == "after":
+            github.hold = where
+        else:
+            github.fail(where, "hang")
+        world.gateway.say("nginx:latest")
+        if who == "github":
+            assert wait_until(lambda: github.calls_to(where) and not github.hold), step
+        else:
+            assert wait_until(lambda: not world.service.alive()), step
+        world.service.restart()
+        world.result()
+        assert wait_until(world.is_idle), step
+        time.sleep(0.2)
+        world.count_copies("alice")
+        assert (len(github.commits), len(github.dispatches)) == (1, 1), step
+    COUNTS["kill -9"] += 1
+
+
+@early
+def test_killed_at_any_step_the_robot_answers() -> None:
+    """One commit, one run, and the result by aibot_send_msg after the restart."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check_robot_kill, ROBOT_KILLS))
+
+
+@early
+def test_random_kills_and_cuts_lose_nothing() -> None:
+    """What was accepted is answered; twice only where an acknowledgement was lost."""
+    seed, lives = secrets.randbits(32), 400 if LONG else 40
+    chance, moods = random.Random(seed), [m for m in MOODS.values() if isinstance(m, str)]
+    with RobotWorld(QUEUE_SIZE="1000") as world:
+        gateway = world.gateway
+        gateway.mood = lambda text: chance.choice(moods) if chance.random() < 0.1 else None
+        for life in range(lives):
+            end = world.service.kill if life % 2 else gateway.cut
+            timer = threading.Timer(chance.uniform(0, 0.4), end)
+            timer.start()
+            while True:  # as a person does who sees no answer
+                with suppress(OSError):
+                    gateway.say(f"app{life}:1", f"user{life}", msgid=f"m{life}")
+                if wait_until(lambda life=life: gateway.texts(f"user{life}"), 1.5):  # type: ignore[misc]
+                    break
+                if not world.service.alive():
+                    world.service.start()
+            timer.join()
+            if not world.service.alive():
+                world.service.start()
+        gateway.mood = lambda text: None
+        for life in range(lives):
+            gateway.hear("成功 1 / 1", f"user{life}", 30)
+        time.sleep(2)
+        for life in range(lives):
+            world.count_copies(f"user{life}")
+        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
+        assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
+    COUNTS["kill -9"] += lives // 2
+    COUNTS["cut"] += lives // 2
+
+
+@early
+def test_a_gateway_that_is_away_for_a_while() -> None:
+    """Closed or silent, at the start or in a run: /health says so, and all arrives later."""
+    for silent in (False, True):
+        runner = SlowRunner()
+        with RobotWorld(runner) as world:
+            gateway = world.gateway
+            world.ask("slow/a:1")
+            gateway.hang = silent
+            (gateway.cut if silent else gateway.stop)()
+            assert wait_until(lambda: not world.is_up())
+            runner.go.set()
+            assert wait_until(lambda: world.github.runs and world.github.runs[0].completed)
+            time.sleep(0.5)
+            world.service.restart()
+            assert (world.service.health()["status"], world.is_up()) == ("degraded", False)
+            gateway.hang = False
+            (gateway.cut if silent else gateway.start)()
+            world.pushed("成功 1 / 1")
+            assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
+
+
+@early
+def test_a_line_that_is_dead_is_noticed() -> None:
+    """Two pings without an answer: connected anew. WebSocket's own pings prove nothing."""
+    with RobotWorld(ROBOT_PING_SECONDS="0.2") as world:
+        world.gateway.unkind('"cmd":"ping"', "ignore", 2)
+        assert wait_until(lambda: len(world.gateway.subscriptions) == 2)
+        world.gateway.moods.clear()
+        begun, before = time.monotonic(), len(world.gateway.commands("ping"))
+        assert wait_until(lambda: len(world.gateway.commands("ping")) >= before + 5)
+        assert 0.7 < time.monotonic() - begun < 4 and len(world.gateway.subscriptions) == 2
+
+
+def waits(world: RobotWorld, expected: Sequence[float], scale: float = 0.004) -> None:
+    """See that subscriptions come at these distances, in seconds of the service."""
+    assert wait_until(lambda: len(world.gateway.subscriptions) > len(expected), 15)
+    times = [when for when, _ in world.gateway.subscriptions[: len(expected) + 1]]
+    found = [(b - a) / scale for a, b in itertools.pairwise(times)]
+    assert all(0.9 * e < f < 1.1 * e + 200 for e, f in zip(expected, found, strict=True)), found
+
+
+@early
+def test_a_wrong_secret_is_told_and_tried_again() -> None:
+    """After 1 and 5 minutes, then every 10; the log has the errcode, /health says "down"."""
+    with RobotWorld(BOT_SECRET="another-secret-1f2e3d", SCALE="0.004") as world:
+        waits(world, [60, 300, 600, 600])
+        assert "853000" in world.service.log and not world.is_up()
+        world.gateway.secret = "another-secret-1f2e3d"
+        assert wait_until(world.is_up)
+
+
+@early
+def test_another_program_takes_the_robot_over() -> None:
+    """Said in the log and in /health; tried again after 10 minutes, and then all arrives."""
+    runner = SlowRunner()
+    with RobotWorld(runner, SCALE="0.004") as world:
+        world.ask("slow/a:1")
+        world.gateway.subscriptions[0] = (world.gateway.now(), 0)
+        world.gateway.throw_out()
+        assert wait_until(lambda: not world.is_up()) and "另一个" in world.service.log
+        runner.go.set()
+        waits(world, [600])
+        world.pushed("成功 1 / 1")
+
+
+def test_sigterm_ends_it_with_the_line_open() -> None:
+    """Within 2 s, also while an acknowledgement is waited for; the answer follows."""
+    with RobotWorld() as world:
+        world.gateway.unkind('"finish":true', "swallow", 5)
+        world.gateway.say("nginx:1")
+        assert wait_until(lambda: world.gateway.lost_acks)
+        code, seconds = world.service.terminate()
+        assert code == 0 and seconds < 2
+        world.service.start()
+        world.pushed("成功 1 / 1")
+
+
+# -- other messages and events
+
+
+def test_whoever_enters_is_welcomed(robot: RobotWorld) -> None:
+    """With the help, in time; other events are met with silence."""
+    user = next(PEOPLE)
+    robot.gateway.event("enter_chat", user)
+    welcome = robot.gateway.hear("使用说明", user, 5)
+    for event in ("template_card_event", "feedback_event", "of_tomorrow"):
+        robot.gateway.event(event, user)
+    time.sleep(0.2)
+    assert robot.gateway.texts(user) == [welcome.text]
+    assert robot.gateway.commands("aibot_respond_welcome_msg")
+
+
+PICTURE = {"url": "http://127.0.0.1:1/a", "aeskey": "x"}
+OTHER_KINDS: dict[str, tuple[str, object, str]] = {
+    "voice": ("voice", {"content": "voice:1"}, "共 1 个镜像"),
+    "voice, a command": ("voice", {"content": "状态。"}, "状态"),
+    "mixed": (
+        "mixed",
+        {
+            "msg_item": [
+                {"msgtype": "image", "image": PICTURE},
+                {"msgtype": "text", "text": {"content": "mixed:1"}},
+            ]
+        },
+        "共 1 个镜像",
+    ),
+    "mixed, pictures only": ("mixed", {"msg_item": [{"msgtype": "image", "image": PICTURE}]}, ""),
+    "mixed, odd": ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
+    "image": ("image", PICTURE, ""),
+    "video": ("video", PICTURE, ""),
+    "unknown": ("of_tomorrow", {"content": "nginx:1"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld, name: str) -> None:
+    """A picture, a film: one finished stream about what is understood, and nothing happens."""
+    user, (kind, body, wanted), before = next(PEOPLE), OTHER_KINDS[name], len(robot.github.calls)
+    robot.gateway.say_kind(kind, body, user)
+    message = robot.gateway.hear(lambda m: wanted in m.shown[0][1], user)
+    if wanted.startswith("共"):
+        robot.result(user)
+    else:
+        assert message.finished and len(robot.github.calls) == before
+
+
+FULL = 256 << 10
+TEXT_FILES: dict[str, tuple[bytes, str]] = {
+    "compose": (b"services:\n  web:\n    image: file1:1 # x\n", "file1:1"),
+    "list, as Windows writes it": ("\ufefffile2:1\r\nfile3:1\r\n".encode(), "file3:1"),
+    "256 KiB": (b"image: file4:1\n".ljust(FULL, b"#"), "file4:1"),
+    "more than 256 KiB": (b"image: file5:1\n".ljust(FULL + 1, b"#"), ""),
+    "no text": (b"\x89PNG\r\n\x1a\n\0\xff", ""),
+    "empty": (b"", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def files() -> Iterator[RobotWorld]:
+    with RobotWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="1") as world:
+        yield world
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_a_text_file_is_read_like_a_paste(files: RobotWorld, name: str) -> None:
+    """Decrypted as WeCom says; what is too large or no text gets a word."""
+    user, (data, wanted) = next(PEOPLE), TEXT_FILES[name]
+    files.gateway.say_kind("file", files.gateway.share(data), user)
+    message = files.gateway.hear("", user)
+    assert wanted in message.shown[0][1]
+    if wanted:
+        files.result(user, "成功")
+    else:
+        assert wait_until(lambda: message.finished) and files.is_idle()
+
+
+ODD_FILES: dict[str, dict[str, object]] = {
+    "another key": {"aeskey": base64.b64encode(b"x" * 32).decode()},
+    "a bad key": {"aeskey": "x"},
+    "no key": {"aeskey": None},
+    "no address": {"url": None},
+    "not there": {"url": "http://127.0.0.1:1/"},
+    "no web address": {"url": "file:///etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("name", [*ODD_FILES, "reset", "short", "big", "expired"])
+def test_a_file_that_cannot_be_read_gets_a_word(files: RobotWorld, name: str) -> None:
+    """Whatever is wrong with it, its sender hears."""
+    user, gateway = next(PEOPLE), files.gateway
+    body = gateway.share(b"nginx:1") | ODD_FILES.get(name, {})
+    if name == "expired":
+        gateway.ahead += 301
+    elif name not in ODD_FILES:
+        gateway.fail("GET /file/", name, 5)
+    gateway.say_kind("file", body, user)
+    message = gateway.hear(lambda m: m.finished, user, 20)
+    gateway.faults.clear()
+    assert message.text and not [d for d in files.github.dispatches if "nginx:1" in str(d)]
+
+
+def test_repeats_get_nothing_twice() -> None:
+    """By msgid, at once and after kill -9; another message with the same text is another."""
+    with RobotWorld() as world:
+        for text in ("nginx:1", "help"):
+            for _ in range(2):
+                world.gateway.say(text, msgid=f"m-{text}")
+        world.result()
+        assert wait_until(world.is_idle)
+        world.service.restart()
+        world.gateway.say("nginx:1", msgid="m-nginx:1")
+        time.sleep(0.3)
+        assert len(world.gateway.messages) == 2 and len(world.github.dispatches) == 1
+        world.gateway.say("nginx:1", msgid="another")
+        assert wait_until(lambda: len(world.github.dispatches) == 2)
+
+
+def test_a_stranger_gets_one_refusal_in_chat_and_group() -> None:
+    """ALLOWED_USERS holds for the robot, too."""
+    with RobotWorld(ALLOWED_USERS="alice") as world:
+        for group in ("", "G1"):
+            message = world.ask("@bot nginx:1" if group else "nginx:1", "bob", group)
+            assert message.finished and "共 1 个镜像" not in message.text
+        world.ask("@bot redis:1", "alice", "G1")
+        world.result("G1")
+        assert len(world.github.dispatches) == 1
+
+
+# -- rates
+
+
+@early
+def test_a_burst_breaks_no_limit_and_each_is_answered() -> None:
+    """40 messages from one person: 28 answers in the first minute, 12 in the next."""
+    with RobotWorld() as world:
+        asked = {world.gateway.say("状态") for _ in range(40)}
+        assert wait_until(lambda: len(world.gateway.messages) == 28)
+        time.sleep(1)
+        assert len(world.gateway.messages) == 28
+        world.pass_time(61)
+        assert wait_until(lambda: len(world.gateway.messages) == 40, 75)
+        assert {message.req_id for message in world.gateway.messages} <= asked | {""}
+
+
+@early
+def test_refreshes_give_way() -> None:
+    """A message that changes all the time leaves room for its own result and for an answer."""
+    with RobotWorld(PlayedRunner(0.05, concurrent=1), REFRESH_SECONDS="0.01") as world:
+        message = world.ask(", ".join(f"app{number}:1" for number in range(80)))
+        assert wait_until(lambda: "60 / 80" in message.text or len(message.shown) > 20)
+        assert "状态" in world.ask("状态").text
+        assert world.result(wanted="成功 80 / 80").time < world.gateway.now() - 3
+
+
+@in_long_mode
+def test_an_hour_has_950_messages() -> None:
+    """More wait, whatever each minute allows."""
+    with RobotWorld() as world:
+        for _ in range(36):
+            for _ in range(28):
+                world.gateway.say("状态")
+            wait_until(lambda: len(world.gateway.messages) % 28 == 0, 1)
+            world.pass_time(61)
+        assert wait_until(lambda: len(world.gateway.messages) == 950)
+        world.pass_time(3600)
+        assert wait_until(lambda: len(world.gateway.messages) == 36 * 28)
+
+
+# -- garbage
+
+
+def odd_message(**more: object) -> bytes:
+    """Return a message in which something is odd."""
+    body: dict[str, object] = {"msgid": "odd", "chattype": "single", "msgtype": "text"}
+    body |= {"from": {"userid": "odd"}}
+    body |= {"text": {"content": "nginx:1"}} | more
+    frame = {"cmd": "aibot_msg_callback", "headers": {"req_id": "odd"}, "body": body}
+    return json.dumps(frame).encode()
+
+
+ODD_FRAMES: dict[str, tuple[bytes, int]] = {
+    **{repr(data[:12]): (data, TEXT) for data in (b"", b"junk", b"null", b"[1]", b'"x"', b"\xff")},
+    "deep": (b"[" * 100_000, TEXT),
+    "unknown command": (b'{"cmd": "aibot_of_tomorrow", "headers": {}, "body": 5}', TEXT),
+    "command is a number": (b'{"cmd": 5, "headers": [], "errcode": {}}', TEXT),
+    "nothing inside": (b'{"cmd": "aibot_msg_callback"}', TEXT),
+    "event without event": (b'{"cmd": "aibot_event_callback", "headers": {}, "body": {}}', TEXT),
+    "a stray answer": (b'{"headers": {"req_id": "x"}, "errcode": 1e999}', TEXT),
+    "nobody": (odd_message(**{"from": None}), TEXT),
+    "somebody odd": (odd_message(**{"from": {"userid": "../x\n" * 9000}}), TEXT),
+    "half a character": (odd_message(text={"content": "\ud800:1"}), TEXT),
+    "text is a list": (odd_message(text=["nginx:1"]), TEXT),
+    "no id": (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    "binary": (b"\0\1\2", BINARY),
+    "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
+    "endless length": (b"\x81\x7f\x7f" + b"\xff" * 7, -1),
+    "masked": (b"\x81\x81abcdx", -1),
+    "reserved opcode": (b"\x83\0", -1),
+    "reserved bit": (b"\xf1\0", -1),
+    "continued from nothing": (b"\x80\x01x", -1),
+    "a text in a text": (b"\x01\x01{\x81\x02{}", -1),
+    "fragmented ping": (b"\x09\0", -1),
+    "long ping": (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
+    "half a close": (b"\x88\x01x", -1),
+    "empty fragments": (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),
+    "fragments over 1 MiB": (
+        b"\x01\0" + (b"\0\x7f" + struct.pack(">Q", 1 << 16) + bytes(1 << 16)) * 17,
+        -1,
+    ),
+    "ping": (b"x" * 125, PING),
+    "pong": (b"x", PONG),
+    "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
+}
+ODD_HANDSHAKES: dict[str, What] = {
+    "502": (502, {}, b"<html>"),
+    "redirect": (302, {"Location": "http://evil.example/"}, b""),
+    "wrong key": (101, {"Upgrade": "websocket", "Connection": "Upgrade"}, b""),
+    "200": (200, {}, b"x" * 100_000),
+    **{name: name for name in ("reset", "garbage", "drip", "big")},
+}
+
+
+def test_garbage_does_not_end_the_service() -> None:
+    """Whatever the gateway sends: the next message is answered, on this line or a new one."""
+    with RobotWorld() as world:
+        assert wait_until(world.is_up)
+        for name, (data, opcode) in ODD_FRAMES.items():
+            with suppress(OSError):  # it may hang up before it has all
+                world.gateway.write(data, opcode)
+            time.sleep(0.05)
+            world.gateway.cut()  # so that what comes next meets a line that is whole
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+        for name, what in ODD_HANDSHAKES.items():
+            world.gateway.fail("GET /", what)
+            world.gateway.cut()
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+        assert world.service.healthy() and len(world.github.dispatches) <= 2
+        COUNTS["faults"] += len(ODD_FRAMES) + len(ODD_HANDSHAKES)
+
+
+@pytest.mark.parametrize("opcode", ["harmless", "fragments"])
+def test_harmless_frames_leave_the_line_open(robot: RobotWorld, opcode: str) -> None:
+    """Pings between fragments, control characters in JSON, unknown commands: nothing is lost."""
+    user, logins = next(PEOPLE), len(robot.gateway.subscriptions)
+    robot.gateway.fragments = opcode == "fragments"
+    for name in ("unknown command", "'junk'", "a stray answer", "ping", "pong"):
+        if name in ODD_FRAMES:
+            robot.gateway.write(*ODD_FRAMES[name])
+    assert "使用说明" in robot.ask("帮助：这是什么？", user).text
+    robot.gateway.fragments = False
+    assert len(robot.gateway.subscriptions) == logins
+
+
+# -- settings, commands, the other entrance
+
+
+def test_with_the_robot_alone_http_serves_health_only(robot: RobotWorld) -> None:
+    """The callback's path is 404, and `send` says which settings it needs."""
+    assert robot.service.health()["bot"] == "up"
+    for method in ("GET", "POST"):
+        url = f"{robot.service.callback_url}?msg_signature=x&timestamp=1&nonce=1&echostr=x"
+        assert http_request(method, url, b"<xml/>").status == 404
+    got = robot.service.command("send", "help")
+    assert got.returncode == 1 and "TOKEN" in got.stdout + got.stderr
+
+
+def test_both_entrances_side_by_side() -> None:
+    """Each is answered where it came in."""
+    with RobotWorld(None, True) as world:
+        assert "共 1 个镜像" in world.say("a:1", "bob")
+        world.ask("b:1")
+        assert "a:1" in hear(world, "bob", "成功 1 / 1") and "b:1" in world.result().text
+        assert world.gateway.texts("bob") == [] and world.wecom.messages_for("alice") == []
+
+
+def test_the_robot_goes_past_every_proxy() -> None:
+    """A proxy that is down holds GitHub up, not the robot."""
+    dead = "http://127.0.0.1:1"
+    with RobotWorld(PROXY_URL=dead, NO_PROXY_DOMAINS="x.example", HTTPS_PROXY=dead) as world:
+        assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
+
+
+def test_the_gateways_certificate_is_checked(tmp_path: Path) -> None:
+    """An unknown one is shown nothing, not even the handshake."""
+    need(missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    for trust in ("", str(certificate)):
+        with Source(tls=context) as server:
+            more = {"BOT_URL": f"wss://127.0.0.1:{server.port}", "SSL_CERT_FILE": trust}
+            with RobotWorld(**more) as world:
+                wanted = "404" if trust else "证书"
+                assert wait_until(lambda wanted=wanted, world=world: wanted in world.service.log)  # type: ignore[misc]
+                assert bool(server.calls) == bool(trust) and not world.is_up()
+
+
+def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
+    """A second connection would throw the first out: beside a service it asks /health."""
+    with closing(RobotWorld(DOCKER_REGISTRY="127.0.0.1:1").prepare()) as world:
+        for secret, mark in ((world.gateway.secret, "✅"), ("wrong-secret-1f2e", "❌")):
+            world.service.settings["BOT_SECRET"] = secret
+            said = world.service.command("check").stdout
+            (line,) = [line for line in said.splitlines() if line[2:].strip().startswith("机器人")]
+            assert line.startswith(mark) and ("853000" in line) == (mark == "❌")
+        assert wait_until(lambda: not world.gateway.line)
+        world.service.settings["BOT_SECRET"] = world.gateway.secret
+        world.service.start()
+        assert wait_until(world.is_up) and "机器人" in world.service.command("check").stdout
+        assert [code for _, code in world.gateway.subscriptions] == [0, 853000, 0] and world.is_up()
+
+
+ROBOT = {"BOT_ID": "aib0123456789", "BOT_SECRET": "bot-secret-0123456789"}
+OTHERS = {name: value for name, value in ENOUGH.items() if name not in CALLBACK}
+GROUPS: dict[str, tuple[dict[str, str], set[str]]] = {
+    "robot": (ROBOT, set()),
+    "callback": (ENOUGH, set()),
+    "both": (ENOUGH | ROBOT, set()),
+    "half a robot": ({"BOT_ID": "aib0123456789"}, {"BOT_SECRET"}),
+    "half a callback": ({"CORP_ID": "ww0123456789abcdef"}, set(CALLBACK) - {"CORP_ID"}),
+    "robot and half a callback": (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
+    "callback and half a robot": (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
+    "a placeholder": (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
+    "ws to a stranger": (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
+    "https": (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
+    "wss": (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
+    "ws to itself": (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_either_entrance_is_enough_and_a_begun_one_must_be_whole(name: str) -> None:
+    """What is missing of a begun group is named, nothing else."""
+    settings, wanted = GROUPS[name]
+    assert set(names_in(problems_of(OTHERS | settings))) == wanted
+
+
+def test_without_an_entrance_both_are_offered() -> None:
+    """The two values first: they are the easier way."""
+    said = "\n".join(problems_of(OTHERS))
+    assert [name for name in ("BOT_ID", "BOT_SECRET", *CALLBACK) if name not in said] == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -11629,14 +12502,14 @@ def test_github_cannot_make_us_tell_the_token() -> None:
         search(world, {}, [])
 
 
-EVIL = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+MARKUP = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
 
 
 def test_users_cannot_forge_log_lines() -> None:
     """Newlines, escapes and direction marks in what users type stay inside their line."""
     with quick() as world:
         forged = "2026-01-01 00:00:00 ERROR forged"
-        for evil in EVIL:
+        for evil in MARKUP:
             for text in (
                 f"nginx:1{evil}{forged}",
                 f"https://example.com/{evil}{forged}",
