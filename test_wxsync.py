@@ -8500,7 +8500,9 @@ def test_plain_links(depot: RelayWorld) -> None:
 def test_form_of_links(seconds: str, form: str) -> None:
     """At QingStor itself, the bucket and the zone stand before the host."""
     settings = load(QINGSTOR_LINK_SECONDS=seconds)
-    store = wxsync.QingStor(settings, network(settings), wxsync.Log('ERROR', [], sys.stderr), time.sleep)
+    store = wxsync.QingStor(
+        settings, network(settings), wxsync.Log("ERROR", [], sys.stderr), time.sleep
+    )
     assert re.fullmatch(form, store.link(wxsync.make_key("a.pdf"), time.time()))
 
 
@@ -9015,7 +9017,12 @@ def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries
 
 
 # What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
-HIDDEN_INSIDE = {"loop": "127.0.0.1", "private": "10.0.0.1", "mixed": "8.8.4.4 10.0.0.1", "six": "::1"}
+HIDDEN_INSIDE = {
+    "loop": "127.0.0.1",
+    "private": "10.0.0.1",
+    "mixed": "8.8.4.4 10.0.0.1",
+    "six": "::1",
+}
 HIDDEN_INSIDE |= {"metadata": "169.254.169.254", "azure": "168.63.129.16"}
 OUTER = {"files": "8.8.4.4", "poisoned": "1.1.1.1"}
 PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blocked"]]
@@ -9860,6 +9867,8 @@ class Summary:
 
     LINES: ClassVar[dict[str, str]] = {
         "kills survived": "kill -9",
+        "lines cut": "cut",
+        "told twice, an acknowledgement being lost": "doubled",
         "requests accepted": "accepted",
         "final messages delivered": "delivered",
         "callbacks fuzzed": "fuzzed",
@@ -11368,6 +11377,1443 @@ def test_one_person_wecom_refuses_does_not_keep_others_waiting() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The robot
+# ---------------------------------------------------------------------------------------------
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
+COMMANDS = ("aibot_respond_msg", "aibot_respond_welcome_msg", "aibot_send_msg")
+Mood = str | int | float | None
+
+
+class Broken(Exception):
+    """A client broke RFC 6455; str() says how."""
+
+
+class Line:
+    """One WebSocket connection at the server's end."""
+
+    LIMIT = 1 << 20
+
+    def __init__(self, number: int, handler: PeerHandler) -> None:
+        self.number, self.handler = number, handler
+        self.guard = threading.Lock()
+
+    def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
+        """Send one frame."""
+        size = len(data)
+        length = (
+            struct.pack(">BQ", 127, size)
+            if size > 0xFFFF
+            else struct.pack(">BH", 126, size & 0xFFFF)
+        )
+        length = bytes([size]) if size < 126 else length
+        self.raw(bytes([opcode | fin << 7]) + length + data)
+
+    def raw(self, data: bytes) -> None:
+        with self.guard:
+            self.handler.connection.sendall(data)
+
+    def cut(self) -> None:
+        with suppress(OSError):  # it may be gone already
+            self.handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def _exactly(self, size: int) -> bytes:
+        data = self.handler.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionResetError
+        return data
+
+    def _frame(self) -> tuple[int, bool, bytes]:
+        """Read one frame; raise Broken for whatever a client may not send."""
+        first, second = self._exactly(2)
+        opcode, fin, size = first & 15, first >= 128, second & 127
+        if size > 125 and opcode < 8:
+            least, size = (126, 2) if size == 126 else (1 << 16, 8)
+            size = int.from_bytes(self._exactly(size), "big")
+            if size < least:
+                raise Broken("a length in more bytes than it needs")
+        wrong = {
+            "a frame that is not masked": second < 128,
+            "reserved bits": first & 0x70,
+            f"opcode {opcode}": opcode not in (0, TEXT, BINARY, CLOSE, PING, PONG),
+            "a long or fragmented control frame": opcode >= 8 and (size > 125 or not fin),
+            f"a frame of {size} bytes": size > self.LIMIT,
+        }
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise Broken(found[0])
+        mask = self._exactly(4)
+        data = self._exactly(size)
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+        return opcode, fin, (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
+
+    def read(self) -> str | None:
+        """Return the next message, None after a close frame; pings are answered on the way."""
+        whole, begun = b"", False
+        while True:
+            opcode, fin, data = self._frame()
+            if opcode == CLOSE:
+                with suppress(OSError):
+                    self.write(CLOSE, data[:2])
+                return None
+            if opcode == PING:
+                self.write(PONG, data)
+            elif opcode != PONG:
+                if begun != (opcode == 0) or opcode == BINARY:
+                    raise Broken(f"opcode {opcode} where it cannot be")
+                whole, begun = whole + data, True
+                if fin:
+                    return whole.decode()
+
+
+class Frame(NamedTuple):
+    """A command as it arrived."""
+
+    time: float
+    connection: int
+    cmd: str
+    req_id: str
+    body: dict[str, Any]
+
+
+@dataclass
+class ChatMessage:
+    """A message as a person sees it. A stream is one message, whatever it shows in between."""
+
+    time: float
+    chat: str  # the person, in a group the group
+    text: str
+    connection: int
+    req_id: str = ""  # of the message that it answers, "" for one that was pushed
+    stream: str = ""
+    finished: bool = True
+    shown: list[tuple[float, str]] = field(default_factory=list)  # all that it ever showed
+
+
+class FakeGateway(Peer):
+    """openws.work.weixin.qq.com for one robot, as far as documents, code and threads know it.
+
+    It keeps `frames` (what came), `messages` (what people see), `violations` (what the real one
+    would drop, cut or punish). It limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a
+    chat (what is over is dropped although it is acknowledged), 6 minutes a stream, 5 s a welcome,
+    5 minutes a file, one connection. It forgets the req_ids of earlier connections unless
+    `remembers` is set. Its clock is `ahead` of the true one by seconds that a test may change.
+    Unkindness: `fail` for the handshake as for every Peer, `unkind` for frames, `write`.
+    """
+
+    LIMIT, PER_MINUTE, PER_HOUR = 20_480, 30, 1000
+    STREAM_SECONDS, WELCOME_SECONDS, FILE_SECONDS = 360, 5, 300
+
+    def __init__(self, bot_id: str = "aibFakeRobot0123456789", secret: str = "") -> None:
+        super().__init__()
+        self.bot_id, self.secret = bot_id, secret or "bot-secret-" + secrets.token_hex(8)
+        self.ahead = 0.0
+        self.remembers = False
+        self.line: Line | None = None  # the one that is subscribed
+        self.frames: list[Frame] = []
+        self.messages: list[ChatMessage] = []
+        self.violations: list[str] = []
+        self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
+        self.lost_acks: list[Frame] = []  # taken, but the client could not know
+        self.moods: list[tuple[str, Mood]] = []
+        self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
+        self.fragments = False  # send each callback in pieces, with what else may be in between
+        self.ended: dict[int, float] = {}  # connection -> when it ended
+        self.chats: dict[str, int] = {}  # who has written so far -> chat_type
+        self._origins: dict[str, tuple[int, str, str, float]] = {}  # req_id -> line, chat, …
+        self._counted: dict[str, list[float]] = {}
+        self._files: dict[str, tuple[float, Answer]] = {}
+
+    @property
+    def ws_url(self) -> str:
+        return f"ws://{self.host}"
+
+    def now(self) -> float:
+        return time.time() + self.ahead
+
+    # -- the wire ------------------------------------------------------------------------------
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
+        wanted = call.headers.get("upgrade", "").lower() == "websocket"
+        if not wanted or self.hang or any(fault.hits(call) for fault in self.faults):
+            super().serve(call, handler)
+            return
+        with self.lock:
+            self.calls.append(call)
+        handler.close_connection = True
+        key = call.headers.get("sec-websocket-key", "")
+        version = call.headers.get("sec-websocket-version")
+        upgrade = "upgrade" in call.headers.get("connection", "").lower()
+        if upgrade and version == "13" and re.fullmatch(r"[\w+/]{22}==", key):
+            self._converse(key, handler)
+        else:
+            self._wrong(f"a handshake with {call.headers}")
+            handler.send(Answer(400))
+
+    def _converse(self, key: str, handler: PeerHandler) -> None:
+        """Accept a handshake, then read frames until the line ends."""
+        digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+        handler.send_response(101)
+        handler.send_header("Upgrade", "websocket")
+        handler.send_header("Connection", "Upgrade")
+        handler.send_header("Sec-WebSocket-Accept", base64.b64encode(digest).decode())
+        handler.end_headers()
+        handler.wfile.flush()
+        line = Line(handler.number, handler)
+        try:
+            while (text := line.read()) is not None:
+                self._take(line, text)
+        except Broken as error:
+            self._wrong(str(error))
+        finally:
+            with self.changed:
+                self.line = None if self.line is line else self.line
+                self.ended[line.number] = self.now()
+                self.changed.notify_all()
+
+    def handle(self, call: Call) -> Answer:
+        """Answer the download of a file that was sent."""
+        with self.lock:
+            until, answer = self._files.get(call.path, (0.0, Answer(404)))
+        return answer if self.now() < until else Answer(404, b"expired")
+
+    def _wrong(self, what: str) -> None:
+        with self.lock:
+            self.violations.append(what)
+
+    def write(
+        self, data: bytes | Mapping[str, object], opcode: int = TEXT, fin: bool = True
+    ) -> None:
+        """Send the subscribed client a frame, right or wrong; opcode -1 sends bare bytes."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.line, 10)
+            line = self.line
+        if not line:
+            raise ConnectionError("nobody is subscribed")
+        data = data if isinstance(data, bytes) else json.dumps(data, ensure_ascii=False).encode()
+        if opcode < 0:
+            line.raw(data)
+        else:
+            line.write(opcode, data, fin)
+
+    # -- what a test makes happen --------------------------------------------------------------
+
+    def unkind(self, where: str, what: Mood, times: int = 1) -> None:
+        """Let the next frames go wrong in whose chat and JSON all words of `where` occur.
+
+        `what`: "cut" (the line breaks, nothing is taken), "ignore" (nothing is taken or said),
+        "lost" (taken, then the line breaks), "swallow" (taken, no acknowledgement), an errcode
+        (refused), or a float (taken; acknowledged after so many seconds).
+        """
+        with self.lock:
+            self.moods += [(where, what)] * times
+
+    def next_mood(self, text: str) -> Mood:
+        """Return what shall go wrong with this frame."""
+        for number, (where, what) in enumerate(self.moods):
+            if all(word in text for word in where.split()):
+                del self.moods[number]
+                return what
+        return None
+
+    def say(self, text: str, user: str = "alice", group: str = "", msgid: str = "") -> str:
+        """Let a person type `text`, return the req_id."""
+        return self.say_kind("text", {"content": text}, user, group, msgid)
+
+    def say_kind(
+        self, kind: str, body: object, user: str = "alice", group: str = "", msgid: str = ""
+    ) -> str:
+        """Let a person send a message of any kind, return the req_id."""
+        message: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
+        message |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
+        self.chats[group or user] = 2 if group else 1
+        return self._call_back("aibot_msg_callback", message | {kind: body}, user, group or user)
+
+    def event(self, kind: str, user: str = "alice") -> str:
+        """Let an event happen (enter_chat, …), return the req_id."""
+        body: dict[str, object] = {"msgid": secrets.token_hex(12), "msgtype": "event"}
+        body["event"] = {"eventtype": kind}
+        if user:
+            self.chats.setdefault(user, 1)
+        return self._call_back("aibot_event_callback", body, user, user)
+
+    def _call_back(self, cmd: str, body: dict[str, object], user: str, chat: str) -> str:
+        req_id, now = secrets.token_hex(12), self.now()
+        body |= {"aibotid": self.bot_id, "create_time": int(now)}
+        if user:
+            body["from"] = {"userid": user}
+        with self.changed:
+            self.changed.wait_for(lambda: self.line, 10)
+            if self.line:
+                self._origins[req_id] = (self.line.number, chat, cmd, now)
+        frame = {"cmd": cmd, "headers": {"req_id": req_id}, "body": body}
+        data = json.dumps(frame, ensure_ascii=False).encode()
+        if self.fragments:
+            data = data.replace(b'"body"', b'\x07"body\x0b"')
+            pieces = [bytes([byte]) for byte in data]
+            self.write(pieces[0], TEXT, False)
+            for piece in pieces[1:]:
+                self.write(b"between", PING)
+                self.write(piece, 0, False)
+            data = b""
+        self.write(data, 0 if self.fragments else TEXT)
+        return req_id
+
+    def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, str]:
+        """Return the body of a message of kind "file" for a file of this content."""
+        key, pad = os.urandom(32), 32 - len(data) % 32
+        sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
+        path = f"/file/{secrets.token_hex(8)}"
+        named = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+        self._files[path] = (self.now() + self.FILE_SECONDS, Answer(200, sealed, named))
+        return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
+
+    def throw_out(self) -> None:
+        """Do what happens when another program takes the robot over."""
+        with self.lock:
+            line, self.line = self.line, None
+        if line:
+            event = {"msgtype": "event", "event": {"eventtype": "disconnected_event"}}
+            event |= {"msgid": secrets.token_hex(12), "aibotid": self.bot_id}
+            frame = {"cmd": "aibot_event_callback", "headers": {"req_id": "x"}, "body": event}
+            with suppress(OSError):
+                line.write(TEXT, json.dumps(frame).encode())
+                line.write(CLOSE, struct.pack(">H", 1000))
+            line.cut()
+
+    # -- what a test looks at ------------------------------------------------------------------
+
+    def texts(self, chat: str = "alice") -> list[str]:
+        """Return what a chat shows now."""
+        with self.lock:
+            return [message.text for message in self.messages if message.chat == chat]
+
+    def hear(
+        self,
+        wanted: str | Callable[[ChatMessage], object],
+        chat: str = "alice",
+        timeout: float = 10,
+    ) -> ChatMessage:
+        """Return the first message in a chat that holds, or for which, `wanted`."""
+
+        def found() -> ChatMessage | None:
+            for message in self.messages:
+                holds = wanted in message.text if isinstance(wanted, str) else wanted(message)
+                if holds and message.chat == chat:
+                    return message
+            return None
+
+        with self.changed:
+            message = self.changed.wait_for(found, timeout)
+        if message is None:
+            seen = "\n---\n".join(self.texts(chat)) or "nothing"
+            raise TimeoutError(f"{chat} has no message with {wanted!r}; seen: {seen}")
+        return message
+
+    def cut(self) -> None:
+        with self.lock:
+            self.line = None
+        super().cut()
+
+    def is_doubtful(self, message: ChatMessage) -> bool:
+        """Tell whether the client could not know that this message was taken as it is now."""
+        when = message.shown[-1][0]
+        lost = any(frame.time == when for frame in self.lost_acks)
+        return lost or self.ended.get(message.connection, math.inf) < when + 1
+
+    def commands(self, where: str = "") -> list[Frame]:
+        """Return the frames in whose command and body all words of `where` occur."""
+        with self.lock:
+            return [f for f in self.frames if all(w in f"{f.cmd} {f.body}" for w in where.split())]
+
+    # -- frames --------------------------------------------------------------------------------
+
+    def _take(self, line: Line, text: str) -> None:
+        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
+        value = json.loads(text)
+        frame = Frame(self.now(), line.number, value["cmd"], value["headers"]["req_id"], {})
+        frame = frame._replace(body=value.get("body") or {})
+        with self.changed:
+            self.frames.append(frame)
+            chat = self._origins.get(frame.req_id, (0, frame.body.get("chatid")))[1]
+            what = self.mood(f"{chat} {json.dumps(value, separators=(',', ':'))}")
+            taken = what not in ("cut", "ignore") and type(what) is not int
+            code = self._do(line, frame) if taken else what
+            if taken and what is not None and not code:
+                self.lost_acks.append(frame)
+            self.changed.notify_all()
+        if what in ("cut", "lost"):
+            line.cut()
+        elif what not in ("ignore", "swallow"):
+            said = "ok" if not code else f"refused, hint: [17640000005], more info at e={code}"
+            ack = {"headers": {"req_id": frame.req_id}, "errcode": code, "errmsg": said}
+            data = json.dumps(ack).encode()
+            if isinstance(what, float):
+                later = threading.Timer(what, self._late, (line, data))
+                later.daemon = True
+                later.start()
+            else:
+                line.write(TEXT, data)
+
+    @staticmethod
+    def _late(line: Line, data: bytes) -> None:
+        with suppress(OSError):
+            line.write(TEXT, data)
+
+    def _do(self, line: Line, frame: Frame) -> int:
+        """Return the errcode that a command ends with."""
+        if frame.cmd == "aibot_subscribe":
+            return self._subscribe(line, frame)
+        if line is not self.line:
+            return 846609
+        if frame.cmd == "ping":
+            return 0
+        if frame.cmd not in COMMANDS:
+            self._wrong(f"an unknown command: {frame}")
+            return 40001
+        if frame.cmd == "aibot_send_msg":
+            return self._push(frame)
+        number, chat, kind, begun = self._origins.get(frame.req_id, (0, "", "", 0.0))
+        welcome = frame.cmd == "aibot_respond_welcome_msg"
+        wanted = "aibot_event_callback" if welcome else "aibot_msg_callback"
+        lives = self.WELCOME_SECONDS if welcome else 86_400
+        forgotten = number != line.number and not self.remembers
+        if kind != wanted or forgotten or frame.time > begun + lives:
+            return 846605
+        return self._welcome(frame, chat) if welcome else self._reply(frame, chat)
+
+    def _subscribe(self, line: Line, frame: Frame) -> int:
+        if line is self.line:
+            self._wrong("subscribed twice on one connection")
+        right = {"bot_id": self.bot_id, "secret": self.secret}
+        code = 0 if right.items() <= frame.body.items() else 853000
+        self.subscriptions.append((frame.time, code))
+        if not code:
+            self.throw_out()
+            self.line = line
+        return code
+
+    def _push(self, frame: Frame) -> int:
+        chat = frame.body.get("chatid")
+        kind = self.chats.get(str(chat), 0)
+        if not kind or frame.body.get("chat_type", kind) != kind:
+            self._wrong(f"pushed to a chat that is none: {frame.body}")
+            return 93006
+        if frame.body.get("msgtype") != "markdown":
+            return 40008
+        return self._show(frame, str(chat), frame.body["markdown"]["content"])
+
+    def _welcome(self, frame: Frame, chat: str) -> int:
+        if frame.body.get("msgtype") != "text":
+            return 40008
+        return self._show(frame, chat, frame.body["text"]["content"], req_id=frame.req_id)
+
+    def _reply(self, frame: Frame, chat: str) -> int:
+        """Show a stream's first frame as a message, put later ones in its place."""
+        if frame.body.get("msgtype") != "stream":
+            return 40008
+        stream = frame.body["stream"]
+        name, text, finish = stream["id"], stream["content"], stream.get("finish", False)
+        same = [m for m in self.messages if (m.req_id, m.stream) == (frame.req_id, name)]
+        if not same:
+            own = {"req_id": frame.req_id, "stream": name, "finished": finish}
+            return self._show(frame, chat, text, **own)
+        message = same[0]
+        if message.finished:
+            self._wrong(f"a finished stream goes on: {text!r}")
+            return 846608
+        if frame.time > message.time + self.STREAM_SECONDS:
+            return 846608
+        code = self._count(frame, chat, text)
+        if not code:
+            message.text, message.finished = text, finish
+            message.shown.append((frame.time, text))
+        return max(code, 0)
+
+    def _show(self, frame: Frame, chat: str, text: str, **more: Any) -> int:
+        code = self._count(frame, chat, text)
+        if not code:
+            shown = [(frame.time, text)]
+            message = ChatMessage(frame.time, chat, text, frame.connection, shown=shown, **more)
+            self.messages.append(message)
+        return max(code, 0)
+
+    def _count(self, frame: Frame, chat: str, text: str) -> int:
+        """Return 0 when a chat may get this text, -1 when it is dropped, or an errcode."""
+        if not text.strip() or len(text.encode()) > self.LIMIT:
+            self._wrong(f"a text of {len(text.encode())} bytes: {text[:60]!r}")
+            return 45002
+        times = self._counted.setdefault(chat, [])
+        minute = sum(moment > frame.time - 60 for moment in times)
+        hour = sum(moment > frame.time - 3600 for moment in times)
+        if minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
+            self._wrong(f"{minute} a minute, {hour} an hour to {chat}, dropped: {text[:60]!r}")
+            return -1
+        times.append(frame.time)
+        return 0
+
+
+# Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
+SDK_CLIENT = """
+const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
+const [botId, secret, wsUrl] = process.argv.slice(3)
+const tell = (...what) => console.log(JSON.stringify(what))
+const quiet = { debug() {}, info() {}, warn(...what) { tell('warn', ...what) }, error() {} }
+const options = { botId, secret, wsUrl, logger: quiet, heartbeatInterval: 100 }
+const client = new WSClient({ ...options, maxReconnectAttempts: 0, maxAuthFailureAttempts: 0 })
+client.on('authenticated', () => tell('authenticated'))
+client.on('error', (error) => tell('error', error.message))
+client.on('disconnected', (reason) => { tell('disconnected', reason); process.exit(0) })
+client.on('message.file', async (frame) => {
+  const { buffer, filename } = await client.downloadFile(frame.body.file.url, frame.body.file.aeskey)
+  tell('file', filename, buffer.toString())
+})
+client.on('message.text', async (frame) => {
+  const { from, chatid, text } = frame.body
+  tell('text', from.userid, text.content)
+  for (const part of ['one', 'one, two']) await client.replyStream(frame, 'S1', part, false)
+  await client.replyStream(frame, 'S1', 'one, two, three', true)
+  const pushed = { msgtype: 'markdown', markdown: { content: 'by the way' } }
+  tell('pushed', (await client.sendMessage(chatid || from.userid, pushed)).errcode)
+  const bad = { msgtype: 'text', text: { content: 'as text' } }
+  await client.reply(frame, bad).catch((ack) => tell('refused', ack.errcode))
+})
+client.on('event.enter_chat', async (frame) => {
+  await client.replyWelcome(frame, { msgtype: 'text', text: { content: 'welcome' } })
+})
+client.connect()
+"""
+
+
+class Judge:
+    """Tencent's own client as a process, subscribed to a gateway; `told` is what it said."""
+
+    def __init__(self, gateway: FakeGateway, secret: str = "") -> None:
+        folder = os.environ.get("WXSYNC_AIBOT_SDK", "")
+        sdk = Path(folder, "node_modules/@wecom/aibot-node-sdk")
+        none = "" if folder and sdk.is_dir() else "WXSYNC_AIBOT_SDK names no folder with the SDK"
+        need(missing_program("node") or none)
+        words = [folder, gateway.bot_id, secret or gateway.secret, gateway.ws_url]
+        self.process = subprocess.Popen(
+            ["node", "-e", SDK_CLIENT, "sdk", *words], stdout=subprocess.PIPE, text=True
+        )
+        self.told: list[list[Any]] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout
+        self.told.extend(json.loads(line) for line in self.process.stdout)
+
+    def tells(self, *what: object) -> bool:
+        """Tell whether it comes to say this."""
+        return wait_until(lambda: any(said[: len(what)] == list(what) for said in self.told))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def test_tencents_client_agrees_with_the_fake_gateway() -> None:
+    """It subscribes, receives, streams, pushes, welcomes, opens a file, and is thrown out."""
+    with FakeGateway() as gateway, Judge(gateway) as judge:
+        assert judge.tells("authenticated"), judge.told
+        for group in ("", "G1"):
+            gateway.say("hello", "alice", group)
+            stream = gateway.hear(lambda m: m.finished and m.stream, group or "alice")
+            assert [text for _, text in stream.shown] == ["one", "one, two", "one, two, three"]
+            gateway.hear("by the way", group or "alice")
+        assert judge.tells("text", "alice", "hello") and judge.tells("pushed", 0)
+        assert judge.tells("refused", 40008)
+        gateway.event("enter_chat")
+        gateway.hear("welcome")
+        gateway.say_kind("file", gateway.share("图片: nginx:1".encode(), "清单 1.yaml"))
+        assert judge.tells("file", "清单 1.yaml", "图片: nginx:1")
+        gateway.write(b'{"headers": \x07{"req_id": "garbage"}}')  # it strips control characters
+        assert judge.tells("warn", "Received unknown frame (ignored):")
+        assert wait_until(lambda: gateway.commands("ping"))
+        with Judge(gateway) as other:
+            assert other.tells("authenticated") and judge.tells("disconnected")
+            assert judge.process.wait(10) == 0
+        assert (gateway.violations, gateway.errors) == ([], [])
+
+
+def test_tencents_client_is_refused_with_a_wrong_secret() -> None:
+    """Its own words for it name the code."""
+    with FakeGateway() as gateway, Judge(gateway, "wrong") as judge:
+        assert wait_until(lambda: any("853000" in str(said) for said in judge.told)), judge.told
+        assert gateway.subscriptions[0][1] == 853000 and not gateway.line
+
+
+def test_tencents_client_meets_an_unkind_gateway() -> None:
+    """A line that breaks and a handshake that fails are seen by it as what they are."""
+    with FakeGateway() as gateway:
+        gateway.unkind("three", "cut")
+        with Judge(gateway) as judge:
+            gateway.say("hello")
+            assert judge.tells("disconnected") and gateway.texts() == ["one, two"]
+        gateway.fail("GET /", (502, {}, b"<html>"))
+        with Judge(gateway) as judge:
+            assert judge.tells("error", "Unexpected server response: 502")
+
+
+# -- stories: what is typed, what is seen
+
+CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
+SCALED = """
+for name in (
+    "ROBOT_STREAM_SECONDS", "REFRESH_SECONDS", "ACK_SECONDS", "ROBOT_PING_SECONDS", "JOBS_SECONDS"
+):
+    if name in os.environ:
+        setattr(wxsync, name, float(os.environ[name]))
+settings ="""
+
+
+@functools.cache
+def robot_script() -> Path:
+    """Return the path of QUICK, in which the environment may also shorten the robot's patience."""
+    script = quick_script().with_name("robot.py")
+    script.write_text(quick_script().read_text().replace("\nsettings =", SCALED, 1))
+    return script
+
+
+class RobotWorld(World):
+    """A world whose chat is the robot's. `both` leaves the callback's settings in.
+
+    Leaving it checks that no fake saw anything wrong, that the log is calm and tells no secret.
+    """
+
+    def __init__(
+        self, runner: Runner | None = None, both: bool = False, /, **settings: str
+    ) -> None:
+        own = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
+        super().__init__(robot_script(), runner or PlayedRunner(0.01), own | settings)
+        self.both, self.gateway = both, FakeGateway()
+
+    def defaults(self) -> dict[str, str]:
+        gateway, common = self.gateway, super().defaults()
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret, "BOT_URL": gateway.ws_url}
+        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
+
+    def prepare(self) -> Self:
+        self._stack.enter_context(self.gateway)
+        return super().prepare()
+
+    def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
+        """Type `text`, return the message that answers it and goes on living."""
+        req_id = self.gateway.say(text, user, group)
+        return self.gateway.hear(lambda m: m.req_id == req_id, group or user)
+
+    def result(self, chat: str = "alice", wanted: str = "成功 1 / 1") -> ChatMessage:
+        """Return the first finished message in a chat that holds `wanted`."""
+        return self.gateway.hear(lambda m: m.finished and wanted in m.text, chat, 20)
+
+    def pushed(self, wanted: str, chat: str = "alice") -> ChatMessage:
+        return self.gateway.hear(lambda m: not m.req_id and wanted in m.text, chat, 20)
+
+    def is_up(self) -> bool:
+        return bool(self.service.health()["bot"] == "up")
+
+    def is_idle(self) -> bool:
+        health = self.service.health()
+        return bool(health["running"] == health["queued"] == 0)
+
+    def count_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
+        """See that a result is there, and twice only where an acknowledgement was lost."""
+        copies = [m for m in self.gateway.messages if m.chat == chat and wanted in m.text]
+        assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
+        sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
+        assert not sure, f"{chat} got it again: {sure}"
+        COUNTS["accepted"] += 1
+        COUNTS["delivered"] += 1
+        COUNTS["doubled"] += len(copies) - 1
+
+    def close(self) -> None:
+        if isinstance(self.github.runner, SlowRunner):
+            self.github.runner.go.set()
+        super().close()
+
+    def broken(self) -> list[str]:
+        return super().broken() + self.gateway.errors + self.gateway.violations
+
+    def secret_values(self) -> list[str]:
+        kept = [self.service.settings.get(name, "") for name in ("BOT_SECRET", "GITHUB_TOKEN")]
+        return kept + (super().secret_values() if self.both else [])
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        log = self.service.log
+        super().__exit__(kind, value, trace)
+        if not kind:
+            assert self.broken() == [] and is_calm(log)
+            assert not [secret for secret in self.secret_values() if secret in log]
+
+
+def code_and_rest(text: str) -> tuple[str, str]:
+    """Return what stands in code (``` blocks, spans between backticks), and all other markdown."""
+    code, rest, inside = list[str](), list[str](), False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif inside:
+            code.append(line)
+        else:
+            code += [span for _, span in re.findall(r"(`+)(.+?)\1(?!`)", line)]
+            rest.append(re.sub(r"(`+)(.+?)\1(?!`)", "", line))
+    return "\n".join(code), "\n".join(rest)
+
+
+@pytest.fixture(scope="module")
+def shared_robot() -> Iterator[RobotWorld]:
+    with RobotWorld(SlowRunner()) as world:
+        yield world
+
+
+PEOPLE = (f"person{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def robot(shared_robot: RobotWorld) -> Iterator[RobotWorld]:
+    """A world that many tests use: each with a person of its own (`next(PEOPLE)`)."""
+    yield shared_robot
+    shared_robot.gateway.moods.clear()
+    assert wait_until(shared_robot.is_idle) and wait_until(shared_robot.is_up)
+
+
+def test_one_message_that_lives() -> None:
+    """Confirmed within 2 s, being on disk; then how far it is, then the result, in one message."""
+    runner, on_disk = SlowRunner(), list[bool]()
+    runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
+    with RobotWorld(runner) as world:
+
+        def look(text: str) -> Mood:
+            if "aibot_respond_msg" in text:
+                state = (world.service.state_dir / "wxsync.state").read_text()
+                on_disk.append("nosuch:1" in state)
+            return None
+
+        world.gateway.mood, begun = look, time.monotonic()
+        message = world.ask("a:1, b:1, nosuch:1, slow/c:1, slow/d:1")
+        assert time.monotonic() - begun < 2 and on_disk[0]
+        confirmation = code_and_rest(message.text)[0]
+        assert f"{PREFIX}/slow_d:1" in confirmation and "共 5 个镜像" in message.text
+        assert wait_until(lambda: "3 / 5" in message.text), message.text
+        names = code_and_rest(message.text)[0]
+        assert re.search("[▓█■▰]+[░□▱]", message.text)
+        assert [name in names for name in ("a:1", "b:1", "nosuch:1")] == [True] * 3
+        frames = len(world.gateway.frames)
+        time.sleep(1)  # five times REFRESH_SECONDS
+        assert len(world.gateway.frames) == frames and not message.finished
+        runner.go.set()
+        assert world.result(wanted="成功 4 / 5") is message
+        block = message.text.split("```")[1].splitlines()
+        assert f"docker pull {PREFIX}/a:1" in block and "nosuch:1" in code_and_rest(message.text)[0]
+        assert world.gateway.messages == [message]
+        assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
+
+
+def test_refreshes_keep_their_distance() -> None:
+    """However fast jobs end, a message is refreshed once in REFRESH_SECONDS, and when changed."""
+    with RobotWorld(PlayedRunner(0.1, concurrent=1), REFRESH_SECONDS="0.5") as world:
+        message = world.ask(", ".join(f"app{number}:1" for number in range(20)))
+        world.result(wanted="成功 20 / 20")
+        times, texts = zip(*message.shown, strict=True)
+        assert all(b - a > 0.4 for a, b in itertools.pairwise(times[1:-1])), times
+        assert len(times) >= 4 and all(a != b for a, b in itertools.pairwise(texts))
+
+
+AT_ONCE = {
+    "help": "使用说明",
+    "你好，在吗": "使用说明",
+    "状态": "状态",
+    "列表": "",
+    "重试": "",
+    "取消": "",
+    "nginx": "nginx:latest",
+    "Nginx:1": "nginx:1",
+}
+
+
+@pytest.mark.parametrize("text", AT_ONCE)
+def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld, text: str) -> None:
+    """Commands, talk and refusals: said once, for good."""
+    user = next(PEOPLE)
+    message = robot.ask(text, user)
+    assert message.finished and AT_ONCE[text] in message.text and len(message.shown) == 1
+    time.sleep(0.1)
+    assert robot.gateway.texts(user) == [message.text]
+
+
+TYPED = (
+    "[evil](http://evil.example):1",
+    "[evil]: http://evil.example",
+    "<@evil>:1, nginx:1",
+    "# evil:1\n> evil:1 x",
+    "**evil**/X:1",
+    "evil` <@evil> ``[evil](http://evil.example)`/x:1",
+    "```\nevil:1 x\n```\n<@evil>:1",
+    "http://evil.example/`<@evil>`",
+    "evil.example/a__b__c/d_e:1",
+    "evil:1, x=>:1\u2028# evil",
+)
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_nothing_typed_becomes_markdown(robot: RobotWorld, text: str) -> None:
+    """What a person typed is code or is left out: no link, no mention, no heading."""
+    user = next(PEOPLE)
+    robot.ask(text, user)
+    assert wait_until(lambda: all(m.finished for m in robot.gateway.messages if m.chat == user))
+    shown = [s for m in robot.gateway.messages if m.chat == user for _, s in m.shown]
+    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+
+
+def test_nothing_a_run_says_becomes_markdown() -> None:
+    """What a registry said is foreign, too."""
+    detail = "wxsync: failed error `[evil](http://evil.example) <@evil> **evil**"
+    with RobotWorld(
+        PlayedRunner(0.01, {"x:1": detail, "y:1": detail.replace("`", "```")})
+    ) as world:
+        world.ask("x:1, y:1")
+        assert "evil" not in code_and_rest(world.result(wanted="成功 0 / 2").text)[1]
+
+
+def test_a_long_result_is_cut_into_messages_that_fit() -> None:
+    """At most 20,480 bytes each, ten in all; none of 256 failures is left out."""
+    names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
+    runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
+    with RobotWorld(runner) as world:
+        world.ask("\n".join(names))
+        world.result(wanted="成功 0 / 250")
+        told = wait_until(lambda: not [n for n in names if n not in "".join(world.gateway.texts())])
+        assert told and len(world.gateway.messages) <= 10
+
+
+MENTIONS = (
+    "@同步 g1:1",
+    "@镜像 小助手 g2:1",
+    "@my mirror bot g3:1",
+    "@助手\u2005g4:1",
+    "@助手\ng5:1",
+    "@助手 docker pull g6:1",
+    "@助手 g7:1 => other:1",
+)
+
+
+@pytest.mark.parametrize("text", MENTIONS)
+def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld, text: str) -> None:
+    """The robot's name is no part of the text; the result names in its first line who asked."""
+    user, group = next(PEOPLE), f"group-{next(PEOPLE)}"
+    robot.ask(text, user, group)
+    result = robot.result(group)
+    assert user in result.text.splitlines()[0] and robot.gateway.texts(user) == []
+    assert re.findall(r"g\d:1", text)[0] in robot.github.dispatches[-1].inputs["images"]
+    for word, wanted in (("状态", "状态"), ("help", "使用说明")):
+        assert wanted in robot.ask(f"@Mirror Bot {word}", user, group).text
+
+
+@pytest.mark.parametrize("limit", ["SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"])
+def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
+    """⏰ ends it with what is done so far, also while it waits; the result is a message of its own."""
+    runner = SlowRunner()
+    with RobotWorld(runner, **{limit: "1"}) as world:
+        message = world.ask("slow/a:1, b:1", group="G1")
+        other = world.ask("slow/c:1", "bob")
+        assert wait_until(lambda: message.finished and other.finished, 5)
+        assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
+        runner.go.set()
+        assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
+        assert world.pushed("成功 1 / 1", "bob")
+        assert len(world.gateway.messages) == 4
+
+
+def test_a_stream_that_is_too_old_is_left_alone() -> None:
+    """846608 comes earlier than our own clock says: the rest goes by aibot_send_msg."""
+    runner = SlowRunner()
+    with RobotWorld(runner) as world:
+        world.ask("slow/a:1")
+        world.gateway.ahead = 400
+        runner.go.set()
+        world.pushed("成功 1 / 1")
+
+
+# -- what is sent must arrive
+
+MOODS: dict[str, Mood] = {
+    "refused": 846605,
+    "refused as too old": 846608,
+    "refused oddly": -1,
+    "ignored": "ignore",
+    "not acknowledged": "swallow",
+    "acknowledged late": 3.0,
+    "cut off before it is taken": "cut",
+    "cut off after it is taken": "lost",
+}
+
+
+FRAMES = {  # of one person's request: how the first one of a kind is known
+    "help": '"finish":true',
+    "confirmation": '"finish":false',
+    "result": '"finish":true',
+    "push": "aibot_send_msg",
+}
+
+
+@early
+def test_what_is_not_acknowledged_is_pushed() -> None:
+    """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
+    with RobotWorld(QUEUE_SIZE="100") as world:
+        gateway, cases = world.gateway, list(itertools.product(FRAMES, MOODS))
+        for number, (frame, name) in enumerate(cases):
+            user = f"person{number}x"
+            gateway.unkind(f"{user} {FRAMES[frame]}", MOODS[name])
+            if frame == "push":
+                gateway.unkind(f'{user} "finish":true', "ignore")
+            gateway.say("help" if frame == "help" else f"app{number}:1", user)
+        for number, (frame, name) in enumerate(cases):
+            user, wanted = f"person{number}x", "使用说明" if frame == "help" else "成功 1 / 1"
+            if frame == "confirmation":
+                gateway.hear(lambda m: any("共 1 个镜像" in text for _, text in m.shown), user)
+                world.result(user)
+            else:
+                assert world.pushed(wanted, user), (frame, name)
+        time.sleep(1.5)  # what ACK_SECONDS may bring once more
+        for number, (frame, _) in enumerate(cases):
+            world.count_copies(f"person{number}x", "使用说明" if frame == "help" else "成功 1 / 1")
+        COUNTS["faults"] += len(cases)
+
+
+@early
+def test_the_line_may_break_at_every_frame() -> None:
+    """At the n-th frame, and at each of the first n: confirmation, refresh, result, push, login."""
+    with RobotWorld() as world:
+        for number, what, again in itertools.product(range(4), ("cut", "lost"), (False, True)):
+            frames, user = itertools.count(), next(PEOPLE)
+
+            def mood(
+                text: str,
+                what: str = what,
+                again: bool = again,
+                frames: Any = frames,
+                last: int = number,
+            ) -> Mood:
+                now = next(frames)
+                return what if now == last or (again and now < last) else None
+
+            world.gateway.mood = mood
+            world.gateway.say(f"{user}:1", user)
+            world.result(user)
+            assert wait_until(world.is_idle)
+            COUNTS["cut"] += 1
+        time.sleep(1.5)  # what is not acknowledged after ACK_SECONDS goes once more
+        for user in {message.chat for message in world.gateway.messages}:
+            world.count_copies(user)
+
+
+ROBOT_KILLS = [step for step in KILLS if step[0] == "github"]
+ROBOT_KILLS += [("gateway", str(frame), when) for frame in (0, 1) for when in ("before", "after")]
+
+
+def check_robot_kill(step: tuple[str, str, str]) -> None:
+    """Kill the service at this call or frame of an image request, and start it again."""
+    who, where, when = step
+    world, frames = RobotWorld(), itertools.count()
+    world.github = github = HeldGitHub(runner=PlayedRunner(0.01))
+
+    def mood(text: str) -> Mood:
+        if next(frames) != int(where):
+            return None
+        world.service.kill()
+        return "cut" if when == "before" else "lost"
+
+    with world:
+        assert wait_until(world.is_up)
+        if who == "gateway":
+            world.gateway.mood = mood
+        elif when == "after":
+            github.hold = where
+        else:
+            github.fail(where, "hang")
+        world.gateway.say("nginx:latest")
+        if who == "github":
+            assert wait_until(lambda: github.calls_to(where) and not github.hold), step
+        else:
+            assert wait_until(lambda: not world.service.alive()), step
+        world.service.restart()
+        world.result()
+        assert wait_until(world.is_idle), step
+        time.sleep(0.2)
+        world.count_copies("alice")
+        assert (len(github.commits), len(github.dispatches)) == (1, 1), step
+    COUNTS["kill -9"] += 1
+
+
+@early
+def test_killed_at_any_step_the_robot_answers() -> None:
+    """One commit, one run, and the result by aibot_send_msg after the restart."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check_robot_kill, ROBOT_KILLS))
+
+
+@early
+def test_random_kills_and_cuts_lose_nothing() -> None:
+    """What was accepted is answered; twice only where an acknowledgement was lost."""
+    seed, lives = secrets.randbits(32), 400 if LONG else 40
+    chance, moods = random.Random(seed), [m for m in MOODS.values() if isinstance(m, str)]
+    with RobotWorld(QUEUE_SIZE="1000") as world:
+        gateway = world.gateway
+        gateway.mood = lambda text: chance.choice(moods) if chance.random() < 0.1 else None
+        for life in range(lives):
+            end = world.service.kill if life % 2 else gateway.cut
+            timer = threading.Timer(chance.uniform(0, 0.4), end)
+            timer.start()
+            user, answered = f"user{life}", functools.partial(gateway.texts, f"user{life}")
+            while not answered():  # as a person does who sees no answer
+                if not world.service.alive():
+                    world.service.start()
+                if wait_until(lambda: gateway.line, 0.5):
+                    with suppress(OSError):
+                        gateway.say(f"app{life}:1", user, msgid=f"m{life}")
+                    wait_until(answered, 1.5)
+            timer.join()
+            if not world.service.alive():
+                world.service.start()
+        gateway.mood = lambda text: None
+        for life in range(lives):
+            gateway.hear("成功 1 / 1", f"user{life}", 30)
+        time.sleep(2)
+        for life in range(lives):
+            world.count_copies(f"user{life}")
+        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
+        assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
+    COUNTS["kill -9"] += lives // 2
+    COUNTS["cut"] += lives // 2
+
+
+@early
+def test_a_gateway_that_is_away_for_a_while() -> None:
+    """Closed or silent, at the start or in a run: /health says so, and all arrives later."""
+    for silent in (False, True):
+        runner = SlowRunner()
+        with RobotWorld(runner) as world:
+            gateway = world.gateway
+            world.ask("slow/a:1")
+            gateway.hang = silent
+            (gateway.cut if silent else gateway.stop)()
+            assert wait_until(lambda: not world.is_up())
+            runner.go.set()
+            assert wait_until(lambda: world.github.runs and world.github.runs[0].completed)
+            time.sleep(0.5)
+            world.service.restart()
+            assert (world.service.health()["status"], world.is_up()) == ("degraded", False)
+            gateway.hang = False
+            (gateway.cut if silent else gateway.start)()
+            world.pushed("成功 1 / 1")
+            assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
+
+
+@early
+def test_a_line_that_is_dead_is_noticed() -> None:
+    """Two pings without an answer: connected anew. WebSocket's own pings prove nothing."""
+    with RobotWorld(ROBOT_PING_SECONDS="0.2") as world:
+        world.gateway.unkind('"cmd":"ping"', "ignore", 2)
+        assert wait_until(lambda: len(world.gateway.subscriptions) == 2)
+        world.gateway.moods.clear()
+        begun, before = time.monotonic(), len(world.gateway.commands("ping"))
+        assert wait_until(lambda: len(world.gateway.commands("ping")) >= before + 5)
+        assert 0.7 < time.monotonic() - begun < 4 and len(world.gateway.subscriptions) == 2
+
+
+def waits(world: RobotWorld, expected: Sequence[float], scale: float = 0.004) -> None:
+    """See that subscriptions come at these distances, in seconds of the service."""
+    assert wait_until(lambda: len(world.gateway.subscriptions) > len(expected), 15)
+    times = [when for when, _ in world.gateway.subscriptions[: len(expected) + 1]]
+    found = [(b - a) / scale for a, b in itertools.pairwise(times)]
+    assert all(0.9 * e < f < 1.1 * e + 200 for e, f in zip(expected, found, strict=True)), found
+
+
+@early
+def test_a_wrong_secret_is_told_and_tried_again() -> None:
+    """After 1 and 5 minutes, then every 10; the log has the errcode, /health says "down"."""
+    with RobotWorld(BOT_SECRET="another-secret-1f2e3d", SCALE="0.004") as world:
+        waits(world, [60, 300, 600, 600])
+        assert "853000" in world.service.log and not world.is_up()
+        world.gateway.secret = "another-secret-1f2e3d"
+        assert wait_until(world.is_up)
+
+
+@early
+def test_another_program_takes_the_robot_over() -> None:
+    """Said in the log and in /health; tried again after 10 minutes, and then all arrives."""
+    runner = SlowRunner()
+    with RobotWorld(runner, SCALE="0.004") as world:
+        world.ask("slow/a:1")
+        world.gateway.subscriptions[0] = (world.gateway.now(), 0)
+        world.gateway.throw_out()
+        assert wait_until(lambda: not world.is_up()) and "另一个" in world.service.log
+        runner.go.set()
+        waits(world, [600])
+        world.pushed("成功 1 / 1")
+
+
+def test_sigterm_ends_it_with_the_line_open() -> None:
+    """Within 2 s, also while an acknowledgement is waited for; the answer follows."""
+    with RobotWorld() as world:
+        world.gateway.unkind('"finish":true', "swallow", 5)
+        world.gateway.say("nginx:1")
+        assert wait_until(lambda: world.gateway.lost_acks)
+        code, seconds = world.service.terminate()
+        assert code == 0 and seconds < 2
+        world.service.start()
+        world.pushed("成功 1 / 1")
+
+
+# -- other messages and events
+
+
+def test_whoever_enters_is_welcomed(robot: RobotWorld) -> None:
+    """With the help, in time; other events are met with silence."""
+    user = next(PEOPLE)
+    robot.gateway.event("enter_chat", user)
+    welcome = robot.gateway.hear("使用说明", user, 5)
+    for event in ("template_card_event", "feedback_event", "of_tomorrow"):
+        robot.gateway.event(event, user)
+    time.sleep(0.2)
+    assert robot.gateway.texts(user) == [welcome.text]
+    assert robot.gateway.commands("aibot_respond_welcome_msg")
+
+
+PICTURE = {"url": "http://127.0.0.1:1/a", "aeskey": "x"}
+OTHER_KINDS: dict[str, tuple[str, object, str]] = {
+    "voice": ("voice", {"content": "voice:1"}, "共 1 个镜像"),
+    "voice, a command": ("voice", {"content": "状态。"}, "状态"),
+    "mixed": (
+        "mixed",
+        {
+            "msg_item": [
+                {"msgtype": "image", "image": PICTURE},
+                {"msgtype": "text", "text": {"content": "mixed:1"}},
+            ]
+        },
+        "共 1 个镜像",
+    ),
+    "mixed, pictures only": ("mixed", {"msg_item": [{"msgtype": "image", "image": PICTURE}]}, ""),
+    "mixed, odd": ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
+    "image": ("image", PICTURE, ""),
+    "video": ("video", PICTURE, ""),
+    "unknown": ("of_tomorrow", {"content": "nginx:1"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld, name: str) -> None:
+    """A picture, a film: one finished stream about what is understood, and nothing happens."""
+    user, (kind, body, wanted), before = next(PEOPLE), OTHER_KINDS[name], len(robot.github.calls)
+    robot.gateway.say_kind(kind, body, user)
+    message = robot.gateway.hear(lambda m: wanted in m.shown[0][1], user)
+    if wanted.startswith("共"):
+        robot.result(user)
+    else:
+        assert message.finished and len(robot.github.calls) == before
+
+
+FULL = 256 << 10
+TEXT_FILES: dict[str, tuple[bytes, str]] = {
+    "compose": (b"services:\n  web:\n    image: file1:1 # x\n", "file1:1"),
+    "list, as Windows writes it": ("\ufefffile2:1\r\nfile3:1\r\n".encode(), "file3:1"),
+    "256 KiB": (b"image: file4:1\n".ljust(FULL, b"#"), "file4:1"),
+    "more than 256 KiB": (b"image: file5:1\n".ljust(FULL + 1, b"#"), ""),
+    "no text": (b"\x89PNG\r\n\x1a\n\0\xff", ""),
+    "empty": (b"", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def files() -> Iterator[RobotWorld]:
+    with RobotWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="1") as world:
+        yield world
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_a_text_file_is_read_like_a_paste(files: RobotWorld, name: str) -> None:
+    """Decrypted as WeCom says; what is too large or no text gets a word."""
+    user, (data, wanted) = next(PEOPLE), TEXT_FILES[name]
+    files.gateway.say_kind("file", files.gateway.share(data), user)
+    message = files.gateway.hear("", user)
+    assert wanted in message.shown[0][1]
+    if wanted:
+        files.result(user, "成功")
+    else:
+        assert wait_until(lambda: message.finished) and files.is_idle()
+
+
+ODD_FILES: dict[str, dict[str, object]] = {
+    "another key": {"aeskey": base64.b64encode(b"x" * 32).decode()},
+    "a bad key": {"aeskey": "x"},
+    "no key": {"aeskey": None},
+    "no address": {"url": None},
+    "not there": {"url": "http://127.0.0.1:1/"},
+    "no web address": {"url": "file:///etc/passwd"},
+}
+
+
+@pytest.mark.parametrize("name", [*ODD_FILES, "reset", "short", "big", "expired"])
+def test_a_file_that_cannot_be_read_gets_a_word(files: RobotWorld, name: str) -> None:
+    """Whatever is wrong with it, its sender hears."""
+    user, gateway = next(PEOPLE), files.gateway
+    body = gateway.share(b"nginx:1") | ODD_FILES.get(name, {})
+    if name == "expired":
+        gateway.ahead += 301
+    elif name not in ODD_FILES:
+        gateway.fail("GET /file/", name, 5)
+    gateway.say_kind("file", body, user)
+    message = gateway.hear(lambda m: m.finished, user, 20)
+    gateway.faults.clear()
+    assert message.text and not [d for d in files.github.dispatches if "nginx:1" in str(d)]
+
+
+def test_repeats_get_nothing_twice() -> None:
+    """By msgid, at once and after kill -9; another message with the same text is another."""
+    with RobotWorld() as world:
+        for text in ("nginx:1", "help"):
+            for _ in range(2):
+                world.gateway.say(text, msgid=f"m-{text}")
+        world.result()
+        assert wait_until(world.is_idle)
+        world.service.restart()
+        world.gateway.say("nginx:1", msgid="m-nginx:1")
+        time.sleep(0.3)
+        assert len(world.gateway.messages) == 2 and len(world.github.dispatches) == 1
+        world.gateway.say("nginx:1", msgid="another")
+        assert wait_until(lambda: len(world.github.dispatches) == 2)
+
+
+def test_a_stranger_gets_one_refusal_in_chat_and_group() -> None:
+    """ALLOWED_USERS holds for the robot, too."""
+    with RobotWorld(ALLOWED_USERS="alice") as world:
+        for group in ("", "G1"):
+            message = world.ask("@bot nginx:1" if group else "nginx:1", "bob", group)
+            assert message.finished and "共 1 个镜像" not in message.text
+        world.ask("@bot redis:1", "alice", "G1")
+        world.result("G1")
+        assert len(world.github.dispatches) == 1
+
+
+# -- rates
+
+
+@early
+def test_a_burst_breaks_no_limit_and_each_is_answered() -> None:
+    """Messages from one person faster than a chat may be answered, 40 of them in long mode."""
+    count = 40 if LONG else 12
+    with RobotWorld() as world:
+        asked = {world.gateway.say("状态") for _ in range(count)}
+        assert wait_until(lambda: len(world.gateway.messages) == count, 150)
+        assert {message.req_id for message in world.gateway.messages} <= asked | {""}
+
+
+def test_many_at_once_are_answered_although_acknowledgements_dawdle() -> None:
+    """50 people, and a gateway that takes half a second for each answer."""
+    with RobotWorld() as world:
+        world.gateway.mood = lambda text: 0.5 if "aibot_respond_msg" in text else None
+        for number in range(50):
+            world.gateway.say("help", f"user{number}")
+        for number in range(50):
+            world.gateway.hear("使用说明", f"user{number}")
+
+
+@early
+def test_refreshes_give_way() -> None:
+    """A message that changes all the time leaves room for answers and for its own result."""
+    with RobotWorld(PlayedRunner(0.05, concurrent=1), REFRESH_SECONDS="0.01") as world:
+        world.ask(", ".join(f"app{number}:1" for number in range(80)))
+        time.sleep(3)
+        asked = time.time()
+        assert world.ask("状态").time < asked + 1
+        result = world.result(wanted="成功 80 / 80")
+        assert result.shown[-1][0] < (world.github.runs[0].completed or 0) + 2
+
+
+# -- garbage
+
+
+def odd_message(**more: object) -> bytes:
+    """Return a message in which something is odd."""
+    body: dict[str, object] = {"msgid": "odd", "chattype": "single", "msgtype": "text"}
+    body |= {"from": {"userid": "odd"}}
+    body |= {"text": {"content": "nginx:1"}} | more
+    frame = {"cmd": "aibot_msg_callback", "headers": {"req_id": "odd"}, "body": body}
+    return json.dumps(frame).encode()
+
+
+ODD_FRAMES: dict[str, tuple[bytes, int]] = {
+    **{repr(data[:12]): (data, TEXT) for data in (b"", b"junk", b"null", b"[1]", b'"x"', b"\xff")},
+    "deep": (b"[" * 100_000, TEXT),
+    "unknown command": (b'{"cmd": "aibot_of_tomorrow", "headers": {}, "body": 5}', TEXT),
+    "command is a number": (b'{"cmd": 5, "headers": [], "errcode": {}}', TEXT),
+    "nothing inside": (b'{"cmd": "aibot_msg_callback"}', TEXT),
+    "event without event": (b'{"cmd": "aibot_event_callback", "headers": {}, "body": {}}', TEXT),
+    "a stray answer": (b'{"headers": {"req_id": "x"}, "errcode": 1e999}', TEXT),
+    "nobody": (odd_message(**{"from": None}), TEXT),
+    "somebody odd": (odd_message(**{"from": {"userid": "../x\n" * 9000}}), TEXT),
+    "half a character": (odd_message(text={"content": "\ud800:1"}), TEXT),
+    "text is a list": (odd_message(text=["nginx:1"]), TEXT),
+    "no id": (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    "binary": (b"\0\1\2", BINARY),
+    "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
+    "endless length": (b"\x81\x7f\x7f" + b"\xff" * 7, -1),
+    "masked": (b"\x81\x81abcdx", -1),
+    "reserved opcode": (b"\x83\0", -1),
+    "reserved bit": (b"\xf1\0", -1),
+    "continued from nothing": (b"\x80\x01x", -1),
+    "a text in a text": (b"\x01\x01{\x81\x02{}", -1),
+    "fragmented ping": (b"\x09\0", -1),
+    "long ping": (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
+    "half a close": (b"\x88\x01x", -1),
+    "empty fragments": (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),
+    "fragments over 1 MiB": (
+        b"\x01\0" + (b"\0\x7f" + struct.pack(">Q", 1 << 16) + bytes(1 << 16)) * 17,
+        -1,
+    ),
+    "ping": (b"x" * 125, PING),
+    "pong": (b"x", PONG),
+    "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
+}
+ODD_HANDSHAKES: dict[str, What] = {
+    "502": (502, {}, b"<html>"),
+    "redirect": (302, {"Location": "http://evil.example/"}, b""),
+    "wrong key": (101, {"Upgrade": "websocket", "Connection": "Upgrade"}, b""),
+    "200": (200, {}, b"x" * 100_000),
+    **{name: name for name in ("reset", "garbage", "drip", "big")},
+}
+
+
+def test_garbage_does_not_end_the_service() -> None:
+    """Whatever the gateway sends: the next message is answered, on this line or a new one."""
+    with RobotWorld() as world:
+        world.gateway.chats["odd"] = 1
+        for name, (data, opcode) in ODD_FRAMES.items():
+            with suppress(OSError):  # it may hang up before it has all
+                world.gateway.write(data, opcode)
+            time.sleep(0.05)
+            world.gateway.cut()  # so that what comes next meets a line that is whole
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+        for name, what in ODD_HANDSHAKES.items():
+            world.gateway.fail("GET /", what)
+            world.gateway.cut()
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+        assert world.service.healthy() and len(world.github.dispatches) <= 2
+        COUNTS["faults"] += len(ODD_FRAMES) + len(ODD_HANDSHAKES)
+
+
+@pytest.mark.parametrize("opcode", ["harmless", "fragments"])
+def test_harmless_frames_leave_the_line_open(robot: RobotWorld, opcode: str) -> None:
+    """Pings between fragments, control characters in JSON, unknown commands: nothing is lost."""
+    user, logins = next(PEOPLE), len(robot.gateway.subscriptions)
+    robot.gateway.fragments = opcode == "fragments"
+    for name in ("unknown command", "'junk'", "a stray answer", "ping", "pong"):
+        if name in ODD_FRAMES:
+            robot.gateway.write(*ODD_FRAMES[name])
+    assert "使用说明" in robot.ask("帮助：这是什么？", user).text
+    robot.gateway.fragments = False
+    assert len(robot.gateway.subscriptions) == logins
+
+
+# -- settings, commands, the other entrance
+
+
+def test_with_the_robot_alone_http_serves_health_only(robot: RobotWorld) -> None:
+    """The callback's path is 404, and `send` says which settings it needs."""
+    assert robot.service.health()["bot"] == "up"
+    for method in ("GET", "POST"):
+        url = f"{robot.service.callback_url}?msg_signature=x&timestamp=1&nonce=1&echostr=x"
+        assert http_request(method, url, b"<xml/>").status == 404
+    got = robot.service.command("send", "help")
+    assert got.returncode == 1 and "TOKEN" in got.stdout + got.stderr
+
+
+def test_both_entrances_side_by_side() -> None:
+    """Each is answered where it came in."""
+    with RobotWorld(None, True) as world:
+        assert "共 1 个镜像" in world.say("a:1", "bob")
+        world.ask("b:1")
+        assert "a:1" in hear(world, "bob", "成功 1 / 1") and "b:1" in world.result().text
+        assert world.gateway.texts("bob") == [] and world.wecom.messages_for("alice") == []
+
+
+def test_the_robot_goes_past_every_proxy() -> None:
+    """A proxy that is down holds GitHub up, not the robot."""
+    dead = "http://127.0.0.1:1"
+    with RobotWorld(PROXY_URL=dead, NO_PROXY_DOMAINS="x.example", HTTPS_PROXY=dead) as world:
+        assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
+
+
+def test_the_gateways_certificate_is_checked(tmp_path: Path) -> None:
+    """An unknown one is shown nothing, not even the handshake."""
+    need(missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    for trust in ("", str(certificate)):
+        with Source(tls=context) as server:
+            more = {"BOT_URL": f"wss://127.0.0.1:{server.port}", "SSL_CERT_FILE": trust}
+            with RobotWorld(**more) as world:
+                wanted = "404" if trust else "证书"
+                assert wait_until(lambda wanted=wanted, world=world: wanted in world.service.log)  # type: ignore[misc]
+                assert bool(server.calls) == bool(trust) and not world.is_up()
+
+
+def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
+    """A second connection would throw the first out: beside a service it asks /health."""
+    with closing(RobotWorld(DOCKER_REGISTRY="127.0.0.1:1").prepare()) as world:
+        for secret, mark in ((world.gateway.secret, "✅"), ("wrong-secret-1f2e", "❌")):
+            world.service.settings["BOT_SECRET"] = secret
+            said = world.service.command("check").stdout
+            (line,) = [line for line in said.splitlines() if "机器人：" in line]
+            assert line.startswith(mark) and ("853000" in line) == (mark == "❌")
+        assert wait_until(lambda: not world.gateway.line)
+        world.service.settings["BOT_SECRET"] = world.gateway.secret
+        world.service.start()
+        assert wait_until(world.is_up) and "机器人" in world.service.command("check").stdout
+        assert [code for _, code in world.gateway.subscriptions] == [0, 853000, 0] and world.is_up()
+
+
+ROBOT = {"BOT_ID": "aib0123456789", "BOT_SECRET": "bot-secret-0123456789"}
+OTHERS = {name: value for name, value in ENOUGH.items() if name not in CALLBACK}
+GROUPS: dict[str, tuple[dict[str, str], set[str]]] = {
+    "robot": (ROBOT, set()),
+    "callback": (ENOUGH, set()),
+    "both": (ENOUGH | ROBOT, set()),
+    "half a robot": ({"BOT_ID": "aib0123456789"}, {"BOT_SECRET"}),
+    "half a callback": ({"CORP_ID": "ww0123456789abcdef"}, set(CALLBACK) - {"CORP_ID"}),
+    "robot and half a callback": (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
+    "callback and half a robot": (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
+    "a placeholder": (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
+    "ws to a stranger": (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
+    "https": (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
+    "wss": (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
+    "ws to itself": (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_either_entrance_is_enough_and_a_begun_one_must_be_whole(name: str) -> None:
+    """What is missing of a begun group is named, nothing else."""
+    settings, wanted = GROUPS[name]
+    assert set(names_in(problems_of(OTHERS | settings))) == wanted
+
+
+def test_without_an_entrance_both_are_offered() -> None:
+    """The two values first: they are the easier way."""
+    said = "\n".join(problems_of(OTHERS))
+    assert [name for name in ("BOT_ID", "BOT_SECRET", *CALLBACK) if name not in said] == []
+
+
+# ---------------------------------------------------------------------------------------------
 # Nobody in: connections
 # ---------------------------------------------------------------------------------------------
 
@@ -11886,14 +13332,14 @@ def test_github_cannot_make_us_tell_the_token() -> None:
         search(world, {}, [])
 
 
-EVIL = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+MARKUP = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
 
 
 def test_users_cannot_forge_log_lines() -> None:
     """Newlines, escapes and direction marks in what users type stay inside their line."""
     with quick() as world:
         forged = "2026-01-01 00:00:00 ERROR forged"
-        for evil in EVIL:
+        for evil in MARKUP:
             for text in (
                 f"nginx:1{evil}{forged}",
                 f"https://example.com/{evil}{forged}",
