@@ -8861,7 +8861,7 @@ def shared_hasty() -> Iterator[RelayWorld]:
 
 
 @pytest.fixture
-def hasty(shared_hasty: RelayWorld) -> Iterator[RelayWorld]:
+def impatient(shared_hasty: RelayWorld) -> Iterator[RelayWorld]:
     """A depot without patience or room; whatever a test did to its lane, the next link works."""
     yield shared_hasty
     shared_hasty.source.files.clear()
@@ -8935,26 +8935,26 @@ for line in (
 
 
 @pytest.mark.parametrize("name", ORIGINS)
-def test_a_file_is_stored_as_its_origin_means_it(hasty: RelayWorld, name: str) -> None:
+def test_a_file_is_stored_as_its_origin_means_it(impatient: RelayWorld, name: str) -> None:
     """What is told as success is the very file, its checksum valid; in doubt it is refused."""
     options, wanted = ORIGINS[name]
-    got = fetched(hasty, **options)
+    got = fetched(impatient, **options)
     assert got in wanted, f"{len(got or b'')} bytes are stored"
 
 
-def test_bytes_behind_the_end_take_no_memory(hasty: RelayWorld) -> None:
+def test_bytes_behind_the_end_take_no_memory(impatient: RelayWorld) -> None:
     """What comes on the wire counts against MAX_FILE_MB, not only what becomes of it."""
     body = gzip.compress(b"ok") + bytes(64 * MIB)
-    with PeakMemory(hasty.world.service.pid) as memory:
-        assert fetched(hasty, **coded(body, length="chunked")) is None
+    with PeakMemory(impatient.world.service.pid) as memory:
+        assert fetched(impatient, **coded(body, length="chunked")) is None
     assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
 
 
 @pytest.mark.parametrize("extended", ["idna''%ff", "punycode''%ff", "undefined''%41", "a\0''%41"])
-def test_a_name_in_an_odd_charset_is_no_name(hasty: RelayWorld, extended: str) -> None:
+def test_a_name_in_an_odd_charset_is_no_name(impatient: RelayWorld, extended: str) -> None:
     """What cannot be read leaves the name to the address."""
     disposition = f"attachment; filename*={extended}"
-    text = hasty.relay(hasty.source.add("/named.bin", body=b"x", disposition=disposition))
+    text = impatient.relay(impatient.source.add("/named.bin", body=b"x", disposition=disposition))
     assert read_result(text)["name"] == "named.bin"
 
 
@@ -8971,31 +8971,31 @@ HELD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HELD if BIG else [*HELD][:2])  # of 3 s each, so the rest is for CI
-def test_nobody_holds_the_lane(hasty: RelayWorld, name: str) -> None:
+def test_nobody_holds_the_lane(impatient: RelayWorld, name: str) -> None:
     """Every read has the deadline of the whole transfer, whatever is being read."""
-    text = hasty.relay(hasty.source.add("/held.bin", **HELD[name]), timeout=7)
+    text = impatient.relay(impatient.source.add("/held.bin", **HELD[name]), timeout=7)
     assert SENTENCE.fullmatch(text), text
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_an_expired_address_is_asked_for_again_at_the_link(hasty: RelayWorld, status: int) -> None:
+def test_an_expired_address_is_asked_for_again_at_the_link(impatient: RelayWorld, status: int) -> None:
     """A link leads to a signed address, which has expired when the download is resumed."""
-    source, first = hasty.source, len(hasty.source.calls)
+    source, first = impatient.source, len(impatient.source.calls)
     options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
     for turn in (1, 2, 3):
         source.add(f"/signed?t={turn}", 900_000, expired=status, **options)
     link = source.add("/signed.iso", status=302, location="/signed?t={turn}")
-    check_object(hasty, "/signed?t=1", hasty.relay(link))
+    check_object(impatient, "/signed?t=1", impatient.relay(link))
     calls = [call.headers for call in source.calls[first:] if call.path == "/signed.iso"]
     asked = [(call.get("range"), call.get("if-range")) for call in calls]
     assert asked == [(None, None), ("bytes=300000-", '"v"'), ("bytes=600000-", '"v"')]
 
 
-def test_a_link_that_is_refused_when_resumed_is_given_up(hasty: RelayWorld) -> None:
+def test_a_link_that_is_refused_when_resumed_is_given_up(impatient: RelayWorld) -> None:
     """There is nowhere to begin again: it ends, after a few requests."""
     options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [9_000]}
-    assert fetched(hasty, "/refused.bin", size=900_000, expired=403, **options) is None
-    assert hasty.source.hits["/refused.bin"] <= 6
+    assert fetched(impatient, "/refused.bin", size=900_000, expired=403, **options) is None
+    assert impatient.source.hits["/refused.bin"] <= 6
 
 
 @pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
@@ -11147,7 +11147,7 @@ WELL_KNOWN += " nginx node php postgres python rabbitmq redis registry tomcat tr
 
 
 @pytest.mark.parametrize("name", WELL_KNOWN.split())
-def test_bare_words_are_images_beside_a_well_known_one(name: str) -> None:
+def test_a_well_known_name_makes_a_list(name: str) -> None:
     """Two names are a list where one of them is an official image."""
     images = wxsync.read_message(f"my-own-app, {name}", PREFIX).images
     assert [image.line for image in images] == ["my-own-app:latest", f"{name}:latest"]
