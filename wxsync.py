@@ -3745,69 +3745,46 @@ def title(task: Task, is_own: bool) -> str:
     return (public_link(first, is_own) if task.lane == "files" else quoted(first, 80)) + more
 
 
+@dataclass
+class Work:
+    """How far one task is. Written by its lane alone."""
+
+    outcomes: list[Outcome]
+    since: float = 0.0  # monotonic; when the work began, 0 when it has not
+    done_bytes: int = 0
+    total_bytes: int = 0  # 0 for not known
+    is_told: bool = False  # that it takes long
+
+
 class Progress:
-    """How far the running tasks are. Of this process alone, never on disk."""
+    """How far the tasks are. Of this process alone, never on disk."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._since: dict[tuple[str, str], float] = {}  # monotonic; when the work began
-        self._bytes: dict[str, tuple[int, int]] = {}  # done and total, 0 for not known
-        self._outcomes: dict[str, list[Outcome]] = {}
-        self._told: set[str] = set()
+        self._works: dict[tuple[str, str], Work] = {}
 
-    def begin(self, task: Task, since: float) -> None:
-        """Note when the work on a task began; the first time counts."""
+    def of(self, task: Task) -> Work:
+        """Return what is known of a task; at first all its lines are running."""
+        fresh = Work([Outcome(line, "running", "", "") for line in task.items])
         with self._lock:
-            self._since.setdefault((task.lane, task.id), since)
-
-    def since(self, task: Task) -> float:
-        """Return when the work on a task began (monotonic), 0 when it has not."""
-        with self._lock:
-            return self._since.get((task.lane, task.id), 0.0)
-
-    def set_bytes(self, task: Task, done: int, total: int) -> None:
-        with self._lock:
-            self._bytes[task.id] = done, total
-
-    def bytes(self, task: Task) -> tuple[int, int]:
-        with self._lock:
-            return self._bytes.get(task.id, (0, 0))
-
-    def set_outcomes(self, task: Task, outcomes: list[Outcome]) -> None:
-        with self._lock:
-            self._outcomes[task.id] = outcomes
-
-    def outcomes(self, task: Task) -> list[Outcome]:
-        """Return the last count of a task's lines, all of them running when there is none."""
-        with self._lock:
-            found = self._outcomes.get(task.id)
-        return found or [Outcome(line, "running", "", "") for line in task.items]
-
-    def tell_late(self, task: Task) -> bool:
-        """Tell whether it has yet to be told that a task takes long; only the first time."""
-        with self._lock:
-            is_new = task.id not in self._told
-            self._told.add(task.id)
-            return is_new
+            return self._works.setdefault((task.lane, task.id), fresh)
 
     def end(self, task: Task) -> None:
         with self._lock:
-            for kept in (self._bytes, self._outcomes):
-                kept.pop(task.id, None)
-            self._since.pop((task.lane, task.id), None)
-            self._told.discard(task.id)
+            self._works.pop((task.lane, task.id), None)
 
 
 def progress_lines(task: Task, progress: Progress) -> list[str]:
     """Return how far a running task is."""
     if task.lane == "images":
-        outcomes = progress.outcomes(task)
+        outcomes = progress.of(task).outcomes
         done = sum(not outcome.is_open for outcome in outcomes)
         return [f"　{bar(done, len(outcomes))}，已完成 {done}/{len(outcomes)}"]
-    done, total = progress.bytes(task)
+    work = progress.of(task)
+    done, total = work.done_bytes, work.total_bytes
     known = f"{bar(done, total)}，" if total else ""
     of = f" / {total / 1e6:.1f}" if total else ""
-    seconds = max(1.0, time.monotonic() - progress.since(task))
+    seconds = max(1.0, time.monotonic() - work.since)
     return [f"　{known}{done / 1e6:.1f}{of} MB，{done / seconds / 1e6:.1f} MB/s"]
 
 
@@ -3815,7 +3792,7 @@ def living_text(task: Task, progress: Progress) -> str:
     """Return what a message that lives shows of its request while it runs."""
     if task.lane == "files":
         return "\n".join([f"🔄 正在上传 {title(task, True)}", *progress_lines(task, progress)])
-    outcomes = progress.outcomes(task)
+    outcomes = progress.of(task).outcomes
     ended = [outcome for outcome in outcomes if not outcome.is_open]
     head = f"🔄 正在同步镜像　{len(ended)} / {len(outcomes)}"
     marks = [f"{'✅' if outcome.is_done else '❌'} `{outcome.line}`" for outcome in ended]
@@ -4068,7 +4045,7 @@ class Chat:
             if not tasks:
                 lines.append(f"{name}：空闲")
                 continue
-            task, since = tasks[0], self._progress.since(tasks[0])
+            task, since = tasks[0], self._progress.of(tasks[0]).since
             seconds = time.monotonic() - since if since else 0.0
             what = title(task, task.person == person)
             lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
@@ -4186,6 +4163,7 @@ class Post:
         self, channel: Channel, state: State, log: Log, sleep: Callable[[float], None]
     ) -> None:
         self._channel = channel
+        self._name = channel.name or "wecom"
         self._state = state
         self._log = log
         self._sleep = sleep
@@ -4237,6 +4215,7 @@ class Post:
                     seconds = max(seconds, self.pace.wait_seconds(letter.address))
                     if seconds <= 0:
                         self._busy.add(letter.address)
+                        self.pace.take(letter.address)
                         return letter
                     wait = min(seconds, wait or seconds)
                 self._state.changed.wait(wait)
@@ -4266,7 +4245,6 @@ class Post:
     def _forget(self, letter: Letter) -> None:
         """Take a message that was sent or given up off the disk."""
         self._tries.pop(letter.address, None)
-        self.pace.take(letter.address)
         with self._state.changed:
             if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
                 self._lists[letter.address] = pieces[1:]
@@ -4291,7 +4269,7 @@ class Post:
             if not least or (not known and tries > KEEP_TRIES):
                 self.dropped += 1
                 self._dropped_at = time.monotonic()
-                text = f"wecom: {failure}；给 {shown(letter.address)} 的消息已丢弃"
+                text = f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃"
                 self._log.error(text)
                 return True
             self._trouble = str(failure)
@@ -4301,7 +4279,7 @@ class Post:
             else:
                 pause = max(least, min(900.0, 5.0 * 2.0 ** min(tries - 1, 8)))
                 self._not_before[letter.address] = time.monotonic() + pause
-        self._log.warning(f"wecom: {failure}；{pause:.0f} 秒后重试")
+        self._log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
         if known:
             self._sit_out(pause)
         return False
@@ -4450,7 +4428,7 @@ class Follower:
                 return self._finish(seconds)
             if time.monotonic() >= self._next_count:
                 self._next_count = time.monotonic() + JOBS_SECONDS
-                app.progress.set_outcomes(task, app.github.outcomes(task.run, task.items))
+                app.progress.of(task).outcomes = app.github.outcomes(task.run, task.items)
             self._odd = 0
         except Failure as failure:
             # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
@@ -4465,7 +4443,7 @@ class Follower:
     def _finish(self, seconds: float) -> bool:
         """Tell the result, once the jobs have ended as well: their list lags behind the run."""
         outcomes = self._app.github.outcomes(self._task.run, self._task.items)
-        self._app.progress.set_outcomes(self._task, outcomes)
+        self._app.progress.of(self._task).outcomes = outcomes
         self._open_polls += 1
         if any(o.is_open for o in outcomes) and self._open_polls * POLL_SECONDS < SETTLE_SECONDS:
             return False
@@ -4482,9 +4460,10 @@ def since(app: App, task: Task) -> float:
 def tell_late(app: App, task: Task, **changes: Any) -> None:
     """In one change: queue the message that it takes long, unless it was, and change the task."""
     letters: list[Letter] = []
-    if app.progress.tell_late(task):
-        outcomes = app.progress.outcomes(task)
-        text = late_text(outcomes, app.settings.target_prefix, task.run_url)
+    work = app.progress.of(task)
+    if not work.is_told:
+        work.is_told = True
+        text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
         channel = app.channel(task.user)
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
         channel.expect(task, letters)
@@ -4509,9 +4488,9 @@ def sync_images(app: App, task: Task) -> None:
             task = find_or_start_run(app, task, patience)
         follower = Follower(app, task)
         while not follower.poll():
-            if time.monotonic() >= app.progress.since(task) + app.settings.SYNC_TIMEOUT:
+            if time.monotonic() >= app.progress.of(task).since + app.settings.SYNC_TIMEOUT:
                 with contextlib.suppress(Failure):
-                    app.progress.set_outcomes(task, app.github.outcomes(task.run, task.items))
+                    app.progress.of(task).outcomes = app.github.outcomes(task.run, task.items)
                 tell_late(app, task, stage="late")
                 return
             app.sleep(POLL_SECONDS)
@@ -4523,15 +4502,16 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
         while not (tasks := [t for t in app.state.facts.tasks if t.lane == "images"]):
             app.state.changed.wait()
     first = next((task for task in tasks if task.stage != "late"), None)
-    if first and (begun := app.progress.since(first)):
+    if first and (begun := app.progress.of(first).since):
         waited_for_github = first.stage in ("queued", "committed", "dispatching")
         if waited_for_github and time.monotonic() >= begun + app.settings.SYNC_TIMEOUT:
             tell_late(app, first)
     for task in (task for task in tasks if task.stage == "late"):
-        app.progress.begin(task, since(app, task))
+        work = app.progress.of(task)
+        work.since = work.since or since(app, task)
         follower = followers.setdefault(task.id, Follower(app, task))
         try:
-            over = time.monotonic() > app.progress.since(task) + WATCH_SECONDS
+            over = time.monotonic() > work.since + WATCH_SECONDS
             if follower.poll():
                 del followers[task.id]
             elif over:
@@ -4576,6 +4556,8 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tup
     """Stream the source into the bucket; return the object's key and its size in bytes."""
     key, kind = make_key(source.name), source.content_type or "application/octet-stream"
     upload, count, size_bytes = Upload(key, "", source.name), 0, 0
+    work = app.progress.of(task)
+    work.total_bytes = source.total_bytes or 0
     advance(app, task, upload=tuple(upload))
     for part in read_ahead(source):
         stop_if_cancelled(app, task)
@@ -4588,7 +4570,7 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tup
             advance(app, task, upload=tuple(upload))
         store.put_part(upload, count, part)
         count += 1
-        app.progress.set_bytes(task, size_bytes, source.total_bytes or 0)
+        work.done_bytes = size_bytes
     stop_if_cancelled(app, task)
     store.complete(upload, count)
     return key, size_bytes
@@ -4706,7 +4688,8 @@ def work(app: App, lane: str) -> None:
         while not (tasks := app.state.facts.lane(lane)):
             app.state.changed.wait()
     task = tasks[0]
-    app.progress.begin(task, since(app, task))
+    progress = app.progress.of(task)
+    progress.since = progress.since or since(app, task)
     if lane == "images":
         run, fail, cancel = sync_images, fail_images, cancel_images
     else:
@@ -5232,7 +5215,6 @@ class Stream:
     begun: float = 0.0  # monotonic; its first frame
     last: float = 0.0  # monotonic; its latest frame
     text: str = ""
-    is_over: bool = False
     tasks: tuple[Task, ...] = ()
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
 
@@ -5259,7 +5241,8 @@ class Robot(Channel):
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
-        self._letters: dict[Letter, Stream] = {}  # goes out as a frame of this stream
+        # goes out as a frame of this stream, and whether it is the last one
+        self._letters: dict[Letter, tuple[Stream, bool]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
         self.trouble = "智能机器人还没有连上"
 
@@ -5288,9 +5271,7 @@ class Robot(Channel):
         user, _, group = split_address(address)
         head = f"`{user}`：" if group else ""
         pieces = split_text(self.render(text), self.limit_bytes - 160, MAX_RESULT_MESSAGES)
-        short = hashlib.sha256(mark.encode()).hexdigest()[:6]
-        ends = ["" if mark in p and len(pieces) == 1 else f"\n（{short}）" for p in pieces]
-        return [Letter(address, head + p + end) for p, end in zip(pieces, ends, strict=True)]
+        return [Letter(address, head + piece) for piece in pieces]
 
     # -- what the chat and the lanes say
 
@@ -5299,7 +5280,7 @@ class Robot(Channel):
         with self._lock:
             if stream := self._streams.get(message.id):
                 stream.tasks = tuple(tasks)
-                self._letters[letters[0]] = stream
+                self._letters[letters[0]] = stream, False
         return letters
 
     def expect(self, task: Task, letters: Sequence[Letter]) -> None:
@@ -5307,16 +5288,15 @@ class Robot(Channel):
             for message_id, stream in list(self._streams.items()):
                 if any(t.id == task.id for t in stream.tasks) and letters:
                     del self._streams[message_id]
-                    stream.is_over = True
-                    self._letters[letters[0]] = stream
+                    self._letters[letters[0]] = stream, True
 
     # -- sending
 
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
         with self._lock:
-            stream = self._letters.pop(letter, None)
-        if stream and self._respond(stream, letter.text, stream.is_over):
+            stream, is_last = self._letters.pop(letter, (None, False))
+        if stream and self._respond(stream, letter.text, is_last):
             return
         user, _, group = split_address(letter.address)
         body = {"chatid": group or user, "chat_type": 2 if group else 1, "msgtype": "markdown"}
@@ -5339,9 +5319,12 @@ class Robot(Channel):
             content = {"id": stream.id, "finish": finish, "content": text}
             body = {"msgtype": "stream", "stream": content}
             try:
-                return not self._ask("aibot_respond_msg", stream.req_id, body).get("errcode")
+                found = self._ask("aibot_respond_msg", stream.req_id, body)
             except Failure:
-                return False
+                found = {"errcode": -1}
+            if found.get("errcode") or finish:
+                stream.line = None  # a late acknowledgement must not pass for that of another frame
+            return not found.get("errcode")
 
     def _ask(
         self, command: str, req_id: str, body: Any, line: WebSocket | None = None
@@ -5517,10 +5500,11 @@ class Robot(Channel):
                 return  # a repeat, while the first one is being answered
             self._streams[message.id] = stream
         reply = note or app.chat.answer(message, self)
+        if message.id in app.state.facts.seen:
+            return  # accepted: the confirmation is a letter
         with self._lock:
-            if stream.begun or (stream.tasks and stream in self._letters.values()):
-                return
             self._streams.pop(message.id, None)
+            self._letters = {k: v for k, v in self._letters.items() if v[0] is not stream}
         pieces = self.letters(message.address, reply, message.id)
         post = app.posts[self.name]
         is_free = post.pace.wait_seconds(message.address) <= 0
@@ -5611,10 +5595,10 @@ class Robot(Channel):
                         continue
                 self._respond(stream, self._last_text(app, stream, tasks), True)
                 continue
-            begun = [t for t in tasks if app.progress.since(t)]
+            begun = [t for t in tasks if app.progress.of(t).since]
             text = self.render("\n\n".join(living_text(t, app.progress) for t in begun))
             pace = app.posts[self.name].pace
-            is_due = now >= stream.last + REFRESH_SECONDS and not stream.is_over
+            is_due = now >= stream.last + REFRESH_SECONDS
             if (
                 is_due
                 and begun
@@ -5628,10 +5612,10 @@ class Robot(Channel):
         if not tasks:
             return "⏹ 已取消"
         task = tasks[0]
-        app.progress.tell_late(task)
-        outcomes = app.progress.outcomes(task)
+        work = app.progress.of(task)
+        work.is_told = True
         if task.lane == "images":
-            return self.render(late_text(outcomes, app.settings.target_prefix, task.run_url))
+            return self.render(late_text(work.outcomes, app.settings.target_prefix, task.run_url))
         return self.render(
             "\n".join(["⏰ 还在上传，结束后再通知您", *progress_lines(task, app.progress)])
         )
