@@ -11115,7 +11115,7 @@ TALK = (
 def test_talk_starts_nothing_and_gets_the_help(talk: Talk, text: str) -> None:
     """Times, fractions, numbers, addresses, paths: no image, no refusal, nothing to send."""
     reply = talk.say(text)
-    assert wxsync.HELP in reply and not re.search("❌|请发送|您是不是要", reply)
+    assert wxsync.Channel().render(wxsync.HELP) in reply and not re.search("❌|请发送|您是不是要", reply)
     assert talk.calls() == []
 
 

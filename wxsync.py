@@ -1873,7 +1873,7 @@ class WeCom:
         body = json.dumps(message, ensure_ascii=False)
         found = self.call("POST", "/cgi-bin/message/send", {}, body)
         if found.get("invaliduser") or found.get("unlicenseduser"):
-            self._log.warning(f"wecom: 消息没有送到 {shown(user)}（不在可见范围内或没有许可）")
+            raise ChannelError("收件人不在应用可见范围内或没有许可", 0.0, True)
 
 
 # ---- GitHub: the list, one run per request, its jobs -------------------------------------------
@@ -2763,7 +2763,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
 
     # A virus scanner on Windows holds a file for a moment after it was written.
-    pauses = (0.1, 0.3, 0.6) if os.name != "posix" else ()
+    pauses = (0.1, 0.3, 0.6)
     persist(attempt, pauses, time.sleep, lambda error: isinstance(error, PermissionError))
     if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -2779,33 +2779,57 @@ def write_atomically(path: Path, data: bytes) -> None:
 class ImageList:
     """STATE_DIR/images.txt: what was asked for since midnight, comments and foreign bytes kept."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, log: Log) -> None:
         self.path = folder / LIST_PATH
+        self._log = log
+        self._lock = threading.RLock()
+        self._unwritten: str | None = None  # what the disk did not take
+        self.trouble = ""
 
     def read(self) -> str:
+        """Return the list; raise OSError."""
+        if self._unwritten is not None:
+            return self._unwritten
         try:
             return self.path.read_bytes().decode("utf-8", "surrogateescape")
         except FileNotFoundError:
             return ""
 
     def write(self, text: str) -> bytes:
-        """Replace the file by text and return its bytes; raise OSError."""
+        """Replace the file by text and return its bytes; kept for `save` on a full disk."""
         data = text.encode("utf-8", "surrogateescape")
-        write_atomically(self.path, data)
+        try:
+            write_atomically(self.path, data)
+            self._unwritten, self.trouble = None, ""
+        except OSError as error:
+            self._unwritten = text
+            self.trouble = f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
+            self._log.error(f"❌ {self.trouble}")
         return data
 
+    def save(self) -> None:
+        """Write what the disk has not taken yet."""
+        with self._lock:
+            if self._unwritten is not None:
+                self.write(self._unwritten)
+
     def add(self, lines: Sequence[str]) -> bytes:
-        """Append the lines that are not there yet; return the whole content; raise OSError.
+        """Append the lines that are not there yet; return the whole content.
 
         What `plan` would refuse is kept out, so that an edit by hand can always run: an older line
         with the target of a new one goes, and so do the oldest lines over MAX_LIST_LINES.
         """
-        text = self.read()
-        old = text.splitlines()
-        present = {line.strip() for line in old}
-        new = [line for line in lines if line not in present]
-        if not new and self.path.exists():
-            return text.encode("utf-8", "surrogateescape")
+        with self._lock:
+            text = self.read()
+            old = text.splitlines()
+            present = {line.strip() for line in old}
+            new = [line for line in lines if line not in present]
+            if not new and (self.path.exists() or self._unwritten):
+                return text.encode("utf-8", "surrogateescape")
+            return self.write("".join(f"{line}\n" for line in [*self._kept(old, lines, new), *new]))
+
+    @staticmethod
+    def _kept(old: list[str], lines: Sequence[str], new: list[str]) -> list[str]:
         taken = {read_image(line).target("") for line in new}
         targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
         kept = [line for line in old if not taken.intersection(targets[line])]
@@ -2813,13 +2837,14 @@ class ImageList:
         over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
         for line in older[: max(0, over)]:
             kept.remove(line)
-        return self.write("".join(f"{line}\n" for line in [*kept, *new]))
+        return kept
 
     def remove(self, uploaded: bytes) -> None:
         """Take out what was uploaded; lines that came meanwhile stay."""
         gone = set(uploaded.decode("utf-8", "surrogateescape").splitlines())
-        kept = [line for line in self.read().splitlines() if line not in gone]
-        self.write("".join(f"{line}\n" for line in kept))
+        with self._lock:
+            kept = [line for line in self.read().splitlines() if line not in gone]
+            self.write("".join(f"{line}\n" for line in kept))
 
 
 STAGES = ("queued", "committed", "dispatching", "running", "late")
@@ -3128,15 +3153,15 @@ class State:
                 for pending in batch:
                     facts = pending.change(facts) if pending.must else facts
             is_written = self._write(facts)
+            is_dirty = not is_written
+            if is_dirty and any(pending.must for pending in batch):
+                is_dirty = not self._write(self.facts)  # a restart must not find what is refused
             with self.changed:
                 for pending in batch:
                     pending.is_written = is_written
                     if pending.must and is_written:
                         self.facts = pending.change(self.facts)
                 self.changed.notify_all()
-            if not is_written and any(pending.must for pending in batch):
-                is_written = self._write(self.facts)  # a restart must not find what was refused
-            is_dirty = not is_written
 
     def _write(self, facts: Facts) -> bool:
         """Add a line to the journal, or begin it anew; tell whether the disk took it."""
@@ -3599,11 +3624,12 @@ def _read_items(text: str, items: list[str]) -> Reading:
         return Reading("" if paste.images else "help", _check_images(paste.images), (), note)
     if any(map(_is_attempt, items)):
         return Reading(images=_read_images(items))
+    items = [item.lower() if len(items) == 1 else item for item in items]
     names = [item for item in items if BARE_NAME.fullmatch(item) and len(item) <= 128]
-    if items and names == items and not all(map(is_talk, names)) and names != ["help"]:
+    if items and names == items and not all(map(is_talk, names)):
         return _read_bare(names)
     if re.search(r"(?i)https?://", text):
-        return Reading("help", note="链接要独占一行：一行一个，前后不要有别的文字")
+        raise Failure("❓ 链接要独占一行：一行一个，前后不要有别的文字")
     return Reading("help")
 
 
@@ -4051,9 +4077,10 @@ class Chat:
             lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
             lines += progress_lines(task, self._progress)
             if len(tasks) > 1:
-                own = [str(i) for i, t in enumerate(tasks) if i and t.person == person]
-                where = f"，您的在第 {'、'.join(own)} 位" if own else ""
-                lines.append(f"　等待 {len(tasks) - 1} 个{where}")
+                lines.append(f"　等待 {len(tasks) - 1} 个")
+            for ahead, waiting in enumerate(tasks):
+                if ahead and waiting.person == person:
+                    lines.append(f"　您的 {title(waiting, True)}：前面还有 {ahead} 个")
         if late := sum(task.stage == "late" for task in facts.tasks):
             lines.append(f"超时后仍在跟踪：{late} 个")
         if trouble := self._trouble():
@@ -4116,7 +4143,8 @@ class App:
     def trouble(self) -> str:
         """Return what is wrong now, "" for nothing."""
         posts = (post.trouble for post in self.posts.values())
-        return next(filter(None, [self.state.trouble, self.github.trouble, *posts]), "")
+        own = (self.state.trouble, self.images.trouble, self.github.trouble)
+        return next(filter(None, [*own, *posts]), "")
 
 
 # ---- The post: messages on their way, one Post a channel ---------------------------------------
@@ -4480,7 +4508,7 @@ def sync_images(app: App, task: Task) -> None:
             try:
                 content = app.images.add(task.items)
             except OSError as error:
-                text = f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
+                text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
                 raise Failure(text) from error
             app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]", patience)
             task = advance(app, task, stage="committed")
@@ -4743,6 +4771,7 @@ def keep_midnight(app: App) -> float:
     """Do midnight's work if a day has begun since it was done; return the seconds to wait."""
     now, last = app.now(), app.state.facts.midnight
     today = day_of(now)
+    app.images.save()
     if not last or last > today:
         set_midnight(app, today)  # the first start, or the clock has been ahead
     elif last < today:
@@ -5947,7 +5976,7 @@ def build_app(
 ) -> App:
     """Wire the parts of the service; opens no connection and starts no thread."""
     network, folder, progress = Network(settings, log), Path(settings.STATE_DIR), Progress()
-    state, images = State(folder, log, now), ImageList(folder)
+    state, images = State(folder, log, now), ImageList(folder, log)
     channels: dict[str, Channel] = {}
     if settings.CORP_ID:
         client = Client(network, settings.WECOM_API_URL, proxied=False)
@@ -6080,7 +6109,7 @@ def ask_service(settings: Settings, method: str, target: str, body: bytes) -> An
 
 
 SEND_ERRORS = {
-    400: "服务看不懂这条消息",
+    400: "服务看不懂这条消息：--user 是正确的用户 ID 吗？",
     403: "签名或时间被拒绝：服务的 TOKEN、ENCODING_AES_KEY、CORP_ID 和这里的一样吗？时钟对吗？",
     404: "服务没有开启回调：它的设置里没有 CORP_ID 等五项",
     413: "消息太长：一次最多 64 KiB",
