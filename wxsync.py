@@ -3047,6 +3047,7 @@ class State:
         self._now = now
         self.changed = threading.Condition()  # the one lock; notified after each change
         self.facts = Facts()
+        self.resumed: frozenset[str] = frozenset()  # ids of tasks of an earlier process
         self._pending: list[_Pending] = []  # for the next line
         self._musts: list[_Pending] = []  # not in `facts` yet, waiting or being written
         self._size_bytes = JOURNAL_BYTES  # of the file; full: the first write begins it anew
@@ -3074,6 +3075,7 @@ class State:
                         f"{self._path.name} 是更新的版本写的（version {version}），请用新版本启动"
                     )
                 self.facts, damaged = read_facts(data)
+                self.resumed = frozenset(task.id for task in self.facts.tasks)
         except FileNotFoundError:
             pass
         if damaged:
@@ -4377,7 +4379,9 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 def find_or_start_run(app: App, task: Task, patience: Patience) -> Task:
     """Return the task with its run: found where it may have been started before, else started."""
-    if task.stage == "dispatching" and (run := app.github.find_run(task.id, patience)):
+    # A full disk may have kept from a restart how far it was.
+    may_run = task.stage == "dispatching" or task.id in app.state.resumed
+    if may_run and (run := app.github.find_run(task.id, patience)):
         return running(app, task, run)
     for _ in range(TRIES):
         stop_if_cancelled(app, task)
