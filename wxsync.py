@@ -91,9 +91,10 @@ MAX_HEAD_BYTES = 16 * 1024
 REQUEST_SECONDS = 10.0  # from connection (or last answer) to a whole request
 MAX_CONNECTIONS = 600  # a thread each while they are open, 40 KiB of memory
 # Chat (WeCom's document 90236): a text holds 2048 bytes; 30 messages a minute and 1,000 an hour to
-# one person, what is over is dropped without a word. (burst, seconds) pairs: 28 and 950.
+# one person, what is over is dropped without a word.
 MAX_TEXT_BYTES = 2048
-TEXT_PACE = ((1.0, 2.1), (500.0, 8.0))
+MESSAGE_INTERVAL_SECONDS = 2.1  # to one person: 28 a minute, whatever restarts do
+HOURLY_PACE = (500.0, 8.0)  # 500 at once and one more every 8 s: 950 an hour
 DUPLICATE_CHECK_SECONDS = 4 * 3600  # the most WeCom allows; retries within it are never seen twice
 MAX_RESULT_MESSAGES = 10
 MAX_IMAGES = 256  # a GitHub matrix holds 256 jobs
@@ -108,7 +109,7 @@ OUTAGE_SECONDS = 60.0  # the longest pause between looks at a service that is aw
 # The robot (facts of WeCom's document 101463).
 MAX_MARKDOWN_BYTES = 20_480
 MAX_FRAME_BYTES = 1024 * 1024
-ROBOT_PACE = ((8.0, 3.0), (500.0, 8.0))  # 8 + 20 a minute, 500 + 450 an hour
+ROBOT_PACE = (8.0, 3.0)  # 8 at once and one more every 3 s: 28 a minute
 ROBOT_STREAM_SECONDS = 330.0  # a stream may live for 6 minutes
 ROBOT_PING_SECONDS = 30.0  # two without answer: the line is dead
 REFRESH_SECONDS = 4.0
@@ -2504,12 +2505,13 @@ def read_file_name(disposition: str, *urls: Url) -> str:
     return "download"
 
 
-def make_key(name: str) -> str:
-    """Return a new object key: a uuid and the cleaned extension of the name."""
+def make_key(name: str, seed: str = "") -> str:
+    """Return an object key: a uuid (the same for a seed) and the name's cleaned extension."""
     import uuid  # takes 2 ms at start, and only files need it
 
     found = re.search(r"(?i)(\.tar)?\.[a-z0-9]{1,10}$", name)
-    return f"{uuid.uuid4()}{found[0].lower() if found else ''}"
+    key = uuid.uuid5(uuid.NAMESPACE_URL, seed) if seed else uuid.uuid4()
+    return f"{key}{found[0].lower() if found else ''}"
 
 
 STATUS_TEXTS = {
@@ -2968,10 +2970,8 @@ def read_task(entry: Any) -> Task:
         raise ValueError("items or upload")
     if not all(isinstance(text, str) for text in [*task.items, *task.upload]):
         raise TypeError("items or upload")
-    if task.lane not in ("images", "files"):
-        raise ValueError("lane")
-    if task.stage not in STAGES:  # of a later version: as far as is certain
-        task = replace(task, stage="running" if task.run_id else "dispatching")
+    if task.lane not in ("images", "files") or task.stage not in STAGES:
+        raise ValueError("lane or stage")
     if task.lane == "images":
         task = replace(task, items=tuple(read_image(line).line for line in task.items))
     return task
@@ -3247,15 +3247,13 @@ class StateLock:
 INTERNAL_ERROR = "❌ 内部错误，请查看日志"
 HELP = """📖 wxsync 使用说明
 
-同步镜像（每行一个，或用逗号隔开；也可以直接粘贴 compose、k8s、Dockerfile 或报错）：
-```
+同步镜像（每行一个，或用逗号隔开；也可以粘贴 compose、k8s、Dockerfile 或报错）：
 nginx:latest
 bitnami/redis:7.0
 ghcr.io/open-webui/open-webui:main
-```
-指定架构：`--platform=linux/arm64 nginx:latest`
-多架构：`--platform=all nginx:latest`
-改名：`registry.k8s.io/pause:3.9 => pause:3.9`
+指定架构：--platform=linux/arm64 nginx:latest
+多架构：--platform=all nginx:latest
+改名：registry.k8s.io/pause:3.9 => pause:3.9
 
 上传文件：发送 https:// 开头的链接，独占一行
 
@@ -3855,8 +3853,11 @@ class Channel:
 
     name = ""
     limit_bytes = MAX_TEXT_BYTES
-    pace: tuple[tuple[float, float], ...] = TEXT_PACE
     senders = 1  # how many messages may be under way at once
+
+    def pace(self) -> list[tuple[float, float]]:
+        """Return what the other side takes of one address: see Pace."""
+        return [(1.0, MESSAGE_INTERVAL_SECONDS), HOURLY_PACE]
 
     def home(self, address: str) -> str:
         """Return the address as one of this channel's: another's may have been turned off."""
@@ -4197,7 +4198,7 @@ class Post:
         self._state = state
         self._log = log
         self._sleep = sleep
-        self.pace = Pace(channel.pace)
+        self.pace = Pace(channel.pace())
         self._busy: set[str] = set()  # addresses; this and the rest under state.changed
         self._lists: dict[str, list[str]] = {}
         self._not_before: dict[str, float] = {}  # address -> monotonic
@@ -4586,8 +4587,12 @@ def read_ahead(source: Download) -> Iterator[bytearray]:
 
 def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tuple[str, int]:
     """Stream the source into the bucket; return the object's key and its size in bytes."""
-    key, kind = make_key(source.name), source.content_type or "application/octet-stream"
+    kind = source.content_type or "application/octet-stream"
+    key = make_key(source.name, f"{task.id} {task.items[0]}")
     upload, count, size_bytes = Upload(key, "", source.name), 0, 0
+    # A full disk may have kept from a restart that it was on its way, or there.
+    if task.id in app.state.resumed and (stored := store.settle(upload)) is not None:
+        return key, stored
     work = app.progress.of(task)
     work.total_bytes = source.total_bytes or 0
     advance(app, task, upload=tuple(upload))
@@ -5234,6 +5239,8 @@ class WebSocket:
 
 # ---- WeCom's robot over a long connection (contract section 12, document 101463) ---------------
 
+# what markdown and mentions are made of -> what looks like it
+DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
 LINE_DOWN = "智能机器人的长连接断开了"
 
 
@@ -5261,10 +5268,8 @@ class Robot(Channel):
 
     name = "robot"
     limit_bytes = MAX_MARKDOWN_BYTES
-    pace = ROBOT_PACE
     senders = 4
-    MOST_ANSWERS = 32  # under way at once; a thread each
-    KINDS: Mapping[str, str] = {"text": "text", "voice": "voice"}
+    MOST_ANSWERS = 256  # under way at once; a thread each
 
     def __init__(self, settings: Settings, network: Network, log: Log) -> None:
         self._settings = settings
@@ -5283,6 +5288,9 @@ class Robot(Channel):
     def state(self) -> str:
         return "up" if self._line else "down"
 
+    def pace(self) -> list[tuple[float, float]]:
+        return [ROBOT_PACE, HOURLY_PACE]
+
     # -- the form of a text
 
     def render(self, text: str) -> str:
@@ -5292,9 +5300,7 @@ class Robot(Channel):
             if index % 2:
                 parts[index] = part.replace("（已是最新）", "  # 已是最新")
             else:
-                part = part.translate(
-                    dict(zip(map(ord, "<>[]*#~|"), "＜＞［］＊＃～｜", strict=True))
-                )
+                part = re.sub(r"(?m)^(\s*)>", r"\1＞", part.translate(DEFANGED))
                 parts[index] = re.sub(r"\b([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", r"`\1`", part)
         return "".join(parts)
 
@@ -5590,7 +5596,7 @@ class Robot(Channel):
             return "\n".join(filter(None, texts))
         if kind == "file":
             return self._file(str(part.get("url")), str(part.get("aeskey")))
-        return str(part.get("content") or "")
+        return str(part.get("content") or "") if kind in ("text", "voice") else ""
 
     def _file(self, link: str, key: str) -> str:
         """Return a sent text file of at most MAX_PASTE_CHARACTERS; raise Failure for another."""
@@ -6114,7 +6120,7 @@ def ask_service(settings: Settings, method: str, target: str, body: bytes) -> An
 
 SEND_ERRORS = {
     400: "服务看不懂这条消息：--user 是正确的用户 ID 吗？",
-    403: "签名或时间被拒绝：服务的 TOKEN、ENCODING_AES_KEY、CORP_ID 和这里的一样吗？时钟对吗？",
+    403: "签名或时间被拒绝：服务的设置（TOKEN 等）和这里的一样吗？时钟对吗？",
     404: "服务没有开启回调：它的设置里没有 CORP_ID 等五项",
     413: "消息太长：一次最多 64 KiB",
 }
@@ -6126,7 +6132,8 @@ def send_text(settings: Settings, text: str, user: str) -> int:
         if not settings.CORP_ID:
             raise Failure("send 需要回调的设置：CORP_ID、AGENT_ID、SECRET、TOKEN、ENCODING_AES_KEY")
         if not user:
-            raise Failure("请用 --user 指明用户 ID，或设置 ALLOWED_USERS：后来的结果发给这个人")
+            user = "wxsync"
+            print(f"以用户 {user} 发送；后来的结果发给这个人，可用 --user 指明", file=sys.stderr)
         crypto = Crypto(settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID)
         now = time.time()
         inner = {"ToUserName": settings.CORP_ID, "FromUserName": user, "CreateTime": str(int(now))}
