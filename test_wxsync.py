@@ -9684,6 +9684,7 @@ from pathlib import Path
 sys.pycache_prefix = str(Path(__file__).parent)
 sys.path.insert(0, {folder!r})
 import wxsync
+sys.dont_write_bytecode = True  # a full disk would leave half of a .pyc
 if sys.argv[1:]:
     sys.exit(wxsync.main())
 settings = wxsync.load_settings(os.environ)

@@ -196,6 +196,13 @@ def quoted(text: str, limit: int = 60) -> str:
     return f"`{shown(text, limit)}`"
 
 
+def _counted(lines: list[str], left: int, limit_bytes: int, unit: str) -> list[str]:
+    """Return lines with a count of those left out, shortened until the count has room."""
+    while len(f"{chr(10).join(lines)}\n……还有 {left} {unit}".encode()) > limit_bytes and lines:
+        lines, left = lines[:-1], left + 1
+    return [*lines, f"……还有 {left} {unit}"]
+
+
 def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -> list[str]:
     """Split at line ends into at most `most` pieces of at most limit_bytes UTF-8.
 
@@ -224,13 +231,6 @@ def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -
     pieces[-1] += ["```"] if fenced else []
     joined = ["\n".join(piece) for piece in pieces]
     return [piece for piece in joined if piece.strip("`\n ")] or [""]
-
-
-def _counted(lines: list[str], left: int, limit_bytes: int, unit: str) -> list[str]:
-    """Return lines with a count of those left out, shortened until the count has room."""
-    while len(f"{chr(10).join(lines)}\n……还有 {left} {unit}".encode()) > limit_bytes and lines:
-        lines, left = lines[:-1], left + 1
-    return [*lines, f"……还有 {left} {unit}"]
 
 
 def persist(
@@ -527,6 +527,18 @@ def classify(text: str, at_target: bool) -> str:
     return "error"
 
 
+def digest_of(manifest: bytes) -> str:
+    return "sha256:" + hashlib.sha256(manifest).hexdigest()
+
+
+def read_manifest(data: bytes) -> dict[str, Any]:
+    """Return a manifest, index or config; raise CopyFailure where it is none."""
+    found = read_json(data, dict)
+    if found is None:
+        raise CopyFailure("error", "odd manifest: not a JSON object")
+    return found
+
+
 class Skopeo:
     """Runs skopeo with auth files that only this user can read, never with secrets as arguments."""
 
@@ -628,18 +640,6 @@ class Skopeo:
         self._run([*arguments, *options, source, f"docker://{target}"], COPY_SECONDS)
 
 
-def digest_of(manifest: bytes) -> str:
-    return "sha256:" + hashlib.sha256(manifest).hexdigest()
-
-
-def read_manifest(data: bytes) -> dict[str, Any]:
-    """Return a manifest, index or config; raise CopyFailure where it is none."""
-    found = read_json(data, dict)
-    if found is None:
-        raise CopyFailure("error", "odd manifest: not a JSON object")
-    return found
-
-
 def is_index(manifest: Mapping[str, Any]) -> bool:
     return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
 
@@ -688,6 +688,15 @@ class Source(NamedTuple):
         return found
 
 
+def with_list(detail: str, word: str, names: Sequence[str]) -> str:
+    """Return detail with a list at its end, whose length stands before it.
+
+    A step's name may be cut off anywhere; the length tells whether the last name is whole.
+    """
+    text = " ".join(names)
+    return f"{shown(detail, 80)} [{len(text)}]; {word} {text}" if names else detail
+
+
 def choose(entries: Sequence[Mapping[str, Any]], wanted: str) -> Any:
     """Return the entry of an index for os/arch[/variant]; raise CopyFailure no-platform."""
     offered = [_platform(entry.get("platform") or {}) for entry in entries]
@@ -698,15 +707,6 @@ def choose(entries: Sequence[Mapping[str, Any]], wanted: str) -> Any:
             return entry
     names = dict.fromkeys(name for name in offered if PLATFORM.fullmatch(name))
     raise CopyFailure("no-platform", with_list(f"no {wanted}", "has", list(names)[:12]))
-
-
-def with_list(detail: str, word: str, names: Sequence[str]) -> str:
-    """Return detail with a list at its end, whose length stands before it.
-
-    A step's name may be cut off anywhere; the length tells whether the last name is whole.
-    """
-    text = " ".join(names)
-    return f"{shown(detail, 80)} [{len(text)}]; {word} {text}" if names else detail
 
 
 def nearest_tags(wanted: str, tags: Sequence[str]) -> list[str]:
@@ -3550,6 +3550,12 @@ def _check_images(images: Mapping[str, Image]) -> tuple[Image, ...]:
     return tuple(images.values())
 
 
+def _fit(head: str, entries: list[str], room_bytes: int, unit: str) -> str:
+    """Return head and entries (of one or more lines each) in room_bytes, cut with a count."""
+    lines = [entry.replace("\n", "\r") for entry in entries]  # so that none is cut in its middle
+    return split_text("\n".join([head, *lines]), room_bytes, 1, unit)[0].replace("\r", "\n")
+
+
 def _read_images(items: list[str]) -> tuple[Image, ...]:
     """Return the images of all items; raise Failure naming every bad one, or a clash of targets."""
     images: dict[str, Image] = {}
@@ -3564,12 +3570,6 @@ def _read_images(items: list[str]) -> tuple[Image, ...]:
     if bad:
         raise Failure(_fit("❌ 没有开始，请改好后重发：", bad, MAX_TEXT_BYTES - 100, "项"))
     return _check_images(images)
-
-
-def _fit(head: str, entries: list[str], room_bytes: int, unit: str) -> str:
-    """Return head and entries (of one or more lines each) in room_bytes, cut with a count."""
-    lines = [entry.replace("\n", "\r") for entry in entries]  # so that none is cut in its middle
-    return split_text("\n".join([head, *lines]), room_bytes, 1, unit)[0].replace("\r", "\n")
 
 
 def _is_attempt(item: str) -> bool:
@@ -3855,6 +3855,11 @@ class Channel:
     limit_bytes = MAX_TEXT_BYTES
     senders = 1  # how many messages may be under way at once
 
+    @property
+    def state(self) -> str:
+        """Return "up" or "down"."""
+        return "up"
+
     def pace(self) -> list[tuple[float, float]]:
         """Return what the other side takes of one address: see Pace."""
         return [(1.0, MESSAGE_INTERVAL_SECONDS), HOURLY_PACE]
@@ -3889,6 +3894,23 @@ class Channel:
 
     def expect(self, task: Task, letters: Sequence[Letter]) -> None:
         """Hear that these letters are the last ones about a task."""
+
+
+def is_begun(facts: Facts, task: Task) -> bool:
+    """Tell whether work on a task has begun or is about to."""
+    first = facts.lane(task.lane)[:1]
+    return task.stage != "queued" or bool(task.upload) or task in first
+
+
+def with_cancelled(facts: Facts, names: Sequence[tuple[str, str]]) -> Facts:
+    """Return Facts in which waiting tasks are gone and begun ones marked as cancelled."""
+    for task_id, lane in names:
+        task = facts.task(task_id, lane)
+        if task and is_begun(facts, task):
+            facts = replace(facts, cancelled=(*facts.cancelled, task_id))
+        elif task:
+            facts = facts.without_task(task)
+    return facts
 
 
 class Chat:
@@ -4092,23 +4114,6 @@ class Chat:
             when = time.strftime("%m-%d %H:%M", time.localtime(last.at))
             return "\n".join([*lines, f"您的上一个结果：{when} {last.title}"])
         return "\n".join([*lines, "您的上一个结果：还没有"])
-
-
-def is_begun(facts: Facts, task: Task) -> bool:
-    """Tell whether work on a task has begun or is about to."""
-    first = facts.lane(task.lane)[:1]
-    return task.stage != "queued" or bool(task.upload) or task in first
-
-
-def with_cancelled(facts: Facts, names: Sequence[tuple[str, str]]) -> Facts:
-    """Return Facts in which waiting tasks are gone and begun ones marked as cancelled."""
-    for task_id, lane in names:
-        task = facts.task(task_id, lane)
-        if task and is_begun(facts, task):
-            facts = replace(facts, cancelled=(*facts.cancelled, task_id))
-        elif task:
-            facts = facts.without_task(task)
-    return facts
 
 
 # ================================================================================================
@@ -4378,6 +4383,12 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 # ---- Images ------------------------------------------------------------------------------------
 
 
+def running(app: App, task: Task, run: Run) -> Task:
+    app.log.info(f"images: id={task.id} run={run.id}")
+    found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
+    return advance(app, task, stage="running", **found)
+
+
 def find_or_start_run(app: App, task: Task, patience: Patience) -> Task:
     """Return the task with its run: found where it may have been started before, else started."""
     # A full disk may have kept from a restart how far it was.
@@ -4394,12 +4405,6 @@ def find_or_start_run(app: App, task: Task, patience: Patience) -> Task:
         if run := app.github.find_run(task.id, patience):
             return running(app, task, run)
     raise Unreachable("GitHub 没有回应，任务没有启动，请稍后重发")
-
-
-def running(app: App, task: Task, run: Run) -> Task:
-    app.log.info(f"images: id={task.id} run={run.id}")
-    found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
-    return advance(app, task, stage="running", **found)
 
 
 def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float) -> None:
@@ -4529,6 +4534,17 @@ def sync_images(app: App, task: Task) -> None:
             app.sleep(POLL_SECONDS)
 
 
+def give_up(app: App, task: Task) -> None:
+    """End the watch of a run that does not end, with a last look at what it did."""
+    try:
+        outcomes = app.github.outcomes(task.run, task.items)
+    except Failure:
+        text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
+        fail_images(app, task, text, False)
+        return
+    finish_images(app, task, outcomes, WATCH_SECONDS)
+
+
 def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
     """Look once at every run that outlived SYNC_TIMEOUT, and at the clock of the one that runs."""
     with app.state.changed:
@@ -4554,17 +4570,6 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
     for task_id in set(followers) - {task.id for task in tasks}:
         del followers[task_id]
     app.sleep(POLL_SECONDS)
-
-
-def give_up(app: App, task: Task) -> None:
-    """End the watch of a run that does not end, with a last look at what it did."""
-    try:
-        outcomes = app.github.outcomes(task.run, task.items)
-    except Failure:
-        text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
-        fail_images(app, task, text, False)
-        return
-    finish_images(app, task, outcomes, WATCH_SECONDS)
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -4613,6 +4618,29 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tup
     return key, size_bytes
 
 
+def count_try(app: App, task: Task) -> None:
+    """Count the beginnings of an upload: one that kills the process is not begun for ever."""
+    tries = app.state.facts.tries.get(task.id, 0)
+    if tries >= TRIES - 1:
+        raise Failure(f"传输时服务已异常退出 {tries} 次，不再尝试，请联系管理员查看日志")
+
+    def change(facts: Facts) -> Facts:
+        return replace(facts, tries={**facts.tries, task.id: tries + 1})
+
+    app.state.change(change)
+
+
+def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
+    """Tell the person where the file is."""
+    text = (
+        f"✅ 文件上传成功！\n\n文件名: `{shown(name, 150)}`\n文件大小: {size_bytes} 字节\n"
+        f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {store.link(key, app.now())}"
+    )
+    app.log.info(f"files: id={task.id} bytes={size_bytes} key={key}")
+    app.state.change(lambda facts: facts.with_task(task, upload=()))
+    finish(app, task, text, key, f"文件 {quoted(name)}：成功", (), item=task.items[0])
+
+
 def relay_file(app: App, task: Task) -> None:
     """Bring the first link of a file request into the bucket and tell the person; raise Failure."""
     store, settings = app.store, app.settings
@@ -4639,29 +4667,6 @@ def relay_file(app: App, task: Task) -> None:
         finally:
             source.close()
     tell_file(app, store, task, name, key, size_bytes)
-
-
-def count_try(app: App, task: Task) -> None:
-    """Count the beginnings of an upload: one that kills the process is not begun for ever."""
-    tries = app.state.facts.tries.get(task.id, 0)
-    if tries >= TRIES - 1:
-        raise Failure(f"传输时服务已异常退出 {tries} 次，不再尝试，请联系管理员查看日志")
-
-    def change(facts: Facts) -> Facts:
-        return replace(facts, tries={**facts.tries, task.id: tries + 1})
-
-    app.state.change(change)
-
-
-def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
-    """Tell the person where the file is."""
-    text = (
-        f"✅ 文件上传成功！\n\n文件名: `{shown(name, 150)}`\n文件大小: {size_bytes} 字节\n"
-        f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {store.link(key, app.now())}"
-    )
-    app.log.info(f"files: id={task.id} bytes={size_bytes} key={key}")
-    app.state.change(lambda facts: facts.with_task(task, upload=()))
-    finish(app, task, text, key, f"文件 {quoted(name)}：成功", (), item=task.items[0])
 
 
 def drop_upload(app: App, task: Task) -> None:
@@ -5098,8 +5103,8 @@ class Callback:
     def _health(self) -> dict[str, Any]:
         app = self._app
         lanes = [len(app.state.facts.lane(lane)) for lane in ("images", "files")]
-        proxy, robot = app.network.proxy_state, app.channels.get(Robot.name)
-        bot = robot.state if isinstance(robot, Robot) else "off"
+        proxy, robot = app.network.proxy_state, app.channels.get("robot")
+        bot = robot.state if robot else "off"
         is_down = proxy == "down" or bot == "down"
         return {
             "status": "degraded" if is_down or app.trouble() else "ok",
@@ -5257,6 +5262,23 @@ class Stream:
     text: str = ""
     tasks: tuple[Task, ...] = ()
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
+
+
+def without_mention(text: str) -> str:
+    """Return the text of a group message without the leading @NAME, which may have spaces.
+
+    What belongs to the name is up to the first link, image or word of command on its line.
+    """
+    line, newline, rest = text.lstrip().partition("\n")
+    if not line.startswith("@"):
+        return text
+    words = line.split()
+    for index in range(1, len(words)):
+        word = tidy(words[index])
+        known = word.lower() in COMMANDS or word.startswith(("--platform", "http://", "https://"))
+        if known or word in OFFICIAL or re.search(r"[:/,，]", word):
+            return " ".join(words[index:]) + newline + rest
+    return " ".join(words[2:]) + newline + rest if len(words) > 2 and not rest else rest
 
 
 class Robot(Channel):
@@ -5531,12 +5553,12 @@ class Robot(Channel):
     def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
         """Answer one message: work is confirmed by a letter, all else is one finished stream."""
         message, note = self._message(body)
-        if message is None or app.chat.recall(message.id) is not None:
+        if message is None:
             return
         stream = Stream(req_id, message.address, line)
         with self._lock:
-            if message.id in self._streams:
-                return  # a repeat, while the first one is being answered
+            if message.id in self._streams or app.chat.recall(message.id) is not None:
+                return  # a repeat
             self._streams[message.id] = stream
         reply = note or app.chat.answer(message, self)
         if message.id in app.state.facts.seen:
@@ -5668,23 +5690,6 @@ class Robot(Channel):
         app.sleep(1.0)
 
 
-def without_mention(text: str) -> str:
-    """Return the text of a group message without the leading @NAME, which may have spaces.
-
-    What belongs to the name is up to the first link, image or word of command on its line.
-    """
-    line, newline, rest = text.lstrip().partition("\n")
-    if not line.startswith("@"):
-        return text
-    words = line.split()
-    for index in range(1, len(words)):
-        word = tidy(words[index])
-        known = word.lower() in COMMANDS or word.startswith(("--platform", "http://", "https://"))
-        if known or word in OFFICIAL or re.search(r"[:/,，]", word):
-            return " ".join(words[index:]) + newline + rest
-    return " ".join(words[2:]) + newline + rest if len(words) > 2 and not rest else rest
-
-
 # ================================================================================================
 # VII. The doctor: `check` asks every system what it needs to know, side by side.
 # May: make calls that change nothing. Never: start, write or throw out anything.
@@ -5704,6 +5709,24 @@ class Finding(NamedTuple):
 def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> Finding:
     """Return ✅ with text, or the other mark with the cure."""
     return Finding("✅", name, text) if good else Finding(mark, name, cure)
+
+
+def is_installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def ask_service(settings: Settings, method: str, target: str, body: bytes) -> Answer:
+    """Make one exchange with the service on this machine; raise Unreachable."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.HOST, settings.HOST)  # noqa: S104
+    try:
+        sock = dial(host, settings.PORT, CONNECT_SECONDS, vet=False)
+    except OSError as error:
+        text = f"连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？"
+        raise Unreachable(text) from error
+    with contextlib.closing(Wire(Url("http", host, settings.PORT, "/"), sock)) as wire:
+        return wire.exchange(method, target, {}, body or None, CALL_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -5961,12 +5984,6 @@ def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
 # ================================================================================================
 
 
-def is_installed(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
-
-
 def repeat(log: Log, sleep: Callable[[float], None], step: Callable[[], object]) -> None:
     """Start a thread that does step for ever; a bug is logged and does not end it."""
 
@@ -6104,18 +6121,6 @@ def serve(
     del lock  # held until here
     sys.stderr.flush()
     os._exit(0)  # returning would wait for a thread that reads a download
-
-
-def ask_service(settings: Settings, method: str, target: str, body: bytes) -> Answer:
-    """Make one exchange with the service on this machine; raise Unreachable."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.HOST, settings.HOST)  # noqa: S104
-    try:
-        sock = dial(host, settings.PORT, CONNECT_SECONDS, vet=False)
-    except OSError as error:
-        text = f"连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？"
-        raise Unreachable(text) from error
-    with contextlib.closing(Wire(Url("http", host, settings.PORT, "/"), sock)) as wire:
-        return wire.exchange(method, target, {}, body or None, CALL_SECONDS)
 
 
 SEND_ERRORS = {
