@@ -15042,9 +15042,10 @@ class Newcomer:
         )
         self.types("git init -q -b main && git add -A && git commit -q -m all", home / "fork")
 
-    def starts(self, text: str, folder: Path, *words: str) -> subprocess.Popen[str]:
-        """Begin to run lines in a folder; `words` stand before the shell."""
-        return subprocess.Popen(
+    @contextmanager
+    def starts(self, text: str, folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """Run lines in a folder, until one leaves this; `words` stand before the shell."""
+        process = subprocess.Popen(
             [*words, "bash", "-euo", "pipefail", "-c", text],
             cwd=folder,
             env=self.environment,
@@ -15054,6 +15055,12 @@ class Newcomer:
             encoding="utf-8",
             start_new_session=True,
         )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
 
     def types(self, text: str, folder: Path | None = None) -> str:
         """Run lines in a folder, return what they print; every one of them must succeed."""
