@@ -3122,7 +3122,6 @@ class State:
             pending = _Pending(plan(facts), must=True)
             self._musts.append(pending)
             self._wait_for(pending)
-            self._musts.remove(pending)
         if not pending.is_written:
             why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
             raise Failure(f"❌ {why}")
@@ -3163,6 +3162,7 @@ class State:
                     pending.is_written = is_written
                     if pending.must and is_written:
                         self.facts = pending.change(self.facts)
+                self._musts = [pending for pending in self._musts if pending not in batch]
                 self.changed.notify_all()
 
     def _write(self, facts: Facts) -> bool:
