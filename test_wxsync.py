@@ -10611,29 +10611,32 @@ class Watcher:
 
 
 def spoil(world: World, chance: random.Random) -> None:
-    """Make the disk slow, failing or full; as often leave it alone."""
+    """Make the disk slow, failing or full; as often let it be as it should."""
     how = chance.choice(("fine", "fine", "fine", "slow", "failing", "full"))
     errors = {"failing": chance.choice(((errno.EIO, 0), (errno.ENOSPC, 0), (0, errno.EIO)))}
     disk_is(world, 0.2 * chance.random() * (how == "slow"), *errors.get(how, (0, 0)), 0.5)
-    if how == "full":
-        room(world, chance.choice((0, chance.randrange(30_000))))
+    room(world, chance.choice((0, chance.randrange(30_000))) if how == "full" else -1)
 
 
 def live(world: World, chance: random.Random, life: int, text: str) -> bool:
     """Say something, also again as WeCom does, and kill the service; tell whether it was taken."""
-    spoil(world, chance)
     kill = threading.Timer(chance.uniform(0, 0.5), world.service.kill)
     kill.start()
     replies: list[str] = []
+    spoilt_after = chance.choice((0, 1))
     while len(replies) < 2 and not any("无法保存" in reply for reply in replies):
         try:
+            if len(replies) == spoilt_after:
+                spoil(world, chance)
             replies.append(world.client.post_text(f"user{life}", text, msg_id=1000 + life).reply)
         except (OSError, http.client.HTTPException):
             kill.join()
             world.service.start()
     kill.join()
+    disk_is(world)
     if not world.service.alive():
         world.service.start()
+    room(world)
     assert len(set(replies)) == 1 and (text in replies[0] or "无法保存" in replies[0]), replies
     return text in replies[0]
 
@@ -10643,10 +10646,11 @@ def kill_at_random(seed: int, lives: int) -> None:
     with ExitStack() as stack:
         store, site = stack.enter_context(Store()), stack.enter_context(Website())
         world = stack.enter_context(bad_disk(QUEUE_SIZE="1000", **file_settings(store)))
+        world.say(f"{site.url}/first.bin")  # Python keeps what it compiled, if only half of it fits
+        world.hear("文件上传成功")
         watcher = stack.enter_context(Watcher(world.service.state_dir))
         texts = [f"{site.url}/{n}.bin" if n % 3 == 2 else f"app{n}:1" for n in range(lives)]
         taken = [live(world, chance, life, text) for life, text in enumerate(texts)]
-        disk_is(world)
         assert wait_until(lambda: idle(world), 30), f"seed {seed}: {saved(world)}"
         commits = Counter(commit.message for commit in world.github.commits)
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
@@ -10658,8 +10662,9 @@ def kill_at_random(seed: int, lives: int) -> None:
                 assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
                 assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
         given_up = sum("异常退出" in message.text for message in world.wecom.messages)
-        assert len(store.objects) == sum(taken[2::3]) - given_up, f"seed {seed}"
-        assert not watcher.wrong and is_calm(world.service.log) and not world.broken()
+        assert len(store.objects) == 1 + sum(taken[2::3]) - given_up, f"seed {seed}"
+        assert not watcher.wrong and not world.broken(), f"seed {seed}"
+        assert is_calm(world.service.log), world.service.log
         COUNTS["accepted"] += sum(taken)
         COUNTS["delivered"] += sum(taken)
     COUNTS["kill -9"] += lives
@@ -10746,7 +10751,7 @@ def test_repeats_get_the_same_reply_and_start_nothing(text: str) -> None:
 
 def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
     """A second a sync, 20 messages at once: all within 4 s, each safe before; looking is quick."""
-    with bad_disk(QUEUE_SIZE="100") as world, ThreadPoolExecutor(20) as pool:
+    with bad_disk(gated(), QUEUE_SIZE="100") as world, ThreadPoolExecutor(20) as pool:
         disk_is(world, seconds=1)
 
         def ask(number: int) -> float:
@@ -10765,10 +10770,7 @@ def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
         assert (slowest < 4, max(looks) < 0.5) == (True, True), (slowest, max(looks))
         code, seconds = world.service.terminate()
         assert (code, seconds < 5) == (0, True), seconds
-        disk_is(world)
-        world.service.start()
-        assert wait_until(lambda: idle(world))
-        assert [len(finals(world, f"user{number}")) for number in range(20)] == [1] * 20
+        assert len(saved(world)["tasks"]) == 20
 
 
 SYNC_FAILS = {
@@ -10818,7 +10820,8 @@ def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: boo
         room(world)
         assert wait_until(lambda: idle(world)), "not written by itself"
         assert wait_until(lambda: world.service.health()["status"] == "ok")
-        assert (world.service.state_dir / "images.txt").read_text() == "app0:1\napp1:1\n"
+        images = world.service.state_dir / "images.txt"
+        assert wait_until(lambda: images.read_text() == "app0:1\napp1:1\n"), images.read_text()
         world.service.restart()
         assert world.say("app3:1", "dave") and hear(world, "dave", "✅")
         assert len(world.wecom.messages) == len(world.github.dispatches) == 3
