@@ -6672,6 +6672,55 @@ def test_nothing_is_global() -> None:
     assert [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Global)] == []
 
 
+def test_each_promise_of_the_header_has_its_tests() -> None:
+    """The tests that the program names exist here."""
+    named = re.findall(r"\btest_(?!wxsync)\w+", ast.get_docstring(TREE) or "")
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert len(named) >= 12 and [name for name in named if f"def {name}(" not in here] == []
+
+
+def test_the_job_uses_nothing_of_the_service() -> None:
+    """Part I runs by itself: cut off before part II, it still plans and copies."""
+    job = SOURCE[: SOURCE.index("# II. Edges")].rpartition("# ====")[0]
+    names: dict[str, Any] = {"__name__": "job"}
+    exec(compile(job, "job", "exec"), names)
+    assert names["read_list"]("nginx:1\n") == (["nginx:1"], []) and callable(names["run_copy"])
+
+
+class Toy(wxsync.Channel):
+    """A second chat, in memory."""
+
+    name = "toy"
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, str]] = []
+
+    def render(self, text: str) -> str:
+        return text.replace("`", "")
+
+    def send(self, letter: wxsync.Letter) -> None:
+        self.heard.append(tuple(letter))
+
+
+def test_a_second_chat_needs_no_change_elsewhere() -> None:
+    """A channel of 10 lines carries a whole story: request, run, result, status."""
+    toy, world = Toy(), World(SCRIPT, PlayedRunner(0.01)).prepare()
+    with closing(world):
+        settings = wxsync.load_settings(world.service.settings)
+        log = wxsync.Log("ERROR", settings.secret_values(), io.StringIO())
+        app = wxsync.build_app(settings, log, time.time, lambda seconds: time.sleep(seconds / 50))
+        app.channels["toy"] = toy
+        wxsync.take_up(app)
+        message = wxsync.Message("ann", "ann toy room", "nginx:1", "m1")
+        assert "共 1 个镜像" in app.chat.answer(message, toy)
+        wxsync.work(app, "images")
+        app.posts["toy"].step()
+        ((address, text),) = toy.heard
+        assert address == "ann toy room" and "✅" in text and "docker pull" in text
+        assert "成功 1 / 1" in app.chat.answer(message._replace(content="状态", id="m2"), toy)
+        assert world.wecom.messages == []
+
+
 def test_no_line_is_wider_than_100_columns() -> None:
     """A Chinese character is two columns wide."""
     wide = [

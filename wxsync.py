@@ -26,6 +26,25 @@ TLS; through it the users, as far as to name images and links, never addresses i
 GitHub, QingStor, registries and download servers are not trusted to answer sensibly: answers are
 bounded, typed and cleaned before use.
 
+Promises, each with the test that holds it (in test_wxsync.py).
+ 1. Nothing unvalidated reaches git, a shell, a file name or a log line.
+    test_whatever_is_typed_canonical_lines_are_safe_and_stable, test_users_cannot_forge_log_lines
+ 2. Nobody without the keys is heard, nothing a stranger sends ends the service.
+    test_forged_and_stale_callbacks_are_403_with_an_empty_body
+    test_garbage_does_not_end_the_service
+ 3. No secret is written anywhere, no redirect takes the token to another host.
+    test_no_secret_is_written_in_any_story, test_no_redirect_takes_the_token_elsewhere
+ 4. The registry's password is in no argument and goes to no registry but the promised one.
+    test_passwords_are_in_no_argument_and_in_private_files, test_the_promised_target_is_copied_to
+ 5. No address inside our network is fetched, by name, redirect or proxy.
+    test_forbidden_addresses, test_redirects_to_the_inside, test_names_with_an_inside_address
+ 6. What was accepted is on disk first, happens once and is told, whatever dies.
+    test_a_request_is_on_disk_before_it_is_answered
+    test_killed_at_random_moments_nothing_is_lost_or_done_twice
+ 7. An image of which the run does not say that it succeeded has failed; other bytes than the
+    digest's are never copied. test_what_has_not_its_digest_is_never_copied
+ 8. Every wait has an end, every input a limit. test_nobody_holds_the_lane
+
 What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
 
@@ -3308,8 +3327,8 @@ MARKS = tuple(
 TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
 # Options of pull (and of the tools) whose value is the next word; options of run that have none.
 WITH_VALUE = re.compile(
-    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|policy|"
-    r"snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
+    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|"
+    r"policy|snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
     r"runtime-endpoint|image-endpoint|timeout|context|log-level)"
 )
 ALONE = re.compile(
@@ -3317,7 +3336,8 @@ ALONE = re.compile(
     r"no-healthcheck)|.*=.*"
 )
 TABLE = re.compile(
-    r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|(?P<one>IMAGE)\s+ID\s+D"
+    r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|"
+    r"(?P<one>IMAGE)\s+ID\s+D"
 )
 PARTS = re.compile(
     r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
