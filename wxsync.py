@@ -4206,6 +4206,12 @@ class Pace:
             if len(self._left) > MAX_REMEMBERED:
                 del self._left[next(iter(self._left))]
 
+    def restart(self, address: str) -> None:
+        """Count the time for one more from now on: the message that was taken has arrived."""
+        with self._lock:
+            now = time.monotonic()
+            self._left[address] = [(left, now) for left, _ in self._left.get(address, ())]
+
 
 class Post:
     """Sends a channel's letters: for each address in order, the oldest first, at its pace.
@@ -4301,6 +4307,7 @@ class Post:
     def _forget(self, letter: Letter) -> None:
         """Take a message that was sent or given up off the disk."""
         self._tries.pop(letter.address, None)
+        self.pace.restart(letter.address)
         with self._state.changed:
             if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
                 self._lists[letter.address] = pieces[1:]
