@@ -3874,6 +3874,7 @@ class Channel:
     name = ""
     limit_bytes = MAX_TEXT_BYTES
     senders = 1  # how many messages may be under way at once
+    trouble = ""  # what is wrong with its line
 
     @property
     def state(self) -> str:
@@ -4171,8 +4172,9 @@ class App:
     def trouble(self) -> str:
         """Return what is wrong now, "" for nothing."""
         posts = (post.trouble for post in self.posts.values())
+        lines = (channel.trouble for channel in self.channels.values())
         own = (self.state.trouble, self.images.trouble, self.github.trouble)
-        return next(filter(None, [*own, *posts]), "")
+        return next(filter(None, [*own, *lines, *posts]), "")
 
 
 # ---- The post: messages on their way, one Post a channel ---------------------------------------
