@@ -12183,6 +12183,18 @@ def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
         assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
 
 
+def test_a_long_message_ends_in_time() -> None:
+    """⏰ fits, too, whatever has failed by then; and it is pushed where it is not acknowledged."""
+    names, runner = [f"x/{'long-' * 30}{number}:1" for number in range(200)], SlowRunner()
+    runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
+    with RobotWorld(runner, ROBOT_STREAM_SECONDS="3") as world:
+        world.gateway.unkind('bob "finish":true', "ignore")
+        message = world.ask("\n".join([*names, "slow/a:1"]))
+        world.ask("slow/b:1", "bob")
+        assert world.result("⏰") is message and "200" in message.text
+        assert world.pushed("⏰", "bob")
+
+
 # -- what is sent must arrive
 
 MOODS: tuple[Mood, ...] = (846605, 846608, -1, "ignore", "swallow", 3.0, "cut", "lost")
@@ -12468,25 +12480,32 @@ def test_a_text_file_is_read_like_a_paste(robot: RobotWorld, name: str) -> None:
 def test_repeats_get_nothing_twice() -> None:
     """By msgid, at once and after kill -9; another message with the same text is another."""
     with RobotWorld() as world:
-        for text in ("nginx:1", "help"):
-            for _ in range(3):
-                world.gateway.say(text, msgid=f"m-{text}")
+        for _ in range(3):
+            world.gateway.say({"url": "x"}, kind="image", msgid="m-image")
+            world.gateway.say("help", msgid="m-help")
+            world.gateway.say("nginx:1", msgid="m-nginx")
         world.result()
-        assert wait_until(world.is_idle)
+        time.sleep(0.5)  # so that its acknowledgement is on disk, too
         world.service.restart()
-        world.gateway.say("nginx:1", msgid="m-nginx:1")
+        world.gateway.say("nginx:1", msgid="m-nginx")
         time.sleep(0.3)
-        assert len(world.gateway.messages) == 2 and len(world.github.dispatches) == 1
+        assert len(world.gateway.messages) == 3 and len(world.github.dispatches) == 1
         world.gateway.say("nginx:1", msgid="another")
         assert wait_until(lambda: len(world.github.dispatches) == 2)
 
 
 def test_a_stranger_gets_one_refusal_in_chat_and_group() -> None:
-    """ALLOWED_USERS holds for the robot, too."""
-    with RobotWorld(ALLOWED_USERS="alice") as world:
-        for group in ("", "G1"):
-            message = world.ask("@bot nginx:1" if group else "nginx:1", "bob", group)
-            assert message.finished and "共 1 个镜像" not in message.text
+    """ALLOWED_USERS holds for the robot, too; a stranger's file is not even fetched."""
+    with RobotWorld(ALLOWED_USERS="alice", DANGEROUSLY_ALLOW_PRIVATE_URLS="1") as world:
+        gateway = world.gateway
+        for _ in range(2):
+            gateway.say("nginx:1", "bob", msgid="m1")
+            gateway.say("@bot nginx:1", "bob", "G1", msgid="m2")
+            gateway.say(gateway.share(b"nginx:1"), "bob", "G2", "m3", "file")
+        time.sleep(1)
+        seen = [gateway.all_of(chat) for chat in ("bob", "G1", "G2")]
+        assert [[m.finished for m in messages] for messages in seen] == [[True]] * 3
+        assert not gateway.calls_to("GET /file/") and "ALLOWED_USERS" in seen[2][0].text
         world.ask("@bot redis:1", "alice", "G1")
         assert world.result(chat="G1") and len(world.github.dispatches) == 1
 
