@@ -26,6 +26,25 @@ TLS; through it the users, as far as to name images and links, never addresses i
 GitHub, QingStor, registries and download servers are not trusted to answer sensibly: answers are
 bounded, typed and cleaned before use.
 
+Promises, each with the test that holds it (in test_wxsync.py).
+ 1. Nothing unvalidated reaches git, a shell, a file name or a log line.
+    test_whatever_is_typed_canonical_lines_are_safe_and_stable, test_users_cannot_forge_log_lines
+ 2. Nobody without the keys is heard, nothing a stranger sends ends the service.
+    test_forged_and_stale_callbacks_are_403_with_an_empty_body
+    test_garbage_does_not_end_the_service
+ 3. No secret is written anywhere, no redirect takes the token to another host.
+    test_no_secret_is_written_in_any_story, test_no_redirect_takes_the_token_elsewhere
+ 4. The registry's password is in no argument and goes to no registry but the promised one.
+    test_passwords_are_in_no_argument_and_in_private_files, test_the_promised_target_is_copied_to
+ 5. No address inside our network is fetched, by name, redirect or proxy.
+    test_forbidden_addresses, test_redirects_to_the_inside, test_names_with_an_inside_address
+ 6. What was accepted is on disk first, happens once and is told, whatever dies.
+    test_a_request_is_on_disk_before_it_is_answered
+    test_killed_at_random_moments_nothing_is_lost_or_done_twice
+ 7. An image of which the run does not say that it succeeded has failed; other bytes than the
+    digest's are never copied. test_what_has_not_its_digest_is_never_copied
+ 8. Every wait has an end, every input a limit. test_nobody_holds_the_lane
+
 What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
 
@@ -3122,7 +3141,6 @@ class State:
             pending = _Pending(plan(facts), must=True)
             self._musts.append(pending)
             self._wait_for(pending)
-            self._musts.remove(pending)
         if not pending.is_written:
             why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
             raise Failure(f"❌ {why}")
@@ -3163,6 +3181,7 @@ class State:
                     pending.is_written = is_written
                     if pending.must and is_written:
                         self.facts = pending.change(self.facts)
+                self._musts = [pending for pending in self._musts if pending not in batch]
                 self.changed.notify_all()
 
     def _write(self, facts: Facts) -> bool:
@@ -3308,8 +3327,8 @@ MARKS = tuple(
 TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
 # Options of pull (and of the tools) whose value is the next word; options of run that have none.
 WITH_VALUE = re.compile(
-    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|policy|"
-    r"snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
+    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|"
+    r"policy|snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
     r"runtime-endpoint|image-endpoint|timeout|context|log-level)"
 )
 ALONE = re.compile(
@@ -3317,7 +3336,8 @@ ALONE = re.compile(
     r"no-healthcheck)|.*=.*"
 )
 TABLE = re.compile(
-    r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|(?P<one>IMAGE)\s+ID\s+D"
+    r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|"
+    r"(?P<one>IMAGE)\s+ID\s+D"
 )
 PARTS = re.compile(
     r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
@@ -4186,6 +4206,12 @@ class Pace:
             if len(self._left) > MAX_REMEMBERED:
                 del self._left[next(iter(self._left))]
 
+    def restart(self, address: str) -> None:
+        """Count the time for one more from now on: the message that was taken has arrived."""
+        with self._lock:
+            now = time.monotonic()
+            self._left[address] = [(left, now) for left, _ in self._left.get(address, ())]
+
 
 class Post:
     """Sends a channel's letters: for each address in order, the oldest first, at its pace.
@@ -4281,6 +4307,7 @@ class Post:
     def _forget(self, letter: Letter) -> None:
         """Take a message that was sent or given up off the disk."""
         self._tries.pop(letter.address, None)
+        self.pace.restart(letter.address)
         with self._state.changed:
             if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
                 self._lists[letter.address] = pieces[1:]
