@@ -4332,8 +4332,11 @@ class Post:
         with self._state.changed:
             tries = self._tries[letter.address] = self._tries.get(letter.address, 0) + 1
             if not least or (not known and tries > KEEP_TRIES):
-                self.dropped += 1
-                self._dropped_at = time.monotonic()
+                self.dropped, self._dropped_at, self._trouble = (
+                    self.dropped + 1,
+                    time.monotonic(),
+                    "",
+                )
                 text = f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃"
                 self._log.error(text)
                 return True
