@@ -2588,6 +2588,11 @@ STORY = (
         ("共 3 个镜像", "redis:7.2 →", f"{ABSENT} →"),
         ("❌", "成功 2 / 3", ABSENT, "源镜像或标签不存在", "docker pull "),
     ),
+    Scene(
+        "services:\n  cache:\n    image: bitnami/redis:7.0\n  web:\n    image: nginx:${TAG}",
+        ("共 1 个镜像", "bitnami/redis:7.0 →", "没有处理", "nginx:${TAG}"),
+        ("✅", "成功 1 / 1", "bitnami_redis:7.0"),
+    ),
     Scene("今天天气怎么样", ("镜像",), ()),
 )
 
@@ -2660,7 +2665,8 @@ class Chat:
 
     HELP = (
         "输入的每一行都会像企业微信那样加密、签名后发给 wxsync。\n"
-        "可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　状态　　列表　　随便什么话\n"
+        "可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest\n"
+        "状态　　列表　　重试　　取消　　随便什么话\n"
         "--platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7\n"
         "命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"
     )
@@ -14740,6 +14746,7 @@ README_LIMITS = {
     "一条机器人消息": f"{wxsync.MAX_MARKDOWN_BYTES} 字节",
     "一个文件的传输时间": f"{wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时",
     "传输时服务异常退出": f"{wxsync.TRIES - 1} 次",
+    "结果": f"最多 {wxsync.MAX_RESULT_MESSAGES} 条消息",
     "回调请求": f"{wxsync.MAX_BODY_BYTES // 1024} KiB",
     "一条消息的链接": f"{wxsync.MAX_LINKS} 个",
 }
@@ -14761,8 +14768,10 @@ def test_readme_states_other_true_numbers() -> None:
     assert f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时" in section("怎么用")
     assert wxsync.WECOM_ERRORS[40001][1] == 7200
     assert "两小时内不再尝试" in section("按日志")
-    assert wxsync.TAKEOVER_SECONDS == 600
-    assert "10 分钟后再试" in section("按日志")
+    assert wxsync.TAKEOVER_SECONDS == wxsync.GITHUB_WAIT_SECONDS == 600
+    assert all(text in section("按日志") for text in ("10 分钟后再试", "最多等 10 分钟"))
+    assert (wxsync.ROBOT_STREAM_SECONDS, "5 分半钟" in section("限制")) == (330, True)
+    assert f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写" in section("审计与核对")
     workflow = document_yaml(".github/workflows/docker-image-sync.yml")
     minutes = workflow["jobs"]["copy"]["timeout-minutes"]
     assert f"任务 {minutes} 分钟" in section("限制")
@@ -14954,7 +14963,7 @@ WHO_TYPES = {  # how each block of commands of README.md begins: what runs it as
     "docker compose build\n": "engine",
     "py -m venv ": "nothing: it takes Windows, and settings that are filled in",
     "cd C:\\": "nothing: it takes Windows, and changes it for good",
-    "grep -n ": SHOWN_WORKS,
+    "grep -nE ": SHOWN_WORKS,
     "git pull\n": SHOWN_WORKS,
 }
 
