@@ -66,7 +66,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
 from html import escape
@@ -2588,6 +2588,11 @@ STORY = (
         ("共 3 个镜像", "redis:7.2 →", f"{ABSENT} →"),
         ("❌", "成功 2 / 3", ABSENT, "源镜像或标签不存在", "docker pull "),
     ),
+    Scene(
+        "services:\n  cache:\n    image: bitnami/redis:7.0\n  web:\n    image: nginx:${TAG}",
+        ("共 1 个镜像", "bitnami/redis:7.0 →", "没有处理", "nginx:${TAG}"),
+        ("✅", "成功 1 / 1", "bitnami_redis:7.0"),
+    ),
     Scene("今天天气怎么样", ("镜像",), ()),
 )
 
@@ -2660,7 +2665,8 @@ class Chat:
 
     HELP = (
         "输入的每一行都会像企业微信那样加密、签名后发给 wxsync。\n"
-        "可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　状态　　列表　　随便什么话\n"
+        "可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest\n"
+        "状态　　列表　　重试　　取消　　随便什么话\n"
         "--platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7\n"
         "命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"
     )
@@ -3864,6 +3870,14 @@ ENOUGH = {
     "DOCKER_NAMESPACE": "mirror-space",
 }
 DEFAULTS: dict[str, object] = {
+    "BOT_ID": "",
+    "BOT_SECRET": "",
+    "BOT_URL": "wss://openws.work.weixin.qq.com",
+    "CORP_ID": "",
+    "AGENT_ID": 0,
+    "SECRET": "",
+    "TOKEN": "",
+    "ENCODING_AES_KEY": "",
     "GITHUB_BRANCH": "main",
     "PORT": 3000,
     "HOST": "0.0.0.0",
@@ -3904,20 +3918,23 @@ def names_in(lines: Iterable[str]) -> list[str]:
 
 
 def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
-    """The table of settings, name by name."""
-    found = vars(wxsync.load_settings(ENOUGH))
-    assert {name: found[name] for name in found if name not in ENOUGH} == DEFAULTS
+    """The table of settings, name by name, with the robot's group and with the callback's."""
+    for given in (OTHERS | ROBOT, ENOUGH):
+        found = vars(wxsync.load_settings(given))
+        rest = {name: value for name, value in DEFAULTS.items() if name not in given}
+        assert {name: found[name] for name in found if name not in given} == rest
 
 
 def test_everything_missing_is_told_at_once() -> None:
-    """Nine required settings, nine lines, in the order of the table."""
-    assert names_in(problems_of({})) == list(ENOUGH)
+    """Four required settings, four lines, and one that offers both ways in."""
+    assert names_in(problems_of({})) == [*OTHERS, ", ".join(ROBOT)]
 
 
 def test_placeholders_count_as_missing() -> None:
-    """`your_…` was copied and never filled in; where nothing is required it is a value."""
-    assert names_in(problems_of({name: f"your_{name.lower()}" for name in ENOUGH})) == list(ENOUGH)
+    """`your_…` was copied and never filled in; as a part, or where nothing is required, it counts."""
+    assert problems_of({name: f"your_{name.lower()}" for name in ENOUGH | ROBOT}) == problems_of({})
     assert names_in(problems_of(ENOUGH | {"PROXY_URL": "your_proxy"})) == ["PROXY_URL"]
+    assert problems_of(ENOUGH | {"SECRET": "not_your_secret"}) == []
 
 
 def test_missing_and_wrong_are_told_together() -> None:
@@ -4084,16 +4101,16 @@ def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -
     """Exit 1, every name on stderr, nothing on stdout, no file written."""
     done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert [name for name in ENOUGH if name not in done.stderr] == []
+    assert [name for name in ENOUGH | ROBOT if name not in done.stderr] == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_example_asks_for_just_what_is_required() -> None:
-    """env.example, copied and not filled in, lacks the required settings and nothing else."""
+    """env.example, copied and not filled in, lacks what an empty file lacks and nothing else."""
     example = SCRIPT.with_name("env.example")
-    assert names_in(problems_of(wxsync.read_env_file(example))) == list(ENOUGH)
+    assert problems_of(wxsync.read_env_file(example)) == problems_of({})
     options = re.findall(r"^#([A-Z_]+)=(.*)$", example.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name for name, _ in options} == set(DEFAULTS)
+    assert {name for name, _ in options} == set(DEFAULTS) - {*ROBOT, *CALLBACK}
     assert vars(wxsync.load_settings(ENOUGH | dict(options))) == vars(wxsync.load_settings(ENOUGH))
 
 
@@ -14068,24 +14085,25 @@ def plays() -> Iterator[Plays]:
 # check: the settings
 # ---------------------------------------------------------------------------------------------
 
-REQUIRED = [entry.name for entry in fields(wxsync.Settings) if entry.default is MISSING]
+REQUIRED = [*OTHERS, ", ".join(ROBOT)]  # as an empty file is told
 
 
 def check_file(folder: Path, text: str) -> tuple[int, list[str]]:
     """Run check with this .env in the current folder; return status and the names it blames."""
     (folder / ".env").write_text(text, "utf-8")
     done = run_wxsync("check", folder=folder)
-    return done.returncode, re.findall(r"^❌ ([A-Z_]+):", done.stderr, re.MULTILINE)
+    return done.returncode, re.findall(r"^❌ ([A-Z_, ]+):", done.stderr, re.MULTILINE)
 
 
 ENV_FILES = {
     "empty": ("", REQUIRED),
     "as copied": ("env.example", REQUIRED),
-    "placeholders": ("".join(f"{name}=your_{name.lower()}\n" for name in REQUIRED), REQUIRED),
-    "half-filled": (
+    "placeholders": ("".join(f"{n}=your_{n.lower()}\n" for n in ENOUGH | ROBOT), REQUIRED),
+    "half a callback": (
         "CORP_ID=ww1\nAGENT_ID=1\nSECRET=s\nTOKEN=t\nDOCKER_REGISTRY=r.example.com\n",
-        ["ENCODING_AES_KEY", "GITHUB_TOKEN", "GITHUB_REPO", "DOCKER_NAMESPACE"],
+        ["GITHUB_TOKEN", "GITHUB_REPO", "DOCKER_NAMESPACE", "ENCODING_AES_KEY"],
     ),
+    "half a robot": ("BOT_ID=aib1\n", [*OTHERS, "BOT_SECRET"]),
 }
 
 
@@ -14119,6 +14137,7 @@ WRONG_VALUES = {
     "PORT": "99999",
     "PROXY_URL": "proxy.example.com:8080",
     "WECOM_API_URL": "qyapi.weixin.qq.com",
+    "BOT_URL": "ws://wecom.example.com",
     "QUEUE_SIZE": "-1",
     "LOG_LEVEL": "LOUD",
 }
@@ -14552,25 +14571,26 @@ def test_send_to_nobody(healthy: World) -> None:
 
 def readme_text(first: str) -> str:
     """Return the block of README.md that begins with these words."""
-    found = [block for block in code_blocks(section("怎么用")) if block.startswith(first)]
+    found = [block for block in code_blocks(section("怎么用"), "text") if block.startswith(first)]
     assert len(found) == 1, first
     return found[0].rstrip("\n")
 
 
 def test_readme_shows_the_confirmation_the_queue_and_the_correction(running: World) -> None:
     """In the order in which a user would meet them."""
-    assert running.say("nginx:latest\nredis:7.0") == readme_text("🔄")
+    assert running.say("nginx:latest\nredis:7.0") == readme_text("🔄 正在处理")
     busy = running.say("alpine:3.20").partition("\n")[0]
     assert f"“{busy}”" in section("怎么用")
     assert running.say("Nginx:latest") == readme_text("❌ 没有开始")
 
 
 def outcomes(nginx: str, redis: str) -> list[wxsync.Outcome]:
-    """Return what came of two images; a line with : is a name and its own outcome."""
-    lines = ((nginx, "nginx:latest"), (redis, "redis:7.0"))
+    """Return what came of two images; where a tag is missing, near ones are there."""
+    near = {"not-found": ("nginx:1.25.33", ("1.25.3", "1.25.2"))}
+    line, names = near.get(nginx, ("nginx:latest", ()))
     return [
-        wxsync.Outcome("nginx:nope" if code == "not-found" else line, code, "", "")
-        for code, line in lines
+        wxsync.Outcome(line, nginx, "", "", names),
+        wxsync.Outcome("redis:7.0", redis, "", ""),
     ]
 
 
@@ -14582,7 +14602,15 @@ def test_readme_shows_the_results(first: str) -> None:
     """To the letter."""
     prefix, run = "/".join(SHOWN.values()), "https://github.com/你的账号/wxsync/actions/runs/1"
     text = wxsync.result_text(outcomes(*RESULTS[first]), prefix, 41, run)
-    assert text.rstrip() == readme_text(first)
+    assert wxsync.Channel().render(text) == readme_text(first)
+
+
+def test_readme_shows_a_message_that_lives() -> None:
+    """To the letter, as markdown looks when one of two images is done."""
+    task = wxsync.Task("id", "images", "alice robot", ("nginx:latest", "redis:7.0"), 0.0)
+    progress = wxsync.Progress()
+    progress.of(task).outcomes[0] = outcomes("copied", "running")[0]
+    assert wxsync.living_text(task, progress).replace("`", "") == readme_text("🔄 正在同步")
 
 
 def test_readme_shows_the_file_result() -> None:
@@ -14617,21 +14645,30 @@ def written_default(value: object) -> str:
 
 
 def settings_of_code() -> dict[str, str | None]:
-    """Return each setting's default, None where there is none."""
+    """Return each setting's default, None where there is none or the setting is part of a way in."""
     return {
-        entry.name: None if entry.default is MISSING else written_default(entry.default)
+        entry.name: None if entry.name in ENOUGH | ROBOT else written_default(entry.default)
         for entry in fields(wxsync.Settings)
     }
 
 
 def test_readme_lists_every_setting_with_its_default() -> None:
     """No setting is missing, none is made up, no default is out of date."""
-    rows = table(section("设置"))
-    shown = {name: None if row[0] == "必填" else row[0].strip("`") for name, row in rows.items()}
-    assert {
-        name: "" if text == "空" else text for name, text in shown.items()
-    } == settings_of_code()
+    tables = section("设置").partition("\n命令：\n")[0].split("<details>")
+    rows = {name: row for part in tables for name, row in table(part).items()}
+    none = {"必填": None, "机器人": None, "回调": None, "空": ""}
+    shown = {name: none.get(row[0], row[0].strip("`")) for name, row in rows.items()}
+    assert shown == settings_of_code()
     assert all(row[1] for row in rows.values())
+    for word, names in (("必填", OTHERS), ("机器人", ROBOT), ("回调", CALLBACK)):
+        assert [name for name, row in rows.items() if row[0] == word] == [*names]
+
+
+def test_readme_is_read_in_one_sitting() -> None:
+    """450 lines that are seen; the rest is folded. Commands are short enough to be typed."""
+    shown = re.sub(r"(?ms)^<details>$.*?^</details>$", "", document("README.md"))
+    assert len(shown.splitlines()) <= 450
+    assert max(map(len, code_blocks(shown, "sh")[:2])) <= 40
 
 
 def test_env_example_lists_every_setting_with_its_default() -> None:
@@ -14710,7 +14747,13 @@ README_LIMITS = {
     "排队": f"{settings_of_code()['QUEUE_SIZE']} 个",
     "单个文件": f"{settings_of_code()['MAX_FILE_MB']} MB",
     "一条企业微信消息": f"{wxsync.MAX_TEXT_BYTES} 字节",
-    "发给同一个人": "30 条",
+    "发给同一个人": "每分钟 28 条、每小时 950 条",
+    "images.txt 的行": f"{wxsync.MAX_LIST_LINES} 行",
+    "发给机器人的文本文件": f"{wxsync.MAX_PASTE_CHARACTERS // 1024} KiB",
+    "一条机器人消息": f"{wxsync.MAX_MARKDOWN_BYTES} 字节",
+    "一个文件的传输时间": f"{wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时",
+    "传输时服务异常退出": f"{wxsync.TRIES - 1} 次",
+    "结果": f"最多 {wxsync.MAX_RESULT_MESSAGES} 条消息",
     "回调请求": f"{wxsync.MAX_BODY_BYTES // 1024} KiB",
     "一条消息的链接": f"{wxsync.MAX_LINKS} 个",
 }
@@ -14724,11 +14767,18 @@ def test_readme_states_the_true_limits(what: str) -> None:
 
 def test_readme_states_other_true_numbers() -> None:
     """Those that stand outside of the table of limits."""
-    assert 60 / wxsync.MESSAGE_INTERVAL_SECONDS < 30
+    assert int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
+    for buckets, count in (((wxsync.ROBOT_PACE, 60), 28), ((wxsync.HOURLY_PACE, 3600), 950)):
+        (burst, seconds), window = buckets
+        assert burst + window / seconds == count
     assert f"分块 {wxsync.PART_BYTES // 2**20} MiB" in section("限制")
     assert f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时" in section("怎么用")
     assert wxsync.WECOM_ERRORS[40001][1] == 7200
     assert "两小时内不再尝试" in section("按日志")
+    assert wxsync.TAKEOVER_SECONDS == wxsync.GITHUB_WAIT_SECONDS == 600
+    assert all(text in section("按日志") for text in ("10 分钟后再试", "最多等 10 分钟"))
+    assert (wxsync.ROBOT_STREAM_SECONDS, "5 分半钟" in section("限制")) == (330, True)
+    assert f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写" in section("审计与核对")
     workflow = document_yaml(".github/workflows/docker-image-sync.yml")
     minutes = workflow["jobs"]["copy"]["timeout-minutes"]
     assert f"任务 {minutes} 分钟" in section("限制")
@@ -14755,7 +14805,7 @@ def test_readme_explains_words_that_the_log_really_has() -> None:
 
 def test_readme_explains_what_a_user_reads_in_chat() -> None:
     """Each text in “…” of the table of symptoms occurs in the program, or is of WeCom."""
-    theirs = {"openapi 回调地址请求不通过", "域名主体校验未通过", "自动创建仓库"}
+    theirs = {"openapi 回调地址请求不通过", "域名主体校验未通过", "自动创建仓库", "可使用的成员"}
     texts = [re.findall("“([^”]+)”", row) for row in table(section("按现象"))]
     for text in set(itertools.chain(*texts)) - theirs:
         pieces = [piece.strip() for piece in text.split("…")]
@@ -14920,7 +14970,7 @@ WHO_TYPES = {  # how each block of commands of README.md begins: what runs it as
     "docker compose build\n": "engine",
     "py -m venv ": "nothing: it takes Windows, and settings that are filled in",
     "cd C:\\": "nothing: it takes Windows, and changes it for good",
-    "grep -n ": SHOWN_WORKS,
+    "grep -nE ": SHOWN_WORKS,
     "git pull\n": SHOWN_WORKS,
 }
 
@@ -15000,7 +15050,8 @@ def settled() -> Iterator[Newcomer]:
 @POSIX
 def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: Registries) -> None:
     """Checking, starting, sending, upgrading and the audit, with nothing changed but .env."""
-    _, start, send = code_blocks(section("第四步：填设置，检查，启动"), "sh")
+    _, start = code_blocks(section("第四步：填设置，检查，启动"), "sh")
+    (send,) = code_blocks(section("另一条路：自建应用的回调"), "sh")
     world = World(PROGRAM, None, tls_registry.settings)
     with contextlib.closing(world.prepare()):
         settled.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
