@@ -2229,7 +2229,7 @@ class Service:
                 stderr=log,
             )
 
-    def start(self, timeout: float = 15) -> Self:
+    def start(self, timeout: float = 30) -> Self:
         """Start it and wait until /health says 200; raise RuntimeError when it does not."""
         self.launch()
         if not wait_until(lambda: self.healthy() or not self.alive(), timeout) or not self.alive():
@@ -9925,7 +9925,7 @@ def early(story: Callable[[], None]) -> Callable[[dict[str, Future[None]]], None
 def told(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
     """Start the stories of the tests that were chosen."""
     names = [item.name for item in request.session.items if item.name in STORIES]
-    with ThreadPoolExecutor(len(names) + 1) as pool:
+    with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
         yield {name: pool.submit(STORIES[name]) for name in names}
     for gate in GATES:
         gate.set()
