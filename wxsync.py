@@ -3966,19 +3966,25 @@ class Chat:
         with self._lock:
             return self._heard.get(message_id)
 
-    def answer(self, message: Message, channel: Channel) -> str:
+    def refusal(self, user: str) -> str:
+        """Return what to say to somebody who is not in ALLOWED_USERS, "" for who may."""
+        allowed = self._settings.ALLOWED_USERS
+        if not allowed or user.lower() in allowed:
+            return ""
+        return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
+
+    def answer(self, message: Message, channel: Channel, note: str = "") -> str:
         """Return the reply to a message, after everything it asks for is on disk.
 
-        This is where a bug in the chat becomes words.
+        `note` is the reply to what cannot be read. This is where a bug in the chat becomes words.
         """
-        allowed = self._settings.ALLOWED_USERS
-        if allowed and message.user.lower() not in allowed:
-            return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
         if (reply := self.recall(message.id)) is not None:
             return reply
         try:
-            reading = read_message(message.content, self._settings.target_prefix)
-            reply = self._obey(reading, message, channel)
+            reply = self.refusal(message.user) or note
+            if not reply:
+                reading = read_message(message.content, self._settings.target_prefix)
+                reply = self._obey(reading, message, channel)
         except Failure as failure:
             reply = str(failure)
         except Exception:
@@ -5122,7 +5128,7 @@ class Callback:
         if posted.kind == "event":
             return Reply(200)
         is_new = app.chat.recall(message.id) is None
-        text = ONLY_TEXT if posted.kind != "text" else app.chat.answer(message, channel)
+        text = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
         pieces = split_text(channel.render(text), channel.limit_bytes)
         if is_new and len(pieces) > 1:
             post.send_list(message.address, pieces[1:])
@@ -5584,7 +5590,7 @@ class Robot(Channel):
 
     def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
         """Answer one message: work is confirmed by a letter, all else is one finished stream."""
-        message, note = self._message(body)
+        message = self._message(body)
         if message is None:
             return
         stream = Stream(req_id, message.address, line)
@@ -5592,7 +5598,8 @@ class Robot(Channel):
             if message.id in self._streams or app.chat.recall(message.id) is not None:
                 return  # a repeat
             self._streams[message.id] = stream
-        reply = note or app.chat.answer(message, self)
+        text, note = self._content(body, app.chat.refusal(message.user))
+        reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
             return  # accepted: the confirmation is a letter
         with self._lock:
@@ -5610,33 +5617,29 @@ class Robot(Channel):
 
     # -- what people send
 
-    def _message(self, body: Mapping[str, Any]) -> tuple[Message | None, str]:
-        """Return the message in a callback, and what to say instead of understanding it.
-
-        None where it has no sender that could be answered.
-        """
+    def _message(self, body: Mapping[str, Any]) -> Message | None:
+        """Return whose message it is, without its text; None where nobody could be answered."""
         sender, group = body.get("from"), str(body.get("chatid") or "")
         user = str(sender.get("userid")) if isinstance(sender, dict) else ""
         group = group if body.get("chattype") == "group" else ""
         message_id = str(body.get("msgid"))
         if not USER_PATTERN.fullmatch(user) or not re.fullmatch(r"[\x21-\x7e]{0,128}", group):
-            return None, ""
+            return None
         if not re.fullmatch(r"[\x21-\x7e]{1,128}", message_id):
             message_id = hashlib.sha256(json.dumps(dict(body), sort_keys=True).encode()).hexdigest()
-        address = f"{user} {self.name} {group}".strip()
+        return Message(user, f"{user} {self.name} {group}".strip(), "", message_id)
+
+    def _content(self, body: Mapping[str, Any], refusal: str) -> tuple[str, str]:
+        """Return the text of a message, and what to say instead of understanding it."""
         try:
-            text = self._text(body)
+            text = "" if refusal else self._text(body)
         except Failure as failure:
-            return Message(user, address, "", message_id), f"❌ {failure}"
-        if group:
+            return "", f"❌ {failure}"
+        if body.get("chattype") == "group":
             text = without_mention(text)
-        text = text.encode(errors="replace").decode()
-        note = (
-            ""
-            if text.strip() or str(body.get("msgtype")) in ("text", "voice", "mixed")
-            else ONLY_TEXT
-        )
-        return Message(user, address, text, message_id), note
+        is_talk = str(body.get("msgtype")) in ("text", "voice", "mixed")
+        note = "" if text.strip() or is_talk else ONLY_TEXT
+        return text.encode(errors="replace").decode(), refusal or note
 
     def _text(self, body: Mapping[str, Any]) -> str:
         """Return the text of a message of any kind, "" where it has none; raise Failure."""
@@ -5686,7 +5689,9 @@ class Robot(Channel):
                 with self._lock:
                     if self._streams.pop(message_id, None) is None:
                         continue
-                self._respond(stream, self._last_text(app, stream, tasks), True)
+                letters = self.letters(stream.address, self._last_text(app, tasks), "")[:1]
+                if not self._respond(stream, letters[0].text, True):
+                    app.state.change(lambda now, new=letters: now.with_letters(new))  # type: ignore[misc]
                 continue
             begun = [t for t in tasks if app.progress.of(t).since]
             text = self.render("\n\n".join(living_text(t, app.progress) for t in begun))
@@ -5701,17 +5706,16 @@ class Robot(Channel):
                 pace.take(stream.address)
                 self._respond(stream, text, False)
 
-    def _last_text(self, app: App, stream: Stream, tasks: Sequence[Task]) -> str:
+    @staticmethod
+    def _last_text(app: App, tasks: Sequence[Task]) -> str:
+        """Return what a message says at last whose request goes on without it, or is gone."""
         if not tasks:
             return "⏹ 已取消"
-        task = tasks[0]
-        work = app.progress.of(task)
+        work = app.progress.of(tasks[0])
         work.is_told = True
-        if task.lane == "images":
-            return self.render(late_text(work.outcomes, app.settings.target_prefix, task.run_url))
-        return self.render(
-            "\n".join(["⏰ 还在上传，结束后再通知您", *progress_lines(task, app.progress)])
-        )
+        if tasks[0].lane == "images":
+            return late_text(work.outcomes, app.settings.target_prefix, tasks[0].run_url)
+        return "\n".join(["⏰ 还在上传，结束后再通知您", *progress_lines(tasks[0], app.progress)])
 
     def keep_refreshing(self, app: App) -> None:
         """Wait until a message lives, then look at it every second."""
