@@ -15084,7 +15084,7 @@ def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: R
         (settled.place / ".env").write_text(env_file(world.service.settings), "utf-8")
         with settled.starts(start, settled.place) as process:
             assert wait_until(world.service.healthy, 20)
-            assert settled.types(send).startswith("如需同步镜像 nginx")
+            assert "\n如需同步镜像 nginx" in settled.types(send)
             os.killpg(process.pid, signal.SIGTERM)
             printed, _ = process.communicate(timeout=10)
         assert ("❌" in printed, "已停止" in printed) == (False, True), printed
