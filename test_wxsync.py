@@ -6716,7 +6716,7 @@ class Toy(wxsync.Channel):
         return text.replace("`", "")
 
     def send(self, letter: wxsync.Letter) -> None:
-        self.heard.append(tuple(letter))
+        self.heard.append((letter.address, letter.text))
 
 
 def test_a_second_chat_needs_no_change_elsewhere() -> None:

@@ -62,6 +62,7 @@ import base64
 import contextlib
 import email.utils
 import errno
+import functools
 import hashlib
 import hmac
 import http.client
@@ -320,8 +321,13 @@ TIDY = {
     ord("→"): "=>",
 }
 PASTED = re.compile(
-    r"(?i)(?:[-*•]\s+)?(?:[$#]\s+)?(?:sudo\s+)?(?:docker\s+(?:image\s+)?pull\s+)?(?:image\s*:\s+)?"
+    r"(?i)(?:[-*•]\s+)?(?:\$\s+|#\s+(?=(?:sudo\s+)?docker\s))?(?:sudo\s+)?"
+    r"(?:docker\s+(?:image\s+)?pull\s+)?(?:image\s*:\s+)?"
 )
+
+
+# "# docker" is a prompt
+COMMENT = re.compile(r"\s*(?:#(?! (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) )|//)")
 
 
 class BadImage(ValueError):
@@ -426,7 +432,7 @@ def is_talk(word: str) -> bool:
     plain = r"(?:localhost|(?:\d+\.){3}\d+)(?::\d+)?"
     pair = r"(?:and|or|he|she|his|yes|no|on|off|true|false|key|value|tcp|udp|am|pm|w|n|a|o)"
     host = r"[a-z][\w-]*(?:\.[a-z][\w-]*)+:\d{2,5}"  # example.com:8080, main.py:30
-    return bool(re.fullmatch(rf"(?i){numeric}|{plain}|{pair}/{pair}|{host}", word))
+    return bool(re.fullmatch(rf"(?i){numeric}|{plain}|{pair}/{pair}|{host}|tel:\d+", word))
 
 
 INTENT = frozenset(("pull", "sync", "mirror", "image", "同步", "拉取", "镜像"))
@@ -874,8 +880,11 @@ def run_copy(line: str, environ: Mapping[str, str]) -> int:
     status, result = try_copy(image, environ)
     print(f"wxsync: {result}", flush=True)
     if path := environ.get("GITHUB_OUTPUT"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(f"result=wxsync: {result}\n")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"result=wxsync: {result}\n")
+        except OSError as error:
+            print(f"wxsync: GITHUB_OUTPUT: {error.strerror}", file=sys.stderr)
     return status
 
 
@@ -1224,6 +1233,7 @@ def is_outside(address: str) -> bool:
 TROUBLES: tuple[tuple[type[BaseException], str], ...] = (
     (TimeoutError, "超时"),
     (ssl.SSLCertVerificationError, "TLS 证书不可信"),
+    (ssl.SSLEOFError, "连接中断"),
     (ssl.SSLError, "TLS 握手失败"),
     (socket.gaierror, "域名解析失败"),
     (ConnectionRefusedError, "连接被拒绝"),
@@ -1556,7 +1566,10 @@ class Network:
                     ask_http_proxy(sock, proxy, url.host, url.port)
             if url.scheme == "https":
                 sock = self._context().wrap_socket(
-                    sock, server_hostname=url.host, do_handshake_on_connect=False
+                    sock,
+                    server_hostname=url.host,
+                    do_handshake_on_connect=False,
+                    suppress_ragged_eofs=False,  # an end that TLS does not confirm is a break
                 )
                 with cut_off(sock, seconds):  # wrapping has moved the descriptor to a new object
                     sock.do_handshake()
@@ -1585,11 +1598,13 @@ class Network:
                 return self._connect(url, proxy, False, CONNECT_SECONDS)
             except OSError as error:
                 if self.probe():
-                    raise Unreachable(f"通过代理连接 {url.host} 失败：{explain(error)}") from error
+                    raise Unreachable(
+                        f"通过代理连接 {quoted(url.host)} 失败：{explain(error)}"
+                    ) from error
         try:
             return self._connect(url, None, vet, CONNECT_SECONDS)
         except OSError as error:
-            raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
+            raise Unreachable(f"连接 {quoted(url.host)} 失败：{explain(error)}") from error
 
     def probe(self) -> bool:
         """Try the proxy with PROXY_TEST_URL, log a change of its state, return whether it is up."""
@@ -1959,7 +1974,7 @@ def read_names(detail: str) -> tuple[str, ...]:
     names = text.split()
     if text.endswith("...") or (length and len(text) < int(length)):
         names.pop()
-    pattern = TAG if word == "nearest" else PLATFORM.pattern
+    pattern = TAG if word == "nearest" else rf"(?=linux|windows|freebsd|darwin){PLATFORM.pattern}"
     return tuple(name for name in names if re.fullmatch(pattern, name))
 
 
@@ -2021,10 +2036,10 @@ def match_jobs(lines: Sequence[str], jobs: Iterable[Any]) -> list[Any]:
     waiting: dict[str, list[Any]] = {}
     for name in set(names):
         count = names.count(name)
-        found = sorted(named.get(name, {}).values(), key=age)[-count:]
-        # Of several that look alike none may be missing, nor of another attempt than the rest.
-        is_sure = len(found) == count and len({age(job)[0] for job in found}) == 1
-        waiting[name] = found if is_sure else [None] * count
+        found = sorted(named.get(name, {}).values(), key=age)
+        found = [job for job in found if age(job)[0] == age(found[-1])[0]]
+        # Of those that look alike none may be missing, and none too many.
+        waiting[name] = found if len(found) == count else [None] * count
     return [waiting[name].pop(0) for name in names]
 
 
@@ -2241,7 +2256,7 @@ class GitHub:
             del body["return_run_details"]  # GitHub Enterprise up to 3.20 does not know it
             found = self.call("POST", path, body, self.ACTIONS, patience)
         run_id = found.get("workflow_run_id") if isinstance(found, dict) else None
-        if isinstance(run_id, int):
+        if type(run_id) is int and 0 < run_id < 2**63:
             return self._run(run_id, found)
         for _ in range(5):  # 204, or an odd answer: it was accepted, so the run will show up
             if run := self.find_run(request_id, patience):
@@ -2249,10 +2264,15 @@ class GitHub:
         raise Failure("GitHub 接受了请求，但一直没有出现对应的运行，请到 Actions 页查看")
 
     def _run(self, run_id: int, data: Any) -> Run:
-        url = data.get("html_url") if isinstance(data, dict) else None
-        if not isinstance(url, str) or not re.fullmatch(r"https?://[\x21-\x7e]{1,200}", url):
-            url = f"https://github.com/{self._settings.GITHUB_REPO}/actions/runs/{run_id}"
-        return Run(run_id, url)
+        url = self._page(data.get("html_url") if isinstance(data, dict) else None)
+        own = f"https://github.com/{self._settings.GITHUB_REPO}/actions/runs/{run_id}"
+        return Run(run_id, url or own)
+
+    def _page(self, url: Any) -> str:
+        """Return the address of a page of GitHub's, "" where it is none."""
+        host = rf"(?:github\.com|{re.escape(self.client.url.host)})(?::\d+)?"
+        is_own = re.fullmatch(rf"https?://{host}/[\x21-\x7e]{{1,200}}", str(url))
+        return str(url) if is_own else ""
 
     def find_run(self, request_id: str, patience: Patience | None = None) -> Run | None:
         """Return the run whose display_title carries request_id, looking for a while; else None.
@@ -2281,7 +2301,11 @@ class GitHub:
         for page in range(1, 6):  # until a page is not full: total_count grows while one reads
             path = f"/actions/runs/{run.id}/jobs?per_page=100&page={page}"
             found = pick(self.call("GET", path, needs="Actions: Read", polling=True), "jobs", list)
-            jobs += found
+            jobs += [
+                {**job, "html_url": self._page(job.get("html_url"))}
+                for job in found
+                if isinstance(job, dict) and job.get("run_id", run.id) == run.id
+            ]
             if len(found) < 100:
                 break
         pairs = zip(lines, match_jobs(lines, jobs), strict=True)
@@ -2587,22 +2611,31 @@ class Download:
         headers = self._response.headers
         if self._response.status != 200:
             raise Failure("下载失败：来源只给了文件的一部分，请换一个链接")
+        lengths = headers.get_all("Content-Length", [])
+        odd = len(lengths) > 1 or not all(re.fullmatch(r"[0-9]+", n.strip(), re.A) for n in lengths)
+        if odd or headers.defects:  # http.client would take the length for unknown
+            raise Failure("下载失败：来源的回答头不合规范，无法确定文件大小，请换一个链接")
         coding = ", ".join(headers.get_all("Transfer-Encoding", ["chunked"]))
         if coding.strip().lower() != "chunked":
             raise Failure(f"来源用了不支持的传输方式 {quoted(coding)}，请换一个链接")
         self._sent_bytes = self._response.length  # None: not known
-        etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
-        self._validator = etag if etag and not etag.startswith("W/") else modified
+        self._validator, encoding = self._version(headers)
         disposition = _header_text(headers.get("Content-Disposition", ""))
         self.name = read_file_name(disposition, self._url, self._first)
         kind = headers.get("Content-Type", "")
         self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
-        encoding = ", ".join(headers.get_all("Content-Encoding", [])).lower().strip()
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise Failure(f"来源用了不支持的压缩方式 {quoted(encoding)}，请换一个链接")
-        self._packed = encoding not in ("", "identity")
+        self._packed, self._encoding = encoding not in ("", "identity"), encoding
         self.total_bytes = None if self._packed else self._sent_bytes
         self._check_size(self._sent_bytes or 0)
+
+    @staticmethod
+    def _version(headers: http.client.HTTPMessage) -> tuple[str, str]:
+        """Return what tells one version of a file from another, and how it is packed."""
+        etag, modified = headers.get("ETag", ""), headers.get("Last-Modified", "")
+        encoding = ", ".join(headers.get_all("Content-Encoding", [])).lower().strip()
+        return etag if etag and not etag.startswith("W/") else modified, encoding
 
     def _check_size(self, size_bytes: int) -> None:
         if size_bytes > self._limit:
@@ -2654,7 +2687,7 @@ class Download:
                     response = wire.ask("GET", url.target, {"Accept": "*/*", **headers})
             except (OSError, http.client.HTTPException) as error:
                 wire.close()
-                text = f"下载失败：{url.host} {explain(error)}，请检查链接"
+                text = f"下载失败：{quoted(url.host)} {explain(error)}，请检查链接"
                 raise Unreachable(text) from error
             if response.status in (200, 206):
                 return url, response
@@ -2680,7 +2713,8 @@ class Download:
                 raise
             self._url, self._response = self._request(self._first, wanted)
         given = self._response.headers.get("Content-Range", "").strip()
-        if self._response.status != 206 or given != f"bytes {done}-{total - 1}/{total}":
+        same = self._version(self._response.headers) == (self._validator, self._encoding)
+        if self._response.status != 206 or given != f"bytes {done}-{total - 1}/{total}" or not same:
             raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次") from error
 
     def _read(self) -> bytes:
@@ -2991,6 +3025,10 @@ def read_task(entry: Any) -> Task:
         raise TypeError("items or upload")
     if task.lane not in ("images", "files") or task.stage not in STAGES:
         raise ValueError("lane or stage")
+    if not USER_PATTERN.fullmatch(task.person):
+        raise ValueError("user")
+    if not re.fullmatch(r"(https?://[\x21-\x7e]{1,200})?", task.run_url):
+        task = replace(task, run_url="")
     if task.lane == "images":
         task = replace(task, items=tuple(read_image(line).line for line in task.items))
     return task
@@ -3004,13 +3042,13 @@ def read_facts(data: dict[str, Any]) -> tuple[Facts, list[Any]]:
         found: list[T] = []
         listed: Any = data.get(name, kind())  # a list, or a dict whose items are meant
         if not isinstance(listed, kind):
-            bad.append({name: listed})
+            bad.append((name, listed))
             return []
         for entry in listed.items() if kind is dict else listed:
             try:
                 found.append(read(entry))
             except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
-                bad.append(entry)
+                bad.append((name, entry))
         return found
 
     def strings(entry: Any, count: int) -> tuple[str, ...]:
@@ -3086,10 +3124,10 @@ class State:
         try:
             data = self._last_line(self._path.read_bytes())
             if data is None:
-                damaged = ["whole file"]
+                damaged = [("", None)]
             else:
                 version = data.get("version", 1)
-                if isinstance(version, int) and version > self.VERSION:
+                if isinstance(version, int | float) and version > self.VERSION:
                     raise Failure(
                         f"{self._path.name} 是更新的版本写的（version {version}），请用新版本启动"
                     )
@@ -3099,19 +3137,21 @@ class State:
             pass
         if damaged:
             aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            with (
+                contextlib.suppress(OSError),
+                open(os.open(aside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file,
+            ):
                 file.write(self._path.read_bytes())
             text = f"❌ 状态文件有 {len(damaged)} 处读不懂，原文件另存为 {aside.name}"
             self._log.error(f"{text}；受影响的请求请重发")
         self._writer.start()
-        return [lost for entry in damaged if (lost := self._lost(entry))]
+        tasks = [entry for name, entry in damaged if name == "tasks"]
+        return [lost for entry in tasks if (lost := self._lost(entry))]
 
     @staticmethod
     def _last_line(data: bytes) -> dict[str, Any] | None:
         """Return the last whole line of the journal; a crash may have torn the one after it."""
-        if not data.strip():
-            return None
-        found = (read_json(line, dict) for line in reversed(data.splitlines()))
+        found = (read_json(line, dict) for line in [data, *reversed(data.splitlines())])
         return next((line for line in found if line is not None), None)
 
     @staticmethod
@@ -3353,7 +3393,6 @@ INSTRUCTION = re.compile(
 )
 SQL = re.compile(r"(?im)^\s*(?:SELECT|DELETE|INSERT|UPDATE)\s")
 KLOG = re.compile(r"(?m)^[IWEF]\d{4} |kubeadm config images")
-COMMENT = re.compile(r"#(?! \S*(?:docker|podman|nerdctl|crictl|ctr) )|//")  # "# docker" is a prompt
 # what kubectl applied before, not what is
 APPLIED = re.compile(
     r"(?m)^([ \t]*+).*last-applied-configuration.*(?:(?<=[|>-])\s*\n.*)?(?:\n\1[ \t]+\S.*)*"
@@ -3473,6 +3512,12 @@ class Paste:
                 is_name = is_last and re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
                 if verb == "run" or re.search(r"[:/@$<{]", word) or is_name:
                     self._take(word, platform, offer=verb == "run")
+                if (
+                    verb == "pull"
+                    and not is_last
+                    and re.fullmatch(r"[\w.-]+[:/][\w.:/-]+", words[0])
+                ):
+                    self.named[words[0]] = "一条 pull 只取一个镜像"
                 return
             elif word in ("pull", "run", "create"):
                 verb = "pull" if word == "pull" else "run"
@@ -3530,7 +3575,7 @@ def split_items(text: str) -> tuple[list[str], list[str]]:
         link = line.translate({0xFEFF: None, 0x200B: None}).strip(" \t\u3000\"'`“”‘’<>")
         if re.match(r"(?i)https?://", link):
             links.append(link)
-        else:
+        elif not COMMENT.match(line):
             items += filter(None, map(tidy, re.split(r"[,，、;；]", line)))
     return list(dict.fromkeys(links)), items
 
@@ -3602,7 +3647,8 @@ def _is_attempt(item: str) -> bool:
         return True
     path = re.match(r"[~.]{0,2}[/\\]|[A-Za-z]:[\\/]", item) and not re.search(r":[\w.-]+/?$", item)
     address = re.fullmatch(r"(?:mailto:)?[^\s@:/]+@[\w.-]+\.\w+", item)
-    if path or address or is_talk(item) or not re.search("[:/@]", item):
+    command = item.split()[0].lower() in COMMANDS if item.split() else False
+    if path or address or command or is_talk(item) or not re.search("[:/@]", item):
         return False
     name = re.match(r"\s*([\w./-]+?)\s*:", item)
     if name and (name[1] in OFFICIAL or "/" in name[1]):
@@ -3705,7 +3751,8 @@ def _hints(outcome: Outcome) -> list[str]:
         if outcome.code == "not-found":
             bare = f"{option}{re.sub(r':[^/:]*$', '', image.source)}:{name}"
         with contextlib.suppress(BadImage):
-            lines.append(f"   可以发：`{read_image(bare).line}`")
+            if (line := read_image(bare).line) != outcome.line:
+                lines.append(f"   可以发：`{line}`")
     return lines[:3] if outcome.code == "not-found" else lines[:8]
 
 
@@ -4106,6 +4153,8 @@ class Chat:
             for task in own:
                 running = is_begun(facts, task)
                 names.append(f"{'正在停止' if running else '不再排队'}：{title(task, True)}")
+            if not own and any(t.person == message.user for t in facts.tasks):
+                raise Failure("⏹ 正在停止，请稍候")
             if not own:
                 raise Failure("没有可以取消的：您没有正在进行或排队的请求")
             return lambda now: with_cancelled(now, [(t.id, t.lane) for t in own])
@@ -4858,6 +4907,8 @@ class Head(http.server.BaseHTTPRequestHandler):
         if not self.parse_request() or self.request_version == "HTTP/0.9":
             raise Rejected(400, "request line")
         self.continued = self.wfile.getvalue()  # "100 Continue", where it was asked for
+        if any(name != name.strip() for name in self.headers):
+            raise Rejected(400, "blank in the name of a header")
         lengths = self.headers.get_all("Content-Length", [])
         if "Transfer-Encoding" in self.headers or (not lengths and self.command == "POST"):
             raise Rejected(411, "length required")
@@ -5203,7 +5254,7 @@ class WebSocket:
     def send(self, kind: int, data: bytes) -> None:
         """Write one masked frame; raise OSError."""
         length = len(data)
-        size = struct.pack(">BH", 254, length) if length > 125 else bytes([128 | length])
+        size = bytes([128 | length]) if length < 126 else struct.pack(">BH", 254, length & 0xFFFF)
         size = struct.pack(">BQ", 255, length) if length > 0xFFFF else size
         mask = secrets.token_bytes(4)
         mask_number = int.from_bytes((mask * (length // 4 + 1))[:length], "big")
@@ -5283,6 +5334,10 @@ class WebSocket:
 # ---- WeCom's robot over a long connection (contract section 12, document 101463) ---------------
 
 # what markdown and mentions are made of -> what looks like it
+# names of settings, and bare domains, which a client might make a link of
+CODE_WORDS = re.compile(
+    r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b|(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
+)
 DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
 LINE_DOWN = "智能机器人的长连接断开了"
 
@@ -5302,6 +5357,9 @@ class Stream:
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
 
 
+NO_NAME = re.compile(r"(?i)[不别勿莫请看吗了]|更新|下午|上午|\bnot\b|n't\b|please")
+
+
 def without_mention(text: str) -> str:
     """Return the text of a group message without the leading @NAME, which may have spaces.
 
@@ -5315,7 +5373,9 @@ def without_mention(text: str) -> str:
         word = tidy(words[index])
         known = word.lower() in COMMANDS or word.startswith(("--platform", "http://", "https://"))
         if known or word in OFFICIAL or re.search(r"[:/,，]", word):
-            return " ".join(words[index:]) + newline + rest
+            # What is more than a name is talk, and read with what follows.
+            start = 1 if NO_NAME.search(" ".join(words[1:index])) else index
+            return " ".join(words[start:]) + newline + rest
     return " ".join(words[2:]) + newline + rest if len(words) > 2 and not rest else rest
 
 
@@ -5361,7 +5421,7 @@ class Robot(Channel):
                 parts[index] = part.replace("（已是最新）", "  # 已是最新")
             else:
                 part = re.sub(r"(?m)^(\s*)>", r"\1＞", part.translate(DEFANGED))
-                parts[index] = re.sub(r"\b([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+)\b", r"`\1`", part)
+                parts[index] = CODE_WORDS.sub(r"`\g<0>`", part)
         return "".join(parts)
 
     def letters(self, address: str, text: str, mark: str) -> list[Letter]:
@@ -5649,7 +5709,8 @@ class Robot(Channel):
             return ""
         if kind == "mixed":
             listed = part.get("msg_item")
-            texts = [self._text(item) for item in listed or [] if isinstance(item, dict)]
+            items = listed if isinstance(listed, list) else []
+            texts = [self._text(item) for item in items if isinstance(item, dict)]
             return "\n".join(filter(None, texts))
         if kind == "file":
             return self._file(str(part.get("url")), str(part.get("aeskey")))
@@ -5657,6 +5718,8 @@ class Robot(Channel):
 
     def _file(self, link: str, key: str) -> str:
         """Return a sent text file of at most MAX_PASTE_CHARACTERS; raise Failure for another."""
+        if not link.startswith(("http://", "https://")):
+            raise Failure("这个文件没有下载地址")
         url = parse_url(link)
         vet = self._settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
         wire = self._network.open(url, proxied=False, vet=vet)
@@ -5689,9 +5752,9 @@ class Robot(Channel):
                 with self._lock:
                     if self._streams.pop(message_id, None) is None:
                         continue
-                letters = self.letters(stream.address, self._last_text(app, tasks), "")[:1]
-                if not self._respond(stream, letters[0].text, True):
-                    app.state.change(lambda now, new=letters: now.with_letters(new))  # type: ignore[misc]
+                last = self.letters(stream.address, self._last_text(app, tasks), "")[0]
+                if not self._respond(stream, last.text, True):
+                    app.state.change(functools.partial(Facts.with_letters, letters=[last]))
                 continue
             begun = [t for t in tasks if app.progress.of(t).since]
             text = self.render("\n\n".join(living_text(t, app.progress) for t in begun))
@@ -6092,7 +6155,7 @@ def take_up(app: App) -> None:
         items = "\n".join(quoted(item, 100) for item in task.items[:10])
         text = f"❌ 您有一个请求在重启后读不出来，请重发：\n{items}"
         letters = app.channel(task.user).letters(task.user, text, secrets.token_hex(4))
-        app.state.change(lambda facts, new=letters: facts.with_letters(new))  # type: ignore[misc]
+        app.state.change(functools.partial(Facts.with_letters, letters=letters))
     app.posts.update(
         {name: Post(c, app.state, app.log, app.sleep) for name, c in app.channels.items()}
     )
