@@ -15088,7 +15088,7 @@ def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: R
             os.killpg(process.pid, signal.SIGTERM)
             printed, _ = process.communicate(timeout=10)
         assert ("❌" in printed, "已停止" in printed) == (False, True), printed
-        (upgrade,) = code_blocks(section("升级"), "sh")
+        (upgrade,) = code_blocks(section("升级与回退"), "sh")
         assert "systemctl restart wxsync\n" in settled.types(upgrade)
     version, checksum = settled.types(code_blocks(section("审计与核对"), "sh")[0]).splitlines()[-2:]
     assert checksum.startswith(version.rpartition(":")[2])
