@@ -6704,6 +6704,45 @@ def test_the_job_uses_nothing_of_the_service() -> None:
     assert names["read_list"]("nginx:1\n") == (["nginx:1"], []) and callable(names["run_copy"])
 
 
+ODD_JOBS: list[tuple[list[tuple[int, int]], list[int | None]]] = [
+    ([(7, 1)], [7]),
+    ([(7, 1), (9, 2)], [9]),  # run again
+    ([(7, 1), (9, 1)], [None]),  # one too many: which one is meant?
+]
+
+
+@pytest.mark.parametrize(("jobs", "wanted"), ODD_JOBS)
+def test_a_line_claims_a_job_only_when_it_is_sure(
+    jobs: list[tuple[int, int]], wanted: list[int | None]
+) -> None:
+    """Of two jobs of one name in one attempt neither tells a success."""
+    named = [{"id": number, "name": "nginx:1", "run_attempt": attempt} for number, attempt in jobs]
+    found = wxsync.match_jobs(["nginx:1"], named)
+    assert [job and job["id"] for job in found] == wanted
+
+
+@pytest.mark.parametrize("text", ["# redis:6\nnginx:1", "#redis:6\nnginx:1", "// x:1\nnginx:1"])
+def test_comments_start_nothing(text: str) -> None:
+    """A list that is sent with its comments is the list."""
+    assert [image.line for image in wxsync.read_message(text, PREFIX).images] == ["nginx:1"]
+
+
+MENTIONED = {
+    "@bot nginx:1": "nginx:1",
+    "@my bot 2 状态": "状态",
+    "@bot https://example.com/a": "https://example.com/a",
+    "@bot 请不要同步 nginx:1": "请不要同步 nginx:1",
+    "@张三 下午看 docs/readme": "下午看 docs/readme",
+    "nginx:1": "nginx:1",
+}
+
+
+@pytest.mark.parametrize("text", MENTIONED)
+def test_a_mention_is_no_part_of_the_text(text: str) -> None:
+    """The name goes, also with spaces; talk behind it stays talk."""
+    assert wxsync.without_mention(text) == MENTIONED[text]
+
+
 class Toy(wxsync.Channel):
     """A second chat, in memory."""
 
@@ -8990,6 +9029,9 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
         [b"body"],
     ),
 }
+for line in ("3\nContent-Length: 9", "9x", "-9", "+9"):
+    ORIGINS[f"length: {line!r}"] = (wire(f"HTTP/1.1 200 OK\nContent-Length: {line}", b"x" * 9), [None])
+ORIGINS["a blank before the colon"] = wire("HTTP/1.1 200 OK\nContent-Length : 9", b"x"), [None]
 for line in (
     "gzip, chunked",
     "gzip",
