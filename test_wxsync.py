@@ -6704,14 +6704,14 @@ def test_the_job_uses_nothing_of_the_service() -> None:
     assert names["read_list"]("nginx:1\n") == (["nginx:1"], []) and callable(names["run_copy"])
 
 
-ODD_JOBS: list[tuple[list[tuple[int, int]], list[int | None]]] = [
+CLAIMS: list[tuple[list[tuple[int, int]], list[int | None]]] = [
     ([(7, 1)], [7]),
     ([(7, 1), (9, 2)], [9]),  # run again
     ([(7, 1), (9, 1)], [None]),  # one too many: which one is meant?
 ]
 
 
-@pytest.mark.parametrize(("jobs", "wanted"), ODD_JOBS)
+@pytest.mark.parametrize(("jobs", "wanted"), CLAIMS)
 def test_a_line_claims_a_job_only_when_it_is_sure(
     jobs: list[tuple[int, int]], wanted: list[int | None]
 ) -> None:
