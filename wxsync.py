@@ -124,6 +124,8 @@ MAX_LINKS = 20  # per message; more is a script, not a person
 MAX_REMEMBERED = 1000  # answered messages, people's results: memory and state stay bounded
 REMEMBER_SECONDS = 1800.0  # at least; WeCom repeats within half a minute
 MAX_PASTE_CHARACTERS = 256 * 1024  # of a sent file; a typed message is far shorter
+MAX_COMMAND_WORDS = 500  # of one docker command in a paste
+MAX_LINE_CHARACTERS = 64 * 1024  # of a paste's line; a whole manifest may be one
 KEEP_TRIES = 60  # of one message whose errcode nobody knows: about half a day
 OUTAGE_SECONDS = 60.0  # the longest pause between looks at a service that is away
 # The robot (facts of WeCom's document 101463).
@@ -363,7 +365,7 @@ def _read_platforms(text: str) -> tuple[str, ...]:
         return names
     for name in names:
         if not PLATFORM.fullmatch(name):
-            raise BadImage(f"架构 {shown(name, 30)} 应写成 linux/arm64，多个用 + 连接，全部用 all")
+            raise BadImage(f"架构 {quoted(name, 30)} 应写成 linux/arm64，多个用 + 连接，全部用 all")
     return names
 
 
@@ -443,8 +445,9 @@ def _lines_of(words: list[str]) -> list[str]:
     lines = []
     words = [word.strip(":,.!?") for word in words]
     likely = r":[\w.-]+$|\.[^/]*/|@sha256" + ("|/" if INTENT.intersection(words) else "")
+    is_official = OFFICIAL.issuperset(words)
     for word in words:
-        if OFFICIAL.issuperset(words) or (re.search(likely, word) and not is_talk(word)):
+        if is_official or (re.search(likely, word) and not is_talk(word)):
             with contextlib.suppress(BadImage):
                 lines.append(_read_image(word).line)
     return lines
@@ -1858,7 +1861,7 @@ class WeCom:
         headers = {"Content-Type": "application/json"} if body else {}
         answer = self.client.call(method, target, headers, body.encode() or None)
         found = read_json(answer.body, dict)
-        code = found.get("errcode", 0) if found is not None else None
+        code = found.get("errcode") if found is not None else None
         if not isinstance(code, int) or answer.status >= 400:
             raise Unreachable(f"企业微信的回答看不懂（HTTP {answer.status}）")
         if code:
@@ -1973,7 +1976,7 @@ def read_names(detail: str) -> tuple[str, ...]:
     length, word, text = found.groups()
     names = text.split()
     if text.endswith("...") or (length and len(text) < int(length)):
-        names.pop()
+        names = names[:-1]
     pattern = TAG if word == "nearest" else rf"(?=linux|windows|freebsd|darwin){PLATFORM.pattern}"
     return tuple(name for name in names if re.fullmatch(pattern, name))
 
@@ -2181,9 +2184,10 @@ class GitHub:
         if answer.body.strip() and found is None:
             raise Unreachable("GitHub 的回答不是 JSON")
         if polling and (etag := answer.headers.get("ETag")):
-            while len(self._cache) >= 16:
-                self._cache.pop(next(iter(self._cache)))
-            self._cache[path] = (etag, found)
+            with self._lock:
+                while len(self._cache) >= 16:
+                    self._cache.pop(next(iter(self._cache)))
+                self._cache[path] = (etag, found)
         return found
 
     def _error(self, answer: Answer, found: Any, needs: str) -> GitHubError:
@@ -2784,8 +2788,10 @@ class Download:
                 written += len(piece)
                 self._check_size(written)
                 if len(part) >= PART_BYTES:
-                    yield part[:PART_BYTES]
-                    part = part[PART_BYTES:]
+                    rest = part[PART_BYTES:]
+                    del part[PART_BYTES:]
+                    yield part
+                    part = rest
         except zlib.error as error:
             raise Failure("来源的压缩数据已损坏，请再发一次") from error
         if part or not written:
@@ -3320,6 +3326,7 @@ ghcr.io/open-webui/open-webui:main
 重试：再做一次失败的　取消：停掉自己的请求"""
 ONLY_TEXT = "📖 只看得懂文字：镜像名（如 `nginx:latest`）、https:// 链接，或发送 帮助"
 ASK_BACK = "如需同步镜像 {0}，请发送 {1}"
+NOTHING_TO_RETRY = "没有可以重试的：您上一个请求没有失败的项目"
 COMMANDS = {
     **dict.fromkeys(("状态", "status"), "status"),
     **dict.fromkeys(("列表", "list"), "list"),
@@ -3415,9 +3422,10 @@ class Paste:
         self._stages = {"scratch"}
         self._denied: list[str] = []
         self._table: re.Match[str] | None = None
-        lines = [
-            re.sub(r"^(?:>+ |\d+ *\|)+", "", line.strip()).strip() for line in text.split("\n")
-        ]
+        blanks = (
+            re.sub(r"\s+", " ", line.strip())[:MAX_LINE_CHARACTERS] for line in text.split("\n")
+        )
+        lines = [re.sub(r"^(?:>+ |\d+ *\|)+", "", line).strip() for line in blanks]
         if any(line.startswith(("@@ ", "diff --git")) for line in lines):
             lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("-")]
         for line in lines:
@@ -3489,7 +3497,7 @@ class Paste:
         words = re.sub(r"(&&|[;|]|\s#)", r" \1 ", line).replace("`", " ").split()
         starts = [i for i, w in enumerate(words) if re.split(r"[/(\"'>:$]", w)[-1] in TOOLS]
         for start, end in zip(starts, [*starts[1:], len(words)], strict=False):
-            self._read_command(words[start + 1 : end])
+            self._read_command(words[start + 1 : end][:MAX_COMMAND_WORDS])
 
     def _read_command(self, words: list[str]) -> None:
         verb = platform = ""
@@ -3862,6 +3870,11 @@ class Progress:
         with self._lock:
             return self._works.setdefault((task.lane, task.id), fresh)
 
+    def is_begun(self, task: Task) -> bool:
+        with self._lock:
+            work = self._works.get((task.lane, task.id))
+            return bool(work and work.since)
+
     def end(self, task: Task) -> None:
         with self._lock:
             self._works.pop((task.lane, task.id), None)
@@ -4054,7 +4067,7 @@ class Chat:
         if reading.command == "retry":
             last = self._state.facts.finished.get(message.user)
             if not last or not last.failed:
-                return "没有可以重试的：您上一个请求没有失败的项目"
+                return NOTHING_TO_RETRY
             links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
             images = tuple(read_image(item) for item in last.failed if item not in links)
             return self._start(Reading("retry", images, links), message, channel)
@@ -4082,6 +4095,9 @@ class Chat:
             if message.id in facts.seen:  # a repeat, while the first is being written
                 reply = facts.seen[message.id][1]
                 return lambda now: now
+            last = facts.finished.get(message.user)
+            if reading.command == "retry" and not (last and last.failed):
+                raise Failure(NOTHING_TO_RETRY)
             tasks, reply = self._plan(facts, reading, message)
             if not tasks:
                 raise Failure(reply)
@@ -4092,13 +4108,17 @@ class Chat:
                 facts = facts.with_seen(message.id, at, reply, self._keep_seconds)
                 last = facts.finished.get(message.user)
                 if reading.command == "retry" and last:
-                    again = {message.user: last._replace(failed=())}
+                    begun = {item for task in tasks for item in task.items}
+                    left = tuple(item for item in last.failed if item not in begun)
+                    again = {message.user: last._replace(failed=left)}
                     facts = replace(facts, finished={**facts.finished, **again})
                 return replace(facts, tasks=facts.tasks + tasks).with_letters(letters)
 
             return change
 
         self._state.accept(plan)
+        if message.id not in self._state.facts.seen:  # a repeat of one that was not written
+            raise Failure("❌ 无法保存（`STATE_DIR`）。请清理磁盘或检查目录权限后重发")
         return reply
 
     def _plan(
@@ -4145,8 +4165,13 @@ class Chat:
     def _cancel(self, message: Message) -> str:
         """Cancel what is this person's; return what that was."""
         names: list[str] = []
+        reply = ""
 
         def plan(facts: Facts) -> Change:
+            nonlocal reply
+            if message.id in facts.seen:  # a repeat
+                reply = facts.seen[message.id][1]
+                return lambda now: now
             own = [
                 t for t in facts.tasks if t.person == message.user and t.id not in facts.cancelled
             ]
@@ -4157,10 +4182,19 @@ class Chat:
                 raise Failure("⏹ 正在停止，请稍候")
             if not own:
                 raise Failure("没有可以取消的：您没有正在进行或排队的请求")
-            return lambda now: with_cancelled(now, [(t.id, t.lane) for t in own])
+            reply = "\n".join(
+                ["⏹ 已取消您的请求：", *names, "已经完成的镜像不会撤回，结果照常通知"]
+            )
+            at, said = self._now(), reply
+
+            def change(facts: Facts) -> Facts:
+                facts = facts.with_seen(message.id, at, said, self._keep_seconds)
+                return with_cancelled(facts, [(t.id, t.lane) for t in own])
+
+            return change
 
         self._state.accept(plan)
-        return "\n".join(["⏹ 已取消您的请求：", *names, "已经完成的镜像不会撤回，结果照常通知"])
+        return reply
 
     # -- looking
 
@@ -4588,8 +4622,9 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
     work = app.progress.of(task)
     if not work.is_told:
         work.is_told = True
-        text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
         channel = app.channel(task.user)
+        text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
+        text = split_text(text, channel.limit_bytes - 200, 1)[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
         channel.expect(task, letters)
     app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
@@ -4654,6 +4689,9 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
                 give_up(app, task)
         except Failure as failure:
             fail_images(app, task, str(failure), isinstance(failure, Unreachable))
+        except Exception:
+            app.log.bug(f"images: id={task.id}")
+            fail_images(app, task, INTERNAL_ERROR, False)
     for task_id in set(followers) - {task.id for task in tasks}:
         del followers[task_id]
     app.sleep(POLL_SECONDS)
@@ -4982,7 +5020,8 @@ class Server:
         while True:
             with self._lock:
                 first = min(self._deadlines.values(), default=None)
-            timeout = None if first is None else max(0.0, first - time.monotonic())
+            # Deadlines that are set while it waits are later than this.
+            timeout = REQUEST_SECONDS if first is None else max(0.0, first - time.monotonic())
             ready = select.select([self._listener, self._wake], [], [], timeout)[0]
             if self._wake in ready:
                 return
@@ -5009,6 +5048,7 @@ class Server:
                 return
             except OSError as error:  # out of descriptors: the oldest connection has to go
                 self._log.warning(f"server: {error.strerror}")
+                time.sleep(0.1)
                 with self._lock:
                     if self._deadlines:
                         self._drop(next(iter(self._deadlines)))
@@ -5220,7 +5260,8 @@ class WebSocket:
     def __init__(self, wire: Wire) -> None:
         self._sock = wire.link
         self._wire = wire
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # one call of OpenSSL at a time
+        self._writing = threading.Lock()  # a frame is whole before the next one begins
         self._data = bytearray()
         self._message = bytearray()  # fragments
         self._kind = 0
@@ -5261,20 +5302,30 @@ class WebSocket:
         masked = (int.from_bytes(data, "big") ^ mask_number).to_bytes(length, "big")
         left = memoryview(bytes([128 | kind]) + size + mask + masked)
         deadline = time.monotonic() + ACK_SECONDS
-        with self._lock:  # a frame is whole before the next one begins
+        with self._writing:
             while left:
                 try:
-                    left = left[self._sock.send(left) :]
+                    with self._lock:
+                        left = left[self._sock.send(left) :]
                 except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
                     if time.monotonic() > deadline:
+                        shut(self._sock)  # half a frame is out: nothing may follow it
                         raise TimeoutError from error
-                    select.select([], [self._sock], [], 0.2)
+                    self._wait([], [self._sock], 0.2)
+
+    @staticmethod
+    def _wait(reading: list[socket.socket], writing: list[socket.socket], seconds: float) -> bool:
+        """Wait until a socket is ready; tell whether one to read is; raise OSError."""
+        try:
+            return bool(select.select(reading, writing, [], seconds)[0])
+        except ValueError as error:  # closed meanwhile
+            raise ConnectionAbortedError("closed") from error
 
     def _receive(self, seconds: float) -> bool:
         """Take what has come, waiting for at most so long; tell whether there was something."""
         with self._lock:
             waiting = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()
-        if not waiting and not select.select([self._sock], [], [], seconds)[0]:
+        if not waiting and not self._wait([self._sock], [], seconds):
             return False
         with self._lock:
             try:
@@ -5336,7 +5387,7 @@ class WebSocket:
 # what markdown and mentions are made of -> what looks like it
 # names of settings, and bare domains, which a client might make a link of
 CODE_WORDS = re.compile(
-    r"\b[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+\b|(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
+    r"(?<![\w/.-])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?![\w/.-])|(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
 )
 DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
 LINE_DOWN = "智能机器人的长连接断开了"
@@ -5428,14 +5479,16 @@ class Robot(Channel):
         """Return the messages for a text; in a group each names whose it is."""
         address = self.home(address)
         user, _, group = split_address(address)
-        head = f"`{user}`：" if group else ""
+        head = f"`{user}`：\n" if group else ""
         pieces = split_text(self.render(text), self.limit_bytes - 160, MAX_RESULT_MESSAGES)
+        if mark and mark not in text:
+            pieces[0] += f"\n（#{hashlib.sha256(mark.encode()).hexdigest()[:6]}）"
         return [Letter(address, head + piece) for piece in pieces]
 
     # -- what the chat and the lanes say
 
     def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
-        letters = self.letters(message.address, text, message.id)[:1]
+        letters = self.letters(message.address, text, "")[:1]
         with self._lock:
             if stream := self._streams.get(message.id):
                 stream.tasks = tuple(tasks)
@@ -5463,7 +5516,7 @@ class Robot(Channel):
             "aibot_send_msg", secrets.token_hex(12), {**body, "markdown": {"content": letter.text}}
         )
         code = found.get("errcode")
-        if code:
+        if code != 0:
             said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
             raise ChannelError(f"智能机器人 {code}：{said}", 5.0, False)
 
@@ -5481,9 +5534,10 @@ class Robot(Channel):
                 found = self._ask("aibot_respond_msg", stream.req_id, body)
             except Failure:
                 found = {"errcode": -1}
-            if found.get("errcode") or finish:
+            is_taken = bool(found.get("errcode") == 0)
+            if finish or not is_taken:
                 stream.line = None  # a late acknowledgement must not pass for that of another frame
-            return not found.get("errcode")
+            return is_taken
 
     def _ask(
         self, command: str, req_id: str, body: Any, line: WebSocket | None = None
@@ -5665,7 +5719,7 @@ class Robot(Channel):
         with self._lock:
             self._streams.pop(message.id, None)
             self._letters = {k: v for k, v in self._letters.items() if v[0] is not stream}
-        pieces = self.letters(message.address, reply, message.id)
+        pieces = self.letters(message.address, reply, "")
         post = app.posts[self.name]
         is_free = post.pace.wait_seconds(message.address) <= 0
         if is_free:
@@ -5680,9 +5734,9 @@ class Robot(Channel):
     def _message(self, body: Mapping[str, Any]) -> Message | None:
         """Return whose message it is, without its text; None where nobody could be answered."""
         sender, group = body.get("from"), str(body.get("chatid") or "")
-        user = str(sender.get("userid")) if isinstance(sender, dict) else ""
+        user = str(sender.get("userid") or "") if isinstance(sender, dict) else ""
         group = group if body.get("chattype") == "group" else ""
-        message_id = str(body.get("msgid"))
+        message_id = str(body.get("msgid") or "")
         if not USER_PATTERN.fullmatch(user) or not re.fullmatch(r"[\x21-\x7e]{0,128}", group):
             return None
         if not re.fullmatch(r"[\x21-\x7e]{1,128}", message_id):
@@ -5752,11 +5806,12 @@ class Robot(Channel):
                 with self._lock:
                     if self._streams.pop(message_id, None) is None:
                         continue
+                app.posts[self.name].pace.take(stream.address)
                 last = self.letters(stream.address, self._last_text(app, tasks), "")[0]
                 if not self._respond(stream, last.text, True):
                     app.state.change(functools.partial(Facts.with_letters, letters=[last]))
                 continue
-            begun = [t for t in tasks if app.progress.of(t).since]
+            begun = [t for t in tasks if app.progress.is_begun(t)]
             text = self.render("\n\n".join(living_text(t, app.progress) for t in begun))
             pace = app.posts[self.name].pace
             is_due = now >= stream.last + REFRESH_SECONDS
@@ -5774,6 +5829,8 @@ class Robot(Channel):
         """Return what a message says at last whose request goes on without it, or is gone."""
         if not tasks:
             return "⏹ 已取消"
+        if not app.progress.is_begun(tasks[0]):
+            return "⏰ 还在排队，结束后再通知您"
         work = app.progress.of(tasks[0])
         work.is_told = True
         if tasks[0].lane == "images":
@@ -6156,6 +6213,9 @@ def take_up(app: App) -> None:
         text = f"❌ 您有一个请求在重启后读不出来，请重发：\n{items}"
         letters = app.channel(task.user).letters(task.user, text, secrets.token_hex(4))
         app.state.change(functools.partial(Facts.with_letters, letters=letters))
+    letters = [Letter(app.channel(a).home(a), text) for a, text in app.state.facts.letters]
+    if letters != list(app.state.facts.letters):  # a channel has been turned off
+        app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
     app.posts.update(
         {name: Post(c, app.state, app.log, app.sleep) for name, c in app.channels.items()}
     )
