@@ -12377,6 +12377,7 @@ def test_random_kills_and_cuts_lose_nothing() -> None:
     with RobotWorld(QUEUE_SIZE="1000") as world:
         gateway = world.gateway
         gateway.mood = lambda frame: chance.choice(bad) if chance.random() < 0.1 else None
+        world.github.rate_remaining = 1_000_000
         for life in range(lives):
             user, seen = f"user{life}", functools.partial(gateway.all_of, f"user{life}")
             end = world.service.kill if life % 2 else gateway.cut
