@@ -294,7 +294,10 @@ class PeerHandler(BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            size = int(self.headers.get("Content-Length") or 0)
+            if len(whole := self.rfile.read(size)) < size:
+                raise ConnectionResetError("killed in the middle of its request")
+            return whole
         body = bytearray()
         while size := int(self.rfile.readline().split(b";")[0], 16):
             body += self.rfile.read(size)
@@ -10996,7 +10999,8 @@ OLD_STATES = {
     'registry.cn-hangzhou.aliyuncs.com/mirror-space/app0:1"], ["bob", '
     '"✅ 镜像同步完成，成功 1 / 1\\n用时 0 秒\\n'
     'https://github.com/octo/mirror/actions/runs/30000000002"]], '
-    '"orphans": [], "seen": {}, "midnight": "2026-11-24", "last": "11-24 14:40 镜像 app1:1：成功 1 / 1"}',
+    '"orphans": [], "seen": {}, "midnight": "2026-11-24", '
+    '"last": "11-24 14:40 镜像 app1:1：成功 1 / 1"}',
 }
 OLD_FIELDS = "id lane user items accepted stage run_id run_url started upload done total since"
 
