@@ -5387,7 +5387,8 @@ class WebSocket:
 # what markdown and mentions are made of -> what looks like it
 # names of settings, and bare domains, which a client might make a link of
 CODE_WORDS = re.compile(
-    r"(?<![\w/.-])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?![\w/.-])|(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
+    r"(?<![\w/.-])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?![\w/.-])|"
+    r"(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
 )
 DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
 LINE_DOWN = "智能机器人的长连接断开了"
