@@ -3232,8 +3232,9 @@ class State:
 
     def _write(self, facts: Facts) -> bool:
         """Add a line to the journal, or begin it anew; tell whether the disk took it."""
-        line, size_bytes = self._dump(facts), self._size_bytes
+        size_bytes = self._size_bytes
         try:
+            line = self._dump(facts)
             if hasattr(os, "statvfs") and not os.statvfs(self._path.parent).f_bavail:
                 # A line might still fit where the file ends, but nothing else that follows from it.
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -3246,12 +3247,12 @@ class State:
                     file.flush()
                     os.fsync(file.fileno())
                 self._size_bytes += len(line)
-        except OSError as error:
+        except (OSError, MemoryError, ValueError) as error:
             if size_bytes < JOURNAL_BYTES:
                 with contextlib.suppress(OSError):
                     os.truncate(self._path, size_bytes)
             self._size_bytes = JOURNAL_BYTES  # whatever is there now: begun anew next time
-            self.trouble = f"写入 {self._path.name} 失败：{error.strerror}"
+            self.trouble = f"写入 {self._path.name} 失败：{explain(error)}"
             self._log.error(f"❌ {self.trouble}")
             return False
         self.trouble = ""
