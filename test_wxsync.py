@@ -9115,10 +9115,11 @@ def test_a_link_that_is_refused_when_resumed_is_given_up(impatient: RelayWorld) 
 def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
     """The third start tells it and goes on with the next; an orderly end counts for nothing."""
     with RelayWorld() as depot:
-        link = depot.source.add("/deadly.bin", 2_000_000, rate=2e6)
+        link = depot.source.add("/deadly.bin", 2_000_000, rate=5e5)
         user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
         for turn in (1, 2):
             assert wait_until(lambda: depot.source.hits["/deadly.bin"] == turn)  # noqa: B023 - at once
+            time.sleep(1.4)  # it is under way
             getattr(depot.world.service, end)()
             depot.world.service.start()
         assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 2)

@@ -163,6 +163,7 @@ READ_BYTES = 256 * 1024  # moved at once
 SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
 TRIES = 3  # of a part, of a resumed download without progress, of an upload that kills the process
 DOWNLOAD_SECONDS = 6 * 3600.0
+DEADLY_SECONDS = 1.0  # an upload that has run so long when the process dies may be why
 MIDNIGHT_RETRY_SECONDS = 600.0
 CHECK_SECONDS = 15.0  # for all of `check`; it asks side by side
 CLOCK_LOOK_SECONDS = 60.0  # how late a jump of the clock may be noticed
@@ -4513,9 +4514,7 @@ def running(app: App, task: Task, run: Run) -> Task:
 
 def find_or_start_run(app: App, task: Task, patience: Patience) -> Task:
     """Return the task with its run: found where it may have been started before, else started."""
-    # A full disk may have kept from a restart how far it was.
-    may_run = task.stage == "dispatching" or task.id in app.state.resumed
-    if may_run and (run := app.github.find_run(task.id, patience)):
+    if task.stage == "dispatching" and (run := app.github.find_run(task.id, patience)):
         return running(app, task, run)
     for _ in range(TRIES):
         stop_if_cancelled(app, task)
@@ -4635,14 +4634,20 @@ def sync_images(app: App, task: Task) -> None:
     """Run one image request from where it stands: commit, dispatch, follow; raise Failure."""
     with app.list_lock:
         patience = Patience(GITHUB_WAIT_SECONDS)
+        content = b""
         if task.stage == "queued":
             stop_if_cancelled(app, task)
-            more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
             try:
                 content = app.images.add(task.items)
             except OSError as error:
                 text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
                 raise Failure(text) from error
+        # A full disk may have kept from a restart how far it was.
+        is_old = task.id in app.state.resumed and task.stage in ("queued", "committed")
+        if is_old and (run := app.github.find_run(task.id, patience)):
+            task = running(app, task, run)
+        if task.stage == "queued":
+            more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
             app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]", patience)
             task = advance(app, task, stage="committed")
         if task.stage in ("committed", "dispatching"):
@@ -4744,8 +4749,12 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tup
     return key, size_bytes
 
 
-def count_try(app: App, task: Task) -> None:
-    """Count the beginnings of an upload: one that kills the process is not begun for ever."""
+@contextlib.contextmanager
+def counted(app: App, task: Task) -> Iterator[None]:
+    """Count an upload that takes a while as begun; raise Failure where it has ended two processes.
+
+    One that kills the process (by its memory, say) is not begun for ever.
+    """
     tries = app.state.facts.tries.get(task.id, 0)
     if tries >= TRIES - 1:
         raise Failure(f"传输时服务已异常退出 {tries} 次，不再尝试，请联系管理员查看日志")
@@ -4753,7 +4762,13 @@ def count_try(app: App, task: Task) -> None:
     def change(facts: Facts) -> Facts:
         return replace(facts, tries={**facts.tries, task.id: tries + 1})
 
-    app.state.change(change)
+    timer = threading.Timer(DEADLY_SECONDS, app.state.change, [change])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
@@ -4779,19 +4794,17 @@ def relay_file(app: App, task: Task) -> None:
         size_bytes = store.settle(Upload(*task.upload))
     if size_bytes is None:
         stop_if_cancelled(app, task)
-        count_try(app, task)
         vet = settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
         limit_bytes = settings.MAX_FILE_MB * 2**20
 
         def stopped() -> bool:
             return app.state.is_cancelled(task)
 
-        source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
-        try:
-            name = source.name
-            key, size_bytes = upload_parts(app, store, task, source)
-        finally:
-            source.close()
+        with counted(app, task):
+            source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
+            with contextlib.closing(source):
+                name = source.name
+                key, size_bytes = upload_parts(app, store, task, source)
     tell_file(app, store, task, name, key, size_bytes)
 
 
@@ -4809,7 +4822,8 @@ def drop_upload(app: App, task: Task) -> None:
 def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the first link failed; leave nothing in the bucket."""
     drop_upload(app, task)
-    link, number = task.items[0], secrets.token_hex(3)
+    link = task.items[0]
+    number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
     retry = f"；{RETRY}" if can_retry else ""
     text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
     finish(app, task, text, number, "文件：失败", (link,), item=link)
