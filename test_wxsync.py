@@ -10778,7 +10778,9 @@ def kill_at_random(seed: int, lives: int) -> None:
                 assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
                 assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
         given_up = sum("异常退出" in message.text for message in world.wecom.messages)
-        assert len(store.objects) == 1 + sum(taken[2::3]) - given_up, f"seed {seed}"
+        # What is given up may have been stored by a life that could not write it down.
+        over = len(store.objects) - (1 + sum(taken[2::3]) - given_up)
+        assert 0 <= over <= given_up, f"seed {seed}: {over}"
         assert not watcher.wrong and not world.broken(), f"seed {seed}"
         assert is_calm(world.service.log), world.service.log
         COUNTS["accepted"] += sum(taken)
