@@ -2424,9 +2424,13 @@ class QingStor:
         raise Failure(f"{cure}（QingStor {quoted(f'{answer.status} {code}')}）")
 
     def put(self, key: str, body: bytes | bytearray, content_type: str) -> None:
-        """Store a small object whole; an answer that got lost is settled by looking."""
+        """Store a small object whole."""
+        self._make("put_object", key, body=body, content_type=content_type)
+
+    def _make(self, name: str, key: str, **options: Any) -> None:
+        """Do what makes an object; an answer that got lost is settled by looking."""
         try:
-            self.require(self.call("put_object", key, body=body, content_type=content_type))
+            self.require(self.call(name, key, **options))
         except Failure:
             if not self._is_stored(key):
                 raise
@@ -2467,14 +2471,10 @@ class QingStor:
         self.require(self.call("upload_multipart", upload.key, body=body, **options))
 
     def complete(self, upload: Upload, count: int) -> None:
-        """Make an object of its parts; an answer that got lost is settled by looking."""
+        """Make an object of its parts."""
         parts = [{"part_number": part} for part in range(count)]
         done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
-        try:
-            self.require(self.call("complete_multipart_upload", upload.key, **done))
-        except Failure:
-            if not self._is_stored(upload.key):
-                raise
+        self._make("complete_multipart_upload", upload.key, **done)
 
     def _is_stored(self, key: str) -> bool:
         with contextlib.suppress(Failure):
@@ -2963,9 +2963,7 @@ class Facts:
     midnight: str = ""  # the day (YYYY-MM-DD) up to which the list was emptied
     finished: Mapping[str, Finished] = field(default_factory=dict)  # person -> last request
     cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
-    tries: Mapping[str, int] = field(
-        default_factory=dict
-    )  # task -> begun uploads of its first item
+    tries: Mapping[str, int] = field(default_factory=dict)  # task -> begun uploads of its link
 
     def task(self, task_id: str, lane: str) -> Task | None:
         return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
@@ -4423,11 +4421,8 @@ class Post:
         with self._state.changed:
             tries = self._tries[letter.address] = self._tries.get(letter.address, 0) + 1
             if not least or (not known and tries > KEEP_TRIES):
-                self.dropped, self._dropped_at, self._trouble = (
-                    self.dropped + 1,
-                    time.monotonic(),
-                    "",
-                )
+                self.dropped += 1
+                self._dropped_at, self._trouble = time.monotonic(), ""
                 text = f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃"
                 self._log.error(text)
                 return True
@@ -5265,7 +5260,7 @@ class Callback:
 # ---- WebSocket (RFC 6455), the client's side ---------------------------------------------------
 
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 
 
 class WebSocket:
@@ -5399,12 +5394,12 @@ class WebSocket:
 
 # ---- WeCom's robot over a long connection (contract section 12, document 101463) ---------------
 
-# what markdown and mentions are made of -> what looks like it
 # names of settings, and bare domains, which a client might make a link of
 CODE_WORDS = re.compile(
     r"(?<![\w/.-])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?![\w/.-])|"
     r"(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
 )
+# what markdown and mentions are made of -> what looks like it
 DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
 LINE_DOWN = "智能机器人的长连接断开了"
 
@@ -5555,20 +5550,16 @@ class Robot(Channel):
                 stream.line = None  # a late acknowledgement must not pass for that of another frame
             return is_taken
 
-    def _ask(
-        self, command: str, req_id: str, body: Any, line: WebSocket | None = None
-    ) -> dict[str, Any]:
+    def _ask(self, command: str, req_id: str, body: Any) -> dict[str, Any]:
         """Send a command and return its acknowledgement; raise Unreachable."""
-        line = line or self._line
+        line = self._line
         if line is None:
             raise Unreachable(LINE_DOWN)
         event = threading.Event()
         found: list[dict[str, Any]] = []
         with self._lock:
             self._acks[req_id] = event, found
-        frame = {"cmd": command, "headers": {"req_id": req_id}}
-        if body is not None:
-            frame["body"] = body
+        frame = {"cmd": command, "headers": {"req_id": req_id}, "body": body}
         try:
             line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
             if not event.wait(ACK_SECONDS):
