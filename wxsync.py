@@ -71,9 +71,11 @@ import io
 import ipaddress
 import json
 import os
+import queue
 import re
 import secrets
 import select
+import selectors
 import signal
 import socket
 import ssl
@@ -109,7 +111,7 @@ VERSION = "1.1.0"
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 REQUEST_SECONDS = 10.0  # from connection (or last answer) to a whole request
-MAX_CONNECTIONS = 600  # a thread each while they are open, 40 KiB of memory
+MAX_CONNECTIONS = 600  # a buffer each, and a thread while one waits for the disk
 # Chat (WeCom's document 90236): a text holds 2048 bytes; 30 messages a minute and 1,000 an hour to
 # one person, what is over is dropped without a word.
 MAX_TEXT_BYTES = 2048
@@ -3994,6 +3996,9 @@ def with_cancelled(facts: Facts, names: Sequence[tuple[str, str]]) -> Facts:
     return facts
 
 
+Saying = str | Callable[[], str]  # words, or what gives them when the disk has been waited for
+
+
 class Chat:
     """Answers messages: all that is said at once. Owns replies that are not on disk."""
 
@@ -4033,47 +4038,53 @@ class Chat:
             return ""
         return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
 
-    def answer(self, message: Message, channel: Channel, note: str = "") -> str:
-        """Return the reply to a message, after everything it asks for is on disk.
+    def answer(self, message: Message, channel: Channel, note: str = "") -> Saying:
+        """Return the reply to a message, or what gives it once all that it asks for is on disk.
 
-        `note` is the reply to what cannot be read. This is where a bug in the chat becomes words.
+        `note` is the reply to what cannot be read.
         """
         if (reply := self.recall(message.id)) is not None:
             return reply
+        words = self.refusal(message.user) or note
+        said: Saying = self._in_words(message, lambda: words or self._obey(message, channel))
+        return said if isinstance(said, str) else lambda: self._in_words(message, said)
+
+    def _in_words(self, message: Message, step: Callable[[], T]) -> T | str:
+        """Return what step says, words kept for repeats. Here a bug in the chat becomes words."""
+        said: T | str
         try:
-            reply = self.refusal(message.user) or note
-            if not reply:
-                reading = read_message(message.content, self._settings.target_prefix)
-                reply = self._obey(reading, message, channel)
+            said = step()
         except Failure as failure:
-            reply = str(failure)
+            said = str(failure)
         except Exception:
             self._log.bug(f"message: id={shown(message.id)}")
-            reply = INTERNAL_ERROR
-        with self._lock:
-            while len(self._heard) >= MAX_REMEMBERED:
-                del self._heard[next(iter(self._heard))]
-            self._heard[message.id] = reply
-        return reply
+            said = INTERNAL_ERROR
+        if isinstance(said, str):
+            with self._lock:
+                while len(self._heard) >= MAX_REMEMBERED:
+                    del self._heard[next(iter(self._heard))]
+                self._heard[message.id] = said
+        return said
 
-    def _obey(self, reading: Reading, message: Message, channel: Channel) -> str:
-        """Return the reply to a message that was understood; queue its work. Raises Failure."""
+    def _obey(self, message: Message, channel: Channel) -> Saying:
+        """Return the reply to a message, or what queues its work; raise Failure."""
+        reading = read_message(message.content, self._settings.target_prefix)
         if reading.command == "status":
             return self.status(message.user)
         if reading.command == "list":
             return self._list()
         if reading.command == "cancel":
-            return self._cancel(message)
+            return lambda: self._cancel(message)
         if reading.command == "retry":
             last = self._state.facts.finished.get(message.user)
             if not last or not last.failed:
                 return NOTHING_TO_RETRY
             links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
             images = tuple(read_image(item) for item in last.failed if item not in links)
-            return self._start(Reading("retry", images, links), message, channel)
-        if reading.command:
+            reading = Reading("retry", images, links)
+        elif reading.command:
             return f"{reading.note}\n\n{HELP}".strip()
-        return self._start(reading, message, channel)
+        return lambda: self._start(reading, message, channel)
 
     def _list(self) -> str:
         try:
@@ -4967,21 +4978,6 @@ class Head(http.server.BaseHTTPRequestHandler):
         if self.body_bytes > MAX_BODY_BYTES:
             raise Rejected(413, "body too large")
 
-    @classmethod
-    def read(cls, reader: io.BufferedReader) -> Head | None:
-        """Return the next head, None where the client is done; raise Rejected, OSError.
-
-        Empty lines before it are skipped and bare line feeds accepted (RFC 9112, 2.2).
-        """
-        data = b""
-        while line := reader.readline(MAX_HEAD_BYTES):
-            data += line if data or line.strip(b"\r\n") else b""
-            if len(data) > MAX_HEAD_BYTES:
-                raise Rejected(400, "head too large")
-            if data and line in (b"\r\n", b"\n"):
-                return cls(data)
-        return None
-
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         raise Rejected(400, message or "head")
 
@@ -4995,15 +4991,51 @@ class Reply(NamedTuple):
     content_type: str = "text/plain; charset=utf-8"
 
 
-class Server:
-    """A thread a connection, and one that accepts and ends what takes too long.
+# What answers a request: at once, or where the disk is waited for a function that waits.
+Answering = Reply | Callable[[], Reply]
 
-    Slow or silent clients cost a thread each until their deadline; at MAX_CONNECTIONS the oldest
-    has to go.
+
+class Connection:
+    """What one client has sent and not been answered yet."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.data = b""
+        self.head: Head | None = None
+        self.deadline = time.monotonic() + REQUEST_SECONDS
+        self.is_done = False  # what still comes is thrown away
+
+    def next_request(self) -> tuple[Head, bytes] | None:
+        """Return the next whole request, None while there is none; raise Rejected, OSError.
+
+        Empty lines before it are skipped and bare line feeds accepted (RFC 9112, 2.2).
+        """
+        if self.head is None:
+            self.data = self.data.lstrip(b"\r\n")
+            found = re.search(rb"\n\r?\n", self.data)
+            if (found.end() if found else len(self.data)) > MAX_HEAD_BYTES:
+                raise Rejected(400, "head too large")
+            if not found:
+                return None
+            self.head, self.data = Head(self.data[: found.end()]), self.data[found.end() :]
+            if self.head.continued and len(self.data) < self.head.body_bytes:
+                self.sock.send(self.head.continued)
+        head, need = self.head, self.head.body_bytes
+        if len(self.data) < need:
+            return None
+        body, self.data, self.head = self.data[:need], self.data[need:], None
+        return head, body
+
+
+class Server:
+    """One thread that holds every connection and answers whole requests as they come.
+
+    An answer takes a millisecond, so slow or silent clients cost a buffer each and nothing else;
+    what waits for the disk does so in a thread of its own. Number and time of both are bounded.
     """
 
     def __init__(
-        self, address: tuple[str, int], answer: Callable[[str, str, bytes], Reply], log: Log
+        self, address: tuple[str, int], answer: Callable[[str, str, bytes], Answering], log: Log
     ) -> None:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._answer = answer
@@ -5016,8 +5048,12 @@ class Server:
         self._listener.setblocking(False)
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._lock = threading.Lock()
-        self._deadlines: dict[socket.socket, float] = {}  # monotonic; the longest quiet first
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._open: dict[socket.socket, Connection] = {}  # the oldest deadline first
+        self._waiting = 0  # for the disk, a thread each
+        self._replies: queue.SimpleQueue[tuple[Connection, Head, Reply]] = queue.SimpleQueue()
 
     def stop_on_signals(self) -> None:
         """Make SIGTERM and SIGINT end `run`."""
@@ -5028,103 +5064,129 @@ class Server:
     def run(self) -> None:
         """Serve until a signal comes."""
         while True:
-            with self._lock:
-                first = min(self._deadlines.values(), default=None)
-            # Deadlines that are set while it waits are later than this.
-            timeout = REQUEST_SECONDS if first is None else max(0.0, first - time.monotonic())
-            ready = select.select([self._listener, self._wake], [], [], timeout)[0]
-            if self._wake in ready:
-                return
-            if self._listener in ready:
-                self._accept()
-            with self._lock:
-                now = time.monotonic()
-                late = [sock for sock, at in self._deadlines.items() if at <= now]
-                for sock in late:
-                    self._drop(sock)
-
-    def _drop(self, sock: socket.socket) -> None:
-        """Break a connection off (lock held); its thread sees the end and closes it."""
-        self._deadlines.pop(sock, None)
-        shut(sock)
+            timeout = None  # nothing to do, nothing to wake up for
+            if self._open:
+                first = next(iter(self._open.values()))
+                timeout = max(0.0, first.deadline - time.monotonic())
+            for key, _ in self._selector.select(timeout):
+                if key.fileobj is self._wake:
+                    if self._wake.recv(MAX_CONNECTIONS).strip(b"\0"):
+                        return  # the number of a signal
+                    self._send_waiting()
+                elif key.fileobj is self._listener:
+                    self._accept()
+                elif connection := self._open.get(key.fileobj):  # type: ignore[call-overload]
+                    self._read(connection)
+            now = time.monotonic()
+            while self._open and (first := next(iter(self._open.values()))).deadline <= now:
+                self._drop(first)
 
     def _accept(self) -> None:
         for _ in range(64):
             try:
                 sock, _ = self._listener.accept()
-                sock.settimeout(REQUEST_SECONDS)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors: the oldest connection has to go
                 self._log.warning(f"server: {error.strerror}")
-                time.sleep(0.1)
-                with self._lock:
-                    if self._deadlines:
-                        self._drop(next(iter(self._deadlines)))
+                if self._open:
+                    self._drop(next(iter(self._open.values())))
                 return
-            with self._lock:
-                if len(self._deadlines) >= MAX_CONNECTIONS:
-                    self._drop(next(iter(self._deadlines)))
-            self._set_deadline(sock)
-            try:
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-            except RuntimeError:  # no more threads
-                with self._lock:
-                    self._drop(sock)
-                sock.close()
+            if self._open and len(self._open) + self._waiting >= MAX_CONNECTIONS:
+                self._drop(next(iter(self._open.values())))
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._hold(Connection(sock))
 
-    def _set_deadline(self, sock: socket.socket) -> None:
-        """Give a connection the time for one request."""
-        with self._lock:
-            self._deadlines.pop(sock, None)
-            self._deadlines[sock] = time.monotonic() + REQUEST_SECONDS
+    def _hold(self, connection: Connection) -> None:
+        """Give a connection the time for one request; the newest deadline stands last."""
+        connection.deadline = time.monotonic() + REQUEST_SECONDS
+        if self._open.pop(connection.sock, None) is None:
+            self._selector.register(connection.sock, selectors.EVENT_READ)
+        self._open[connection.sock] = connection
 
-    def _serve(self, sock: socket.socket) -> None:
-        """Answer the requests of one connection."""
+    def _let_go(self, connection: Connection) -> None:
+        del self._open[connection.sock]
+        self._selector.unregister(connection.sock)
+
+    def _drop(self, connection: Connection) -> None:
+        self._let_go(connection)
+        connection.sock.close()
+
+    def _read(self, connection: Connection) -> None:
+        """Take what has come and answer the requests that are whole now."""
         try:
-            with sock, sock.makefile("rb") as reader:
-                try:
-                    while head := Head.read(reader):
-                        if head.continued:
-                            sock.sendall(head.continued)
-                        body = reader.read(head.body_bytes)
-                        if len(body) < head.body_bytes:
-                            return
-                        with self._lock:  # what the disk takes is not the client's time
-                            self._deadlines.pop(sock, None)
-                        reply = self._answer(head.command, head.path, body)
-                        self._set_deadline(sock)
-                        self._send(sock, reply, head.close_connection)
-                        if head.close_connection:
-                            break
-                except Rejected as refusal:
-                    self._send(sock, Reply(refusal.status), True)
-                # Both halves closed at once, with something of the request unread, would reset the
-                # connection before the client has read the reply.
-                sock.shutdown(socket.SHUT_WR)
-                while sock.recv(MAX_BODY_BYTES):
-                    pass
+            data = connection.sock.recv(MAX_BODY_BYTES)
+            if not data:
+                raise ConnectionResetError
+            if not connection.is_done:
+                connection.data += data
+                self._answer_all(connection)
         except OSError:
-            pass
-        finally:
-            with self._lock:
-                self._deadlines.pop(sock, None)
+            self._drop(connection)
 
-    def _send(self, sock: socket.socket, reply: Reply, close: bool) -> None:
-        """Write a reply in one go."""
+    def _answer_all(self, connection: Connection) -> None:
+        """Answer whole requests until there is none or one waits for the disk; raise OSError."""
+        try:
+            while not connection.is_done and (request := connection.next_request()):
+                head, body = request
+                reply = self._answer(head.command, head.path, body)
+                if not isinstance(reply, Reply):
+                    self._wait_for(connection, head, reply)
+                    return
+                self._send(connection, reply, head.close_connection)
+        except Rejected as refusal:
+            self._send(connection, Reply(refusal.status), True)
+
+    def _wait_for(self, connection: Connection, head: Head, answer: Callable[[], Reply]) -> None:
+        """Have a reply made in a thread; what the disk takes is not the client's time."""
+
+        def wait() -> None:
+            self._replies.put((connection, head, answer()))
+            with contextlib.suppress(OSError):  # full: it wakes up anyhow
+                self._waker.send(b"\0")
+
+        try:
+            threading.Thread(target=wait, daemon=True).start()
+        except RuntimeError as error:
+            raise OSError("no more threads") from error
+        self._let_go(connection)
+        self._waiting += 1
+
+    def _send_waiting(self) -> None:
+        while not self._replies.empty():
+            connection, head, reply = self._replies.get()
+            self._waiting -= 1
+            self._hold(connection)
+            try:
+                self._send(connection, reply, head.close_connection)
+                self._answer_all(connection)
+            except OSError:
+                self._drop(connection)
+
+    def _send(self, connection: Connection, reply: Reply, close: bool) -> None:
+        """Write a reply in one go; a client that does not take it loses the connection (OSError).
+
+        When it is the last one, only our half is closed: closing both at once, with something of
+        the request unread, would reset the connection before the client has read the reply.
+        """
         phrase = http.client.responses.get(reply.status, "")
         head = f"HTTP/1.1 {reply.status} {phrase}\r\nContent-Length: {len(reply.body)}\r\n"
         head += f"Content-Type: {reply.content_type}\r\n" if reply.body else ""
         head += "Connection: close\r\n\r\n" if close else "\r\n"
-        sock.sendall(head.encode() + reply.body)
+        data = head.encode() + reply.body
+        if connection.sock.send(data) != len(data):
+            raise ConnectionAbortedError
+        if close:
+            connection.is_done = True
+            connection.sock.shutdown(socket.SHUT_WR)
+        self._hold(connection)
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
+        for connection in list(self._open.values()):
+            self._drop(connection)
         self._listener.close()
-        with self._lock:
-            for sock in list(self._deadlines):
-                self._drop(sock)
 
 
 # ---- WeCom's callback --------------------------------------------------------------------------
@@ -5171,10 +5233,14 @@ class Callback:
         self._app = app
         self._crypto = crypto  # None: the robot alone
 
-    def answer(self, method: str, path: str, body: bytes) -> Reply:
-        """Return the Reply to one request. This is where a bug becomes an answer."""
+    def answer(self, method: str, path: str, body: bytes) -> Answering:
+        """Return the Reply to one request, or what makes it when the disk has been waited for."""
+        return self._guard(lambda: self._route(method, path, body))
+
+    def _guard(self, step: Callable[[], T]) -> T | Reply:
+        """Return what step does, now or later. This is where a bug becomes an answer."""
         try:
-            return self._route(method, path, body)
+            return step()
         except Rejected as refusal:
             self._app.log.debug(f"server: status={refusal.status} {refusal}")
             return Reply(refusal.status)
@@ -5182,7 +5248,7 @@ class Callback:
             self._app.log.bug("server")
             return Reply(500)
 
-    def _route(self, method: str, path: str, body: bytes) -> Reply:
+    def _route(self, method: str, path: str, body: bytes) -> Answering:
         address, _, query = path.partition("?")
         if (method, address) == ("GET", "/health"):
             return Reply(200, json.dumps(self._health()).encode(), "application/json")
@@ -5219,7 +5285,7 @@ class Callback:
             self._app.log.warning("server: 回调的时间戳与本机时钟相差过大，已拒绝（核对本机时钟）")
             raise Rejected(403, "stale")
 
-    def _reply(self, crypto: Crypto, posted: Posted, as_json: bool) -> Reply:
+    def _reply(self, crypto: Crypto, posted: Posted, as_json: bool) -> Answering:
         """Return the passive reply to a message."""
         app, message = self._app, posted.message
         if message.user == app.settings.CORP_ID:  # our own reply, sent back to us
@@ -5229,15 +5295,19 @@ class Callback:
         if posted.kind == "event":
             return Reply(200)
         is_new = app.chat.recall(message.id) is None
-        text = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
-        pieces = split_text(channel.render(text), channel.limit_bytes)
-        if is_new and len(pieces) > 1:
-            post.send_list(message.address, pieces[1:])
-        inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
-        now = app.now()
-        inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": pieces[0]}
-        kind = "application/json" if as_json else "application/xml"
-        return Reply(200, seal(crypto, inner, as_json, now), kind)
+
+        def say(text: str) -> Reply:
+            pieces = split_text(channel.render(text), channel.limit_bytes)
+            if is_new and len(pieces) > 1:
+                post.send_list(message.address, pieces[1:])
+            now = app.now()
+            inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
+            inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": pieces[0]}
+            kind = "application/json" if as_json else "application/xml"
+            return Reply(200, seal(crypto, inner, as_json, now), kind)
+
+        said = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
+        return say(said) if isinstance(said, str) else lambda: self._guard(lambda: say(said()))
 
     def _health(self) -> dict[str, Any]:
         app = self._app
@@ -5720,7 +5790,8 @@ class Robot(Channel):
                 return  # a repeat
             self._streams[message.id] = stream
         text, note = self._content(body, app.chat.refusal(message.user))
-        reply = app.chat.answer(message._replace(content=text), self, note)
+        said = app.chat.answer(message._replace(content=text), self, note)
+        reply = said if isinstance(said, str) else said()
         if message.id in app.state.facts.seen:
             return  # accepted: the confirmation is a letter
         with self._lock:
