@@ -1014,22 +1014,12 @@ class Settings:
     def target_prefix(self) -> str:
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
-    def secrets(self) -> dict[str, str]:
-        """Return every value that must never be written anywhere, by its setting's name."""
+    def secrets(self) -> list[str]:
+        """Return every value that must never be written anywhere."""
         names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
-        values = {name: str(getattr(self, name)) for name in names}
-        values["QINGSTOR_SECRET_ACCESS_KEY"] = self.QINGSTOR_SECRET_ACCESS_KEY
-        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
-        return {name: value for name, value in values.items() if value}
-
-    def secret_values(self) -> list[str]:
-        """Return the secrets, the proxy's password also as it is written in PROXY_URL."""
-        values = self.secrets()
-        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
-
-    def weak_secrets(self) -> str:
-        """Return the names of secrets that are too short to be masked safely, else ""."""
-        return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
+        values = [getattr(self, name) for name in (*names, "QINGSTOR_SECRET_ACCESS_KEY")]
+        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        return [*values, password, urllib.parse.unquote(password)]
 
 
 class SettingsError(Exception):
@@ -4283,8 +4273,9 @@ class Post:
         self._dropped_at = 0.0
         self.dropped = 0  # messages given up since the start
         self._trouble = ""
-        for letter in state.facts.letters:  # somebody may have got one just before a restart
-            self.pace.take(letter.address)
+        for address in {letter.address for letter in state.facts.letters}:
+            # It may have got as many as it may just before a restart.
+            self.pace.take(address, channel.pace()[0][0])
 
     @property
     def trouble(self) -> str:
@@ -4489,12 +4480,6 @@ def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the request failed as a whole."""
     text = failed_text(task.items, why, task.run_url, can_retry)
     finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
-
-
-def cancel_images(app: App, task: Task) -> None:
-    """Tell the person that nothing was started."""
-    text = f"⏹ 已取消，没有开始：{title(task, True)}"
-    finish(app, task, text, task.id, f"镜像 {title(task, True)}：已取消", ())
 
 
 class Follower:
@@ -4752,11 +4737,13 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     finish(app, task, text, number, "文件：失败", (link,), item=link)
 
 
-def cancel_file(app: App, task: Task) -> None:
-    """Tell the person that the upload has been broken off; leave nothing in the bucket."""
+def cancel(app: App, task: Task) -> None:
+    """Tell the person that the request has been broken off; leave nothing in the bucket."""
     drop_upload(app, task)
-    text = f"⏹ 已取消上传：{title(task, True)}"
-    finish(app, task, text, task.id, "文件：已取消", ())
+    is_file = task.lane == "files"
+    head = "已取消上传" if is_file else "已取消，没有开始"
+    what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
+    finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
 
 
 def settle_orphans(app: App) -> None:
@@ -4795,10 +4782,8 @@ def work(app: App, lane: str) -> None:
     task = tasks[0]
     progress = app.progress.of(task)
     progress.since = progress.since or since(app, task)
-    if lane == "images":
-        run, fail, cancel = sync_images, fail_images, cancel_images
-    else:
-        run, fail, cancel = relay_file, fail_file, cancel_file
+    is_images = lane == "images"
+    run, fail = (sync_images, fail_images) if is_images else (relay_file, fail_file)
     try:
         run(app, task)
     except Cancelled:
@@ -5448,6 +5433,7 @@ class Robot(Channel):
         # goes out as a frame of this stream, and whether it is the last one
         self._letters: dict[Letter, tuple[Stream, bool]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
+        self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
 
     @property
@@ -5534,6 +5520,12 @@ class Robot(Channel):
                 stream.line = None  # a late acknowledgement must not pass for that of another frame
             return is_taken
 
+    @staticmethod
+    def _write(line: WebSocket, command: str, req_id: str, body: Any = None) -> None:
+        """Send one frame; raise OSError."""
+        frame = {"cmd": command, "headers": {"req_id": req_id}} | ({"body": body} if body else {})
+        line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
+
     def _ask(self, command: str, req_id: str, body: Any) -> dict[str, Any]:
         """Send a command and return its acknowledgement; raise Unreachable."""
         line = self._line
@@ -5543,25 +5535,23 @@ class Robot(Channel):
         found: list[dict[str, Any]] = []
         with self._lock:
             self._acks[req_id] = event, found
-        frame = {"cmd": command, "headers": {"req_id": req_id}, "body": body}
         try:
-            line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
-            if not event.wait(ACK_SECONDS):
-                raise Unreachable("智能机器人没有确认收到")
+            self._write(line, command, req_id, body)
+            is_answered = event.wait(ACK_SECONDS)
         except OSError as error:
             raise Unreachable(LINE_DOWN) from error
         finally:
             with self._lock:
                 self._acks.pop(req_id, None)
         if not found:
-            raise Unreachable(LINE_DOWN)
+            raise Unreachable(LINE_DOWN if is_answered else "智能机器人没有确认收到")
         return found[0]
 
     # -- the line
 
     def run(self, app: App) -> None:
         """Keep the line for ever: connect, subscribe, read; after each fault again, later."""
-        faults = refusals = 0
+        refusals = 0
         while True:
             pause, line = 0.0, None
             try:
@@ -5572,14 +5562,14 @@ class Robot(Channel):
                     pause = REFUSED_PAUSES[min(refusals, len(REFUSED_PAUSES) - 1)]
                     refusals += 1
                 else:
-                    faults = refusals = 0
+                    refusals = 0
                     pause = self._read(app, line)
             except (OSError, Failure) as error:
                 self.trouble = f"{LINE_DOWN}：{explain(error)}"
             finally:
                 self._hang_up(line)
-            pause = pause or min(30.0, 2.0**faults)
-            faults = min(faults + 1, 5)
+            pause = pause or min(30.0, 2.0**self._faults)
+            self._faults = min(self._faults + 1, 5)
             app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
             app.sleep(pause)
 
@@ -5597,8 +5587,7 @@ class Robot(Channel):
         """Subscribe; return errcode and errmsg; raise OSError, Unreachable."""
         body = {"bot_id": self._settings.BOT_ID, "secret": self._settings.BOT_SECRET}
         req_id = secrets.token_hex(12)
-        frame = {"cmd": "aibot_subscribe", "headers": {"req_id": req_id}, "body": body}
-        line.send(TEXT, json.dumps(frame).encode())
+        self._write(line, "aibot_subscribe", req_id, body)
         deadline = time.monotonic() + ACK_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             found = self._parse(line.read(left) or b"")
@@ -5634,24 +5623,23 @@ class Robot(Channel):
         self.trouble = ""
         app.log.info("🤖 智能机器人已连接")
         app.posts[self.name].sign_of_life()
-        pings: set[str] = set()
+        pings = 0  # without an answer
         next_ping = time.monotonic() + ROBOT_PING_SECONDS
         while True:
             data = line.read(max(0.0, next_ping - time.monotonic()))
             if time.monotonic() >= next_ping:
-                if len(pings) >= 2:
+                if pings == 2:
                     raise TimeoutError
-                pings.add(req_id := f"ping{secrets.token_hex(8)}")
-                ping = {"cmd": "ping", "headers": {"req_id": req_id}}
-                line.send(TEXT, json.dumps(ping).encode())
+                pings += 1
+                self._write(line, "ping", f"ping{secrets.token_hex(8)}")
                 next_ping = time.monotonic() + ROBOT_PING_SECONDS
             if data is None:
                 continue
+            self._faults = 0
             frame = self._parse(data)
             req_id = str(frame["headers"].get("req_id"))
             if "cmd" not in frame:
-                if req_id in pings:
-                    pings.clear()
+                pings = 0 if req_id.startswith("ping") else pings
                 with self._lock:
                     event, found = self._acks.get(req_id, (None, []))
                 found.append(frame)
@@ -5904,8 +5892,6 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
-        if weak := self.settings.weak_secrets():
-            yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if module == "Crypto" or self.store:
                 cure = f"没有安装：pip install {package}"
@@ -6106,7 +6092,7 @@ def run_checks(doctor: Doctor) -> list[Finding]:
 
 def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secret_values(), sys.stderr)
+    log = Log("ERROR", settings.secrets(), sys.stderr)
     network, sleep = Network(settings, log), (lambda seconds: None)
     doctor = Doctor(
         settings=settings,
@@ -6262,8 +6248,6 @@ def serve(
     except (Failure, OSError) as error:
         log.error(f"❌ 启动失败：{error}")
         return 1
-    if weak := settings.weak_secrets():
-        log.warning(f"⚠️  {weak} 太短（不到 8 个字符），请换长的")
     server.stop_on_signals()
     start_threads(app)
     where = f"，回调路径 {Callback.PATH}" if crypto else ""
@@ -6361,7 +6345,7 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     if options.command == "send":
         user = options.user or next(iter(settings.ALLOWED_USERS), "")
         return send_text(settings, options.text, user)
-    return serve(settings, Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr))
+    return serve(settings, Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr))
 
 
 if __name__ == "__main__":
