@@ -606,16 +606,14 @@ class Skopeo:
 
         skopeo's own --retry-times leaves out HTTP 500 and DNS, and repeats a 429 for minutes.
         """
-        begun = time.monotonic()
+        quick_until = time.monotonic() + CONNECT_SECONDS
 
         def passes(error: Exception) -> bool:
-            quick = time.monotonic() - begun < CONNECT_SECONDS
-            return quick and isinstance(error, CopyFailure) and error.code == "network"
+            is_network = isinstance(error, CopyFailure) and error.code == "network"
+            return is_network and time.monotonic() < quick_until
 
-        def attempt() -> bytes:
-            return self._run_once(arguments, seconds, at_target)
-
-        return persist(attempt, (1.0, 3.0), time.sleep, passes)
+        once = functools.partial(self._run_once, arguments, seconds, at_target)
+        return persist(once, (1.0, 3.0), time.sleep, passes)
 
     def _run_once(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
         import subprocess  # only here
@@ -926,7 +924,14 @@ def run_plan(path: str) -> int:
 
 
 class Failure(Exception):
-    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody."""
+    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody.
+
+    `status` is the HTTP status of the answer that it comes from, if any.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Unreachable(Failure):
@@ -1014,7 +1019,7 @@ class Settings:
     def target_prefix(self) -> str:
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
-    def secrets(self) -> list[str]:
+    def secret_values(self) -> list[str]:
         """Return every value that must never be written anywhere."""
         names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
         values = [getattr(self, name) for name in (*names, "QINGSTOR_SECRET_ACCESS_KEY")]
@@ -1930,11 +1935,7 @@ PROTECTED = r"(?i)rule violation|protected|GH00[36]|pull request|not authorized 
 
 
 class GitHubError(Failure):
-    """GitHub refused a call; `status` is the HTTP status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+    """GitHub refused a call; `status` tells how."""
 
 
 class Run(NamedTuple):
@@ -2057,7 +2058,7 @@ class Patience:
     def spend(self, seconds: float) -> None:
         """Take seconds off; raise GitHubError 429 where there are not so many left."""
         if seconds > self._left:
-            raise GitHubError(429, f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试")
+            raise GitHubError(f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试", 429)
         self._left -= seconds
 
 
@@ -2102,18 +2103,18 @@ class GitHub:
                 location = follow_location(url, answer.headers.get("Location", ""))
                 if location[:3] != url[:3]:
                     why = f"GitHub 转到别的主机 {location.host}，已拒绝"
-                    raise GitHubError(answer.status, why)
+                    raise GitHubError(why, answer.status)
                 target = location.target
         except Unreachable as error:
             self.trouble = str(error)
             raise
-        raise GitHubError(310, "GitHub 不停地重定向，请核对 GITHUB_REPO")
+        raise GitHubError("GitHub 不停地重定向，请核对 GITHUB_REPO", 310)
 
     def _obey_limit(self, polling: bool, patience: Patience) -> None:
         """Wait while GitHub wants no calls; raise GitHubError 429 when that is too long."""
         while (wait := (until := self._quiet_until) - time.monotonic()) > 0:
             if polling:
-                raise GitHubError(429, "GitHub 限制调用次数")
+                raise GitHubError("GitHub 限制调用次数", 429)
             patience.spend(wait)
             self._sleep(wait)
             with self._lock:
@@ -2196,11 +2197,8 @@ class GitHub:
         """Say in words what a refused call means for the user's token and settings."""
         message = str(found.get("message", "")) if isinstance(found, dict) else ""
         said = shown(self._log.mask(message), 160)
-        repo, branch, status = (
-            self._settings.GITHUB_REPO,
-            self._settings.GITHUB_BRANCH,
-            answer.status,
-        )
+        repo, branch = self._settings.GITHUB_REPO, self._settings.GITHUB_BRANCH
+        status = answer.status
         if status == 401:
             text = "GitHub 令牌无效或已过期：换一个新的 GITHUB_TOKEN"
         elif re.search(PROTECTED, message):
@@ -2215,7 +2213,7 @@ class GitHub:
             known = {403: "GitHub 拒绝了请求", 409: "GitHub 上的内容同时被改动"}
             text = known.get(status, "GitHub 报错")
         said = f" {quoted(said, 160)}" if said else ""
-        return GitHubError(status, f"{text}（{status}{said}）")
+        return GitHubError(f"{text}（{status}{said}）", status)
 
     def upload_list(self, content: bytes, message: str, patience: Patience | None = None) -> bool:
         """Make images.txt on GITHUB_BRANCH equal content; return whether that took a commit."""
@@ -2383,14 +2381,7 @@ class QingStor:
         place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
-    def call(
-        self,
-        name: str,
-        *words: str,
-        body: bytes | bytearray = b"",
-        tries: int = TRIES,
-        **options: Any,
-    ) -> Answer:
+    def call(self, name: str, *words: str, body: bytes | bytearray = b"", **options: Any) -> Answer:
         """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
         if body:
             md5 = hashlib.md5(body, usedforsecurity=False).digest()
@@ -2411,8 +2402,7 @@ class QingStor:
                 raise Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
             return answer
 
-        pauses = (1.0, 2.0)[: tries - 1]
-        return persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
+        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
 
     def require(self, answer: Answer) -> Answer:
         """Return a 2xx answer; raise Failure with cause and cure for any other."""
@@ -2438,20 +2428,11 @@ class QingStor:
 
     def initiate(self, key: str, content_type: str) -> str:
         """Begin an object in parts; return its upload id."""
-
-        def attempt() -> str:
-            name = "initiate_multipart_upload"
-            try:
-                answer = self.require(self.call(name, key, tries=1, content_type=content_type))
-            except Unreachable:  # it may have begun all the same
-                self._abort_strays(key)
-                raise
-            upload_id = (read_json(answer.body, dict) or {}).get("upload_id")
-            if not isinstance(upload_id, str) or not upload_id:
-                raise Failure("QingStor 的回答里没有 upload_id")
-            return upload_id
-
-        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
+        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
+        upload_id = (read_json(self.require(answer).body, dict) or {}).get("upload_id")
+        if not isinstance(upload_id, str) or not upload_id:
+            raise Failure("QingStor 的回答里没有 upload_id")
+        return upload_id
 
     def _abort(self, key: str, upload_id: str) -> None:
         answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
@@ -2459,7 +2440,7 @@ class QingStor:
             self.require(answer)
 
     def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun without our learning their id."""
+        """Drop uploads of a key that were begun, the answer with their id being lost."""
         with contextlib.suppress(Failure):
             answer = self.require(self.call("list_multipart_uploads", prefix=key))
             listed = (read_json(answer.body, dict) or {}).get("uploads")
@@ -2476,6 +2457,7 @@ class QingStor:
         parts = [{"part_number": part} for part in range(count)]
         done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
         self._make("complete_multipart_upload", upload.key, **done)
+        self._abort_strays(upload.key)
 
     def _is_stored(self, key: str) -> bool:
         with contextlib.suppress(Failure):
@@ -2494,8 +2476,7 @@ class QingStor:
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             self._abort(upload.key, upload.upload_id)
-        elif size_bytes is None:
-            self._abort_strays(upload.key)
+        self._abort_strays(upload.key)
         return size_bytes
 
     def delete(self, key: str) -> None:
@@ -2576,11 +2557,6 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 class Refusal(Failure):
     """The origin answered a download with an HTTP status that is no success."""
-
-    def __init__(self, status: int) -> None:
-        why = STATUS_TEXTS.get(status, "来源出错" if status >= 500 else "来源拒绝")
-        super().__init__(f"下载失败：{why}（HTTP {status}），请检查链接或稍后再试")
-        self.status = status
 
 
 class Download:
@@ -2699,7 +2675,9 @@ class Download:
                 return url, response
             wire.close()
             if response.status not in (301, 302, 303, 307, 308):
-                raise Refusal(response.status)
+                why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
+                text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
+                raise Refusal(text, response.status)
             url = follow_location(url, _header_text(response.headers.get("Location", "")))
         raise Failure("下载失败：链接不停地重定向")
 
@@ -2822,12 +2800,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    def attempt() -> None:
-        os.replace(temporary, path)
-
     # A virus scanner on Windows holds a file for a moment after it was written.
-    pauses = (0.1, 0.3, 0.6)
-    persist(attempt, pauses, time.sleep, lambda error: isinstance(error, PermissionError))
+    move = functools.partial(os.replace, temporary, path)
+    persist(move, (0.1, 0.3, 0.6), time.sleep, lambda e: isinstance(e, PermissionError))
     if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -3212,10 +3187,13 @@ class State:
         self.trouble = ""
         return True
 
-    def _dump(self, facts: Facts, **more: Any) -> bytes:
-        data = {"version": self.VERSION, **vars(facts), **more}
-        data["tasks"] = [vars(task) for task in facts.tasks]
-        data["last"] = ""  # for version 1.0.0, should somebody go back to it
+    def _dump(self, facts: Facts, closed: bool = False) -> bytes:
+        data = {"version": self.VERSION, "closed": closed, **vars(facts)}
+        data["tasks"] = [{**vars(task)} for task in facts.tasks]
+        # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
+        data["last"] = ""
+        for task in data["tasks"] if closed else ():
+            del task["deaths"]
         return json.dumps(data, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def close(self) -> None:
@@ -4501,8 +4479,7 @@ class Follower:
             self._cancels = -1
         except Failure as failure:
             self._cancels += 1
-            lasting = isinstance(failure, GitHubError) and failure.status in (401, 403, 404)
-            if lasting or self._cancels > ODD_ANSWERS:
+            if failure.status in (401, 403, 404) or self._cancels > ODD_ANSWERS:
                 self._cancels = -1
                 text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
                 letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
@@ -4524,8 +4501,7 @@ class Follower:
         except Failure as failure:
             # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
             # after it was started, a token refused once. What is odd again and again does not.
-            status = failure.status if isinstance(failure, GitHubError) else 0
-            self._odd += not isinstance(failure, Unreachable) and status != 429
+            self._odd += not isinstance(failure, Unreachable) and failure.status != 429
             if self._odd > ODD_ANSWERS:
                 raise
             app.log.debug(f"github: {failure}")
@@ -6092,7 +6068,7 @@ def run_checks(doctor: Doctor) -> list[Finding]:
 
 def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secrets(), sys.stderr)
+    log = Log("ERROR", settings.secret_values(), sys.stderr)
     network, sleep = Network(settings, log), (lambda seconds: None)
     doctor = Doctor(
         settings=settings,
@@ -6345,7 +6321,7 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     if options.command == "send":
         user = options.user or next(iter(settings.ALLOWED_USERS), "")
         return send_text(settings, options.text, user)
-    return serve(settings, Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr))
+    return serve(settings, Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr))
 
 
 if __name__ == "__main__":
