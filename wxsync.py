@@ -215,6 +215,8 @@ COPY_REASONS = {
 }
 
 # ---- Small tools -------------------------------------------------------------------------------
+# Text that others wrote is shown through `shown` and `quoted` only, cut by `split_text` only, tried
+# again by `persist` only and parsed by `read_json` only: one place each to look at.
 
 T = TypeVar("T")
 
@@ -294,6 +296,10 @@ def read_json(data: bytes | str, kind: type[T]) -> T | None:
 
 
 # ---- Reading an image line (contract section 5; no input or output in here) --------------------
+# [--platform=P] SOURCE [=> NAME[:TAG]] and nothing else becomes an Image, and only the canonical
+# line of an Image ever leaves this part: for git, GitHub's inputs, a job's name, skopeo's
+# arguments. Pure functions: the same text gives the same answer on the host, in a job and in a
+# test.
 
 # distribution/reference: domain, path component, tag; a digest of the one algorithm in use.
 NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -523,6 +529,9 @@ def read_list(text: str) -> tuple[list[str], list[str]]:
 
 
 # ---- Copying an image (this is what each workflow job runs) ------------------------------------
+# A tag is resolved to a digest once; from there on everything is asked for by digest, and bytes
+# that do not have it are refused. skopeo moves the layers from registry to registry, nothing
+# touches the job's disk but auth files that only this user can read and one small index.
 
 INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
@@ -947,6 +956,9 @@ class Rejected(Exception):
 
 
 # ---- Settings ----------------------------------------------------------------------------------
+# Read once, checked as a whole before anything starts, frozen. The type and the pattern stand
+# beside each name, so that a new setting is one line here, one in env.example and one in
+# README.md.
 
 
 def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
@@ -1113,6 +1125,8 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
 
 
 # ---- Log ---------------------------------------------------------------------------------------
+# The only way to stderr while the service runs. What others said is in a line only masked, and with
+# its line ends made visible, so that nobody forges a line and no secret is kept by a log collector.
 
 
 class Log:
@@ -1171,6 +1185,9 @@ class Log:
 
 
 # ---- Network: addresses, vetted connections, proxies, calls ------------------------------------
+# Every connection of the program begins in `dial` and speaks HTTP through `Wire`, within a deadline
+# for the whole of it. A link of a chat user is parsed to the one form that is connected to, looked
+# up once, and connected to at the very addresses that were found to be public.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 # a registered name or an IPv6 address (RFC 3986, 3.2.2), as urlsplit leaves them
@@ -1679,6 +1696,8 @@ class Client:
 
 
 # ---- Crypto: WeCom's signed and encrypted envelope (documents 90930, 90968) --------------------
+# AES-256-CBC without a MAC, as WeCom has it: therefore the signature is checked first, and what
+# does not decrypt answers the same 400 whatever was wrong with it.
 
 
 def aes(key: bytes) -> Any:
@@ -1741,6 +1760,8 @@ class Crypto:
 
 
 # ---- WeCom: reading what it posts, sending messages --------------------------------------------
+# What it posts is XML or JSON from somebody who may not be WeCom: no document types, no entities.
+# What it answers is an errcode, for which the table below has words and a pause.
 
 # a member's id (document 90195); no "|", which would be several, and not everybody
 USER_PATTERN = re.compile(r"(?!@all$)[\w.@-]{1,64}", re.IGNORECASE)
@@ -1922,6 +1943,9 @@ class WeCom:
 
 
 # ---- GitHub: the list, one run per request, its jobs -------------------------------------------
+# The run is found by the request's id and by nothing else, jobs by the canonical line they are
+# named with. Only GET and PUT are tried again blindly; a dispatch that may have happened is looked
+# for.
 
 WORKFLOW = "docker-image-sync.yml"
 LIST_PATH = "images.txt"
@@ -2325,6 +2349,8 @@ class GitHub:
 
 
 # ---- QingStor: the SDK signs, our own connection sends -----------------------------------------
+# Objects are made in parts of PART_BYTES, so that memory does not grow with the file. What was
+# begun is completed or aborted, after a restart as well: the key and the id are in the Task.
 
 
 class Upload(NamedTuple):
@@ -2498,6 +2524,8 @@ class QingStor:
 
 
 # ---- Downloads ---------------------------------------------------------------------------------
+# The origin is whatever a chat user named: it lies about lengths, drips, cuts, redirects and packs.
+# A file is taken for whole only if everything that came says so; in doubt it is refused.
 
 
 def _header_text(value: str) -> str:
@@ -3266,6 +3294,9 @@ COMMANDS = {
 }
 
 # ---- Pastes: texts that are read for their marked positions only -------------------------------
+# What people have is a compose file, a manifest, an error. Each line is held against the marks
+# below; what stands at a mark is an image, or is named with the reason; everything else is
+# ignored.
 
 # A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
 # tag (prose). What is no plain reference is named, nothing is guessed.
@@ -3494,6 +3525,7 @@ class Paste:
 
 
 # ---- Reading a message (contract section 5) ----------------------------------------------------
+# A command, links, a list (all or nothing), a paste, or talk, in this order. Talk starts nothing.
 
 
 class Reading(NamedTuple):
@@ -3662,6 +3694,8 @@ def read_message(text: str, prefix: str = "") -> Reading:
 
 
 # ---- What came of it, in words -----------------------------------------------------------------
+# Failures first, each with cause and cure; then what is there, as commands to copy. Success is only
+# what an Outcome says; there is no text for "probably".
 
 RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
 RETRY = "发送 重试，再做一次失败的"
@@ -3838,6 +3872,8 @@ def living_text(task: Task, progress: Progress) -> str:
 
 
 # ---- Answers -----------------------------------------------------------------------------------
+# What a message does is one change of the facts, made with its reply: both are on disk, or neither.
+# A repeat of the message gets the reply again and does nothing.
 
 
 class Message(NamedTuple):
@@ -3966,11 +4002,16 @@ class Chat:
             return ""
         return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
 
-    def answer(self, message: Message, channel: Channel, note: str = "") -> Saying:
-        """Return the reply to a message, or what gives it once all that it asks for is on disk.
+    def answer(self, message: Message, channel: Channel, note: str = "") -> str:
+        """Return the reply to a message, after all that it asks for is on disk.
 
         `note` is the reply to what cannot be read.
         """
+        said = self.hear(message, channel, note)
+        return said if isinstance(said, str) else said()
+
+    def hear(self, message: Message, channel: Channel, note: str = "") -> Saying:
+        """Return the reply at once, or where the disk is waited for what returns it then."""
         if (reply := self.recall(message.id)) is not None:
             return reply
         words = self.refusal(message.user) or note
@@ -4188,6 +4229,7 @@ class App:
 
 
 # ---- The post: messages on their way, one Post a channel ---------------------------------------
+# Letters stand on disk in the order in which they were written and leave it when they were taken.
 
 
 class Pace:
@@ -4370,6 +4412,8 @@ class Post:
 
 
 # ---- What ends a request -----------------------------------------------------------------------
+# Done, failed or cancelled, a task ends by `finish`: the task goes and its letters come in one line
+# of the journal, so that no crash can do the one without the other.
 
 
 class Cancelled(Exception):
@@ -4420,6 +4464,9 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 
 # ---- Images ------------------------------------------------------------------------------------
+# queued -> committed -> dispatching -> running (-> late). Each stage is on disk before the call
+# that follows it, so that a restart knows what may have been done already and looks before doing
+# it again.
 
 
 def running(app: App, task: Task, run: Run) -> Task:
@@ -4608,6 +4655,8 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
 
 
 # ---- Files -------------------------------------------------------------------------------------
+# One part is read while the one before it is written; three are in memory at most. The key is on
+# disk before the first byte is stored under it.
 
 
 def read_ahead(source: Download) -> Iterator[bytearray]:
@@ -4748,6 +4797,8 @@ def keep_settling(app: App) -> None:
 
 
 # ---- A lane, midnight --------------------------------------------------------------------------
+# A lane is a thread that takes the oldest task and brings it to its end. Midnight waits for the
+# images' lane and holds it up only while it uploads the list.
 
 
 def work(app: App, lane: str) -> None:
@@ -4827,6 +4878,9 @@ def keep_midnight(app: App) -> float:
 # ================================================================================================
 
 # ---- The HTTP server ---------------------------------------------------------------------------
+# http.server reads heads; holding connections is done here, since a thread for each of 100 busy
+# ones took one and a half times the CPU that Flask takes, and one thread for all of them half of
+# it.
 
 
 class Head(http.server.BaseHTTPRequestHandler):
@@ -5065,6 +5119,7 @@ class Server:
 
 
 # ---- WeCom's callback --------------------------------------------------------------------------
+# Parameters, signature, age, decryption, sender, in this order; only then is anything read.
 
 
 class Texts(Channel):
@@ -5181,7 +5236,7 @@ class Callback:
             kind = "application/json" if as_json else "application/xml"
             return Reply(200, seal(crypto, inner, as_json, now), kind)
 
-        said = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
+        said = app.chat.hear(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
         return say(said) if isinstance(said, str) else lambda: self._guard(lambda: say(said()))
 
     def _health(self) -> dict[str, Any]:
@@ -5203,6 +5258,8 @@ class Callback:
 
 
 # ---- WebSocket (RFC 6455), the client's side ---------------------------------------------------
+# Masked frames out, every kind of frame in, no extensions, every length bounded before it is
+# believed.
 
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
@@ -5338,6 +5395,9 @@ class WebSocket:
 
 
 # ---- WeCom's robot over a long connection (contract section 12, document 101463) ---------------
+# One line for all: answers and results are frames of it with ids, acknowledged one by one. A
+# message that lives is a stream: its first frame confirms, later ones show how far it is, the last
+# one tells.
 
 # names of settings, and bare domains, which a client might make a link of
 CODE_WORDS = re.compile(
@@ -5668,8 +5728,7 @@ class Robot(Channel):
                 return  # a repeat
             self._streams[message.id] = stream
         text, note = self._content(body, app.chat.refusal(message.user))
-        said = app.chat.answer(message._replace(content=text), self, note)
-        reply = said if isinstance(said, str) else said()
+        reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
             return  # accepted: the confirmation is a letter
         with self._lock:
