@@ -1031,12 +1031,21 @@ class Settings:
     def target_prefix(self) -> str:
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
+    def secrets(self) -> dict[str, str]:
+        """Return every value that must never be written anywhere, by its setting's name."""
+        names = "SECRET TOKEN ENCODING_AES_KEY BOT_SECRET GITHUB_TOKEN QINGSTOR_SECRET_ACCESS_KEY"
+        values = {name: str(getattr(self, name)) for name in names.split()}
+        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        return {name: value for name, value in values.items() if value}
+
     def secret_values(self) -> list[str]:
-        """Return every value that must never be written anywhere."""
-        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
-        values = [getattr(self, name) for name in (*names, "QINGSTOR_SECRET_ACCESS_KEY")]
-        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
-        return [*values, password, urllib.parse.unquote(password)]
+        """Return the secrets, the proxy's password also as it is before percent-encoding."""
+        values = self.secrets()
+        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
+
+    def weak_secrets(self) -> str:
+        """Return the names of secrets that are too short to be masked safely, else ""."""
+        return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
 
 
 class SettingsError(Exception):
@@ -5466,8 +5475,8 @@ class Robot(Channel):
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
-        # goes out as a frame of this stream, and whether it is the last one
-        self._letters: dict[Letter, tuple[Stream, bool]] = {}
+        # the streams whose frames these letters are to be, and whether it is the last frame
+        self._letters: dict[Letter, list[tuple[Stream, bool]]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
@@ -5509,7 +5518,7 @@ class Robot(Channel):
         with self._lock:
             if stream := self._streams.get(message.id):
                 stream.tasks = tuple(tasks)
-                self._letters[letters[0]] = stream, False
+                self._letters.setdefault(letters[0], []).append((stream, False))
         return letters
 
     def expect(self, task: Task, letters: Sequence[Letter]) -> None:
@@ -5517,14 +5526,17 @@ class Robot(Channel):
             for message_id, stream in list(self._streams.items()):
                 if any(t.id == task.id for t in stream.tasks) and letters:
                     del self._streams[message_id]
-                    self._letters[letters[0]] = stream, True
+                    self._letters.setdefault(letters[0], []).append((stream, True))
 
     # -- sending
 
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
         with self._lock:
-            stream, is_last = self._letters.pop(letter, (None, False))
+            frames = self._letters.get(letter, [])
+            stream, is_last = frames.pop(0) if frames else (None, False)
+            if not frames:
+                self._letters.pop(letter, None)
         if stream and self._respond(stream, letter.text, is_last):
             return
         user, _, group = split_address(letter.address)
@@ -5718,7 +5730,7 @@ class Robot(Channel):
         threading.Thread(target=answer, daemon=True).start()
 
     def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
-        """Answer one message: work is confirmed by a letter, all else is one finished stream."""
+        """Answer one message by a letter; where it is no work, that finishes its stream."""
         message = self._message(body)
         if message is None:
             return
@@ -5730,19 +5742,16 @@ class Robot(Channel):
         text, note = self._content(body, app.chat.refusal(message.user))
         reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
-            return  # accepted: the confirmation is a letter
+            return  # accepted, with its confirmation
+        first, *more = self.letters(message.address, reply, "")
         with self._lock:
             self._streams.pop(message.id, None)
-            self._letters = {k: v for k, v in self._letters.items() if v[0] is not stream}
-        pieces = self.letters(message.address, reply, "")
-        post = app.posts[self.name]
-        is_free = post.pace.wait_seconds(message.address) <= 0
-        if is_free:
-            post.pace.take(message.address)
-        if not is_free or not self._respond(stream, pieces[0].text, True):
-            app.state.change(lambda facts: facts.with_letters(pieces[:1]))
-        if pieces[1:]:
-            post.send_list(message.address, [piece.text for piece in pieces[1:]])
+            for frames in self._letters.values():  # of a confirmation that did not reach the disk
+                frames[:] = [frame for frame in frames if frame[0] is not stream]
+            self._letters.setdefault(first, []).append((stream, True))
+        if more:
+            app.posts[self.name].send_list(message.address, [letter.text for letter in more])
+        app.state.change(lambda facts: facts.with_letters([first]))
 
     # -- what people send
 
@@ -5927,6 +5936,8 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
+        if weak := self.settings.weak_secrets():
+            yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if module == "Crypto" or self.store:
                 cure = f"没有安装：pip install {package}"
@@ -6283,6 +6294,8 @@ def serve(
     except (Failure, OSError) as error:
         log.error(f"❌ 启动失败：{error}")
         return 1
+    if weak := settings.weak_secrets():
+        log.warning(f"⚠️  {weak} 太短（不到 8 个字符），请换长的")
     server.stop_on_signals()
     start_threads(app)
     where = f"，回调路径 {Callback.PATH}" if crypto else ""
