@@ -295,6 +295,11 @@ def read_json(data: bytes | str, kind: type[T]) -> T | None:
     return found if isinstance(found, kind) else None
 
 
+def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
+    """Return the entries that came last."""
+    return dict(list(entries.items())[-most:])
+
+
 # ---- Reading an image line (contract section 5; no input or output in here) --------------------
 # [--platform=P] SOURCE [=> NAME[:TAG]] and nothing else becomes an Image, and only the canonical
 # line of an Image ever leaves this part: for git, GitHub's inputs, a job's name, skopeo's
@@ -3020,11 +3025,6 @@ class Facts:
         seen = {k: v for k, v in self.seen.items() if at - v.at < keep_seconds}
         seen = newest(seen, MAX_REMEMBERED - 1)
         return replace(self, seen={**seen, message_id: Said(at, reply)})
-
-
-def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
-    """Return the entries that came last."""
-    return dict(list(entries.items())[-most:])
 
 
 def revive(kind: Any, value: Any) -> Any:
