@@ -245,6 +245,8 @@ def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -
     A longer line is cut. Lines that would make more pieces give way to their count. A ``` block
     that is cut is closed and opened again.
     """
+    if len(text.encode()) <= limit_bytes:
+        return [text]
     room = limit_bytes - (8 if "```" in text else 0)
     lines: list[str] = []
     for line in text.split("\n"):
