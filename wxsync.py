@@ -381,6 +381,7 @@ class Image(NamedTuple):
         return option + self.source + (f" => {self.renamed}" if self.renamed else "")
 
     def target(self, prefix: str) -> str:
+        """Return where the image goes: REGISTRY/NAMESPACE/NAME:TAG."""
         return f"{prefix}/{self.name}:{self.tag}"
 
 
@@ -584,6 +585,7 @@ def classify(text: str, at_target: bool) -> str:
 
 
 def digest_of(manifest: bytes) -> str:
+    """Return the digest of a manifest's very bytes (OCI image spec, descriptor)."""
     return "sha256:" + hashlib.sha256(manifest).hexdigest()
 
 
@@ -695,6 +697,7 @@ class Skopeo:
 
 
 def is_index(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a manifest lists others, by its type or, where that is missing, its field."""
     return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
 
 
@@ -719,6 +722,7 @@ class Source(NamedTuple):
     repository: str  # with its host
 
     def manifest(self, digest: str) -> bytes:
+        """Return the bytes of the source's manifest that has this digest; raise CopyFailure."""
         return self.skopeo.raw(f"{self.repository}@{digest}")
 
     def leaves(self, index: Mapping[str, Any], depth: int = 1) -> list[dict[str, Any]]:
@@ -1036,6 +1040,7 @@ class Settings:
 
     @property
     def target_prefix(self) -> str:
+        """Return REGISTRY/NAMESPACE, as the workflow compares it with its Secrets."""
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
     def secrets(self) -> dict[str, str]:
@@ -1487,6 +1492,8 @@ def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) ->
 
 
 class Answer(NamedTuple):
+    """The whole answer to one exchange."""
+
     status: int
     headers: http.client.HTTPMessage
     body: bytes
@@ -1979,6 +1986,8 @@ class GitHubError(Failure):
 
 
 class Run(NamedTuple):
+    """One run of the workflow."""
+
     id: int
     url: str
 
@@ -1994,10 +2003,12 @@ class Outcome(NamedTuple):
 
     @property
     def is_done(self) -> bool:
+        """Tell whether the target has the image now."""
         return self.code in ("", "copied", "unchanged")
 
     @property
     def is_open(self) -> bool:
+        """Tell whether there is nothing to say yet: the job runs, or is not listed."""
         return self.code in ("running", "missing")
 
 
@@ -2976,6 +2987,7 @@ class Task:
 
     @property
     def person(self) -> str:
+        """Return the user id in the address."""
         return self.user.partition(" ")[0]
 
 
@@ -2992,6 +3004,7 @@ class Facts:
     cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
 
     def task(self, task_id: str, lane: str) -> Task | None:
+        """Return a task as it is now, None when it has ended."""
         return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
 
     def lane(self, lane: str) -> tuple[Task, ...]:
@@ -3011,6 +3024,7 @@ class Facts:
         return replace(self, tasks=left, cancelled=cancelled)
 
     def with_letters(self, letters: Iterable[Letter]) -> Facts:
+        """Return Facts with more messages to be sent."""
         return replace(self, letters=(*self.letters, *letters))
 
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
@@ -3140,6 +3154,7 @@ class State:
         return [entry for name, entry in damaged if name == "tasks"]
 
     def is_cancelled(self, task: Task) -> bool:
+        """Tell whether the person has called a task off."""
         return task.id in self.facts.cancelled
 
     # -- changing
@@ -3846,11 +3861,13 @@ class Progress:
             return self._works.setdefault((task.lane, task.id), fresh)
 
     def is_begun(self, task: Task) -> bool:
+        """Tell whether a lane has begun with a task, in this process."""
         with self._lock:
             work = self._works.get((task.lane, task.id))
             return bool(work and work.since)
 
     def end(self, task: Task) -> None:
+        """Forget a task."""
         with self._lock:
             self._works.pop((task.lane, task.id), None)
 
@@ -4481,6 +4498,7 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 
 def running(app: App, task: Task, run: Run) -> Task:
+    """Note that GitHub runs the task: from here on the run decides what came of it."""
     app.log.info(f"images: id={task.id} run={run.id}")
     found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
     return advance(app, task, stage="running", **found)
@@ -4850,6 +4868,7 @@ def seconds_to_midnight(moment: float) -> float:
 
 
 def set_midnight(app: App, day: str) -> None:
+    """Note the day up to which the list has been emptied."""
     app.state.change(lambda facts: replace(facts, midnight=day))
 
 
@@ -4926,6 +4945,8 @@ class Head(http.server.BaseHTTPRequestHandler):
 
 
 class Reply(NamedTuple):
+    """What goes back for one HTTP request."""
+
     status: int
     body: bytes = b""
     content_type: str = "text/plain; charset=utf-8"
@@ -5488,6 +5509,7 @@ class Robot(Channel):
         return "up" if self._line else "down"
 
     def pace(self) -> list[tuple[float, float]]:
+        """Return what WeCom lets a robot send to one chat."""
         return [ROBOT_PACE, HOURLY_PACE]
 
     # -- the form of a text
@@ -5894,6 +5916,7 @@ def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> F
 
 
 def is_installed(module: str) -> bool:
+    """Tell whether a module can be imported, without importing it."""
     import importlib.util
 
     return importlib.util.find_spec(module) is not None
@@ -5954,6 +5977,7 @@ class Doctor:
             yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
 
     def proxy(self) -> Iterator[Finding]:
+        """Try the proxy as the service would."""
         if self.network.proxy is None:
             yield Finding("✅", "代理", "没有设置，GitHub 直连")
             return
@@ -6218,6 +6242,7 @@ def build_app(
 
 
 def keep_probing(app: App) -> None:
+    """Look at the proxy, then wait."""
     app.network.probe()
     app.sleep(PROBE_SECONDS)
 
@@ -6350,6 +6375,7 @@ def send_text(settings: Settings, text: str, user: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its help is what users read."""
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     about = "企业微信里发镜像名，经 GitHub Actions 复制到镜像仓库；发链接，存到 QingStor"
     parser = argparse.ArgumentParser(prog="wxsync.py", description=about)
