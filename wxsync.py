@@ -245,6 +245,8 @@ def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -
     A longer line is cut. Lines that would make more pieces give way to their count. A ``` block
     that is cut is closed and opened again.
     """
+    if len(text.encode()) <= limit_bytes:
+        return [text]
     room = limit_bytes - (8 if "```" in text else 0)
     lines: list[str] = []
     for line in text.split("\n"):
@@ -379,6 +381,7 @@ class Image(NamedTuple):
         return option + self.source + (f" => {self.renamed}" if self.renamed else "")
 
     def target(self, prefix: str) -> str:
+        """Return where the image goes: REGISTRY/NAMESPACE/NAME:TAG."""
         return f"{prefix}/{self.name}:{self.tag}"
 
 
@@ -582,6 +585,7 @@ def classify(text: str, at_target: bool) -> str:
 
 
 def digest_of(manifest: bytes) -> str:
+    """Return the digest of a manifest's very bytes (OCI image spec, descriptor)."""
     return "sha256:" + hashlib.sha256(manifest).hexdigest()
 
 
@@ -693,6 +697,7 @@ class Skopeo:
 
 
 def is_index(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a manifest lists others, by its type or, where that is missing, its field."""
     return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
 
 
@@ -717,6 +722,7 @@ class Source(NamedTuple):
     repository: str  # with its host
 
     def manifest(self, digest: str) -> bytes:
+        """Return the bytes of the source's manifest that has this digest; raise CopyFailure."""
         return self.skopeo.raw(f"{self.repository}@{digest}")
 
     def leaves(self, index: Mapping[str, Any], depth: int = 1) -> list[dict[str, Any]]:
@@ -1034,6 +1040,7 @@ class Settings:
 
     @property
     def target_prefix(self) -> str:
+        """Return REGISTRY/NAMESPACE, as the workflow compares it with its Secrets."""
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
     def secrets(self) -> dict[str, str]:
@@ -1485,6 +1492,8 @@ def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) ->
 
 
 class Answer(NamedTuple):
+    """The whole answer to one exchange."""
+
     status: int
     headers: http.client.HTTPMessage
     body: bytes
@@ -1977,6 +1986,8 @@ class GitHubError(Failure):
 
 
 class Run(NamedTuple):
+    """One run of the workflow."""
+
     id: int
     url: str
 
@@ -1992,10 +2003,12 @@ class Outcome(NamedTuple):
 
     @property
     def is_done(self) -> bool:
+        """Tell whether the target has the image now."""
         return self.code in ("", "copied", "unchanged")
 
     @property
     def is_open(self) -> bool:
+        """Tell whether there is nothing to say yet: the job runs, or is not listed."""
         return self.code in ("running", "missing")
 
 
@@ -2974,6 +2987,7 @@ class Task:
 
     @property
     def person(self) -> str:
+        """Return the user id in the address."""
         return self.user.partition(" ")[0]
 
 
@@ -2990,6 +3004,7 @@ class Facts:
     cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
 
     def task(self, task_id: str, lane: str) -> Task | None:
+        """Return a task as it is now, None when it has ended."""
         return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
 
     def lane(self, lane: str) -> tuple[Task, ...]:
@@ -3009,6 +3024,7 @@ class Facts:
         return replace(self, tasks=left, cancelled=cancelled)
 
     def with_letters(self, letters: Iterable[Letter]) -> Facts:
+        """Return Facts with more messages to be sent."""
         return replace(self, letters=(*self.letters, *letters))
 
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
@@ -3138,6 +3154,7 @@ class State:
         return [entry for name, entry in damaged if name == "tasks"]
 
     def is_cancelled(self, task: Task) -> bool:
+        """Tell whether the person has called a task off."""
         return task.id in self.facts.cancelled
 
     # -- changing
@@ -3844,11 +3861,13 @@ class Progress:
             return self._works.setdefault((task.lane, task.id), fresh)
 
     def is_begun(self, task: Task) -> bool:
+        """Tell whether a lane has begun with a task, in this process."""
         with self._lock:
             work = self._works.get((task.lane, task.id))
             return bool(work and work.since)
 
     def end(self, task: Task) -> None:
+        """Forget a task."""
         with self._lock:
             self._works.pop((task.lane, task.id), None)
 
@@ -4479,6 +4498,7 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 
 def running(app: App, task: Task, run: Run) -> Task:
+    """Note that GitHub runs the task: from here on the run decides what came of it."""
     app.log.info(f"images: id={task.id} run={run.id}")
     found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
     return advance(app, task, stage="running", **found)
@@ -4848,6 +4868,7 @@ def seconds_to_midnight(moment: float) -> float:
 
 
 def set_midnight(app: App, day: str) -> None:
+    """Note the day up to which the list has been emptied."""
     app.state.change(lambda facts: replace(facts, midnight=day))
 
 
@@ -4924,6 +4945,8 @@ class Head(http.server.BaseHTTPRequestHandler):
 
 
 class Reply(NamedTuple):
+    """What goes back for one HTTP request."""
+
     status: int
     body: bytes = b""
     content_type: str = "text/plain; charset=utf-8"
@@ -5278,12 +5301,12 @@ class WebSocket:
     """One connection. One thread reads; any may write. OpenSSL wants one at a time, so no call
     blocks inside of it: waiting is done by select, outside of the lock."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, early: bytes) -> None:
         self._sock = wire.link
         self._wire = wire
         self._lock = threading.Lock()  # one call of OpenSSL at a time
         self._writing = threading.Lock()  # a frame is whole before the next one begins
-        self._data = bytearray()
+        self._data = bytearray(early)
         self._message = bytearray()  # fragments
         self._kind = 0
 
@@ -5293,25 +5316,21 @@ class WebSocket:
         url = parse_url(re.sub("^ws", "http", address))
         wire = network.open(url, proxied=False)
         key = base64.b64encode(secrets.token_bytes(16)).decode()
-        host = str(url).split("/")[2]
-        head = [f"GET {url.target} HTTP/1.1", f"Host: {host}", "Upgrade: websocket"]
-        head += ["Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13"]
-        head += [f"User-Agent: wxsync/{VERSION}"]
+        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": key}
         try:
             with cut_off(wire.link, CONNECT_SECONDS):
-                wire.link.sendall("\r\n".join([*head, "", ""]).encode())
-                answer = receive_head(wire.link).decode("latin-1")
-        except OSError as error:
+                response = wire.ask("GET", url.target, {**headers, "Sec-WebSocket-Version": "13"})
+        except (OSError, http.client.HTTPException) as error:
             wire.close()
             raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
         digest = hashlib.sha1((key + WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
         accept = base64.b64encode(digest).decode()
-        found = re.search(r"(?i)\r\nsec-websocket-accept:\s*(\S+)\s*\r\n", answer)
-        if not re.match(r"HTTP/1\.1 101\b", answer) or not found or found[1] != accept:
+        if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
             wire.close()
-            raise Unreachable(f"{url.host} 没有接受 WebSocket（{shown(answer.split(chr(13))[0])}）")
+            said = shown(f"{response.status} {response.reason}")
+            raise Unreachable(f"{url.host} 没有接受 WebSocket（{said}）")
         wire.link.settimeout(0.0)
-        return cls(wire)
+        return cls(wire, response.fp.peek())  # what came right behind the head
 
     def send(self, kind: int, data: bytes) -> None:
         """Write one masked frame; raise OSError."""
@@ -5486,6 +5505,7 @@ class Robot(Channel):
         return "up" if self._line else "down"
 
     def pace(self) -> list[tuple[float, float]]:
+        """Return what WeCom lets a robot send to one chat."""
         return [ROBOT_PACE, HOURLY_PACE]
 
     # -- the form of a text
@@ -5892,6 +5912,7 @@ def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> F
 
 
 def is_installed(module: str) -> bool:
+    """Tell whether a module can be imported, without importing it."""
     import importlib.util
 
     return importlib.util.find_spec(module) is not None
@@ -5952,6 +5973,7 @@ class Doctor:
             yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
 
     def proxy(self) -> Iterator[Finding]:
+        """Try the proxy as the service would."""
         if self.network.proxy is None:
             yield Finding("✅", "代理", "没有设置，GitHub 直连")
             return
@@ -6216,6 +6238,7 @@ def build_app(
 
 
 def keep_probing(app: App) -> None:
+    """Look at the proxy, then wait."""
     app.network.probe()
     app.sleep(PROBE_SECONDS)
 
@@ -6348,6 +6371,7 @@ def send_text(settings: Settings, text: str, user: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its help is what users read."""
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     about = "企业微信里发镜像名，经 GitHub Actions 复制到镜像仓库；发链接，存到 QingStor"
     parser = argparse.ArgumentParser(prog="wxsync.py", description=about)
