@@ -2884,7 +2884,8 @@ class Sending:
         self.handler.end_headers()
         if self.call.method == "HEAD" or self.served.location:
             return
-        for block in self._shaped(self._coded()):
+        packed = self.served.gzip
+        for block in self._shaped([self.packed] if packed else self.served.bytes_from(self.start)):
             self.handler.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
         if chunked and not self.handler.close_connection:
             self.handler.wfile.write(b"0\r\n\r\n")
@@ -2904,8 +2905,8 @@ class Sending:
         }
         headers = {name: value for name, value in headers.items() if value}
         if served.location or served.length == "known":
-            packed = sum(map(len, self._coded())) if served.gzip else served.size - self.start
-            headers["Content-Length"] = "0" if served.location else str(packed)
+            whole = len(self.packed) if served.gzip else served.size - self.start
+            headers["Content-Length"] = "0" if served.location else str(whole)
         elif served.length == "chunked":
             headers["Transfer-Encoding"] = "chunked"
         else:
@@ -2931,13 +2932,11 @@ class Sending:
         if self.served.ranges == "wrong":
             self.start = max(0, self.start - 10)
 
-    def _coded(self) -> Iterator[bytes]:
-        blocks = self.served.bytes_from(self.start)
-        if self.served.gzip:
-            blocks = iter([gzip.compress(b"".join(blocks), 1, mtime=0)])
-        return blocks
+    @functools.cached_property
+    def packed(self) -> bytes:
+        return gzip.compress(b"".join(self.served.bytes_from(self.start)), 1, mtime=0)
 
-    def _shaped(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    def _shaped(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
         """Yield the blocks at the wanted speed, up to where the trouble comes."""
         cuts, rate = self.served.cut_after, self.served.rate
         cut = cuts[self.turn - 1] if self.turn <= len(cuts) else -1
