@@ -48,6 +48,20 @@ Promises, each with the test that holds it (in test_wxsync.py).
 
 What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
+What a crash leaves of a request, and what the next start does about it:
+    queued          the request: it begins, after a look for a run that a full disk kept quiet
+    committed       the list's commit: a run is started
+    dispatching     perhaps a run: it is looked for by the request's id, and started if there is none
+    running, late   a run: it is followed to its end
+    a file's upload what was stored whole is told, anything else aborted and begun again
+    finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
+
+Threads. The main one holds every HTTP connection and waits for nothing; one alone writes the state.
+Each lane (images, files) is one; late runs, orphans, midnight, the proxy and living messages have
+one each that looks now and then; letters go out by one for WeCom and four for the robot, whose line
+is read by one. What waits for the disk, a message to the robot and a download have their own while
+they last. Locks may be held together in this order only: App.list_lock, ImageList's; a Client's,
+Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All others are held alone.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
 Robot -> Chat.answer -> read_message -> State.accept; then in the thread of a lane sync_images or
@@ -4002,7 +4016,7 @@ class Channel:
         return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
 
     def letters(self, address: str, text: str, mark: str) -> list[Letter]:
-        """Return the messages for a text, each unlike any other ever sent (`mark` is unique)."""
+        """Return the messages for a text; with a unique mark each is unlike any other ever sent."""
         pieces = split_text(self.render(text), self.limit_bytes - 64, MAX_RESULT_MESSAGES)
         short = hashlib.sha256(mark.encode()).hexdigest()[:6]
         address, letters = self.home(address), []
@@ -5061,8 +5075,8 @@ class Connection:
 class Server:
     """One thread that holds every connection and answers whole requests as they come.
 
-    An answer takes a millisecond, so slow or silent clients cost a buffer each and nothing else;
-    what waits for the disk does so in a thread of its own. Number and time of both are bounded.
+    An answer takes a millisecond (the longest paste half a second), so slow or silent clients cost
+    a buffer each and nothing else; what waits for the disk does so in a thread of its own. Number and time of both are bounded.
     """
 
     def __init__(
