@@ -51,7 +51,7 @@ of answered ones; a request is in it before it is acknowledged. STATE_DIR/images
 What a crash leaves of a request, and what the next start does about it:
     queued          the request: it begins, after a look for a run that a full disk kept quiet
     committed       the list's commit: a run is started
-    dispatching     perhaps a run: it is looked for by the request's id, and started if there is none
+    dispatching     perhaps a run: looked for by the request's id, and started if there is none
     running, late   a run: it is followed to its end
     a file's upload what was stored whole is told, anything else aborted and begun again
     finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
@@ -5076,7 +5076,8 @@ class Server:
     """One thread that holds every connection and answers whole requests as they come.
 
     An answer takes a millisecond (the longest paste half a second), so slow or silent clients cost
-    a buffer each and nothing else; what waits for the disk does so in a thread of its own. Number and time of both are bounded.
+    a buffer each and nothing else; what waits for the disk does so in a thread of its own. Number
+    and time of both are bounded.
     """
 
     def __init__(
