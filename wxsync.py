@@ -4047,16 +4047,6 @@ def is_begun(facts: Facts, task: Task) -> bool:
     return task.stage != "queued" or bool(task.upload) or task in first
 
 
-def with_cancelled(facts: Facts, tasks: Sequence[Task]) -> Facts:
-    """Return Facts in which waiting tasks are gone and begun ones marked as cancelled."""
-    for task in tasks:
-        if is_begun(facts, task):
-            facts = replace(facts, cancelled=(*facts.cancelled, task.id))
-        else:
-            facts = facts.without_task(task)
-    return facts
-
-
 Saying = str | Callable[[], str]  # words, or what gives them when the disk has been waited for
 
 
@@ -4258,10 +4248,14 @@ class Chat:
                 raise Failure("⏹ 正在停止，请稍候" if own else nothing)
             lines = ["⏹ 已取消您的请求："]
             for task in left:
-                how = "正在停止" if is_begun(facts, task) else "不再排队"
-                lines.append(f"{how}：{title(task, True)}")
+                if is_begun(facts, task):
+                    lines.append(f"正在停止：{title(task, True)}")
+                    facts = replace(facts, cancelled=(*facts.cancelled, task.id))
+                else:
+                    lines.append(f"不再排队：{title(task, True)}")
+                    facts = facts.without_task(task)
             lines.append("已经完成的镜像不会撤回，结果照常通知")
-            return with_cancelled(facts, left), "\n".join(lines), ()
+            return facts, "\n".join(lines), ()
 
         return self._accept(message, channel, plan)
 
