@@ -3395,26 +3395,32 @@ MARKS = tuple(
     re.compile("".join(parts), re.IGNORECASE)
     for parts in (
         # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
+        #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
         (
             r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?""",
             r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
         ),
-        # in one line: {image: x, …}, "image":"x", also with \" around it
+        # in one line, also with \" around it
+        #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25","name":"web"}]}
         (
             r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
             r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
         ),
         # Dockerfile, also as a build shows it
+        #     FROM --platform=linux/arm64 golang:1.22 AS build        >>> FROM node:20
         (
             r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)",
             r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
         ),
         # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
+        #     Failed to pull image "nginx:1.25": rpc error: …        PullImage \"nginx:1.25\" failed
         (
             r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|",
             r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
         ),
         # … and without; docker leaves the tag out behind "denied for"
+        #     pull access denied for team/app, repository does not exist or may require …
+        #     manifest for nginx:9 not found        metadata for docker.io/library/nginx:1.25
         (r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",),
         (
             r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to ",
@@ -3434,14 +3440,17 @@ ALONE = re.compile(
     r"-[ditPq]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|"
     r"no-healthcheck)|.*=.*"
 )
+# REPOSITORY   TAG   IMAGE ID …        CONTAINER   REPOSITORY   TAG …        IMAGE   ID   DISK USAGE
 TABLE = re.compile(
     r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|"
     r"(?P<one>IMAGE)\s+ID\s+D"
 )
+# a chart's values: registry, repository and tag on lines near each other
 PARTS = re.compile(
     r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
     r"""["']?([^\s"',}#{&]*)"""
 )
+# what stands at a mark and is none: ids, numbers, YAML's own signs, platforms, files
 NO_IMAGE = re.compile(
     r"(?:sha256:)?[0-9a-f]{12,}|[\d.:/]+|null|~|[|>][-+]?|[&*].*|data:.*|(?:linux|windows)/\w+|"
     r"/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
