@@ -3401,7 +3401,7 @@ MARKS = tuple(
             r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
         ),
         # in one line, also with \" around it
-        #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25","name":"web"}]}
+        #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25"}]}
         (
             r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
             r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
