@@ -3810,7 +3810,7 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
 # names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
 # lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
-# may start. A line that ends in ⤶ goes on in the next; HEX is 64 hexadecimal digits.
+# may start. ⏎ is a new line, a line that ends in ⤶ goes on in the next; HEX is 64 digits.
 PASTES_FOUND = r"""
 === compose, repository
 services:
@@ -4148,16 +4148,13 @@ dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handle
 在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
 no matching manifest for linux/arm64/v8 in the manifest list entries
 === docker, thread
-$ docker run hello-world
-Unable to find image 'hello-world:latest' locally
+$ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
 docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
 manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
-%3Apull&service=registry.docker.io": context deadline exceeded.
-See 'docker run --help'.
+%3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
 → hello-world:latest
 === docker compose, thread
-➜ docker compose up
-[+] Running 1/1
+➜ docker compose up⏎[+] Running 1/1
  ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
 Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
 → wgportal/wg-portal:v2
@@ -4203,12 +4200,8 @@ docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILI
 → --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
 ✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
 === shell, repository
-list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"
-for i in $list
-do
-	docker pull kalid/$i
-	docker tag kalid/$i k8s.gcr.io/$i
-done
+list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"⏎for i in $list⏎do
+	docker pull kalid/$i⏎	docker tag kalid/$i k8s.gcr.io/$i⏎done
 ✗ kalid/$i
 === shell, repository
 docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
@@ -4224,13 +4217,11 @@ podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
 git pull origin main && helm pull bitnami/redis --version 19.0.1
 → rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
 === shell, page
-`crictl pull {{image:tag}}`
-docker pull <path to GCR image>
+`crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
 === shell, quoted in chat
-「张三：docker pull ghcr.io/open-webui/open-webui:main」
-- - - - - - - - - - - - - - -
+「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
 这个一直拉不下来，帮忙弄一下
 → ghcr.io/open-webui/open-webui:main
 === shell on Windows, thread
@@ -4239,12 +4230,9 @@ Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/
 PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
 → xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
 === docker run, page
-docker run -d \
-  --name open-webui -p 3000:8080 \
-  --add-host=host.docker.internal:host-gateway \
-  -v open-webui:/app/backend/data \
-  --restart always \
-  ghcr.io/open-webui/open-webui:main
+docker run -d \⏎  --name open-webui -p 3000:8080 \
+  --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
+  --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
 === docker run, page
 $ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
@@ -4314,22 +4302,13 @@ Registry. k8s. io/kube apiserver: v1.27.3
 Registry. k8s. io/pause: 3.9
 === kubectl describe pod, thread
 Node:                 node1/10.3.147.253
-Annotations:          scheduler.alpha.kubernetes.io/critical-pod:
-Init Containers:
-  upgrade-ipam:
-    Image:         calico/cni:v3.10.3
-    Image ID:
-    Port:          <none>
-    Command:
-      /opt/cni/bin/calico-ipam
-  calico-node:
-    Image:          calico/node:v3.10.3
-    Image ID:       docker-pullable://calico/node@sha256:HEX
-    State:          Waiting
+Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
+    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
+      /opt/cni/bin/calico-ipam⏎  calico-node:⏎    Image:          calico/node:v3.10.3
+    Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
 → calico/cni:v3.10.3, calico/node:v3.10.3
 === kubectl describe pod, thread
-Events:
-  Type     Reason     Age    From               Message
+Events:⏎  Type     Reason     Age    From               Message
   ----     ------     ----   ----               -------
   Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
   Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
@@ -4480,7 +4459,7 @@ class Paste(NamedTuple):
 def read_pastes(found: str) -> list[Paste]:
     """Take PASTES_FOUND apart."""
     pastes = []
-    for block in unfold(found).removeprefix("=== ").split("\n=== "):
+    for block in unfold(found).replace("⏎", "\n").removeprefix("=== ").split("\n=== "):
         kind, *lines = block.split("\n")
         wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
         while lines[-1][:1] in wanted:
@@ -5079,7 +5058,7 @@ def test_one_image(talk: Talk) -> None:
 # `* …` is what happens beside, see `Play`. Images named slow/… wait for `* go`; nosuch:1 does not
 # exist, same:1 has not changed.
 TRANSCRIPTS = r"""
-=== One of three images does not exist: it is told first, with the cure; the others are ready to copy
+=== One of three images does not exist: it is told first, then the others, ready to copy
 alice> fresh:1，nosuch:1、same:1
 +共 3 个镜像
 alice< 成功 2 / 3
