@@ -1114,7 +1114,6 @@ class FakeGitHub(Peer):
         self.jobs_lag = 0.0  # seconds by which the list of jobs is behind
         self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
         self.rate_remaining = 5000
-        self.rate_reset = time.time() + 3600
         self._head = hashlib.sha1(self.repo.encode()).hexdigest()
 
     # -- the frame around each call ------------------------------------------------------------
@@ -1159,10 +1158,6 @@ class FakeGitHub(Peer):
             return problem(400, "Invalid API version")
         if call.headers.get("authorization") not in (f"Bearer {self.token}", f"token {self.token}"):
             return problem(401, "Bad credentials")
-        if self.rate_remaining <= 0:
-            if time.time() < self.rate_reset:
-                return problem(403, "API rate limit exceeded for user ID 1.")
-            self.rate_remaining, self.rate_reset = 5000, time.time() + 3600
         return None
 
     def _dressed(self, call: Call, answer: Answer) -> Answer:
@@ -1174,7 +1169,7 @@ class FakeGitHub(Peer):
         with self.lock:
             if answer.status not in (304, 401) and self.rate_remaining > 0:
                 self.rate_remaining -= 1  # 304 is free
-            left, reset = self.rate_remaining, int(self.rate_reset)
+            left, reset = self.rate_remaining, int(time.time()) + 3600
         limits = {"Limit": 5000, "Remaining": left, "Used": 5000 - left, "Reset": reset}
         headers = {f"X-RateLimit-{name}": str(value) for name, value in limits.items()}
         headers |= {"X-RateLimit-Resource": "core", "X-GitHub-Request-Id": secrets.token_hex(8)}
@@ -1727,43 +1722,12 @@ class FakeRegistry(Peer):
 
 
 # ---------------------------------------------------------------------------------------------
-# Runners that copy for real
+# A runner that copies for real
 # ---------------------------------------------------------------------------------------------
 
 
 # `skopeo list-tags` follows no location of a registries.conf: it must not ask the real registry.
 NO_WAY_OUT = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-
-
-class CopyRunner:
-    """Does each job by `wxsync.py copy LINE` itself: what the workflow does, without act."""
-
-    def __init__(self, script: Path, environment: Mapping[str, str]) -> None:
-        self.script, self.environment = script.resolve(), dict(environment)
-
-    def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.begin()
-        jobs = [run.add_job(line) for line in run.lines]
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(self.copy, jobs))
-        run.finish()
-
-    def copy(self, job: Job) -> None:
-        job.start()
-        with temporary_folder("copy") as name:
-            output = Path(name) / "output"
-            settings = {"GITHUB_OUTPUT": str(output), "LINE": job.name}
-            settings |= {"WXSYNC_TARGET": job.run.inputs.get("target", "")}
-            environment = clean_environment(Path(name), self.environment | settings)
-            command = [sys.executable, str(self.script), "copy", job.name]
-            done = run_command(command, timeout=900, env=environment, cwd=name)
-            job.run.log += (done.stdout + done.stderr).splitlines()
-            result = output.read_text("utf-8") if output.exists() else ""
-        conclusion = "failure" if done.returncode else "success"
-        job.step("Copy", conclusion)
-        if found := re.search(r"^result=(.+)$", result, re.MULTILINE):
-            job.step(found[1])
-        job.finish(conclusion)
 
 
 class ActLog:
@@ -2221,7 +2185,9 @@ class Stage:
         self.script, self.tell = script, tell
         self.registries: list[Registry] = []  # where images come from and go to, if they are copied
         self.stack = ExitStack()
-        self.why = "按 --played 的要求" if played else Registry.missing()
+        absent = [name for name in ActRunner.FILES if not (script.parent / name).exists()]
+        self.why = Registry.missing() or ActRunner.missing() or ", ".join(absent)
+        self.why = "按 --played 的要求" if played else self.why
 
     def world(self) -> World:
         """Start everything, return the world."""
@@ -2251,13 +2217,8 @@ class Stage:
         environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
         login = {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
         login |= {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
-        project = self.script.parent
-        absent = [name for name in ActRunner.FILES if not (project / name).exists()]
-        if why := ActRunner.missing() or ", ".join(absent):
-            self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
-            return CopyRunner(self.script, environment | login)
         self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
-        return self.stack.enter_context(ActRunner(project, login, environment))
+        return self.stack.enter_context(ActRunner(self.script.parent, login, environment))
 
 
 class Scene(NamedTuple):
