@@ -87,7 +87,6 @@ import ipaddress
 import itertools
 import json
 import os
-import queue
 import re
 import secrets
 import select
@@ -102,6 +101,7 @@ import time
 import traceback
 import urllib.parse
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -5108,7 +5108,7 @@ class Server:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._open: dict[socket.socket, Connection] = {}  # the oldest deadline first
         self._waiting = 0  # for the disk, a thread each
-        self._replies: queue.SimpleQueue[tuple[Connection, Head, Reply]] = queue.SimpleQueue()
+        self._replies: deque[tuple[Connection, Head, Reply]] = deque()
 
     def stop_on_signals(self) -> None:
         """Make SIGTERM and SIGINT end `run`."""
@@ -5199,7 +5199,7 @@ class Server:
         """Have a reply made in a thread; what the disk takes is not the client's time."""
 
         def wait() -> None:
-            self._replies.put((connection, head, answer()))
+            self._replies.append((connection, head, answer()))
             with contextlib.suppress(OSError):  # full: it wakes up anyhow
                 self._waker.send(b"\0")
 
@@ -5211,8 +5211,8 @@ class Server:
         self._waiting += 1
 
     def _send_waiting(self) -> None:
-        while not self._replies.empty():
-            connection, head, reply = self._replies.get()
+        while self._replies:
+            connection, head, reply = self._replies.popleft()
             self._waiting -= 1
             self._hold(connection)
             try:
