@@ -12836,6 +12836,12 @@ PREFIXES = (  # of requests that never end
 )
 
 
+def connected(world: World, stack: ExitStack, count: int = 1) -> list[socket.socket]:
+    """Return new connections to the service."""
+    address = ("127.0.0.1", world.service.port)
+    return [stack.enter_context(socket.create_connection(address, 5)) for _ in range(count)]
+
+
 def is_closed(connection: socket.socket) -> bool:
     """Tell whether the other side has closed a connection."""
     connection.setblocking(False)
@@ -12852,10 +12858,9 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
     """Silent, half-open and one-byte-a-second clients cost little, and /health still answers."""
     with World(SCRIPT) as world, ExitStack() as stack:
         before, begun, slowest = world.service.rss_bytes(), time.monotonic(), 0.0
-        address = ("127.0.0.1", world.service.port)
-        held = [stack.enter_context(socket.create_connection(address)) for _ in range(500)]
-        for number, connection in enumerate(held):
-            connection.sendall(PREFIXES[number % len(PREFIXES)])
+        held = connected(world, stack, 500)
+        for connection, prefix in zip(held, itertools.cycle(PREFIXES), strict=False):
+            connection.sendall(prefix)
         while time.monotonic() < begun + 8:
             for connection in held[::3]:
                 with suppress(OSError):
@@ -12864,32 +12869,21 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
             assert world.service.healthy() and world.client.verify_url()[0] == 200
             slowest = max(slowest, time.monotonic() - asked)
             time.sleep(1)
-        grown = world.service.rss_bytes() - before
-        assert slowest < 1 and grown < 32 * 2**20
+        assert slowest < 1 and world.service.rss_bytes() - before < 32 * 2**20
         assert wait_until(lambda: all(map(is_closed, held)), 5, 0.2), "held for over 13 s"
         assert is_calm(world.service.log)
-    COUNTS["held"] += len(held)
 
 
+@early
 def test_one_connection_too_many_costs_the_oldest() -> None:
-    """600 are held (400 on Windows, whose select takes no more); the next one in throws one out."""
+    """600 are held (Windows: 400, select takes no more); 1,500 shut out neither /health nor WeCom."""
     with World(SCRIPT) as world, ExitStack() as stack:
-        address = ("127.0.0.1", world.service.port)
-        most = 600 if os.name == "posix" else 400
-        held = [stack.enter_context(socket.create_connection(address)) for _ in range(most)]
+        held = connected(world, stack, 600 if os.name == "posix" else 400)
         time.sleep(0.3)
         assert not any(map(is_closed, held))
-        stack.enter_context(socket.create_connection(address))
-        assert wait_until(lambda: is_closed(held[0]), 3)
-        assert not any(map(is_closed, held[1:]))
-
-
-def test_more_connections_than_it_holds_shut_nobody_out() -> None:
-    """With 1,500 connections the oldest go; /health and callbacks get in at once."""
-    with World(SCRIPT) as world, ExitStack() as stack:
-        address = ("127.0.0.1", world.service.port)
-        for _ in range(1500):
-            stack.enter_context(socket.create_connection(address))
+        connected(world, stack)
+        assert wait_until(lambda: is_closed(held[0]), 3) and not any(map(is_closed, held[1:]))
+        connected(world, stack, 1499 - len(held))
         asked = time.monotonic()
         assert world.service.healthy() and world.say("帮助")
         assert time.monotonic() - asked < 1 and is_calm(world.service.log)
@@ -12940,60 +12934,47 @@ MALFORMED = {
 }
 
 
-def test_malformed_requests_are_refused_with_the_right_status() -> None:
+def test_malformed_requests_are_refused_with_the_right_status(talk: Talk) -> None:
     """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500."""
-    with World(SCRIPT) as world:
-        for name, (data, status) in MALFORMED.items():
-            got = raw(world, data)
-            assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
-            assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
-        assert is_calm(world.service.log) and world.service.healthy()
+    for name, (data, status) in MALFORMED.items():
+        got = raw(talk.world, data)
+        assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
+        assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
 
 
-def test_a_client_that_sends_a_large_body_reads_its_413() -> None:
+def test_a_client_that_sends_a_large_body_reads_its_413(talk: Talk) -> None:
     """The refusal arrives although the client sends all of its body before it reads."""
-    with World(SCRIPT) as world:
-        for size in (65_537, 1_000_000, 10_000_000) * 5:
-            got = http_request("POST", world.service.callback_url, b"x" * size)
-            assert (got.status, got.body) == (413, b"")
+    for size in (65_537, 1_000_000, 10_000_000) * 5:
+        got = http_request("POST", talk.client.callback_url, b"x" * size)
+        assert (got.status, got.body) == (413, b"")
 
 
-def test_pipelined_requests_are_answered_in_order() -> None:
-    """Requests that come in one piece, or cut anywhere, get their answers in order."""
-    with World(SCRIPT) as world:
-        one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
-        last = one % (b"health", b"Connection: close\r\n")
-        got = raw(world, one % (b"health", b"") + one % (b"none", b"") + last)
-        assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
-        with socket.create_connection(("127.0.0.1", world.service.port), 5) as connection:
-            for byte in last:
-                connection.send(bytes([byte]))
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-
-
-def test_a_client_may_ask_before_it_sends_the_body() -> None:
-    """Expect: 100-continue, as curl says it."""
-    with World(SCRIPT) as world:
-        address = ("127.0.0.1", world.service.port)
-        with socket.create_connection(address, 5) as connection:
-            connection.sendall(head(5, "Expect: 100-continue"))
-            assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
-            connection.sendall(b"<xml>")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
+    """Several at once are answered in order, one cut anywhere is read, Expect: 100-continue too."""
+    one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+    last = one % (b"health", b"Connection: close\r\n")
+    got = raw(talk.world, one % (b"health", b"") + one % (b"none", b"") + last)
+    assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
+    with ExitStack() as stack:
+        byte_by_byte, polite = connected(talk.world, stack, 2)
+        for byte in last:
+            byte_by_byte.send(bytes([byte]))
+        assert byte_by_byte.recv(1000).startswith(b"HTTP/1.1 200")
+        for piece, status in ((head(5, "Expect: 100-continue"), 100), (b"<xml>", 400)):
+            polite.sendall(piece)
+            assert polite.recv(1000).startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_a_client_that_never_reads_costs_nothing() -> None:
     """Endless pipelined requests whose answers nobody reads do not fill the memory."""
-    with World(SCRIPT) as world:
+    with World(SCRIPT) as world, ExitStack() as stack:
         before, end = world.service.rss_bytes(), time.monotonic() + 2
-        with socket.create_connection(("127.0.0.1", world.service.port)) as connection:
-            connection.setblocking(False)
-            with suppress(ConnectionError):
-                while time.monotonic() < end:
-                    with suppress(BlockingIOError):
-                        connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
-        assert world.service.healthy()
-        assert world.service.rss_bytes() - before < 16 * 2**20
+        (connection,) = connected(world, stack)
+        connection.setblocking(False)
+        while time.monotonic() < end:
+            with suppress(BlockingIOError, ConnectionError):
+                connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
+        assert world.service.healthy() and world.service.rss_bytes() - before < 16 * 2**20
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13001,76 +12982,39 @@ def test_a_client_that_never_reads_costs_nothing() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_forged_and_stale_callbacks_are_403_with_an_empty_body() -> None:
-    """A wrong signature, another company, an old or a future time stamp."""
-    with World(SCRIPT, settings={"CALLBACK_MAX_AGE": "600"}) as world:
-        client, fields = world.client, world.client.text_fields("alice", "nginx:1")
-        right = client.build(fields)
-        other = WeComClient("AnotherToken", world.aes_key, client.corp_id, 1, client.callback_url)
-        alien = WeComClient(world.token, world.aes_key, "wwALIEN", 1, client.callback_url)
-        for post in (
-            Post(right.query | {"msg_signature": "0" * 40}, right.body, {}),
-            Post(right.query | {"nonce": "1"}, right.body, {}),
-            other.build(fields),
-            alien.build(fields),
-            client.build(fields, timestamp=int(time.time()) - 610),
-            client.build(fields, timestamp=int(time.time()) + 610),
-        ):
-            got = http_request("POST", f"{client.callback_url}?{urlencode(post.query)}", post.body)
-            assert (got.status, got.body) == (403, b"")
-        time.sleep(0.3)
-        assert world.service.health()["running"] == 0 and not world.github.calls
-
-
+@early
 def test_a_replayed_callback_starts_nothing() -> None:
-    """The same bytes again and again, also after a restart."""
-    with quick() as world:
+    """The same bytes again and again, after a restart, and after a thousand other messages."""
+    with quick(CALLBACK_MAX_AGE="600") as world:
         post = world.client.build(world.client.text_fields("alice", "nginx:1"))
         first = world.client.post(post).reply
         assert [world.client.post(post).reply for _ in range(5)] == [first] * 5
         world.service.restart()
         assert world.client.post(post).reply == first
-        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
-
-
-def test_the_verification_does_not_decrypt_messages() -> None:
-    """Who has recorded a message cannot have it read aloud by sending it as an echostr."""
-    with World(SCRIPT) as world:
-        client = world.client
-        encrypted = client.encrypt(json.dumps(client.text_fields("alice", "something private")))
-        query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
-        got = http_request("GET", f"{client.callback_url}?{query}")
-        assert b"private" not in got.body and got.status in (400, 403)
-
-
-def test_our_own_reply_is_no_message() -> None:
-    """A recorded passive reply, posted back, is not taken for something that a user typed."""
-    with World(SCRIPT) as world:
-        outer = wxsync.read_fields(world.client.post_text("alice", "状态").raw)[0]
-        query = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
-        body = wxsync.write_xml({"Encrypt": outer["encrypt"]}).encode()
-        assert world.client.post_raw(body, query | {"nonce": outer["nonce"]}).reply == ""
-
-
-def test_a_sender_is_one_person() -> None:
-    """What message/send would take for several people, or all, is no sender."""
-    with World(SCRIPT) as world:
-        for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
-            post = world.client.build(world.client.text_fields(sender, "nginx:1"), "json")
-            assert world.client.post(post).status == 400, sender
-        assert world.service.health()["running"] == 0
-
-
-@early
-def test_a_replay_is_known_after_a_thousand_other_messages() -> None:
-    """A busy day does not make an old message new again while its time stamp is valid."""
-    with quick(CALLBACK_MAX_AGE="600") as world:
-        post = world.client.build(world.client.text_fields("alice", "nginx:1"))
-        first = world.client.post(post).reply
         for _ in range(1100):
             world.say("帮助", "bob")
         assert world.client.post(post).reply == first
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
+
+
+def test_what_was_recorded_cannot_be_posted_as_something_else(talk: Talk) -> None:
+    """No message is read aloud as an echostr; our own reply is nothing that a user typed."""
+    client = talk.client
+    encrypted = client.encrypt(json.dumps(client.text_fields("alice", "something private")))
+    query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
+    got = http_request("GET", f"{client.callback_url}?{query}")
+    assert b"private" not in got.body and got.status in (400, 403)
+    outer = envelope_fields(client.post_text("alice", "状态").raw.decode())
+    again = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
+    body = xml_document({"Encrypt": outer["encrypt"]}).encode()
+    assert client.post_raw(body, again | {"nonce": outer["nonce"]}).reply == ""
+
+
+@pytest.mark.parametrize("sender", ["alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65])
+def test_a_sender_is_one_person(talk: Talk, sender: str) -> None:
+    """What message/send would take for several people, or all, is no sender."""
+    post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
+    assert talk.client.post(post).status == 400 and talk.calls() == []
 
 
 def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
@@ -13085,23 +13029,16 @@ def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
         assert "正在处理" in world.say("nginx:1", "aLICE")
 
 
-def surrogate_message(client: WeComClient, **fields: object) -> Post:
-    """Return a JSON message; json.dumps writes lone surrogates as the escapes that JSON allows."""
-    encrypted = client.encrypt(json.dumps(client.text_fields("alice", "nginx:1") | fields))
-    return Post(client.signed(encrypted), json.dumps({"encrypt": encrypted}).encode(), {})
-
-
 @pytest.mark.parametrize("name", ["MsgId", "Content", "FromUserName"])
 def test_half_characters_in_json_do_no_harm(name: str) -> None:
     """A lone surrogate is no text: it must neither show a bug nor poison the state."""
+    value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
     with quick() as world:
-        value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
-        assert world.client.post(surrogate_message(world.client, **{name: value})).status in (
-            200,
-            400,
-        )
-        assert "正在处理" in world.say("redis:7", "bob")
-        assert is_calm(world.service.log)
+        fields = world.client.text_fields("alice", "nginx:1") | {name: value}
+        encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
+        body = json.dumps({"encrypt": encrypted}).encode()
+        assert world.client.post_raw(body, world.client.signed(encrypted)).status in (200, 400)
+        assert "正在处理" in world.say("redis:7", "bob") and is_calm(world.service.log)
 
 
 def test_one_message_does_not_bring_dozens_of_messages() -> None:
@@ -13129,95 +13066,70 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
-class Fuzzer:
-    """Posts callbacks that are nearly right, on one connection, and counts the answers."""
+def nearly_right(client: WeComClient, chance: random.Random) -> tuple[str, bytes]:
+    """Return query and body of a callback that was changed at one stage of its making."""
+    kind = chance.choice(("message", "padding", "cipher", "envelope", "query"))
 
-    KINDS = ("message", "padding", "cipher", "envelope", "query")
+    def at(stage: str, data: bytes) -> bytes:
+        return mutate(data, chance) if stage == kind else data
 
-    def __init__(self, world: World, seed: int) -> None:
-        self.client, self.port, self.seed = world.client, world.service.port, seed
-        self.chance = random.Random(seed)
-        self.statuses: Counter[int] = Counter()
+    text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
+    fields = client.text_fields("alice", text, chance.getrandbits(60))
+    inner = at("message", chance.choice((json.dumps(fields), xml_document(fields))).encode())
+    plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + client.corp_id.encode()
+    pad = 32 - len(plain) % 32
+    plain = at("padding", plain + bytes([pad]) * pad)
+    plain += chance.choice((b"\0", b"\1")) * (-len(plain) % 16)
+    encrypted = at("cipher", sealed_bytes(client, plain).encode())
+    query = urlencode(client.signed(encrypted.decode("latin-1"))).encode()
+    form = chance.choice((b"<xml><Encrypt><![CDATA[%s]]></Encrypt></xml>", b'{"encrypt": "%s"}'))
+    return quote(at("query", query), safe="=&%+"), at("envelope", form % encrypted)
 
-    def encrypt(self, plain: bytes) -> bytes:
-        cipher = AES.new(self.client.key, AES.MODE_CBC, self.client.key[:16])
-        return base64.b64encode(cipher.encrypt(plain))
 
-    def callback(self) -> tuple[str, bytes]:
-        """Return query and body of a callback that was mutated at one stage of its making."""
-        chance, kind, as_json = self.chance, self.chance.choice(self.KINDS), self.chance.random()
-        text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
-        fields = self.client.text_fields("alice", text, chance.getrandbits(60))
-        inner = json.dumps(fields).encode()
-        if as_json < 0.5:
-            rows = (f"<{name}><![CDATA[{value}]]></{name}>" for name, value in fields.items())
-            inner = f"<xml>{''.join(rows)}</xml>".encode()
-        inner = mutate(inner, chance) if kind == "message" else inner
-        plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + self.client.corp_id.encode()
-        pad = 32 - len(plain) % 32
-        plain += bytes([pad]) * pad
-        plain = mutate(plain, chance) if kind == "padding" else plain
-        if kind == "padding" and chance.random() < 0.5:
-            plain += b"\x01" * (-len(plain) % 32)
-        encrypted = self.encrypt(plain + b"\0" * (-len(plain) % 16))
-        encrypted = mutate(encrypted, chance) if kind == "cipher" else encrypted
-        query = self.client.signed(encrypted.decode("latin-1"))
-        body = b"<xml><Encrypt><![CDATA[" + encrypted + b"]]></Encrypt></xml>"
-        if chance.random() < 0.5:
-            body = b'{"encrypt": "' + encrypted + b'"}'
-        body = mutate(body, chance) if kind == "envelope" else body
-        asked = urlencode(query)
-        if kind == "query":
-            asked = quote(mutate(asked.encode(), chance), safe="=&%+")
-        return asked, body
-
-    def run(self, count: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+def fuzz(world: World, seed: int, count: int) -> Counter[int]:
+    """Post callbacks that are nearly right on one connection, count the statuses."""
+    chance, statuses = random.Random(seed), Counter[int]()
+    address = ("127.0.0.1", world.service.port)
+    with closing(http.client.HTTPConnection(*address, timeout=10)) as connection:
         for _ in range(count):
-            query, body = self.callback()
+            query, body = nearly_right(world.client, chance)
             connection.request("POST", f"/wechat/callback?{query}", body)
             response = connection.getresponse()
             answer = response.read()
-            self.statuses[response.status] += 1
-            assert response.status in (200, 400, 403, 413), f"seed {self.seed} {response.status}"
+            statuses[response.status] += 1
+            assert response.status in (200, 400, 403, 413), f"seed {seed} {response.status}"
             assert response.status == 200 or not answer
-        connection.close()
+    return statuses
 
 
 @early
 def test_10_000_mutated_callbacks_show_no_bug() -> None:
     """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
-    total = 200_000 if LONG else 10_000
-    runner = gated()
+    runner, total = gated(), 200_000 if LONG else 10_000
     with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
         threads, memory = world.service.threads(), world.service.rss_bytes()
-        fuzzers = [Fuzzer(world, secrets.randbits(32)) for _ in range(2)]
+        seeds = [secrets.randbits(32) for _ in range(2)]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda fuzzer: fuzzer.run(total // 2), fuzzers))
-        seeds = [fuzzer.seed for fuzzer in fuzzers]
-        statuses = sum((fuzzer.statuses for fuzzer in fuzzers), Counter[int]())
+            found = pool.map(lambda seed: fuzz(world, seed, total // 2), seeds)
+            statuses = sum(found, Counter[int]())
         assert is_calm(world.service.log), f"seeds {seeds}"
         assert min(statuses[200], statuses[400], statuses[403]) > total // 100, statuses
         assert wait_until(lambda: world.service.threads() == threads, 5), "threads left"
         assert world.service.rss_bytes() - memory < 64 * 2**20
         open_gate(runner)
         assert world.say("帮助") and world.service.healthy()
-        COUNTS["fuzzed"] += total
 
 
-def test_mutated_requests_show_no_bug() -> None:
+def test_mutated_requests_show_no_bug(talk: Talk) -> None:
     """The same below HTTP: broken request lines, heads and lengths on raw connections."""
     chance = random.Random(seed := secrets.randbits(32))
-    count = 20_000 if LONG else 500
-    with World(SCRIPT) as world:
-        for _ in range(count):
-            data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
-            got = raw(world, data, half_close=True)
-            assert b" 500 " not in got, f"seed {seed}: {data!r}"
-        assert is_calm(world.service.log) and world.service.healthy()
-    COUNTS["raw"] += count
+    for _ in range(20_000 if LONG else 500):
+        data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
+        got = raw(talk.world, data, half_close=True)
+        assert b" 500 " not in got, f"seed {seed}: {data!r}"
+    assert is_calm(talk.world.service.log) and talk.world.service.healthy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13234,15 +13146,14 @@ class ForwardProxy(Peer):
     def handle(self, call: Call) -> Answer:
         if call.headers.get("proxy-authorization") != f"Basic {self.login}":
             return Answer(407)
-        kept = {n: v for n, v in call.headers.items() if n not in ("proxy-authorization",)}
-        url = f"http://{call.headers['host']}{call.target}"
         if call.path == "/generate_204":
             return Answer(204)
+        kept = {n: v for n, v in call.headers.items() if n != "proxy-authorization"}
+        url = f"http://{call.headers['host']}{call.target}"
         got = http_request(call.method, url, call.body or None, kept)
-        dropped = ("content-length", "connection", "date", "server")
-        return Answer(
-            got.status, got.body, {n: v for n, v in got.headers.items() if n not in dropped}
-        )
+        for name in ("content-length", "connection", "date", "server"):
+            got.headers.pop(name, None)
+        return got
 
 
 def forms(secret: str) -> set[str]:
@@ -13266,19 +13177,18 @@ def written(world: World) -> Iterator[tuple[str, str]]:
         yield "a dispatch", json.dumps(dispatch.inputs)
     yield "/health", json.dumps(world.service.health())
     yield "the arguments", Path(f"/proc/{world.service.pid}/cmdline").read_text()
+    for words in (("check",), ("send", "状态")):
+        done = world.service.command(*words)
+        yield words[0], done.stdout + done.stderr
 
 
-def search(world: World, more: Mapping[str, str], hidden: list[str]) -> None:
+def search(world: World, hidden: Iterable[str]) -> None:
     """Assert that no secret is in what was written, in no form."""
-    hidden = [*hidden, *world.secret_values()]
-    for where, text in [*written(world), *more.items()]:
-        COUNTS["searched"] += 1
+    for where, text in written(world):
         assert not re.search(r"access_token=|corpsecret=|Bearer ", text), f"a query is in {where}"
-        for secret in hidden:
-            leaked = [form for form in forms(secret) if form in text]
-            assert not leaked, (
-                f"{leaked} is in {where}: …{text[max(0, text.find(leaked[0]) - 80) :][:200]}"
-            )
+        for form in set().union(*map(forms, [*hidden, *world.secret_values()])):
+            at = text.find(form)
+            assert at < 0, f"{form} is in {where}: …{text[max(0, at - 80) :][:200]}"
 
 
 @early
@@ -13296,27 +13206,26 @@ def test_no_secret_is_written_in_any_story() -> None:
             for what in (*faults, (200, {}, b"[]")):
                 wecom.fail("POST message/send", what)
                 github.fail("PUT", what)
-                COUNTS["faults"] += 2
             wecom.fail("GET gettoken", "reset")
             wecom.refuse(60020, "not allow to access from your ip, from ip: 203.0.113.7")
             for number, user in enumerate(("alice", "bob", "carol")):
                 world.say(f"app{number}:1", user)
             assert wait_until(lambda: len(wecom.calls_to("message/send")) >= 3)
             wecom.expire_tokens(40014)
-            github.fail("GET /contents", (401, {}, b'{"message": "Bad credentials"}'))
+            said = json.dumps({"message": f"bad token {github.token}"}).encode()
+            github.fail("GET /contents", (401, {}, said))
             github.fail("GET /contents", (302, {"Location": "http://evil.example/x"}, b""))
             for number, user in enumerate(("dave", "erin", "frank")):
                 world.say(f"site{number}:1", user)
             world.say("https://127.0.0.1/x", "grace")
             world.say("状态", "heidi")
             world.client.post_text("mallory", "x", timestamp=1)
+            assert wait_until(lambda: finals(world, "frank"), 20)
+            github.fail("POST /dispatches", (422, {}, said))
             proxy.stop()
             world.say("late:1", "ivan")
-            assert wait_until(lambda: finals(world, "ivan"), 20)
-            outputs = [world.service.command(*words) for words in (("check",), ("send", "状态"))]
-            more = {"check or send": "".join(got.stdout + got.stderr for got in outputs)}
-            search(world, more, [*keys.values(), "p@ss/Wörd-123456", "p%40ss%2FW%C3%B6rd-123456"])
-            search(world, {}, [proxy.login])
+            assert "bad token" in hear(world, "ivan", "成功 0 / 1")
+            search(world, [*keys.values(), "p@ss/Wörd-123456", proxy.url_login, proxy.login])
             assert is_calm(world.service.log)
 
 
@@ -13326,53 +13235,30 @@ def test_no_secret_is_written_when_it_is_wrong() -> None:
     with quick(**wrong, DOCKER_REGISTRY="127.0.0.1:9") as world:
         world.say("nginx:1")
         assert wait_until(lambda: "40001" in world.service.log)
-        got = world.service.command("check")
-        assert got.returncode == 1
-        search(world, {"check": got.stdout + got.stderr}, list(wrong.values()))
-
-
-def test_github_cannot_make_us_tell_the_token() -> None:
-    """An error message that repeats our token is not passed on to the chat."""
-    with quick() as world:
-        body = json.dumps({"message": f"bad token {world.github.token}"}).encode()
-        world.github.fail("POST /dispatches", (422, {}, body))
-        world.say("nginx:1")
-        world.hear("❌")
-        search(world, {}, [])
-
-
-MARKUP = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+        search(world, wrong.values())
 
 
 def test_users_cannot_forge_log_lines() -> None:
     """Newlines, escapes and direction marks in what users type stay inside their line."""
     with quick() as world:
-        forged = "2026-01-01 00:00:00 ERROR forged"
-        for evil in MARKUP:
-            for text in (
-                f"nginx:1{evil}{forged}",
-                f"https://example.com/{evil}{forged}",
-                evil + forged,
+        for mark in ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e"):
+            forged = f"{mark}2026-01-01 00:00:00 ERROR forged"
+            for user, text in (
+                ("alice", f"nginx:1{forged}"),
+                ("alice", f"https://example.com/{forged}"),
+                ("alice", forged),
+                (f"al{forged}", "nginx:1"),
             ):
-                fields = world.client.text_fields("alice", text)
-                world.client.post(world.client.build(fields, "json"))
-            with suppress(ValueError):
-                post = world.client.build(fields | {"FromUserName": f"al{evil}{forged}"}, "json")
-                world.client.post(post)
-            name = f"wxsync: failed error {evil}{forged}"
-            world.github.runner = PlayedRunner(0.0, {"nginx:2": name})
+                with suppress(ValueError):
+                    world.client.post_text(user, text, fmt="json")
+            world.github.runner = PlayedRunner(0.0, {"nginx:2": f"wxsync: failed error {forged}"})
             world.say("nginx:2", "bob")
-        assert wait_until(lambda: idle_lanes(world))
+        assert wait_until(lambda: not saved(world)["tasks"])
         log = world.service.log
-        assert log.splitlines() == log.split("\n")[:-1]
+        assert log.splitlines() == log.split("\n")[:-1] and is_calm(log)
         for line in log.splitlines():
             assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
             assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
-        assert is_calm(log)
-
-
-def idle_lanes(world: World) -> bool:
-    return not saved(world)["tasks"]
 
 
 # ---------------------------------------------------------------------------------------------
