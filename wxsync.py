@@ -89,7 +89,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import (
+    Any,
+    NamedTuple,
+    NoReturn,
+    TextIO,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from xml.parsers import expat
 
 try:
@@ -163,9 +172,9 @@ PART_BYTES = 4 * 1024 * 1024  # the smallest part QingStor takes; three of them 
 PART_SECONDS = 600.0  # for one part; slower than 7 kB/s is no upload
 READ_BYTES = 256 * 1024  # moved at once
 SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
-TRIES = 3  # of a part, of a resumed download without progress, of an upload that kills the process
+TRIES = 3  # of a part, of a resumed download without progress
 DOWNLOAD_SECONDS = 6 * 3600.0
-DEADLY_SECONDS = 1.0  # an upload that has run so long when the process dies may be why
+MAX_DEATHS = 2  # of the process, with the same upload on its way: it may be why
 MIDNIGHT_RETRY_SECONDS = 600.0
 CHECK_SECONDS = 15.0  # for all of `check`; it asks side by side
 CLOCK_LOOK_SECONDS = 60.0  # how late a jump of the clock may be noticed
@@ -206,6 +215,8 @@ COPY_REASONS = {
 }
 
 # ---- Small tools -------------------------------------------------------------------------------
+# Text that others wrote is shown through `shown` and `quoted` only, cut by `split_text` only, tried
+# again by `persist` only and parsed by `read_json` only: one place each to look at.
 
 T = TypeVar("T")
 
@@ -285,6 +296,10 @@ def read_json(data: bytes | str, kind: type[T]) -> T | None:
 
 
 # ---- Reading an image line (contract section 5; no input or output in here) --------------------
+# [--platform=P] SOURCE [=> NAME[:TAG]] and nothing else becomes an Image, and only the canonical
+# line of an Image ever leaves this part: for git, GitHub's inputs, a job's name, skopeo's
+# arguments. Pure functions: the same text gives the same answer on the host, in a job and in a
+# test.
 
 # distribution/reference: domain, path component, tag; a digest of the one algorithm in use.
 NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -514,6 +529,9 @@ def read_list(text: str) -> tuple[list[str], list[str]]:
 
 
 # ---- Copying an image (this is what each workflow job runs) ------------------------------------
+# A tag is resolved to a digest once; from there on everything is asked for by digest, and bytes
+# that do not have it are refused. skopeo moves the layers from registry to registry, nothing
+# touches the job's disk but auth files that only this user can read and one small index.
 
 INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
@@ -597,16 +615,14 @@ class Skopeo:
 
         skopeo's own --retry-times leaves out HTTP 500 and DNS, and repeats a 429 for minutes.
         """
-        begun = time.monotonic()
+        quick_until = time.monotonic() + CONNECT_SECONDS
 
         def passes(error: Exception) -> bool:
-            quick = time.monotonic() - begun < CONNECT_SECONDS
-            return quick and isinstance(error, CopyFailure) and error.code == "network"
+            is_network = isinstance(error, CopyFailure) and error.code == "network"
+            return is_network and time.monotonic() < quick_until
 
-        def attempt() -> bytes:
-            return self._run_once(arguments, seconds, at_target)
-
-        return persist(attempt, (1.0, 3.0), time.sleep, passes)
+        once = functools.partial(self._run_once, arguments, seconds, at_target)
+        return persist(once, (1.0, 3.0), time.sleep, passes)
 
     def _run_once(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
         import subprocess  # only here
@@ -917,7 +933,14 @@ def run_plan(path: str) -> int:
 
 
 class Failure(Exception):
-    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody."""
+    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody.
+
+    `status` is the HTTP status of the answer that it comes from, if any.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Unreachable(Failure):
@@ -933,6 +956,9 @@ class Rejected(Exception):
 
 
 # ---- Settings ----------------------------------------------------------------------------------
+# Read once, checked as a whole before anything starts, frozen. The type and the pattern stand
+# beside each name, so that a new setting is one line here, one in env.example and one in
+# README.md.
 
 
 def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
@@ -1005,22 +1031,12 @@ class Settings:
     def target_prefix(self) -> str:
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
-    def secrets(self) -> dict[str, str]:
-        """Return every value that must never be written anywhere, by its setting's name."""
-        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
-        values = {name: str(getattr(self, name)) for name in names}
-        values["QINGSTOR_SECRET_ACCESS_KEY"] = self.QINGSTOR_SECRET_ACCESS_KEY
-        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
-        return {name: value for name, value in values.items() if value}
-
     def secret_values(self) -> list[str]:
-        """Return the secrets, the proxy's password also as it is written in PROXY_URL."""
-        values = self.secrets()
-        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
-
-    def weak_secrets(self) -> str:
-        """Return the names of secrets that are too short to be masked safely, else ""."""
-        return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
+        """Return every value that must never be written anywhere."""
+        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
+        values = [getattr(self, name) for name in (*names, "QINGSTOR_SECRET_ACCESS_KEY")]
+        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        return [*values, password, urllib.parse.unquote(password)]
 
 
 class SettingsError(Exception):
@@ -1109,6 +1125,8 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
 
 
 # ---- Log ---------------------------------------------------------------------------------------
+# The only way to stderr while the service runs. What others said is in a line only masked, and with
+# its line ends made visible, so that nobody forges a line and no secret is kept by a log collector.
 
 
 class Log:
@@ -1167,6 +1185,9 @@ class Log:
 
 
 # ---- Network: addresses, vetted connections, proxies, calls ------------------------------------
+# Every connection of the program begins in `dial` and speaks HTTP through `Wire`, within a deadline
+# for the whole of it. A link of a chat user is parsed to the one form that is connected to, looked
+# up once, and connected to at the very addresses that were found to be public.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 # a registered name or an IPv6 address (RFC 3986, 3.2.2), as urlsplit leaves them
@@ -1675,6 +1696,8 @@ class Client:
 
 
 # ---- Crypto: WeCom's signed and encrypted envelope (documents 90930, 90968) --------------------
+# AES-256-CBC without a MAC, as WeCom has it: therefore the signature is checked first, and what
+# does not decrypt answers the same 400 whatever was wrong with it.
 
 
 def aes(key: bytes) -> Any:
@@ -1737,6 +1760,8 @@ class Crypto:
 
 
 # ---- WeCom: reading what it posts, sending messages --------------------------------------------
+# What it posts is XML or JSON from somebody who may not be WeCom: no document types, no entities.
+# What it answers is an errcode, for which the table below has words and a pause.
 
 # a member's id (document 90195); no "|", which would be several, and not everybody
 USER_PATTERN = re.compile(r"(?!@all$)[\w.@-]{1,64}", re.IGNORECASE)
@@ -1918,6 +1943,9 @@ class WeCom:
 
 
 # ---- GitHub: the list, one run per request, its jobs -------------------------------------------
+# The run is found by the request's id and by nothing else, jobs by the canonical line they are
+# named with. Only GET and PUT are tried again blindly; a dispatch that may have happened is looked
+# for.
 
 WORKFLOW = "docker-image-sync.yml"
 LIST_PATH = "images.txt"
@@ -1931,11 +1959,7 @@ PROTECTED = r"(?i)rule violation|protected|GH00[36]|pull request|not authorized 
 
 
 class GitHubError(Failure):
-    """GitHub refused a call; `status` is the HTTP status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+    """GitHub refused a call; `status` tells how."""
 
 
 class Run(NamedTuple):
@@ -2058,7 +2082,7 @@ class Patience:
     def spend(self, seconds: float) -> None:
         """Take seconds off; raise GitHubError 429 where there are not so many left."""
         if seconds > self._left:
-            raise GitHubError(429, f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试")
+            raise GitHubError(f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试", 429)
         self._left -= seconds
 
 
@@ -2103,18 +2127,18 @@ class GitHub:
                 location = follow_location(url, answer.headers.get("Location", ""))
                 if location[:3] != url[:3]:
                     why = f"GitHub 转到别的主机 {location.host}，已拒绝"
-                    raise GitHubError(answer.status, why)
+                    raise GitHubError(why, answer.status)
                 target = location.target
         except Unreachable as error:
             self.trouble = str(error)
             raise
-        raise GitHubError(310, "GitHub 不停地重定向，请核对 GITHUB_REPO")
+        raise GitHubError("GitHub 不停地重定向，请核对 GITHUB_REPO", 310)
 
     def _obey_limit(self, polling: bool, patience: Patience) -> None:
         """Wait while GitHub wants no calls; raise GitHubError 429 when that is too long."""
         while (wait := (until := self._quiet_until) - time.monotonic()) > 0:
             if polling:
-                raise GitHubError(429, "GitHub 限制调用次数")
+                raise GitHubError("GitHub 限制调用次数", 429)
             patience.spend(wait)
             self._sleep(wait)
             with self._lock:
@@ -2197,11 +2221,8 @@ class GitHub:
         """Say in words what a refused call means for the user's token and settings."""
         message = str(found.get("message", "")) if isinstance(found, dict) else ""
         said = shown(self._log.mask(message), 160)
-        repo, branch, status = (
-            self._settings.GITHUB_REPO,
-            self._settings.GITHUB_BRANCH,
-            answer.status,
-        )
+        repo, branch = self._settings.GITHUB_REPO, self._settings.GITHUB_BRANCH
+        status = answer.status
         if status == 401:
             text = "GitHub 令牌无效或已过期：换一个新的 GITHUB_TOKEN"
         elif re.search(PROTECTED, message):
@@ -2216,7 +2237,7 @@ class GitHub:
             known = {403: "GitHub 拒绝了请求", 409: "GitHub 上的内容同时被改动"}
             text = known.get(status, "GitHub 报错")
         said = f" {quoted(said, 160)}" if said else ""
-        return GitHubError(status, f"{text}（{status}{said}）")
+        return GitHubError(f"{text}（{status}{said}）", status)
 
     def upload_list(self, content: bytes, message: str, patience: Patience | None = None) -> bool:
         """Make images.txt on GITHUB_BRANCH equal content; return whether that took a commit."""
@@ -2328,6 +2349,8 @@ class GitHub:
 
 
 # ---- QingStor: the SDK signs, our own connection sends -----------------------------------------
+# Objects are made in parts of PART_BYTES, so that memory does not grow with the file. What was
+# begun is completed or aborted, after a restart as well: the key and the id are in the Task.
 
 
 class Upload(NamedTuple):
@@ -2384,14 +2407,7 @@ class QingStor:
         place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
-    def call(
-        self,
-        name: str,
-        *words: str,
-        body: bytes | bytearray = b"",
-        tries: int = TRIES,
-        **options: Any,
-    ) -> Answer:
+    def call(self, name: str, *words: str, body: bytes | bytearray = b"", **options: Any) -> Answer:
         """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
         if body:
             md5 = hashlib.md5(body, usedforsecurity=False).digest()
@@ -2412,8 +2428,7 @@ class QingStor:
                 raise Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
             return answer
 
-        pauses = (1.0, 2.0)[: tries - 1]
-        return persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
+        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
 
     def require(self, answer: Answer) -> Answer:
         """Return a 2xx answer; raise Failure with cause and cure for any other."""
@@ -2439,20 +2454,11 @@ class QingStor:
 
     def initiate(self, key: str, content_type: str) -> str:
         """Begin an object in parts; return its upload id."""
-
-        def attempt() -> str:
-            name = "initiate_multipart_upload"
-            try:
-                answer = self.require(self.call(name, key, tries=1, content_type=content_type))
-            except Unreachable:  # it may have begun all the same
-                self._abort_strays(key)
-                raise
-            upload_id = (read_json(answer.body, dict) or {}).get("upload_id")
-            if not isinstance(upload_id, str) or not upload_id:
-                raise Failure("QingStor 的回答里没有 upload_id")
-            return upload_id
-
-        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
+        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
+        upload_id = (read_json(self.require(answer).body, dict) or {}).get("upload_id")
+        if not isinstance(upload_id, str) or not upload_id:
+            raise Failure("QingStor 的回答里没有 upload_id")
+        return upload_id
 
     def _abort(self, key: str, upload_id: str) -> None:
         answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
@@ -2460,7 +2466,7 @@ class QingStor:
             self.require(answer)
 
     def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun without our learning their id."""
+        """Drop uploads of a key that were begun, the answer with their id being lost."""
         with contextlib.suppress(Failure):
             answer = self.require(self.call("list_multipart_uploads", prefix=key))
             listed = (read_json(answer.body, dict) or {}).get("uploads")
@@ -2477,6 +2483,7 @@ class QingStor:
         parts = [{"part_number": part} for part in range(count)]
         done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
         self._make("complete_multipart_upload", upload.key, **done)
+        self._abort_strays(upload.key)
 
     def _is_stored(self, key: str) -> bool:
         with contextlib.suppress(Failure):
@@ -2495,8 +2502,7 @@ class QingStor:
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             self._abort(upload.key, upload.upload_id)
-        elif size_bytes is None:
-            self._abort_strays(upload.key)
+        self._abort_strays(upload.key)
         return size_bytes
 
     def delete(self, key: str) -> None:
@@ -2518,6 +2524,8 @@ class QingStor:
 
 
 # ---- Downloads ---------------------------------------------------------------------------------
+# The origin is whatever a chat user named: it lies about lengths, drips, cuts, redirects and packs.
+# A file is taken for whole only if everything that came says so; in doubt it is refused.
 
 
 def _header_text(value: str) -> str:
@@ -2577,11 +2585,6 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 class Refusal(Failure):
     """The origin answered a download with an HTTP status that is no success."""
-
-    def __init__(self, status: int) -> None:
-        why = STATUS_TEXTS.get(status, "来源出错" if status >= 500 else "来源拒绝")
-        super().__init__(f"下载失败：{why}（HTTP {status}），请检查链接或稍后再试")
-        self.status = status
 
 
 class Download:
@@ -2700,7 +2703,9 @@ class Download:
                 return url, response
             wire.close()
             if response.status not in (301, 302, 303, 307, 308):
-                raise Refusal(response.status)
+                why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
+                text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
+                raise Refusal(text, response.status)
             url = follow_location(url, _header_text(response.headers.get("Location", "")))
         raise Failure("下载失败：链接不停地重定向")
 
@@ -2823,12 +2828,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    def attempt() -> None:
-        os.replace(temporary, path)
-
     # A virus scanner on Windows holds a file for a moment after it was written.
-    pauses = (0.1, 0.3, 0.6)
-    persist(attempt, pauses, time.sleep, lambda error: isinstance(error, PermissionError))
+    move = functools.partial(os.replace, temporary, path)
+    persist(move, (0.1, 0.3, 0.6), time.sleep, lambda e: isinstance(e, PermissionError))
     if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -2851,16 +2853,20 @@ class ImageList:
         self.trouble = ""
 
     def read(self) -> str:
-        """Return the list; raise OSError."""
+        """Return the list; raise Failure."""
         if self._unwritten is not None:
             return self._unwritten
         try:
             return self.path.read_bytes().decode("utf-8", "surrogateescape")
         except FileNotFoundError:
             return ""
+        except OSError as error:
+            text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
+            raise Failure(text) from error
 
-    def write(self, text: str) -> bytes:
-        """Replace the file by text and return its bytes; kept for `save` on a full disk."""
+    def _write(self, lines: Iterable[str]) -> bytes:
+        """Replace the file, return its bytes; what a full disk does not take waits for `save`."""
+        text = "".join(f"{line}\n" for line in lines)
         data = text.encode("utf-8", "surrogateescape")
         try:
             write_atomically(self.path, data)
@@ -2875,10 +2881,10 @@ class ImageList:
         """Write what the disk has not taken yet."""
         with self._lock:
             if self._unwritten is not None:
-                self.write(self._unwritten)
+                self._write(self._unwritten.splitlines())
 
     def add(self, lines: Sequence[str]) -> bytes:
-        """Append the lines that are not there yet; return the whole content.
+        """Append the lines that are not there yet; return the whole content. Raises Failure.
 
         What `plan` would refuse is kept out, so that an edit by hand can always run: an older line
         with the target of a new one goes, and so do the oldest lines over MAX_LIST_LINES.
@@ -2890,52 +2896,20 @@ class ImageList:
             new = [line for line in lines if line not in present]
             if not new and (self.path.exists() or self._unwritten):
                 return text.encode("utf-8", "surrogateescape")
-            return self.write("".join(f"{line}\n" for line in [*self._kept(old, lines, new), *new]))
-
-    @staticmethod
-    def _kept(old: list[str], lines: Sequence[str], new: list[str]) -> list[str]:
-        taken = {read_image(line).target("") for line in new}
-        targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
-        kept = [line for line in old if not taken.intersection(targets[line])]
-        older = [line for line in kept if targets[line] and line.strip() not in lines]
-        over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
-        for line in older[: max(0, over)]:
-            kept.remove(line)
-        return kept
+            taken = {read_image(line).target("") for line in new}
+            targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
+            kept = [line for line in old if taken.isdisjoint(targets[line])]
+            older = [line for line in kept if targets[line] and line.strip() not in lines]
+            over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
+            for line in older[: max(0, over)]:
+                kept.remove(line)
+            return self._write([*kept, *new])
 
     def remove(self, uploaded: bytes) -> None:
         """Take out what was uploaded; lines that came meanwhile stay."""
         gone = set(uploaded.decode("utf-8", "surrogateescape").splitlines())
         with self._lock:
-            kept = [line for line in self.read().splitlines() if line not in gone]
-            self.write("".join(f"{line}\n" for line in kept))
-
-
-STAGES = ("queued", "committed", "dispatching", "running", "late")
-
-
-@dataclass(frozen=True)
-class Task:
-    """An accepted request. `stage` says how far it is, for a restart to go on from there."""
-
-    id: str
-    lane: str  # "images" or "files"
-    user: str  # the address: who asked, and where the answer goes (see Channel)
-    items: tuple[str, ...]  # canonical lines, or links still to do
-    accepted: float  # seconds since the epoch
-    stage: str = "queued"  # one of STAGES
-    run_id: int = 0
-    run_url: str = ""
-    started: float = 0.0  # when the run was started
-    upload: tuple[str, ...] = ()  # an Upload, while a file is on its way
-
-    @property
-    def run(self) -> Run:
-        return Run(self.run_id, self.run_url)
-
-    @property
-    def person(self) -> str:
-        return self.user.partition(" ")[0]
+            self._write(line for line in self.read().splitlines() if line not in gone)
 
 
 class Letter(NamedTuple):
@@ -2954,6 +2928,41 @@ class Finished(NamedTuple):
     failed: tuple[str, ...]  # lines and links, for `重试`
 
 
+class Said(NamedTuple):
+    """The reply to a message."""
+
+    at: float  # seconds since the epoch
+    reply: str
+
+
+STAGES = ("queued", "committed", "dispatching", "running", "late")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An accepted request. `stage` says how far it is, for a restart to go on from there."""
+
+    id: str
+    lane: str  # "images" or "files"
+    user: str  # the address: who asked, and where the answer goes (see Channel)
+    items: tuple[str, ...]  # canonical lines, or links still to do
+    accepted: float = 0.0  # seconds since the epoch
+    stage: str = "queued"  # one of STAGES
+    run_id: int = 0
+    run_url: str = ""
+    started: float = 0.0  # when the run was started
+    upload: tuple[str, ...] = ()  # an Upload, while a file is on its way
+    deaths: int = 0  # of processes that had this upload on its way
+
+    @property
+    def run(self) -> Run:
+        return Run(self.run_id, self.run_url)
+
+    @property
+    def person(self) -> str:
+        return self.user.partition(" ")[0]
+
+
 @dataclass(frozen=True)
 class Facts:
     """All that must survive a restart. Never changed: a change makes new Facts."""
@@ -2961,11 +2970,10 @@ class Facts:
     tasks: tuple[Task, ...] = ()
     letters: tuple[Letter, ...] = ()
     orphans: tuple[Upload, ...] = ()  # uploads to abort
-    seen: Mapping[str, tuple[float, str]] = field(default_factory=dict)  # message -> time, reply
+    seen: Mapping[str, Said] = field(default_factory=dict)  # by message
     midnight: str = ""  # the day (YYYY-MM-DD) up to which the list was emptied
-    finished: Mapping[str, Finished] = field(default_factory=dict)  # person -> last request
+    finished: Mapping[str, Finished] = field(default_factory=dict)  # by person
     cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
-    tries: Mapping[str, int] = field(default_factory=dict)  # task -> begun uploads of its link
 
     def task(self, task_id: str, lane: str) -> Task | None:
         return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
@@ -2976,19 +2984,15 @@ class Facts:
 
     def with_task(self, task: Task, **changes: Any) -> Facts:
         """Return Facts in which a task has other fields."""
-        tasks = (
-            replace(t, **changes) if (t.id, t.lane) == (task.id, task.lane) else t
-            for t in self.tasks
-        )
+        same = self.task(task.id, task.lane)
+        tasks = (replace(t, **changes) if t is same else t for t in self.tasks)
         return replace(self, tasks=tuple(tasks))
 
     def without_task(self, task: Task) -> Facts:
         """Return Facts without a task and what was kept about it."""
         left = tuple(t for t in self.tasks if (t.id, t.lane) != (task.id, task.lane))
-        ids = {t.id for t in left}
-        cancelled = tuple(i for i in self.cancelled if i in ids)
-        tries = {i: n for i, n in self.tries.items() if i in ids}
-        return replace(self, tasks=left, cancelled=cancelled, tries=tries)
+        cancelled = tuple(i for i in self.cancelled if i in {t.id for t in left})
+        return replace(self, tasks=left, cancelled=cancelled)
 
     def with_letters(self, letters: Iterable[Letter]) -> Facts:
         return replace(self, letters=(*self.letters, *letters))
@@ -2998,100 +3002,75 @@ class Facts:
         last = self.finished.get(task.person)
         before = last.failed if last and last.id == task.id else ()
         people = {k: v for k, v in self.finished.items() if k != task.person}
-        while len(people) >= MAX_REMEMBERED:
-            del people[next(iter(people))]  # oldest first
+        people = newest(people, MAX_REMEMBERED - 1)
         people[task.person] = Finished(task.id, at, title, (*before, *failed))
         return replace(self, finished=people)
 
     def with_seen(self, message_id: str, at: float, reply: str, keep_seconds: float) -> Facts:
         """Return Facts that remember the reply to a message, and no more than need be."""
-        seen = {k: v for k, v in self.seen.items() if at - v[0] < keep_seconds}
-        while len(seen) >= MAX_REMEMBERED:
-            del seen[next(iter(seen))]
-        return replace(self, seen={**seen, message_id: (at, reply)})
+        seen = {k: v for k, v in self.seen.items() if at - v.at < keep_seconds}
+        seen = newest(seen, MAX_REMEMBERED - 1)
+        return replace(self, seen={**seen, message_id: Said(at, reply)})
+
+
+def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
+    """Return the entries that came last."""
+    return dict(list(entries.items())[-most:])
+
+
+def revive(kind: Any, value: Any) -> Any:
+    """Return what JSON has kept as it was; raise TypeError or ValueError where it is no `kind`.
+
+    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions.
+    """
+    if get_args(kind):  # tuple[X, ...]
+        return tuple(revive(get_args(kind)[0], entry) for entry in revive(list, value))
+    if kind is Task or issubclass(kind, tuple):
+        hints = get_type_hints(kind)
+        pairs = zip(hints, revive(list, value), strict=True) if kind is not Task else value.items()
+        return kind(**{k: revive(hints[k], entry) for k, entry in pairs if k in hints})
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise TypeError(kind)
+    return kind(value)
 
 
 def read_task(entry: Any) -> Task:
-    """Return the Task that was written as entry; raise TypeError or ValueError where it is none.
-
-    Fields of other versions are ignored; a line is taken as it is now canonical.
-    """
-    if not isinstance(entry, dict):
-        raise TypeError("entry")
-    task = Task(
-        **{"accepted": 0.0} | {f.name: entry[f.name] for f in fields(Task) if f.name in entry}
-    )
-    for name, value in vars(Task("", "", "", (), 0.0)).items():
-        kinds = (int, float) if value == 0 else (list, tuple) if value == () else type(value)
-        if not isinstance(getattr(task, name), kinds):
-            raise TypeError(name)
-    task = replace(task, items=tuple(task.items), upload=tuple(task.upload))
-    if not task.items or len(task.upload) not in (0, 3):
-        raise ValueError("items or upload")
-    if not all(isinstance(text, str) for text in [*task.items, *task.upload]):
-        raise TypeError("items or upload")
-    if task.lane not in ("images", "files") or task.stage not in STAGES:
-        raise ValueError("lane or stage")
-    if not USER_PATTERN.fullmatch(task.person):
-        raise ValueError("user")
+    """Return the Task that was written as entry; raise TypeError or ValueError where it is none."""
+    task: Task = revive(Task, entry)
+    is_known = task.lane in ("images", "files") and task.stage in STAGES
+    is_whole = task.items and len(task.upload) in (0, 3)
+    if not is_known or not is_whole or not USER_PATTERN.fullmatch(task.person):
+        raise ValueError("lane, stage, items, upload or user")
     if not re.fullmatch(r"(https?://[\x21-\x7e]{1,200})?", task.run_url):
         task = replace(task, run_url="")
-    if task.lane == "images":
+    if task.lane == "images":  # a line is taken as it is now canonical
         task = replace(task, items=tuple(read_image(line).line for line in task.items))
     return task
 
 
-def read_facts(data: dict[str, Any]) -> tuple[Facts, list[Any]]:
-    """Return the Facts written as data, and the entries that could not be read."""
-    bad: list[Any] = []
-
-    def entries(name: str, kind: Any, read: Callable[[Any], T]) -> list[T]:
-        found: list[T] = []
-        listed: Any = data.get(name, kind())  # a list, or a dict whose items are meant
-        if not isinstance(listed, kind):
-            bad.append((name, listed))
-            return []
-        for entry in listed.items() if kind is dict else listed:
+def read_facts(data: Mapping[str, Any]) -> tuple[Facts, list[tuple[str, Any]]]:
+    """Return the Facts written as data, and what could not be read, with its field's name."""
+    bad: list[tuple[str, Any]] = []
+    day = data.get("midnight")
+    found: dict[str, Any] = {"midnight": day if isinstance(day, str) else ""}
+    for name, kind in get_type_hints(Facts).items():
+        is_map = get_origin(kind) is Mapping
+        written = data.get(name)
+        if name == "midnight" or not isinstance(written, dict if is_map else list):
+            bad += [(name, written)] if name in data and name != "midnight" else []
+            continue
+        inside = get_args(kind)[1 if is_map else 0]
+        kept: dict[Any, Any] = {}
+        for key, entry in written.items() if isinstance(written, dict) else enumerate(written):
             try:
-                found.append(read(entry))
+                kept[key] = read_task(entry) if name == "tasks" else revive(inside, entry)
             except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
                 bad.append((name, entry))
-        return found
-
-    def strings(entry: Any, count: int) -> tuple[str, ...]:
-        if len(entry) < count or not all(isinstance(text, str) for text in entry[:count]):
-            raise TypeError(entry)
-        return tuple(entry[:count])
-
-    def finished(entry: Any) -> tuple[str, Finished]:
-        person, (request, at, title, failed) = entry
-        return str(person), Finished(
-            str(request), float(at), str(title), strings(failed, len(failed))
-        )
-
-    midnight = data.get("midnight", "")
-    return Facts(
-        tasks=tuple(entries("tasks", list, read_task)),
-        letters=tuple(entries("letters", list, lambda e: Letter(*strings(e, 2)))),
-        orphans=tuple(entries("orphans", list, lambda e: Upload(*strings(e, 3)))),
-        seen=dict(entries("seen", dict, lambda e: (e[0], (float(e[1][0]), str(e[1][1]))))),
-        midnight=midnight if isinstance(midnight, str) else "",
-        finished=dict(entries("finished", dict, finished)),
-        cancelled=tuple(entries("cancelled", list, lambda e: strings([e], 1)[0])),
-        tries=dict(entries("tries", dict, lambda e: (e[0], int(e[1])))),
-    ), bad
+        found[name] = kept if is_map else tuple(kept.values())
+    return Facts(**found), bad
 
 
 Change = Callable[[Facts], Facts]
-
-
-class _Pending:
-    """A change that waits for the disk."""
-
-    def __init__(self, change: Change, must: bool) -> None:
-        self.change = change
-        self.must = must  # without the disk it has not happened
-        self.is_written: bool | None = None  # None: not known yet
 
 
 class State:
@@ -3110,10 +3089,10 @@ class State:
         self._log = log
         self._now = now
         self.changed = threading.Condition()  # the one lock; notified after each change
-        self.facts = Facts()
+        self.facts = self._next = Facts()  # _next: with what waits for the disk
         self.resumed: frozenset[str] = frozenset()  # ids of tasks of an earlier process
-        self._pending: list[_Pending] = []  # for the next line
-        self._musts: list[_Pending] = []  # not in `facts` yet, waiting or being written
+        self._since: list[Change] = []  # what has happened since the writer took _next
+        self._waiting: list[list[bool]] = []  # each gets whether it was written
         self._size_bytes = JOURNAL_BYTES  # of the file; full: the first write begins it anew
         self._stopping = False
         self._writer = threading.Thread(target=self._write_for_ever, daemon=True)
@@ -3121,88 +3100,65 @@ class State:
 
     # -- reading
 
-    def load(self) -> list[Task]:
-        """Read the file and start writing; return tasks that could not be read, with their people.
+    def load(self) -> list[Any]:
+        """Read the file and start writing; return the tasks in it that could not be read.
 
         What is damaged is set aside, never a reason not to start. Raises Failure for a file of a
-        later version.
+        later version. An upload that was on its way when the process died may be why.
         """
-        damaged: list[Any] = []
-        try:
-            data = self._last_line(self._path.read_bytes())
-            if data is None:
-                damaged = [("", None)]
-            else:
-                version = data.get("version", 1)
-                if isinstance(version, int | float) and version > self.VERSION:
-                    raise Failure(
-                        f"{self._path.name} 是更新的版本写的（version {version}），请用新版本启动"
-                    )
-                self.facts, damaged = read_facts(data)
-                self.resumed = frozenset(task.id for task in self.facts.tasks)
-        except FileNotFoundError:
-            pass
-        if damaged:
+        written = self._path.read_bytes() if self._path.exists() else b"{}"
+        lines = (read_json(line, dict) for line in [written, *reversed(written.splitlines())])
+        data = next((line for line in lines if line is not None), None)  # a crash may tear the last
+        facts, damaged = read_facts(data or {})
+        version = (data or {}).get("version", 1)
+        if isinstance(version, int | float) and version > self.VERSION:
+            name = self._path.name
+            raise Failure(f"{name} 是更新的版本写的（version {version}），请用新版本启动")
+        if damaged or data is None:
             aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
-            with (
-                contextlib.suppress(OSError),
-                open(os.open(aside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file,
-            ):
-                file.write(self._path.read_bytes())
-            text = f"❌ 状态文件有 {len(damaged)} 处读不懂，原文件另存为 {aside.name}"
+            with contextlib.suppress(OSError):
+                aside.touch(0o600)
+                aside.write_bytes(written)
+            text = f"❌ 状态文件有 {len(damaged) or 1} 处读不懂，原文件另存为 {aside.name}"
             self._log.error(f"{text}；受影响的请求请重发")
+        died = not (data or {}).get("closed")
+        tasks = (replace(t, deaths=t.deaths + (died and t.upload != ())) for t in facts.tasks)
+        self.facts = self._next = replace(facts, tasks=tuple(tasks))
+        self.resumed = frozenset(task.id for task in facts.tasks)
         self._writer.start()
-        tasks = [entry for name, entry in damaged if name == "tasks"]
-        return [lost for entry in tasks if (lost := self._lost(entry))]
-
-    @staticmethod
-    def _last_line(data: bytes) -> dict[str, Any] | None:
-        """Return the last whole line of the journal; a crash may have torn the one after it."""
-        found = (read_json(line, dict) for line in [data, *reversed(data.splitlines())])
-        return next((line for line in found if line is not None), None)
-
-    @staticmethod
-    def _lost(entry: Any) -> Task | None:
-        """Return what is known of a task that cannot be read, if that is whom to tell."""
-        person = entry.get("user") if isinstance(entry, dict) else None
-        if not isinstance(person, str) or not USER_PATTERN.fullmatch(person.partition(" ")[0]):
-            return None
-        items = entry.get("items")
-        items = [str(i) for i in items] if isinstance(items, list) else []
-        return Task(str(entry.get("id")), "images", person, tuple(items), 0.0)
+        return [entry for name, entry in damaged if name == "tasks"]
 
     def is_cancelled(self, task: Task) -> bool:
         return task.id in self.facts.cancelled
 
     # -- changing
 
-    def accept(self, plan: Callable[[Facts], Change]) -> None:
+    def accept(self, change: Change) -> None:
         """Make a change that is true only on disk; raise Failure, with nothing changed.
 
-        `plan` gets the facts as they will be when what is being written is written.
+        It is given the facts as they will be when all that waits has been written.
         """
         with self.changed:
-            facts = self.facts
-            for pending in self._musts:
-                facts = pending.change(facts)
-            pending = _Pending(plan(facts), must=True)
-            self._musts.append(pending)
-            self._wait_for(pending)
-        if not pending.is_written:
-            why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
-            raise Failure(f"❌ {why}")
+            self._next = change(self._next)
+            if not self._wait():
+                why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
+                raise Failure(f"❌ {why}")
 
     def change(self, change: Change) -> None:
         """Make a change of what has happened; it is on disk on return, if the disk takes it."""
         with self.changed:
-            self.facts = change(self.facts)
-            self._wait_for(_Pending(change, must=False))
+            self.facts, self._next = change(self.facts), change(self._next)
+            self._since.append(change)
+            self._wait()
 
-    def _wait_for(self, pending: _Pending) -> None:
-        self._pending.append(pending)
+    def _wait(self) -> bool:
+        """Wait for the writer; tell whether the disk took it."""
+        written: list[bool] = []
+        self._waiting.append(written)
         self.changed.notify_all()
-        while pending.is_written is None:
+        while not written:
             self.changed.wait()
+        return written[0]
 
     # -- writing
 
@@ -3210,25 +3166,25 @@ class State:
         is_dirty = False
         while True:
             with self.changed:
-                while not (self._pending or self._stopping):
+                while not (self._waiting or self._stopping):
                     if not self.changed.wait(REWRITE_SECONDS if is_dirty else None) and is_dirty:
                         break
-                if self._stopping and not self._pending:
+                if self._stopping and not self._waiting:
                     return
-                batch, self._pending = self._pending, []
-                facts = self.facts
-                for pending in batch:
-                    facts = pending.change(facts) if pending.must else facts
-            is_written = self._write(facts)
-            is_dirty = not is_written
-            if is_dirty and any(pending.must for pending in batch):
-                is_dirty = not self._write(self.facts)  # a restart must not find what is refused
+                batch, self._waiting, self._since = self._waiting, [], []
+                facts = self._next
+            is_dirty = not self._write(facts)
             with self.changed:
-                for pending in batch:
-                    pending.is_written = is_written
-                    if pending.must and is_written:
-                        self.facts = pending.change(self.facts)
-                self._musts = [pending for pending in self._musts if pending not in batch]
+                if is_dirty:  # what waits for the disk is refused, all of it
+                    batch, self._waiting = batch + self._waiting, []
+                    self._next = self.facts
+                else:
+                    self.facts = functools.reduce(lambda f, change: change(f), self._since, facts)
+            if is_dirty:
+                self._write(self.facts)  # a restart must not find what is refused
+            with self.changed:
+                for written in batch:
+                    written.append(not is_dirty)
                 self.changed.notify_all()
 
     def _write(self, facts: Facts) -> bool:
@@ -3259,17 +3215,17 @@ class State:
         self.trouble = ""
         return True
 
-    def _dump(self, facts: Facts) -> bytes:
-        data = {"version": self.VERSION, **{f.name: getattr(facts, f.name) for f in fields(Facts)}}
-        data["tasks"] = [vars(task) for task in facts.tasks]
-        data["last"] = ""  # for version 1.0.0, should somebody go back to it
+    def _dump(self, facts: Facts, closed: bool = False) -> bytes:
+        data = {"version": self.VERSION, "closed": closed, **vars(facts)}
+        data["tasks"] = [{**vars(task)} for task in facts.tasks]
+        # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
+        data["last"] = ""
+        for task in data["tasks"] if closed else ():
+            del task["deaths"]
         return json.dumps(data, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def close(self) -> None:
-        """Write a last time, in one line that every version reads, and let nothing change after.
-
-        Uploads that this ends have not killed the process.
-        """
+        """Write a last time, in one line that every version reads, and let nothing change after."""
         with self.changed:
             self._stopping = True
             self.changed.notify_all()
@@ -3277,7 +3233,7 @@ class State:
         self.changed.acquire()  # never given back
         if not self._writer.is_alive():
             with contextlib.suppress(OSError):
-                write_atomically(self._path, self._dump(replace(self.facts, tries={})))
+                write_atomically(self._path, self._dump(self.facts, closed=True))
 
 
 class StateLock:
@@ -3338,6 +3294,9 @@ COMMANDS = {
 }
 
 # ---- Pastes: texts that are read for their marked positions only -------------------------------
+# What people have is a compose file, a manifest, an error. Each line is held against the marks
+# below; what stands at a mark is an image, or is named with the reason; everything else is
+# ignored.
 
 # A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
 # tag (prose). What is no plain reference is named, nothing is guessed.
@@ -3566,6 +3525,7 @@ class Paste:
 
 
 # ---- Reading a message (contract section 5) ----------------------------------------------------
+# A command, links, a list (all or nothing), a paste, or talk, in this order. Talk starts nothing.
 
 
 class Reading(NamedTuple):
@@ -3734,6 +3694,8 @@ def read_message(text: str, prefix: str = "") -> Reading:
 
 
 # ---- What came of it, in words -----------------------------------------------------------------
+# Failures first, each with cause and cure; then what is there, as commands to copy. Success is only
+# what an Outcome says; there is no text for "probably".
 
 RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
 RETRY = "发送 重试，再做一次失败的"
@@ -3910,6 +3872,8 @@ def living_text(task: Task, progress: Progress) -> str:
 
 
 # ---- Answers -----------------------------------------------------------------------------------
+# What a message does is one change of the facts, made with its reply: both are on disk, or neither.
+# A repeat of the message gets the reply again and does nothing.
 
 
 class Message(NamedTuple):
@@ -4027,7 +3991,7 @@ class Chat:
     def recall(self, message_id: str) -> str | None:
         """Return the reply already given to a message, None for a new one."""
         if found := self._state.facts.seen.get(message_id):
-            return found[1]
+            return found.reply
         with self._lock:
             return self._heard.get(message_id)
 
@@ -4038,11 +4002,16 @@ class Chat:
             return ""
         return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
 
-    def answer(self, message: Message, channel: Channel, note: str = "") -> Saying:
-        """Return the reply to a message, or what gives it once all that it asks for is on disk.
+    def answer(self, message: Message, channel: Channel, note: str = "") -> str:
+        """Return the reply to a message, after all that it asks for is on disk.
 
         `note` is the reply to what cannot be read.
         """
+        said = self.hear(message, channel, note)
+        return said if isinstance(said, str) else said()
+
+    def hear(self, message: Message, channel: Channel, note: str = "") -> Saying:
+        """Return the reply at once, or where the disk is waited for what returns it then."""
         if (reply := self.recall(message.id)) is not None:
             return reply
         words = self.refusal(message.user) or note
@@ -4087,50 +4056,48 @@ class Chat:
         return lambda: self._start(reading, message, channel)
 
     def _list(self) -> str:
-        try:
-            lines = self._images.read().encode(errors="replace").decode().strip()
-        except OSError as error:
-            text = f"❌ 读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
-            raise Failure(text) from error
+        lines = self._images.read().encode(errors="replace").decode().strip()
         lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
         return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
 
     # -- work
 
-    def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
-        """Accept a request: on return it is on disk with its reply. Raises Failure."""
+    def _accept(self, message: Message, plan: Callable[[Facts], tuple[Facts, str]]) -> str:
+        """Make a change and return its reply, both on disk; a repeat gets the first one's reply.
+
+        Raises Failure, as plan does.
+        """
         reply = ""
 
-        def plan(facts: Facts) -> Change:
+        def change(facts: Facts) -> Facts:
             nonlocal reply
-            if message.id in facts.seen:  # a repeat, while the first is being written
-                reply = facts.seen[message.id][1]
-                return lambda now: now
+            if said := facts.seen.get(message.id):  # the first is still being written
+                reply = said.reply
+                return facts
+            facts, reply = plan(facts)
+            return facts.with_seen(message.id, self._now(), reply, self._keep_seconds)
+
+        self._state.accept(change)
+        return reply
+
+    def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
+        """Accept a request; return its confirmation, raise Failure."""
+
+        def plan(facts: Facts) -> tuple[Facts, str]:
             last = facts.finished.get(message.user)
             if reading.command == "retry" and not (last and last.failed):
                 raise Failure(NOTHING_TO_RETRY)
             tasks, reply = self._plan(facts, reading, message)
             if not tasks:
                 raise Failure(reply)
+            if reading.command == "retry" and last:
+                begun = {item for task in tasks for item in task.items}
+                again = last._replace(failed=tuple(i for i in last.failed if i not in begun))
+                facts = replace(facts, finished={**facts.finished, message.user: again})
             letters = channel.confirm(message, reply, tasks)
-            at = self._now()
+            return replace(facts, tasks=facts.tasks + tasks).with_letters(letters), reply
 
-            def change(facts: Facts) -> Facts:
-                facts = facts.with_seen(message.id, at, reply, self._keep_seconds)
-                last = facts.finished.get(message.user)
-                if reading.command == "retry" and last:
-                    begun = {item for task in tasks for item in task.items}
-                    left = tuple(item for item in last.failed if item not in begun)
-                    again = {message.user: last._replace(failed=left)}
-                    facts = replace(facts, finished={**facts.finished, **again})
-                return replace(facts, tasks=facts.tasks + tasks).with_letters(letters)
-
-            return change
-
-        self._state.accept(plan)
-        if message.id not in self._state.facts.seen:  # a repeat of one that was not written
-            raise Failure("❌ 无法保存（`STATE_DIR`）。请清理磁盘或检查目录权限后重发")
-        return reply
+        return self._accept(message, plan)
 
     def _plan(
         self, facts: Facts, reading: Reading, message: Message
@@ -4174,38 +4141,22 @@ class Chat:
         return [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
 
     def _cancel(self, message: Message) -> str:
-        """Cancel what is this person's; return what that was."""
-        names: list[str] = []
-        reply = ""
+        """Cancel what is this person's; return what that was, raise Failure for nothing."""
 
-        def plan(facts: Facts) -> Change:
-            nonlocal reply
-            if message.id in facts.seen:  # a repeat
-                reply = facts.seen[message.id][1]
-                return lambda now: now
-            own = [
-                t for t in facts.tasks if t.person == message.user and t.id not in facts.cancelled
-            ]
-            for task in own:
-                running = is_begun(facts, task)
-                names.append(f"{'正在停止' if running else '不再排队'}：{title(task, True)}")
-            if not own and any(t.person == message.user for t in facts.tasks):
-                raise Failure("⏹ 正在停止，请稍候")
-            if not own:
-                raise Failure("没有可以取消的：您没有正在进行或排队的请求")
-            reply = "\n".join(
-                ["⏹ 已取消您的请求：", *names, "已经完成的镜像不会撤回，结果照常通知"]
-            )
-            at, said = self._now(), reply
+        def plan(facts: Facts) -> tuple[Facts, str]:
+            own = [task for task in facts.tasks if task.person == message.user]
+            left = [task for task in own if task.id not in facts.cancelled]
+            if not left:
+                nothing = "没有可以取消的：您没有正在进行或排队的请求"
+                raise Failure("⏹ 正在停止，请稍候" if own else nothing)
+            lines = ["⏹ 已取消您的请求："]
+            for task in left:
+                how = "正在停止" if is_begun(facts, task) else "不再排队"
+                lines.append(f"{how}：{title(task, True)}")
+            lines.append("已经完成的镜像不会撤回，结果照常通知")
+            return with_cancelled(facts, [(t.id, t.lane) for t in left]), "\n".join(lines)
 
-            def change(facts: Facts) -> Facts:
-                facts = facts.with_seen(message.id, at, said, self._keep_seconds)
-                return with_cancelled(facts, [(t.id, t.lane) for t in own])
-
-            return change
-
-        self._state.accept(plan)
-        return reply
+        return self._accept(message, plan)
 
     # -- looking
 
@@ -4278,6 +4229,7 @@ class App:
 
 
 # ---- The post: messages on their way, one Post a channel ---------------------------------------
+# Letters stand on disk in the order in which they were written and leave it when they were taken.
 
 
 class Pace:
@@ -4341,8 +4293,9 @@ class Post:
         self._dropped_at = 0.0
         self.dropped = 0  # messages given up since the start
         self._trouble = ""
-        for letter in state.facts.letters:  # somebody may have got one just before a restart
-            self.pace.take(letter.address)
+        for address in {letter.address for letter in state.facts.letters}:
+            # It may have got as many as it may just before a restart.
+            self.pace.take(address, channel.pace()[0][0])
 
     @property
     def trouble(self) -> str:
@@ -4459,6 +4412,8 @@ class Post:
 
 
 # ---- What ends a request -----------------------------------------------------------------------
+# Done, failed or cancelled, a task ends by `finish`: the task goes and its letters come in one line
+# of the journal, so that no crash can do the one without the other.
 
 
 class Cancelled(Exception):
@@ -4489,8 +4444,7 @@ def finish(
             items.remove(item)
         if not item or not items:
             return facts.without_task(task)
-        tries = {k: v for k, v in facts.tries.items() if k != task.id}
-        return replace(facts.with_task(task, items=tuple(items), upload=()), tries=tries)
+        return facts.with_task(task, items=tuple(items), upload=(), deaths=0)
 
     app.state.change(change)
     app.progress.end(task)
@@ -4510,6 +4464,9 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 
 # ---- Images ------------------------------------------------------------------------------------
+# queued -> committed -> dispatching -> running (-> late). Each stage is on disk before the call
+# that follows it, so that a restart knows what may have been done already and looks before doing
+# it again.
 
 
 def running(app: App, task: Task, run: Run) -> Task:
@@ -4550,12 +4507,6 @@ def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
     finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
 
 
-def cancel_images(app: App, task: Task) -> None:
-    """Tell the person that nothing was started."""
-    text = f"⏹ 已取消，没有开始：{title(task, True)}"
-    finish(app, task, text, task.id, f"镜像 {title(task, True)}：已取消", ())
-
-
 class Follower:
     """Follows one run. Counts in polls, not by the clock, what is patience with GitHub."""
 
@@ -4575,8 +4526,7 @@ class Follower:
             self._cancels = -1
         except Failure as failure:
             self._cancels += 1
-            lasting = isinstance(failure, GitHubError) and failure.status in (401, 403, 404)
-            if lasting or self._cancels > ODD_ANSWERS:
+            if failure.status in (401, 403, 404) or self._cancels > ODD_ANSWERS:
                 self._cancels = -1
                 text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
                 letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
@@ -4598,8 +4548,7 @@ class Follower:
         except Failure as failure:
             # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
             # after it was started, a token refused once. What is odd again and again does not.
-            status = failure.status if isinstance(failure, GitHubError) else 0
-            self._odd += not isinstance(failure, Unreachable) and status != 429
+            self._odd += not isinstance(failure, Unreachable) and failure.status != 429
             if self._odd > ODD_ANSWERS:
                 raise
             app.log.debug(f"github: {failure}")
@@ -4643,11 +4592,7 @@ def sync_images(app: App, task: Task) -> None:
         content = b""
         if task.stage == "queued":
             stop_if_cancelled(app, task)
-            try:
-                content = app.images.add(task.items)
-            except OSError as error:
-                text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
-                raise Failure(text) from error
+            content = app.images.add(task.items)
         # A full disk may have kept from a restart how far it was.
         is_old = task.id in app.state.resumed and task.stage in ("queued", "committed")
         if is_old and (run := app.github.find_run(task.id, patience)):
@@ -4710,6 +4655,8 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
 
 
 # ---- Files -------------------------------------------------------------------------------------
+# One part is read while the one before it is written; three are in memory at most. The key is on
+# disk before the first byte is stored under it.
 
 
 def read_ahead(source: Download) -> Iterator[bytearray]:
@@ -4755,28 +4702,6 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tup
     return key, size_bytes
 
 
-@contextlib.contextmanager
-def counted(app: App, task: Task) -> Iterator[None]:
-    """Count an upload that takes a while as begun; raise Failure where it has ended two processes.
-
-    One that kills the process (by its memory, say) is not begun for ever.
-    """
-    tries = app.state.facts.tries.get(task.id, 0)
-    if tries >= TRIES - 1:
-        raise Failure(f"传输时服务已异常退出 {tries} 次，不再尝试，请联系管理员查看日志")
-
-    def change(facts: Facts) -> Facts:
-        return replace(facts, tries={**facts.tries, task.id: tries + 1})
-
-    timer = threading.Timer(DEADLY_SECONDS, app.state.change, [change])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
     """Tell the person where the file is."""
     text = (
@@ -4806,11 +4731,13 @@ def relay_file(app: App, task: Task) -> None:
         def stopped() -> bool:
             return app.state.is_cancelled(task)
 
-        with counted(app, task):
-            source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
-            with contextlib.closing(source):
-                name = source.name
-                key, size_bytes = upload_parts(app, store, task, source)
+        if task.deaths >= MAX_DEATHS:
+            text = f"传输时服务已异常退出 {task.deaths} 次，不再尝试，请联系管理员查看日志"
+            raise Failure(text)
+        source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
+        with contextlib.closing(source):
+            name = source.name
+            key, size_bytes = upload_parts(app, store, task, source)
     tell_file(app, store, task, name, key, size_bytes)
 
 
@@ -4835,11 +4762,13 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     finish(app, task, text, number, "文件：失败", (link,), item=link)
 
 
-def cancel_file(app: App, task: Task) -> None:
-    """Tell the person that the upload has been broken off; leave nothing in the bucket."""
+def cancel(app: App, task: Task) -> None:
+    """Tell the person that the request has been broken off; leave nothing in the bucket."""
     drop_upload(app, task)
-    text = f"⏹ 已取消上传：{title(task, True)}"
-    finish(app, task, text, task.id, "文件：已取消", ())
+    is_file = task.lane == "files"
+    head = "已取消上传" if is_file else "已取消，没有开始"
+    what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
+    finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
 
 
 def settle_orphans(app: App) -> None:
@@ -4868,6 +4797,8 @@ def keep_settling(app: App) -> None:
 
 
 # ---- A lane, midnight --------------------------------------------------------------------------
+# A lane is a thread that takes the oldest task and brings it to its end. Midnight waits for the
+# images' lane and holds it up only while it uploads the list.
 
 
 def work(app: App, lane: str) -> None:
@@ -4878,10 +4809,8 @@ def work(app: App, lane: str) -> None:
     task = tasks[0]
     progress = app.progress.of(task)
     progress.since = progress.since or since(app, task)
-    if lane == "images":
-        run, fail, cancel = sync_images, fail_images, cancel_images
-    else:
-        run, fail, cancel = relay_file, fail_file, cancel_file
+    is_images = lane == "images"
+    run, fail = (sync_images, fail_images) if is_images else (relay_file, fail_file)
     try:
         run(app, task)
     except Cancelled:
@@ -4916,14 +4845,11 @@ def set_midnight(app: App, day: str) -> None:
 def empty_list(app: App, day: str) -> None:
     """Upload images.txt and empty it, when no image request runs; raise Failure."""
     with app.list_lock:
-        try:
-            if app.images.path.exists():
-                uploaded = app.images.read().encode("utf-8", "surrogateescape")
-                message = f"wxsync: 每日列表 {day} [skip ci]"
-                app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
-                app.images.remove(uploaded)
-        except OSError as error:
-            raise Failure(f"清空 {LIST_PATH} 失败：{error.strerror}") from error
+        if app.images.path.exists():
+            uploaded = app.images.read().encode("utf-8", "surrogateescape")
+            message = f"wxsync: 每日列表 {day} [skip ci]"
+            app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
+            app.images.remove(uploaded)
         set_midnight(app, day_of(app.now()))
 
 
@@ -4952,6 +4878,9 @@ def keep_midnight(app: App) -> float:
 # ================================================================================================
 
 # ---- The HTTP server ---------------------------------------------------------------------------
+# http.server reads heads; holding connections is done here, since a thread for each of 100 busy
+# ones took one and a half times the CPU that Flask takes, and one thread for all of them half of
+# it.
 
 
 class Head(http.server.BaseHTTPRequestHandler):
@@ -5190,6 +5119,7 @@ class Server:
 
 
 # ---- WeCom's callback --------------------------------------------------------------------------
+# Parameters, signature, age, decryption, sender, in this order; only then is anything read.
 
 
 class Texts(Channel):
@@ -5306,7 +5236,7 @@ class Callback:
             kind = "application/json" if as_json else "application/xml"
             return Reply(200, seal(crypto, inner, as_json, now), kind)
 
-        said = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
+        said = app.chat.hear(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
         return say(said) if isinstance(said, str) else lambda: self._guard(lambda: say(said()))
 
     def _health(self) -> dict[str, Any]:
@@ -5328,6 +5258,8 @@ class Callback:
 
 
 # ---- WebSocket (RFC 6455), the client's side ---------------------------------------------------
+# Masked frames out, every kind of frame in, no extensions, every length bounded before it is
+# believed.
 
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
@@ -5463,6 +5395,9 @@ class WebSocket:
 
 
 # ---- WeCom's robot over a long connection (contract section 12, document 101463) ---------------
+# One line for all: answers and results are frames of it with ids, acknowledged one by one. A
+# message that lives is a stream: its first frame confirms, later ones show how far it is, the last
+# one tells.
 
 # names of settings, and bare domains, which a client might make a link of
 CODE_WORDS = re.compile(
@@ -5534,6 +5469,7 @@ class Robot(Channel):
         # goes out as a frame of this stream, and whether it is the last one
         self._letters: dict[Letter, tuple[Stream, bool]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
+        self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
 
     @property
@@ -5620,6 +5556,12 @@ class Robot(Channel):
                 stream.line = None  # a late acknowledgement must not pass for that of another frame
             return is_taken
 
+    @staticmethod
+    def _write(line: WebSocket, command: str, req_id: str, body: Any = None) -> None:
+        """Send one frame; raise OSError."""
+        frame = {"cmd": command, "headers": {"req_id": req_id}} | ({"body": body} if body else {})
+        line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
+
     def _ask(self, command: str, req_id: str, body: Any) -> dict[str, Any]:
         """Send a command and return its acknowledgement; raise Unreachable."""
         line = self._line
@@ -5629,25 +5571,23 @@ class Robot(Channel):
         found: list[dict[str, Any]] = []
         with self._lock:
             self._acks[req_id] = event, found
-        frame = {"cmd": command, "headers": {"req_id": req_id}, "body": body}
         try:
-            line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
-            if not event.wait(ACK_SECONDS):
-                raise Unreachable("智能机器人没有确认收到")
+            self._write(line, command, req_id, body)
+            is_answered = event.wait(ACK_SECONDS)
         except OSError as error:
             raise Unreachable(LINE_DOWN) from error
         finally:
             with self._lock:
                 self._acks.pop(req_id, None)
         if not found:
-            raise Unreachable(LINE_DOWN)
+            raise Unreachable(LINE_DOWN if is_answered else "智能机器人没有确认收到")
         return found[0]
 
     # -- the line
 
     def run(self, app: App) -> None:
         """Keep the line for ever: connect, subscribe, read; after each fault again, later."""
-        faults = refusals = 0
+        refusals = 0
         while True:
             pause, line = 0.0, None
             try:
@@ -5658,14 +5598,14 @@ class Robot(Channel):
                     pause = REFUSED_PAUSES[min(refusals, len(REFUSED_PAUSES) - 1)]
                     refusals += 1
                 else:
-                    faults = refusals = 0
+                    refusals = 0
                     pause = self._read(app, line)
             except (OSError, Failure) as error:
                 self.trouble = f"{LINE_DOWN}：{explain(error)}"
             finally:
                 self._hang_up(line)
-            pause = pause or min(30.0, 2.0**faults)
-            faults = min(faults + 1, 5)
+            pause = pause or min(30.0, 2.0**self._faults)
+            self._faults = min(self._faults + 1, 5)
             app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
             app.sleep(pause)
 
@@ -5683,8 +5623,7 @@ class Robot(Channel):
         """Subscribe; return errcode and errmsg; raise OSError, Unreachable."""
         body = {"bot_id": self._settings.BOT_ID, "secret": self._settings.BOT_SECRET}
         req_id = secrets.token_hex(12)
-        frame = {"cmd": "aibot_subscribe", "headers": {"req_id": req_id}, "body": body}
-        line.send(TEXT, json.dumps(frame).encode())
+        self._write(line, "aibot_subscribe", req_id, body)
         deadline = time.monotonic() + ACK_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             found = self._parse(line.read(left) or b"")
@@ -5720,24 +5659,23 @@ class Robot(Channel):
         self.trouble = ""
         app.log.info("🤖 智能机器人已连接")
         app.posts[self.name].sign_of_life()
-        pings: set[str] = set()
+        pings = 0  # without an answer
         next_ping = time.monotonic() + ROBOT_PING_SECONDS
         while True:
             data = line.read(max(0.0, next_ping - time.monotonic()))
             if time.monotonic() >= next_ping:
-                if len(pings) >= 2:
+                if pings == 2:
                     raise TimeoutError
-                pings.add(req_id := f"ping{secrets.token_hex(8)}")
-                ping = {"cmd": "ping", "headers": {"req_id": req_id}}
-                line.send(TEXT, json.dumps(ping).encode())
+                pings += 1
+                self._write(line, "ping", f"ping{secrets.token_hex(8)}")
                 next_ping = time.monotonic() + ROBOT_PING_SECONDS
             if data is None:
                 continue
+            self._faults = 0
             frame = self._parse(data)
             req_id = str(frame["headers"].get("req_id"))
             if "cmd" not in frame:
-                if req_id in pings:
-                    pings.clear()
+                pings = 0 if req_id.startswith("ping") else pings
                 with self._lock:
                     event, found = self._acks.get(req_id, (None, []))
                 found.append(frame)
@@ -5790,8 +5728,7 @@ class Robot(Channel):
                 return  # a repeat
             self._streams[message.id] = stream
         text, note = self._content(body, app.chat.refusal(message.user))
-        said = app.chat.answer(message._replace(content=text), self, note)
-        reply = said if isinstance(said, str) else said()
+        reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
             return  # accepted: the confirmation is a letter
         with self._lock:
@@ -5990,8 +5927,6 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
-        if weak := self.settings.weak_secrets():
-            yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if module == "Crypto" or self.store:
                 cure = f"没有安装：pip install {package}"
@@ -6286,11 +6221,14 @@ def warm_up() -> None:
 
 def take_up(app: App) -> None:
     """Read the state and tell people of what could not be read; raise Failure."""
-    for task in app.state.load():
-        items = "\n".join(quoted(item, 100) for item in task.items[:10])
-        text = f"❌ 您有一个请求在重启后读不出来，请重发：\n{items}"
-        letters = app.channel(task.user).letters(task.user, text, secrets.token_hex(4))
-        app.state.change(functools.partial(Facts.with_letters, letters=letters))
+    for entry in app.state.load():
+        found = entry if isinstance(entry, dict) else {}
+        user, items = str(found.get("user")), found.get("items")
+        if USER_PATTERN.fullmatch(user.partition(" ")[0]) and "user" in found:
+            items = [quoted(str(item), 100) for item in items] if isinstance(items, list) else []
+            text = "\n".join(["❌ 您有一个请求在重启后读不出来，请重发：", *items[:10]])
+            letters = app.channel(user).letters(user, text, secrets.token_hex(4))
+            app.state.change(functools.partial(Facts.with_letters, letters=letters))
     letters = [Letter(app.channel(a).home(a), text) for a, text in app.state.facts.letters]
     if letters != list(app.state.facts.letters):  # a channel has been turned off
         app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
@@ -6345,8 +6283,6 @@ def serve(
     except (Failure, OSError) as error:
         log.error(f"❌ 启动失败：{error}")
         return 1
-    if weak := settings.weak_secrets():
-        log.warning(f"⚠️  {weak} 太短（不到 8 个字符），请换长的")
     server.stop_on_signals()
     start_threads(app)
     where = f"，回调路径 {Callback.PATH}" if crypto else ""
