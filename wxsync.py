@@ -245,6 +245,8 @@ def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -
     A longer line is cut. Lines that would make more pieces give way to their count. A ``` block
     that is cut is closed and opened again.
     """
+    if len(text.encode()) <= limit_bytes:
+        return [text]
     room = limit_bytes - (8 if "```" in text else 0)
     lines: list[str] = []
     for line in text.split("\n"):
@@ -293,6 +295,11 @@ def read_json(data: bytes | str, kind: type[T]) -> T | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, kind) else None
+
+
+def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
+    """Return the entries that came last."""
+    return dict(list(entries.items())[-most:])
 
 
 # ---- Reading an image line (contract section 5; no input or output in here) --------------------
@@ -374,6 +381,7 @@ class Image(NamedTuple):
         return option + self.source + (f" => {self.renamed}" if self.renamed else "")
 
     def target(self, prefix: str) -> str:
+        """Return where the image goes: REGISTRY/NAMESPACE/NAME:TAG."""
         return f"{prefix}/{self.name}:{self.tag}"
 
 
@@ -577,6 +585,7 @@ def classify(text: str, at_target: bool) -> str:
 
 
 def digest_of(manifest: bytes) -> str:
+    """Return the digest of a manifest's very bytes (OCI image spec, descriptor)."""
     return "sha256:" + hashlib.sha256(manifest).hexdigest()
 
 
@@ -688,6 +697,7 @@ class Skopeo:
 
 
 def is_index(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a manifest lists others, by its type or, where that is missing, its field."""
     return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
 
 
@@ -712,6 +722,7 @@ class Source(NamedTuple):
     repository: str  # with its host
 
     def manifest(self, digest: str) -> bytes:
+        """Return the bytes of the source's manifest that has this digest; raise CopyFailure."""
         return self.skopeo.raw(f"{self.repository}@{digest}")
 
     def leaves(self, index: Mapping[str, Any], depth: int = 1) -> list[dict[str, Any]]:
@@ -1029,14 +1040,24 @@ class Settings:
 
     @property
     def target_prefix(self) -> str:
+        """Return REGISTRY/NAMESPACE, as the workflow compares it with its Secrets."""
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
+    def secrets(self) -> dict[str, str]:
+        """Return every value that must never be written anywhere, by its setting's name."""
+        names = "SECRET TOKEN ENCODING_AES_KEY BOT_SECRET GITHUB_TOKEN QINGSTOR_SECRET_ACCESS_KEY"
+        values = {name: str(getattr(self, name)) for name in names.split()}
+        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        return {name: value for name, value in values.items() if value}
+
     def secret_values(self) -> list[str]:
-        """Return every value that must never be written anywhere."""
-        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
-        values = [getattr(self, name) for name in (*names, "QINGSTOR_SECRET_ACCESS_KEY")]
-        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
-        return [*values, password, urllib.parse.unquote(password)]
+        """Return the secrets, the proxy's password also as it is before percent-encoding."""
+        values = self.secrets()
+        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
+
+    def weak_secrets(self) -> str:
+        """Return the names of secrets that are too short to be masked safely, else ""."""
+        return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
 
 
 class SettingsError(Exception):
@@ -1471,6 +1492,8 @@ def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) ->
 
 
 class Answer(NamedTuple):
+    """The whole answer to one exchange."""
+
     status: int
     headers: http.client.HTTPMessage
     body: bytes
@@ -1963,6 +1986,8 @@ class GitHubError(Failure):
 
 
 class Run(NamedTuple):
+    """One run of the workflow."""
+
     id: int
     url: str
 
@@ -1978,10 +2003,12 @@ class Outcome(NamedTuple):
 
     @property
     def is_done(self) -> bool:
+        """Tell whether the target has the image now."""
         return self.code in ("", "copied", "unchanged")
 
     @property
     def is_open(self) -> bool:
+        """Tell whether there is nothing to say yet: the job runs, or is not listed."""
         return self.code in ("running", "missing")
 
 
@@ -2960,6 +2987,7 @@ class Task:
 
     @property
     def person(self) -> str:
+        """Return the user id in the address."""
         return self.user.partition(" ")[0]
 
 
@@ -2976,6 +3004,7 @@ class Facts:
     cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
 
     def task(self, task_id: str, lane: str) -> Task | None:
+        """Return a task as it is now, None when it has ended."""
         return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
 
     def lane(self, lane: str) -> tuple[Task, ...]:
@@ -2995,6 +3024,7 @@ class Facts:
         return replace(self, tasks=left, cancelled=cancelled)
 
     def with_letters(self, letters: Iterable[Letter]) -> Facts:
+        """Return Facts with more messages to be sent."""
         return replace(self, letters=(*self.letters, *letters))
 
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
@@ -3011,11 +3041,6 @@ class Facts:
         seen = {k: v for k, v in self.seen.items() if at - v.at < keep_seconds}
         seen = newest(seen, MAX_REMEMBERED - 1)
         return replace(self, seen={**seen, message_id: Said(at, reply)})
-
-
-def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
-    """Return the entries that came last."""
-    return dict(list(entries.items())[-most:])
 
 
 def revive(kind: Any, value: Any) -> Any:
@@ -3129,6 +3154,7 @@ class State:
         return [entry for name, entry in damaged if name == "tasks"]
 
     def is_cancelled(self, task: Task) -> bool:
+        """Tell whether the person has called a task off."""
         return task.id in self.facts.cancelled
 
     # -- changing
@@ -3835,11 +3861,13 @@ class Progress:
             return self._works.setdefault((task.lane, task.id), fresh)
 
     def is_begun(self, task: Task) -> bool:
+        """Tell whether a lane has begun with a task, in this process."""
         with self._lock:
             work = self._works.get((task.lane, task.id))
             return bool(work and work.since)
 
     def end(self, task: Task) -> None:
+        """Forget a task."""
         with self._lock:
             self._works.pop((task.lane, task.id), None)
 
@@ -4470,6 +4498,7 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 
 def running(app: App, task: Task, run: Run) -> Task:
+    """Note that GitHub runs the task: from here on the run decides what came of it."""
     app.log.info(f"images: id={task.id} run={run.id}")
     found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
     return advance(app, task, stage="running", **found)
@@ -4839,6 +4868,7 @@ def seconds_to_midnight(moment: float) -> float:
 
 
 def set_midnight(app: App, day: str) -> None:
+    """Note the day up to which the list has been emptied."""
     app.state.change(lambda facts: replace(facts, midnight=day))
 
 
@@ -4915,6 +4945,8 @@ class Head(http.server.BaseHTTPRequestHandler):
 
 
 class Reply(NamedTuple):
+    """What goes back for one HTTP request."""
+
     status: int
     body: bytes = b""
     content_type: str = "text/plain; charset=utf-8"
@@ -5466,8 +5498,8 @@ class Robot(Channel):
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
-        # goes out as a frame of this stream, and whether it is the last one
-        self._letters: dict[Letter, tuple[Stream, bool]] = {}
+        # the streams whose frames these letters are to be, and whether it is the last frame
+        self._letters: dict[Letter, list[tuple[Stream, bool]]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
@@ -5477,6 +5509,7 @@ class Robot(Channel):
         return "up" if self._line else "down"
 
     def pace(self) -> list[tuple[float, float]]:
+        """Return what WeCom lets a robot send to one chat."""
         return [ROBOT_PACE, HOURLY_PACE]
 
     # -- the form of a text
@@ -5509,7 +5542,7 @@ class Robot(Channel):
         with self._lock:
             if stream := self._streams.get(message.id):
                 stream.tasks = tuple(tasks)
-                self._letters[letters[0]] = stream, False
+                self._letters.setdefault(letters[0], []).append((stream, False))
         return letters
 
     def expect(self, task: Task, letters: Sequence[Letter]) -> None:
@@ -5517,14 +5550,17 @@ class Robot(Channel):
             for message_id, stream in list(self._streams.items()):
                 if any(t.id == task.id for t in stream.tasks) and letters:
                     del self._streams[message_id]
-                    self._letters[letters[0]] = stream, True
+                    self._letters.setdefault(letters[0], []).append((stream, True))
 
     # -- sending
 
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
         with self._lock:
-            stream, is_last = self._letters.pop(letter, (None, False))
+            frames = self._letters.get(letter, [])
+            stream, is_last = frames.pop(0) if frames else (None, False)
+            if not frames:
+                self._letters.pop(letter, None)
         if stream and self._respond(stream, letter.text, is_last):
             return
         user, _, group = split_address(letter.address)
@@ -5718,7 +5754,7 @@ class Robot(Channel):
         threading.Thread(target=answer, daemon=True).start()
 
     def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
-        """Answer one message: work is confirmed by a letter, all else is one finished stream."""
+        """Answer one message by a letter; where it is no work, that finishes its stream."""
         message = self._message(body)
         if message is None:
             return
@@ -5730,19 +5766,16 @@ class Robot(Channel):
         text, note = self._content(body, app.chat.refusal(message.user))
         reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
-            return  # accepted: the confirmation is a letter
+            return  # accepted, with its confirmation
+        first, *more = self.letters(message.address, reply, "")
         with self._lock:
             self._streams.pop(message.id, None)
-            self._letters = {k: v for k, v in self._letters.items() if v[0] is not stream}
-        pieces = self.letters(message.address, reply, "")
-        post = app.posts[self.name]
-        is_free = post.pace.wait_seconds(message.address) <= 0
-        if is_free:
-            post.pace.take(message.address)
-        if not is_free or not self._respond(stream, pieces[0].text, True):
-            app.state.change(lambda facts: facts.with_letters(pieces[:1]))
-        if pieces[1:]:
-            post.send_list(message.address, [piece.text for piece in pieces[1:]])
+            for frames in self._letters.values():  # of a confirmation that did not reach the disk
+                frames[:] = [frame for frame in frames if frame[0] is not stream]
+            self._letters.setdefault(first, []).append((stream, True))
+        if more:
+            app.posts[self.name].send_list(message.address, [letter.text for letter in more])
+        app.state.change(lambda facts: facts.with_letters([first]))
 
     # -- what people send
 
@@ -5883,6 +5916,7 @@ def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> F
 
 
 def is_installed(module: str) -> bool:
+    """Tell whether a module can be imported, without importing it."""
     import importlib.util
 
     return importlib.util.find_spec(module) is not None
@@ -5927,6 +5961,8 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
+        if weak := self.settings.weak_secrets():
+            yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if module == "Crypto" or self.store:
                 cure = f"没有安装：pip install {package}"
@@ -5941,6 +5977,7 @@ class Doctor:
             yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
 
     def proxy(self) -> Iterator[Finding]:
+        """Try the proxy as the service would."""
         if self.network.proxy is None:
             yield Finding("✅", "代理", "没有设置，GitHub 直连")
             return
@@ -6205,6 +6242,7 @@ def build_app(
 
 
 def keep_probing(app: App) -> None:
+    """Look at the proxy, then wait."""
     app.network.probe()
     app.sleep(PROBE_SECONDS)
 
@@ -6283,6 +6321,8 @@ def serve(
     except (Failure, OSError) as error:
         log.error(f"❌ 启动失败：{error}")
         return 1
+    if weak := settings.weak_secrets():
+        log.warning(f"⚠️  {weak} 太短（不到 8 个字符），请换长的")
     server.stop_on_signals()
     start_threads(app)
     where = f"，回调路径 {Callback.PATH}" if crypto else ""
@@ -6335,6 +6375,7 @@ def send_text(settings: Settings, text: str, user: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its help is what users read."""
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     about = "企业微信里发镜像名，经 GitHub Actions 复制到镜像仓库；发链接，存到 QingStor"
     parser = argparse.ArgumentParser(prog="wxsync.py", description=about)
