@@ -66,7 +66,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
 from html import escape
@@ -14049,7 +14049,7 @@ CHECK = table("""
 | no push | ❌ GitHub 仓库 | Contents: Read and write | github.permissions={'pull': True} |
 | no writing | ❌ GitHub 仓库 | Contents: Read and write | github.denied={'contents=write'} |
 | archived | ❌ GitHub 仓库 | 已归档; Unarchive | github.archived=True |
-| no Actions | ❌ GitHub 工作流 | 缺少权限 Actions: Read and write | github.denied={'actions=read'} |
+| no Actions | ❌ GitHub 工作流 | 权限 Actions: Read and write | github.denied={'actions=read'} |
 | no starting | ❌ GitHub 工作流 | Actions: Read and write | github.denied={'actions=write'} |
 | no workflow | ❌ GitHub 工作流 | docker-image-sync.yml | github.WORKFLOW='other.yml' |
 | disabled | ❌ GitHub 工作流 | Enable workflow | github.workflow_state='disabled' |
@@ -14058,13 +14058,13 @@ CHECK = table("""
 | where | ❌ GitHub Secrets | Secrets and variables → Actions | github.secrets=set() |
 | Secrets unseen | ⚠️ GitHub Secrets | DOCKER_PASSWORD; 自行确认 | github.denied={'secrets=read'} |
 | expires | ⚠️ GitHub 令牌 | 09:00 UTC; 更换 | github.token_expires='2027-10-12 09:00 UTC' |
-| proxy | ❌ 代理 | 127.0.0.1:9; 核对地址; PROXY_TEST_URL | PROXY_URL=http://u:p@127.0.0.1:9 |
+| proxy | ❌ 代理 | 127.0.0.1:9; 核对地址; PROXY_TEST | PROXY_URL=http://u:not-told@127.0.0.1:9 |
 | clock | ❌ 时钟 | 秒：timedatectl | wecom.skew=-3600.0; github.skew=-3600.0 |
 | QingStor's clock | ❌ 时钟 | 秒：timedatectl | store.skew=3600.0 |
 | bucket | ✅ QingStor | tmp; 密钥正确 | LOG_LEVEL=INFO |
 | closed links | ❌ QingStor 链接 | QINGSTOR_LINK_SECONDS=86400 | store.public=False |
 | signed links | ✅ QingStor 链接 | 600 秒 | store.public=False; QINGSTOR_LINK_SECONDS=600 |
-| wrong key | ❌ QingStor | QINGSTOR_SECRET_ACCESS_KEY | QINGSTOR_SECRET_ACCESS_KEY=not-it |
+| wrong key | ❌ QingStor | QINGSTOR_SECRET_ACCESS_KEY | QINGSTOR_SECRET_ACCESS_KEY=not-the-key |
 | no bucket | ❌ QingStor | QINGSTOR_BUCKET | store.bucket_missing=True |
 | no QingStor | ❌ QingStor | QINGSTOR_URL | QINGSTOR_URL=http://127.0.0.1:9 |
 | a file | ❌ STATE_DIR | TMP/file | STATE_DIR=TMP/file |
@@ -15241,57 +15241,51 @@ IMPORTS = "import http.server, ssl"  # the least that any service of this kind l
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
 
 
-class Skip(Exception):
-    """Why a row cannot be measured here."""
-
-
-@dataclass
-class Measured:
-    """What a row found; `reached` is None where there is no target to reach."""
+class Measured(NamedTuple):
+    """What a row found; `reached` is None where there is no target to reach, or no figure."""
 
     text: str
     reached: bool | None
-    figures: dict[str, float] = field(default_factory=dict)
-    skipped: bool = False
+    figures: dict[str, float]
 
 
-@dataclass(frozen=True)
-class BenchRow:
+def measured(text: str, reached: bool | None, *figures: float) -> Measured:
+    """Return what a row found: figures in the order in which the text names them."""
+    names = [name for _, name, _, _ in string.Formatter().parse(text) if name]
+    named = dict(zip(names, figures, strict=True))
+    return Measured(text.format(**named), reached, named)
+
+
+class BenchRow(NamedTuple):
     """One line of the table. Rows that only wait are measured side by side, to save time."""
 
-    name: str
     what: str
     target: str
+    wants: str  # programs and modules
+    waits: bool
     measure: Callable[[Benchmark], Measured]
-    waits: bool = False
 
 
-class Relayed(NamedTuple):
-    """What bringing one file from a source into the bucket took."""
-
-    seconds: float
-    cpu: float  # seconds, of the service
-    peers: float  # seconds, of source and bucket together
-    before: int  # bytes of memory, as `peak` and `after`
-    peak: int
-    after: int
+BENCH_ROWS: dict[str, BenchRow] = {}
 
 
-class Load(NamedTuple):
-    """What wrk saw."""
+def row(
+    what: str, target: str, wants: str = "", waits: bool = False
+) -> Callable[[Callable[[Benchmark], Measured]], None]:
+    """Make a line of the table of the function that measures it."""
 
-    per_second: float
-    p50: float
-    p99: float
-    errors: int
-    cpu: float  # seconds of the server per 1,000 answers
+    def add(measure: Callable[[Benchmark], Measured]) -> None:
+        name = measure.__name__.removeprefix("measure_").replace("_", "-")
+        BENCH_ROWS[name] = BenchRow(what, target, wants, waits, measure)
+
+    return add
 
 
 class Benchmark:
-    """One run of the benchmark: its options, and what several rows need."""
+    """One run of the benchmark: quick or not, and what several rows need."""
 
-    def __init__(self, script: Path, quick: bool) -> None:
-        self.script, self.quick = script, quick
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
         self.begun = time.monotonic()
         self.stack = ExitStack()
         self.relay_size = (128 if quick else 1024) * MIB
@@ -15304,19 +15298,10 @@ class Benchmark:
     def times(self, usual: int, quick: int) -> int:
         return quick if self.quick else usual
 
-    def world(
-        self,
-        settings: Mapping[str, str | None] | None = None,
-        runner: Runner | None = None,
-    ) -> World:
-        """Return a world that logs as users do, not as tests do."""
-        return World(self.script, runner, {"LOG_LEVEL": None} | dict(settings or {}))
-
     @functools.cached_property
     def source(self) -> Registry:
         """The registry that images are copied from."""
-        if why := Registry.missing():
-            raise Skip(why)
+        needs(Registry.missing())
         return self.stack.enter_context(Registry())
 
     @functools.cached_property
@@ -15327,96 +15312,82 @@ class Benchmark:
         return "big:1"
 
     @functools.cached_property
-    def small_images(self) -> list[str]:
-        """20 images of 5 MB, as lines for `copy`."""
-        names = [f"small{number}" for number in range(20)]
-        for name in names:
-            publish(self.source, f"library/{name}", "1", sizes=[2_500_000] * 2)
-        return [f"{name}:1" for name in names]
-
-    @functools.cached_property
     def fast_relays(self) -> list[Relayed]:
-        return [relay(self, self.relay_size) for _ in range(self.times(3, 1))]
+        return [relay(self.relay_size) for _ in range(self.times(3, 1))]
 
 
-def middle(values: Sequence[float], share: float = 0.5) -> float:
+def calm_world(settings: Mapping[str, str] | None = None, runner: Runner | None = None) -> World:
+    """Return a world that logs as users do, not as tests do."""
+    return World(SCRIPT, runner, {"LOG_LEVEL": None} | dict(settings or {}))
+
+
+def middle(values: Iterable[float], share: float = 0.5) -> float:
     """Return the value below which this share of the values lies."""
+    ordered = sorted(values)
     if share == 0.5:
-        return statistics.median(values)
-    return sorted(values)[math.ceil(len(values) * share) - 1]
+        return statistics.median(ordered)
+    return ordered[math.ceil(len(ordered) * share) - 1]
 
 
-def need_proc() -> None:
-    if not Path("/proc/self/status").exists():
-        raise Skip("no /proc")
-
-
-def need_programs(*names: str) -> None:
-    if why := missing_program(*names):
-        raise Skip(why)
-
-
-def need_modules(*names: str) -> None:
-    absent = [name for name in names if not importlib.util.find_spec(name)]
-    if absent:
-        raise Skip(f"{', '.join(absent)} not installed")
-
-
-def python(words: Sequence[str], environment: Mapping[str, str]) -> str:
+def python(code: str, environment: Mapping[str, str]) -> str:
     """Run Python code in a process of its own, return what it prints."""
-    command = [sys.executable, "-c", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: start, memory, rest
+# Benchmark: start and memory
 # ---------------------------------------------------------------------------------------------
 
 
 def is_up(port: int) -> bool:
     try:
-        with socket.create_connection(("127.0.0.1", port), 5) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            return connection.recv(100).startswith(b"HTTP/1.1 200")
-    except ConnectionError:
+        return (
+            exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") != b""
+        )
+    except (OSError, RuntimeError):
         return False
 
 
-def start_seconds(service: Service) -> float:
-    """Start the service, return the seconds from before the process to the first 200."""
-    begun = time.perf_counter()
+def start_up(service: Service) -> None:
+    """Start the service, wait for the first 200."""
     service.launch()
     if not wait_until(lambda: is_up(service.port), 15, 0.0005):
         raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
-    seconds = time.perf_counter() - begun
-    service.kill()
-    return seconds
 
 
+@row(
+    "启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200",
+    '≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
+)
 def measure_start(bench: Benchmark) -> Measured:
-    took: dict[str, list[float]] = {"seconds": [], "by_hand_seconds": [], "imports_seconds": []}
-    with bench.world() as world:
-        world.service.kill()  # once started: the libraries' bytecode is written, as on any machine
-        ways = {"seconds": world.service.compile(), "by_hand_seconds": world.service.words}
+    with calm_world() as world:
+        service = world.service
+        service.kill()  # once started: the libraries' bytecode is written, as on any machine
+        took: list[list[float]] = [[], [], []]
+        ways = (service.compile(), service.words)
         for _ in range(bench.times(15, 5)):
-            for name, world.service.words in ways.items():
-                took[name].append(start_seconds(world.service))
-            begun = time.perf_counter()
-            python([IMPORTS], world.service.environment)
-            took["imports_seconds"].append(time.perf_counter() - begun)
-    start, by_hand, bare = (middle(took[name]) for name in took)
-    return Measured(
-        f"{start * 1000:.0f} ms，{start / bare:.2f} 倍（import {bare * 1000:.0f} ms）；"
-        f"手动 `python wxsync.py` {by_hand * 1000:.0f} ms",
-        start <= 0.07 or start <= 1.5 * bare,
-        {"seconds": start, "by_hand_seconds": by_hand, "imports_seconds": bare},
+            for way, service.words in enumerate(ways):
+                took[way].append(timed(lambda: start_up(service)) * 1000)
+                service.kill()
+            took[2].append(timed(lambda: python(IMPORTS, service.environment)) * 1000)
+    ms, by_hand, bare = map(middle, took)
+    text = (
+        "{ms:.0f} ms，{ratio:.2f} 倍（import {imports_ms:.0f} ms）；"
+        "手动 `python wxsync.py` {by_hand_ms:.0f} ms"
     )
+    return measured(text, ms <= 70 or ms <= 1.5 * bare, ms, ms / bare, bare, by_hand)
 
 
-def rest_mib(bench: Benchmark, compiled: bool) -> float:
+def rest_mib(compiled: bool) -> float:
     """Return the memory of a service with QingStor set and unused."""
-    with FakeQingStor() as store, bench.world(store.settings) as world:
+    with FakeQingStor() as store, calm_world(store.settings) as world:
         if compiled:
             world.service.words = world.service.compile()
             world.service.restart()
@@ -15424,55 +15395,30 @@ def rest_mib(bench: Benchmark, compiled: bool) -> float:
         return world.service.rss_bytes() / MIB
 
 
+@row("内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后", "≤ 26 MiB / 多 ≤ 48 MiB")
 def measure_memory(bench: Benchmark) -> Measured:
-    need_proc()
-    need_modules("qingstor")
     times = range(bench.times(3, 1))
-    rest, by_hand = (middle([rest_mib(bench, how) for _ in times]) for how in (True, False))
-    bare = int(python([OWN_RSS], dict(os.environ))) / 1024
-    relays = bench.fast_relays
-    after = middle([relayed.after - relayed.before for relayed in relays]) / MIB
-    peak = middle([relayed.peak - relayed.before for relayed in relays]) / MIB
-    figures = {"rest_mib": rest, "by_hand_mib": by_hand, "imports_mib": bare}
-    return Measured(
-        f"{rest:.1f} MiB（手动 {by_hand:.1f}；只 import http.server、ssl 的 Python {bare:.1f}）；"
-        f"之后多 {after:.1f} MiB，最高时多 {peak:.1f}",
-        rest <= 26 and max(after, peak) <= 48,
-        figures | {"after_mib": after, "peak_mib": peak},
+    rest, by_hand = (middle(rest_mib(how) for _ in times) for how in (True, False))
+    after = middle(relayed.after / MIB for relayed in bench.fast_relays)
+    peak = middle(relayed.peak / MIB for relayed in bench.fast_relays)
+    text = (
+        "{mib:.1f} MiB（手动 {by_hand_mib:.1f}；只 import http.server、ssl 的 Python "
+        "{imports_mib:.1f}）；之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"
     )
-
-
-def measure_rest(bench: Benchmark) -> Measured:
-    need_proc()
-    seconds = bench.times(60, 10)
-    with bench.world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
-        world.say("nginx:latest")  # at rest after work, with connections and threads in use
-        world.hear("成功 1 / 1")
-        time.sleep(3)
-        cpu, wakeups = world.service.cpu_seconds(), world.service.wakeups()
-        time.sleep(seconds)
-        cpu = world.service.cpu_seconds() - cpu
-        woken = (world.service.wakeups() - wakeups) / seconds
-        threads = world.service.threads()
-    return Measured(
-        f"{seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）",
-        cpu == 0 and woken <= 1,
-        {"cpu_seconds": cpu, "wakeups_per_second": woken, "threads": threads},
+    return measured(
+        text,
+        rest <= 26 and max(after, peak) <= 48,
+        rest,
+        by_hand,
+        int(python(OWN_RSS, dict(os.environ))) / 1024,
+        after,
+        peak,
     )
 
 
 # ---------------------------------------------------------------------------------------------
 # Benchmark: callbacks
 # ---------------------------------------------------------------------------------------------
-
-
-def request_bytes(post: Post) -> bytes:
-    """Return a callback as it goes over the wire."""
-    lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
-    lines += [f"{name}: {value}" for name, value in post.headers.items()]
-    lines += [f"Content-Length: {len(post.body)}", "", ""]
-    return "\r\n".join(lines).encode() + post.body
-
 
 WHOLE_HEAD = re.compile(rb"content-length: *(\d+)\r\n(?:.*?\r\n)??\r\n", re.I | re.S)
 
@@ -15482,62 +15428,58 @@ def exchange(port: int, request: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(request)
         answer = b""
-        while not (found := WHOLE_HEAD.search(answer)):
-            answer += receive(connection)
-        while len(answer) < found.end() + int(found[1]):
-            answer += receive(connection)
+        while not (found := WHOLE_HEAD.search(answer)) or (
+            len(answer) < found.end() + int(found[1])
+        ):
+            piece = connection.recv(65536)
+            if not piece:
+                raise ConnectionError("closed before the answer was whole")
+            answer += piece
     if not answer.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(answer[:200].decode(errors="replace"))
     return answer[found.end() :]
 
 
-def receive(connection: socket.socket) -> bytes:
-    piece = connection.recv(65536)
-    if not piece:
-        raise ConnectionError("closed before the answer was whole")
-    return piece
-
-
 def built(client: WeComClient, user: str, text: str) -> bytes:
-    return request_bytes(client.build(client.text_fields(user, text)))
+    """Return a callback as it goes over the wire."""
+    post = client.build(client.text_fields(user, text))
+    lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name}: {value}" for name, value in post.headers.items()]
+    lines += [f"Content-Length: {len(post.body)}", "", ""]
+    return "\r\n".join(lines).encode() + post.body
 
 
 def latencies(world: World, texts: Sequence[str]) -> list[float]:
-    """Post the messages one at a time, return the seconds that each took; replies are checked."""
-    requests = [built(world.client, "alice", text) for text in texts]
-    seconds, bodies = [], []
-    for request in requests:
+    """Post the messages one at a time, return the ms that each took; replies are checked."""
+    milliseconds, bodies = [], []
+    for request in [built(world.client, "alice", text) for text in texts]:
         begun = time.perf_counter()
         bodies.append(exchange(world.service.port, request))
-        seconds.append(time.perf_counter() - begun)
+        milliseconds.append((time.perf_counter() - begun) * 1000)
     if not all(world.client.open_reply(body.decode())["content"] for body in bodies):
         raise RuntimeError("an empty reply")
-    return seconds
+    return milliseconds
 
 
+@row("回调：密文消息到密文回复，逐条，每条一个连接", "p50 < 1.5 ms，p99 < 8 ms")
 def measure_callback(bench: Benchmark) -> Measured:
-    runner = PlayedRunner()
-    runner.gate = threading.Event()  # nothing moves on while the requests are taken
-    with bench.world({"QUEUE_SIZE": "100"}, runner) as world:
+    # nothing moves on while the requests are taken
+    with calm_world({"QUEUE_SIZE": "100"}, runner := gated()) as world:
         latencies(world, ["help"] * 100)
         rounds = [latencies(world, ["help"] * bench.times(2000, 500)) for _ in range(3)]
         images = latencies(world, [f"nginx:{number}" for number in range(bench.times(60, 30))])
-        runner.gate.set()
-    p50 = middle([middle(found) for found in rounds]) * 1000
-    p99 = middle([middle(found, 0.99) for found in rounds]) * 1000
-    stored = middle(images) * 1000
-    return Measured(
-        f"p50 {p50:.2f} ms，p99 {p99:.2f} ms（要先落盘的镜像请求 p50 {stored:.1f} ms）",
-        p50 < 1.5 and p99 < 8,
-        {"p50_ms": p50, "p99_ms": p99, "image_request_p50_ms": stored},
+        open_gate(runner)
+    p50, p99 = (middle(middle(found, share) for found in rounds) for share in (0.5, 0.99))
+    text = (
+        "p50 {p50_ms:.2f} ms，p99 {p99_ms:.2f} ms（要先落盘的镜像请求 p50 {image_p50_ms:.1f} ms）"
     )
+    return measured(text, p50 < 1.5 and p99 < 8, p50, p99, middle(images))
 
 
 # What a short answer to the same task looks like: the usual framework, the same crypto.
 FLASK_APP = """
 import base64, hashlib, hmac, os, secrets, struct, time
 import xml.etree.ElementTree as ET
-
 from Crypto.Cipher import AES
 from flask import Flask, Response, abort, request
 
@@ -15545,10 +15487,8 @@ KEY = base64.b64decode(os.environ["ENCODING_AES_KEY"] + "=")
 TOKEN, CORP_ID, REPLY = os.environ["TOKEN"], os.environ["CORP_ID"].encode(), os.environ["REPLY"]
 app = Flask(__name__)
 
-
 def sign(*parts):
     return hashlib.sha1("".join(sorted([TOKEN, *parts])).encode()).hexdigest()
-
 
 def decrypt(encrypted):
     plain = AES.new(KEY, AES.MODE_CBC, KEY[:16]).decrypt(base64.b64decode(encrypted))
@@ -15558,14 +15498,12 @@ def decrypt(encrypted):
         abort(403)
     return plain[20 : 20 + size].decode()
 
-
 def encrypt(text):
     raw = text.encode()
     plain = os.urandom(16) + struct.pack(">I", len(raw)) + raw + CORP_ID
     pad = 32 - len(plain) % 32
     cipher = AES.new(KEY, AES.MODE_CBC, KEY[:16])
     return base64.b64encode(cipher.encrypt(plain + bytes([pad]) * pad)).decode()
-
 
 @app.post("/wechat/callback")
 def callback():
@@ -15588,7 +15526,6 @@ def callback():
         mimetype="text/xml",
     )
 
-
 @app.get("/health")
 def health():
     return "ok"
@@ -15610,9 +15547,8 @@ function request()
 end
 function done(summary, latency)
   local e = summary.errors
-  io.write(string.format("RESULT %f %f %f %d %d\\n",
-    summary.requests / summary.duration * 1e6, latency:percentile(50) / 1e6,
-    latency:percentile(99) / 1e6, e.connect + e.read + e.write + e.status + e.timeout,
+  io.write(string.format("RESULT %f %f %d %d\\n", summary.requests / summary.duration * 1e6,
+    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout,
     summary.requests))
 end
 """
@@ -15638,108 +15574,72 @@ def flask_service(world: World, folder: Path) -> Iterator[tuple[int, int]]:
 
 def family_cpu(pid: int) -> float:
     """Return the CPU seconds of a process and its children so far."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     ticks = 0
-    for member in (str(pid), *children):
+    for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
         fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def put_load(server: tuple[int, int], script: Path, seconds: int) -> Load:
-    """Post from 100 connections at once, as fast as answers come from a port of a process."""
+def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]:
+    """Post from 100 connections at once, as fast as answers come from a port of a process.
+
+    Return answers a second, p99 in ms, µs of CPU an answer, and the number of errors.
+    """
     port, pid = server
     command = ["wrk", "-t1", "-c100", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
     command.append(f"http://127.0.0.1:{port}/wechat/callback")
     cpu = family_cpu(pid)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     cpu = family_cpu(pid) - cpu
-    found = re.search(r"RESULT (\S+) (\S+) (\S+) (\d+) (\d+)", done.stdout)
+    found = re.search(r"RESULT (\S+) (\S+) (\d+) (\d+)", done.stdout)
     if not found:
         raise RuntimeError(done.stdout + done.stderr)
-    per_second, p50, p99 = (float(found[number]) for number in (1, 2, 3))
-    return Load(per_second, p50, p99, int(found[4]), cpu * 1000 / int(found[5]))
+    return [float(found[1]), float(found[2]), cpu * 1e6 / int(found[4]), int(found[3])]
 
 
-def write_requests(world: World, folder: Path, count: int) -> Path:
-    """Write the messages and the script that posts them; no two have the same MsgId."""
-    with open(folder / "requests", "wb") as file:
-        for number in range(count):
-            request = built(world.client, f"user{number % 500}", "help")
-            file.write(b"%d\n" % len(request) + request)
-    script = folder / "post.lua"
-    script.write_text(WRK_SCRIPT.replace("REQUESTS", str(folder / "requests")))
-    return script
-
-
-def check_reply(client: WeComClient, port: int) -> None:
-    body = exchange(port, built(client, "alice", "help"))
-    if "wxsync" not in client.open_reply(body.decode())["content"]:
-        raise RuntimeError(f"no help on port {port}")
-
-
-def compared_loads(bench: Benchmark) -> tuple[list[Load], list[Load]]:
-    """Return what wrk saw of the service, and of Flask, in turns."""
-    ours, theirs = [], []
-    with temporary_folder("load") as name, bench.world() as world:
-        folder = Path(name)
-        script = write_requests(world, folder, bench.times(60_000, 20_000))
-        with flask_service(world, folder) as flask:
-            service = (world.service.port, world.service.pid)
-            for server in (service, flask):
-                check_reply(world.client, server[0])
-                put_load(server, script, 1)
-            for _ in range(bench.times(2, 1)):
-                ours.append(put_load(service, script, bench.times(20, 4)))
-                theirs.append(put_load(flask, script, bench.times(20, 4)))
-    return ours, theirs
-
-
+@row(
+    "回调：100 个连接同时，20 秒",
+    "≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms",
+    "wrk flask gunicorn",
+)
 def measure_load(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("wrk")
-    need_modules("flask", "gunicorn")
-    ours, theirs = compared_loads(bench)
-    here = middle([found.per_second for found in ours])
-    there = middle([found.per_second for found in theirs])
-    p99, slow = (middle([found.p99 for found in group]) for group in (ours, theirs))
-    cpu, more = (middle([found.cpu for found in group]) for group in (ours, theirs))
-    errors = sum(found.errors for found in ours)
-    return Measured(
-        f"每秒 {here:.0f} 条，{here / there:.2f} 倍（Flask {there:.0f} 条）；错误 {errors} 个；"
-        f"p99 {p99 * 1000:.0f} ms（Flask {slow * 1000:.0f}）；"
-        f"每条 CPU {cpu * 1000:.0f} µs（Flask {more * 1000:.0f}）",
-        here >= 1.2 * there and not errors and p99 < 0.15,
-        {
-            "per_second": here,
-            "flask_per_second": there,
-            "p99_seconds": p99,
-            "flask_p99_seconds": slow,
-            "errors": errors,
-            "cpu_seconds_per_1000": cpu,
-            "flask_cpu_seconds_per_1000": more,
-            "flask_errors": sum(found.errors for found in theirs),
-        },
+    seen: list[list[list[float]]] = [[], []]
+    with temporary_folder("load") as name, calm_world() as world:
+        script = Path(name, "post.lua")
+        script.write_text(WRK_SCRIPT.replace("REQUESTS", f"{name}/requests"))
+        with open(Path(name, "requests"), "wb") as file:
+            for number in range(bench.times(60_000, 20_000)):  # each with a MsgId of its own
+                request = built(world.client, f"user{number % 500}", "help")
+                file.write(b"%d\n" % len(request) + request)
+        with flask_service(world, Path(name)) as flask:
+            servers = ((world.service.port, world.service.pid), flask)
+            for server in servers:
+                body = exchange(server[0], built(world.client, "alice", "help"))
+                if "wxsync" not in world.client.open_reply(body.decode())["content"]:
+                    raise RuntimeError(f"no help on port {server[0]}")
+                put_load(server, script, 1)
+            for _ in range(bench.times(2, 1)):  # in turns
+                for server, loads in zip(servers, seen, strict=True):
+                    loads.append(put_load(server, script, bench.times(20, 4)))
+    here, there = ([middle(column) for column in zip(*loads, strict=True)] for loads in seen)
+    errors = sum(load[3] for load in seen[0])
+    text = (
+        "每秒 {per_second:.0f} 条，{ratio:.2f} 倍（Flask {flask_per_second:.0f} 条）；"
+        "错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；"
+        "每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"
     )
-
-
-def measure_messages(bench: Benchmark) -> Measured:
-    need_proc()
-    total = bench.times(10_000, 2_000)
-    texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
-    with bench.world() as world:
-        path, sizes, memory = world.service.state_dir / "wxsync.state", [], []
-        for number in range(1, total + 1):
-            text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
-            exchange(world.service.port, built(world.client, f"user{number % 300}", text))
-            if number in (total // 10, total):
-                memory.append(world.service.rss_bytes() / MIB)
-                sizes.append(path.stat().st_size / 1024)
-    return Measured(
-        f"{total // 10} 条时 {memory[0]:.1f} MiB，{total} 条时 {memory[1]:.1f} MiB；"
-        f"状态文件 {sizes[0]:.0f} → {sizes[1]:.0f} KiB",
-        memory[1] - memory[0] < 5 and sizes[1] < 1024,
-        {"grown_mib": memory[1] - memory[0], "rss_mib": memory[1], "state_kib": sizes[1]},
+    return measured(
+        text,
+        here[0] >= 1.2 * there[0] and not errors and here[1] < 150,
+        here[0],
+        here[0] / there[0],
+        there[0],
+        errors,
+        here[1],
+        there[1],
+        here[2],
+        there[2],
     )
 
 
@@ -15753,7 +15653,7 @@ class FarServer(PeerServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
-        if isinstance(self.peer, MeasuredGitHub) and self.peer.tls:
+        if isinstance(self.peer, FarGitHub):
             connection = self.peer.tls.wrap_socket(
                 connection, server_side=True, do_handshake_on_connect=False
             )
@@ -15764,126 +15664,103 @@ class FarServer(PeerServer):
         super().process_request_thread(request, client_address)
 
 
-class MeasuredGitHub(FakeGitHub):
-    """Remembers the status of each answer; with `tls` it is far away and speaks https."""
+class FarGitHub(FakeGitHub):
+    """A GitHub that is far away and speaks https."""
 
-    def __init__(self, runner: Runner, tls: ssl.SSLContext | None = None) -> None:
-        super().__init__(runner=runner)
-        self.tls = tls
-        self.answers: list[tuple[Call, int]] = []
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        super().__init__()
+        self.tls, self.delay = tls, ROUND_TRIP
 
     @property
     def url(self) -> str:
-        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
+        return f"https://127.0.0.1:{self.port}"
 
-    def start(self) -> MeasuredGitHub:
-        if not self.tls:
-            return super().start()
-        self.stopping.clear()
-        self.delay = ROUND_TRIP
+    def start(self) -> Self:
         self._server = FarServer(self.port, self)
         self.port = self._server.server_port
-        serve = self._server.serve_forever
-        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
-    def handle(self, call: Call) -> Answer:
-        answer = super().handle(call)
-        with self.lock:
-            self.answers.append((call, answer.status))
-        return answer
 
-
-class Dispatched(NamedTuple):
-    """One request on its way to the dispatch, and the connections until its result was told."""
-
-    seconds: float
-    calls: int
-    connections: int
-
-
-def dispatch_one(world: World, image: str) -> Dispatched:
-    """Ask for an image, see how it gets to the dispatch, wait until its result is told."""
+def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
+    """Ask for an image and wait until its result is told; return the seconds and calls until the
+    dispatch, and the connections until the result."""
     github, told = world.github, len(world.wecom.messages)
     calls, connections, runs = len(github.calls), github.connections, len(github.dispatches)
     begun = time.time()
     world.say(image)
     if not wait_until(lambda: len(github.dispatches) > runs, 30, 0.002):
         raise RuntimeError("no dispatch\n" + world.service.log[-2000:])
-    until = [c for c in github.calls[calls:] if c.time <= github.dispatches[runs].time]
+    dispatched = github.dispatches[runs].time
+    until = [call for call in github.calls[calls:] if call.time <= dispatched]
     world.wecom.wait_message("成功 1 / 1", 60, told)
-    opened = github.connections - connections
-    return Dispatched(github.dispatches[runs].time - begun, len(until), opened)
+    return dispatched - begun, len(until), github.connections - connections
 
 
+@row(
+    "消息到启动工作流，GitHub 往返 200 ms（TLS）",
+    "每个请求 ≤ 3 次调用、≤ 1 个连接",
+    "openssl",
+    waits=True,
+)
 def measure_dispatch(bench: Benchmark) -> Measured:
-    need_programs("openssl")
     pause = bench.times(45, 5)
     with temporary_folder("tls") as name:
         context, certificate = make_tls(Path(name), "127.0.0.1")
-        world = bench.world({"SSL_CERT_FILE": str(certificate)})
-        world.github = MeasuredGitHub(PlayedRunner(), context)
+        world = calm_world({"SSL_CERT_FILE": str(certificate)})
+        world.github = FarGitHub(context)
         with world:
-            first, second = dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")
+            found = [dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")]
             time.sleep(pause)
-            third = dispatch_one(world, "nginx:3")
-    found = (first, second, third)
-    calls = max(one.calls for one in found)
-    opened = [one.connections for one in found]
-    warm = (second.seconds + third.seconds) / 2
-    return Measured(
-        f"{calls} 次调用；新连接 {opened[0]}、{opened[1]}、{opened[2]} 个"
-        f"（第三个请求前空闲 {pause} 秒）；首次 {first.seconds:.2f} s，其后 {warm:.2f} s",
-        calls <= 3 and max(opened) <= 1,
-        {
-            "calls": calls,
-            "connections": max(opened),
-            "first_seconds": first.seconds,
-            "warm_seconds": warm,
-        },
+            found.append(dispatch_one(world, "nginx:3"))
+    seconds, calls, opened = zip(*found, strict=True)
+    text = (
+        "{calls} 次调用；新连接 {first}、{second}、{third} 个（第三个请求前空闲 {pause} 秒）；"
+        "首次 {first_seconds:.2f} s，其后 {warm_seconds:.2f} s"
+    )
+    return measured(
+        text,
+        max(calls) <= 3 and max(opened) <= 1,
+        max(calls),
+        opened[0],
+        opened[1],
+        opened[2],
+        pause,
+        seconds[0],
+        (seconds[1] + seconds[2]) / 2,
     )
 
 
-class WatchedRun(NamedTuple):
-    """How one run was waited for."""
-
-    late: float  # seconds from the run's end to the message
-    per_minute: float
-    unchanged: float  # share of 304
-
-
-def watch_run(bench: Benchmark, seconds: float) -> WatchedRun:
-    """Ask for an image whose run takes so long, see how it is waited for."""
-    world = bench.world()
-    world.github = github = MeasuredGitHub(PlayedRunner(seconds))
-    with world:
+def watch_run(seconds: float) -> tuple[float, float, float]:
+    """Ask for an image whose run takes so long. Return the seconds from its end to the message,
+    GitHub's calls a minute, and the share of them that were answered by 304, which is free."""
+    with calm_world(runner=PlayedRunner(seconds)) as world:
         world.say("nginx:latest")
         world.hear("成功 1 / 1", seconds + 30)
-        message: Message = world.wecom.messages[-1]
+        github, told = world.github, world.wecom.messages[-1].time
         begun, ended = github.dispatches[0].time, github.runs[0].completed or 0.0
-        waiting = [status for call, status in github.answers if call.time > begun]
-    minutes = (message.time - begun) / 60
-    share = waiting.count(304) / len(waiting)
-    return WatchedRun(message.time - ended, len(waiting) / minutes, share)
+        waiting = sum(call.time > begun for call in github.calls)
+        free = len(github.calls) - (5000 - github.rate_remaining)
+    return told - ended, waiting * 60 / (told - begun), free / waiting
 
 
+@row("运行结束到消息发出", "< 5 s；等待时每分钟 ≤ 25 次调用，多数为 304", waits=True)
 def measure_finished(bench: Benchmark) -> Measured:
     # Ends that lie differently between two looks at the run.
     lengths = [bench.times(55, 25) + 0.7 * step for step in range(bench.times(5, 3))]
     with ThreadPoolExecutor(len(lengths)) as pool:
-        found = list(pool.map(lambda seconds: watch_run(bench, seconds), lengths))
-    late, latest = middle([one.late for one in found]), max(one.late for one in found)
-    calls = max(one.per_minute for one in found)
-    unchanged = min(one.unchanged for one in found)
-    return Measured(
-        f"{late:.1f} s，最多 {latest:.1f} s；每分钟 {calls:.0f} 次，其中 304 占 {unchanged:.0%}",
-        latest < 5 and calls <= 25 and unchanged > 0.5,
-        {
-            "seconds": late,
-            "most_seconds": latest,
-            "calls_per_minute": calls,
-            "unchanged_share": unchanged,
-        },
+        late, calls, unchanged = zip(*pool.map(watch_run, lengths), strict=True)
+    text = (
+        "{seconds:.1f} s，最多 {most_seconds:.1f} s；每分钟 {calls_per_minute:.0f} 次，"
+        "其中 304 占 {unchanged_share:.0%}"
+    )
+    return measured(
+        text,
+        max(late) < 5 and max(calls) <= 25 and min(unchanged) > 0.5,
+        middle(late),
+        max(late),
+        max(calls),
+        min(unchanged),
     )
 
 
@@ -15899,12 +15776,10 @@ class Lane:
     (as root not under HOME), and would only mount what an earlier measurement has brought.
     """
 
-    def __init__(self, bench: Benchmark, source: str = "") -> None:
-        self.bench = bench
-        self.stack = ExitStack()
-        self.source = source or bench.source.host
+    def __init__(self, source: str) -> None:
+        self.source, self.stack = source, ExitStack()
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> Self:
         self.target = self.stack.enter_context(Registry("robot", "bench-password"))
         self.home = Path(self.stack.enter_context(temporary_folder("home")))
         hosts = {"docker.io": self.source, self.target.host: self.target.host}
@@ -15917,166 +15792,108 @@ class Lane:
     def __exit__(self, *_: object) -> None:
         self.stack.close()
 
-    def run(self, command: Sequence[str], settings: Mapping[str, str]) -> str:
-        environment = clean_environment(self.home, settings)
-        done = subprocess.run(
-            command, env=environment, cwd=self.home, capture_output=True, text=True, check=False
-        )
+    def run(self, *command: str, **settings: str) -> str:
+        done = run_here(*command, folder=self.home, settings=settings)
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stdout[-500:]}{done.stderr[-1500:]}")
         return done.stdout
 
     def copy(self, line: str, wanted: str = "copied") -> None:
         """Copy as a job of the workflow does."""
-        settings = {
-            "CONTAINERS_REGISTRIES_CONF": str(self.conf),
-            "DOCKER_REGISTRY": self.target.host,
-            "DOCKER_NAMESPACE": "mirror",
-            "DOCKER_USERNAME": self.target.user,
-            "DOCKER_PASSWORD": self.target.password,
-        }
-        printed = self.run([sys.executable, str(self.bench.script), "copy", line], settings)
+        printed = self.run(
+            *(sys.executable, str(SCRIPT), "copy", line),
+            CONTAINERS_REGISTRIES_CONF=str(self.conf),
+            DOCKER_REGISTRY=self.target.host,
+            DOCKER_NAMESPACE="mirror",
+            DOCKER_USERNAME=self.target.user,
+            DOCKER_PASSWORD=self.target.password,
+        )
         if not printed.startswith(f"wxsync: {wanted}"):
             raise RuntimeError(printed)
 
     def skopeo(self, line: str) -> None:
         """Copy with one bare command."""
-        command = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
-        command += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
-        self.run([*command, f"docker://{self.target.host}/mirror/{line}"], {})
+        words = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
+        words += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
+        self.run(*words, f"docker://{self.target.host}/mirror/{line}")
 
     def docker(self, line: str, engine: str) -> None:
         """Pull, tag and push."""
         program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
-        source = f"{self.source}/library/{line}"
-        target = f"{self.target.host}/mirror/{line}"
-        settings = {"DOCKER_HOST": engine, "DOCKER_CONFIG": str(self.home)}
+        source, target = f"{self.source}/library/{line}", f"{self.target.host}/mirror/{line}"
         for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
-            self.run([program, *words], settings)
+            self.run(program, *words, DOCKER_HOST=engine, DOCKER_CONFIG=str(self.home))
 
 
-def timed(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-@contextmanager
-def docker_engine() -> Iterator[str]:
-    """Run a dockerd that has never seen anything, yield its address."""
-    with temporary_folder("docker") as name:
-        folder = Path(name)
-        address = f"unix://{folder}/docker.sock"
-        command = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none"]
-        command += ["--ip-forward=false", "--ip-masq=false", f"--data-root={folder}/data"]
-        command += [f"--exec-root={folder}/exec", f"--pidfile={folder}/pid", "-H", address]
-        with open(folder / "log", "wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            up = wait_until(lambda: engine_answers(folder) or process.poll() is not None, 20, 0.05)
-            if not up or process.poll() is not None:
-                raise Skip("dockerd does not come up")
-            yield address
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def engine_answers(folder: Path) -> bool:
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(folder / "docker.sock"))
-            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            return b" 200 " in connection.recv(100)
-    except OSError:
-        return False
+def copy_seconds(bench: Benchmark, way: Callable[[Lane, str], object] = Lane.copy) -> float:
+    """Return what it takes to bring the big image into a fresh registry."""
+    image = bench.big_image
+    with Lane(bench.source.host) as lane:
+        return timed(lambda: way(lane, image))
 
 
 def docker_seconds(bench: Benchmark) -> float:
-    with docker_engine() as engine, Lane(bench) as lane:
-        return timed(lambda: lane.docker(bench.big_image, engine))
+    with temporary_folder("docker") as name, dockerd(Path(name)) as engine:
+        return copy_seconds(bench, lambda lane, image: lane.docker(image, engine))
 
 
-def copy_seconds(bench: Benchmark) -> float:
-    with Lane(bench) as lane:
-        return timed(lambda: lane.copy(bench.big_image))
+def compared(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
+    """Measure two ways in turns, return the middle of each and how many times the other ours is."""
+    took = [(ours(), theirs()) for _ in range(rounds)]
+    here, there = map(middle, zip(*took, strict=True))
+    return [here, there, here / there]
 
 
-def skopeo_seconds(bench: Benchmark) -> float:
-    with Lane(bench) as lane:
-        return timed(lambda: lane.skopeo(bench.big_image))
-
-
+@row("`copy`：200 MB、多层、首次，对 docker pull + tag + push", "快 ≥ 4 倍", "dockerd docker")
 def measure_docker(bench: Benchmark) -> Measured:
-    need_programs("dockerd", "docker")
-    copies, dockers = [], []
-    for _ in range(bench.times(2, 1)):
-        dockers.append(docker_seconds(bench))
-        copies.append(copy_seconds(bench))
-    ours, theirs = middle(copies), middle(dockers)
-    return Measured(
-        f"{ours:.2f} s，快 {theirs / ours:.1f} 倍（docker {theirs:.2f} s）",
-        theirs >= 4 * ours,
-        {"seconds": ours, "docker_seconds": theirs},
+    theirs, ours, ratio = compared(
+        bench.times(2, 1), lambda: docker_seconds(bench), lambda: copy_seconds(bench)
     )
+    text = "{seconds:.2f} s，快 {ratio:.1f} 倍（docker {docker_seconds:.2f} s）"
+    return measured(text, ratio >= 4, ours, ratio, theirs)
 
 
+VERSUS_SKOPEO = "{seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"
+
+
+@row("`copy`：同一镜像，对单独的 `skopeo copy`", "≤ 1.25 倍")
 def measure_copy(bench: Benchmark) -> Measured:
-    ours, theirs = [], []
-    for _ in range(bench.times(5, 2)):
-        ours.append(copy_seconds(bench))
-        theirs.append(skopeo_seconds(bench))
-    here, there = middle(ours), middle(theirs)
-    return Measured(
-        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
-        here <= 1.25 * there,
-        {"seconds": here, "skopeo_seconds": there},
+    ours, theirs, ratio = compared(
+        bench.times(5, 2), lambda: copy_seconds(bench), lambda: copy_seconds(bench, Lane.skopeo)
     )
+    return measured(VERSUS_SKOPEO, ratio <= 1.25, ours, ratio, theirs)
 
 
-def layers_read(bench: Benchmark) -> int:
-    """Return how many layers the source is asked for when nothing has changed."""
-    manifest = bench.source.manifest("library/big", "1")
-    layers = {layer["digest"] for layer in manifest["layers"]}
-    with PickyRegistry(bench.source, picky=False) as door, Lane(bench, door.host) as lane:
-        lane.copy(bench.big_image)
-        copied = len(door.layer_reads)
-        lane.copy(bench.big_image, "unchanged")
-        return sum(call.path.rpartition("/")[2] in layers for call in door.layer_reads[copied:])
-
-
+@row("`copy`：没有变化", "< 0.5 s，不读任何层")
 def measure_unchanged(bench: Benchmark) -> Measured:
-    with Lane(bench) as lane:
-        lane.copy(bench.big_image)
-        found = [
-            timed(lambda: lane.copy(bench.big_image, "unchanged")) for _ in range(bench.times(9, 3))
-        ]
-    seconds, layers = middle(found), layers_read(bench)
-    return Measured(
-        f"{seconds:.2f} s，读了 {layers} 层",
-        seconds < 0.5 and not layers,
-        {"seconds": seconds, "layers_read": layers},
-    )
+    image = bench.big_image
+    layers = {one["digest"] for one in bench.source.manifest("library/big", "1")["layers"]}
+    with Lane(bench.source.host) as lane:
+        lane.copy(image)
+        took = [timed(lambda: lane.copy(image, "unchanged")) for _ in range(bench.times(9, 3))]
+    with PickyRegistry(bench.source, picky=False) as door, Lane(door.host) as lane:
+        lane.copy(image)
+        copied = len(door.layer_reads)
+        lane.copy(image, "unchanged")
+        read = sum(c.path.rpartition("/")[2] in layers for c in door.layer_reads[copied:])
+    good = middle(took) < 0.5 and not read
+    return measured("{seconds:.2f} s，读了 {layers} 层", good, middle(took), read)
 
 
-def four_at_once(work: Callable[[str], None], lines: Sequence[str]) -> float:
-    with ThreadPoolExecutor(4) as pool:
-        return timed(lambda: list(pool.map(work, lines)))
-
-
+@row("`copy`：20 个 5 MB 的镜像，4 个并行", "≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍")
 def measure_many(bench: Benchmark) -> Measured:
-    lines, ours, theirs = bench.small_images, [], []
-    for _ in range(bench.times(5, 1)):
-        with Lane(bench) as lane:
-            ours.append(four_at_once(lane.copy, lines))
-        with Lane(bench) as lane:
-            theirs.append(four_at_once(lane.skopeo, lines))
-    here, there = middle(ours), middle(theirs)
-    return Measured(
-        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
-        here <= 1.5 * there,
-        {"seconds": here, "skopeo_seconds": there},
+    lines = [f"small{number}:1" for number in range(20)]
+    for line in lines:
+        publish(bench.source, f"library/{line[:-2]}", "1", sizes=[2_500_000] * 2)
+
+    def four_at_once(way: Callable[[Lane, str], object]) -> float:
+        with Lane(bench.source.host) as lane, ThreadPoolExecutor(4) as pool:
+            return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
+
+    ours, theirs, ratio = compared(
+        bench.times(5, 1), lambda: four_at_once(Lane.copy), lambda: four_at_once(Lane.skopeo)
     )
+    return measured(VERSUS_SKOPEO, ratio <= 1.5, ours, ratio, theirs)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -16084,203 +15901,157 @@ def measure_many(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-def relay(bench: Benchmark, size: int, rate: float = 0.0) -> Relayed:
+class Relayed(NamedTuple):
+    """What bringing one file from a source into the bucket took."""
+
+    seconds: float
+    cpu: float  # seconds, of the service
+    peers: float  # seconds, of source and bucket together
+    peak: int  # bytes of memory more than before
+    after: int
+
+
+def relay(size: int, rate: float = 0.0) -> Relayed:
     """Send the link of a file to the service, wait until it is in the bucket, check it."""
     with FakeQingStor() as store, Source() as source:
         store.rate_bytes_per_second = rate
         link = source.add("/big.bin", size, rate=rate)
         settings = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        with bench.world(settings) as world:
+        with calm_world(settings) as world:
             time.sleep(1)
             service, peers = world.service, time.process_time()
             cpu = service.cpu_seconds()
             with PeakMemory(service.pid, 0.02) as memory:
-                seconds = timed(lambda: finish_file(world, link))
+                begun = time.perf_counter()
+                world.say(link)
+                told = world.hear("文件", 300)
+                seconds = time.perf_counter() - begun
             cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
             time.sleep(1)
-            after = service.rss_bytes()
-        stored = list(store.objects.values())
-        if len(stored) != 1 or stored[0].sha256 != source.sha256("/big.bin"):
-            raise RuntimeError("the file in the bucket is another one")
-    return Relayed(seconds, cpu, peers, memory.base, memory.peak, after)
+            after = service.rss_bytes() - memory.base
+        sums = [stored.sha256 for stored in store.objects.values()]
+        if "文件上传成功" not in told or sums != [source.sha256("/big.bin")]:
+            raise RuntimeError(f"another file is in the bucket: {told}")
+    return Relayed(seconds, cpu, peers, memory.added, after)
 
 
-def finish_file(world: World, link: str) -> None:
-    world.say(link)
-    told = world.hear("文件", 300)
-    if "文件上传成功" not in told:
-        raise RuntimeError(told)
+def curl(*words: str) -> float:
+    """Run curl, return the seconds that it took."""
+    command = ["curl", "-sS", "-f", *words]
+    return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 
 
-def curl(*words: str) -> None:
-    subprocess.run(["curl", "-sS", "-f", *words], check=True, stdout=subprocess.DEVNULL)
-
-
-def curl_down(size: int, rate: float, to: Path) -> float:
+def curl_down(size: int, rate: float, to: str) -> float:
     with Source() as source:
-        link = source.add("/big.bin", size, rate=rate)
-        return timed(lambda: curl("-o", str(to), link))
+        return curl("-o", to, source.add("/big.bin", size, rate=rate))
 
 
-def curl_up(file: Path) -> float:
+def curl_up(file: str) -> float:
     with FakeQingStor() as store:
         date = formatdate(usegmt=True)
         signature = sign_qingstor(store.secret, "PUT", f"/{store.bucket}/big.bin", date)
         login = f"Authorization: QS {store.access_key}:{signature}"
         address = f"{store.url}/{store.bucket}/big.bin"
-        return timed(lambda: curl("-T", str(file), "-H", f"Date: {date}", "-H", login, address))
+        return curl("-T", file, "-H", f"Date: {date}", "-H", login, address)
 
 
-def measure_slow_relay(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("curl")
-    need_modules("qingstor")
-    relayed = relay(bench, bench.relay_size, RATE)
+@row("中转 1 GiB，来源和目标各限 20 MB/s", "≤ 单向时间的 1.15 倍", "curl", waits=True)
+def measure_relay_slow(bench: Benchmark) -> Measured:
+    relayed = relay(bench.relay_size, RATE)
     # The limit makes the time grow evenly: an eighth of the file tells one direction.
-    one_way = 8 * curl_down(bench.relay_size // 8, RATE, Path(os.devnull))
-    ratio = relayed.seconds / one_way
-    return Measured(
-        f"{relayed.seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {relayed.cpu:.1f} s",
-        ratio <= 1.15,
-        {"seconds": relayed.seconds, "one_way_seconds": one_way, "cpu_seconds": relayed.cpu},
+    one_way = 8 * curl_down(bench.relay_size // 8, RATE, os.devnull)
+    text = "{seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {cpu_seconds:.1f} s"
+    return measured(
+        text,
+        relayed.seconds <= 1.15 * one_way,
+        relayed.seconds,
+        relayed.seconds / one_way,
+        one_way,
+        relayed.cpu,
     )
 
 
-def measure_fast_relay(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("curl")
-    need_modules("qingstor")
-    downs, ups = [], []
+@row("中转 1 GiB，本机回环，对 curl 下载 + 上传", "报告", "curl")
+def measure_relay_fast(bench: Benchmark) -> Measured:
     with temporary_folder("curl") as name:
-        file = Path(name) / "big.bin"
-        for _ in bench.fast_relays:
-            downs.append(curl_down(bench.relay_size, 0, file))
-            ups.append(curl_up(file))
-    relays = bench.fast_relays
-    seconds, down, up = middle([r.seconds for r in relays]), middle(downs), middle(ups)
-    cpu, peers = middle([r.cpu for r in relays]), middle([r.peers for r in relays])
-    cores = (cpu + peers) / seconds
-    return Measured(
-        f"{seconds:.2f} s，{seconds / (down + up):.2f} 倍"
-        f"（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；"
-        f"CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核",
-        None,
-        {
-            "seconds": seconds,
-            "curl_down_seconds": down,
-            "curl_up_seconds": up,
-            "cpu_seconds": cpu,
-            "peers_cpu_seconds": peers,
-        },
+        file = f"{name}/big.bin"
+        plain = [(curl_down(bench.relay_size, 0, file), curl_up(file)) for _ in bench.fast_relays]
+    down, up = map(middle, zip(*plain, strict=True))
+    seconds, cpu, peers, _, _ = map(middle, zip(*bench.fast_relays, strict=True))
+    text = (
+        "{seconds:.2f} s，{ratio:.2f} 倍（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；"
+        "CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核"
+    )
+    return measured(
+        text, None, seconds, seconds / (down + up), down, up, cpu, peers, (cpu + peers) / seconds
     )
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: the table
+# Benchmark: rest, and the table
 # ---------------------------------------------------------------------------------------------
 
-BENCH_ROWS = (
-    BenchRow(
-        "start",
-        "启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200",
-        '≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
-        measure_start,
-    ),
-    BenchRow(
-        "memory",
-        "内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后",
-        "≤ 26 MiB / 多 ≤ 48 MiB",
-        measure_memory,
-    ),
-    BenchRow(
-        "callback",
-        "回调：密文消息到密文回复，逐条，每条一个连接",
-        "p50 < 1.5 ms，p99 < 8 ms",
-        measure_callback,
-    ),
-    BenchRow(
-        "load",
-        "回调：100 个连接同时，20 秒",
-        "≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms",
-        measure_load,
-    ),
-    BenchRow(
-        "dispatch",
-        "消息到启动工作流，GitHub 往返 200 ms（TLS）",
-        "每个请求 ≤ 3 次调用、≤ 1 个连接",
-        measure_dispatch,
-        True,
-    ),
-    BenchRow(
-        "finished",
-        "运行结束到消息发出",
-        "< 5 s；等待时每分钟 ≤ 25 次调用，多数为 304",
-        measure_finished,
-        True,
-    ),
-    BenchRow(
-        "docker",
-        "`copy`：200 MB、多层、首次，对 docker pull + tag + push",
-        "快 ≥ 4 倍",
-        measure_docker,
-    ),
-    BenchRow("copy", "`copy`：同一镜像，对单独的 `skopeo copy`", "≤ 1.25 倍", measure_copy),
-    BenchRow("unchanged", "`copy`：没有变化", "< 0.5 s，不读任何层", measure_unchanged),
-    BenchRow(
-        "many",
-        "`copy`：20 个 5 MB 的镜像，4 个并行",
-        "≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍",
-        measure_many,
-    ),
-    BenchRow(
-        "relay-slow",
-        "中转 1 GiB，来源和目标各限 20 MB/s",
-        "≤ 单向时间的 1.15 倍",
-        measure_slow_relay,
-        True,
-    ),
-    BenchRow(
-        "relay-fast",
-        "中转 1 GiB，本机回环，对 curl 下载 + 上传",
-        "报告",
-        measure_fast_relay,
-    ),
-    BenchRow("rest", "空闲 60 秒", "CPU 0.00 s；每秒唤醒 ≤ 1 次", measure_rest, True),
-    BenchRow(
-        "messages",
-        "同一进程 10,000 条消息",
-        "第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界",
-        measure_messages,
-    ),
-)
+
+@row("空闲 60 秒", "CPU 0.00 s；每秒唤醒 ≤ 1 次", waits=True)
+def measure_rest(bench: Benchmark) -> Measured:
+    seconds = bench.times(60, 10)
+    with calm_world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
+        world.say("nginx:latest")  # at rest after work, with connections and threads in use
+        world.hear("成功 1 / 1")
+        time.sleep(3)
+        cpu, wakeups = world.service.cpu_seconds(), world.service.wakeups()
+        time.sleep(seconds)
+        cpu = world.service.cpu_seconds() - cpu
+        woken = (world.service.wakeups() - wakeups) / seconds
+        threads = world.service.threads()
+    text = "{seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）"
+    return measured(text, cpu == 0 and woken <= 1, seconds, cpu, woken, threads)
 
 
-def measure_row(bench: Benchmark, row: BenchRow) -> Measured:
+@row("同一进程 10,000 条消息", "第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界")
+def measure_messages(bench: Benchmark) -> Measured:
+    total = bench.times(10_000, 2_000)
+    texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
+    with calm_world() as world:
+        path, sizes, mib = world.service.state_dir / "wxsync.state", [], []
+        for number in range(1, total + 1):
+            text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
+            exchange(world.service.port, built(world.client, f"user{number % 300}", text))
+            if number in (total // 10, total):
+                mib.append(world.service.rss_bytes() / MIB)
+                sizes.append(path.stat().st_size / 1024)
+    text = (
+        "{first} 条时 {first_mib:.1f} MiB，{total} 条时 {mib:.1f} MiB；"
+        "状态文件 {first_kib:.0f} → {kib:.0f} KiB"
+    )
+    return measured(
+        text,
+        mib[1] - mib[0] < 5 and sizes[1] < 1024,
+        total // 10,
+        mib[0],
+        total,
+        mib[1],
+        sizes[0],
+        sizes[1],
+    )
+
+
+def measure_row(bench: Benchmark, name: str) -> Measured:
     """Measure one row; what goes wrong in it costs that row only."""
-    bench.tell(f"{row.name} …")
+    bench.tell(f"{name} …")
+    wants = BENCH_ROWS[name].wants.split()
     try:
-        measured = row.measure(bench)
-    except Skip as why:
-        measured = Measured(f"跳过：{why}", None, skipped=True)
+        modules = {word for word in wants if importlib.util.find_spec(word)}
+        needs(missing_program(*(word for word in wants if word not in modules)))
+        found = BENCH_ROWS[name].measure(bench)
+    except (pytest.skip.Exception, pytest.fail.Exception) as why:
+        found = Measured(f"跳过：{why}", None, {})
     except Exception as error:  # one broken row must not cost the others
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        measured = Measured(f"出错：{lines[-1]}", False)
-    bench.tell(f"{row.name}: {measured.text}")
-    return measured
-
-
-def measure_rows(bench: Benchmark, rows: Sequence[BenchRow]) -> list[Measured]:
-    """Measure the rows that only wait side by side, then the others, each alone."""
-    found: dict[str, Measured] = {}
-    waiting = [row for row in rows if row.waits]
-    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
-        results = pool.map(lambda row: measure_row(bench, row), waiting)
-        found |= dict(zip((row.name for row in waiting), results, strict=True))
-    for row in rows:
-        if not row.waits:
-            found[row.name] = measure_row(bench, row)
-    return [found[row.name] for row in rows]
+        found = Measured(f"出错：{lines[-1]}", False, {})
+    bench.tell(f"{name}: {found.text}")
+    return found
 
 
 def machine() -> dict[str, object]:
@@ -16289,59 +16060,48 @@ def machine() -> dict[str, object]:
     if (info := Path("/proc/cpuinfo")).exists():
         models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
         processor = models[0] if models else processor
-    return {
-        "cores": os.cpu_count(),
-        "cpu": processor,
-        "python": platform.python_version(),
-        "kernel": f"{platform.system()} {platform.release()}",
-    }
+    kernel = f"{platform.system()} {platform.release()}"
+    version = platform.python_version()
+    return {"cores": os.cpu_count(), "cpu": processor, "python": version, "kernel": kernel}
 
 
-def print_table(rows: Sequence[BenchRow], found: Sequence[Measured], quick: bool) -> None:
-    here = machine()
+def print_table(found: Mapping[str, Measured], quick: bool) -> None:
     note = "；--quick：次数和大小都较小，只供参考" if quick else ""
     print(
-        f"{here['cores']} 核 {here['cpu']}，Python {here['python']}，{here['kernel']}；"
-        f"各行为多次测量的中位数，对照在同一次运行中测得{note}\n"
+        "{cores} 核 {cpu}，Python {python}，{kernel}".format(**machine()),
+        f"；各行为多次测量的中位数，对照在同一次运行中测得{note}\n",
+        sep="",
     )
     print("| 项目 | 目标 | 实测 | 达到 |\n|---|---|---|---|")
-    for row, measured in zip(rows, found, strict=True):
-        mark = {True: "✅", False: "❌", None: "—"}[measured.reached]
-        print(f"| {row.what} | {row.target} | {measured.text} | {mark} |")
-
-
-def print_json(
-    rows: Sequence[BenchRow], found: Sequence[Measured], seconds: float, quick: bool
-) -> None:
-    table = [
-        {"name": row.name, "what": row.what, "target": row.target} | asdict(measured)
-        for row, measured in zip(rows, found, strict=True)
-    ]
-    report = {"machine": machine(), "quick": quick, "seconds": round(seconds, 1), "rows": table}
-    print(json.dumps(report, ensure_ascii=False, indent=2))
+    for name, (text, reached, _) in found.items():
+        mark = {True: "✅", False: "❌", None: "—"}[reached]
+        print(f"| {BENCH_ROWS[name].what} | {BENCH_ROWS[name].target} | {text} | {mark} |")
 
 
 def bench(argv: Sequence[str]) -> int:
     """Measure, print the table; return 1 when a row could not be measured for an error."""
     parser = argparse.ArgumentParser(prog="test_wxsync.py bench", description="性能测试")
-    here = Path(__file__).resolve().with_name("wxsync.py")
-    names = [row.name for row in BENCH_ROWS]
-    parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
     parser.add_argument("--json", action="store_true", help="给程序读的输出")
     parser.add_argument("--quick", action="store_true", help="一分钟左右的粗测")
-    parser.add_argument("--only", action="append", choices=names, help="只测这一行，可多次")
+    parser.add_argument("--only", action="append", choices=BENCH_ROWS, help="只测这一行，可多次")
     options = parser.parse_args(argv)
-    rows = [row for row in BENCH_ROWS if row.name in (options.only or names)]
-    run = Benchmark(options.script.resolve(), options.quick)
+    run, names = Benchmark(options.quick), options.only or [*BENCH_ROWS]
+    measure = functools.partial(measure_row, run)
+    waiting = [name for name in names if BENCH_ROWS[name].waits]
     with run.stack:
-        found = measure_rows(run, rows)
-    seconds = time.monotonic() - run.begun
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+            found = dict(zip(waiting, pool.map(measure, waiting), strict=True))
+        for name in names:
+            found[name] = found.get(name) or measure(name)
     run.tell("end")
+    found = {name: found[name] for name in names}
     if options.json:
-        print_json(rows, found, seconds, options.quick)
+        about = {name: BENCH_ROWS[name]._asdict() | one._asdict() for name, one in found.items()}
+        about = {"machine": machine(), "quick": options.quick, "rows": about}
+        print(json.dumps(about, ensure_ascii=False, indent=2, default=lambda _: None))
     else:
-        print_table(rows, found, options.quick)
-    return int(any(measured.text.startswith("出错") for measured in found))
+        print_table(found, options.quick)
+    return int(any(one.text.startswith("出错") for one in found.values()))
 
 
 def run_tests(words: Sequence[str]) -> int:
