@@ -15405,15 +15405,9 @@ def measure_memory(bench: Benchmark) -> Measured:
         "{mib:.1f} MiB（手动 {by_hand_mib:.1f}；只 import http.server、ssl 的 Python "
         "{imports_mib:.1f}）；之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"
     )
-    return measured(
-        text,
-        rest <= 26 and max(after, peak) <= 48,
-        rest,
-        by_hand,
-        int(python(OWN_RSS, dict(os.environ))) / 1024,
-        after,
-        peak,
-    )
+    good = rest <= 26 and max(after, peak) <= 48
+    figures = (rest, by_hand, int(python(OWN_RSS, dict(os.environ))) / 1024, after, peak)
+    return measured(text, good, *figures)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15629,18 +15623,9 @@ def measure_load(bench: Benchmark) -> Measured:
         "错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；"
         "每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"
     )
-    return measured(
-        text,
-        here[0] >= 1.2 * there[0] and not errors and here[1] < 150,
-        here[0],
-        here[0] / there[0],
-        there[0],
-        errors,
-        here[1],
-        there[1],
-        here[2],
-        there[2],
-    )
+    good = here[0] >= 1.2 * there[0] and not errors and here[1] < 150
+    figures = (here[0], here[0] / there[0], there[0], errors, here[1], there[1], here[2], there[2])
+    return measured(text, good, *figures)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15718,9 +15703,8 @@ def measure_dispatch(bench: Benchmark) -> Measured:
         "{calls} 次调用；新连接 {first}、{second}、{third} 个（第三个请求前空闲 {pause} 秒）；"
         "首次 {first_seconds:.2f} s，其后 {warm_seconds:.2f} s"
     )
-    return measured(
-        text,
-        max(calls) <= 3 and max(opened) <= 1,
+    good = max(calls) <= 3 and max(opened) <= 1
+    figures = (
         max(calls),
         opened[0],
         opened[1],
@@ -15729,6 +15713,7 @@ def measure_dispatch(bench: Benchmark) -> Measured:
         seconds[0],
         (seconds[1] + seconds[2]) / 2,
     )
+    return measured(text, good, *figures)
 
 
 def watch_run(seconds: float) -> tuple[float, float, float]:
@@ -15754,14 +15739,9 @@ def measure_finished(bench: Benchmark) -> Measured:
         "{seconds:.1f} s，最多 {most_seconds:.1f} s；每分钟 {calls_per_minute:.0f} 次，"
         "其中 304 占 {unchanged_share:.0%}"
     )
-    return measured(
-        text,
-        max(late) < 5 and max(calls) <= 25 and min(unchanged) > 0.5,
-        middle(late),
-        max(late),
-        max(calls),
-        min(unchanged),
-    )
+    good = max(late) < 5 and max(calls) <= 25 and min(unchanged) > 0.5
+    figures = (middle(late), max(late), max(calls), min(unchanged))
+    return measured(text, good, *figures)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15961,14 +15941,9 @@ def measure_relay_slow(bench: Benchmark) -> Measured:
     # The limit makes the time grow evenly: an eighth of the file tells one direction.
     one_way = 8 * curl_down(bench.relay_size // 8, RATE, os.devnull)
     text = "{seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {cpu_seconds:.1f} s"
-    return measured(
-        text,
-        relayed.seconds <= 1.15 * one_way,
-        relayed.seconds,
-        relayed.seconds / one_way,
-        one_way,
-        relayed.cpu,
-    )
+    good = relayed.seconds <= 1.15 * one_way
+    figures = (relayed.seconds, relayed.seconds / one_way, one_way, relayed.cpu)
+    return measured(text, good, *figures)
 
 
 @row("中转 1 GiB，本机回环，对 curl 下载 + 上传", "报告", "curl")
@@ -16024,16 +15999,9 @@ def measure_messages(bench: Benchmark) -> Measured:
         "{first} 条时 {first_mib:.1f} MiB，{total} 条时 {mib:.1f} MiB；"
         "状态文件 {first_kib:.0f} → {kib:.0f} KiB"
     )
-    return measured(
-        text,
-        mib[1] - mib[0] < 5 and sizes[1] < 1024,
-        total // 10,
-        mib[0],
-        total,
-        mib[1],
-        sizes[0],
-        sizes[1],
-    )
+    good = mib[1] - mib[0] < 5 and sizes[1] < 1024
+    figures = (total // 10, mib[0], total, mib[1], sizes[0], sizes[1])
+    return measured(text, good, *figures)
 
 
 def measure_row(bench: Benchmark, name: str) -> Measured:
