@@ -138,7 +138,6 @@ class Answer:
 def json_answer(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Answer:
-    """Return `value` as a JSON answer."""
     body = json.dumps(value, ensure_ascii=False).encode()
     kind = {"Content-Type": "application/json; charset=utf-8"}
     return Answer(status, body, kind | dict(headers or {}))
@@ -154,13 +153,11 @@ def http_request(
     """Send one request to a plain-http address on a connection of its own, return the answer."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    try:
+    with closing(connection):
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request(method, target, body, dict(headers or {}))
         got = connection.getresponse()
         return Answer(got.status, got.read(), {k.lower(): v for k, v in got.getheaders()})
-    finally:
-        connection.close()
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10, pause: float = 0.01) -> bool:
@@ -198,6 +195,47 @@ def iso(when: float) -> str:
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def run_command(
+    words: Sequence[str], text: str = "", timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program with `text` as its input, to its end, and return what it printed."""
+    options = {"capture_output": True, "encoding": "utf-8", "check": False} | options
+    return subprocess.run(words, input=text, timeout=timeout, **options)
+
+
+def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment with nothing of the caller's in it but where programs are."""
+    kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
+    base = {name: os.environ[name] for name in kept if name in os.environ}
+    return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
+
+
+if os.name == "posix":  # dockerd and what it calls are where only root's own PATH leads
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def missing_program(*names: str) -> str:
+    """Return why programs cannot be used, "" if they all can."""
+    absent = [name for name in names if not shutil.which(name)]
+    return f"{', '.join(absent)} not installed" if absent else ""
+
+
+class Closing:
+    """What is started by `with` and closed at its end."""
+
+    def start(self) -> Self:
+        return self
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self.close()
+
+
 # ---------------------------------------------------------------------------------------------
 # Peer: an HTTP server that records what it is asked and can misbehave
 # ---------------------------------------------------------------------------------------------
@@ -213,7 +251,6 @@ class Call:
     query: dict[str, str]
     headers: dict[str, str]
     body: bytes
-    connection: int
 
     @property
     def target(self) -> str:
@@ -223,8 +260,10 @@ class Call:
         return json.loads(self.body)
 
 
-@dataclass(frozen=True)
-class Fault:
+What = tuple[int, dict[str, str], bytes] | str  # goes wrong, see Fault
+
+
+class Fault(NamedTuple):
     """Goes wrong once. `where` are words that must all occur in "METHOD /path?query".
 
     `what` is an answer (status, headers, body), or one of: "reset" (the connection breaks before
@@ -234,7 +273,7 @@ class Fault:
     """
 
     where: str
-    what: tuple[int, dict[str, str], bytes] | str
+    what: What
 
     def hits(self, call: Call) -> bool:
         line = f"{call.method} {call.target}"
@@ -245,52 +284,28 @@ class PeerHandler(BaseHTTPRequestHandler):
     """Reads one request after the other from a connection and hands them to the Peer."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one buffered write an answer: unbuffered ones cost 40 ms each
+    server_version, sys_version = "peer", ""
     disable_nagle_algorithm = True
     server: PeerServer
-
-    def setup(self) -> None:
-        super().setup()
-        self.number = self.server.peer.connections
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def version_string(self) -> str:
-        return "peer"
-
     def date_time_string(self, timestamp: float | None = None) -> str:
-        now = time.time() if timestamp is None else timestamp
-        return super().date_time_string(now + self.server.peer.skew)
-
-    def handle_expect_100(self) -> bool:
-        self.send_response_only(100)
-        self.end_headers()
-        self.wfile.flush()
-        return True
+        return super().date_time_string((timestamp or time.time()) + self.server.peer.skew)
 
     def do(self) -> None:
         parts = urlsplit(self.path)
-        call = Call(
-            time.time(),
-            self.command,
-            parts.path,
-            dict(parse_qsl(parts.query, keep_blank_values=True)),
-            self.joined_headers(),
-            self.read_body(),
-            self.number,
-        )
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        headers: dict[str, str] = {}  # a repeated one counts as one list: skopeo's Accept
+        for name, value in self.headers.items():
+            before = headers.get(name.lower())
+            headers[name.lower()] = f"{before}, {value}" if before else value
+        body = self.read_body()
+        call = Call(time.time(), self.command, parts.path, query, headers, body)
         self.server.peer.serve(call, self)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do
-
-    def joined_headers(self) -> dict[str, str]:
-        # A repeated header counts as one list: registries' clients send Accept many times.
-        joined: dict[str, str] = {}
-        for name, value in self.headers.items():
-            before = joined.get(name.lower())
-            joined[name.lower()] = f"{before}, {value}" if before else value
-        return joined
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
@@ -317,21 +332,24 @@ class PeerHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD" and not empty:
             self.wfile.write(answer.body)
-        self.wfile.flush()
 
     def misbehave(self, what: str) -> None:
         """Do what a Fault of this name says."""
         self.close_connection = True
         if what == "hang":
             self.hold()
-        elif what in ("reset", "lost"):
-            self.reset()
+        elif what in ("reset", "lost"):  # with RST, not with a polite FIN
+            form = "hh" if os.name == "nt" else "ii"
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(form, 1, 0))
+            socket.close(self.connection.detach())
         elif what == "big":
             self.send(Answer(200, b'{"x":"' + b"x" * 10_000_000 + b'"}'))
         elif what == "short":
             self.send(Answer(200, b'{"errcode":0,', {"Content-Length": "1000"}))
         elif what == "drip":
-            self.drip()
+            self.send(Answer(200, b"{", {"Content-Length": "1000000"}))
+            while not self.server.peer.stopping.wait(0.5):
+                self.wfile.write(b" ")
         else:
             self.wfile.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
 
@@ -343,18 +361,6 @@ class PeerHandler(BaseHTTPRequestHandler):
                     return
                 time.sleep(0.1)  # a pipelined request: still no answer
 
-    def reset(self) -> None:
-        """Break the connection with RST, not with a polite FIN."""
-        form = "hh" if os.name == "nt" else "ii"
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(form, 1, 0))
-        socket.close(self.connection.detach())
-
-    def drip(self) -> None:
-        self.send(Answer(200, b"{", {"Content-Length": "1000000"}))
-        while not self.server.peer.stopping.wait(0.5):
-            self.wfile.write(b" ")
-            self.wfile.flush()
-
 
 class PeerServer(ThreadingHTTPServer):
     """The listening side of a Peer: knows its open connections, so that they can be cut."""
@@ -362,25 +368,33 @@ class PeerServer(ThreadingHTTPServer):
     request_queue_size = 512
     daemon_threads = True
 
-    def __init__(self, port: int, peer: Peer) -> None:
+    def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.open: set[socket.socket] = set()
-        self.guard = threading.Lock()
-        super().__init__(("127.0.0.1", port), PeerHandler)
+        super().__init__((peer.address, peer.port), PeerHandler)
 
     def server_bind(self) -> None:
         # HTTPServer would look its own name up, which takes seconds where DNS is slow.
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
+        self.server_name, self.server_port = "peer", int(self.server_address[1])
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        if tls := self.peer.tls:
+            connection.settimeout(10)
+            connection = tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self.guard:
+        with self.peer.lock:
             self.open.add(request)
-        self.peer.note_connection()
+            self.peer.connections += 1
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        with self.guard:
+        with self.peer.lock:
             self.open.discard(request)
         super().shutdown_request(request)
 
@@ -389,17 +403,13 @@ class PeerServer(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             self.peer.errors.append(traceback.format_exc())
 
-    def cut(self) -> None:
-        """Break every open connection."""
-        with self.guard:
-            broken = list(self.open)
-        for connection in broken:
-            with suppress(OSError):  # it may be gone already
-                connection.shutdown(socket.SHUT_RDWR)
 
-
-class Peer:
+class Peer(Closing):
     """Base of the fakes. Subclasses answer in `handle`, which runs in the connection's thread."""
+
+    SERVER = PeerServer
+    address = "127.0.0.1"
+    tls: ssl.SSLContext | None = None
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -416,21 +426,17 @@ class Peer:
         self._server: PeerServer | None = None
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
     def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.address}:{self.port}"
 
     @property
-    def open_connections(self) -> int:
-        return len(self._server.open) if self._server else 0
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://{self.host}"
 
     def start(self) -> Self:
         """Listen; the first start picks the port, later ones keep it."""
         self.stopping.clear()
-        self._server = PeerServer(self.port, self)
+        self._server = self.SERVER(self)
         self.port = self._server.server_port
         serve = self._server.serve_forever
         threading.Thread(target=serve, args=(0.05,), daemon=True).start()
@@ -439,11 +445,13 @@ class Peer:
     def stop(self) -> None:
         """Close the port and break every connection. What was recorded stays."""
         self.stopping.set()
-        server, self._server = self._server, None
-        if server:
-            server.shutdown()
-            server.server_close()
-            server.cut()
+        if self._server:
+            self._server.shutdown()
+            self._server.server_close()
+            self.cut()
+        self._server = None
+
+    close = stop
 
     def restart(self) -> None:
         """Be away for a moment and come back on the same port."""
@@ -452,12 +460,13 @@ class Peer:
 
     def cut(self) -> None:
         """Break every open connection, but go on listening."""
-        if self._server:
-            self._server.cut()
+        with self.lock:
+            broken = list(self._server.open) if self._server else []
+        for connection in broken:
+            with suppress(OSError):  # it may be gone already
+                connection.shutdown(socket.SHUT_RDWR)
 
-    def fail(
-        self, where: str, what: tuple[int, dict[str, str], bytes] | str, times: int = 1
-    ) -> None:
+    def fail(self, where: str, what: What, times: int = 1) -> None:
         """Let the next `times` requests that match go wrong, see Fault."""
         with self.lock:
             self.faults += [Fault(where, what)] * times
@@ -467,18 +476,19 @@ class Peer:
         with self.lock:
             return [call for call in self.calls if Fault(where, "").hits(call)]
 
-    def note_connection(self) -> None:
-        with self.lock:
-            self.connections += 1
-
-    def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Record the call, then answer it, or do what a fault says instead."""
+    def note(self, call: Call) -> Fault | None:
+        """Record the call, return the fault that it meets."""
         with self.changed:
             self.calls.append(call)
             fault = next((f for f in self.faults if f.hits(call)), None)
             if fault:
                 self.faults.remove(fault)
             self.changed.notify_all()
+        return fault
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Record the call, then answer it, or do what a fault says instead."""
+        fault = self.note(call)
         if self.delay:
             self.stopping.wait(self.delay)
         what = "hang" if self.hang else fault.what if fault else None
@@ -492,17 +502,6 @@ class Peer:
 
     def handle(self, call: Call) -> Answer:
         raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -518,21 +517,30 @@ class Message(NamedTuple):
     text: str
 
 
+def wecom_error(errcode: int, errmsg: str) -> dict[str, object]:
+    """Return an error as WeCom words it."""
+    return {"errcode": errcode, "errmsg": errmsg}
+
+
 class FakeWeCom(Peer):
-    """qyapi.weixin.qq.com as far as wxsync uses it, with its silent traps made visible."""
+    """qyapi.weixin.qq.com as far as wxsync uses it, with its silent traps made visible.
+
+    As unkind as the real one, of which is known:
+    - A text over 2048 bytes is cut without a word, in the middle of a character (document 90236).
+    - Over 30 messages a minute or 1000 an hour to one member it says ok and drops them (90312).
+    - The duplicate check drops an equal request within the interval, at most 4 hours (90236).
+    - A token may end before its time, with 42001 or 40014 (91039, 90313); an address that is not
+      trusted gets 60020; unknown receivers are named in lower case beside errcode 0 (90236).
+    """
 
     TEXT_LIMIT = 2048
     PER_MINUTE = 30
     PER_HOUR = 1000
 
-    def __init__(
-        self,
-        corp_id: str = "ww0123456789abcdef",
-        secret: str = "wecom-secret-5f1c0a7d9e",
-        agent_id: int = 1000002,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.corp_id, self.secret, self.agent_id = corp_id, secret, agent_id
+        self.corp_id, self.agent_id = "ww0123456789abcdef", 1000002
+        self.secret = "wecom-secret-5f1c0a7d9e"
         self.known_users: set[str] | None = None
         self.refused: dict[str, int] = {}  # member -> errcode that sending to them gives
         self.speed = 1.0  # of the service's clock: the limits go by it
@@ -547,19 +555,19 @@ class FakeWeCom(Peer):
         self._sent: dict[str, float] = {}  # request JSON -> when it may be sent again
 
     def handle(self, call: Call) -> Answer:
-        actions: dict[tuple[str, str], Callable[[Call], dict[str, object]]] = {
-            ("GET", "/cgi-bin/gettoken"): self._gettoken,
-            ("POST", "/cgi-bin/message/send"): self._send,
-            ("GET", "/cgi-bin/getcallbackip"): self._callback_ip,
-            ("GET", "/cgi-bin/agent/get"): self._agent,
+        actions: dict[str, Callable[[Call], dict[str, object]]] = {
+            "GET /cgi-bin/gettoken": self._gettoken,
+            "POST /cgi-bin/message/send": self._send,
+            "GET /cgi-bin/getcallbackip": self._callback_ip,
+            "GET /cgi-bin/agent/get": self._agent,
         }
-        action = actions.get((call.method, call.path))
+        action = actions.get(f"{call.method} {call.path}")
         if not action:
             return Answer(404, b"404 page not found")
         with self.changed:
             result = action(call)
             self.changed.notify_all()
-        return json_answer({"errcode": 0, "errmsg": "ok"} | result)
+        return json_answer(wecom_error(0, "ok") | result)
 
     def expire_tokens(self, errcode: int = 42001) -> None:
         """Make every token given so far useless; 42001 is "expired", 40014 "invalid"."""
@@ -568,10 +576,9 @@ class FakeWeCom(Peer):
 
     def refuse(self, errcode: int, errmsg: str = "refused", times: int = 1) -> None:
         """Answer the next `message/send` with this error."""
-        body = json.dumps({"errcode": errcode, "errmsg": errmsg}).encode()
-        self.fail(
-            "POST /cgi-bin/message/send", (200, {"Content-Type": "application/json"}, body), times
-        )
+        body = json.dumps(wecom_error(errcode, errmsg)).encode()
+        kind = {"Content-Type": "application/json"}
+        self.fail("POST /cgi-bin/message/send", (200, kind, body), times)
 
     def messages_for(self, user: str) -> list[str]:
         with self.lock:
@@ -598,9 +605,9 @@ class FakeWeCom(Peer):
     def _gettoken(self, call: Call) -> dict[str, object]:
         self.token_calls += 1
         if call.query.get("corpid") != self.corp_id:
-            return {"errcode": 40013, "errmsg": "invalid corpid"}
+            return wecom_error(40013, "invalid corpid")
         if call.query.get("corpsecret") != self.secret:
-            return {"errcode": 40001, "errmsg": "invalid credential"}
+            return wecom_error(40001, "invalid credential")
         valid = [token for token, errcode in self._tokens.items() if not errcode]
         token = valid[0] if valid else f"access-token-{secrets.token_urlsafe(24)}"
         self._tokens[token] = 0
@@ -610,50 +617,44 @@ class FakeWeCom(Peer):
         """Return what is wrong with the token or the address of this call, {} if nothing."""
         token = call.query.get("access_token", "")
         if not token:
-            return {"errcode": 41001, "errmsg": "access_token missing"}
+            return wecom_error(41001, "access_token missing")
         if errcode := self._tokens.get(token, 40014):
-            return {"errcode": errcode, "errmsg": "invalid or expired access_token"}
-        return {}
-
-    def _untrusted(self) -> dict[str, object]:
-        if self.trusted:
+            return wecom_error(errcode, "invalid or expired access_token")
+        if self.trusted or "getcallbackip" in call.path:
             return {}
         text = (
             "not allow to access from your ip, hint: [1764000000512345678901234], from ip: "
             "203.0.113.7, more info at https://open.work.weixin.qq.com/devtool/query?e=60020"
         )
-        return {"errcode": 60020, "errmsg": text}
+        return wecom_error(60020, text)
 
     def _callback_ip(self, call: Call) -> dict[str, object]:
         return self._refusal(call) or {"ip_list": ["127.0.0.1", "182.254.11.176"]}
 
     def _agent(self, call: Call) -> dict[str, object]:
-        if refusal := self._refusal(call) or self._untrusted():
+        if refusal := self._refusal(call):
             return refusal
         if call.query.get("agentid") != str(self.agent_id):
-            return {"errcode": 301002, "errmsg": "no permission to access this agent"}
+            return wecom_error(301002, "no permission to access this agent")
         users = [{"userid": user} for user in sorted(self.known_users or {"alice"})]
         allowed = {"allow_userinfos": {"user": users}, "allow_partys": {"partyid": [1]}}
-        return {
-            "agentid": self.agent_id,
-            "name": "镜像同步",
-            "description": "",
-            "close": 0,
-        } | allowed
+        agent = {"agentid": self.agent_id, "name": "镜像同步", "description": "", "close": 0}
+        return agent | allowed
 
     def _send(self, call: Call) -> dict[str, object]:
-        if refusal := self._refusal(call) or self._untrusted():
-            return refusal
         wish = call.json()
-        if refusal := self._bad_wish(wish):
+        if refusal := self._refusal(call) or self._bad_wish(wish):
             return refusal
         if errcode := self.refused.get(wish["touser"]):
-            return {"errcode": errcode, "errmsg": "refused"}
+            return wecom_error(errcode, "refused")
         users = [user for user in str(wish["touser"]).split("|") if user]
         known = [u for u in users if self.known_users is None or u in self.known_users]
         if not known:
-            return {"errcode": 81013, "errmsg": "user & party & tag all invalid"}
-        text = self._cut(wish["text"]["content"])
+            return wecom_error(81013, "user & party & tag all invalid")
+        raw = wish["text"]["content"].encode()
+        if len(raw) > self.TEXT_LIMIT:
+            self.violations.append(f"a text of {len(raw)} bytes was truncated: {raw[:60]!r}")
+        text = raw[: self.TEXT_LIMIT].decode(errors="ignore")
         repeated = self._repeated(wish)
         for user in known:
             self._deliver(Message(time.time(), user, text), repeated)
@@ -661,26 +662,15 @@ class FakeWeCom(Peer):
         return {"invaliduser": invalid, "msgid": secrets.token_urlsafe(32)}
 
     def _bad_wish(self, wish: Any) -> dict[str, object]:
-        agent = wish.get("agentid")
-        if type(agent) is not int:
-            return {"errcode": 40056, "errmsg": "invalid agentid"}
-        if agent != self.agent_id:
-            return {
-                "errcode": 301002,
-                "errmsg": "not allow operate another agent with this accesstoken",
-            }
+        if type(wish.get("agentid")) is not int:
+            return wecom_error(40056, "invalid agentid")
+        if wish["agentid"] != self.agent_id:
+            return wecom_error(301002, "not allow operate another agent with this accesstoken")
         if wish.get("msgtype") != "text":
-            return {"errcode": 40008, "errmsg": "invalid message type"}
+            return wecom_error(40008, "invalid message type")
         if not wish.get("text", {}).get("content"):
-            return {"errcode": 44004, "errmsg": "text content is empty"}
-        return {} if wish.get("touser") else {"errcode": 82001, "errmsg": "touser is empty"}
-
-    def _cut(self, text: str) -> str:
-        raw = text.encode()
-        if len(raw) <= self.TEXT_LIMIT:
-            return text
-        self.violations.append(f"a text of {len(raw)} bytes was truncated: {text[:60]!r}")
-        return raw[: self.TEXT_LIMIT].decode(errors="ignore")
+            return wecom_error(44004, "text content is empty")
+        return {} if wish.get("touser") else wecom_error(82001, "touser is empty")
 
     def _repeated(self, wish: dict[str, Any]) -> bool:
         if not wish.get("enable_duplicate_check"):
@@ -692,13 +682,13 @@ class FakeWeCom(Peer):
         return False
 
     def _deliver(self, message: Message, repeated: bool) -> None:
-        ages = [message.time - m.time for m in self.messages if m.user == message.user]
-        minute = sum(age < 60 / self.speed for age in ages)
+        ages = [
+            (message.time - m.time) * self.speed for m in self.messages if m.user == message.user
+        ]
+        minute, hour = (sum(age < seconds for age in ages) for seconds in (60, 3600))
         if repeated:
             self.duplicates.append(message)
-        elif minute >= self.PER_MINUTE or (
-            sum(age < 3600 / self.speed for age in ages) >= self.PER_HOUR
-        ):
+        elif minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
             self.dropped.append(message)
         else:
             self.messages.append(message)
@@ -760,18 +750,24 @@ class WeComClient:
         self.callback_url = callback_url
         self.key = base64.b64decode(encoding_aes_key + "=")
 
+    @property
+    def cipher(self) -> Any:
+        return AES.new(self.key, AES.MODE_CBC, self.key[:16])
+
+    def seal(self, plain: bytes) -> str:
+        """Encrypt bytes as they are: padding, length and corp id are the caller's affair."""
+        return base64.b64encode(self.cipher.encrypt(plain)).decode()
+
     def encrypt(self, text: str, receive_id: str | None = None) -> str:
         raw = text.encode()
         tail = (self.corp_id if receive_id is None else receive_id).encode()
         plain = os.urandom(16) + struct.pack(">I", len(raw)) + raw + tail
         pad = 32 - len(plain) % 32
-        cipher = AES.new(self.key, AES.MODE_CBC, self.key[:16])
-        return base64.b64encode(cipher.encrypt(plain + bytes([pad]) * pad)).decode()
+        return self.seal(plain + bytes([pad]) * pad)
 
     def decrypt(self, encrypted: str) -> str:
         """Return the text inside; raise ValueError when padding, length or corp id are wrong."""
-        cipher = AES.new(self.key, AES.MODE_CBC, self.key[:16])
-        plain = cipher.decrypt(base64.b64decode(encrypted, validate=True))
+        plain = self.cipher.decrypt(base64.b64decode(encrypted, validate=True))
         pad = plain[-1]
         if not 1 <= pad <= 32 or plain[-pad:] != bytes([pad]) * pad or len(plain) % 32:
             raise ValueError("bad padding")
@@ -779,7 +775,7 @@ class WeComClient:
         text, receive_id = plain[20 : 20 + size], plain[20 + size : -pad]
         if receive_id != self.corp_id.encode():
             raise ValueError(f"receive id {receive_id!r}")
-        return text.decode()
+        return str(text, "utf-8")
 
     def signature(self, timestamp: str, nonce: str, encrypted: str) -> str:
         parts = sorted([self.token, timestamp, nonce, encrypted])
@@ -803,30 +799,21 @@ class WeComClient:
         self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
     ) -> Post:
         """Encrypt and sign a message of these inner fields."""
-        if fmt == "json":
-            encrypted = self.encrypt(json.dumps(fields, ensure_ascii=False))
-            outer = {
-                "tousername": self.corp_id,
-                "encrypt": encrypted,
-                "agentid": str(self.agent_id),
-            }
-            body, kind = json.dumps(outer), "application/json"
-        else:
-            encrypted = self.encrypt(xml_document(fields))
-            body = xml_document(
-                {"ToUserName": self.corp_id, "AgentID": str(self.agent_id), "Encrypt": encrypted}
-            )
-            kind = "text/xml"
-        return Post(self.signed(encrypted, timestamp), body.encode(), {"Content-Type": kind})
+        as_json = fmt == "json"
+        text = json.dumps(fields, ensure_ascii=False) if as_json else xml_document(fields)
+        encrypted = self.encrypt(text)
+        outer = {"ToUserName": self.corp_id, "Encrypt": encrypted, "AgentID": str(self.agent_id)}
+        small = {name.lower(): value for name, value in outer.items()}
+        body = json.dumps(small) if as_json else xml_document(outer)
+        kind = {"Content-Type": "application/json" if as_json else "text/xml"}
+        return Post(self.signed(encrypted, timestamp), body.encode(), kind)
 
-    def text_fields(
-        self, user: str, text: str, msg_id: int | None = None, create_time: int | None = None
-    ) -> dict[str, object]:
+    def text_fields(self, user: str, text: str, msg_id: int | None = None) -> dict[str, object]:
         """Return the inner fields of a text message; its id is a fresh one unless given."""
         return {
             "ToUserName": self.corp_id,
             "FromUserName": user,
-            "CreateTime": int(time.time()) if create_time is None else create_time,
+            "CreateTime": int(time.time()),
             "MsgType": "text",
             "Content": text,
             "MsgId": secrets.randbits(63) if msg_id is None else msg_id,
@@ -843,25 +830,15 @@ class WeComClient:
         msg_id: int | None = None,
         timestamp: object = None,
         fmt: str = "xml",
-        create_time: int | None = None,
     ) -> Reply:
         """Post what a member typed."""
-        fields = self.text_fields(user, text, msg_id, create_time)
-        return self.post(self.build(fields, fmt, timestamp))
-
-    def post_event(
-        self, user: str, event: str, event_key: str = "", fmt: str = "xml", **more: object
-    ) -> Reply:
-        """Post an event such as enter_agent; events have no MsgId."""
-        fields: dict[str, object] = {"ToUserName": self.corp_id, "FromUserName": user}
-        fields |= {"CreateTime": int(time.time()), "MsgType": "event", "Event": event}
-        fields |= {"EventKey": event_key, "AgentID": self.agent_id} | more
-        return self.post(self.build(fields, fmt))
+        return self.post(self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
 
     def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
-        """Post a message of another kind: image, voice, video, location, link."""
+        """Post a message of another kind: image, voice, video, location, link, event."""
         fields = self.text_fields(user, "") | {"MsgType": kind} | more
-        del fields["Content"]
+        for name in ("Content", "MsgId")[: 1 + (kind == "event")]:  # an event has no MsgId
+            del fields[name]
         return self.post(self.build(fields, fmt))
 
     def post_raw(
@@ -873,9 +850,7 @@ class WeComClient:
         """Post any bytes; a 200 with a body must be a reply that is signed and decrypts."""
         url = self.callback_url + (f"?{urlencode(query)}" if query else "")
         got = http_request("POST", url, body, headers)
-        if got.status != 200 or not got.body:
-            return Reply(got.status, got.body, got.headers)
-        fields = self.open_reply(got.body.decode())
+        fields = self.open_reply(got.body.decode()) if got.status == 200 and got.body else {}
         return Reply(got.status, got.body, got.headers, fields.get("content", ""), fields)
 
     def open_reply(self, text: str) -> dict[str, str]:
@@ -899,67 +874,58 @@ class Step(NamedTuple):
     completed: float | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One job of a run. Change it by the methods: status and conclusion go together."""
 
     id: int
     name: str
     run: Run
+    attempt: int
     status: str = "queued"
     conclusion: str | None = None
     created: float = field(default_factory=time.time)
     started: float = 0.0
     completed: float | None = None
     steps: list[Step] = field(default_factory=list)
-    attempt: int = 1
 
     def start(self) -> None:
         with self.run.lock:
             self.status, self.started = "in_progress", time.time()
-            self.run.touch("in_progress")
 
     def step(self, name: str, conclusion: str | None = "success") -> None:
         """Add a step, or end the last one if it has this name and still runs."""
         with self.run.lock:
-            now = time.time()
-            started = now
+            started = now = time.time()
             if self.steps and self.steps[-1].name == name and not self.steps[-1].conclusion:
                 started = self.steps.pop().started
             self.steps.append(Step(name, conclusion, started, now if conclusion else None))
-            self.run.touch()
 
     def finish(self, conclusion: str) -> None:
         with self.run.lock:
             self.status, self.conclusion, self.completed = "completed", conclusion, time.time()
             self.started = self.started or self.completed
-            self.run.touch()
 
 
+@dataclass(eq=False)
 class Run:
     """One workflow run, as the runner fills it and as the API shows it."""
 
-    def __init__(
-        self, run_id: int, number: int, inputs: dict[str, str], ref: str, sha: str
-    ) -> None:
-        self.id, self.number, self.inputs, self.ref, self.head_sha = (
-            run_id,
-            number,
-            inputs,
-            ref,
-            sha,
-        )
-        self.display_title = f"wxsync {inputs.get('request', '')}".strip()
-        self.event = "workflow_dispatch"
-        self.status = "queued"
-        self.conclusion: str | None = None
-        self.jobs: list[Job] = []
-        self.log: list[str] = []  # what the runner printed, for whoever looks for a cause
-        self.created = self.updated = time.time()
-        self.completed: float | None = None
-        self.attempt = 1
-        self.stop = threading.Event()  # set some time after somebody has cancelled it
-        self.lock = threading.RLock()
+    id: int
+    number: int
+    inputs: dict[str, str]
+    ref: str
+    head_sha: str
+    display_title: str = ""
+    status: str = "queued"
+    conclusion: str | None = None
+    attempt: int = 1
+    created: float = field(default_factory=time.time)
+    completed: float | None = None
+    jobs: list[Job] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # of the runner, for whoever looks for a cause
+    stop: threading.Event = field(default_factory=threading.Event)  # cancelled, some time ago
+    lock: Any = field(default_factory=threading.RLock)
 
     @property
     def lines(self) -> list[str]:
@@ -967,23 +933,21 @@ class Run:
         lines: list[str] = json.loads(self.inputs.get("images") or "[]")
         return lines
 
-    def touch(self, status: str = "") -> None:
-        with self.lock:
-            self.updated = time.time()
-            self.status = status or self.status
-
     def add_job(self, name: str) -> Job:
         with self.lock:
-            job = Job(self.id * 1000 + len(self.jobs), name, self, attempt=self.attempt)
+            job = Job(self.id * 1000 + len(self.jobs), name, self, self.attempt)
             self.jobs.append(job)
-            self.touch()
             return job
+
+    def begin(self) -> None:
+        """Begin as the workflow does: its job `plan` has nothing to do."""
+        self.status = "in_progress"
+        self.add_job("plan").finish("skipped")
 
     def job(self, name: str) -> Job:
         """Return the job of this name; raise KeyError if there is none."""
         with self.lock:
-            found = {job.name: job for job in self.jobs}
-            return found[name]
+            return {job.name: job for job in self.jobs}[name]
 
     def wait(self, event: threading.Event) -> None:
         """Wait for an event, or until the run is cancelled."""
@@ -996,9 +960,8 @@ class Run:
             ends = {job.conclusion for job in self.jobs if job.attempt == self.attempt}
             bad = "failure" if ends & {"failure", "timed_out", None} else ""
             worst = bad or ("cancelled" if "cancelled" in ends else "success")
-            self.conclusion = conclusion or worst
             self.completed = time.time()
-            self.touch("completed")
+            self.status, self.conclusion = "completed", conclusion or worst
 
 
 Runner = Callable[[dict[str, str], Run], None]
@@ -1024,8 +987,7 @@ class PlayedRunner:
         self.gate: threading.Event | None = None
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.touch("in_progress")
-        run.add_job("plan").finish("skipped")
+        run.begin()
         wanted = [line for line in run.lines if self.outcomes.get(line) != "missing"]
         jobs = [run.add_job(line) for line in wanted]
         with ThreadPoolExecutor(self.concurrent) as pool:
@@ -1085,46 +1047,23 @@ def blob_sha(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def problem(status: int, message: str, **more: object) -> Answer:
+def problem(status: int, message: str) -> Answer:
     """Return an error as GitHub words it."""
-    address = "https://docs.github.com/rest"
-    return json_answer(
-        {"message": message, "documentation_url": address, "status": str(status)} | more, status
-    )
+    told = {"message": message, "documentation_url": "https://docs.github.com/rest"}
+    return json_answer(told | {"status": str(status)}, status)
 
 
-# What else GitHub's answers hold: unused by wxsync, there to keep their shape and size honest.
-OWNER_LINKS = (
-    "avatar events followers following gists organizations received_events repos starred "
-    "subscriptions"
-)
+def not_supplied(what: str) -> Answer:
+    return problem(422, f"Invalid request.\n\n{what} wasn't supplied.")
+
+
+# What else a repository holds: unused by wxsync, there to keep the size of answers honest.
 REPOSITORY_LINKS = (
     "archive assignees blobs branches collaborators comments commits compare contents contributors "
     "deployments downloads events forks git_commits git_refs git_tags hooks issue_comment "
     "issue_events issues keys labels languages merges milestones notifications pulls releases "
-    "stargazers statuses subscribers subscription tags teams trees"
+    "stargazers statuses subscribers subscription tags teams trees followers following gists"
 )
-REPOSITORY_COUNTS = (
-    "forks forks_count network_count open_issues open_issues_count size stargazers_count "
-    "subscribers_count watchers watchers_count"
-)
-REPOSITORY_FLAGS = "disabled has_discussions has_issues has_pages has_projects has_wiki"
-
-
-def in_range(value: str, wanted: str) -> bool:
-    """Tell whether an ISO time lies in a range of GitHub's search syntax (>=T, T..T, …)."""
-    first, dots, last = wanted.partition("..")
-    if dots:
-        return (first in ("*", "") or value >= first) and (last in ("*", "") or value <= last)
-    for sign, holds in (
-        (">=", value >= wanted[2:]),
-        ("<=", value <= wanted[2:]),
-        (">", value > wanted[1:]),
-        ("<", value < wanted[1:]),
-    ):
-        if wanted.startswith(sign):
-            return holds
-    return value.startswith(wanted)
 
 
 class FakeGitHub(Peer):
@@ -1140,114 +1079,89 @@ class FakeGitHub(Peer):
     - A cancel is accepted with 202 and happens later, 409 where it is over (REST docs); it may
       answer 500 again and again (JiRaska/open-bank-oss#6472). What runs into `timeout-minutes` is
       cancelled, too (workflow syntax docs).
+    - Inputs over 65,535 characters are refused, and every field that it does not know (REST docs).
+    - A stale sha is 409, a missing one 422 (pome-sh/digital-twins#400).
     """
 
     # REST docs: "up to 1,000 results for each search when using the following parameters"
     FILTERS = frozenset(("actor", "branch", "created", "event", "head_sha", "status"))
     WORKFLOW = "docker-image-sync.yml"
-    VERSIONS = ("2022-11-28", "2026-03-10")
 
-    def __init__(
-        self,
-        repo: str = "octo/mirror",
-        token: str = "github_pat_11AAAAAAA0fakefakefake",
-        runner: Runner | None = None,
-    ) -> None:
+    def __init__(self, runner: Runner | None = None) -> None:
         super().__init__()
-        self.repo, self.token = repo, token
+        self.repo, self.token = "octo/mirror", "github_pat_11AAAAAAA0fakefakefake"
         self.runner: Runner = runner or PlayedRunner()
         self.branches = {"main"}
         self.files: dict[str, bytes] = {}
         self.commits: list[Commit] = []
         self.dispatches: list[Dispatch] = []
         self.runs: list[Run] = []
-        self.workflow_inputs = {"images", "request", "target"}
         self.workflow_state = "active"
-        self.secrets = {
-            f"DOCKER_{name}" for name in ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
-        }
+        names = ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
+        self.secrets = {f"DOCKER_{name}" for name in names}
         self.actions_enabled = True
         self.archived = False
-        self.permissions = {
-            "admin": True,
-            "maintain": True,
-            "push": True,
-            "triage": True,
-            "pull": True,
-        }
+        self.permissions = dict.fromkeys("admin maintain push triage pull".split(), True)
         self.denied: set[str] = set()  # rights the token lacks, such as "actions=write"
         self.token_expires = ""  # "2027-10-12 09:00:00 UTC" to have the header
         self.old_dispatch = False  # 204 without a run id, as older servers answer
-        self.list_lag = 0.0  # seconds until a run appears in the list
-        self.filter_lag = 180.0  # the same where the list is filtered
+        self.list_lag = 0.0  # seconds until a run appears in the list, 180 where it is filtered
         self.run_lag = 0.0  # seconds until a run can be asked for by its id
         self.jobs_lag = 0.0  # seconds by which the list of jobs is behind
         self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
-        self.cancel_lag = 0.1
         self.rate_remaining = 5000
         self.rate_reset = time.time() + 3600
-        self._numbers = itertools.count(1)
-        self._head = hashlib.sha1(repo.encode()).hexdigest()
+        self._head = hashlib.sha1(self.repo.encode()).hexdigest()
 
     # -- the frame around each call ------------------------------------------------------------
 
     def handle(self, call: Call) -> Answer:
         with self.changed:
-            right, answer = self._answer(call)
+            answer = self._answer(call)
             self.changed.notify_all()
-        return self._dressed(call, answer, right)
+        return self._dressed(call, answer)
 
-    def _answer(self, call: Call) -> tuple[str, Answer]:
-        """Return the right that the call needs, and its answer."""
+    def _answer(self, call: Call) -> Answer:
         if refusal := self._refusal(call):
-            return "", refusal
-        path = call.path.removeprefix("/api/v3")  # where GitHub Enterprise has it
-        if path == "/rate_limit":
-            return "", json_answer(self._limits())
-        prefix = f"/repos/{self.repo}"
-        for method, pattern, right, action in self._routes():
-            match = (
-                re.fullmatch(pattern, path.removeprefix(prefix))
-                if path.startswith(prefix)
-                else None
-            )
+            return refusal
+        runs, flow, run = "/actions/runs", r"/actions/workflows/([^/]+)", r"/actions/runs/(\d+)"
+        routes: list[tuple[str, str, Callable[..., Answer]]] = [
+            ("GET metadata=read", "", self._repository),
+            ("GET contents=read", "/contents/(.+)", self._get_contents),
+            ("PUT contents=write", "/contents/(.+)", self._put_contents),
+            ("GET actions=read", flow, self._workflow),
+            ("POST actions=write", flow + "/dispatches", self._dispatch),
+            ("GET actions=read", flow + "/runs", self._list_runs),
+            ("GET actions=read", runs, self._list_runs),
+            ("GET actions=read", run, self._get_run),
+            ("GET actions=read", run + "/jobs", self._list_jobs),
+            ("POST actions=write", run + "/cancel", self._cancel),
+            ("GET secrets=read", "/actions/secrets", self._list_secrets),
+            ("GET administration=read", "/actions/permissions", self._actions),
+        ]
+        for route, path, action in routes:
+            method, _, right = route.partition(" ")
+            match = re.fullmatch(f"/repos/{self.repo}{path}", call.path)
             if match and method == call.method:
                 if right in self.denied:
-                    return right, problem(403, "Resource not accessible by personal access token")
-                return right, action(call, *match.groups())
-        return "", problem(404, "Not Found")
-
-    def _routes(self) -> list[tuple[str, str, str, Callable[..., Answer]]]:
-        runs, flow = r"/actions/runs", r"/actions/workflows/([^/]+)"
-        return [
-            ("GET", "", "metadata=read", self._repository),
-            ("GET", r"/contents/(.+)", "contents=read", self._get_contents),
-            ("PUT", r"/contents/(.+)", "contents=write", self._put_contents),
-            ("GET", flow, "actions=read", self._workflow),
-            ("POST", flow + "/dispatches", "actions=write", self._dispatch),
-            ("GET", flow + "/runs", "actions=read", self._list_runs),
-            ("GET", runs, "actions=read", self._list_runs),
-            ("GET", runs + r"/(\d+)", "actions=read", self._get_run),
-            ("GET", runs + r"/(\d+)/jobs", "actions=read", self._list_jobs),
-            ("POST", runs + r"/(\d+)/cancel", "actions=write", self._cancel),
-            ("GET", "/actions/secrets", "secrets=read", self._list_secrets),
-            ("GET", "/actions/permissions", "administration=read", self._actions),
-        ]
+                    return problem(403, "Resource not accessible by personal access token")
+                return action(call, *match.groups())
+        return problem(404, "Not Found")
 
     def _refusal(self, call: Call) -> Answer | None:
         if not call.headers.get("user-agent"):
             return problem(403, "Request forbidden by administrative rules. User-Agent is missing.")
-        if call.headers.get("x-github-api-version", self.VERSIONS[0]) not in self.VERSIONS:
+        if call.headers.get("x-github-api-version", "2022-11-28") != "2022-11-28":
             return problem(400, "Invalid API version")
         if call.headers.get("authorization") not in (f"Bearer {self.token}", f"token {self.token}"):
             return problem(401, "Bad credentials")
-        if self.rate_remaining <= 0 and call.path != "/rate_limit":
+        if self.rate_remaining <= 0:
             if time.time() < self.rate_reset:
                 return problem(403, "API rate limit exceeded for user ID 1.")
             self.rate_remaining, self.rate_reset = 5000, time.time() + 3600
         return None
 
-    def _dressed(self, call: Call, answer: Answer, right: str) -> Answer:
+    def _dressed(self, call: Call, answer: Answer) -> Answer:
         """Add ETag and the headers that every answer has; a known ETag makes it a 304."""
         if call.method == "GET" and answer.status == 200:
             answer.headers["ETag"] = f'W/"{hashlib.sha256(answer.body).hexdigest()}"'
@@ -1256,25 +1170,13 @@ class FakeGitHub(Peer):
         with self.lock:
             if answer.status not in (304, 401) and self.rate_remaining > 0:
                 self.rate_remaining -= 1  # 304 is free
-            used = 5000 - self.rate_remaining
-        limits = {
-            "Limit": 5000,
-            "Remaining": self.rate_remaining,
-            "Used": used,
-            "Reset": int(self.rate_reset),
-        }
+            left, reset = self.rate_remaining, int(self.rate_reset)
+        limits = {"Limit": 5000, "Remaining": left, "Used": 5000 - left, "Reset": reset}
         headers = {f"X-RateLimit-{name}": str(value) for name, value in limits.items()}
         headers |= {"X-RateLimit-Resource": "core", "X-GitHub-Request-Id": secrets.token_hex(8)}
-        if right:
-            headers["X-Accepted-GitHub-Permissions"] = right
         if self.token_expires:
             headers["GitHub-Authentication-Token-Expiration"] = self.token_expires
         return Answer(answer.status, answer.body, answer.headers | headers)
-
-    def _limits(self) -> dict[str, object]:
-        core = {"limit": 5000, "used": 5000 - self.rate_remaining, "remaining": self.rate_remaining}
-        core["reset"] = int(self.rate_reset)
-        return {"resources": {"core": core, "search": core}, "rate": core}
 
     # -- repository and contents ---------------------------------------------------------------
 
@@ -1286,43 +1188,28 @@ class FakeGitHub(Peer):
     def web(self) -> str:
         return f"https://github.com/{self.repo}"
 
-    def _owner(self) -> dict[str, object]:
-        login = self.repo.split("/")[0]
-        address = f"{self.url}/users/{login}"
-        plain = {"login": login, "id": 1, "node_id": "U_1", "type": "User", "site_admin": False}
-        plain |= {"gravatar_id": "", "url": address, "html_url": f"https://github.com/{login}"}
-        return {f"{name}_url": f"{address}/{name}" for name in OWNER_LINKS.split()} | plain
-
     def _small_repository(self) -> dict[str, object]:
         """Return the repository as runs carry it."""
-        plain = {"id": 7, "node_id": "R_7", "name": self.repo.split("/")[1], "full_name": self.repo}
-        plain |= {"private": False, "fork": False, "description": None, "owner": self._owner()}
-        plain |= {"html_url": self.web, "url": self.api}
-        return {f"{name}_url": f"{self.api}/{name}" for name in REPOSITORY_LINKS.split()} | plain
+        owner, name = self.repo.split("/")
+        links = {f"{link}_url": f"{self.api}/{link}" for link in REPOSITORY_LINKS.split()}
+        return links | {
+            "id": 7,
+            "name": name,
+            "full_name": self.repo,
+            "private": False,
+            "owner": {"login": owner, "id": 1, "type": "User", "html_url": self.web},
+            "html_url": self.web,
+            "url": self.api,
+        }
 
     def _repository(self, call: Call) -> Answer:
-        full = self._small_repository() | dict.fromkeys(REPOSITORY_COUNTS.split(), 0)
-        full |= dict.fromkeys(REPOSITORY_FLAGS.split(), False)
-        full |= dict.fromkeys(("homepage", "language", "license", "mirror_url"))
-        full |= dict.fromkeys(("created_at", "updated_at", "pushed_at"), iso(0))
-        full |= dict.fromkeys(("clone_url", "git_url", "ssh_url", "svn_url"), self.web + ".git")
         own = {"default_branch": "main", "archived": self.archived, "permissions": self.permissions}
-        return json_answer(full | own)
+        return json_answer(self._small_repository() | own)
 
     def _content(self, path: str, data: bytes) -> dict[str, object]:
-        sha, address = blob_sha(data), f"{self.api}/contents/{quote(path)}"
-        return {
-            "type": "file",
-            "name": path.split("/")[-1],
-            "path": path,
-            "size": len(data),
-            "sha": sha,
-            "url": address,
-            "git_url": f"{self.api}/git/blobs/{sha}",
-            "html_url": f"{self.web}/blob/main/{path}",
-            "download_url": f"https://raw.githubusercontent.com/{self.repo}/main/{path}",
-            "_links": {"self": address, "git": f"{self.api}/git/blobs/{sha}", "html": self.web},
-        }
+        place = {"type": "file", "name": path.split("/")[-1], "path": path, "size": len(data)}
+        address = f"{self.api}/contents/{quote(path)}"
+        return place | {"sha": blob_sha(data), "url": address, "_links": {"self": address}}
 
     def _get_contents(self, call: Call, path: str) -> Answer:
         if (ref := call.query.get("ref", "main")) not in self.branches:
@@ -1330,8 +1217,6 @@ class FakeGitHub(Peer):
         if path not in self.files:
             return problem(404, "Not Found")
         data = self.files[path]
-        if "raw" in call.headers.get("accept", ""):
-            return Answer(200, data, {"Content-Type": "application/vnd.github.raw+json"})
         small = len(data) <= 1_000_000
         text = base64.encodebytes(data).decode() if small else ""  # 76 columns, newlines included
         more = {"encoding": "base64" if small else "none", "content": text}
@@ -1339,23 +1224,23 @@ class FakeGitHub(Peer):
 
     def _put_contents(self, call: Call, path: str) -> Answer:
         wish = call.json()
-        branch = wish.get("branch", "main")
-        if branch not in self.branches:
+        if (branch := wish.get("branch", "main")) not in self.branches:
             return problem(404, f"Branch {branch} not found")
         for name in ("message", "content"):
             if not isinstance(wish.get(name), str):
-                return problem(422, f'Invalid request.\n\n"{name}" wasn\'t supplied.')
+                return not_supplied(f'"{name}"')
         for person in ("committer", "author"):
             if person in wish and not {"name", "email"} <= set(wish[person]):
-                return problem(422, f'Invalid request.\n\n"email" wasn\'t supplied for {person}.')
+                return not_supplied(f'"email" of {person}')
         old = self.files.get(path)
         if old is not None and not wish.get("sha"):
-            return problem(422, 'Invalid request.\n\n"sha" wasn\'t supplied.')
+            return not_supplied('"sha"')
         if old is not None and wish["sha"] != blob_sha(old):
             return problem(409, f"{path} does not match {wish['sha']}")
         content = base64.b64decode(wish["content"])
         commit = self.commit(path, content, wish["message"], branch)
-        body = {"content": self._content(path, content), "commit": self._commit_json(commit)}
+        told = {"sha": commit.sha, "message": commit.message, "parents": []}
+        body = {"content": self._content(path, content), "commit": told}
         return json_answer(body, 200 if old is not None else 201)
 
     def commit(self, path: str, content: bytes, message: str, branch: str = "main") -> Commit:
@@ -1367,40 +1252,13 @@ class FakeGitHub(Peer):
             self.commits.append(commit)
             return commit
 
-    def _commit_json(self, commit: Commit) -> dict[str, object]:
-        person = {"name": "wxsync", "email": "wxsync@example.com", "date": iso(commit.time)}
-        return {
-            "sha": commit.sha,
-            "node_id": "C_" + commit.sha[:8],
-            "url": f"{self.api}/git/commits/{commit.sha}",
-            "html_url": f"{self.web}/commit/{commit.sha}",
-            "author": person,
-            "committer": person,
-            "message": commit.message,
-            "tree": {"sha": commit.sha, "url": f"{self.api}/git/trees/{commit.sha}"},
-            "parents": [],
-        }
-
     # -- workflow, runs, jobs ------------------------------------------------------------------
 
     def _workflow(self, call: Call, name: str) -> Answer:
         if name != self.WORKFLOW:
             return problem(404, "Not Found")
         path = f".github/workflows/{name}"
-        return json_answer(
-            {
-                "id": 161335,
-                "node_id": "W_161335",
-                "name": name.removesuffix(".yml"),
-                "path": path,
-                "state": self.workflow_state,
-                "created_at": iso(0),
-                "updated_at": iso(0),
-                "url": f"{self.api}/actions/workflows/161335",
-                "html_url": f"{self.web}/blob/main/{path}",
-                "badge_url": f"{self.web}/workflows/{name}/badge.svg",
-            }
-        )
+        return json_answer({"id": 161335, "path": path, "state": self.workflow_state})
 
     def _bad_dispatch(self, call: Call, name: str, wish: Any) -> Answer | None:
         inputs = wish.get("inputs", {})
@@ -1410,7 +1268,7 @@ class FakeGitHub(Peer):
             return problem(422, f"No ref found for: {wish.get('ref')}")
         if self.workflow_state != "active":
             return problem(422, "Cannot trigger a 'workflow_dispatch' on a disabled workflow")
-        if unknown := sorted(set(inputs) - self.workflow_inputs):
+        if unknown := sorted(set(inputs) - {"images", "request", "target"}):
             return problem(422, f"Unexpected inputs provided: {json.dumps(unknown)}")
         if not all(isinstance(value, str) for value in inputs.values()):
             return problem(422, "Invalid request.\n\nInputs must be strings.")
@@ -1425,31 +1283,31 @@ class FakeGitHub(Peer):
         inputs = dict(wish.get("inputs", {}))
         run = self.new_run(inputs, wish["ref"])
         self.dispatches.append(Dispatch(run.created, wish["ref"], inputs, run.id))
-        newest = call.headers.get("x-github-api-version") == self.VERSIONS[1]
-        if self.old_dispatch or not (newest or wish.get("return_run_details")):
+        if self.old_dispatch or not wish.get("return_run_details"):
             return Answer(204)
-        address = f"{self.api}/actions/runs/{run.id}"
-        web = f"{self.web}/actions/runs/{run.id}"
-        return json_answer({"workflow_run_id": run.id, "run_url": address, "html_url": web})
+        path = f"/actions/runs/{run.id}"
+        told = {"workflow_run_id": run.id, "run_url": self.api + path, "html_url": self.web + path}
+        return json_answer(told)
 
     def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
         """Start a run in a thread of its own."""
         with self.lock:
-            number = next(self._numbers)
+            number = len(self.runs) + 1
             run = Run(30_000_000_000 + number, number, inputs, ref, self._head)
+            run.display_title = f"wxsync {inputs.get('request', '')}".strip()
             self.runs.append(run)
-        threading.Thread(target=self._execute, args=(inputs, run), daemon=True).start()
+        threading.Thread(target=self._execute, args=(run,), daemon=True).start()
         return run
 
     def rerun(self, run: Run) -> None:
         """Do what the button "Re-run all jobs" does."""
         with run.lock:
             run.attempt, run.status, run.conclusion = run.attempt + 1, "queued", None
-        threading.Thread(target=self._execute, args=(run.inputs, run), daemon=True).start()
+        threading.Thread(target=self._execute, args=(run,), daemon=True).start()
 
-    def _execute(self, inputs: dict[str, str], run: Run) -> None:
+    def _execute(self, run: Run) -> None:
         try:
-            self.runner(inputs, run)
+            self.runner(run.inputs, run)
         finally:
             if run.status != "completed":  # a bug of the runner must be seen by the test
                 self.errors.append(traceback.format_exc())
@@ -1457,73 +1315,46 @@ class FakeGitHub(Peer):
 
     def _run_json(self, run: Run) -> dict[str, object]:
         address = f"{self.api}/actions/runs/{run.id}"
-        links = {
-            f"{name}_url": f"{address}/{name}"
-            for name in ("jobs", "logs", "artifacts", "cancel", "rerun")
-        }
+        names = ("jobs", "logs", "artifacts", "cancel", "rerun", "check_suite", "previous_attempt")
         with run.lock:
-            return links | {
+            return {f"{name}_url": f"{address}/{name}" for name in names} | {
                 "id": run.id,
-                "node_id": f"WFR_{run.id}",
                 "name": self.WORKFLOW.removesuffix(".yml"),
                 "display_title": run.display_title,
                 "run_number": run.number,
                 "run_attempt": run.attempt,
-                "event": run.event,
+                "event": "workflow_dispatch",
                 "status": run.status,
                 "conclusion": run.conclusion,
                 "head_branch": run.ref,
                 "head_sha": run.head_sha,
                 "path": f".github/workflows/{self.WORKFLOW}",
                 "workflow_id": 161335,
-                "check_suite_url": f"{self.api}/check-suites/{run.id}",
-                "workflow_url": f"{self.api}/actions/workflows/161335",
                 "url": address,
                 "html_url": f"{self.web}/actions/runs/{run.id}",
                 "created_at": iso(run.created),
-                "updated_at": iso(run.updated),
                 "run_started_at": iso(run.created),
-                "pull_requests": [],
-                "head_commit": None,
                 "repository": self._small_repository(),
                 "head_repository": self._small_repository(),
             }
 
-    def _wanted(self, run: Run, query: Mapping[str, str]) -> bool:
-        return (
-            query.get("event", run.event) == run.event
-            and query.get("branch", run.ref) == run.ref
-            and query.get("head_sha", run.head_sha) == run.head_sha
-            and query.get("status", run.status) in (run.status, run.conclusion)
-            and in_range(iso(run.created), query.get("created", "*..*"))
-        )
-
     def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
-        if name not in (self.WORKFLOW, "161335"):
+        if name != self.WORKFLOW:
             return problem(404, "Not Found")
-        lag = self.filter_lag if self.FILTERS & set(call.query) else self.list_lag
+        lag = 180 if self.FILTERS & set(call.query) else self.list_lag
         seen = [run for run in reversed(self.runs) if time.time() - run.created >= lag]
-        found = [self._run_json(run) for run in seen if self._wanted(run, call.query)]
-        return self._page(call, "workflow_runs", found)
+        return self._page(call, "workflow_runs", [self._run_json(run) for run in seen])
 
     def _page(self, call: Call, name: str, rows: list[dict[str, object]]) -> Answer:
-        """Return one page of a list, with the links to its neighbours."""
+        """Return one page of a list."""
         size = min(int(call.query.get("per_page", "30")), 100)
-        page, last = int(call.query.get("page", "1")), max(1, -(-len(rows) // size))
-        links = []
-        for rel, number in (("prev", page - 1), ("next", page + 1), ("last", last), ("first", 1)):
-            if 1 <= number <= last and number != page:
-                query = urlencode(call.query | {"page": str(number)})
-                links.append(f'<{self.url}{call.path}?{query}>; rel="{rel}"')
-        shown = rows[(page - 1) * size : page * size]
-        headers = {"Link": ", ".join(links)} if links else {}
-        return json_answer({"total_count": len(rows), name: shown}, headers=headers)
+        start = size * (int(call.query.get("page", "1")) - 1)
+        return json_answer({"total_count": len(rows), name: rows[start : start + size]})
 
     def run(self, run_id: int) -> Run:
         """Return the run of this id; raise KeyError if there is none."""
         with self.lock:
-            found = {run.id: run for run in self.runs}
-            return found[run_id]
+            return {run.id: run for run in self.runs}[run_id]
 
     def _visible(self, run_id: str) -> Run | None:
         found = {str(run.id): run for run in self.runs if time.time() - run.created >= self.run_lag}
@@ -1553,13 +1384,10 @@ class FakeGitHub(Peer):
         web, address = f"{self.web}/actions/runs/{job.run.id}", f"{self.api}/actions/jobs/{job.id}"
         return {
             "id": job.id,
-            "node_id": f"CR_{job.id}",
             "run_id": job.run.id,
-            "run_url": f"{self.api}/actions/runs/{job.run.id}",
             "run_attempt": job.attempt,
             "workflow_name": self.WORKFLOW.removesuffix(".yml"),
             "head_sha": job.run.head_sha,
-            "head_branch": job.run.ref,
             "name": job.name if len(job.name) <= 100 else job.name[:97] + "...",
             "status": "in_progress" if job.completed and not is_over else job.status,
             "conclusion": job.conclusion if is_over else None,
@@ -1568,24 +1396,17 @@ class FakeGitHub(Peer):
             "completed_at": iso(job.completed) if job.completed and is_over else None,
             "url": address,
             "html_url": f"{web}/job/{job.id}",
-            "check_run_url": f"{self.api}/check-runs/{job.id}",
             "labels": ["ubuntu-24.04"],
-            "runner_id": 1,
             "runner_name": "GitHub Actions 1",
-            "runner_group_id": 0,
-            "runner_group_name": "GitHub Actions",
             "steps": [self._step_json(n, step) for n, step in enumerate(steps, 1)],
         }
 
     def _step_json(self, number: int, step: Step) -> dict[str, object]:
-        return {
-            "number": number,
-            "name": step.name,
-            "status": "completed" if step.conclusion else "in_progress",
-            "conclusion": step.conclusion,
-            "started_at": iso(step.started),
-            "completed_at": iso(step.completed) if step.completed else None,
-        }
+        status = "completed" if step.conclusion else "in_progress"
+        ended = iso(step.completed) if step.completed else None
+        times = {"started_at": iso(step.started), "completed_at": ended}
+        told = {"number": number, "name": step.name, "status": status}
+        return told | {"conclusion": step.conclusion} | times
 
     def _cancel(self, call: Call, run_id: str) -> Answer:
         run = self._visible(run_id)
@@ -1593,23 +1414,16 @@ class FakeGitHub(Peer):
             return problem(404, "Not Found")
         if run.status == "completed":
             return problem(409, "Cannot cancel a workflow run that is completed.")
-        threading.Timer(self.cancel_lag, run.stop.set).start()
+        threading.Timer(0.1, run.stop.set).start()
         return json_answer({}, 202)
 
     # -- what only `check` asks ----------------------------------------------------------------
 
     def _list_secrets(self, call: Call) -> Answer:
-        dates: dict[str, object] = {"created_at": iso(0), "updated_at": iso(0)}
-        rows: list[dict[str, object]] = [{"name": name} | dates for name in sorted(self.secrets)]
-        return self._page(call, "secrets", rows)
+        return self._page(call, "secrets", [{"name": name} for name in sorted(self.secrets)])
 
     def _actions(self, call: Call) -> Answer:
-        more = (
-            {"allowed_actions": "all", "sha_pinning_required": False}
-            if self.actions_enabled
-            else {}
-        )
-        return json_answer({"enabled": self.actions_enabled} | more)
+        return json_answer({"enabled": self.actions_enabled})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1621,66 +1435,85 @@ MANIFESTS = (
     "application/vnd.docker.distribution.manifest.list.v2+json, "
     "application/vnd.docker.distribution.manifest.v2+json"
 )
+OCI = "application/vnd.oci."
 EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
 
 
-if os.name == "posix":  # dockerd and what it calls are where only root's own PATH leads
-    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+class Daemon(Closing):
+    """A real server in a process of its own on 127.0.0.1, with a password if wanted."""
 
-
-def missing_program(*names: str) -> str:
-    """Return why programs cannot be used, "" if they all can."""
-    absent = [name for name in names if not shutil.which(name)]
-    return f"{', '.join(absent)} not installed" if absent else ""
-
-
-class Registry:
-    """A docker-registry process of its own, empty at first, with a password if wanted."""
+    NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
         self.port = 0
-        self._temporary = temporary_folder("registry")
+        self.around: list[str] = []  # a command that runs it
+        self._temporary = temporary_folder("daemon")
         self.folder = Path(self._temporary.name)
         self._process: subprocess.Popen[bytes] | None = None
 
-    @staticmethod
-    def missing() -> str:
-        return missing_program("docker-registry", "skopeo", "htpasswd")
+    @classmethod
+    def missing(cls) -> str:
+        return missing_program(*cls.NEEDS)
 
     @property
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     @property
-    def headers(self) -> dict[str, str]:
-        """Return the header that logs in, none without a password."""
-        if not self.user:
-            return {}
-        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Authorization": f"Basic {login}"}
+    def log(self) -> str:
+        """What it has printed, over all its starts."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
 
     def start(self) -> Self:
-        """Start it and wait until it answers; what was pushed before is still there."""
+        """Start it and wait until it listens; the first start picks the port."""
         self.port = self.port or free_port()
-        config = self.folder / "config.yml"
-        config.write_text(self._config())
-        command = ["docker-registry", "serve", str(config)]
         with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        if not wait_until(self._answers, 15):
-            raise RuntimeError(
-                "registry did not start: " + (self.folder / "log").read_text()[-500:]
+            words = [*self.around, *self.command()]
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+        if not wait_until(self._listens, 15):
+            raise RuntimeError(f"{self.NEEDS[0]} did not start: {self.log[-500:]}")
         return self
 
-    def stop(self) -> None:
+    def _listens(self) -> bool:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            return True
+        return False
+
+    def kill(self) -> None:
+        """End it as a crash would; its connections break, what it has stored stays."""
         if self._process:
-            self._process.terminate()
+            self._process.kill()
             self._process.wait()
         self._process = None
 
-    def _config(self) -> str:
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        self.kill()
+        self._temporary.cleanup()
+
+
+class Registry(Daemon):
+    """docker-registry, empty at first."""
+
+    NEEDS = ("docker-registry", "skopeo", "htpasswd")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the header that logs in, none without a password."""
+        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return {"Authorization": f"Basic {login}"} if self.user else {}
+
+    def command(self) -> list[str]:
         text = (
             "version: 0.1\n"
             "log: {level: warn, accesslog: {disabled: true}}\n"
@@ -1688,18 +1521,15 @@ class Registry:
             "delete: {enabled: true}}\n"
             f"http: {{addr: '{self.host}', relativeurls: true}}\n"
         )
-        if not self.user:
-            return text
-        command = ["htpasswd", "-Bbn", self.user, self.password]
-        accounts = self.folder / "htpasswd"
-        accounts.write_bytes(subprocess.run(command, check=True, capture_output=True).stdout)
-        return text + f"auth: {{htpasswd: {{realm: mirror, path: {accounts}}}}}\n"
-
-    def _answers(self) -> bool:
-        try:
-            return http_request("GET", f"http://{self.host}/v2/", timeout=2).status in (200, 401)
-        except OSError:
-            return False
+        if self.user:
+            accounts = self.folder / "htpasswd"
+            accounts.write_text(
+                run_command(["htpasswd", "-Bbn", self.user, self.password], check=True).stdout
+            )
+            text += f"auth: {{htpasswd: {{realm: mirror, path: {accounts}}}}}\n"
+        config = self.folder / "config.yml"
+        config.write_text(text)
+        return ["docker-registry", "serve", str(config)]
 
     def fetch(self, repo: str, reference: str) -> Answer:
         """GET a manifest by tag or digest."""
@@ -1718,18 +1548,6 @@ class Registry:
             raise KeyError(f"{repo}:{reference}: {got.status}")
         value: dict[str, Any] = got.json()
         return value
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-        self._temporary.cleanup()
 
 
 class ImageLayout:
@@ -1759,7 +1577,7 @@ class ImageLayout:
             archive.addfile(entry, io.BytesIO(random.Random(seed).randbytes(size)))
         plain = raw.getvalue()
         packed = gzip.compress(plain, 0, mtime=0)  # random bytes do not get smaller
-        descriptor = self.blob(packed, "application/vnd.oci.image.layer.v1.tar+gzip")
+        descriptor = self.blob(packed, OCI + "image.layer.v1.tar+gzip")
         return descriptor, "sha256:" + hashlib.sha256(plain).hexdigest()
 
     def image(self, tag: str, arch: str, sizes: Sequence[int]) -> dict[str, object]:
@@ -1771,27 +1589,22 @@ class ImageLayout:
         ]
         config: dict[str, object] = {"os": "linux", "config": {"Cmd": ["/bin/true"]}}
         config["rootfs"] = {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]}
-        kind = "application/vnd.oci.image.config.v1+json"
-        parts = {
-            "config": self.blob(json.dumps(config | cpu).encode(), kind),
-            "layers": [descriptor for descriptor, _ in layers],
-        }
-        kind = "application/vnd.oci.image.manifest.v1+json"
-        return self.document(parts, kind, platform={"os": "linux"} | cpu)
+        whole = self.blob(json.dumps(config | cpu).encode(), OCI + "image.config.v1+json")
+        parts = {"config": whole, "layers": [descriptor for descriptor, _ in layers]}
+        return self.document(parts, OCI + "image.manifest.v1+json", platform={"os": "linux"} | cpu)
 
     def attestation(self, image: Mapping[str, object]) -> dict[str, object]:
         """Return the entry that buildx adds for an image, the kind that ACR refuses."""
         statement = self.blob(b'{"_type": "in-toto"}', "application/vnd.in-toto+json")
         parts = {"config": self.blob(b"{}", EMPTY_CONFIG), "layers": [statement]}
         parts["annotations"] = {"about": image["digest"]}
+        reference = "vnd.docker.reference."
+        notes = {"type": "attestation-manifest", "digest": image["digest"]}
         return self.document(
             parts,
-            "application/vnd.oci.image.manifest.v1+json",
+            OCI + "image.manifest.v1+json",
             platform={"os": "unknown", "architecture": "unknown"},
-            annotations={
-                "vnd.docker.reference.type": "attestation-manifest",
-                "vnd.docker.reference.digest": image["digest"],
-            },
+            annotations={reference + name: value for name, value in notes.items()},
         )
 
     def finish(self, tag: str, top: Mapping[str, object]) -> str:
@@ -1800,24 +1613,6 @@ class ImageLayout:
         index = {"schemaVersion": 2, "manifests": [dict(top) | {"annotations": names}]}
         (self.folder / "index.json").write_text(json.dumps(index))
         return str(top["digest"])
-
-
-def make_image(
-    folder: Path,
-    tag: str,
-    archs: Sequence[str] = ("amd64",),
-    sizes: Sequence[int] = (2000,),
-    attestation: bool = False,
-) -> str:
-    """Make an OCI layout with one image, return the digest of its index or only manifest."""
-    layout = ImageLayout(folder)
-    entries = [layout.image(tag, arch, sizes) for arch in archs]
-    if attestation:
-        entries += [layout.attestation(entry) for entry in list(entries)]
-    if len(entries) == 1:
-        return layout.finish(tag, entries[0])
-    kind = "application/vnd.oci.image.index.v1+json"
-    return layout.finish(tag, layout.document({"manifests": entries}, kind))
 
 
 def auth_file(path: Path, registry: Registry) -> Path:
@@ -1835,7 +1630,7 @@ def push_image(folder: Path, tag: str, registry: Registry, repo: str, to_tag: st
     command = ["skopeo", "--insecure-policy", "copy", "-q", "--all", "--dest-tls-verify=false"]
     command += ["--dest-authfile", str(auth)]
     command += [f"oci:{folder}:{tag}", f"docker://{registry.host}/{repo}:{to_tag or tag}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_command(command)
     if done.returncode:
         raise RuntimeError(done.stderr)
 
@@ -1848,10 +1643,18 @@ def publish(
     sizes: Sequence[int] = (2000,),
     attestation: bool = False,
 ) -> str:
-    """Make an image and push it, return its digest. The content depends on repo and tag."""
+    """Make an image and push it, return the digest of its index or only manifest. The content
+    depends on repo and tag.
+    """
     with temporary_folder("image") as folder:
-        name = f"{repo.replace('/', '_')}-{tag}"
-        digest = make_image(Path(folder), name, archs, sizes, attestation)
+        layout, name = ImageLayout(Path(folder)), f"{repo.replace('/', '_')}-{tag}"
+        entries = [layout.image(name, arch, sizes) for arch in archs]
+        if attestation:
+            entries += [layout.attestation(entry) for entry in list(entries)]
+        top = entries[0]
+        if len(entries) > 1:
+            top = layout.document({"manifests": entries}, OCI + "image.index.v1+json")
+        digest = layout.finish(name, top)
         push_image(Path(folder), name, registry, repo, tag)
     return digest
 
@@ -1890,9 +1693,7 @@ class PickyRegistry(Peer):
     @property
     def layer_reads(self) -> list[Call]:
         """Return the calls that fetched a blob."""
-        return [
-            call for call in self.calls if call.method == "GET" and "/blobs/sha256:" in call.path
-        ]
+        return self.calls_to("GET /blobs/sha256:")
 
     def handle(self, call: Call) -> Answer:
         manifest = call.method == "PUT" and "/manifests/" in call.path
@@ -1902,12 +1703,10 @@ class PickyRegistry(Peer):
         headers = {name: value for name, value in call.headers.items() if name not in self.HOP}
         url = f"http://{self.registry.host}{call.target}"
         got = http_request(call.method, url, call.body or None, headers, timeout=60)
-        return Answer(got.status, got.body, self._passed_on(call.method, got.headers))
-
-    def _passed_on(self, method: str, headers: Mapping[str, str]) -> dict[str, str]:
         # The length of an answer to HEAD is news; any other follows from the body.
-        dropped = [name for name in self.HOP if method != "HEAD" or name != "content-length"]
-        return {name: value for name, value in headers.items() if name not in dropped}
+        dropped = set(self.HOP) - ({"content-length"} if call.method == "HEAD" else set())
+        kept = {name: value for name, value in got.headers.items() if name not in dropped}
+        return Answer(got.status, got.body, kept)
 
 
 class FakeRegistry(Peer):
@@ -1928,24 +1727,23 @@ class FakeRegistry(Peer):
         bearer = call.headers.get("authorization", "").startswith("Bearer")
         if self.mode in ("hubmissing", "tok401") and not bearer:
             return self._unauthorized()
-        return json_answer({}) if call.path == "/v2/" else self._failure()
+        if call.path == "/v2/":
+            return json_answer({})
+        if self.mode == "hubmissing":
+            return self._unauthorized(',scope="repository:x/y:pull",error="insufficient_scope"')
+        html = {"Content-Type": "text/html"}
+        denied = registry_error(403, "DENIED", "requested access to the resource is denied")
+        return {
+            "429": registry_error(429, "TOOMANYREQUESTS", self.LIMIT),
+            "500": registry_error(500, "UNKNOWN", "internal error"),
+            "502html": Answer(502, b"<html>bad gateway</html>", html),
+            "html": Answer(404, b"<html>not found</html>", html),
+        }.get(self.mode, denied)
 
     def _unauthorized(self, scope: str = "") -> Answer:
         challenge = f'Bearer realm="{self.url}/token",service="fake"{scope}'
         headers = {"WWW-Authenticate": challenge}
         return registry_error(401, "UNAUTHORIZED", "authentication required", headers)
-
-    def _failure(self) -> Answer:
-        if self.mode == "hubmissing":
-            return self._unauthorized(',scope="repository:x/y:pull",error="insufficient_scope"')
-        return {
-            "429": registry_error(429, "TOOMANYREQUESTS", self.LIMIT),
-            "500": registry_error(500, "UNKNOWN", "internal error"),
-            "502html": Answer(502, b"<html>bad gateway</html>", {"Content-Type": "text/html"}),
-            "html": Answer(404, b"<html>not found</html>", {"Content-Type": "text/html"}),
-        }.get(self.mode) or registry_error(
-            403, "DENIED", "requested access to the resource is denied"
-        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1957,29 +1755,16 @@ class FakeRegistry(Peer):
 NO_WAY_OUT = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
-def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with nothing of the caller's in it but where programs are."""
-    kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
-    base = {name: os.environ[name] for name in kept if name in os.environ}
-    return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
-
-
 class CopyRunner:
     """Does each job by `wxsync.py copy LINE` itself: what the workflow does, without act."""
 
-    def __init__(self, script: Path, environment: Mapping[str, str], concurrent: int = 4) -> None:
+    def __init__(self, script: Path, environment: Mapping[str, str]) -> None:
         self.script, self.environment = script.resolve(), dict(environment)
-        self.concurrent = concurrent
-
-    @staticmethod
-    def missing() -> str:
-        return missing_program("skopeo")
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.touch("in_progress")
-        run.add_job("plan").finish("skipped")
+        run.begin()
         jobs = [run.add_job(line) for line in run.lines]
-        with ThreadPoolExecutor(self.concurrent) as pool:
+        with ThreadPoolExecutor(4) as pool:
             list(pool.map(self.copy, jobs))
         run.finish()
 
@@ -1991,14 +1776,7 @@ class CopyRunner:
             settings |= {"WXSYNC_TARGET": job.run.inputs.get("target", "")}
             environment = clean_environment(Path(name), self.environment | settings)
             command = [sys.executable, str(self.script), "copy", job.name]
-            done = subprocess.run(
-                command,
-                env=environment,
-                cwd=name,
-                capture_output=True,
-                encoding="utf-8",
-                check=False,
-            )
+            done = run_command(command, timeout=900, env=environment, cwd=name)
             job.run.log += (done.stdout + done.stderr).splitlines()
             result = output.read_text("utf-8") if output.exists() else ""
         conclusion = "failure" if done.returncode else "success"
@@ -2035,9 +1813,12 @@ class ActLog:
         if key not in self.jobs:
             self.jobs[key] = self.run.add_job(self._name(record))
             self.jobs[key].start()
-        if record.get("jobResult") and self.jobs[key].status != "completed":
-            self._finish(self.jobs[key])
-        return self.jobs[key]
+        job = self.jobs[key]
+        if record.get("jobResult") and job.status != "completed":
+            # act gives the whole matrix one jobResult; each job's own steps tell its own.
+            bad = any(step.conclusion not in ("success", "skipped") for step in job.steps)
+            job.finish(self._worst if bad else "success")
+        return job
 
     @staticmethod
     def _name(record: Mapping[str, Any]) -> str:
@@ -2047,24 +1828,21 @@ class ActLog:
         numbered = re.fullmatch(r"(.*)-\d+", name)
         return numbered[1] if numbered and name not in whole and numbered[1] in whole else name
 
-    @staticmethod
-    def _finish(job: Job) -> None:
-        # act gives the whole matrix one jobResult; each job's own steps tell its own.
-        bad = any(step.conclusion not in ("success", "skipped") for step in job.steps)
-        worst = "cancelled" if job.run.stop.is_set() else "failure"
-        job.finish(worst if bad else "success")
+    @property
+    def _worst(self) -> str:
+        return "cancelled" if self.run.stop.is_set() else "failure"
 
     def close(self) -> None:
         """End what has not ended, add the job that act does not mention when it is skipped."""
         for job in self.jobs.values():
             if job.status != "completed":
-                job.finish("cancelled" if self.run.stop.is_set() else "failure")
+                job.finish(self._worst)
         if not any(key.startswith("plan ") for key in self.jobs):
             self.run.add_job("plan").finish("skipped")
         self.run.finish("" if self.jobs else "failure")
 
 
-class ActRunner:
+class ActRunner(Closing):
     """Runs the project's own workflow file by act in host mode, in a checkout of its own."""
 
     FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
@@ -2077,7 +1855,14 @@ class ActRunner:
         self._temporary = temporary_folder("act")
         self.folder = Path(self._temporary.name)
         self.checkout = self.folder / "checkout"
-        self._check_out(project)
+        for name in self.FILES:
+            place = self.checkout / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / name, place)
+        self._git("init -q -b main")
+        self._git("remote add origin https://github.com/octo/mirror")
+        self._git("add -A")
+        self._git("-c user.name=x -c user.email=x@x commit -q -m project")
         rows = [f"{name}='{value}'\n" for name, value in self.secrets.items()]
         self.secret_file = self.folder / "secrets"
         self.secret_file.touch(mode=0o600)
@@ -2093,19 +1878,9 @@ class ActRunner:
     def missing(cls) -> str:
         return missing_program("git", "skopeo") or ("" if cls.program() else "act not installed")
 
-    def _check_out(self, project: Path) -> None:
-        for name in self.FILES:
-            place = self.checkout / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(project / name, place)
-        self._git("init", "-q", "-b", "main")
-        self._git("remote", "add", "origin", "https://github.com/octo/mirror")
-        self._git("add", "-A")
-        self._git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "project")
-
-    def _git(self, *words: str) -> None:
+    def _git(self, words: str) -> None:
         environment = clean_environment(self.folder, {"GIT_CONFIG_NOSYSTEM": "1"})
-        subprocess.run(["git", *words], cwd=self.checkout, env=environment, check=True)
+        run_command(["git", *words.split()], cwd=self.checkout, env=environment, check=True)
 
     def command(self, inputs: Mapping[str, str]) -> list[str]:
         words = [self.program(), "workflow_dispatch", "--json", "--no-cache-server"]
@@ -2118,14 +1893,13 @@ class ActRunner:
         return words
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.touch("in_progress")
+        run.status = "in_progress"
         settings = {"XDG_CACHE_HOME": str(self.folder / "cache")}
-        environment = clean_environment(self.folder, settings)
         log = ActLog(run)
         with subprocess.Popen(
             self.command(inputs),
             cwd=self.checkout,
-            env=environment,
+            env=clean_environment(self.folder, settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -2146,24 +1920,22 @@ class ActRunner:
             process.wait()
         self._temporary.cleanup()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 # ---------------------------------------------------------------------------------------------
 # The real service, and a world around it
 # ---------------------------------------------------------------------------------------------
 
 
-class Service:
+def status_of(pid: int, name: str) -> int:
+    """Return a number of /proc/PID/status, sizes in bytes; 0 when the process is gone."""
+    with suppress(OSError):
+        text = Path(f"/proc/{pid}/status").read_text()
+        found = re.search(rf"^{name}:\s+(\d+)( kB)?", text, re.MULTILINE)
+        return int(found[1]) * (1024 if found[2] else 1) if found else 0
+    return 0
+
+
+class Service(Closing):
     """`python wxsync.py` as a process of its own, with these settings and nothing else."""
 
     def __init__(self, script: Path, settings: Mapping[str, str]) -> None:
@@ -2172,6 +1944,8 @@ class Service:
         self._temporary = temporary_folder("service")
         self.folder = Path(self._temporary.name)
         self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.callback_url = f"{self.url}/wechat/callback"
         self.state_dir = Path(settings.get("STATE_DIR") or self.folder / "state")
         self.state_dir.mkdir(parents=True, exist_ok=True)
         own = {"HOST": "127.0.0.1", "PORT": str(self.port), "STATE_DIR": str(self.state_dir)}
@@ -2179,14 +1953,6 @@ class Service:
         self.log_path = self.folder / "log"
         self.log_path.touch()
         self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def callback_url(self) -> str:
-        return f"{self.url}/wechat/callback"
 
     @property
     def pid(self) -> int:
@@ -2203,16 +1969,8 @@ class Service:
 
     def command(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run another command of the program (check, send, …) with the same settings."""
-        return subprocess.run(
-            [sys.executable, str(self.script), *words],
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=timeout,
-            check=False,
-        )
+        full = [sys.executable, str(self.script), *words]
+        return run_command(full, timeout=timeout, env=self.environment, cwd=self.folder)
 
     def compile(self) -> list[str]:
         """Return the words that start it from bytecode, as container, unit and task do."""
@@ -2244,10 +2002,9 @@ class Service:
         return self.process is not None and self.process.poll() is None
 
     def healthy(self) -> bool:
-        try:
+        with suppress(OSError, http.client.HTTPException):
             return http_request("GET", f"{self.url}/health", timeout=2).status == 200
-        except (OSError, http.client.HTTPException):
-            return False
+        return False
 
     def health(self) -> dict[str, Any]:
         value: dict[str, Any] = http_request("GET", f"{self.url}/health", timeout=5).json()
@@ -2277,48 +2034,28 @@ class Service:
         self.kill()
         self.start()
 
-    def _proc(self, name: str) -> str:
-        return Path(f"/proc/{self.pid}/{name}").read_text()
-
-    def _status(self, name: str) -> int:
-        found = re.search(rf"^{name}:\s+(\d+)", self._proc("status"), re.MULTILINE)
-        return int(found[1]) if found else 0
+    def close(self) -> None:
+        self.kill()
+        self._temporary.cleanup()
 
     def rss_bytes(self) -> int:
-        return self._status("VmRSS") * 1024
+        return status_of(self.pid, "VmRSS")
 
     def threads(self) -> int:
-        return self._status("Threads")
+        return status_of(self.pid, "Threads")
 
     def cpu_seconds(self) -> float:
         """User and system time so far, in steps of a clock tick (10 ms)."""
-        fields = self._proc("stat").rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def wakeups(self) -> int:
         """How often all its threads together have waited for something so far."""
-        total = 0
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            found = re.search(
-                r"^voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text(), re.MULTILINE
-            )
-            total += int(found[1]) if found else 0
-        return total
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.kill()
-        self._temporary.cleanup()
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(status_of(int(task.name), "voluntary_ctxt_switches") for task in tasks)
 
 
-class World:
+class World(Closing):
     """WeCom, GitHub and the real service between them, wired together.
 
     `settings` replace or add to the service's settings (None takes one away). Leaving the world
@@ -2333,9 +2070,8 @@ class World:
     ) -> None:
         self.wecom, self.github = FakeWeCom(), FakeGitHub(runner=runner)
         self.token = "CallbackToken" + secrets.token_hex(6)
-        letters = (
-            string.ascii_letters + string.digits
-        )  # so WeCom makes keys: odd last bits, no + or /
+        # So WeCom makes keys: odd last bits, no + or /.
+        letters = string.ascii_letters + string.digits
         self.aes_key = "".join(secrets.choice(letters) for _ in range(43))
         self.extra = dict(settings or {})
         self.script = script
@@ -2367,7 +2103,7 @@ class World:
         self._stack.enter_context(self.github)
         merged = {k: v for k, v in (self.defaults() | self.extra).items() if v is not None}
         self.service = Service(self.script, merged)
-        self._stack.callback(self.service.__exit__, None, None, None)
+        self._stack.callback(self.service.close)
         corp_id, agent_id = self.wecom.corp_id, self.wecom.agent_id
         address = self.service.callback_url
         self.client = WeComClient(self.token, self.aes_key, corp_id, agent_id, address)
@@ -2394,23 +2130,15 @@ class World:
         tokens = [call.query.get("access_token", "") for call in self.wecom.calls]
         return [self.service.settings[name] for name in names] + sorted({t for t in tokens if t})
 
-    def close(self) -> None:
-        self._stack.close()
-
-    def __enter__(self) -> Self:
+    def start(self) -> Self:
         with ExitStack() as undo:
             undo.callback(self.close)
             self.prepare().service.start()
             undo.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def close(self) -> None:
+        self._stack.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2436,66 +2164,54 @@ class Transcript:
         self.typed: Callable[[], str] = str  # returns what stands behind the prompt
         self.lock = threading.RLock()
         self.last = time.monotonic()
-        self._seen: dict[str, object] = {}
-        self._counts = {"messages": 0, "commits": 0}
+        self._seen: dict[object, object] = {}
 
     def show(self, who: str, text: str, note: str = "") -> None:
         """Print one entry; further lines stand under the first."""
         name = f"{who}·{note}" if note else who
-        width = columns(name) + 2
+        body = text.replace("\n", "\n" + " " * (columns(name) + 2))
         if self.colour:
             name = f"\033[{self.COLOURS.get(who, '2')}m{name}\033[0m"
-        body = text.replace("\n", "\n" + " " * width)
         with self.lock:
-            print(
-                f"{self._before()}{name}  {body}{self._after()}", file=self.out, end="", flush=True
-            )
+            line = f"{name}  {body}\n"
+            if self.prompting:
+                line = f"\r\033[K{line}{self.PROMPT}{self.typed()}"
+            print(line, file=self.out, end="", flush=True)
             self.last = time.monotonic()
-
-    def _before(self) -> str:
-        return "\r\033[K" if self.prompting else ""
-
-    def _after(self) -> str:
-        return f"\n{self.PROMPT}{self.typed()}" if self.prompting else "\n"
 
     def poll(self) -> None:
         """Print what has happened since the last time."""
         with self.lock:
-            for commit in self._fresh("commits", self.world.github.commits):
-                self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
+            for number, commit in enumerate(self.world.github.commits):
+                if self._new(("commit", number)):
+                    self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
             for run in list(self.world.github.runs):
                 self._run(run)
-            for message in self._fresh("messages", self.world.wecom.messages):
-                self.show("wxsync", message.text, "消息")
+            for number, message in enumerate(self.world.wecom.messages):
+                if self._new(("message", number)):
+                    self.show("wxsync", message.text, "消息")
             waiting = self.waiting() if self.live and time.monotonic() - self.last > 2 else ""
             if waiting and self._new("waiting", waiting):
                 self.show("…", waiting)
 
-    def _fresh(self, name: str, rows: list[Any]) -> list[Any]:
-        fresh = rows[self._counts[name] :]
-        self._counts[name] += len(fresh)
-        return fresh
-
-    def _new(self, key: str, value: object) -> bool:
+    def _new(self, key: object, value: object = True) -> bool:
         changed = self._seen.get(key) != value
         self._seen[key] = value
         return changed
 
     def _run(self, run: Run) -> None:
         """Print the start and the end of a run, and each of its jobs when it ends."""
-        if self._new(f"run {run.id}", "started"):
-            self.show(
-                "GitHub",
-                f"{run.display_title}  {self.world.github.web}/actions/runs/{run.id}",
-                "运行",
-            )
+        title = run.display_title
+        if self._new(("run", run.id)):
+            address = f"{self.world.github.web}/actions/runs/{run.id}"
+            self.show("GitHub", f"{title}  {address}", "运行")
         for job in list(run.jobs):
             ended = job.conclusion not in (None, "skipped")
-            if ended and self._new(f"job {job.id}", job.conclusion):
+            if ended and self._new(("job", job.id), job.conclusion):
                 detail = job.steps[-1].name if job.steps else ""
                 self.show("GitHub", f"{job.name}  {job.conclusion}  {detail}", "任务")
-        if run.status == "completed" and self._new(f"end {run.id}", run.conclusion):
-            self.show("GitHub", f"{run.display_title}  {run.conclusion}", "结束")
+        if run.status == "completed" and self._new(("end", run.id)):
+            self.show("GitHub", f"{title}  {run.conclusion}", "结束")
 
     def waiting(self) -> str:
         """Return what is being waited for, "" if nothing."""
@@ -2514,12 +2230,7 @@ class Transcript:
 # The sandbox: stage, story, chat
 # ---------------------------------------------------------------------------------------------
 
-STORY_IMAGES = (
-    "library/nginx:latest",
-    "library/redis:7.2",
-    "library/alpine:3.20",
-    "bitnami/redis:7.0",
-)
+STORY_IMAGES = "library/nginx:latest library/redis:7.2 library/alpine:3.20 bitnami/redis:7.0"
 ABSENT = "nosuch:1"
 
 
@@ -2528,52 +2239,45 @@ class Stage:
 
     def __init__(self, script: Path, played: bool, tell: Callable[[str], None]) -> None:
         self.script, self.tell = script, tell
-        self.source: Registry | None = None
-        self.target: Registry | None = None
+        self.registries: list[Registry] = []  # where images come from and go to, if they are copied
         self.stack = ExitStack()
         self.why = "按 --played 的要求" if played else Registry.missing()
 
     def world(self) -> World:
         """Start everything, return the world."""
+        settings: dict[str, str | None] = {}
         if self.why:
             self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
             absent = {ABSENT: "wxsync: failed not-found manifest unknown"}
-            return self._enter(World(self.script, PlayedRunner(0.6, absent)))
-        self.tell("正在启动两个本地镜像仓库并放入示例镜像…")
-        self.source = self.stack.enter_context(Registry())
-        self.target = self.stack.enter_context(Registry("robot", "sandbox-" + secrets.token_hex(8)))
-        with ThreadPoolExecutor(len(STORY_IMAGES)) as pool:
-            list(pool.map(self._publish, STORY_IMAGES))
-        settings = {"DOCKER_REGISTRY": self.target.host, "DOCKER_NAMESPACE": "mirror-space"}
-        runner = self._runner(settings, self.target)
-        return self._enter(World(self.script, runner, dict(settings)))
-
-    def _publish(self, image: str) -> None:
-        repo, tag = image.split(":")
-        if self.source:
-            publish(self.source, repo, tag, ("amd64", "arm64"), (200_000,), attestation=True)
-
-    def _runner(self, settings: Mapping[str, str], target: Registry) -> Runner:
-        folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
-        source = self.source.host if self.source else ""
-        names = dict.fromkeys(("docker.io", "ghcr.io", "quay.io", "registry.k8s.io"), source)
-        conf = registries_conf(folder / "registries.conf", names | {target.host: target.host})
-        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
-        login = {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
-        if why := ActRunner.missing() or self._no_workflow():
-            self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
-            return CopyRunner(self.script, environment | dict(settings) | login)
-        self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
-        project = self.script.parent
-        return self.stack.enter_context(ActRunner(project, dict(settings) | login, environment))
-
-    def _no_workflow(self) -> str:
-        absent = [name for name in ActRunner.FILES if not (self.script.parent / name).exists()]
-        return f"{', '.join(absent)} missing" if absent else ""
-
-    def _enter(self, world: World) -> World:
+            runner: Runner = PlayedRunner(0.6, absent)
+        else:
+            self.tell("正在启动两个本地镜像仓库并放入示例镜像…")
+            source = self.stack.enter_context(Registry())
+            target = Registry("robot", "sandbox-" + secrets.token_hex(8))
+            self.registries = [source, self.stack.enter_context(target)]
+            for image in STORY_IMAGES.split():
+                repo, tag = image.split(":")
+                publish(source, repo, tag, ("amd64", "arm64"), (200_000,), attestation=True)
+            settings |= {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
+            runner = self._runner(source, target)
         self.tell("正在启动 wxsync…")
-        return self.stack.enter_context(world)
+        return self.stack.enter_context(World(self.script, runner, settings))
+
+    def _runner(self, source: Registry, target: Registry) -> Runner:
+        folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
+        names = ("docker.io", "ghcr.io", "quay.io", "registry.k8s.io")
+        hosts = dict.fromkeys(names, source.host) | {target.host: target.host}
+        conf = registries_conf(folder / "registries.conf", hosts)
+        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
+        login = {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
+        login |= {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
+        project = self.script.parent
+        absent = [name for name in ActRunner.FILES if not (project / name).exists()]
+        if why := ActRunner.missing() or ", ".join(absent):
+            self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
+            return CopyRunner(self.script, environment | login)
+        self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
+        return self.stack.enter_context(ActRunner(project, login, environment))
 
 
 class Scene(NamedTuple):
@@ -2626,9 +2330,8 @@ class Story:
         else:
             time.sleep(1)  # whatever should not happen gets the time to
             self.transcript.poll()
-        commits, runs, messages = (
-            now - then for now, then in zip(self._counts(), before, strict=True)
-        )
+        pairs = zip(self._counts(), before, strict=True)
+        commits, runs, messages = (now - then for now, then in pairs)
         wanted = 1 if scene.final else 0
         if (commits, runs) != (wanted, wanted) or bool(messages) != bool(scene.final):
             self.wrong.append(f"“{scene.text}”：{commits} 次提交、{runs} 次运行、{messages} 条消息")
@@ -2637,28 +2340,26 @@ class Story:
         github = self.world.github
         return len(github.commits), len(github.dispatches), len(self.world.wecom.messages)
 
-    def _result(self, after: int, timeout: float = 90) -> str:
+    def _result(self, after: int) -> str:
         """Return the final message, printing what happens until it comes."""
 
-        def arrived() -> bool:
+        def texts() -> str:
             self.transcript.poll()
-            return any("成功 " in message.text for message in self.world.wecom.messages[after:])
+            return "\n".join(message.text for message in self.world.wecom.messages[after:])
 
-        wait_until(arrived, timeout, 0.05)
-        self.transcript.poll()
-        return "\n".join(message.text for message in self.world.wecom.messages[after:])
+        wait_until(lambda: "成功 " in texts(), 90, 0.05)
+        return texts()
 
     def _expect(self, what: str, text: str, parts: Iterable[str]) -> None:
         self.wrong += [f"{what}里没有“{part}”" for part in parts if part not in text]
 
     def _targets(self) -> None:
         """With real registries: what was copied must be what the source has."""
-        if not (self.stage.source and self.stage.target):
-            return
-        for name in ("nginx:latest", "redis:7.2", "alpine:3.20"):
+        for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if self.stage.registries else ():
+            source, target = self.stage.registries
             repo, tag = name.split(":")
-            index = self.stage.source.manifest(f"library/{repo}", tag)
-            copied = self.stage.target.digest(f"mirror-space/{repo}", tag)
+            index = source.manifest(f"library/{repo}", tag)
+            copied = target.digest(f"mirror-space/{repo}", tag)
             if copied != index["manifests"][0]["digest"]:
                 self.wrong.append(f"目标仓库里的 {name} 与源不同：{copied or '不存在'}")
 
@@ -2677,15 +2378,10 @@ class Chat:
     def __init__(self, world: World, transcript: Transcript) -> None:
         self.world, self.transcript = world, transcript
         self.over = threading.Event()
-        self._edit_lines()
+        with suppress(ImportError):  # Windows edits lines by itself
+            import readline  # history, arrow keys, and redrawing a half-typed line
 
-    def _edit_lines(self) -> None:
-        """Use readline where there is one: history, arrow keys, and redrawing a half-typed line."""
-        try:
-            import readline
-        except ImportError:  # Windows edits lines by itself
-            return
-        self.transcript.typed = readline.get_line_buffer
+            transcript.typed = readline.get_line_buffer
 
     def run(self) -> None:
         watcher = threading.Thread(target=self._watch, daemon=True)
@@ -2802,20 +2498,16 @@ class OpenUpload:
         return True
 
 
+# Exactly this type: the SDK reads an answer with a charset as nothing.
+PLAIN_JSON = {"Content-Type": "application/json"}
+
+
 class Refused(Exception):
     """QingStor's answer to a request that it does not do."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
-
-    def answer(self, call: Call) -> Answer:
-        body = {"code": self.code, "message": str(self), "url": call.path}
-        return json_answer(
-            body | {"request_id": secrets.token_hex(16)},
-            self.status,
-            {"Content-Type": "application/json"},
-        )
 
 
 def sign_qingstor(
@@ -2827,18 +2519,22 @@ def sign_qingstor(
 
 
 class FakeQingStor(Peer):
-    """One bucket of QingStor, path style, as its API documents define it."""
+    """One bucket of QingStor, path style, as its API documents define it.
 
-    SUB_RESOURCES = frozenset(("acl", "part_number", "upload_id", "uploads"))
+    As unkind as the real one, of which is known:
+    - A part but the last has at least 4 MB, numbers begin at 0 and end below 10,000 (its FAQ).
+    - The request's time may be off by 15 minutes, a signed link ends when it says (API documents).
+    - An answer is read by the SDK only where its type is application/json, without a charset.
+    - Nothing of an upload is seen before it is completed, and nothing of it goes away by itself.
+    """
+
     LEAST_PART = 4 * MIB
     SKEW_SECONDS = 15 * 60
 
-    def __init__(
-        self, bucket: str = "tmp", access_key: str = "QYACCESSKEYIDEXAMPLE", secret: str = ""
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bucket, self.access_key = bucket, access_key
-        self.secret = secret or "qingstor-secret-" + secrets.token_hex(12)
+        self.bucket, self.access_key = "tmp", "QYACCESSKEYIDEXAMPLE"
+        self.secret = "qingstor-secret-" + secrets.token_hex(12)
         self.objects: dict[str, StoredObject] = {}
         self.open_uploads: dict[str, OpenUpload] = {}
         self.parts_received: list[tuple[str, int]] = []  # upload id, number; repeats included
@@ -2860,13 +2556,9 @@ class FakeQingStor(Peer):
 
     def fail_part(self, number: int, times: int = 1, how: int | str = 500) -> None:
         """Let the next tries of a part go wrong: a status, "reset", "hang" or "lost"."""
-        what: tuple[int, dict[str, str], bytes] | str
-        if isinstance(how, int):
-            code = "permission_denied" if how == 403 else "internal_error"
-            body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
-            what = (how, {"Content-Type": "application/json"}, body)
-        else:
-            what = how
+        code = "permission_denied" if how == 403 else "internal_error"
+        body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
+        what = how if isinstance(how, str) else (how, PLAIN_JSON, body)
         self.fail(f"PUT part_number={number}&", what, times)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
@@ -2880,15 +2572,16 @@ class FakeQingStor(Peer):
             super().serve(call, handler)
         finally:
             with self.lock:
-                kept = [i for i, other in enumerate(self.calls) if other is call]
-                for index in kept:
-                    self.calls[index] = replace(call, body=call.body[:1024])
+                index = next(i for i, other in enumerate(self.calls) if other is call)
+                self.calls[index] = replace(call, body=call.body[:1024])
 
     def handle(self, call: Call) -> Answer:
         try:
             answer = self._answer(call)
         except Refused as refused:
-            answer = refused.answer(call)
+            body = {"code": refused.code, "message": str(refused), "url": call.path}
+            more = {"request_id": secrets.token_hex(16)}
+            answer = json_answer(body | more, refused.status, PLAIN_JSON)
         if call.body and (left := self._busy_until - time.monotonic()) > 0:
             self.stopping.wait(left)
         return answer
@@ -2899,24 +2592,22 @@ class FakeQingStor(Peer):
         self._check(call, key)
         if bucket != self.bucket or self.bucket_missing:
             raise Refused(404, "bucket_not_exists", "The bucket you are accessing does not exist.")
-        routes: dict[tuple[str, str], Callable[[Call, str], Answer]] = {
-            ("HEAD", "bucket"): lambda *_: Answer(),
-            ("GET", "acl"): self._acl,
-            ("PUT", "key"): self._put_object,
-            ("GET", "uploads"): self._list_uploads,
-            ("POST", "uploads"): self._initiate,
-            ("PUT", "part_number"): self._put_part,
-            ("POST", "upload_id"): self._complete,
-            ("DELETE", "upload_id"): self._abort,
-            ("HEAD", "key"): self._get_object,
-            ("GET", "key"): self._get_object,
-            ("DELETE", "key"): self._delete,
+        routes: dict[str, Callable[[Call, str], Answer]] = {
+            "HEAD bucket": lambda *_: Answer(),
+            "GET acl": self._acl,
+            "PUT key": self._put_object,
+            "GET uploads": self._list_uploads,
+            "POST uploads": self._initiate,
+            "PUT part_number": self._put_part,
+            "POST upload_id": self._complete,
+            "DELETE upload_id": self._abort,
+            "HEAD key": self._get_object,
+            "GET key": self._get_object,
+            "DELETE key": self._delete,
         }
-        subs = [
-            name for name in ("acl", "uploads", "part_number", "upload_id") if name in call.query
-        ]
-        kind = subs[0] if subs else "key" if key else "bucket"
-        action = routes.get((call.method, kind))
+        names = ("acl", "uploads", "part_number", "upload_id")
+        kind = next((n for n in names if n in call.query), "key" if key else "bucket")
+        action = routes.get(f"{call.method} {kind}")
         if not action:
             raise Refused(405, "method_not_allowed", f"{call.method} {call.target}")
         with self.changed:
@@ -2931,7 +2622,10 @@ class FakeQingStor(Peer):
         if self.public and key and call.method in ("GET", "HEAD") and not call.query:
             return
         if "signature" in call.query:
-            self._check_link(call)
+            expires = call.query.get("expires", "")
+            self._check_signature(call, call.query.get("access_key_id", ""), expires, "")
+            if int(expires) < self.clock():
+                raise Refused(403, "request_expired", "The link has expired.")
         else:
             self._check_header(call)
         md5 = call.headers.get("content-md5", "")
@@ -2940,23 +2634,25 @@ class FakeQingStor(Peer):
         if self.forbidden:
             raise Refused(403, "permission_denied", "You don't have enough permission.")
 
-    def _resource(self, call: Call) -> str:
-        subs = sorted(name for name in call.query if name in self.SUB_RESOURCES)
-        pairs = [f"{n}={call.query[n]}" if call.query[n] else n for n in subs]
-        return call.path + ("?" + "&".join(pairs) if pairs else "")
-
-    def _wanted(self, call: Call, date: str, kind: str) -> str:
+    def _check_signature(self, call: Call, access_key: str, date: str, given: str) -> None:
+        """Check a signature that is in the head, or in the address (""), of a request."""
+        kind = call.headers.get("content-type", "") if given else ""
+        if access_key != self.access_key:
+            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
+        subs = sorted({"acl", "part_number", "upload_id", "uploads"} & set(call.query))
+        pairs = "&".join(f"{n}={call.query[n]}" if call.query[n] else n for n in subs)
+        resource = call.path + (f"?{pairs}" if pairs else "")
         own = sorted(name for name in call.headers if name.startswith("x-qs-"))
         lines = "".join(f"{name}:{call.headers[name].strip()}\n" for name in own)
         md5 = call.headers.get("content-md5", "")
-        return sign_qingstor(self.secret, call.method, self._resource(call), date, kind, md5, lines)
+        wanted = sign_qingstor(self.secret, call.method, resource, date, kind, md5, lines)
+        if not hmac.compare_digest(wanted, given or call.query["signature"]):
+            raise Refused(401, "signature_not_matched", "The signature does not match.")
 
     def _check_header(self, call: Call) -> None:
         found = re.fullmatch(r"QS ([^:]+):(\S+)", call.headers.get("authorization", ""))
         if not found:
             raise Refused(401, "unauthorized", "The request is not signed.")
-        if found[1] != self.access_key:
-            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
         date = call.headers.get("date", "")
         try:
             off = parsedate_to_datetime(date).timestamp() - self.clock()
@@ -2964,31 +2660,16 @@ class FakeQingStor(Peer):
             raise Refused(400, "invalid_date", "The Date header is malformed.") from None
         if abs(off) > self.SKEW_SECONDS:
             raise Refused(403, "request_expired", "The request time is too skewed.")
-        wanted = self._wanted(call, date, call.headers.get("content-type", ""))
-        if not hmac.compare_digest(wanted, found[2]):
-            raise Refused(401, "signature_not_matched", "The signature does not match.")
-
-    def _check_link(self, call: Call) -> None:
-        expires = call.query.get("expires", "")
-        if call.query.get("access_key_id") != self.access_key:
-            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
-        if not hmac.compare_digest(self._wanted(call, expires, ""), call.query["signature"]):
-            raise Refused(401, "signature_not_matched", "The signature does not match.")
-        if int(expires) < self.clock():
-            raise Refused(403, "request_expired", "The link has expired.")
+        self._check_signature(call, found[1], date, found[2])
 
     # -- what is asked
 
     def _acl(self, call: Call, key: str) -> Answer:
-        owner = {"id": "usr-Example1", "name": "example"}
-        entries: list[dict[str, object]] = [
-            {"grantee": {"type": "user", **owner}, "permission": "FULL_CONTROL"}
-        ]
+        grantees = [({"type": "user", "id": "usr-Example1"}, "FULL_CONTROL")]
         if self.public:
-            everybody = {"type": "group", "name": "QS_ALL_USERS"}
-            entries.append({"grantee": everybody, "permission": "READ"})
-        kind = {"Content-Type": "application/json"}
-        return json_answer({"acl": entries, "owner": owner}, headers=kind)
+            grantees.append(({"type": "group", "name": "QS_ALL_USERS"}, "READ"))
+        entries = [{"grantee": who, "permission": what} for who, what in grantees]
+        return json_answer({"acl": entries, "owner": {"id": "usr-Example1"}}, headers=PLAIN_JSON)
 
     def _room(self) -> None:
         if self.bucket_full:
@@ -3006,10 +2687,8 @@ class FakeQingStor(Peer):
         self._room()
         upload_id = secrets.token_hex(16)
         self.open_uploads[upload_id] = OpenUpload(key, call.headers.get("content-type", ""))
-        # Exactly this type: the SDK reads an answer with a charset as nothing.
-        kind = {"Content-Type": "application/json"}
         body = {"bucket": self.bucket, "key": key, "upload_id": upload_id}
-        return json_answer(body, headers=kind)
+        return json_answer(body, headers=PLAIN_JSON)
 
     def _list_uploads(self, call: Call, key: str) -> Answer:
         prefix = call.query.get("prefix", "")
@@ -3019,7 +2698,7 @@ class FakeQingStor(Peer):
             if upload.key.startswith(prefix)
         ]
         answer = {"name": self.bucket, "prefix": prefix, "uploads": found, "has_more": False}
-        return json_answer(answer, headers={"Content-Type": "application/json"})
+        return json_answer(answer, headers=PLAIN_JSON)
 
     def _upload(self, call: Call, key: str) -> OpenUpload:
         upload = self.open_uploads.get(call.query["upload_id"])
@@ -3131,26 +2810,6 @@ def made_up_block(seed: int) -> bytes:
     return random.Random(seed).randbytes(BLOCK - 16)
 
 
-class SourceServer(PeerServer):
-    """A PeerServer at an address of choice, with TLS when there is a certificate."""
-
-    def server_bind(self) -> None:
-        source = self.peer
-        if isinstance(source, Source):
-            self.server_address = (source.address, self.server_address[1])
-        super().server_bind()
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
-        source = self.peer
-        if isinstance(source, Source) and source.tls:
-            connection.settimeout(10)
-            connection = source.tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
-
-
 class Source(Peer):
     """A server of files. `add` says what there is and how it is (mis)served."""
 
@@ -3158,18 +2817,6 @@ class Source(Peer):
         super().__init__()
         self.address, self.tls = address, tls
         self.files: dict[str, Served] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http{'s' if self.tls else ''}://{self.address}:{self.port}"
-
-    def start(self) -> Self:
-        self.stopping.clear()
-        self._server = SourceServer(self.port, self)
-        self.port = self._server.server_port
-        serve = self._server.serve_forever
-        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
-        return self
 
     def add(self, path: str, size: int = 0, body: bytes | None = None, **options: Any) -> str:
         """Serve a file at `path`, see Served; return its address."""
@@ -3188,12 +2835,7 @@ class Source(Peer):
             return Counter(call.path for call in self.calls)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        with self.changed:
-            self.calls.append(call)
-            fault = next((f for f in self.faults if f.hits(call)), None)
-            if fault:
-                self.faults.remove(fault)
-            self.changed.notify_all()
+        fault = self.note(call)
         served = self.files.get(call.target) or self.files.get(unquote(call.path))
         if self.hang:
             handler.misbehave("hang")
@@ -3206,10 +2848,8 @@ class Source(Peer):
         elif served.raw:
             handler.close_connection = True
             handler.wfile.write(served.raw)
-            handler.wfile.flush()
             while served.again and not self.stopping.wait(0.05):
                 handler.wfile.write(served.again)
-                handler.wfile.flush()
         else:
             Sending(call, served, handler, self.stopping).send()
 
@@ -3224,9 +2864,8 @@ class Sending:
         with handler.server.peer.lock:
             served.asked += 1
             self.turn = served.asked
-        self.etag = served.etag
         if served.change and self.turn > 1:
-            self.etag, self.served = '"other"', replace(served, seed=served.seed + 1000)
+            self.served = replace(served, etag='"other"', seed=served.seed + 1000)
         if served.expired and self.turn > 1:
             self.served = replace(served, status=served.expired, size=0, ranges="")
         self.start = 0
@@ -3238,35 +2877,31 @@ class Sending:
         self.handler.send_response(self.status)
         for name, value in headers.items():
             self.handler.send_header(name, value)
-        if self.served.disposition:
-            raw = self.served.disposition.encode(self.served.charset)
-            self.handler.send_header("Content-Disposition", raw.decode("latin-1"))
         self.handler.end_headers()
-        self.handler.wfile.flush()
         if self.call.method == "HEAD" or self.served.location:
             return
         for block in self._shaped(self._coded()):
             self.handler.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
         if chunked and not self.handler.close_connection:
             self.handler.wfile.write(b"0\r\n\r\n")
-        self.handler.wfile.flush()
 
     def _headers(self) -> dict[str, str]:
         served = self.served
         self._choose_range()
-        headers = {"Content-Type": served.content_type} if served.content_type else {}
-        headers |= {"ETag": self.etag} if self.etag else {}
-        headers |= {"Last-Modified": served.modified} if served.modified else {}
-        if served.location:
-            # As bytes of UTF-8: http.server would refuse what is not Latin-1.
-            location = served.location.replace("{turn}", str(self.turn))
-            headers["Location"] = location.encode().decode("latin-1")
-        if served.gzip:
-            headers["Content-Encoding"] = "gzip"
-        if served.location:
-            headers["Content-Length"] = "0"
-        elif served.length == "known":
-            headers["Content-Length"] = str(self._length())
+        # As bytes: http.server would refuse what is not Latin-1.
+        where = served.location.replace("{turn}", str(self.turn)).encode().decode("latin-1")
+        headers = {
+            "Content-Type": served.content_type,
+            "ETag": served.etag,
+            "Last-Modified": served.modified,
+            "Location": where,
+            "Content-Encoding": "gzip" if served.gzip else "",
+            "Content-Disposition": served.disposition.encode(served.charset).decode("latin-1"),
+        }
+        headers = {name: value for name, value in headers.items() if value}
+        if served.location or served.length == "known":
+            packed = sum(map(len, self._coded())) if served.gzip else served.size - self.start
+            headers["Content-Length"] = "0" if served.location else str(packed)
         elif served.length == "chunked":
             headers["Transfer-Encoding"] = "chunked"
         else:
@@ -3277,11 +2912,6 @@ class Sending:
             headers["Content-Range"] = f"bytes {self.start}-{last}/{served.size}"
         return headers | dict(served.headers)
 
-    def _length(self) -> int:
-        if self.served.gzip:
-            return sum(map(len, self._coded()))
-        return self.served.size - self.start
-
     def _choose_range(self) -> None:
         """Obey Range and If-Range (RFC 9110, 13.1.5 and 14.2), or as wrongly as wanted."""
         found = re.fullmatch(r"bytes=(\d+)-", self.call.headers.get("range", ""))
@@ -3291,7 +2921,7 @@ class Sending:
             self.status = int(self.served.ranges)
             return
         condition = self.call.headers.get("if-range", "")
-        if condition and condition not in (self.etag, self.served.modified):
+        if condition and condition not in (self.served.etag, self.served.modified):
             return
         self.start, self.status = int(found[1]), 206
         if self.served.ranges == "wrong":
@@ -3299,14 +2929,13 @@ class Sending:
 
     def _coded(self) -> Iterator[bytes]:
         blocks = self.served.bytes_from(self.start)
-        if not self.served.gzip:
-            yield from blocks
-            return
-        yield gzip.compress(b"".join(blocks), 1, mtime=0)
+        if self.served.gzip:
+            blocks = iter([gzip.compress(b"".join(blocks), 1, mtime=0)])
+        return blocks
 
     def _shaped(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
         """Yield the blocks at the wanted speed, up to where the trouble comes."""
-        cuts = self.served.cut_after
+        cuts, rate = self.served.cut_after, self.served.rate
         cut = cuts[self.turn - 1] if self.turn <= len(cuts) else -1
         stall = self.served.stall_after if self.turn <= self.served.stalls else -1
         end = min((at for at in (cut, stall) if at >= 0), default=-1)
@@ -3316,34 +2945,21 @@ class Sending:
             sent += len(piece)
             if piece:
                 yield piece
-            self._pace(begun, sent)
+            if rate and (early := begun + sent / rate - time.monotonic()) > 0.005:
+                self.stopping.wait(early)
             if len(piece) < len(block) or sent == end:
-                self._trouble(sent == cut)
+                self.handler.close_connection = True
+                if sent != cut:
+                    self.handler.hold()
                 return
-
-    def _pace(self, begun: float, sent: int) -> None:
-        if not self.served.rate:
-            return
-        early = begun + sent / self.served.rate - time.monotonic()
-        if early > 0.005:
-            self.handler.wfile.flush()
-            self.stopping.wait(early)
-
-    def _trouble(self, cut: bool) -> None:
-        self.handler.wfile.flush()
-        self.handler.close_connection = True
-        if not cut:
-            self.handler.hold()
 
 
 def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """Return a context for a server of this name or address, and the certificate to trust."""
-    kind = "IP" if re.fullmatch(r"[\d.]+", name) else "DNS"
+    """Return a context for a server at this address, and the certificate to trust."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-keyout", str(key), "-out", str(certificate), "-subj", f"/CN={name}"]
-    command += ["-addext", f"subjectAltName={kind}:{name}"]
-    subprocess.run(command, check=True, capture_output=True)
+    run_command([*command, "-addext", f"subjectAltName=IP:{name}"], check=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     return context, certificate
@@ -3354,88 +2970,23 @@ def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
 # ---------------------------------------------------------------------------------------------
 
 
-class ProxyProcess:
-    """A real proxy in a process of its own on 127.0.0.1, with a password if wanted."""
+class ProxyProcess(Daemon):
+    """A real proxy; its log names each connection that it was asked for."""
 
-    PROGRAM = ""
     SCHEME = ""
-
-    def __init__(self, user: str = "", password: str = "") -> None:
-        self.user, self.password = user, password
-        self.port = 0
-        self.around: list[str] = []  # a command that runs it
-        self._temporary = temporary_folder("proxy")
-        self.folder = Path(self._temporary.name)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @classmethod
-    def missing(cls) -> str:
-        return missing_program(cls.PROGRAM)
 
     @property
     def url(self) -> str:
         login = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@" if self.user else ""
-        return f"{self.SCHEME}://{login}127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        """What it has printed, over all its starts."""
-        path = self.folder / "log"
-        return path.read_text(errors="replace") if path.exists() else ""
-
-    def command(self) -> list[str]:
-        raise NotImplementedError
+        return f"{self.SCHEME}://{login}{self.host}"
 
     def asked_for(self, port: int) -> bool:
         """Tell whether it was ever asked for this port of 127.0.0.1."""
-        raise NotImplementedError
-
-    def start(self) -> Self:
-        """Start it and wait until it listens; the first start picks the port."""
-        self.port = self.port or free_port()
-        with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                [*self.around, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        if not wait_until(self._listens, 10):
-            raise RuntimeError(f"{self.PROGRAM} did not start: {self.log[-500:]}")
-        return self
-
-    def kill(self) -> None:
-        """End it as a crash would; its connections break."""
-        if self._process:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-        self._process = None
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
-    def _listens(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-        except OSError:
-            return False
-        return True
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.kill()
-        self._temporary.cleanup()
+        return f"127.0.0.1:{port}" in self.log.replace(self.host, "")
 
 
 class TinyProxy(ProxyProcess):
-    """tinyproxy; its log names each request line and each CONNECT."""
-
-    PROGRAM = "tinyproxy"
+    NEEDS = ("tinyproxy",)
     SCHEME = "http"
 
     def command(self) -> list[str]:
@@ -3446,22 +2997,14 @@ class TinyProxy(ProxyProcess):
         config.write_text("\n".join([*lines, ""]))
         return ["tinyproxy", "-d", "-c", str(config)]
 
-    def asked_for(self, port: int) -> bool:
-        return f"127.0.0.1:{port}" in self.log.replace(f"127.0.0.1:{self.port}", "")
-
 
 class MicroSocks(ProxyProcess):
-    """microsocks; its log names each connection that it made."""
-
-    PROGRAM = "microsocks"
+    NEEDS = ("microsocks",)
     SCHEME = "socks5"
 
     def command(self) -> list[str]:
         words = ["microsocks", "-i", "127.0.0.1", "-p", str(self.port)]
         return [*words, "-u", self.user, "-P", self.password] if self.user else words
-
-    def asked_for(self, port: int) -> bool:
-        return f"127.0.0.1:{port}" in self.log
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3482,9 +3025,7 @@ def namespace_missing() -> str:
     """Return why there can be no net of its own, "" if there can."""
     if why := missing_program("unshare", "ip", "mount"):
         return why
-    tried = subprocess.run(
-        ["unshare", "-n", "-m", "true"], capture_output=True, check=False, text=True
-    )
+    tried = run_command(["unshare", "-n", "-m", "true"])
     return "" if tried.returncode == 0 else f"unshare: {tried.stderr.strip()}"
 
 
@@ -3503,23 +3044,17 @@ def in_namespace(
         lengths = [f"{a}/{128 if ':' in a else 32}" for a in public]
         own = {"PUBLIC": " ".join(lengths), "FOLDER": name, "PYTHON": sys.executable}
         own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        return subprocess.run(
-            ["unshare", "-n", "-m", "sh", "-c", ENTER],
-            env=dict(os.environ) | own,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=timeout,
-            check=False,
-        )
+        words = ["unshare", "-n", "-m", "sh", "-c", ENTER]
+        return run_command(words, timeout=timeout, env=dict(os.environ) | own)
 
 
 class NameServer:
     """A DNS server (UDP) whose answers for one name change from one look-up to the next."""
 
-    def __init__(self, answers: Sequence[str], address: str = "127.0.0.1", port: int = 53) -> None:
+    def __init__(self, answers: Sequence[str]) -> None:
         self.answers, self.asked = list(answers), 0
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((address, port))
+        self._socket.bind(("127.0.0.1", 53))
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -3638,43 +3173,30 @@ class PeakMemory:
 
     def __init__(self, pid: int, pause: float = 0.005) -> None:
         self.pid, self.pause = pid, pause
-        self.base = self.peak = 0
         self._done = threading.Event()
 
     @property
     def added(self) -> int:
         return self.peak - self.base
 
-    def sample(self) -> int:
-        try:
-            text = Path(f"/proc/{self.pid}/status").read_text()
-        except OSError:
-            return 0
-        found = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
-
     def _watch(self) -> None:
         while not self._done.wait(self.pause):
-            self.peak = max(self.peak, self.sample())
+            self.peak = max(self.peak, status_of(self.pid, "VmRSS"))
 
     def __enter__(self) -> Self:
-        self.base = self.peak = self.sample()
+        self.base = self.peak = status_of(self.pid, "VmRSS")
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
 
 
 SCRIPT = Path(wxsync.__file__).resolve()
 PREFIX = "registry.cn-hangzhou.aliyuncs.com/mirror-space"  # of every target in a World
+
 
 # ---------------------------------------------------------------------------------------------
 # Tools: a service that does not dawdle, one that many tests share, the parts of one in pieces
@@ -9034,7 +8556,10 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
     ),
 }
 for line in ("3\nContent-Length: 9", "9x", "-9", "+9"):
-    ORIGINS[f"length: {line!r}"] = (wire(f"HTTP/1.1 200 OK\nContent-Length: {line}", b"x" * 9), [None])
+    ORIGINS[f"length: {line!r}"] = (
+        wire(f"HTTP/1.1 200 OK\nContent-Length: {line}", b"x" * 9),
+        [None],
+    )
 ORIGINS["a blank before the colon"] = wire("HTTP/1.1 200 OK\nContent-Length : 9", b"x"), [None]
 for line in (
     "gzip, chunked",
@@ -9092,7 +8617,9 @@ def test_nobody_holds_the_lane(impatient: RelayWorld, name: str) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_an_expired_address_is_asked_for_again_at_the_link(impatient: RelayWorld, status: int) -> None:
+def test_an_expired_address_is_asked_for_again_at_the_link(
+    impatient: RelayWorld, status: int
+) -> None:
     """A link leads to a signed address, which has expired when the download is resumed."""
     source, first = impatient.source, len(impatient.source.calls)
     options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
@@ -9784,7 +9311,6 @@ in_long_mode = pytest.mark.skipif(not LONG, reason="takes minutes: set WXSYNC_FU
 
 
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
-What = tuple[int, dict[str, str], bytes] | str  # goes wrong, see Fault
 COUNTS: Counter[str] = Counter()  # what the run has proved, printed at its end
 
 
@@ -10999,7 +10525,7 @@ OLD_STATES = {
     '"upload": ["b58fddec-a74f-4467-8305-d81887fa1440.bin", "e939cdc4bc61568bf52f268c3ba041ef", '
     '"big.bin"], "done": 0, "total": 9000000, "since": 1121.131099336}], ' + OLD_END,
     "unsent": '{"version": 1, "tasks": [], "letters": [["alice", "✅ 镜像同步完成，成功 1 / 1\\n'
-    '用时 0 秒\\nhttps://github.com/octo/mirror/actions/runs/30000000001\\n\\ndocker pull '
+    "用时 0 秒\\nhttps://github.com/octo/mirror/actions/runs/30000000001\\n\\ndocker pull "
     'registry.cn-hangzhou.aliyuncs.com/mirror-space/app0:1"], ["bob", '
     '"✅ 镜像同步完成，成功 1 / 1\\n用时 0 秒\\n'
     'https://github.com/octo/mirror/actions/runs/30000000002"]], '
@@ -11241,7 +10767,7 @@ SMALL_TALK = (
     *("3/4", "24/7", "3.14", "1,2", "and/or", "yes/no", "localhost", "localhost:3000", "10.0.0.1"),
     *("192.168.1.1:8080", "key: value", "name: alice", "👍:ok", "alice@example.com", "/etc/hosts"),
     *("C:\\Users\\me", "~/src/app", "./run.sh", "进度 50%", "好的: 谢谢", "注意：不要发"),
-    'Traceback (most recent call last):\n  File "a.py", line 1, in <module>\nKeyError: \'nginx\'',
+    "Traceback (most recent call last):\n  File \"a.py\", line 1, in <module>\nKeyError: 'nginx'",
 )
 
 
@@ -11713,7 +11239,7 @@ class FakeGateway(Peer):
         handler.send_header("Sec-WebSocket-Accept", base64.b64encode(digest).decode())
         handler.end_headers()
         handler.wfile.flush()
-        line = Line(handler.number, handler)
+        line = Line(self.connections, handler)
         try:
             while (text := line.read()) is not None:
                 self._take(line, text)
@@ -15634,37 +15160,11 @@ def measure_load(bench: Benchmark) -> Measured:
 
 
 class FarServer(PeerServer):
-    """TLS, and a handshake that takes as long as it does to a server far away."""
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
-        if isinstance(self.peer, FarGitHub):
-            connection = self.peer.tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
+    """A handshake that takes as long as it does to a server far away."""
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         time.sleep(2 * self.peer.delay)  # TCP's round trip and TLS 1.3's
         super().process_request_thread(request, client_address)
-
-
-class FarGitHub(FakeGitHub):
-    """A GitHub that is far away and speaks https."""
-
-    def __init__(self, tls: ssl.SSLContext) -> None:
-        super().__init__()
-        self.tls, self.delay = tls, ROUND_TRIP
-
-    @property
-    def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
-
-    def start(self) -> Self:
-        self._server = FarServer(self.port, self)
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
 
 
 def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
@@ -15693,7 +15193,8 @@ def measure_dispatch(bench: Benchmark) -> Measured:
     with temporary_folder("tls") as name:
         context, certificate = make_tls(Path(name), "127.0.0.1")
         world = calm_world({"SSL_CERT_FILE": str(certificate)})
-        world.github = FarGitHub(context)
+        world.github.tls, world.github.delay = context, ROUND_TRIP
+        world.github.SERVER = FarServer
         with world:
             found = [dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")]
             time.sleep(pause)
