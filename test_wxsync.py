@@ -12195,7 +12195,7 @@ def nearly_right(client: WeComClient, chance: random.Random) -> tuple[str, bytes
     pad = 32 - len(plain) % 32
     plain = at("padding", plain + bytes([pad]) * pad)
     plain += chance.choice((b"\0", b"\1")) * (-len(plain) % 16)
-    encrypted = at("cipher", sealed_bytes(client, plain).encode())
+    encrypted = at("cipher", client.seal(plain).encode())
     query = urlencode(client.signed(encrypted.decode("latin-1"))).encode()
     form = chance.choice((b"<xml><Encrypt><![CDATA[%s]]></Encrypt></xml>", b'{"encrypt": "%s"}'))
     return quote(at("query", query), safe="=&%+"), at("envelope", form % encrypted)
@@ -14288,37 +14288,32 @@ class Measured(NamedTuple):
 
     text: str
     reached: bool | None
-    figures: dict[str, float]
-
-
-def measured(text: str, reached: bool | None, *figures: float) -> Measured:
-    """Return what a row found: figures in the order in which the text names them."""
-    names = [name for _, name, _, _ in string.Formatter().parse(text) if name]
-    named = dict(zip(names, figures, strict=True))
-    return Measured(text.format(**named), reached, named)
+    figures: dict[str, Any]
 
 
 class BenchRow(NamedTuple):
-    """One line of the table. Rows that only wait are measured side by side, to save time."""
+    """A line of the table. Rows that only wait are measured side by side, to save time."""
 
     what: str
     target: str
+    text: str  # with the names of the figures
     wants: str  # programs and modules
     waits: bool
-    measure: Callable[[Benchmark], Measured]
+    measure: Measure
 
 
 BENCH_ROWS: dict[str, BenchRow] = {}
+Measure = Callable[["Benchmark"], Sequence[Any]]
 
 
-def row(
-    what: str, target: str, wants: str = "", waits: bool = False
-) -> Callable[[Callable[[Benchmark], Measured]], None]:
-    """Make a line of the table of the function that measures it."""
+def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
+    """Make a line of the table of a function whose docstring has what is measured, the target, and
+    the text. It returns whether the target is reached (None: there is none), then the figures."""
 
-    def add(measure: Callable[[Benchmark], Measured]) -> None:
+    def add(measure: Measure) -> None:
         name = measure.__name__.removeprefix("measure_").replace("_", "-")
-        BENCH_ROWS[name] = BenchRow(what, target, wants, waits, measure)
+        what, target, *text = (inspect.getdoc(measure) or "").split("\n")
+        BENCH_ROWS[name] = BenchRow(what, target, "".join(text), wants, waits, measure)
 
     return add
 
@@ -14401,11 +14396,12 @@ def start_up(service: Service) -> None:
         raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
 
 
-@row(
-    "启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200",
-    '≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
-)
-def measure_start(bench: Benchmark) -> Measured:
+@row()
+def measure_start(bench: Benchmark) -> Sequence[Any]:
+    """启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200
+    ≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍
+    {ms:.0f} ms，{ratio:.2f} 倍（import {imports_ms:.0f} ms）；
+    手动 `python wxsync.py` {by_hand_ms:.0f} ms"""
     with calm_world() as world:
         service = world.service
         service.kill()  # once started: the libraries' bytecode is written, as on any machine
@@ -14417,11 +14413,7 @@ def measure_start(bench: Benchmark) -> Measured:
                 service.kill()
             took[2].append(timed(lambda: python(IMPORTS, service.environment)) * 1000)
     ms, by_hand, bare = map(middle, took)
-    text = (
-        "{ms:.0f} ms，{ratio:.2f} 倍（import {imports_ms:.0f} ms）；"
-        "手动 `python wxsync.py` {by_hand_ms:.0f} ms"
-    )
-    return measured(text, ms <= 70 or ms <= 1.5 * bare, ms, ms / bare, bare, by_hand)
+    return ms <= 70 or ms <= 1.5 * bare, ms, ms / bare, bare, by_hand
 
 
 def rest_mib(compiled: bool) -> float:
@@ -14434,19 +14426,18 @@ def rest_mib(compiled: bool) -> float:
         return world.service.rss_bytes() / MIB
 
 
-@row("内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后", "≤ 26 MiB / 多 ≤ 48 MiB")
-def measure_memory(bench: Benchmark) -> Measured:
+@row()
+def measure_memory(bench: Benchmark) -> Sequence[Any]:
+    """内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后
+    ≤ 26 MiB / 多 ≤ 48 MiB
+    {mib:.1f} MiB（手动 {by_hand_mib:.1f}；只 import http.server、ssl 的 Python
+    {imports_mib:.1f}）；之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"""
     times = range(bench.times(3, 1))
     rest, by_hand = (middle(rest_mib(how) for _ in times) for how in (True, False))
     after = middle(relayed.after / MIB for relayed in bench.fast_relays)
     peak = middle(relayed.peak / MIB for relayed in bench.fast_relays)
-    text = (
-        "{mib:.1f} MiB（手动 {by_hand_mib:.1f}；只 import http.server、ssl 的 Python "
-        "{imports_mib:.1f}）；之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"
-    )
     good = rest <= 26 and max(after, peak) <= 48
-    figures = (rest, by_hand, int(python(OWN_RSS, dict(os.environ))) / 1024, after, peak)
-    return measured(text, good, *figures)
+    return good, rest, by_hand, int(python(OWN_RSS, dict(os.environ))) / 1024, after, peak
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14481,8 +14472,11 @@ def latencies(world: World, texts: Sequence[str]) -> list[float]:
     return milliseconds
 
 
-@row("回调：密文消息到密文回复，逐条，每条一个连接", "p50 < 1.5 ms，p99 < 8 ms")
-def measure_callback(bench: Benchmark) -> Measured:
+@row()
+def measure_callback(bench: Benchmark) -> Sequence[Any]:
+    """回调：密文消息到密文回复，逐条，每条一个连接
+    p50 < 1.5 ms，p99 < 8 ms
+    p50 {p50_ms:.2f} ms，p99 {p99_ms:.2f} ms（要先落盘的镜像请求 p50 {image_p50_ms:.1f} ms）"""
     # nothing moves on while the requests are taken
     with calm_world({"QUEUE_SIZE": "100"}, runner := gated()) as world:
         latencies(world, ["help"] * 100)
@@ -14490,10 +14484,7 @@ def measure_callback(bench: Benchmark) -> Measured:
         images = latencies(world, [f"nginx:{number}" for number in range(bench.times(60, 30))])
         open_gate(runner)
     p50, p99 = (middle(middle(found, share) for found in rounds) for share in (0.5, 0.99))
-    text = (
-        "p50 {p50_ms:.2f} ms，p99 {p99_ms:.2f} ms（要先落盘的镜像请求 p50 {image_p50_ms:.1f} ms）"
-    )
-    return measured(text, p50 < 1.5 and p99 < 8, p50, p99, middle(images))
+    return p50 < 1.5 and p99 < 8, p50, p99, middle(images)
 
 
 # What a short answer to the same task looks like: the usual framework, the same crypto.
@@ -14576,12 +14567,13 @@ def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]
     return [float(found[1]), float(found[2]), cpu * 1e6 / int(found[4]), int(found[3])]
 
 
-@row(
-    "回调：100 个连接同时，20 秒",
-    "≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms",
-    "wrk flask gunicorn",
-)
-def measure_load(bench: Benchmark) -> Measured:
+@row("wrk flask gunicorn")
+def measure_load(bench: Benchmark) -> Sequence[Any]:
+    """回调：100 个连接同时，20 秒
+    ≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms
+    每秒 {per_second:.0f} 条，{ratio:.2f} 倍（Flask {flask_per_second:.0f} 条）；
+    错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；
+    每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"""
     seen: list[list[list[float]]] = [[], []]
     with temporary_folder("load") as name, calm_world() as world:
         script, port = Path(name, "post.lua"), free_port()
@@ -14611,14 +14603,8 @@ def measure_load(bench: Benchmark) -> Measured:
                 flask.terminate()
     here, there = ([middle(column) for column in zip(*loads, strict=True)] for loads in seen)
     errors = sum(load[3] for load in seen[0])
-    text = (
-        "每秒 {per_second:.0f} 条，{ratio:.2f} 倍（Flask {flask_per_second:.0f} 条）；"
-        "错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；"
-        "每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"
-    )
     good = here[0] >= 1.2 * there[0] and not errors and here[1] < 150
-    figures = (here[0], here[0] / there[0], there[0], errors, here[1], there[1], here[2], there[2])
-    return measured(text, good, *figures)
+    return good, here[0], here[0] / there[0], there[0], errors, here[1], there[1], here[2], there[2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14649,13 +14635,12 @@ def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
     return dispatched - begun, len(until), github.connections - connections
 
 
-@row(
-    "消息到启动工作流，GitHub 往返 200 ms（TLS）",
-    "每个请求 ≤ 3 次调用、≤ 1 个连接",
-    "openssl",
-    waits=True,
-)
-def measure_dispatch(bench: Benchmark) -> Measured:
+@row("openssl", waits=True)
+def measure_dispatch(bench: Benchmark) -> Sequence[Any]:
+    """消息到启动工作流，GitHub 往返 200 ms（TLS）
+    每个请求 ≤ 3 次调用、≤ 1 个连接
+    {calls} 次调用；新连接 {first}、{second}、{third} 个（第三个请求前空闲 {pause} 秒）；
+    首次 {first_seconds:.2f} s，其后 {warm_seconds:.2f} s"""
     pause = bench.times(45, 5)
     with temporary_folder("tls") as name:
         context, certificate = make_tls(Path(name), "127.0.0.1")
@@ -14667,21 +14652,9 @@ def measure_dispatch(bench: Benchmark) -> Measured:
             time.sleep(pause)
             found.append(dispatch_one(world, "nginx:3"))
     seconds, calls, opened = zip(*found, strict=True)
-    text = (
-        "{calls} 次调用；新连接 {first}、{second}、{third} 个（第三个请求前空闲 {pause} 秒）；"
-        "首次 {first_seconds:.2f} s，其后 {warm_seconds:.2f} s"
-    )
     good = max(calls) <= 3 and max(opened) <= 1
-    figures = (
-        max(calls),
-        opened[0],
-        opened[1],
-        opened[2],
-        pause,
-        seconds[0],
-        (seconds[1] + seconds[2]) / 2,
-    )
-    return measured(text, good, *figures)
+    warm = (seconds[1] + seconds[2]) / 2
+    return good, max(calls), *opened, pause, seconds[0], warm
 
 
 def watch_run(seconds: float) -> tuple[float, float, float]:
@@ -14697,19 +14670,18 @@ def watch_run(seconds: float) -> tuple[float, float, float]:
     return told - ended, waiting * 60 / (told - begun), free / waiting
 
 
-@row("运行结束到消息发出", "< 5 s；等待时每分钟 ≤ 25 次调用，多数为 304", waits=True)
-def measure_finished(bench: Benchmark) -> Measured:
+@row(waits=True)
+def measure_finished(bench: Benchmark) -> Sequence[Any]:
+    """运行结束到消息发出
+    < 5 s；等待时每分钟 ≤ 25 次调用，多数为 304
+    {seconds:.1f} s，最多 {most_seconds:.1f} s；每分钟 {calls_per_minute:.0f} 次，
+    其中 304 占 {unchanged_share:.0%}"""
     # Ends that lie differently between two looks at the run.
     lengths = [bench.times(55, 25) + 0.7 * step for step in range(bench.times(5, 3))]
     with ThreadPoolExecutor(len(lengths)) as pool:
         late, calls, unchanged = zip(*pool.map(watch_run, lengths), strict=True)
-    text = (
-        "{seconds:.1f} s，最多 {most_seconds:.1f} s；每分钟 {calls_per_minute:.0f} 次，"
-        "其中 304 占 {unchanged_share:.0%}"
-    )
     good = max(late) < 5 and max(calls) <= 25 and min(unchanged) > 0.5
-    figures = (middle(late), max(late), max(calls), min(unchanged))
-    return measured(text, good, *figures)
+    return good, middle(late), max(late), max(calls), min(unchanged)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14792,28 +14764,33 @@ def compared(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]
     return [here, there, here / there]
 
 
-@row("`copy`：200 MB、多层、首次，对 docker pull + tag + push", "快 ≥ 4 倍", "dockerd docker")
-def measure_docker(bench: Benchmark) -> Measured:
+@row("dockerd docker")
+def measure_docker(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：200 MB、多层、首次，对 docker pull + tag + push
+    快 ≥ 4 倍
+    {seconds:.2f} s，快 {ratio:.1f} 倍（docker {docker_seconds:.2f} s）"""
     theirs, ours, ratio = compared(
         bench.times(2, 1), lambda: docker_seconds(bench), lambda: copy_seconds(bench)
     )
-    text = "{seconds:.2f} s，快 {ratio:.1f} 倍（docker {docker_seconds:.2f} s）"
-    return measured(text, ratio >= 4, ours, ratio, theirs)
+    return ratio >= 4, ours, ratio, theirs
 
 
-VERSUS_SKOPEO = "{seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"
-
-
-@row("`copy`：同一镜像，对单独的 `skopeo copy`", "≤ 1.25 倍")
-def measure_copy(bench: Benchmark) -> Measured:
+@row()
+def measure_copy(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：同一镜像，对单独的 `skopeo copy`
+    ≤ 1.25 倍
+    {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
     ours, theirs, ratio = compared(
         bench.times(5, 2), lambda: copy_seconds(bench), lambda: copy_seconds(bench, Lane.skopeo)
     )
-    return measured(VERSUS_SKOPEO, ratio <= 1.25, ours, ratio, theirs)
+    return ratio <= 1.25, ours, ratio, theirs
 
 
-@row("`copy`：没有变化", "< 0.5 s，不读任何层")
-def measure_unchanged(bench: Benchmark) -> Measured:
+@row()
+def measure_unchanged(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：没有变化
+    < 0.5 s，不读任何层
+    {seconds:.2f} s，读了 {layers} 层"""
     image = bench.big_image
     layers = {one["digest"] for one in bench.source.manifest("library/big", "1")["layers"]}
     with Lane(bench.source.host) as lane:
@@ -14824,12 +14801,14 @@ def measure_unchanged(bench: Benchmark) -> Measured:
         copied = len(door.layer_reads)
         lane.copy(image, "unchanged")
         read = sum(c.path.rpartition("/")[2] in layers for c in door.layer_reads[copied:])
-    good = middle(took) < 0.5 and not read
-    return measured("{seconds:.2f} s，读了 {layers} 层", good, middle(took), read)
+    return middle(took) < 0.5 and not read, middle(took), read
 
 
-@row("`copy`：20 个 5 MB 的镜像，4 个并行", "≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍")
-def measure_many(bench: Benchmark) -> Measured:
+@row()
+def measure_many(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：20 个 5 MB 的镜像，4 个并行
+    ≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍
+    {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
     lines = [f"small{number}:1" for number in range(20)]
     for line in lines:
         publish(bench.source, f"library/{line[:-2]}", "1", sizes=[2_500_000] * 2)
@@ -14841,7 +14820,7 @@ def measure_many(bench: Benchmark) -> Measured:
     ours, theirs, ratio = compared(
         bench.times(5, 1), lambda: four_at_once(Lane.copy), lambda: four_at_once(Lane.skopeo)
     )
-    return measured(VERSUS_SKOPEO, ratio <= 1.5, ours, ratio, theirs)
+    return ratio <= 1.5, ours, ratio, theirs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14903,31 +14882,30 @@ def curl_up(file: str) -> float:
         return curl("-T", file, "-H", f"Date: {date}", "-H", login, address)
 
 
-@row("中转 1 GiB，来源和目标各限 20 MB/s", "≤ 单向时间的 1.15 倍", "curl", waits=True)
-def measure_relay_slow(bench: Benchmark) -> Measured:
+@row("curl", waits=True)
+def measure_relay_slow(bench: Benchmark) -> Sequence[Any]:
+    """中转 1 GiB，来源和目标各限 20 MB/s
+    ≤ 单向时间的 1.15 倍
+    {seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {cpu_seconds:.1f} s"""
     relayed = relay(bench.relay_size, RATE)
     # The limit makes the time grow evenly: an eighth of the file tells one direction.
     one_way = 8 * curl_down(bench.relay_size // 8, RATE, os.devnull)
-    text = "{seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {cpu_seconds:.1f} s"
     good = relayed.seconds <= 1.15 * one_way
-    figures = (relayed.seconds, relayed.seconds / one_way, one_way, relayed.cpu)
-    return measured(text, good, *figures)
+    return good, relayed.seconds, relayed.seconds / one_way, one_way, relayed.cpu
 
 
-@row("中转 1 GiB，本机回环，对 curl 下载 + 上传", "报告", "curl")
-def measure_relay_fast(bench: Benchmark) -> Measured:
+@row("curl")
+def measure_relay_fast(bench: Benchmark) -> Sequence[Any]:
+    """中转 1 GiB，本机回环，对 curl 下载 + 上传
+    报告
+    {seconds:.2f} s，{ratio:.2f} 倍（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；
+    CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核"""
     with temporary_folder("curl") as name:
         file = f"{name}/big.bin"
         plain = [(curl_down(bench.relay_size, 0, file), curl_up(file)) for _ in bench.fast_relays]
     down, up = map(middle, zip(*plain, strict=True))
     seconds, cpu, peers, _, _ = map(middle, zip(*bench.fast_relays, strict=True))
-    text = (
-        "{seconds:.2f} s，{ratio:.2f} 倍（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；"
-        "CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核"
-    )
-    return measured(
-        text, None, seconds, seconds / (down + up), down, up, cpu, peers, (cpu + peers) / seconds
-    )
+    return None, seconds, seconds / (down + up), down, up, cpu, peers, (cpu + peers) / seconds
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14935,8 +14913,11 @@ def measure_relay_fast(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-@row("空闲 60 秒", "CPU 0.00 s；每秒唤醒 ≤ 1 次", waits=True)
-def measure_rest(bench: Benchmark) -> Measured:
+@row(waits=True)
+def measure_rest(bench: Benchmark) -> Sequence[Any]:
+    """空闲 60 秒
+    CPU 0.00 s；每秒唤醒 ≤ 1 次
+    {seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）"""
     seconds = bench.times(60, 10)
     with calm_world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
         world.say("nginx:latest")  # at rest after work, with connections and threads in use
@@ -14947,12 +14928,15 @@ def measure_rest(bench: Benchmark) -> Measured:
         cpu = world.service.cpu_seconds() - cpu
         woken = (world.service.wakeups() - wakeups) / seconds
         threads = world.service.threads()
-    text = "{seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）"
-    return measured(text, cpu == 0 and woken <= 1, seconds, cpu, woken, threads)
+    return cpu == 0 and woken <= 1, seconds, cpu, woken, threads
 
 
-@row("同一进程 10,000 条消息", "第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界")
-def measure_messages(bench: Benchmark) -> Measured:
+@row()
+def measure_messages(bench: Benchmark) -> Sequence[Any]:
+    """同一进程 10,000 条消息
+    第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界
+    {first} 条时 {first_mib:.1f} MiB，{total} 条时 {mib:.1f} MiB；
+    状态文件 {first_kib:.0f} → {kib:.0f} KiB"""
     total = bench.times(10_000, 2_000)
     texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
     with calm_world() as world:
@@ -14964,23 +14948,21 @@ def measure_messages(bench: Benchmark) -> Measured:
             if number in (total // 10, total):
                 mib.append(world.service.rss_bytes() / MIB)
                 sizes.append(path.stat().st_size / 1024)
-    text = (
-        "{first} 条时 {first_mib:.1f} MiB，{total} 条时 {mib:.1f} MiB；"
-        "状态文件 {first_kib:.0f} → {kib:.0f} KiB"
-    )
     good = mib[1] - mib[0] < 5 and sizes[1] < 1024
-    figures = (total // 10, mib[0], total, mib[1], sizes[0], sizes[1])
-    return measured(text, good, *figures)
+    return good, total // 10, mib[0], total, mib[1], sizes[0], sizes[1]
 
 
 def measure_row(bench: Benchmark, name: str) -> Measured:
     """Measure one row; what goes wrong in it costs that row only."""
     bench.tell(f"{name} …")
-    wants = BENCH_ROWS[name].wants.split()
+    text, wants = BENCH_ROWS[name].text, BENCH_ROWS[name].wants.split()
     try:
         modules = {word for word in wants if importlib.util.find_spec(word)}
         needs(missing_program(*(word for word in wants if word not in modules)))
-        found = BENCH_ROWS[name].measure(bench)
+        reached, *figures = BENCH_ROWS[name].measure(bench)
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field]
+        named = dict(zip(fields, figures, strict=True))
+        found = Measured(text.format(**named), reached, named)
     except (pytest.skip.Exception, pytest.fail.Exception) as why:
         found = Measured(f"跳过：{why}", None, {})
     except Exception as error:  # one broken row must not cost the others
@@ -15033,9 +15015,9 @@ def bench(argv: Sequence[str]) -> int:
     run.tell("end")
     found = {name: found[name] for name in names}
     if options.json:
-        about = {name: BENCH_ROWS[name]._asdict() | one._asdict() for name, one in found.items()}
-        about = {"machine": machine(), "quick": options.quick, "rows": about}
-        print(json.dumps(about, ensure_ascii=False, indent=2, default=lambda _: None))
+        rows = [{"name": name} | one._asdict() for name, one in found.items()]
+        about = {"machine": machine(), "quick": options.quick, "rows": rows}
+        print(json.dumps(about, ensure_ascii=False, indent=2))
     else:
         print_table(found, options.quick)
     return int(any(one.text.startswith("出错") for one in found.values()))
