@@ -14430,8 +14430,9 @@ def rest_mib(compiled: bool) -> float:
 def measure_memory(bench: Benchmark) -> Sequence[Any]:
     """内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后
     ≤ 26 MiB / 多 ≤ 48 MiB
-    {mib:.1f} MiB（手动 {by_hand_mib:.1f}；只 import http.server、ssl 的 Python
-    {imports_mib:.1f}）；之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"""
+    {mib:.1f} MiB（手动 {by_hand_mib:.1f}；
+    只 import http.server、ssl 的 Python {imports_mib:.1f}）；
+    之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"""
     times = range(bench.times(3, 1))
     rest, by_hand = (middle(rest_mib(how) for _ in times) for how in (True, False))
     after = middle(relayed.after / MIB for relayed in bench.fast_relays)
