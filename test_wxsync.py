@@ -13064,7 +13064,7 @@ def test_check_of_unfinished_settings_names_all_that_is_missing_or_wrong(tmp_pat
     """And what to copy where there is no .env; no value is repeated: it may be a secret."""
     done = run_script("check", folder=tmp_path)
     assert (done.returncode, "cp env.example .env" in done.stderr) == (1, True)
-    wrong = dict(WRONG)
+    wrong = {name: values[-1] for name, *values in WRONG}
     for text, names in (
         (document("env.example"), [*OTHERS, ", ".join(ROBOT)]),
         (env_file(ENOUGH | wrong), [*wrong]),
@@ -13408,8 +13408,9 @@ def settings_of_code() -> dict[str, str | None]:
     return {e.name: None if e.name in ENOUGH | ROBOT else written(e.default) for e in entries}
 
 
-def test_readme_lists_every_setting_with_its_default() -> None:
-    """No setting is missing, none is made up, no default is out of date."""
+def test_readme_and_env_example_list_every_setting_with_its_default() -> None:
+    """No setting is missing, none is made up, no default is out of date; each is explained. In
+    env.example required ones are empty, the others stand behind # with their default."""
     tables = section("设置").partition("\n命令：\n")[0].split("<details>")
     rows = {name: row for part in tables for name, row in table(part).items()}
     none = {"必填": None, "机器人": None, "回调": None, "空": ""}
@@ -13418,10 +13419,6 @@ def test_readme_lists_every_setting_with_its_default() -> None:
     assert all(row[1] for row in rows.values())
     for word, names in (("必填", OTHERS), ("机器人", ROBOT), ("回调", CALLBACK)):
         assert [name for name, row in rows.items() if row[0] == word] == [*names]
-
-
-def test_env_example_lists_every_setting_with_its_default() -> None:
-    """Required ones are empty, the others stand behind # with their default; each is explained."""
     found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.MULTILINE)
     assert settings_of_code() == {name: v if mark else None for _, mark, name, v in found}
     assert [name for _, mark, name, value in found if value and not mark] == []
@@ -13550,17 +13547,14 @@ def test_readme_explains_what_people_look_up() -> None:
         assert [piece for piece in pieces if piece not in source] == [], text
 
 
-def test_links_within_readme_lead_somewhere() -> None:
-    """Anchors are made as GitHub makes them; files exist."""
+def test_links_and_examples_of_readme_are_right() -> None:
+    """Anchors are made as GitHub makes them; files exist. FRP's example is TOML and leads to the
+    service's port; the Secret's is JSON that skopeo reads."""
     titles = re.findall(r"^#+ (.+)$", without_code(), re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", document("README.md"))
     assert {target[1:] for target in targets if target.startswith("#")} <= anchors
     assert [t for t in targets if not t.startswith("#") and not (ROOT / t).exists()] == []
-
-
-def test_the_examples_in_other_notations_are_right() -> None:
-    """FRP's is TOML and leads to the service's port; the Secret's is JSON that skopeo reads."""
     (block,) = code_blocks(section("没有公网地址：FRP"), "toml")
     (proxy,) = tomllib.loads(block)["proxies"]
     assert str(proxy["localPort"]) == settings_of_code()["PORT"]
@@ -14283,12 +14277,7 @@ IMPORTS = "import http.server, ssl"  # the least that any service of this kind l
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
 
 
-class Measured(NamedTuple):
-    """What a row found; `reached` is None where there is no target to reach, or no figure."""
-
-    text: str
-    reached: bool | None
-    figures: dict[str, Any]
+Measured = tuple[str, bool | None, dict[str, Any]]  # text, is the target reached?, figures
 
 
 class BenchRow(NamedTuple):
@@ -14963,14 +14952,14 @@ def measure_row(bench: Benchmark, name: str) -> Measured:
         reached, *figures = BENCH_ROWS[name].measure(bench)
         fields = [field for _, field, _, _ in string.Formatter().parse(text) if field]
         named = dict(zip(fields, figures, strict=True))
-        found = Measured(text.format(**named), reached, named)
+        found = (text.format(**named), reached, named)
     except (pytest.skip.Exception, pytest.fail.Exception) as why:
-        found = Measured(f"跳过：{why}", None, {})
+        found = (f"跳过：{why}", None, {})
     except Exception as error:  # one broken row must not cost the others
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        found = Measured(f"出错：{lines[-1]}", False, {})
-    bench.tell(f"{name}: {found.text}")
+        found = (f"出错：{lines[-1]}", False, {})
+    bench.tell(f"{name}: {found[0]}")
     return found
 
 
@@ -15016,12 +15005,13 @@ def bench(argv: Sequence[str]) -> int:
     run.tell("end")
     found = {name: found[name] for name in names}
     if options.json:
-        rows = [{"name": name} | one._asdict() for name, one in found.items()]
+        keys = ("name", "text", "reached", "figures")
+        rows = [dict(zip(keys, (name, *one), strict=True)) for name, one in found.items()]
         about = {"machine": machine(), "quick": options.quick, "rows": rows}
         print(json.dumps(about, ensure_ascii=False, indent=2))
     else:
         print_table(found, options.quick)
-    return int(any(one.text.startswith("出错") for one in found.values()))
+    return int(any(text.startswith("出错") for text, _, _ in found.values()))
 
 
 def run_tests(words: Sequence[str]) -> int:
