@@ -12463,10 +12463,11 @@ def test_jobs_are_found_by_their_cut_names(talk: Talk) -> None:
     talk.say("\n".join(CUT))
     assert f"成功 3 / {len(CUT)}" in talk.hear("成功 ") and told_failed(talk) == failed
     for missing in (0, 1):
+        talk = Talk(talk.world, talk.runner)
         lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
         talk.runner.outcomes[lines[missing]] = "missing"
         talk.say("\n".join(lines))
-        talk.hear(f"lack{missing}")
+        assert "成功 " in talk.hear("成功 ")
         assert lines[missing] in told_failed(talk)
 
 
@@ -12567,14 +12568,13 @@ def test_a_refusal_counts_when_it_lasts(talk: Talk, status: int, body: bytes) ->
         talk.github.fail(where, (status, {}, body))
     assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
     for number, where in enumerate(("PUT contents", "POST dispatches", "GET actions/runs/")):
+        talk = Talk(talk.world, talk.runner)
         talk.github.fail(where, (status, {"Content-Type": "text/html"}, body), 100)
-        dispatched = len(talk.calls("POST dispatches"))
         talk.say(f"always-{len(body)}-{status}:{number}")
         text = talk.hear("成功 0 / 1")
         assert str(status) in text and "<" not in text
-        assert len(talk.calls("POST dispatches")) <= dispatched + 1
+        assert len(talk.calls("POST dispatches")) <= 1
         talk.github.faults.clear()
-        talk = Talk(talk.world, talk.runner)
 
 
 @early
