@@ -87,7 +87,6 @@ import ipaddress
 import itertools
 import json
 import os
-import queue
 import re
 import secrets
 import select
@@ -102,6 +101,7 @@ import time
 import traceback
 import urllib.parse
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -4533,6 +4533,15 @@ class Cancelled(Exception):
     """Its person does not want the request any more."""
 
 
+def drop_upload(app: App, task: Task) -> None:
+    """Leave nothing in the bucket; what cannot be dropped now becomes an orphan."""
+    current = app.state.facts.task(task.id, task.lane)
+    if current and current.upload and app.store:
+        with contextlib.suppress(Failure):
+            app.store.drop(Upload(*current.upload))
+            app.state.change(lambda facts: facts.with_task(task, upload=()))
+
+
 def finish(
     app: App,
     task: Task,
@@ -4569,8 +4578,12 @@ def finish(
         rest = replace(current, items=tuple(items), upload=(), deaths=0)
         return replace(facts, tasks=(*others, rest))
 
-    app.state.change(change)
-    app.progress.end(task)
+    try:
+        if not is_stored:
+            drop_upload(app, task)
+    finally:  # whatever the store says
+        app.state.change(change)
+        app.progress.end(task)
 
 
 def advance(app: App, task: Task, **changes: Any) -> Task:
@@ -4592,22 +4605,6 @@ def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
     finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
 
 
-def drop_orphans(app: App) -> None:
-    """Drop what uploads that failed have left behind; what cannot be dropped now waits."""
-    for orphan in app.state.facts.orphans:
-        try:
-            if app.store:
-                app.store.drop(orphan)
-        except Failure as failure:
-            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
-            continue
-
-        def change(facts: Facts, gone: Upload = orphan) -> Facts:
-            return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
-
-        app.state.change(change)
-
-
 def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the first link failed; leave nothing in the bucket."""
     link = task.items[0]
@@ -4615,7 +4612,6 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     retry = f"；{RETRY}" if can_retry else ""
     text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
     finish(app, task, text, number, "文件：失败", (link,), item=link)
-    drop_orphans(app)
 
 
 def cancel(app: App, task: Task) -> None:
@@ -4626,7 +4622,6 @@ def cancel(app: App, task: Task) -> None:
     head = "已取消上传" if is_file else "已取消，没有开始" if is_surely_idle else "已取消"
     what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
     finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
-    drop_orphans(app)
 
 
 def attempt(app: App, task: Task, step: Callable[[], object]) -> None:
@@ -4915,11 +4910,22 @@ def relay_file(app: App, task: Task) -> None:
 
 
 def keep_settling(app: App) -> None:
-    """Look after orphaned uploads every minute while there are any."""
+    """Drop what uploads that failed have left behind, trying every minute while there is any."""
     with app.state.changed:
-        while not app.state.facts.orphans:
+        while not (orphans := app.state.facts.orphans):
             app.state.changed.wait()
-    drop_orphans(app)
+    for orphan in orphans:
+        try:
+            if app.store:
+                app.store.drop(orphan)
+        except Failure as failure:
+            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
+            continue
+
+        def change(facts: Facts, gone: Upload = orphan) -> Facts:
+            return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
+
+        app.state.change(change)
     app.sleep(CLOCK_LOOK_SECONDS)
 
 
@@ -5102,7 +5108,7 @@ class Server:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._open: dict[socket.socket, Connection] = {}  # the oldest deadline first
         self._waiting = 0  # for the disk, a thread each
-        self._replies: queue.SimpleQueue[tuple[Connection, Head, Reply]] = queue.SimpleQueue()
+        self._replies: deque[tuple[Connection, Head, Reply]] = deque()
 
     def stop_on_signals(self) -> None:
         """Make SIGTERM and SIGINT end `run`."""
@@ -5193,7 +5199,7 @@ class Server:
         """Have a reply made in a thread; what the disk takes is not the client's time."""
 
         def wait() -> None:
-            self._replies.put((connection, head, answer()))
+            self._replies.append((connection, head, answer()))
             with contextlib.suppress(OSError):  # full: it wakes up anyhow
                 self._waker.send(b"\0")
 
@@ -5205,8 +5211,8 @@ class Server:
         self._waiting += 1
 
     def _send_waiting(self) -> None:
-        while not self._replies.empty():
-            connection, head, reply = self._replies.get()
+        while self._replies:
+            connection, head, reply = self._replies.popleft()
             self._waiting -= 1
             self._hold(connection)
             try:
