@@ -71,9 +71,11 @@ import io
 import ipaddress
 import json
 import os
+import queue
 import re
 import secrets
 import select
+import selectors
 import signal
 import socket
 import ssl
@@ -87,7 +89,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar
+from typing import (
+    Any,
+    NamedTuple,
+    NoReturn,
+    TextIO,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 from xml.parsers import expat
 
 try:
@@ -109,7 +120,7 @@ VERSION = "1.1.0"
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 REQUEST_SECONDS = 10.0  # from connection (or last answer) to a whole request
-MAX_CONNECTIONS = 600  # a thread each while they are open, 40 KiB of memory
+MAX_CONNECTIONS = 600  # a buffer each, and a thread while one waits for the disk
 # Chat (WeCom's document 90236): a text holds 2048 bytes; 30 messages a minute and 1,000 an hour to
 # one person, what is over is dropped without a word.
 MAX_TEXT_BYTES = 2048
@@ -161,9 +172,9 @@ PART_BYTES = 4 * 1024 * 1024  # the smallest part QingStor takes; three of them 
 PART_SECONDS = 600.0  # for one part; slower than 7 kB/s is no upload
 READ_BYTES = 256 * 1024  # moved at once
 SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
-TRIES = 3  # of a part, of a resumed download without progress, of an upload that kills the process
+TRIES = 3  # of a part, of a resumed download without progress
 DOWNLOAD_SECONDS = 6 * 3600.0
-DEADLY_SECONDS = 1.0  # an upload that has run so long when the process dies may be why
+MAX_DEATHS = 2  # of the process, with the same upload on its way: it may be why
 MIDNIGHT_RETRY_SECONDS = 600.0
 CHECK_SECONDS = 15.0  # for all of `check`; it asks side by side
 CLOCK_LOOK_SECONDS = 60.0  # how late a jump of the clock may be noticed
@@ -1003,22 +1014,12 @@ class Settings:
     def target_prefix(self) -> str:
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
-    def secrets(self) -> dict[str, str]:
-        """Return every value that must never be written anywhere, by its setting's name."""
+    def secrets(self) -> list[str]:
+        """Return every value that must never be written anywhere."""
         names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
-        values = {name: str(getattr(self, name)) for name in names}
-        values["QINGSTOR_SECRET_ACCESS_KEY"] = self.QINGSTOR_SECRET_ACCESS_KEY
-        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
-        return {name: value for name, value in values.items() if value}
-
-    def secret_values(self) -> list[str]:
-        """Return the secrets, the proxy's password also as it is written in PROXY_URL."""
-        values = self.secrets()
-        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
-
-    def weak_secrets(self) -> str:
-        """Return the names of secrets that are too short to be masked safely, else ""."""
-        return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
+        values = [getattr(self, name) for name in (*names, "QINGSTOR_SECRET_ACCESS_KEY")]
+        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        return [*values, password, urllib.parse.unquote(password)]
 
 
 class SettingsError(Exception):
@@ -2849,16 +2850,20 @@ class ImageList:
         self.trouble = ""
 
     def read(self) -> str:
-        """Return the list; raise OSError."""
+        """Return the list; raise Failure."""
         if self._unwritten is not None:
             return self._unwritten
         try:
             return self.path.read_bytes().decode("utf-8", "surrogateescape")
         except FileNotFoundError:
             return ""
+        except OSError as error:
+            text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
+            raise Failure(text) from error
 
-    def write(self, text: str) -> bytes:
-        """Replace the file by text and return its bytes; kept for `save` on a full disk."""
+    def _write(self, lines: Iterable[str]) -> bytes:
+        """Replace the file, return its bytes; what a full disk does not take waits for `save`."""
+        text = "".join(f"{line}\n" for line in lines)
         data = text.encode("utf-8", "surrogateescape")
         try:
             write_atomically(self.path, data)
@@ -2873,10 +2878,10 @@ class ImageList:
         """Write what the disk has not taken yet."""
         with self._lock:
             if self._unwritten is not None:
-                self.write(self._unwritten)
+                self._write(self._unwritten.splitlines())
 
     def add(self, lines: Sequence[str]) -> bytes:
-        """Append the lines that are not there yet; return the whole content.
+        """Append the lines that are not there yet; return the whole content. Raises Failure.
 
         What `plan` would refuse is kept out, so that an edit by hand can always run: an older line
         with the target of a new one goes, and so do the oldest lines over MAX_LIST_LINES.
@@ -2888,52 +2893,20 @@ class ImageList:
             new = [line for line in lines if line not in present]
             if not new and (self.path.exists() or self._unwritten):
                 return text.encode("utf-8", "surrogateescape")
-            return self.write("".join(f"{line}\n" for line in [*self._kept(old, lines, new), *new]))
-
-    @staticmethod
-    def _kept(old: list[str], lines: Sequence[str], new: list[str]) -> list[str]:
-        taken = {read_image(line).target("") for line in new}
-        targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
-        kept = [line for line in old if not taken.intersection(targets[line])]
-        older = [line for line in kept if targets[line] and line.strip() not in lines]
-        over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
-        for line in older[: max(0, over)]:
-            kept.remove(line)
-        return kept
+            taken = {read_image(line).target("") for line in new}
+            targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
+            kept = [line for line in old if taken.isdisjoint(targets[line])]
+            older = [line for line in kept if targets[line] and line.strip() not in lines]
+            over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
+            for line in older[: max(0, over)]:
+                kept.remove(line)
+            return self._write([*kept, *new])
 
     def remove(self, uploaded: bytes) -> None:
         """Take out what was uploaded; lines that came meanwhile stay."""
         gone = set(uploaded.decode("utf-8", "surrogateescape").splitlines())
         with self._lock:
-            kept = [line for line in self.read().splitlines() if line not in gone]
-            self.write("".join(f"{line}\n" for line in kept))
-
-
-STAGES = ("queued", "committed", "dispatching", "running", "late")
-
-
-@dataclass(frozen=True)
-class Task:
-    """An accepted request. `stage` says how far it is, for a restart to go on from there."""
-
-    id: str
-    lane: str  # "images" or "files"
-    user: str  # the address: who asked, and where the answer goes (see Channel)
-    items: tuple[str, ...]  # canonical lines, or links still to do
-    accepted: float  # seconds since the epoch
-    stage: str = "queued"  # one of STAGES
-    run_id: int = 0
-    run_url: str = ""
-    started: float = 0.0  # when the run was started
-    upload: tuple[str, ...] = ()  # an Upload, while a file is on its way
-
-    @property
-    def run(self) -> Run:
-        return Run(self.run_id, self.run_url)
-
-    @property
-    def person(self) -> str:
-        return self.user.partition(" ")[0]
+            self._write(line for line in self.read().splitlines() if line not in gone)
 
 
 class Letter(NamedTuple):
@@ -2952,6 +2925,41 @@ class Finished(NamedTuple):
     failed: tuple[str, ...]  # lines and links, for `重试`
 
 
+class Said(NamedTuple):
+    """The reply to a message."""
+
+    at: float  # seconds since the epoch
+    reply: str
+
+
+STAGES = ("queued", "committed", "dispatching", "running", "late")
+
+
+@dataclass(frozen=True)
+class Task:
+    """An accepted request. `stage` says how far it is, for a restart to go on from there."""
+
+    id: str
+    lane: str  # "images" or "files"
+    user: str  # the address: who asked, and where the answer goes (see Channel)
+    items: tuple[str, ...]  # canonical lines, or links still to do
+    accepted: float = 0.0  # seconds since the epoch
+    stage: str = "queued"  # one of STAGES
+    run_id: int = 0
+    run_url: str = ""
+    started: float = 0.0  # when the run was started
+    upload: tuple[str, ...] = ()  # an Upload, while a file is on its way
+    deaths: int = 0  # of processes that had this upload on its way
+
+    @property
+    def run(self) -> Run:
+        return Run(self.run_id, self.run_url)
+
+    @property
+    def person(self) -> str:
+        return self.user.partition(" ")[0]
+
+
 @dataclass(frozen=True)
 class Facts:
     """All that must survive a restart. Never changed: a change makes new Facts."""
@@ -2959,11 +2967,10 @@ class Facts:
     tasks: tuple[Task, ...] = ()
     letters: tuple[Letter, ...] = ()
     orphans: tuple[Upload, ...] = ()  # uploads to abort
-    seen: Mapping[str, tuple[float, str]] = field(default_factory=dict)  # message -> time, reply
+    seen: Mapping[str, Said] = field(default_factory=dict)  # by message
     midnight: str = ""  # the day (YYYY-MM-DD) up to which the list was emptied
-    finished: Mapping[str, Finished] = field(default_factory=dict)  # person -> last request
+    finished: Mapping[str, Finished] = field(default_factory=dict)  # by person
     cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
-    tries: Mapping[str, int] = field(default_factory=dict)  # task -> begun uploads of its link
 
     def task(self, task_id: str, lane: str) -> Task | None:
         return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
@@ -2974,19 +2981,15 @@ class Facts:
 
     def with_task(self, task: Task, **changes: Any) -> Facts:
         """Return Facts in which a task has other fields."""
-        tasks = (
-            replace(t, **changes) if (t.id, t.lane) == (task.id, task.lane) else t
-            for t in self.tasks
-        )
+        same = self.task(task.id, task.lane)
+        tasks = (replace(t, **changes) if t is same else t for t in self.tasks)
         return replace(self, tasks=tuple(tasks))
 
     def without_task(self, task: Task) -> Facts:
         """Return Facts without a task and what was kept about it."""
         left = tuple(t for t in self.tasks if (t.id, t.lane) != (task.id, task.lane))
-        ids = {t.id for t in left}
-        cancelled = tuple(i for i in self.cancelled if i in ids)
-        tries = {i: n for i, n in self.tries.items() if i in ids}
-        return replace(self, tasks=left, cancelled=cancelled, tries=tries)
+        cancelled = tuple(i for i in self.cancelled if i in {t.id for t in left})
+        return replace(self, tasks=left, cancelled=cancelled)
 
     def with_letters(self, letters: Iterable[Letter]) -> Facts:
         return replace(self, letters=(*self.letters, *letters))
@@ -2996,100 +2999,75 @@ class Facts:
         last = self.finished.get(task.person)
         before = last.failed if last and last.id == task.id else ()
         people = {k: v for k, v in self.finished.items() if k != task.person}
-        while len(people) >= MAX_REMEMBERED:
-            del people[next(iter(people))]  # oldest first
+        people = newest(people, MAX_REMEMBERED - 1)
         people[task.person] = Finished(task.id, at, title, (*before, *failed))
         return replace(self, finished=people)
 
     def with_seen(self, message_id: str, at: float, reply: str, keep_seconds: float) -> Facts:
         """Return Facts that remember the reply to a message, and no more than need be."""
-        seen = {k: v for k, v in self.seen.items() if at - v[0] < keep_seconds}
-        while len(seen) >= MAX_REMEMBERED:
-            del seen[next(iter(seen))]
-        return replace(self, seen={**seen, message_id: (at, reply)})
+        seen = {k: v for k, v in self.seen.items() if at - v.at < keep_seconds}
+        seen = newest(seen, MAX_REMEMBERED - 1)
+        return replace(self, seen={**seen, message_id: Said(at, reply)})
+
+
+def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
+    """Return the entries that came last."""
+    return dict(list(entries.items())[-most:])
+
+
+def revive(kind: Any, value: Any) -> Any:
+    """Return what JSON has kept as it was; raise TypeError or ValueError where it is no `kind`.
+
+    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions.
+    """
+    if get_args(kind):  # tuple[X, ...]
+        return tuple(revive(get_args(kind)[0], entry) for entry in revive(list, value))
+    if kind is Task or issubclass(kind, tuple):
+        hints = get_type_hints(kind)
+        pairs = zip(hints, revive(list, value), strict=True) if kind is not Task else value.items()
+        return kind(**{k: revive(hints[k], entry) for k, entry in pairs if k in hints})
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise TypeError(kind)
+    return kind(value)
 
 
 def read_task(entry: Any) -> Task:
-    """Return the Task that was written as entry; raise TypeError or ValueError where it is none.
-
-    Fields of other versions are ignored; a line is taken as it is now canonical.
-    """
-    if not isinstance(entry, dict):
-        raise TypeError("entry")
-    task = Task(
-        **{"accepted": 0.0} | {f.name: entry[f.name] for f in fields(Task) if f.name in entry}
-    )
-    for name, value in vars(Task("", "", "", (), 0.0)).items():
-        kinds = (int, float) if value == 0 else (list, tuple) if value == () else type(value)
-        if not isinstance(getattr(task, name), kinds):
-            raise TypeError(name)
-    task = replace(task, items=tuple(task.items), upload=tuple(task.upload))
-    if not task.items or len(task.upload) not in (0, 3):
-        raise ValueError("items or upload")
-    if not all(isinstance(text, str) for text in [*task.items, *task.upload]):
-        raise TypeError("items or upload")
-    if task.lane not in ("images", "files") or task.stage not in STAGES:
-        raise ValueError("lane or stage")
-    if not USER_PATTERN.fullmatch(task.person):
-        raise ValueError("user")
+    """Return the Task that was written as entry; raise TypeError or ValueError where it is none."""
+    task: Task = revive(Task, entry)
+    is_known = task.lane in ("images", "files") and task.stage in STAGES
+    is_whole = task.items and len(task.upload) in (0, 3)
+    if not is_known or not is_whole or not USER_PATTERN.fullmatch(task.person):
+        raise ValueError("lane, stage, items, upload or user")
     if not re.fullmatch(r"(https?://[\x21-\x7e]{1,200})?", task.run_url):
         task = replace(task, run_url="")
-    if task.lane == "images":
+    if task.lane == "images":  # a line is taken as it is now canonical
         task = replace(task, items=tuple(read_image(line).line for line in task.items))
     return task
 
 
-def read_facts(data: dict[str, Any]) -> tuple[Facts, list[Any]]:
-    """Return the Facts written as data, and the entries that could not be read."""
-    bad: list[Any] = []
-
-    def entries(name: str, kind: Any, read: Callable[[Any], T]) -> list[T]:
-        found: list[T] = []
-        listed: Any = data.get(name, kind())  # a list, or a dict whose items are meant
-        if not isinstance(listed, kind):
-            bad.append((name, listed))
-            return []
-        for entry in listed.items() if kind is dict else listed:
+def read_facts(data: Mapping[str, Any]) -> tuple[Facts, list[tuple[str, Any]]]:
+    """Return the Facts written as data, and what could not be read, with its field's name."""
+    bad: list[tuple[str, Any]] = []
+    day = data.get("midnight")
+    found: dict[str, Any] = {"midnight": day if isinstance(day, str) else ""}
+    for name, kind in get_type_hints(Facts).items():
+        is_map = get_origin(kind) is Mapping
+        written = data.get(name)
+        if name == "midnight" or not isinstance(written, dict if is_map else list):
+            bad += [(name, written)] if name in data and name != "midnight" else []
+            continue
+        inside = get_args(kind)[1 if is_map else 0]
+        kept: dict[Any, Any] = {}
+        for key, entry in written.items() if isinstance(written, dict) else enumerate(written):
             try:
-                found.append(read(entry))
+                kept[key] = read_task(entry) if name == "tasks" else revive(inside, entry)
             except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
                 bad.append((name, entry))
-        return found
-
-    def strings(entry: Any, count: int) -> tuple[str, ...]:
-        if len(entry) < count or not all(isinstance(text, str) for text in entry[:count]):
-            raise TypeError(entry)
-        return tuple(entry[:count])
-
-    def finished(entry: Any) -> tuple[str, Finished]:
-        person, (request, at, title, failed) = entry
-        return str(person), Finished(
-            str(request), float(at), str(title), strings(failed, len(failed))
-        )
-
-    midnight = data.get("midnight", "")
-    return Facts(
-        tasks=tuple(entries("tasks", list, read_task)),
-        letters=tuple(entries("letters", list, lambda e: Letter(*strings(e, 2)))),
-        orphans=tuple(entries("orphans", list, lambda e: Upload(*strings(e, 3)))),
-        seen=dict(entries("seen", dict, lambda e: (e[0], (float(e[1][0]), str(e[1][1]))))),
-        midnight=midnight if isinstance(midnight, str) else "",
-        finished=dict(entries("finished", dict, finished)),
-        cancelled=tuple(entries("cancelled", list, lambda e: strings([e], 1)[0])),
-        tries=dict(entries("tries", dict, lambda e: (e[0], int(e[1])))),
-    ), bad
+        found[name] = kept if is_map else tuple(kept.values())
+    return Facts(**found), bad
 
 
 Change = Callable[[Facts], Facts]
-
-
-class _Pending:
-    """A change that waits for the disk."""
-
-    def __init__(self, change: Change, must: bool) -> None:
-        self.change = change
-        self.must = must  # without the disk it has not happened
-        self.is_written: bool | None = None  # None: not known yet
 
 
 class State:
@@ -3108,10 +3086,10 @@ class State:
         self._log = log
         self._now = now
         self.changed = threading.Condition()  # the one lock; notified after each change
-        self.facts = Facts()
+        self.facts = self._next = Facts()  # _next: with what waits for the disk
         self.resumed: frozenset[str] = frozenset()  # ids of tasks of an earlier process
-        self._pending: list[_Pending] = []  # for the next line
-        self._musts: list[_Pending] = []  # not in `facts` yet, waiting or being written
+        self._since: list[Change] = []  # what has happened since the writer took _next
+        self._waiting: list[list[bool]] = []  # each gets whether it was written
         self._size_bytes = JOURNAL_BYTES  # of the file; full: the first write begins it anew
         self._stopping = False
         self._writer = threading.Thread(target=self._write_for_ever, daemon=True)
@@ -3119,88 +3097,65 @@ class State:
 
     # -- reading
 
-    def load(self) -> list[Task]:
-        """Read the file and start writing; return tasks that could not be read, with their people.
+    def load(self) -> list[Any]:
+        """Read the file and start writing; return the tasks in it that could not be read.
 
         What is damaged is set aside, never a reason not to start. Raises Failure for a file of a
-        later version.
+        later version. An upload that was on its way when the process died may be why.
         """
-        damaged: list[Any] = []
-        try:
-            data = self._last_line(self._path.read_bytes())
-            if data is None:
-                damaged = [("", None)]
-            else:
-                version = data.get("version", 1)
-                if isinstance(version, int | float) and version > self.VERSION:
-                    raise Failure(
-                        f"{self._path.name} 是更新的版本写的（version {version}），请用新版本启动"
-                    )
-                self.facts, damaged = read_facts(data)
-                self.resumed = frozenset(task.id for task in self.facts.tasks)
-        except FileNotFoundError:
-            pass
-        if damaged:
+        written = self._path.read_bytes() if self._path.exists() else b"{}"
+        lines = (read_json(line, dict) for line in [written, *reversed(written.splitlines())])
+        data = next((line for line in lines if line is not None), None)  # a crash may tear the last
+        facts, damaged = read_facts(data or {})
+        version = (data or {}).get("version", 1)
+        if isinstance(version, int | float) and version > self.VERSION:
+            name = self._path.name
+            raise Failure(f"{name} 是更新的版本写的（version {version}），请用新版本启动")
+        if damaged or data is None:
             aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
-            with (
-                contextlib.suppress(OSError),
-                open(os.open(aside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file,
-            ):
-                file.write(self._path.read_bytes())
-            text = f"❌ 状态文件有 {len(damaged)} 处读不懂，原文件另存为 {aside.name}"
+            with contextlib.suppress(OSError):
+                aside.touch(0o600)
+                aside.write_bytes(written)
+            text = f"❌ 状态文件有 {len(damaged) or 1} 处读不懂，原文件另存为 {aside.name}"
             self._log.error(f"{text}；受影响的请求请重发")
+        died = not (data or {}).get("closed")
+        tasks = (replace(t, deaths=t.deaths + (died and t.upload != ())) for t in facts.tasks)
+        self.facts = self._next = replace(facts, tasks=tuple(tasks))
+        self.resumed = frozenset(task.id for task in facts.tasks)
         self._writer.start()
-        tasks = [entry for name, entry in damaged if name == "tasks"]
-        return [lost for entry in tasks if (lost := self._lost(entry))]
-
-    @staticmethod
-    def _last_line(data: bytes) -> dict[str, Any] | None:
-        """Return the last whole line of the journal; a crash may have torn the one after it."""
-        found = (read_json(line, dict) for line in [data, *reversed(data.splitlines())])
-        return next((line for line in found if line is not None), None)
-
-    @staticmethod
-    def _lost(entry: Any) -> Task | None:
-        """Return what is known of a task that cannot be read, if that is whom to tell."""
-        person = entry.get("user") if isinstance(entry, dict) else None
-        if not isinstance(person, str) or not USER_PATTERN.fullmatch(person.partition(" ")[0]):
-            return None
-        items = entry.get("items")
-        items = [str(i) for i in items] if isinstance(items, list) else []
-        return Task(str(entry.get("id")), "images", person, tuple(items), 0.0)
+        return [entry for name, entry in damaged if name == "tasks"]
 
     def is_cancelled(self, task: Task) -> bool:
         return task.id in self.facts.cancelled
 
     # -- changing
 
-    def accept(self, plan: Callable[[Facts], Change]) -> None:
+    def accept(self, change: Change) -> None:
         """Make a change that is true only on disk; raise Failure, with nothing changed.
 
-        `plan` gets the facts as they will be when what is being written is written.
+        It is given the facts as they will be when all that waits has been written.
         """
         with self.changed:
-            facts = self.facts
-            for pending in self._musts:
-                facts = pending.change(facts)
-            pending = _Pending(plan(facts), must=True)
-            self._musts.append(pending)
-            self._wait_for(pending)
-        if not pending.is_written:
-            why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
-            raise Failure(f"❌ {why}")
+            self._next = change(self._next)
+            if not self._wait():
+                why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
+                raise Failure(f"❌ {why}")
 
     def change(self, change: Change) -> None:
         """Make a change of what has happened; it is on disk on return, if the disk takes it."""
         with self.changed:
-            self.facts = change(self.facts)
-            self._wait_for(_Pending(change, must=False))
+            self.facts, self._next = change(self.facts), change(self._next)
+            self._since.append(change)
+            self._wait()
 
-    def _wait_for(self, pending: _Pending) -> None:
-        self._pending.append(pending)
+    def _wait(self) -> bool:
+        """Wait for the writer; tell whether the disk took it."""
+        written: list[bool] = []
+        self._waiting.append(written)
         self.changed.notify_all()
-        while pending.is_written is None:
+        while not written:
             self.changed.wait()
+        return written[0]
 
     # -- writing
 
@@ -3208,25 +3163,25 @@ class State:
         is_dirty = False
         while True:
             with self.changed:
-                while not (self._pending or self._stopping):
+                while not (self._waiting or self._stopping):
                     if not self.changed.wait(REWRITE_SECONDS if is_dirty else None) and is_dirty:
                         break
-                if self._stopping and not self._pending:
+                if self._stopping and not self._waiting:
                     return
-                batch, self._pending = self._pending, []
-                facts = self.facts
-                for pending in batch:
-                    facts = pending.change(facts) if pending.must else facts
-            is_written = self._write(facts)
-            is_dirty = not is_written
-            if is_dirty and any(pending.must for pending in batch):
-                is_dirty = not self._write(self.facts)  # a restart must not find what is refused
+                batch, self._waiting, self._since = self._waiting, [], []
+                facts = self._next
+            is_dirty = not self._write(facts)
             with self.changed:
-                for pending in batch:
-                    pending.is_written = is_written
-                    if pending.must and is_written:
-                        self.facts = pending.change(self.facts)
-                self._musts = [pending for pending in self._musts if pending not in batch]
+                if is_dirty:  # what waits for the disk is refused, all of it
+                    batch, self._waiting = batch + self._waiting, []
+                    self._next = self.facts
+                else:
+                    self.facts = functools.reduce(lambda f, change: change(f), self._since, facts)
+            if is_dirty:
+                self._write(self.facts)  # a restart must not find what is refused
+            with self.changed:
+                for written in batch:
+                    written.append(not is_dirty)
                 self.changed.notify_all()
 
     def _write(self, facts: Facts) -> bool:
@@ -3257,17 +3212,14 @@ class State:
         self.trouble = ""
         return True
 
-    def _dump(self, facts: Facts) -> bytes:
-        data = {"version": self.VERSION, **{f.name: getattr(facts, f.name) for f in fields(Facts)}}
+    def _dump(self, facts: Facts, **more: Any) -> bytes:
+        data = {"version": self.VERSION, **vars(facts), **more}
         data["tasks"] = [vars(task) for task in facts.tasks]
         data["last"] = ""  # for version 1.0.0, should somebody go back to it
         return json.dumps(data, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def close(self) -> None:
-        """Write a last time, in one line that every version reads, and let nothing change after.
-
-        Uploads that this ends have not killed the process.
-        """
+        """Write a last time, in one line that every version reads, and let nothing change after."""
         with self.changed:
             self._stopping = True
             self.changed.notify_all()
@@ -3275,7 +3227,7 @@ class State:
         self.changed.acquire()  # never given back
         if not self._writer.is_alive():
             with contextlib.suppress(OSError):
-                write_atomically(self._path, self._dump(replace(self.facts, tries={})))
+                write_atomically(self._path, self._dump(self.facts, closed=True))
 
 
 class StateLock:
@@ -3994,6 +3946,9 @@ def with_cancelled(facts: Facts, names: Sequence[tuple[str, str]]) -> Facts:
     return facts
 
 
+Saying = str | Callable[[], str]  # words, or what gives them when the disk has been waited for
+
+
 class Chat:
     """Answers messages: all that is said at once. Owns replies that are not on disk."""
 
@@ -4022,7 +3977,7 @@ class Chat:
     def recall(self, message_id: str) -> str | None:
         """Return the reply already given to a message, None for a new one."""
         if found := self._state.facts.seen.get(message_id):
-            return found[1]
+            return found.reply
         with self._lock:
             return self._heard.get(message_id)
 
@@ -4033,93 +3988,97 @@ class Chat:
             return ""
         return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
 
-    def answer(self, message: Message, channel: Channel, note: str = "") -> str:
-        """Return the reply to a message, after everything it asks for is on disk.
+    def answer(self, message: Message, channel: Channel, note: str = "") -> Saying:
+        """Return the reply to a message, or what gives it once all that it asks for is on disk.
 
-        `note` is the reply to what cannot be read. This is where a bug in the chat becomes words.
+        `note` is the reply to what cannot be read.
         """
         if (reply := self.recall(message.id)) is not None:
             return reply
+        words = self.refusal(message.user) or note
+        said: Saying = self._in_words(message, lambda: words or self._obey(message, channel))
+        return said if isinstance(said, str) else lambda: self._in_words(message, said)
+
+    def _in_words(self, message: Message, step: Callable[[], T]) -> T | str:
+        """Return what step says, words kept for repeats. Here a bug in the chat becomes words."""
+        said: T | str
         try:
-            reply = self.refusal(message.user) or note
-            if not reply:
-                reading = read_message(message.content, self._settings.target_prefix)
-                reply = self._obey(reading, message, channel)
+            said = step()
         except Failure as failure:
-            reply = str(failure)
+            said = str(failure)
         except Exception:
             self._log.bug(f"message: id={shown(message.id)}")
-            reply = INTERNAL_ERROR
-        with self._lock:
-            while len(self._heard) >= MAX_REMEMBERED:
-                del self._heard[next(iter(self._heard))]
-            self._heard[message.id] = reply
-        return reply
+            said = INTERNAL_ERROR
+        if isinstance(said, str):
+            with self._lock:
+                while len(self._heard) >= MAX_REMEMBERED:
+                    del self._heard[next(iter(self._heard))]
+                self._heard[message.id] = said
+        return said
 
-    def _obey(self, reading: Reading, message: Message, channel: Channel) -> str:
-        """Return the reply to a message that was understood; queue its work. Raises Failure."""
+    def _obey(self, message: Message, channel: Channel) -> Saying:
+        """Return the reply to a message, or what queues its work; raise Failure."""
+        reading = read_message(message.content, self._settings.target_prefix)
         if reading.command == "status":
             return self.status(message.user)
         if reading.command == "list":
             return self._list()
         if reading.command == "cancel":
-            return self._cancel(message)
+            return lambda: self._cancel(message)
         if reading.command == "retry":
             last = self._state.facts.finished.get(message.user)
             if not last or not last.failed:
                 return NOTHING_TO_RETRY
             links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
             images = tuple(read_image(item) for item in last.failed if item not in links)
-            return self._start(Reading("retry", images, links), message, channel)
-        if reading.command:
+            reading = Reading("retry", images, links)
+        elif reading.command:
             return f"{reading.note}\n\n{HELP}".strip()
-        return self._start(reading, message, channel)
+        return lambda: self._start(reading, message, channel)
 
     def _list(self) -> str:
-        try:
-            lines = self._images.read().encode(errors="replace").decode().strip()
-        except OSError as error:
-            text = f"❌ 读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
-            raise Failure(text) from error
+        lines = self._images.read().encode(errors="replace").decode().strip()
         lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
         return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
 
     # -- work
 
-    def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
-        """Accept a request: on return it is on disk with its reply. Raises Failure."""
+    def _accept(self, message: Message, plan: Callable[[Facts], tuple[Facts, str]]) -> str:
+        """Make a change and return its reply, both on disk; a repeat gets the first one's reply.
+
+        Raises Failure, as plan does.
+        """
         reply = ""
 
-        def plan(facts: Facts) -> Change:
+        def change(facts: Facts) -> Facts:
             nonlocal reply
-            if message.id in facts.seen:  # a repeat, while the first is being written
-                reply = facts.seen[message.id][1]
-                return lambda now: now
+            if said := facts.seen.get(message.id):  # the first is still being written
+                reply = said.reply
+                return facts
+            facts, reply = plan(facts)
+            return facts.with_seen(message.id, self._now(), reply, self._keep_seconds)
+
+        self._state.accept(change)
+        return reply
+
+    def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
+        """Accept a request; return its confirmation, raise Failure."""
+
+        def plan(facts: Facts) -> tuple[Facts, str]:
             last = facts.finished.get(message.user)
             if reading.command == "retry" and not (last and last.failed):
                 raise Failure(NOTHING_TO_RETRY)
             tasks, reply = self._plan(facts, reading, message)
             if not tasks:
                 raise Failure(reply)
+            if reading.command == "retry" and last:
+                begun = {item for task in tasks for item in task.items}
+                again = last._replace(failed=tuple(i for i in last.failed if i not in begun))
+                facts = replace(facts, finished={**facts.finished, message.user: again})
             letters = channel.confirm(message, reply, tasks)
-            at = self._now()
+            return replace(facts, tasks=facts.tasks + tasks).with_letters(letters), reply
 
-            def change(facts: Facts) -> Facts:
-                facts = facts.with_seen(message.id, at, reply, self._keep_seconds)
-                last = facts.finished.get(message.user)
-                if reading.command == "retry" and last:
-                    begun = {item for task in tasks for item in task.items}
-                    left = tuple(item for item in last.failed if item not in begun)
-                    again = {message.user: last._replace(failed=left)}
-                    facts = replace(facts, finished={**facts.finished, **again})
-                return replace(facts, tasks=facts.tasks + tasks).with_letters(letters)
-
-            return change
-
-        self._state.accept(plan)
-        if message.id not in self._state.facts.seen:  # a repeat of one that was not written
-            raise Failure("❌ 无法保存（`STATE_DIR`）。请清理磁盘或检查目录权限后重发")
-        return reply
+        return self._accept(message, plan)
 
     def _plan(
         self, facts: Facts, reading: Reading, message: Message
@@ -4163,38 +4122,22 @@ class Chat:
         return [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
 
     def _cancel(self, message: Message) -> str:
-        """Cancel what is this person's; return what that was."""
-        names: list[str] = []
-        reply = ""
+        """Cancel what is this person's; return what that was, raise Failure for nothing."""
 
-        def plan(facts: Facts) -> Change:
-            nonlocal reply
-            if message.id in facts.seen:  # a repeat
-                reply = facts.seen[message.id][1]
-                return lambda now: now
-            own = [
-                t for t in facts.tasks if t.person == message.user and t.id not in facts.cancelled
-            ]
-            for task in own:
-                running = is_begun(facts, task)
-                names.append(f"{'正在停止' if running else '不再排队'}：{title(task, True)}")
-            if not own and any(t.person == message.user for t in facts.tasks):
-                raise Failure("⏹ 正在停止，请稍候")
-            if not own:
-                raise Failure("没有可以取消的：您没有正在进行或排队的请求")
-            reply = "\n".join(
-                ["⏹ 已取消您的请求：", *names, "已经完成的镜像不会撤回，结果照常通知"]
-            )
-            at, said = self._now(), reply
+        def plan(facts: Facts) -> tuple[Facts, str]:
+            own = [task for task in facts.tasks if task.person == message.user]
+            left = [task for task in own if task.id not in facts.cancelled]
+            if not left:
+                nothing = "没有可以取消的：您没有正在进行或排队的请求"
+                raise Failure("⏹ 正在停止，请稍候" if own else nothing)
+            lines = ["⏹ 已取消您的请求："]
+            for task in left:
+                how = "正在停止" if is_begun(facts, task) else "不再排队"
+                lines.append(f"{how}：{title(task, True)}")
+            lines.append("已经完成的镜像不会撤回，结果照常通知")
+            return with_cancelled(facts, [(t.id, t.lane) for t in left]), "\n".join(lines)
 
-            def change(facts: Facts) -> Facts:
-                facts = facts.with_seen(message.id, at, said, self._keep_seconds)
-                return with_cancelled(facts, [(t.id, t.lane) for t in own])
-
-            return change
-
-        self._state.accept(plan)
-        return reply
+        return self._accept(message, plan)
 
     # -- looking
 
@@ -4330,8 +4273,9 @@ class Post:
         self._dropped_at = 0.0
         self.dropped = 0  # messages given up since the start
         self._trouble = ""
-        for letter in state.facts.letters:  # somebody may have got one just before a restart
-            self.pace.take(letter.address)
+        for address in {letter.address for letter in state.facts.letters}:
+            # It may have got as many as it may just before a restart.
+            self.pace.take(address, channel.pace()[0][0])
 
     @property
     def trouble(self) -> str:
@@ -4478,8 +4422,7 @@ def finish(
             items.remove(item)
         if not item or not items:
             return facts.without_task(task)
-        tries = {k: v for k, v in facts.tries.items() if k != task.id}
-        return replace(facts.with_task(task, items=tuple(items), upload=()), tries=tries)
+        return facts.with_task(task, items=tuple(items), upload=(), deaths=0)
 
     app.state.change(change)
     app.progress.end(task)
@@ -4537,12 +4480,6 @@ def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the request failed as a whole."""
     text = failed_text(task.items, why, task.run_url, can_retry)
     finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
-
-
-def cancel_images(app: App, task: Task) -> None:
-    """Tell the person that nothing was started."""
-    text = f"⏹ 已取消，没有开始：{title(task, True)}"
-    finish(app, task, text, task.id, f"镜像 {title(task, True)}：已取消", ())
 
 
 class Follower:
@@ -4632,11 +4569,7 @@ def sync_images(app: App, task: Task) -> None:
         content = b""
         if task.stage == "queued":
             stop_if_cancelled(app, task)
-            try:
-                content = app.images.add(task.items)
-            except OSError as error:
-                text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
-                raise Failure(text) from error
+            content = app.images.add(task.items)
         # A full disk may have kept from a restart how far it was.
         is_old = task.id in app.state.resumed and task.stage in ("queued", "committed")
         if is_old and (run := app.github.find_run(task.id, patience)):
@@ -4744,28 +4677,6 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tup
     return key, size_bytes
 
 
-@contextlib.contextmanager
-def counted(app: App, task: Task) -> Iterator[None]:
-    """Count an upload that takes a while as begun; raise Failure where it has ended two processes.
-
-    One that kills the process (by its memory, say) is not begun for ever.
-    """
-    tries = app.state.facts.tries.get(task.id, 0)
-    if tries >= TRIES - 1:
-        raise Failure(f"传输时服务已异常退出 {tries} 次，不再尝试，请联系管理员查看日志")
-
-    def change(facts: Facts) -> Facts:
-        return replace(facts, tries={**facts.tries, task.id: tries + 1})
-
-    timer = threading.Timer(DEADLY_SECONDS, app.state.change, [change])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
     """Tell the person where the file is."""
     text = (
@@ -4795,11 +4706,13 @@ def relay_file(app: App, task: Task) -> None:
         def stopped() -> bool:
             return app.state.is_cancelled(task)
 
-        with counted(app, task):
-            source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
-            with contextlib.closing(source):
-                name = source.name
-                key, size_bytes = upload_parts(app, store, task, source)
+        if task.deaths >= MAX_DEATHS:
+            text = f"传输时服务已异常退出 {task.deaths} 次，不再尝试，请联系管理员查看日志"
+            raise Failure(text)
+        source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
+        with contextlib.closing(source):
+            name = source.name
+            key, size_bytes = upload_parts(app, store, task, source)
     tell_file(app, store, task, name, key, size_bytes)
 
 
@@ -4824,11 +4737,13 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     finish(app, task, text, number, "文件：失败", (link,), item=link)
 
 
-def cancel_file(app: App, task: Task) -> None:
-    """Tell the person that the upload has been broken off; leave nothing in the bucket."""
+def cancel(app: App, task: Task) -> None:
+    """Tell the person that the request has been broken off; leave nothing in the bucket."""
     drop_upload(app, task)
-    text = f"⏹ 已取消上传：{title(task, True)}"
-    finish(app, task, text, task.id, "文件：已取消", ())
+    is_file = task.lane == "files"
+    head = "已取消上传" if is_file else "已取消，没有开始"
+    what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
+    finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
 
 
 def settle_orphans(app: App) -> None:
@@ -4867,10 +4782,8 @@ def work(app: App, lane: str) -> None:
     task = tasks[0]
     progress = app.progress.of(task)
     progress.since = progress.since or since(app, task)
-    if lane == "images":
-        run, fail, cancel = sync_images, fail_images, cancel_images
-    else:
-        run, fail, cancel = relay_file, fail_file, cancel_file
+    is_images = lane == "images"
+    run, fail = (sync_images, fail_images) if is_images else (relay_file, fail_file)
     try:
         run(app, task)
     except Cancelled:
@@ -4905,14 +4818,11 @@ def set_midnight(app: App, day: str) -> None:
 def empty_list(app: App, day: str) -> None:
     """Upload images.txt and empty it, when no image request runs; raise Failure."""
     with app.list_lock:
-        try:
-            if app.images.path.exists():
-                uploaded = app.images.read().encode("utf-8", "surrogateescape")
-                message = f"wxsync: 每日列表 {day} [skip ci]"
-                app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
-                app.images.remove(uploaded)
-        except OSError as error:
-            raise Failure(f"清空 {LIST_PATH} 失败：{error.strerror}") from error
+        if app.images.path.exists():
+            uploaded = app.images.read().encode("utf-8", "surrogateescape")
+            message = f"wxsync: 每日列表 {day} [skip ci]"
+            app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
+            app.images.remove(uploaded)
         set_midnight(app, day_of(app.now()))
 
 
@@ -4967,21 +4877,6 @@ class Head(http.server.BaseHTTPRequestHandler):
         if self.body_bytes > MAX_BODY_BYTES:
             raise Rejected(413, "body too large")
 
-    @classmethod
-    def read(cls, reader: io.BufferedReader) -> Head | None:
-        """Return the next head, None where the client is done; raise Rejected, OSError.
-
-        Empty lines before it are skipped and bare line feeds accepted (RFC 9112, 2.2).
-        """
-        data = b""
-        while line := reader.readline(MAX_HEAD_BYTES):
-            data += line if data or line.strip(b"\r\n") else b""
-            if len(data) > MAX_HEAD_BYTES:
-                raise Rejected(400, "head too large")
-            if data and line in (b"\r\n", b"\n"):
-                return cls(data)
-        return None
-
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         raise Rejected(400, message or "head")
 
@@ -4995,15 +4890,51 @@ class Reply(NamedTuple):
     content_type: str = "text/plain; charset=utf-8"
 
 
-class Server:
-    """A thread a connection, and one that accepts and ends what takes too long.
+# What answers a request: at once, or where the disk is waited for a function that waits.
+Answering = Reply | Callable[[], Reply]
 
-    Slow or silent clients cost a thread each until their deadline; at MAX_CONNECTIONS the oldest
-    has to go.
+
+class Connection:
+    """What one client has sent and not been answered yet."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.data = b""
+        self.head: Head | None = None
+        self.deadline = time.monotonic() + REQUEST_SECONDS
+        self.is_done = False  # what still comes is thrown away
+
+    def next_request(self) -> tuple[Head, bytes] | None:
+        """Return the next whole request, None while there is none; raise Rejected, OSError.
+
+        Empty lines before it are skipped and bare line feeds accepted (RFC 9112, 2.2).
+        """
+        if self.head is None:
+            self.data = self.data.lstrip(b"\r\n")
+            found = re.search(rb"\n\r?\n", self.data)
+            if (found.end() if found else len(self.data)) > MAX_HEAD_BYTES:
+                raise Rejected(400, "head too large")
+            if not found:
+                return None
+            self.head, self.data = Head(self.data[: found.end()]), self.data[found.end() :]
+            if self.head.continued and len(self.data) < self.head.body_bytes:
+                self.sock.send(self.head.continued)
+        head, need = self.head, self.head.body_bytes
+        if len(self.data) < need:
+            return None
+        body, self.data, self.head = self.data[:need], self.data[need:], None
+        return head, body
+
+
+class Server:
+    """One thread that holds every connection and answers whole requests as they come.
+
+    An answer takes a millisecond, so slow or silent clients cost a buffer each and nothing else;
+    what waits for the disk does so in a thread of its own. Number and time of both are bounded.
     """
 
     def __init__(
-        self, address: tuple[str, int], answer: Callable[[str, str, bytes], Reply], log: Log
+        self, address: tuple[str, int], answer: Callable[[str, str, bytes], Answering], log: Log
     ) -> None:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._answer = answer
@@ -5016,8 +4947,12 @@ class Server:
         self._listener.setblocking(False)
         self._wake, self._waker = socket.socketpair()
         self._waker.setblocking(False)
-        self._lock = threading.Lock()
-        self._deadlines: dict[socket.socket, float] = {}  # monotonic; the longest quiet first
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._open: dict[socket.socket, Connection] = {}  # the oldest deadline first
+        self._waiting = 0  # for the disk, a thread each
+        self._replies: queue.SimpleQueue[tuple[Connection, Head, Reply]] = queue.SimpleQueue()
 
     def stop_on_signals(self) -> None:
         """Make SIGTERM and SIGINT end `run`."""
@@ -5028,103 +4963,129 @@ class Server:
     def run(self) -> None:
         """Serve until a signal comes."""
         while True:
-            with self._lock:
-                first = min(self._deadlines.values(), default=None)
-            # Deadlines that are set while it waits are later than this.
-            timeout = REQUEST_SECONDS if first is None else max(0.0, first - time.monotonic())
-            ready = select.select([self._listener, self._wake], [], [], timeout)[0]
-            if self._wake in ready:
-                return
-            if self._listener in ready:
-                self._accept()
-            with self._lock:
-                now = time.monotonic()
-                late = [sock for sock, at in self._deadlines.items() if at <= now]
-                for sock in late:
-                    self._drop(sock)
-
-    def _drop(self, sock: socket.socket) -> None:
-        """Break a connection off (lock held); its thread sees the end and closes it."""
-        self._deadlines.pop(sock, None)
-        shut(sock)
+            timeout = None  # nothing to do, nothing to wake up for
+            if self._open:
+                first = next(iter(self._open.values()))
+                timeout = max(0.0, first.deadline - time.monotonic())
+            for key, _ in self._selector.select(timeout):
+                if key.fileobj is self._wake:
+                    if self._wake.recv(MAX_CONNECTIONS).strip(b"\0"):
+                        return  # the number of a signal
+                    self._send_waiting()
+                elif key.fileobj is self._listener:
+                    self._accept()
+                elif connection := self._open.get(key.fileobj):  # type: ignore[call-overload]
+                    self._read(connection)
+            now = time.monotonic()
+            while self._open and (first := next(iter(self._open.values()))).deadline <= now:
+                self._drop(first)
 
     def _accept(self) -> None:
         for _ in range(64):
             try:
                 sock, _ = self._listener.accept()
-                sock.settimeout(REQUEST_SECONDS)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors: the oldest connection has to go
                 self._log.warning(f"server: {error.strerror}")
-                time.sleep(0.1)
-                with self._lock:
-                    if self._deadlines:
-                        self._drop(next(iter(self._deadlines)))
+                if self._open:
+                    self._drop(next(iter(self._open.values())))
                 return
-            with self._lock:
-                if len(self._deadlines) >= MAX_CONNECTIONS:
-                    self._drop(next(iter(self._deadlines)))
-            self._set_deadline(sock)
-            try:
-                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
-            except RuntimeError:  # no more threads
-                with self._lock:
-                    self._drop(sock)
-                sock.close()
+            if self._open and len(self._open) + self._waiting >= MAX_CONNECTIONS:
+                self._drop(next(iter(self._open.values())))
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._hold(Connection(sock))
 
-    def _set_deadline(self, sock: socket.socket) -> None:
-        """Give a connection the time for one request."""
-        with self._lock:
-            self._deadlines.pop(sock, None)
-            self._deadlines[sock] = time.monotonic() + REQUEST_SECONDS
+    def _hold(self, connection: Connection) -> None:
+        """Give a connection the time for one request; the newest deadline stands last."""
+        connection.deadline = time.monotonic() + REQUEST_SECONDS
+        if self._open.pop(connection.sock, None) is None:
+            self._selector.register(connection.sock, selectors.EVENT_READ)
+        self._open[connection.sock] = connection
 
-    def _serve(self, sock: socket.socket) -> None:
-        """Answer the requests of one connection."""
+    def _let_go(self, connection: Connection) -> None:
+        del self._open[connection.sock]
+        self._selector.unregister(connection.sock)
+
+    def _drop(self, connection: Connection) -> None:
+        self._let_go(connection)
+        connection.sock.close()
+
+    def _read(self, connection: Connection) -> None:
+        """Take what has come and answer the requests that are whole now."""
         try:
-            with sock, sock.makefile("rb") as reader:
-                try:
-                    while head := Head.read(reader):
-                        if head.continued:
-                            sock.sendall(head.continued)
-                        body = reader.read(head.body_bytes)
-                        if len(body) < head.body_bytes:
-                            return
-                        with self._lock:  # what the disk takes is not the client's time
-                            self._deadlines.pop(sock, None)
-                        reply = self._answer(head.command, head.path, body)
-                        self._set_deadline(sock)
-                        self._send(sock, reply, head.close_connection)
-                        if head.close_connection:
-                            break
-                except Rejected as refusal:
-                    self._send(sock, Reply(refusal.status), True)
-                # Both halves closed at once, with something of the request unread, would reset the
-                # connection before the client has read the reply.
-                sock.shutdown(socket.SHUT_WR)
-                while sock.recv(MAX_BODY_BYTES):
-                    pass
+            data = connection.sock.recv(MAX_BODY_BYTES)
+            if not data:
+                raise ConnectionResetError
+            if not connection.is_done:
+                connection.data += data
+                self._answer_all(connection)
         except OSError:
-            pass
-        finally:
-            with self._lock:
-                self._deadlines.pop(sock, None)
+            self._drop(connection)
 
-    def _send(self, sock: socket.socket, reply: Reply, close: bool) -> None:
-        """Write a reply in one go."""
+    def _answer_all(self, connection: Connection) -> None:
+        """Answer whole requests until there is none or one waits for the disk; raise OSError."""
+        try:
+            while not connection.is_done and (request := connection.next_request()):
+                head, body = request
+                reply = self._answer(head.command, head.path, body)
+                if not isinstance(reply, Reply):
+                    self._wait_for(connection, head, reply)
+                    return
+                self._send(connection, reply, head.close_connection)
+        except Rejected as refusal:
+            self._send(connection, Reply(refusal.status), True)
+
+    def _wait_for(self, connection: Connection, head: Head, answer: Callable[[], Reply]) -> None:
+        """Have a reply made in a thread; what the disk takes is not the client's time."""
+
+        def wait() -> None:
+            self._replies.put((connection, head, answer()))
+            with contextlib.suppress(OSError):  # full: it wakes up anyhow
+                self._waker.send(b"\0")
+
+        try:
+            threading.Thread(target=wait, daemon=True).start()
+        except RuntimeError as error:
+            raise OSError("no more threads") from error
+        self._let_go(connection)
+        self._waiting += 1
+
+    def _send_waiting(self) -> None:
+        while not self._replies.empty():
+            connection, head, reply = self._replies.get()
+            self._waiting -= 1
+            self._hold(connection)
+            try:
+                self._send(connection, reply, head.close_connection)
+                self._answer_all(connection)
+            except OSError:
+                self._drop(connection)
+
+    def _send(self, connection: Connection, reply: Reply, close: bool) -> None:
+        """Write a reply in one go; a client that does not take it loses the connection (OSError).
+
+        When it is the last one, only our half is closed: closing both at once, with something of
+        the request unread, would reset the connection before the client has read the reply.
+        """
         phrase = http.client.responses.get(reply.status, "")
         head = f"HTTP/1.1 {reply.status} {phrase}\r\nContent-Length: {len(reply.body)}\r\n"
         head += f"Content-Type: {reply.content_type}\r\n" if reply.body else ""
         head += "Connection: close\r\n\r\n" if close else "\r\n"
-        sock.sendall(head.encode() + reply.body)
+        data = head.encode() + reply.body
+        if connection.sock.send(data) != len(data):
+            raise ConnectionAbortedError
+        if close:
+            connection.is_done = True
+            connection.sock.shutdown(socket.SHUT_WR)
+        self._hold(connection)
 
     def close(self) -> None:
         """Stop listening and drop every connection."""
+        for connection in list(self._open.values()):
+            self._drop(connection)
         self._listener.close()
-        with self._lock:
-            for sock in list(self._deadlines):
-                self._drop(sock)
 
 
 # ---- WeCom's callback --------------------------------------------------------------------------
@@ -5171,10 +5132,14 @@ class Callback:
         self._app = app
         self._crypto = crypto  # None: the robot alone
 
-    def answer(self, method: str, path: str, body: bytes) -> Reply:
-        """Return the Reply to one request. This is where a bug becomes an answer."""
+    def answer(self, method: str, path: str, body: bytes) -> Answering:
+        """Return the Reply to one request, or what makes it when the disk has been waited for."""
+        return self._guard(lambda: self._route(method, path, body))
+
+    def _guard(self, step: Callable[[], T]) -> T | Reply:
+        """Return what step does, now or later. This is where a bug becomes an answer."""
         try:
-            return self._route(method, path, body)
+            return step()
         except Rejected as refusal:
             self._app.log.debug(f"server: status={refusal.status} {refusal}")
             return Reply(refusal.status)
@@ -5182,7 +5147,7 @@ class Callback:
             self._app.log.bug("server")
             return Reply(500)
 
-    def _route(self, method: str, path: str, body: bytes) -> Reply:
+    def _route(self, method: str, path: str, body: bytes) -> Answering:
         address, _, query = path.partition("?")
         if (method, address) == ("GET", "/health"):
             return Reply(200, json.dumps(self._health()).encode(), "application/json")
@@ -5219,7 +5184,7 @@ class Callback:
             self._app.log.warning("server: 回调的时间戳与本机时钟相差过大，已拒绝（核对本机时钟）")
             raise Rejected(403, "stale")
 
-    def _reply(self, crypto: Crypto, posted: Posted, as_json: bool) -> Reply:
+    def _reply(self, crypto: Crypto, posted: Posted, as_json: bool) -> Answering:
         """Return the passive reply to a message."""
         app, message = self._app, posted.message
         if message.user == app.settings.CORP_ID:  # our own reply, sent back to us
@@ -5229,15 +5194,19 @@ class Callback:
         if posted.kind == "event":
             return Reply(200)
         is_new = app.chat.recall(message.id) is None
-        text = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
-        pieces = split_text(channel.render(text), channel.limit_bytes)
-        if is_new and len(pieces) > 1:
-            post.send_list(message.address, pieces[1:])
-        inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
-        now = app.now()
-        inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": pieces[0]}
-        kind = "application/json" if as_json else "application/xml"
-        return Reply(200, seal(crypto, inner, as_json, now), kind)
+
+        def say(text: str) -> Reply:
+            pieces = split_text(channel.render(text), channel.limit_bytes)
+            if is_new and len(pieces) > 1:
+                post.send_list(message.address, pieces[1:])
+            now = app.now()
+            inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
+            inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": pieces[0]}
+            kind = "application/json" if as_json else "application/xml"
+            return Reply(200, seal(crypto, inner, as_json, now), kind)
+
+        said = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
+        return say(said) if isinstance(said, str) else lambda: self._guard(lambda: say(said()))
 
     def _health(self) -> dict[str, Any]:
         app = self._app
@@ -5464,6 +5433,7 @@ class Robot(Channel):
         # goes out as a frame of this stream, and whether it is the last one
         self._letters: dict[Letter, tuple[Stream, bool]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
+        self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
 
     @property
@@ -5550,6 +5520,12 @@ class Robot(Channel):
                 stream.line = None  # a late acknowledgement must not pass for that of another frame
             return is_taken
 
+    @staticmethod
+    def _write(line: WebSocket, command: str, req_id: str, body: Any = None) -> None:
+        """Send one frame; raise OSError."""
+        frame = {"cmd": command, "headers": {"req_id": req_id}} | ({"body": body} if body else {})
+        line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
+
     def _ask(self, command: str, req_id: str, body: Any) -> dict[str, Any]:
         """Send a command and return its acknowledgement; raise Unreachable."""
         line = self._line
@@ -5559,25 +5535,23 @@ class Robot(Channel):
         found: list[dict[str, Any]] = []
         with self._lock:
             self._acks[req_id] = event, found
-        frame = {"cmd": command, "headers": {"req_id": req_id}, "body": body}
         try:
-            line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
-            if not event.wait(ACK_SECONDS):
-                raise Unreachable("智能机器人没有确认收到")
+            self._write(line, command, req_id, body)
+            is_answered = event.wait(ACK_SECONDS)
         except OSError as error:
             raise Unreachable(LINE_DOWN) from error
         finally:
             with self._lock:
                 self._acks.pop(req_id, None)
         if not found:
-            raise Unreachable(LINE_DOWN)
+            raise Unreachable(LINE_DOWN if is_answered else "智能机器人没有确认收到")
         return found[0]
 
     # -- the line
 
     def run(self, app: App) -> None:
         """Keep the line for ever: connect, subscribe, read; after each fault again, later."""
-        faults = refusals = 0
+        refusals = 0
         while True:
             pause, line = 0.0, None
             try:
@@ -5588,14 +5562,14 @@ class Robot(Channel):
                     pause = REFUSED_PAUSES[min(refusals, len(REFUSED_PAUSES) - 1)]
                     refusals += 1
                 else:
-                    faults = refusals = 0
+                    refusals = 0
                     pause = self._read(app, line)
             except (OSError, Failure) as error:
                 self.trouble = f"{LINE_DOWN}：{explain(error)}"
             finally:
                 self._hang_up(line)
-            pause = pause or min(30.0, 2.0**faults)
-            faults = min(faults + 1, 5)
+            pause = pause or min(30.0, 2.0**self._faults)
+            self._faults = min(self._faults + 1, 5)
             app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
             app.sleep(pause)
 
@@ -5613,8 +5587,7 @@ class Robot(Channel):
         """Subscribe; return errcode and errmsg; raise OSError, Unreachable."""
         body = {"bot_id": self._settings.BOT_ID, "secret": self._settings.BOT_SECRET}
         req_id = secrets.token_hex(12)
-        frame = {"cmd": "aibot_subscribe", "headers": {"req_id": req_id}, "body": body}
-        line.send(TEXT, json.dumps(frame).encode())
+        self._write(line, "aibot_subscribe", req_id, body)
         deadline = time.monotonic() + ACK_SECONDS
         while (left := deadline - time.monotonic()) > 0:
             found = self._parse(line.read(left) or b"")
@@ -5650,24 +5623,23 @@ class Robot(Channel):
         self.trouble = ""
         app.log.info("🤖 智能机器人已连接")
         app.posts[self.name].sign_of_life()
-        pings: set[str] = set()
+        pings = 0  # without an answer
         next_ping = time.monotonic() + ROBOT_PING_SECONDS
         while True:
             data = line.read(max(0.0, next_ping - time.monotonic()))
             if time.monotonic() >= next_ping:
-                if len(pings) >= 2:
+                if pings == 2:
                     raise TimeoutError
-                pings.add(req_id := f"ping{secrets.token_hex(8)}")
-                ping = {"cmd": "ping", "headers": {"req_id": req_id}}
-                line.send(TEXT, json.dumps(ping).encode())
+                pings += 1
+                self._write(line, "ping", f"ping{secrets.token_hex(8)}")
                 next_ping = time.monotonic() + ROBOT_PING_SECONDS
             if data is None:
                 continue
+            self._faults = 0
             frame = self._parse(data)
             req_id = str(frame["headers"].get("req_id"))
             if "cmd" not in frame:
-                if req_id in pings:
-                    pings.clear()
+                pings = 0 if req_id.startswith("ping") else pings
                 with self._lock:
                     event, found = self._acks.get(req_id, (None, []))
                 found.append(frame)
@@ -5720,7 +5692,8 @@ class Robot(Channel):
                 return  # a repeat
             self._streams[message.id] = stream
         text, note = self._content(body, app.chat.refusal(message.user))
-        reply = app.chat.answer(message._replace(content=text), self, note)
+        said = app.chat.answer(message._replace(content=text), self, note)
+        reply = said if isinstance(said, str) else said()
         if message.id in app.state.facts.seen:
             return  # accepted: the confirmation is a letter
         with self._lock:
@@ -5919,8 +5892,6 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
-        if weak := self.settings.weak_secrets():
-            yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if module == "Crypto" or self.store:
                 cure = f"没有安装：pip install {package}"
@@ -6121,7 +6092,7 @@ def run_checks(doctor: Doctor) -> list[Finding]:
 
 def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secret_values(), sys.stderr)
+    log = Log("ERROR", settings.secrets(), sys.stderr)
     network, sleep = Network(settings, log), (lambda seconds: None)
     doctor = Doctor(
         settings=settings,
@@ -6215,11 +6186,14 @@ def warm_up() -> None:
 
 def take_up(app: App) -> None:
     """Read the state and tell people of what could not be read; raise Failure."""
-    for task in app.state.load():
-        items = "\n".join(quoted(item, 100) for item in task.items[:10])
-        text = f"❌ 您有一个请求在重启后读不出来，请重发：\n{items}"
-        letters = app.channel(task.user).letters(task.user, text, secrets.token_hex(4))
-        app.state.change(functools.partial(Facts.with_letters, letters=letters))
+    for entry in app.state.load():
+        found = entry if isinstance(entry, dict) else {}
+        user, items = str(found.get("user")), found.get("items")
+        if USER_PATTERN.fullmatch(user.partition(" ")[0]) and "user" in found:
+            items = [quoted(str(item), 100) for item in items] if isinstance(items, list) else []
+            text = "\n".join(["❌ 您有一个请求在重启后读不出来，请重发：", *items[:10]])
+            letters = app.channel(user).letters(user, text, secrets.token_hex(4))
+            app.state.change(functools.partial(Facts.with_letters, letters=letters))
     letters = [Letter(app.channel(a).home(a), text) for a, text in app.state.facts.letters]
     if letters != list(app.state.facts.letters):  # a channel has been turned off
         app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
@@ -6274,8 +6248,6 @@ def serve(
     except (Failure, OSError) as error:
         log.error(f"❌ 启动失败：{error}")
         return 1
-    if weak := settings.weak_secrets():
-        log.warning(f"⚠️  {weak} 太短（不到 8 个字符），请换长的")
     server.stop_on_signals()
     start_threads(app)
     where = f"，回调路径 {Callback.PATH}" if crypto else ""
@@ -6373,7 +6345,7 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     if options.command == "send":
         user = options.user or next(iter(settings.ALLOWED_USERS), "")
         return send_text(settings, options.text, user)
-    return serve(settings, Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr))
+    return serve(settings, Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr))
 
 
 if __name__ == "__main__":
