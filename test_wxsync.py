@@ -3688,7 +3688,7 @@ sys.pycache_prefix = str(Path(__file__).parent)
 sys.path.insert(0, {folder!r})
 import wxsync
 settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr)
 pace = float(os.environ.get("PACE", "0.02"))
 sys.exit(wxsync.serve(settings, log, time.time, lambda seconds: time.sleep(seconds * pace)))
 """
@@ -3808,7 +3808,7 @@ class Desk:
         self.after_pause: Callable[[], object] | None = None
         self.written = io.StringIO()
         settings = wxsync.load_settings(world.service.settings)
-        log = wxsync.Log("DEBUG", settings.secret_values(), self.written)
+        log = wxsync.Log("DEBUG", settings.secrets(), self.written)
         self.app = wxsync.build_app(settings, log, time.time, self.pause)
         wxsync.take_up(self.app)
         self.post, channel = self.app.posts[""], self.app.channels[""]
@@ -6766,7 +6766,7 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
     toy, world = Toy(), World(SCRIPT, PlayedRunner(0.01)).prepare()
     with closing(world):
         settings = wxsync.load_settings(world.service.settings)
-        log = wxsync.Log("ERROR", settings.secret_values(), io.StringIO())
+        log = wxsync.Log("ERROR", settings.secrets(), io.StringIO())
         app = wxsync.build_app(settings, log, time.time, lambda seconds: time.sleep(seconds / 50))
         app.channels["toy"] = toy
         wxsync.take_up(app)
@@ -8025,7 +8025,7 @@ for name in os.environ:
     if name.endswith("_SECONDS") and hasattr(wxsync, name):
         setattr(wxsync, name, float(os.environ[name]))
 settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr)
 clock = Path(settings.STATE_DIR, "clock")
 def now():
     return time.time() + float(clock.exists() and clock.read_text() or 0)
@@ -8404,7 +8404,9 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
         parts = len(depot.store.parts_received) - before
         assert parts == (0 if size < PART else -(-size // PART))
     puts = [call for call in depot.store.calls[first:] if call.method == "PUT"]
-    assert len(puts) > 12 and all("content-md5" in call.headers for call in puts)
+    assert len(puts) > 12 and all(
+        "content-md5" in call.headers for call in puts if call.body
+    )
     link = depot.source.add("/packed.bin", 6_000_000, gzip=True, length=length)
     check_object(depot, "/packed.bin", depot.relay(link))
     asked = depot.source.calls_to("GET /packed.bin")[-1]
@@ -8477,7 +8479,7 @@ def test_name_of_address(line: str) -> None:
 
 
 # charset, what the head says of the name -> the name that is shown, the extension of the key
-SHOWN = """
+SHOWN_NAMES = """
 utf-8 filename="年度报告.PDF" -> 年度报告.PDF .pdf
 gbk filename="年度报告.pdf" -> 年度报告.pdf .pdf
 utf-8 filename*=UTF-8''%E5%B9%B4.tar.gz -> 年.tar.gz .tar.gz
@@ -8489,7 +8491,7 @@ utf-8 filename="X.TAR.GZ" -> X.TAR.GZ .tar.gz
 
 def test_the_name_that_is_shown_may_be_any_the_key_never_is(depot: Depot) -> None:
     """Of the name, only a cleaned extension is in the key. A Chinese address works as typed."""
-    for line in SHOWN.strip().splitlines():
+    for line in SHOWN_NAMES.strip().splitlines():
         charset, said, _, name, *extension = line.split(" ")
         more = {"disposition": f"attachment; {said}", "charset": charset}
         text = depot.relay(depot.source.add("/named", body=b"x", **more))
@@ -9207,25 +9209,6 @@ def test_a_link_that_is_refused_when_resumed_is_given_up(impatient: Depot) -> No
     assert impatient.source.hits["/refused.bin"] <= 6
 
 
-@pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
-def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
-    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
-    with Depot() as depot:
-        link = depot.source.add("/deadly.bin", 2_000_000, rate=5e5)
-        user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
-        for turn in (1, 2):
-            assert wait_until(lambda: depot.source.hits["/deadly.bin"] == turn)  # noqa: B023 - at once
-            time.sleep(1.4)  # it is under way
-            getattr(depot.service, end)()
-            depot.service.start()
-        assert wait_until(lambda: len(depot.wecom.messages_for(user)) == 2)
-        told, following = depot.wecom.messages_for(user)
-        assert depot.source.hits["/deadly.bin"] == tries, told
-        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and "deadly.bin" in told
-        check_object(depot, "/next.bin", following)
-        depot.check()
-
-
 # What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
 HIDDEN_INSIDE = {
     "loop": "127.0.0.1",
@@ -9936,7 +9919,8 @@ def test_a_state_file_is_taken_up() -> None:
     with quick() as world:
         for number, data in enumerate(TOLERATED.values()):
             world.service.kill()
-            world.state_file.write_bytes(data.replace(b'"alice"', b'"user%d"' % number))
+            own = data.replace(b'"alice"', b'"user%d"' % number)  # whom GitHub has no run of yet
+            world.state_file.write_bytes(own.replace(b"0123456789abcdef", b"%016d" % number))
             world.service.start()
             assert "✅" in hear(world, f"user{number}", "成功 1 / 1")
             assert wait_until(lambda: idle(world))
@@ -10155,7 +10139,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import wxsync
 settings = wxsync.load_settings(os.environ)
-log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
+log = wxsync.Log("DEBUG", settings.secrets(), sys.stderr)
 moment = [0.0]
 app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
 app.state.load()
@@ -10535,22 +10519,22 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
 def test_a_request_is_on_disk_before_it_is_answered() -> None:
     """Right after the 200 the state file has the request, and so it survives kill -9. QUEUE_SIZE
     requests wait, each is told its place, and they run one by one, in order."""
-    with quick(gated(), QUEUE_SIZE="19") as world:
-        for number in range(20):
+    with quick(gated(), QUEUE_SIZE="7") as world:
+        for number in range(8):
             reply = world.say(f"app{number}:1", f"user{number}")
             assert f"app{number}:1 →" in reply and f"还有 {number} 个" in f"{reply}还有 0 个"
             assert [f"app{number}:1"] in [task["items"] for task in saved(world)["tasks"]]
         assert "请稍后再试" in world.say("other:1", "eve")
         world.service.restart()
         health = world.service.health()
-        assert (health["running"], health["queued"], len(saved(world)["tasks"])) == (1, 19, 20)
+        assert (health["running"], health["queued"], len(saved(world)["tasks"])) == (1, 7, 8)
         assert "请稍后再试" in world.say("other:2", "eve")
         world.open()
         assert wait_until(lambda: idle(world), 30)
         order = [dispatch.inputs["images"] for dispatch in world.github.dispatches]
-        assert order == [f'["app{number}:1"]' for number in range(20)]
-        told = [len(finals(world, f"user{number}")) for number in range(20)]
-        assert told == [1] * 20 and finals(world, "eve") == []
+        assert order == [f'["app{number}:1"]' for number in range(8)]
+        told = [len(finals(world, f"user{number}")) for number in range(8)]
+        assert told == [1] * 8 and finals(world, "eve") == []
 
 
 @early
@@ -10897,7 +10881,7 @@ ODD_TOKENS = b"""
 def test_odd_answers_of_wecom_lose_no_message() -> None:
     """Whatever is wrong with one answer, the message arrives in the end, once."""
     tokens: list[tuple[str, What]] = [("GET gettoken", (200, {}, b)) for b in ODD_TOKENS.splitlines()]
-    with quick() as world:
+    with quick(SCALE="0.005") as world:
         for number, (where, what) in enumerate([("POST message/send", w) for w in ODD_WECOM] + tokens):
             world.wecom.fail(where, what)
             if "token" in where:
@@ -11027,7 +11011,7 @@ def test_a_full_queue_is_named_and_said_once() -> None:
 
 @pytest.mark.parametrize("token", ["docker", "wxsync"])
 def test_a_short_secret_masks_no_word_of_ours(token: str) -> None:
-    """Only what is quoted from others is masked; the start and `check` warn of such a secret."""
+    """Only what is quoted from others is masked."""
     world = quick(runner := PlayedRunner(0.01), DOCKER_REGISTRY=NO_REGISTRY)
     world.token, world.github.repo = token, "octo/wxsync"
     runner.outcomes["bad:1"] = f"wxsync: failed error it said {world.wecom.secret}"
@@ -11036,8 +11020,6 @@ def test_a_short_secret_masks_no_word_of_ours(token: str) -> None:
         text = world.hear("成功 1 / 2")
         assert f"docker pull {NO_REGISTRY}/mirror-space/nginx:1" in text
         assert "https://github.com/octo/wxsync/actions/runs/" in text and "it said ***" in text
-        assert re.search(r"WARNING .*\bTOKEN\b.*8", world.service.log)
-        assert re.search(r"^⚠️.*\bTOKEN\b.*8", world.service.command("check").stdout, re.MULTILINE)
 
 
 def test_what_holds_a_password_does_not_show_it() -> None:
@@ -11055,19 +11037,20 @@ def test_without_pycryptodome_it_does_not_start(tmp_path: Path) -> None:
     assert done.returncode == 1 and "pip install" in done.stderr and "pycryptodome" in done.stderr
 
 
-def test_send_says_what_is_wrong_and_whom_it_speaks_for(shared: World) -> None:
+def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
     """Each refusal has its own cause. Without --user the default user is said: later messages go
     there; nobody is written to who does not exist."""
     refusals = [
         (["x" * 70_000, "--user", "alice"], "413.*(太长|过长|64)"),
         (["nginx", "--user", "a b"], "400.*(用户|--user)|(用户|--user).*400"),
     ]
-    for words, why in refusals:
-        done = shared.service.command("send", *words)
-        assert (done.returncode, done.stdout) == (1, "") and re.search(why, done.stderr)
-        assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
-    done = shared.service.command("send", "nginx")
-    assert done.returncode == 0 and re.search("wxsync.*--user", done.stderr)
+    with quick() as world:
+        for words, why in refusals:
+            done = world.service.command("send", *words)
+            assert (done.returncode, done.stdout) == (1, "") and re.search(why, done.stderr)
+            assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
+        done = world.service.command("send", "nginx")
+        assert done.returncode == 0 and re.search("wxsync.*--user", done.stderr)
 
 
 HEADS = {
@@ -11085,7 +11068,7 @@ def test_heads_of_old_clients_are_answered_at_once(shared: World, name: str) -> 
 
 
 # ---------------------------------------------------------------------------------------------
-# The robot
+# The robot's gateway
 # ---------------------------------------------------------------------------------------------
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
@@ -11204,14 +11187,16 @@ class ChatMessage:
 
 
 class FakeGateway(Peer):
-    """openws.work.weixin.qq.com for one robot, as far as documents, code and threads know it.
+    """openws.work.weixin.qq.com for one robot: `frames` came, people see `messages`.
 
-    It keeps `frames` (what came), `messages` (what people see), `violations` (what the real one
-    would drop, cut or punish). It limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a
-    chat (what is over is dropped although it is acknowledged), 6 minutes a stream, 5 s a welcome,
-    5 minutes a file, one connection. The req_ids of earlier connections are forgotten. Its JSON
-    has control characters. Its clock is `ahead` of the true one by seconds that a test may change.
-    Unkindness: `fail` for the handshake as for every Peer, `unkind` for frames, `write`.
+    What the real one does, by WeCom's document 101463 and @wecom/aibot-node-sdk 1.0.7:
+    - limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a chat (what is over is dropped
+      although it is acknowledged), 6 minutes a stream, 5 s a welcome, 5 minutes a file; one
+      connection: the newer throws the older out; it pushes only to who has written before
+    - forgets the req_ids of earlier connections (846605; reported by users)
+    - sends control characters inside its JSON, pieces with pings in between (`fragments`)
+    - what a test makes happen: `fail` (the handshake), `unkind` (frames), `write`, `ahead` (time)
+    `violations` are what the real one would drop, cut or punish.
     """
 
     KINDS: ClassVar = {
@@ -11222,10 +11207,9 @@ class FakeGateway(Peer):
     LIMIT, PER_MINUTE, PER_HOUR = 20_480, 30, 1000
     STREAM_SECONDS, WELCOME_SECONDS, FILE_SECONDS = 360, 5, 300
 
-    def __init__(self, bot_id: str = "aibFakeRobot0123456789", secret: str = "") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bot_id, self.secret = bot_id, secret or "bot-secret-" + secrets.token_hex(8)
-        self.ahead = 0.0
+        self.bot_id, self.secret = "aibFakeRobot0123456789", "bot-secret-" + secrets.token_hex(8)
         self.line: Line | None = None  # the one that is subscribed
         self.frames: list[Frame] = []
         self.messages: list[ChatMessage] = []
@@ -11233,20 +11217,13 @@ class FakeGateway(Peer):
         self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
         self.moods: list[tuple[str, Mood]] = []
         self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
-        self.fragments = False  # send each callback in pieces, with pings in between
+        self.fragments = False
         self.chats: dict[str, int] = {}  # who has written so far -> chat_type
         self._unsure: set[float] = set()  # times of frames whose acknowledgement was kept back
         self._ended: dict[Line, float] = {}
         self._origins: dict[str, Origin] = {}
         self._counted: dict[str, list[float]] = {}
         self._files: dict[str, tuple[float, Answer]] = {}
-
-    @property
-    def ws_url(self) -> str:
-        return f"ws://{self.host}"
-
-    def now(self) -> float:
-        return time.time() + self.ahead
 
     # -- the wire
 
@@ -11273,9 +11250,9 @@ class FakeGateway(Peer):
         """Accept a handshake, then read frames until the line ends."""
         digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
         handler.send_response(101)
-        for name, value in (("Upgrade", "websocket"), ("Connection", "Upgrade")):
+        accept = base64.b64encode(digest).decode()
+        for name, value in UPGRADE.items() | {"Sec-WebSocket-Accept": accept}.items():
             handler.send_header(name, value)
-        handler.send_header("Sec-WebSocket-Accept", base64.b64encode(digest).decode())
         handler.end_headers()
         handler.wfile.flush()
         line = Line(handler.number, handler)
@@ -11287,13 +11264,13 @@ class FakeGateway(Peer):
         finally:
             with self.changed:
                 self.line = None if self.line is line else self.line
-                self._ended[line] = self.now()
+                self._ended[line] = time.time()
                 self.changed.notify_all()
 
     def handle(self, call: Call) -> Answer:
         """Answer the download of a file that was sent."""
         until, answer = self._files.get(call.path, (0.0, Answer(404)))
-        return answer if self.now() < until else Answer(404, b"expired")
+        return answer if time.time() < until else Answer(404, b"expired")
 
     def wait_line(self) -> Line:
         """Return the line that is subscribed, at once or in 10 s; raise ConnectionError."""
@@ -11325,7 +11302,6 @@ class FakeGateway(Peer):
             self.moods += [(where, what)] * times
 
     def next_mood(self, text: str) -> Mood:
-        """Return what shall go wrong with this frame."""
         for number, (where, what) in enumerate(self.moods):
             if all(word in text for word in where.split()):
                 del self.moods[number]
@@ -11344,20 +11320,13 @@ class FakeGateway(Peer):
         inside = {"content": said} if isinstance(said, str) else said
         body: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
         body |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
-        return self._call_back("aibot_msg_callback", body | {kind: inside}, user, group)
-
-    def event(self, kind: str, user: str = "alice") -> str:
-        """Let an event happen (enter_chat, …), return its req_id."""
-        body: dict[str, object] = {"msgid": secrets.token_hex(12), "msgtype": "event"}
-        body |= {"event": {"eventtype": kind}}
-        return self._call_back("aibot_event_callback", body, user, "")
-
-    def _call_back(self, cmd: str, body: dict[str, object], user: str, group: str) -> str:
-        req_id, now = secrets.token_hex(12), self.now()
-        body |= {"aibotid": self.bot_id, "create_time": int(now), "from": {"userid": user}}
+        cmd = "aibot_event_callback" if kind == "event" else "aibot_msg_callback"
+        body |= {kind: inside, "aibotid": self.bot_id, "create_time": int(time.time())}
+        req_id = secrets.token_hex(12)
         with self.changed:
             self.chats[group or user] = 2 if group else 1
-            self._origins[req_id] = Origin(self.wait_line(), group or user, cmd, now)
+            self._origins[req_id] = Origin(self.wait_line(), group or user, cmd, time.time())
+        body |= {"from": {"userid": user}}
         frame = {"cmd": cmd, "headers": {"req_id": req_id}, "body": body}
         data = json.dumps(frame, ensure_ascii=False).encode()
         data = data.replace(b'"body"', b'\x07"body\x0b"', 1)
@@ -11369,13 +11338,17 @@ class FakeGateway(Peer):
                 self.write(b"between", PING)
         return req_id
 
+    def event(self, kind: str, user: str = "alice") -> str:
+        """Let an event happen (enter_chat, …), return its req_id."""
+        return self.say({"eventtype": kind}, user, kind="event")
+
     def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
         """Return the inside of a message of kind "file" for a file of this content."""
         key, pad = os.urandom(32), 32 - len(data) % 32
         sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
         path = f"/file/{secrets.token_hex(8)}"
         named = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
-        self._files[path] = (self.now() + self.FILE_SECONDS, Answer(200, sealed, named))
+        self._files[path] = (time.time() + self.FILE_SECONDS, Answer(200, sealed, named))
         return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
 
     def throw_out(self) -> None:
@@ -11420,7 +11393,7 @@ class FakeGateway(Peer):
         """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
         value = json.loads(text)
         req_id, body = value["headers"]["req_id"], value.get("body") or {}
-        frame = Frame(self.now(), value["cmd"], req_id, body)
+        frame = Frame(time.time(), value["cmd"], req_id, body)
         with self.changed:
             self.frames.append(frame)
             origin = self._origins.get(req_id)
@@ -11483,32 +11456,32 @@ class FakeGateway(Peer):
 
     def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
         """Let a chat see a new message, or a stream's new content in place of its last one."""
-        stream, text = inside.get("id", ""), inside["content"]
-        same = [
-            m for m in self.messages if stream and (m.stream, m.req_id) == (stream, frame.req_id)
-        ]
+        stream, text, now = inside.get("id", ""), inside["content"], frame.time
+        answers = [m for m in self.messages if m.req_id == frame.req_id]
+        same = [m for m in answers if stream and m.stream == stream]
         if same and same[0].finished:
             self.violations.append(f"a finished stream goes on: {text!r}")
-        if same and (same[0].finished or frame.time > same[0].shown[0][0] + self.STREAM_SECONDS):
+        if same and (same[0].finished or now > same[0].shown[0][0] + self.STREAM_SECONDS):
             return 846608
         if not text.strip() or len(text.encode()) > self.LIMIT:
             self.violations.append(f"a text of {len(text.encode())} bytes: {text[:60]!r}")
             return 45002
         times = self._counted.setdefault(chat, [])
-        minute, hour = (sum(t > frame.time - seconds for t in times) for seconds in (60, 3600))
+        minute, hour = (sum(t > now - seconds for t in times) for seconds in (60, 3600))
         if minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
             self.violations.append(f"{minute} a minute, {hour} an hour to {chat}: {text[:60]!r}")
             return 0  # and nobody sees it
-        times.append(frame.time)
+        times.append(now)
         if not same:
             req_id = "" if frame.cmd == "aibot_send_msg" else frame.req_id
             same = [ChatMessage(chat, line, [], req_id, stream)]
             self.messages += same
-        same[0].shown.append((frame.time, text))
+        same[0].shown.append((now, text))
         same[0].finished = inside.get("finish", not stream)
         return 0
 
 
+UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
 # Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
 SDK_CLIENT = """
 const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
@@ -11547,7 +11520,8 @@ def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool
     folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
     there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
     needs(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
-    words = ["sdk", folder, gateway.bot_id, secret or gateway.secret, gateway.ws_url]
+    address = f"ws://{gateway.host}"
+    words = ["sdk", folder, gateway.bot_id, secret or gateway.secret, address]
     command = ["node", "-e", SDK_CLIENT, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
 
@@ -11599,40 +11573,27 @@ def test_tencents_client_meets_an_unkind_gateway() -> None:
             assert tells("error", "Unexpected server response: 502")
 
 
-# -- stories: what is typed, what is seen
+# ---------------------------------------------------------------------------------------------
+# The robot: what is typed, what is seen
+# ---------------------------------------------------------------------------------------------
 
 CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
 PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
-SCALED = """
-for name in os.environ:
-    if name.endswith("_SECONDS") and hasattr(wxsync, name):
-        setattr(wxsync, name, float(os.environ[name]))
-settings ="""
 
 
-@functools.cache
-def robot_script() -> Path:
-    """Return the path of QUICK, in which the environment may also shorten the robot's patience."""
-    script = quick_script().with_name("robot.py")
-    script.write_text(quick_script().read_text().replace("\nsettings =", SCALED, 1))
-    return script
-
-
-class RobotWorld(World):
-    """A world whose chat is the robot's. `both` leaves the callback's settings in.
-
-    Leaving it checks that no fake saw anything wrong, that the log is calm and tells no secret.
-    """
+class RobotWorld(Quick):
+    """A quick world whose chat is the robot's. `both` leaves the callback's settings in."""
 
     def __init__(
         self, runner: Runner | None = None, both: bool = False, /, **settings: str
     ) -> None:
-        super().__init__(robot_script(), runner or PlayedRunner(0.01), PATIENCE | settings)
+        super().__init__(runner, **PATIENCE | settings)
         self.both, self.gateway = both, FakeGateway()
 
     def defaults(self) -> dict[str, str]:
         gateway, common = self.gateway, super().defaults()
-        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret, "BOT_URL": gateway.ws_url}
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
+        own |= {"BOT_URL": f"ws://{gateway.host}"}
         return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
 
     def prepare(self) -> Self:
@@ -11654,31 +11615,17 @@ class RobotWorld(World):
     def is_up(self) -> bool:
         return bool(self.service.health()["bot"] == "up")
 
-    def is_idle(self) -> bool:
-        health = self.service.health()
-        return bool(health["running"] == health["queued"] == 0)
-
-    def count_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
+    def check_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
         """See that a result is there, and twice only where an acknowledgement was lost."""
         copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
         assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
         sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
         assert not sure, f"{chat} got it again: {sure}"
-        COUNTS["accepted"] += 1
-        COUNTS["delivered"] += 1
-        COUNTS["doubled"] += len(copies) - 1
 
     def broken(self) -> list[str]:
-        return super().broken() + self.gateway.errors + self.gateway.violations
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        log = self.service.log
-        if isinstance(self.github.runner, SlowRunner):
-            self.github.runner.go.set()
-        super().__exit__(kind, value, trace)
-        if not kind:
-            assert self.broken() == [] and is_calm(log)
-            assert self.service.settings["BOT_SECRET"] not in log
+        shown = self.service.settings["BOT_SECRET"] in self.service.log
+        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
+        return super().broken() + own
 
 
 def code_and_rest(text: str) -> tuple[str, str]:
@@ -11706,7 +11653,7 @@ PEOPLE = (f"person{number}" for number in itertools.count())
 
 @pytest.fixture
 def robot(shared_robot: RobotWorld) -> Iterator[RobotWorld]:
-    """A world that many tests use: each with a person of its own (`next(PEOPLE)`)."""
+    """A world that many tests use: each with people of its own (`next(PEOPLE)`)."""
     yield shared_robot
     assert wait_until(shared_robot.is_idle) and wait_until(shared_robot.is_up)
 
@@ -11719,7 +11666,7 @@ def test_one_message_that_lives() -> None:
 
         def look(frame: str) -> None:
             if "aibot_respond_msg" in frame:
-                on_disk.append("nosuch:1" in (world.service.state_dir / "wxsync.state").read_text())
+                on_disk.append("nosuch:1" in world.state_file.read_text())
 
         world.gateway.mood, begun = look, time.monotonic()
         message = world.ask("a:1, b:1, nosuch:1, slow/c:1, slow/d:1")
@@ -11732,7 +11679,7 @@ def test_one_message_that_lives() -> None:
         frames = len(world.gateway.frames)
         time.sleep(1)  # five times REFRESH_SECONDS
         assert len(world.gateway.frames) == frames and not message.finished
-        runner.go.set()
+        world.open()
         assert world.result("成功 4 / 5") is message
         assert f"docker pull {PREFIX}/a:1" in message.text.split("```")[1].splitlines()
         assert "nosuch:1" in code_and_rest(message.text)[0]
@@ -11740,6 +11687,7 @@ def test_one_message_that_lives() -> None:
         assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
 
 
+@early
 def test_refreshes_keep_their_distance() -> None:
     """However fast jobs end, a message is refreshed once in REFRESH_SECONDS, and when changed."""
     with RobotWorld(PlayedRunner(0.1, concurrent=1), REFRESH_SECONDS="0.5") as world:
@@ -11753,18 +11701,6 @@ def test_refreshes_keep_their_distance() -> None:
 AT_ONCE = (
     "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1 在吗>使用说明"
 )
-
-
-@pytest.mark.parametrize("case", AT_ONCE.split())
-def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld, case: str) -> None:
-    """Commands, talk and refusals: said once, for good."""
-    user, (text, wanted) = next(PEOPLE), case.split(">")
-    message = robot.ask(text, user)
-    time.sleep(0.1)
-    assert message.finished and wanted in message.text and len(message.shown) == 1
-    assert robot.gateway.all_of(user) == [message]
-
-
 TYPED = (
     "[evil](http://evil.example):1",
     "[evil]: http://evil.example",
@@ -11779,23 +11715,35 @@ TYPED = (
 )
 
 
-@pytest.mark.parametrize("text", TYPED)
-def test_nothing_typed_becomes_markdown(robot: RobotWorld, text: str) -> None:
+def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
+    """Commands, talk and refusals: said once, for good."""
+    asked = {next(PEOPLE): case.split(">") for case in AT_ONCE.split()}
+    for user, (text, wanted) in asked.items():
+        assert wanted in robot.ask(text, user).text
+    time.sleep(0.1)
+    for user, case in asked.items():
+        (message,) = robot.gateway.all_of(user)
+        assert message.finished and len(message.shown) == 1, case
+
+
+def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
     """What a person typed is code or is left out: no link, no mention, no heading."""
-    user = next(PEOPLE)
-    robot.ask(text, user)
-    assert wait_until(lambda: all(message.finished for message in robot.gateway.all_of(user)))
-    shown = [text for message in robot.gateway.all_of(user) for _, text in message.shown]
-    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+    asked = {next(PEOPLE): text for text in TYPED}
+    for user, text in asked.items():
+        robot.ask(text, user)
+    assert wait_until(robot.is_idle)
+    for user, text in asked.items():
+        assert wait_until(lambda: all(m.finished for m in robot.gateway.all_of(user))), text  # noqa: B023 - at once
+        shown = [said for message in robot.gateway.all_of(user) for _, said in message.shown]
+        assert [said for said in shown if "evil" in code_and_rest(said)[1]] == []
 
 
 def test_what_a_run_says_is_no_markdown_and_fits() -> None:
     """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link."""
     names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
     runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
-    runner.outcomes["x:1"] = (
-        "wxsync: failed error `[evil](http://evil.example) ``` <@evil> **evil**"
-    )
+    evil = "`[evil](http://evil.example) ``` <@evil> **evil**"
+    runner.outcomes["x:1"] = f"wxsync: failed error {evil}"
     with RobotWorld(runner) as world:
         world.ask("\n".join([*names, "x:1"]))
         world.result("成功 0 / 251")
@@ -11804,34 +11752,37 @@ def test_what_a_run_says_is_no_markdown_and_fits() -> None:
         assert [m for m in world.gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
 
 
-MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1|@a docker pull g6:1"
+MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1"
+MENTIONS += "|@a docker pull g6:1"
 
 
-@pytest.mark.parametrize("text", MENTIONS.split("|"))
-def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld, text: str) -> None:
+def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld) -> None:
     """The robot's name is no part of the text; the result names in its first line who asked."""
-    user, group = next(PEOPLE), f"group-{next(PEOPLE)}"
-    robot.ask(text, user, group)
-    result = robot.result(chat=group)
-    assert user in result.text.splitlines()[0] and robot.gateway.all_of(user) == []
-    assert f'["{text[-4:]}"]' == robot.github.dispatches[-1].inputs["images"]
-    for word, wanted in (("状态", "状态"), ("help", "使用说明")):
+    for text in MENTIONS.split("|"):
+        user, group = next(PEOPLE), f"group-{next(PEOPLE)}"
+        robot.ask(text, user, group)
+        result = robot.result(chat=group)
+        assert user in result.text.splitlines()[0] and robot.gateway.all_of(user) == []
+        assert f'["{text[-4:]}"]' == robot.github.dispatches[-1].inputs["images"]
+    for word, wanted in (("状态", "状态"), ("2 状态", "状态"), ("help", "使用说明")):
         assert wanted in robot.ask(f"@Mirror Bot {word}", user, group).text
+    for talk in ("请不要同步 nginx:1", "@张三 下午看 docs/readme"):
+        assert "🔄" not in robot.ask(f"@Bot {talk}", user, group).text
 
 
 @pytest.mark.parametrize("limit", ["SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"])
 def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
     """⏰ ends it with what is done so far, also while it waits; the result is a new message."""
-    runner = SlowRunner()
-    with RobotWorld(runner, **{limit: "1"}) as world:
+    with RobotWorld(SlowRunner(), **{limit: "1"}) as world:
         message, other = world.ask("slow/a:1, b:1", group="G1"), world.ask("slow/c:1", "bob")
         assert wait_until(lambda: message.finished and other.finished, 5)
         assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
-        runner.go.set()
+        world.open()
         assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
         assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
 
 
+@early
 def test_a_long_message_ends_in_time() -> None:
     """⏰ fits, too, whatever has failed by then; and it is pushed where it is not acknowledged."""
     names, runner = [f"x/{'long-' * 30}{number}:1" for number in range(200)], SlowRunner()
@@ -11858,16 +11809,16 @@ FRAMES = {  # of one person's request: how the first one of a kind is known
 @early
 def test_what_is_not_acknowledged_is_pushed() -> None:
     """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
+    cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
+    wanted = dict.fromkeys(cases, "成功 1 / 1")
     with RobotWorld(QUEUE_SIZE="100") as world:
-        cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
         for user, (frame, mood) in cases.items():
             world.gateway.unkind(f"{user} {FRAMES[frame]}", mood)
             if frame == "push":
                 world.gateway.unkind(f'{user} "finish":true', "ignore")
+            elif frame == "help":
+                wanted[user] = "使用说明"
             world.gateway.say("help" if frame == "help" else f"{user}:1", user)
-        wanted = {
-            user: "使用说明" if case[0] == "help" else "成功 1 / 1" for user, case in cases.items()
-        }
         for user, (frame, _) in cases.items():
             if frame == "confirmation":
                 world.gateway.hear(lambda m: "共 1 个镜像" in str(m.shown), user)
@@ -11876,8 +11827,7 @@ def test_what_is_not_acknowledged_is_pushed() -> None:
                 world.pushed(wanted[user], user)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
         for user in cases:
-            world.count_copies(user, wanted[user])
-        COUNTS["faults"] += len(cases)
+            world.check_copies(user, wanted[user])
 
 
 @early
@@ -11891,48 +11841,38 @@ def test_the_line_may_break_at_every_frame() -> None:
             world.gateway.say(f"{user}:1", user)
             world.result(chat=user)
             assert wait_until(world.is_idle)
-            COUNTS["cut"] += len(wrong)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
         for user in {message.chat for message in world.gateway.messages}:
-            world.count_copies(user)
+            world.check_copies(user)
 
 
-ROBOT_KILLS = [step for step in KILLS if step[0] == "github"]
-ROBOT_KILLS += [("gateway", str(frame), when) for frame in (0, 1) for when in ("before", "after")]
+ROBOT_KILLS = [step for step in KILLS if "github" in step] + ["0 cut", "1 cut", "0 lost", "1 lost"]
 
 
-def check_robot_kill(step: tuple[str, str, str]) -> None:
+def check_robot_kill(step: str) -> None:
     """Kill the service at this call or frame of an image request, and start it again."""
-    who, where, when = step
-    world, frames = RobotWorld(), itertools.count()
-    world.github = github = HeldGitHub(runner=PlayedRunner(0.01))
+    frames = itertools.count()
 
     def mood(frame: str) -> Mood:
-        if next(frames) != int(where):
+        if next(frames) != int(step[0]):
             return None
         world.service.kill()
-        return "cut" if when == "before" else "lost"
+        return step[2:]
 
-    with world:
+    with RobotWorld() as world:
         assert wait_until(world.is_up)
-        if who == "gateway":
+        if "github" in step:
+            kill_at(world, step, world.gateway.say)
+        else:
             world.gateway.mood = mood
-        elif when == "after":
-            github.hold = where
-        else:
-            github.fail(where, "hang")
-        world.gateway.say("nginx:latest")
-        if who == "gateway":
+            world.gateway.say("nginx:latest")
             assert wait_until(lambda: not world.service.alive()), step
-        else:
-            assert wait_until(lambda: github.calls_to(where) and not github.hold), step
-        world.service.restart()
+            world.service.start()
         world.result()
         assert wait_until(world.is_idle), step
         time.sleep(0.2)
-        world.count_copies("alice")
-        assert (len(github.commits), len(github.dispatches)) == (1, 1), step
-    COUNTS["kill -9"] += 1
+        world.check_copies("alice")
+        assert (len(world.github.commits), len(world.github.dispatches)) == (1, 1), step
 
 
 @early
@@ -11971,25 +11911,22 @@ def test_random_kills_and_cuts_lose_nothing() -> None:
             gateway.hear(lambda m: "成功 1 / 1" in m.text, f"user{life}", 60)
         time.sleep(2)  # what ACK_SECONDS may bring once more
         for life in range(lives):
-            world.count_copies(f"user{life}")
+            world.check_copies(f"user{life}")
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
         assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
-    COUNTS["kill -9"] += lives // 2
-    COUNTS["cut"] += lives // 2
 
 
 @early
 def test_a_gateway_that_is_away_for_a_while() -> None:
     """Closed or silent, in a run and at a start: /health says so, and all arrives later."""
     for silent in (False, True):
-        runner = SlowRunner()
-        with RobotWorld(runner) as world:
+        with RobotWorld(SlowRunner()) as world:
             gateway = world.gateway
             world.ask("slow/a:1")
             gateway.hang = silent
             (gateway.cut if silent else gateway.stop)()
             assert wait_until(lambda: not world.is_up())
-            runner.go.set()
+            world.open()
             assert wait_until(lambda: world.github.runs and world.github.runs[0].completed)
             time.sleep(0.5)
             world.service.restart()
@@ -12032,13 +11969,12 @@ def test_a_wrong_secret_is_told_and_tried_again() -> None:
 @early
 def test_another_program_takes_the_robot_over() -> None:
     """Said in the log and in /health; tried again after 10 minutes, and then all arrives."""
-    runner = SlowRunner()
-    with RobotWorld(runner, SCALE="0.004") as world:
+    with RobotWorld(SlowRunner(), SCALE="0.004") as world:
         world.ask("slow/a:1")
-        world.gateway.subscriptions[0] = (world.gateway.now(), 0)
+        world.gateway.subscriptions[0] = (time.time(), 0)
         world.gateway.throw_out()
         assert wait_until(lambda: not world.is_up()) and "另一个" in world.service.log
-        runner.go.set()
+        world.open()
         waits(world, [600])
         world.pushed()
 
@@ -12070,28 +12006,28 @@ def test_whoever_enters_is_welcomed(robot: RobotWorld) -> None:
 
 
 PICTURE = {"msgtype": "image", "image": {"url": "http://127.0.0.1:1/a", "aeskey": "x"}}
-WORDS_OF_MIXED = {"msgtype": "text", "text": {"content": "mixed:1"}}
-OTHER_KINDS: dict[str, tuple[str, dict[str, object], str]] = {
-    "voice": ("voice", {"content": "voice:1"}, "共 1 个镜像"),
-    "voice, a command": ("voice", {"content": "状态。"}, "状态"),
-    "mixed": ("mixed", {"msg_item": [PICTURE, WORDS_OF_MIXED]}, "共 1 个镜像"),
-    "mixed, no text": ("mixed", {"msg_item": [PICTURE]}, ""),
-    "mixed, odd": ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
-    "image": ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
-    "unknown": ("of_tomorrow", {"content": "nginx:1"}, ""),
-}
+WORDS = {"msgtype": "text", "text": {"content": "mixed:1"}}
+OTHER_KINDS: list[tuple[str, dict[str, object], str]] = [
+    ("voice", {"content": "voice:1"}, "共 1 个镜像"),
+    ("voice", {"content": "状态。"}, "状态"),
+    ("mixed", {"msg_item": [PICTURE, WORDS]}, "共 1 个镜像"),
+    ("mixed", {"msg_item": [PICTURE]}, ""),
+    ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
+    ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
+    ("of_tomorrow", {"content": "nginx:1"}, ""),
+]
 
 
-@pytest.mark.parametrize("name", OTHER_KINDS)
-def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld, name: str) -> None:
+def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld) -> None:
     """A picture, a film: one finished stream about what is understood, and nothing happens."""
-    user, (kind, body, wanted), before = next(PEOPLE), OTHER_KINDS[name], len(robot.github.calls)
-    robot.gateway.say(body, user, kind=kind)
-    message = robot.gateway.hear(lambda m: wanted in m.shown[0][1], user)
-    if wanted.startswith("共"):
-        robot.result(chat=user)
-    else:
-        assert message.finished and len(robot.github.calls) == before
+    for kind, body, wanted in OTHER_KINDS:
+        user, before = next(PEOPLE), len(robot.github.calls)
+        robot.gateway.say(body, user, kind=kind)
+        message = robot.gateway.hear(lambda m: wanted in m.shown[0][1], user)  # noqa: B023 - at once
+        if wanted.startswith("共"):
+            robot.result(chat=user)
+        else:
+            assert message.finished and len(robot.github.calls) == before
 
 
 FULL = 256 << 10
@@ -12165,17 +12101,8 @@ def test_a_stranger_gets_one_refusal_in_chat_and_group() -> None:
 
 @early
 def test_a_burst_breaks_no_limit_and_each_is_answered() -> None:
-    """40 messages from one person, as fast as the chat may be answered (to the end in long mode)."""
-    with RobotWorld() as world:
-        asked = {world.gateway.say("状态") for _ in range(40)}
-        assert wait_until(lambda: len(world.gateway.messages) >= (40 if LONG else 12), 150)
-        time.sleep(1)  # what comes too fast comes now
-        assert {message.req_id for message in world.gateway.messages} <= asked | {""}
-
-
-@early
-def test_many_at_once_are_answered_although_acknowledgements_dawdle() -> None:
-    """50 people, and a gateway that takes half a second for each answer."""
+    """40 messages from one person, as fast as the chat may be answered (in long mode to the end);
+    50 people, although a gateway takes half a second for each answer."""
     with RobotWorld() as world:
         world.gateway.mood = lambda frame: 0.5 if "aibot_respond_msg" in frame else None
         people = [next(PEOPLE) for _ in range(50)]
@@ -12183,6 +12110,12 @@ def test_many_at_once_are_answered_although_acknowledgements_dawdle() -> None:
             world.gateway.say("help", user)
         for user in people:
             world.result("使用说明", user)
+        world.gateway.mood, before = world.gateway.next_mood, len(world.gateway.messages)
+        asked = {world.gateway.say("状态") for _ in range(40)}
+        enough = before + (40 if LONG else 12)
+        assert wait_until(lambda: len(world.gateway.messages) >= enough, 150)
+        time.sleep(1)  # what comes too fast comes now
+        assert {message.req_id for message in world.gateway.all_of()} <= asked | {""}
 
 
 @early
@@ -12209,23 +12142,22 @@ def odd_message(**more: object) -> bytes:
 
 
 LARGE = b"\0\x7f" + struct.pack(">Q", 1 << 16) + bytes(1 << 16)  # a fragment of 64 KiB
-HARMLESS: dict[str, tuple[bytes, int]] = {
-    **{repr(data[:12]): (data, TEXT) for data in (b"", b"junk", b"null", b"[1]", b'"x"')},
-    "deep": (b"[" * 100_000, TEXT),
-    "unknown command": (b'{"cmd": "aibot_of_tomorrow", "headers": {}, "body": 5}', TEXT),
-    "command is a number": (b'{"cmd": 5, "headers": [], "errcode": {}}', TEXT),
-    "nothing inside": (b'{"cmd": "aibot_msg_callback"}', TEXT),
-    "event without event": (b'{"cmd": "aibot_event_callback", "headers": {}, "body": {}}', TEXT),
-    "a stray answer": (b'{"headers": {"req_id": "x"}, "errcode": 1e999}', TEXT),
-    "nobody": (odd_message(**{"from": None}), TEXT),
-    "somebody odd": (odd_message(**{"from": {"userid": "../x\n" * 9000}}), TEXT),
-    "half a character": (odd_message(text={"content": "\ud800:1"}), TEXT),
-    "text is a list": (odd_message(text=["nginx:1"]), TEXT),
-    "no id": (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
-    "binary": (b"\0\1\2", BINARY),
-    "ping": (b"x" * 125, PING),
-    "pong": (b"x", PONG),
-}
+HARMLESS: list[tuple[bytes, int]] = [
+    *((data, TEXT) for data in (b"", b"junk", b"null", b"[1]", b'"x"', b"[" * 100_000)),
+    (b'{"cmd": "aibot_of_tomorrow", "headers": {}, "body": 5}', TEXT),
+    (b'{"cmd": 5, "headers": [], "errcode": {}}', TEXT),
+    (b'{"cmd": "aibot_msg_callback"}', TEXT),
+    (b'{"cmd": "aibot_event_callback", "headers": {}, "body": {}}', TEXT),
+    (b'{"headers": {"req_id": "x"}, "errcode": 1e999}', TEXT),
+    (odd_message(**{"from": None}), TEXT),
+    (odd_message(**{"from": {"userid": "../x\n" * 9000}}), TEXT),
+    (odd_message(text={"content": "\ud800:1"}), TEXT),
+    (odd_message(text=["nginx:1"]), TEXT),
+    (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    (b"\0\1\2", BINARY),
+    (b"x" * 125, PING),
+    (b"x", PONG),
+]
 HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
     "no UTF-8": (b"\xff", TEXT),
     "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
@@ -12242,25 +12174,25 @@ HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
     "half a close": (b"\x88\x01x", -1),
     "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
 }
-ODD_HANDSHAKES: dict[str, What] = {
-    "502": (502, {}, b"<html>"),
-    "redirect": (302, {"Location": "http://evil.example/"}, b""),
-    "wrong key": (101, {"Upgrade": "websocket", "Connection": "Upgrade"}, b""),
-    "200": (200, {}, b"x" * 100_000),
-    **{name: name for name in ("reset", "garbage", "drip", "big")},
-}
+ODD_HANDSHAKES: list[What] = [
+    (502, {}, b"<html>"),
+    (302, {"Location": "http://evil.example/"}, b""),
+    (101, UPGRADE, b""),
+    (200, {}, b"x" * 100_000),
+    *("reset", "garbage", "drip", "big"),
+]
 
 
 def test_harmless_frames_leave_the_line_open() -> None:
     """Odd JSON, unknown commands, binary: passed over. Then a message in pieces, with pings."""
     with RobotWorld() as world:
         world.gateway.chats["odd"] = 1
-        for data, opcode in HARMLESS.values():
+        for data, opcode in HARMLESS:
             world.gateway.write(data, opcode)
         world.gateway.fragments = True
         assert "使用说明" in world.ask("帮助：这是什么？").text
         assert len(world.gateway.subscriptions) == 1 and world.gateway.line
-        assert world.gateway.line.pongs[:2] == [HARMLESS["ping"][0], b"between"]
+        assert world.gateway.line.pongs[:2] == [b"x" * 125, b"between"]
 
 
 def test_garbage_does_not_end_the_service() -> None:
@@ -12276,12 +12208,11 @@ def test_garbage_does_not_end_the_service() -> None:
             time.sleep(0.05)
             world.gateway.cut()  # so that what comes next meets a line that is whole
             assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
-        for name, what in ODD_HANDSHAKES.items():
+        for what in ODD_HANDSHAKES:
             world.gateway.fail("GET /", what)
             world.gateway.cut()
-            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, what
         assert world.service.healthy() and not world.github.dispatches
-        COUNTS["faults"] += len(HARMLESS) + len(HARMFUL) + len(ODD_HANDSHAKES)
 
 
 class Liar(Peer):
@@ -12290,8 +12221,8 @@ class Liar(Peer):
     told = b"?"
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Content-Length": "0"}
-        handler.send(Answer(101, b"", upgrade | {"Sec-WebSocket-Accept": "x" * 27 + "="}))
+        accept = {"Sec-WebSocket-Accept": "x" * 27 + "=", "Content-Length": "0"}
+        handler.send(Answer(101, b"", UPGRADE | accept))
         self.told = handler.rfile.read(1)
         handler.close_connection = True
 
@@ -12314,18 +12245,13 @@ def test_with_the_robot_alone_http_serves_health_only(robot: RobotWorld) -> None
 
 
 def test_both_entrances_side_by_side() -> None:
-    """Each is answered where it came in."""
-    with RobotWorld(None, True) as world:
+    """Each is answered where it came in; a proxy that is down holds GitHub up, not the robot."""
+    with RobotWorld(None, True, HTTPS_PROXY=NOWHERE) as world:
         assert "共 1 个镜像" in world.say("a:1", "bob")
         world.ask("b:1")
         assert "a:1" in hear(world, "bob", "成功 1 / 1") and "b:1" in world.result().text
         assert world.gateway.all_of("bob") == [] and world.wecom.messages_for("alice") == []
-
-
-def test_the_robot_goes_past_every_proxy() -> None:
-    """A proxy that is down holds GitHub up, not the robot."""
-    dead = "http://127.0.0.1:1"
-    with RobotWorld(PROXY_URL=dead, NO_PROXY_DOMAINS="x.example", HTTPS_PROXY=dead) as world:
+    with RobotWorld(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS="x.example") as world:
         assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
 
 
@@ -12344,7 +12270,7 @@ def test_the_gateways_certificate_is_checked(tmp_path: Path, known: bool) -> Non
 
 def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
     """A second connection would throw the first out: beside a service it asks /health."""
-    with closing(RobotWorld(DOCKER_REGISTRY="127.0.0.1:1").prepare()) as world:
+    with closing(RobotWorld(DOCKER_REGISTRY=NO_REGISTRY).prepare()) as world:
         settings, logins = world.service.settings, world.gateway.subscriptions
         for secret, mark in (("wrong-secret-1f2e", "❌"), (world.gateway.secret, "✅")):
             settings["BOT_SECRET"] = secret
@@ -12359,31 +12285,27 @@ def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
 
 ROBOT = {"BOT_ID": "aib0123456789", "BOT_SECRET": "bot-secret-0123456789"}
 OTHERS = {name: value for name, value in ENOUGH.items() if name not in CALLBACK}
-GROUPS: dict[str, tuple[dict[str, str], set[str]]] = {
-    "robot": (ROBOT, set()),
-    "callback": (ENOUGH, set()),
-    "both": (ENOUGH | ROBOT, set()),
-    "half a robot": ({"BOT_ID": "aib0123456789"}, {"BOT_SECRET"}),
-    "half a callback": ({"CORP_ID": "ww0123456789abcdef"}, set(CALLBACK) - {"CORP_ID"}),
-    "robot and half a callback": (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
-    "callback and half a robot": (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
-    "a placeholder": (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
-    "ws to a stranger": (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
-    "https": (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
-    "wss": (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
-    "ws to itself": (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
-}
+# what is set beside GitHub's and the registry's -> what is named
+GROUPS: list[tuple[dict[str, str], set[str]]] = [
+    (ROBOT, set()),
+    (ENOUGH, set()),
+    (ENOUGH | ROBOT, set()),
+    ({"BOT_ID": "aib0123456789"}, {"BOT_SECRET"}),
+    ({"CORP_ID": "ww0123456789abcdef"}, set(CALLBACK) - {"CORP_ID"}),
+    (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
+    (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
+    (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
+    (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
+    (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
+    (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
+    (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
+]
 
 
-@pytest.mark.parametrize("name", GROUPS)
-def test_either_entrance_is_enough_and_a_begun_one_must_be_whole(name: str) -> None:
-    """What is missing of a begun group is named, nothing else."""
-    settings, wanted = GROUPS[name]
-    assert set(names_in(problems_of(OTHERS | settings))) == wanted
-
-
-def test_without_an_entrance_both_are_offered() -> None:
-    """All seven names."""
+def test_either_entrance_is_enough_and_a_begun_one_must_be_whole() -> None:
+    """What is missing of a begun group is named, nothing else; with none both are offered."""
+    for settings, wanted in GROUPS:
+        assert set(names_in(problems_of(OTHERS | settings))) == wanted
     said = "\n".join(problems_of(OTHERS))
     assert [name for name in (*ROBOT, *CALLBACK) if name not in said] == []
 
