@@ -215,6 +215,8 @@ COPY_REASONS = {
 }
 
 # ---- Small tools -------------------------------------------------------------------------------
+# Text that others wrote is shown through `shown` and `quoted` only, cut by `split_text` only, tried
+# again by `persist` only and parsed by `read_json` only: one place each to look at.
 
 T = TypeVar("T")
 
@@ -243,6 +245,8 @@ def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -
     A longer line is cut. Lines that would make more pieces give way to their count. A ``` block
     that is cut is closed and opened again.
     """
+    if len(text.encode()) <= limit_bytes:
+        return [text]
     room = limit_bytes - (8 if "```" in text else 0)
     lines: list[str] = []
     for line in text.split("\n"):
@@ -293,7 +297,16 @@ def read_json(data: bytes | str, kind: type[T]) -> T | None:
     return found if isinstance(found, kind) else None
 
 
+def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
+    """Return the entries that came last."""
+    return dict(list(entries.items())[-most:])
+
+
 # ---- Reading an image line (contract section 5; no input or output in here) --------------------
+# [--platform=P] SOURCE [=> NAME[:TAG]] and nothing else becomes an Image, and only the canonical
+# line of an Image ever leaves this part: for git, GitHub's inputs, a job's name, skopeo's
+# arguments. Pure functions: the same text gives the same answer on the host, in a job and in a
+# test.
 
 # distribution/reference: domain, path component, tag; a digest of the one algorithm in use.
 NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
@@ -368,6 +381,7 @@ class Image(NamedTuple):
         return option + self.source + (f" => {self.renamed}" if self.renamed else "")
 
     def target(self, prefix: str) -> str:
+        """Return where the image goes: REGISTRY/NAMESPACE/NAME:TAG."""
         return f"{prefix}/{self.name}:{self.tag}"
 
 
@@ -523,6 +537,9 @@ def read_list(text: str) -> tuple[list[str], list[str]]:
 
 
 # ---- Copying an image (this is what each workflow job runs) ------------------------------------
+# A tag is resolved to a digest once; from there on everything is asked for by digest, and bytes
+# that do not have it are refused. skopeo moves the layers from registry to registry, nothing
+# touches the job's disk but auth files that only this user can read and one small index.
 
 INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
@@ -568,6 +585,7 @@ def classify(text: str, at_target: bool) -> str:
 
 
 def digest_of(manifest: bytes) -> str:
+    """Return the digest of a manifest's very bytes (OCI image spec, descriptor)."""
     return "sha256:" + hashlib.sha256(manifest).hexdigest()
 
 
@@ -606,16 +624,14 @@ class Skopeo:
 
         skopeo's own --retry-times leaves out HTTP 500 and DNS, and repeats a 429 for minutes.
         """
-        begun = time.monotonic()
+        quick_until = time.monotonic() + CONNECT_SECONDS
 
         def passes(error: Exception) -> bool:
-            quick = time.monotonic() - begun < CONNECT_SECONDS
-            return quick and isinstance(error, CopyFailure) and error.code == "network"
+            is_network = isinstance(error, CopyFailure) and error.code == "network"
+            return is_network and time.monotonic() < quick_until
 
-        def attempt() -> bytes:
-            return self._run_once(arguments, seconds, at_target)
-
-        return persist(attempt, (1.0, 3.0), time.sleep, passes)
+        once = functools.partial(self._run_once, arguments, seconds, at_target)
+        return persist(once, (1.0, 3.0), time.sleep, passes)
 
     def _run_once(self, arguments: list[str], seconds: float, at_target: bool) -> bytes:
         import subprocess  # only here
@@ -681,6 +697,7 @@ class Skopeo:
 
 
 def is_index(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a manifest lists others, by its type or, where that is missing, its field."""
     return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
 
 
@@ -705,6 +722,7 @@ class Source(NamedTuple):
     repository: str  # with its host
 
     def manifest(self, digest: str) -> bytes:
+        """Return the bytes of the source's manifest that has this digest; raise CopyFailure."""
         return self.skopeo.raw(f"{self.repository}@{digest}")
 
     def leaves(self, index: Mapping[str, Any], depth: int = 1) -> list[dict[str, Any]]:
@@ -926,7 +944,14 @@ def run_plan(path: str) -> int:
 
 
 class Failure(Exception):
-    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody."""
+    """Expected trouble. str() is Chinese, says what to do and is safe to show to anybody.
+
+    `status` is the HTTP status of the answer that it comes from, if any.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class Unreachable(Failure):
@@ -942,6 +967,9 @@ class Rejected(Exception):
 
 
 # ---- Settings ----------------------------------------------------------------------------------
+# Read once, checked as a whole before anything starts, frozen. The type and the pattern stand
+# beside each name, so that a new setting is one line here, one in env.example and one in
+# README.md.
 
 
 def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
@@ -1012,14 +1040,24 @@ class Settings:
 
     @property
     def target_prefix(self) -> str:
+        """Return REGISTRY/NAMESPACE, as the workflow compares it with its Secrets."""
         return f"{self.DOCKER_REGISTRY}/{self.DOCKER_NAMESPACE}"
 
-    def secrets(self) -> list[str]:
-        """Return every value that must never be written anywhere."""
-        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "BOT_SECRET", "GITHUB_TOKEN")
-        values = [getattr(self, name) for name in (*names, "QINGSTOR_SECRET_ACCESS_KEY")]
-        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
-        return [*values, password, urllib.parse.unquote(password)]
+    def secrets(self) -> dict[str, str]:
+        """Return every value that must never be written anywhere, by its setting's name."""
+        names = "SECRET TOKEN ENCODING_AES_KEY BOT_SECRET GITHUB_TOKEN QINGSTOR_SECRET_ACCESS_KEY"
+        values = {name: str(getattr(self, name)) for name in names.split()}
+        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        return {name: value for name, value in values.items() if value}
+
+    def secret_values(self) -> list[str]:
+        """Return the secrets, the proxy's password also as it is before percent-encoding."""
+        values = self.secrets()
+        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
+
+    def weak_secrets(self) -> str:
+        """Return the names of secrets that are too short to be masked safely, else ""."""
+        return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
 
 
 class SettingsError(Exception):
@@ -1108,6 +1146,8 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
 
 
 # ---- Log ---------------------------------------------------------------------------------------
+# The only way to stderr while the service runs. What others said is in a line only masked, and with
+# its line ends made visible, so that nobody forges a line and no secret is kept by a log collector.
 
 
 class Log:
@@ -1166,6 +1206,9 @@ class Log:
 
 
 # ---- Network: addresses, vetted connections, proxies, calls ------------------------------------
+# Every connection of the program begins in `dial` and speaks HTTP through `Wire`, within a deadline
+# for the whole of it. A link of a chat user is parsed to the one form that is connected to, looked
+# up once, and connected to at the very addresses that were found to be public.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 # a registered name or an IPv6 address (RFC 3986, 3.2.2), as urlsplit leaves them
@@ -1449,6 +1492,8 @@ def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) ->
 
 
 class Answer(NamedTuple):
+    """The whole answer to one exchange."""
+
     status: int
     headers: http.client.HTTPMessage
     body: bytes
@@ -1674,6 +1719,8 @@ class Client:
 
 
 # ---- Crypto: WeCom's signed and encrypted envelope (documents 90930, 90968) --------------------
+# AES-256-CBC without a MAC, as WeCom has it: therefore the signature is checked first, and what
+# does not decrypt answers the same 400 whatever was wrong with it.
 
 
 def aes(key: bytes) -> Any:
@@ -1736,6 +1783,8 @@ class Crypto:
 
 
 # ---- WeCom: reading what it posts, sending messages --------------------------------------------
+# What it posts is XML or JSON from somebody who may not be WeCom: no document types, no entities.
+# What it answers is an errcode, for which the table below has words and a pause.
 
 # a member's id (document 90195); no "|", which would be several, and not everybody
 USER_PATTERN = re.compile(r"(?!@all$)[\w.@-]{1,64}", re.IGNORECASE)
@@ -1917,6 +1966,9 @@ class WeCom:
 
 
 # ---- GitHub: the list, one run per request, its jobs -------------------------------------------
+# The run is found by the request's id and by nothing else, jobs by the canonical line they are
+# named with. Only GET and PUT are tried again blindly; a dispatch that may have happened is looked
+# for.
 
 WORKFLOW = "docker-image-sync.yml"
 LIST_PATH = "images.txt"
@@ -1930,14 +1982,12 @@ PROTECTED = r"(?i)rule violation|protected|GH00[36]|pull request|not authorized 
 
 
 class GitHubError(Failure):
-    """GitHub refused a call; `status` is the HTTP status."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+    """GitHub refused a call; `status` tells how."""
 
 
 class Run(NamedTuple):
+    """One run of the workflow."""
+
     id: int
     url: str
 
@@ -1953,10 +2003,12 @@ class Outcome(NamedTuple):
 
     @property
     def is_done(self) -> bool:
+        """Tell whether the target has the image now."""
         return self.code in ("", "copied", "unchanged")
 
     @property
     def is_open(self) -> bool:
+        """Tell whether there is nothing to say yet: the job runs, or is not listed."""
         return self.code in ("running", "missing")
 
 
@@ -2057,7 +2109,7 @@ class Patience:
     def spend(self, seconds: float) -> None:
         """Take seconds off; raise GitHubError 429 where there are not so many left."""
         if seconds > self._left:
-            raise GitHubError(429, f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试")
+            raise GitHubError(f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试", 429)
         self._left -= seconds
 
 
@@ -2102,18 +2154,18 @@ class GitHub:
                 location = follow_location(url, answer.headers.get("Location", ""))
                 if location[:3] != url[:3]:
                     why = f"GitHub 转到别的主机 {location.host}，已拒绝"
-                    raise GitHubError(answer.status, why)
+                    raise GitHubError(why, answer.status)
                 target = location.target
         except Unreachable as error:
             self.trouble = str(error)
             raise
-        raise GitHubError(310, "GitHub 不停地重定向，请核对 GITHUB_REPO")
+        raise GitHubError("GitHub 不停地重定向，请核对 GITHUB_REPO", 310)
 
     def _obey_limit(self, polling: bool, patience: Patience) -> None:
         """Wait while GitHub wants no calls; raise GitHubError 429 when that is too long."""
         while (wait := (until := self._quiet_until) - time.monotonic()) > 0:
             if polling:
-                raise GitHubError(429, "GitHub 限制调用次数")
+                raise GitHubError("GitHub 限制调用次数", 429)
             patience.spend(wait)
             self._sleep(wait)
             with self._lock:
@@ -2196,11 +2248,8 @@ class GitHub:
         """Say in words what a refused call means for the user's token and settings."""
         message = str(found.get("message", "")) if isinstance(found, dict) else ""
         said = shown(self._log.mask(message), 160)
-        repo, branch, status = (
-            self._settings.GITHUB_REPO,
-            self._settings.GITHUB_BRANCH,
-            answer.status,
-        )
+        repo, branch = self._settings.GITHUB_REPO, self._settings.GITHUB_BRANCH
+        status = answer.status
         if status == 401:
             text = "GitHub 令牌无效或已过期：换一个新的 GITHUB_TOKEN"
         elif re.search(PROTECTED, message):
@@ -2215,7 +2264,7 @@ class GitHub:
             known = {403: "GitHub 拒绝了请求", 409: "GitHub 上的内容同时被改动"}
             text = known.get(status, "GitHub 报错")
         said = f" {quoted(said, 160)}" if said else ""
-        return GitHubError(status, f"{text}（{status}{said}）")
+        return GitHubError(f"{text}（{status}{said}）", status)
 
     def upload_list(self, content: bytes, message: str, patience: Patience | None = None) -> bool:
         """Make images.txt on GITHUB_BRANCH equal content; return whether that took a commit."""
@@ -2327,6 +2376,8 @@ class GitHub:
 
 
 # ---- QingStor: the SDK signs, our own connection sends -----------------------------------------
+# Objects are made in parts of PART_BYTES, so that memory does not grow with the file. What was
+# begun is completed or aborted, after a restart as well: the key and the id are in the Task.
 
 
 class Upload(NamedTuple):
@@ -2383,14 +2434,7 @@ class QingStor:
         place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
-    def call(
-        self,
-        name: str,
-        *words: str,
-        body: bytes | bytearray = b"",
-        tries: int = TRIES,
-        **options: Any,
-    ) -> Answer:
+    def call(self, name: str, *words: str, body: bytes | bytearray = b"", **options: Any) -> Answer:
         """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
         if body:
             md5 = hashlib.md5(body, usedforsecurity=False).digest()
@@ -2411,8 +2455,7 @@ class QingStor:
                 raise Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
             return answer
 
-        pauses = (1.0, 2.0)[: tries - 1]
-        return persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
+        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
 
     def require(self, answer: Answer) -> Answer:
         """Return a 2xx answer; raise Failure with cause and cure for any other."""
@@ -2438,20 +2481,11 @@ class QingStor:
 
     def initiate(self, key: str, content_type: str) -> str:
         """Begin an object in parts; return its upload id."""
-
-        def attempt() -> str:
-            name = "initiate_multipart_upload"
-            try:
-                answer = self.require(self.call(name, key, tries=1, content_type=content_type))
-            except Unreachable:  # it may have begun all the same
-                self._abort_strays(key)
-                raise
-            upload_id = (read_json(answer.body, dict) or {}).get("upload_id")
-            if not isinstance(upload_id, str) or not upload_id:
-                raise Failure("QingStor 的回答里没有 upload_id")
-            return upload_id
-
-        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
+        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
+        upload_id = (read_json(self.require(answer).body, dict) or {}).get("upload_id")
+        if not isinstance(upload_id, str) or not upload_id:
+            raise Failure("QingStor 的回答里没有 upload_id")
+        return upload_id
 
     def _abort(self, key: str, upload_id: str) -> None:
         answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
@@ -2459,7 +2493,7 @@ class QingStor:
             self.require(answer)
 
     def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun without our learning their id."""
+        """Drop uploads of a key that were begun, the answer with their id being lost."""
         with contextlib.suppress(Failure):
             answer = self.require(self.call("list_multipart_uploads", prefix=key))
             listed = (read_json(answer.body, dict) or {}).get("uploads")
@@ -2476,6 +2510,7 @@ class QingStor:
         parts = [{"part_number": part} for part in range(count)]
         done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
         self._make("complete_multipart_upload", upload.key, **done)
+        self._abort_strays(upload.key)
 
     def _is_stored(self, key: str) -> bool:
         with contextlib.suppress(Failure):
@@ -2494,8 +2529,7 @@ class QingStor:
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             self._abort(upload.key, upload.upload_id)
-        elif size_bytes is None:
-            self._abort_strays(upload.key)
+        self._abort_strays(upload.key)
         return size_bytes
 
     def delete(self, key: str) -> None:
@@ -2517,6 +2551,8 @@ class QingStor:
 
 
 # ---- Downloads ---------------------------------------------------------------------------------
+# The origin is whatever a chat user named: it lies about lengths, drips, cuts, redirects and packs.
+# A file is taken for whole only if everything that came says so; in doubt it is refused.
 
 
 def _header_text(value: str) -> str:
@@ -2576,11 +2612,6 @@ GZIP_MAGIC = b"\x1f\x8b"
 
 class Refusal(Failure):
     """The origin answered a download with an HTTP status that is no success."""
-
-    def __init__(self, status: int) -> None:
-        why = STATUS_TEXTS.get(status, "来源出错" if status >= 500 else "来源拒绝")
-        super().__init__(f"下载失败：{why}（HTTP {status}），请检查链接或稍后再试")
-        self.status = status
 
 
 class Download:
@@ -2699,7 +2730,9 @@ class Download:
                 return url, response
             wire.close()
             if response.status not in (301, 302, 303, 307, 308):
-                raise Refusal(response.status)
+                why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
+                text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
+                raise Refusal(text, response.status)
             url = follow_location(url, _header_text(response.headers.get("Location", "")))
         raise Failure("下载失败：链接不停地重定向")
 
@@ -2822,12 +2855,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-    def attempt() -> None:
-        os.replace(temporary, path)
-
     # A virus scanner on Windows holds a file for a moment after it was written.
-    pauses = (0.1, 0.3, 0.6)
-    persist(attempt, pauses, time.sleep, lambda error: isinstance(error, PermissionError))
+    move = functools.partial(os.replace, temporary, path)
+    persist(move, (0.1, 0.3, 0.6), time.sleep, lambda e: isinstance(e, PermissionError))
     if os.name == "posix":  # the rename itself must reach the disk; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -2957,6 +2987,7 @@ class Task:
 
     @property
     def person(self) -> str:
+        """Return the user id in the address."""
         return self.user.partition(" ")[0]
 
 
@@ -2973,6 +3004,7 @@ class Facts:
     cancelled: tuple[str, ...] = ()  # ids of tasks that are to end
 
     def task(self, task_id: str, lane: str) -> Task | None:
+        """Return a task as it is now, None when it has ended."""
         return next((t for t in self.tasks if t.id == task_id and t.lane == lane), None)
 
     def lane(self, lane: str) -> tuple[Task, ...]:
@@ -2992,6 +3024,7 @@ class Facts:
         return replace(self, tasks=left, cancelled=cancelled)
 
     def with_letters(self, letters: Iterable[Letter]) -> Facts:
+        """Return Facts with more messages to be sent."""
         return replace(self, letters=(*self.letters, *letters))
 
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
@@ -3008,11 +3041,6 @@ class Facts:
         seen = {k: v for k, v in self.seen.items() if at - v.at < keep_seconds}
         seen = newest(seen, MAX_REMEMBERED - 1)
         return replace(self, seen={**seen, message_id: Said(at, reply)})
-
-
-def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
-    """Return the entries that came last."""
-    return dict(list(entries.items())[-most:])
 
 
 def revive(kind: Any, value: Any) -> Any:
@@ -3126,6 +3154,7 @@ class State:
         return [entry for name, entry in damaged if name == "tasks"]
 
     def is_cancelled(self, task: Task) -> bool:
+        """Tell whether the person has called a task off."""
         return task.id in self.facts.cancelled
 
     # -- changing
@@ -3212,10 +3241,13 @@ class State:
         self.trouble = ""
         return True
 
-    def _dump(self, facts: Facts, **more: Any) -> bytes:
-        data = {"version": self.VERSION, **vars(facts), **more}
-        data["tasks"] = [vars(task) for task in facts.tasks]
-        data["last"] = ""  # for version 1.0.0, should somebody go back to it
+    def _dump(self, facts: Facts, closed: bool = False) -> bytes:
+        data = {"version": self.VERSION, "closed": closed, **vars(facts)}
+        data["tasks"] = [{**vars(task)} for task in facts.tasks]
+        # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
+        data["last"] = ""
+        for task in data["tasks"] if closed else ():
+            del task["deaths"]
         return json.dumps(data, ensure_ascii=False).encode(errors="replace") + b"\n"
 
     def close(self) -> None:
@@ -3288,6 +3320,9 @@ COMMANDS = {
 }
 
 # ---- Pastes: texts that are read for their marked positions only -------------------------------
+# What people have is a compose file, a manifest, an error. Each line is held against the marks
+# below; what stands at a mark is an image, or is named with the reason; everything else is
+# ignored.
 
 # A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
 # tag (prose). What is no plain reference is named, nothing is guessed.
@@ -3516,6 +3551,7 @@ class Paste:
 
 
 # ---- Reading a message (contract section 5) ----------------------------------------------------
+# A command, links, a list (all or nothing), a paste, or talk, in this order. Talk starts nothing.
 
 
 class Reading(NamedTuple):
@@ -3684,6 +3720,8 @@ def read_message(text: str, prefix: str = "") -> Reading:
 
 
 # ---- What came of it, in words -----------------------------------------------------------------
+# Failures first, each with cause and cure; then what is there, as commands to copy. Success is only
+# what an Outcome says; there is no text for "probably".
 
 RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
 RETRY = "发送 重试，再做一次失败的"
@@ -3823,11 +3861,13 @@ class Progress:
             return self._works.setdefault((task.lane, task.id), fresh)
 
     def is_begun(self, task: Task) -> bool:
+        """Tell whether a lane has begun with a task, in this process."""
         with self._lock:
             work = self._works.get((task.lane, task.id))
             return bool(work and work.since)
 
     def end(self, task: Task) -> None:
+        """Forget a task."""
         with self._lock:
             self._works.pop((task.lane, task.id), None)
 
@@ -3860,6 +3900,8 @@ def living_text(task: Task, progress: Progress) -> str:
 
 
 # ---- Answers -----------------------------------------------------------------------------------
+# What a message does is one change of the facts, made with its reply: both are on disk, or neither.
+# A repeat of the message gets the reply again and does nothing.
 
 
 class Message(NamedTuple):
@@ -3988,11 +4030,16 @@ class Chat:
             return ""
         return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
 
-    def answer(self, message: Message, channel: Channel, note: str = "") -> Saying:
-        """Return the reply to a message, or what gives it once all that it asks for is on disk.
+    def answer(self, message: Message, channel: Channel, note: str = "") -> str:
+        """Return the reply to a message, after all that it asks for is on disk.
 
         `note` is the reply to what cannot be read.
         """
+        said = self.hear(message, channel, note)
+        return said if isinstance(said, str) else said()
+
+    def hear(self, message: Message, channel: Channel, note: str = "") -> Saying:
+        """Return the reply at once, or where the disk is waited for what returns it then."""
         if (reply := self.recall(message.id)) is not None:
             return reply
         words = self.refusal(message.user) or note
@@ -4210,6 +4257,7 @@ class App:
 
 
 # ---- The post: messages on their way, one Post a channel ---------------------------------------
+# Letters stand on disk in the order in which they were written and leave it when they were taken.
 
 
 class Pace:
@@ -4392,6 +4440,8 @@ class Post:
 
 
 # ---- What ends a request -----------------------------------------------------------------------
+# Done, failed or cancelled, a task ends by `finish`: the task goes and its letters come in one line
+# of the journal, so that no crash can do the one without the other.
 
 
 class Cancelled(Exception):
@@ -4442,9 +4492,13 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 
 # ---- Images ------------------------------------------------------------------------------------
+# queued -> committed -> dispatching -> running (-> late). Each stage is on disk before the call
+# that follows it, so that a restart knows what may have been done already and looks before doing
+# it again.
 
 
 def running(app: App, task: Task, run: Run) -> Task:
+    """Note that GitHub runs the task: from here on the run decides what came of it."""
     app.log.info(f"images: id={task.id} run={run.id}")
     found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
     return advance(app, task, stage="running", **found)
@@ -4501,8 +4555,7 @@ class Follower:
             self._cancels = -1
         except Failure as failure:
             self._cancels += 1
-            lasting = isinstance(failure, GitHubError) and failure.status in (401, 403, 404)
-            if lasting or self._cancels > ODD_ANSWERS:
+            if failure.status in (401, 403, 404) or self._cancels > ODD_ANSWERS:
                 self._cancels = -1
                 text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
                 letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
@@ -4524,8 +4577,7 @@ class Follower:
         except Failure as failure:
             # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
             # after it was started, a token refused once. What is odd again and again does not.
-            status = failure.status if isinstance(failure, GitHubError) else 0
-            self._odd += not isinstance(failure, Unreachable) and status != 429
+            self._odd += not isinstance(failure, Unreachable) and failure.status != 429
             if self._odd > ODD_ANSWERS:
                 raise
             app.log.debug(f"github: {failure}")
@@ -4632,6 +4684,8 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
 
 
 # ---- Files -------------------------------------------------------------------------------------
+# One part is read while the one before it is written; three are in memory at most. The key is on
+# disk before the first byte is stored under it.
 
 
 def read_ahead(source: Download) -> Iterator[bytearray]:
@@ -4772,6 +4826,8 @@ def keep_settling(app: App) -> None:
 
 
 # ---- A lane, midnight --------------------------------------------------------------------------
+# A lane is a thread that takes the oldest task and brings it to its end. Midnight waits for the
+# images' lane and holds it up only while it uploads the list.
 
 
 def work(app: App, lane: str) -> None:
@@ -4812,6 +4868,7 @@ def seconds_to_midnight(moment: float) -> float:
 
 
 def set_midnight(app: App, day: str) -> None:
+    """Note the day up to which the list has been emptied."""
     app.state.change(lambda facts: replace(facts, midnight=day))
 
 
@@ -4851,6 +4908,9 @@ def keep_midnight(app: App) -> float:
 # ================================================================================================
 
 # ---- The HTTP server ---------------------------------------------------------------------------
+# http.server reads heads; holding connections is done here, since a thread for each of 100 busy
+# ones took one and a half times the CPU that Flask takes, and one thread for all of them half of
+# it.
 
 
 class Head(http.server.BaseHTTPRequestHandler):
@@ -4885,6 +4945,8 @@ class Head(http.server.BaseHTTPRequestHandler):
 
 
 class Reply(NamedTuple):
+    """What goes back for one HTTP request."""
+
     status: int
     body: bytes = b""
     content_type: str = "text/plain; charset=utf-8"
@@ -5089,6 +5151,7 @@ class Server:
 
 
 # ---- WeCom's callback --------------------------------------------------------------------------
+# Parameters, signature, age, decryption, sender, in this order; only then is anything read.
 
 
 class Texts(Channel):
@@ -5205,7 +5268,7 @@ class Callback:
             kind = "application/json" if as_json else "application/xml"
             return Reply(200, seal(crypto, inner, as_json, now), kind)
 
-        said = app.chat.answer(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
+        said = app.chat.hear(message, channel, "" if posted.kind == "text" else ONLY_TEXT)
         return say(said) if isinstance(said, str) else lambda: self._guard(lambda: say(said()))
 
     def _health(self) -> dict[str, Any]:
@@ -5227,6 +5290,8 @@ class Callback:
 
 
 # ---- WebSocket (RFC 6455), the client's side ---------------------------------------------------
+# Masked frames out, every kind of frame in, no extensions, every length bounded before it is
+# believed.
 
 WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
@@ -5362,6 +5427,9 @@ class WebSocket:
 
 
 # ---- WeCom's robot over a long connection (contract section 12, document 101463) ---------------
+# One line for all: answers and results are frames of it with ids, acknowledged one by one. A
+# message that lives is a stream: its first frame confirms, later ones show how far it is, the last
+# one tells.
 
 # names of settings, and bare domains, which a client might make a link of
 CODE_WORDS = re.compile(
@@ -5430,8 +5498,8 @@ class Robot(Channel):
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
-        # goes out as a frame of this stream, and whether it is the last one
-        self._letters: dict[Letter, tuple[Stream, bool]] = {}
+        # the streams whose frames these letters are to be, and whether it is the last frame
+        self._letters: dict[Letter, list[tuple[Stream, bool]]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
@@ -5441,6 +5509,7 @@ class Robot(Channel):
         return "up" if self._line else "down"
 
     def pace(self) -> list[tuple[float, float]]:
+        """Return what WeCom lets a robot send to one chat."""
         return [ROBOT_PACE, HOURLY_PACE]
 
     # -- the form of a text
@@ -5473,7 +5542,7 @@ class Robot(Channel):
         with self._lock:
             if stream := self._streams.get(message.id):
                 stream.tasks = tuple(tasks)
-                self._letters[letters[0]] = stream, False
+                self._letters.setdefault(letters[0], []).append((stream, False))
         return letters
 
     def expect(self, task: Task, letters: Sequence[Letter]) -> None:
@@ -5481,14 +5550,17 @@ class Robot(Channel):
             for message_id, stream in list(self._streams.items()):
                 if any(t.id == task.id for t in stream.tasks) and letters:
                     del self._streams[message_id]
-                    self._letters[letters[0]] = stream, True
+                    self._letters.setdefault(letters[0], []).append((stream, True))
 
     # -- sending
 
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
         with self._lock:
-            stream, is_last = self._letters.pop(letter, (None, False))
+            frames = self._letters.get(letter, [])
+            stream, is_last = frames.pop(0) if frames else (None, False)
+            if not frames:
+                self._letters.pop(letter, None)
         if stream and self._respond(stream, letter.text, is_last):
             return
         user, _, group = split_address(letter.address)
@@ -5682,7 +5754,7 @@ class Robot(Channel):
         threading.Thread(target=answer, daemon=True).start()
 
     def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
-        """Answer one message: work is confirmed by a letter, all else is one finished stream."""
+        """Answer one message by a letter; where it is no work, that finishes its stream."""
         message = self._message(body)
         if message is None:
             return
@@ -5692,22 +5764,18 @@ class Robot(Channel):
                 return  # a repeat
             self._streams[message.id] = stream
         text, note = self._content(body, app.chat.refusal(message.user))
-        said = app.chat.answer(message._replace(content=text), self, note)
-        reply = said if isinstance(said, str) else said()
+        reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
-            return  # accepted: the confirmation is a letter
+            return  # accepted, with its confirmation
+        first, *more = self.letters(message.address, reply, "")
         with self._lock:
             self._streams.pop(message.id, None)
-            self._letters = {k: v for k, v in self._letters.items() if v[0] is not stream}
-        pieces = self.letters(message.address, reply, "")
-        post = app.posts[self.name]
-        is_free = post.pace.wait_seconds(message.address) <= 0
-        if is_free:
-            post.pace.take(message.address)
-        if not is_free or not self._respond(stream, pieces[0].text, True):
-            app.state.change(lambda facts: facts.with_letters(pieces[:1]))
-        if pieces[1:]:
-            post.send_list(message.address, [piece.text for piece in pieces[1:]])
+            for frames in self._letters.values():  # of a confirmation that did not reach the disk
+                frames[:] = [frame for frame in frames if frame[0] is not stream]
+            self._letters.setdefault(first, []).append((stream, True))
+        if more:
+            app.posts[self.name].send_list(message.address, [letter.text for letter in more])
+        app.state.change(lambda facts: facts.with_letters([first]))
 
     # -- what people send
 
@@ -5848,6 +5916,7 @@ def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> F
 
 
 def is_installed(module: str) -> bool:
+    """Tell whether a module can be imported, without importing it."""
     import importlib.util
 
     return importlib.util.find_spec(module) is not None
@@ -5892,6 +5961,8 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
+        if weak := self.settings.weak_secrets():
+            yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if module == "Crypto" or self.store:
                 cure = f"没有安装：pip install {package}"
@@ -5906,6 +5977,7 @@ class Doctor:
             yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
 
     def proxy(self) -> Iterator[Finding]:
+        """Try the proxy as the service would."""
         if self.network.proxy is None:
             yield Finding("✅", "代理", "没有设置，GitHub 直连")
             return
@@ -6092,7 +6164,7 @@ def run_checks(doctor: Doctor) -> list[Finding]:
 
 def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secrets(), sys.stderr)
+    log = Log("ERROR", settings.secret_values(), sys.stderr)
     network, sleep = Network(settings, log), (lambda seconds: None)
     doctor = Doctor(
         settings=settings,
@@ -6170,6 +6242,7 @@ def build_app(
 
 
 def keep_probing(app: App) -> None:
+    """Look at the proxy, then wait."""
     app.network.probe()
     app.sleep(PROBE_SECONDS)
 
@@ -6248,6 +6321,8 @@ def serve(
     except (Failure, OSError) as error:
         log.error(f"❌ 启动失败：{error}")
         return 1
+    if weak := settings.weak_secrets():
+        log.warning(f"⚠️  {weak} 太短（不到 8 个字符），请换长的")
     server.stop_on_signals()
     start_threads(app)
     where = f"，回调路径 {Callback.PATH}" if crypto else ""
@@ -6300,6 +6375,7 @@ def send_text(settings: Settings, text: str, user: str) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; its help is what users read."""
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     about = "企业微信里发镜像名，经 GitHub Actions 复制到镜像仓库；发链接，存到 QingStor"
     parser = argparse.ArgumentParser(prog="wxsync.py", description=about)
@@ -6345,7 +6421,7 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     if options.command == "send":
         user = options.user or next(iter(settings.ALLOWED_USERS), "")
         return send_text(settings, options.text, user)
-    return serve(settings, Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr))
+    return serve(settings, Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr))
 
 
 if __name__ == "__main__":
