@@ -5301,12 +5301,12 @@ class WebSocket:
     """One connection. One thread reads; any may write. OpenSSL wants one at a time, so no call
     blocks inside of it: waiting is done by select, outside of the lock."""
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: Wire, early: bytes) -> None:
         self._sock = wire.link
         self._wire = wire
         self._lock = threading.Lock()  # one call of OpenSSL at a time
         self._writing = threading.Lock()  # a frame is whole before the next one begins
-        self._data = bytearray()
+        self._data = bytearray(early)
         self._message = bytearray()  # fragments
         self._kind = 0
 
@@ -5316,25 +5316,21 @@ class WebSocket:
         url = parse_url(re.sub("^ws", "http", address))
         wire = network.open(url, proxied=False)
         key = base64.b64encode(secrets.token_bytes(16)).decode()
-        host = str(url).split("/")[2]
-        head = [f"GET {url.target} HTTP/1.1", f"Host: {host}", "Upgrade: websocket"]
-        head += ["Connection: Upgrade", f"Sec-WebSocket-Key: {key}", "Sec-WebSocket-Version: 13"]
-        head += [f"User-Agent: wxsync/{VERSION}"]
+        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": key}
         try:
             with cut_off(wire.link, CONNECT_SECONDS):
-                wire.link.sendall("\r\n".join([*head, "", ""]).encode())
-                answer = receive_head(wire.link).decode("latin-1")
-        except OSError as error:
+                response = wire.ask("GET", url.target, {**headers, "Sec-WebSocket-Version": "13"})
+        except (OSError, http.client.HTTPException) as error:
             wire.close()
             raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
         digest = hashlib.sha1((key + WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
         accept = base64.b64encode(digest).decode()
-        found = re.search(r"(?i)\r\nsec-websocket-accept:\s*(\S+)\s*\r\n", answer)
-        if not re.match(r"HTTP/1\.1 101\b", answer) or not found or found[1] != accept:
+        if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
             wire.close()
-            raise Unreachable(f"{url.host} 没有接受 WebSocket（{shown(answer.split(chr(13))[0])}）")
+            said = shown(f"{response.status} {response.reason}")
+            raise Unreachable(f"{url.host} 没有接受 WebSocket（{said}）")
         wire.link.settimeout(0.0)
-        return cls(wire)
+        return cls(wire, response.fp.peek())  # what came right behind the head
 
     def send(self, kind: int, data: bytes) -> None:
         """Write one masked frame; raise OSError."""
