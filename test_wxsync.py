@@ -6008,7 +6008,7 @@ def test_one_token_serves_many_messages(desk: Desk) -> None:
     assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
 
 
-@pytest.mark.parametrize("code", [42001, 40014])
+@pytest.mark.parametrize("code", [42001, 40014, 41001, 42007, 42009])  # as Tencent's client does
 def test_a_token_that_is_refused_is_renewed_once(desk: Desk, code: int) -> None:
     """The message arrives, without a pause, and once."""
     desk.send("one")
@@ -6667,7 +6667,6 @@ def needs(reason: str) -> None:
 
 
 def names_defined_by(node: ast.stmt) -> set[str]:
-    """Return the names that a statement at the top of the file defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return {node.name}
     names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
@@ -6821,7 +6820,7 @@ LISTS: dict[str, list[str]] = {
         "--platform=all a:1",
     ],
     "k8s.io/pause:3.9   =>   pause:3.9\n": ["k8s.io/pause:3.9 => pause:3.9"],
-    "\ufeffnginx:1\r\nredis:7\r\n": ["nginx:1", "redis:7"],  # saved by Windows' Notepad
+    "\ufeffnginx:1\r\ndocker pull redis:7\r\n": ["nginx:1", "redis:7"],  # saved by Windows' Notepad
     "\n".join(f"app{n % 256}:1" for n in range(257)): [f"app{n}:1" for n in range(256)],
 }
 
@@ -6849,7 +6848,7 @@ def test_plan_reads_images_txt_where_no_file_is_named(tmp_path: Path) -> None:
 
 # a list that is not done -> what is named of it
 IMPOSSIBLE = {
-    "nginx:1\nNginx:latest\n# ok\n$(reboot):1\nredis:7": ("2", "Nginx:latest", "4", "$(reboot):1"),
+    "a:1\nNginx:2\n# ok\n$(id):1\n::set-output x": ("2", "Nginx:2", "4", "$(id):1", "5"),
     "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
     "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
     "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
@@ -6864,7 +6863,8 @@ def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
     two jobs cannot write one tag."""
     status, out, errors = plan(text)
     assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
-    assert "Nginx" not in text or len(errors.splitlines()) == 2
+    assert "Nginx" not in text or len(errors.splitlines()) == 3
+    assert not [line for line in errors.splitlines() if line.startswith("::")]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6893,7 +6893,6 @@ class Copied:
 
     @property
     def digest(self) -> str:
-        """Return the digest that the result names."""
         return self.out.split()[-1] if self.status == 0 else ""
 
 
@@ -6927,7 +6926,6 @@ acme/team/app:1 amd64
 
 
 def put_manifest(registry: Registry, repo: str, tag: str, body: bytes, kind: str) -> None:
-    """Give a repository another tag."""
     url = f"http://{registry.host}/v2/{repo}/manifests/{tag}"
     assert http_request("PUT", url, body, {"Content-Type": kind}).status == 201
 
@@ -6958,7 +6956,6 @@ class Mirror:
         self.numbers = itertools.count(1)
 
     def publish(self, image: str) -> None:
-        """Push one of IMAGES into the source."""
         name, *archs = image.replace(" +", "").split()
         repo, _, tag = name.partition(":")
         publish(self.source, repo, tag, archs, (30_000, 20_000), "+" in image)
@@ -6974,7 +6971,8 @@ class Mirror:
             return self.source.digest("acme/team/app", "1")
         if not arch:
             return self.source.digest("library/app", tag)
-        wanted = {"os": "linux"} | dict(zip(("architecture", "variant"), arch.split("/")))  # noqa: B905
+        name, _, variant = arch.partition("/")
+        wanted = {"os": "linux", "architecture": name} | ({"variant": variant} if variant else {})
         (digest,) = [e["digest"] for e in self.entries(tag) if e["platform"] == wanted]
         return str(digest)
 
@@ -6994,7 +6992,6 @@ class Space:
         }
 
     def copy(self, line: str, **changed: str) -> Copied:
-        """Run `copy LINE` into this namespace."""
         return copy(line, self.home, self.settings | changed)
 
     def lead(self, *hosts: str, hub: str = "") -> dict[str, str]:
@@ -7010,12 +7007,10 @@ class Space:
         return self.mirror.target.digest(f"{self.namespace}/{repo}", tag)
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """Return the manifest or index of NAME:TAG in this namespace."""
         repo, _, tag = name.partition(":")
         return self.mirror.target.manifest(f"{self.namespace}/{repo}", tag)
 
     def tags(self) -> list[str]:
-        """Return the tags of `app` in this namespace."""
         target = self.mirror.target
         url = f"http://{target.host}/v2/{self.namespace}/app/tags/list"
         return http_request("GET", url, headers=target.headers).json().get("tags") or []
@@ -7023,18 +7018,18 @@ class Space:
 
 @pytest.fixture(scope="session")
 def mirror() -> Iterator[Mirror]:
-    """Start the registries, once for all tests."""
     needs(Registry.missing())
     with ExitStack() as stack:
         yield Mirror(stack)
 
 
+Told = dict[str, "Future[None]"]  # what became of the stories, see `early`
 Met = dict[tuple[str, str], "Future[Copied]"]  # (trouble, side) -> what `copy` makes of it
 
 
 @pytest.fixture
-def space(mirror: Mirror, met: Met, tmp_path: Path) -> Space:
-    """Return a namespace of the test's own; the slow failures (`met`) come about meanwhile."""
+def space(mirror: Mirror, met: Met, told: Told, tmp_path: Path) -> Space:
+    """Return a namespace of the test's own; failures and stories (`met`, `told`) come meanwhile."""
     return Space(mirror, tmp_path)
 
 
@@ -7045,11 +7040,6 @@ def front(space: Space) -> Iterator[PickyRegistry]:
     yield space.mirror.front
     space.mirror.front.faults.clear()
     space.mirror.front.delay = 0
-
-
-# ---------------------------------------------------------------------------------------------
-# copy: what arrives, and under which name
-# ---------------------------------------------------------------------------------------------
 
 
 def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
@@ -7185,11 +7175,6 @@ def test_a_broken_line_is_tried_again(space: Space, front: PickyRegistry) -> Non
     front.fail("GET /v2/library/app/manifests/one", (502, {}, b"bad gateway"))
     front.fail("GET /v2/library/app/blobs/", "reset")
     assert space.copy("app:one").code == "copied" and front.faults == []
-
-
-# ---------------------------------------------------------------------------------------------
-# copy: what it says, and to whom
-# ---------------------------------------------------------------------------------------------
 
 
 def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> None:
@@ -7357,7 +7342,6 @@ def login(host: str, user: str, password: str) -> str:
 
 @pytest.fixture(scope="session")
 def private() -> Iterator[Registry]:
-    """Start a registry whose images cannot be read without a password."""
     needs(Registry.missing())
     with Registry("reader", "source-pass-77d0") as registry:
         publish(registry, "team/app", "1")
@@ -7571,10 +7555,6 @@ def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_p
     assert "HTTP response to HTTPS" in done.out and "configuration" not in done.out + done.log
 
 
-# ---------------------------------------------------------------------------------------------
-# copy: hostile registries
-# ---------------------------------------------------------------------------------------------
-
 # line ({} is the digest of what is asked for) | what is asked for | what is given instead
 LIES = """
 app@{} | one | multi amd64
@@ -7652,10 +7632,11 @@ FIRST_VERSIONS = [
 
 def test_amd64_v1_is_amd64(space: Space) -> None:
     """The first version of an architecture is what is meant where none is said."""
-    for archs, platform, arch in FIRST_VERSIONS:
-        publish(space.mirror.source, "library/app", "v1", archs)
-        done = space.copy(f"--platform={platform} app:v1")
-        assert (done.code, done.digest) == ("copied", space.mirror.digest("v1", arch)), done
+    for number, (archs, wanted, arch) in enumerate(FIRST_VERSIONS):
+        publish(space.mirror.source, "library/app", f"v{number}", archs)
+        done = space.copy(f"--platform={wanted} app:v{number}")
+        digest = space.mirror.digest(f"v{number}", arch)
+        assert (done.code, done.digest) == ("copied", digest), done
 
 
 class Signatures(Peer):
@@ -7751,8 +7732,6 @@ def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> N
 
 
 class PushRunner(ActRunner):
-    """Runs the workflow as a push of images.txt does."""
-
     def command(self, inputs: Mapping[str, str]) -> list[str]:
         return [word.replace("workflow_dispatch", "push") for word in super().command(inputs)]
 
@@ -7779,7 +7758,6 @@ class Factory:
             assert world.broken() == []
 
     def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
-        """Run the workflow alone, on this images.txt."""
         with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
             (runner.checkout / "images.txt").write_text(images_txt)
             run = Run(1, 1, inputs, "main", "0" * 40)
@@ -7789,7 +7767,6 @@ class Factory:
 
 @pytest.fixture
 def factory(space: Space) -> Factory:
-    """Return a factory with an empty namespace."""
     needs(ActRunner.missing())
     return Factory(space)
 
@@ -8005,7 +7982,6 @@ def quick_script(before: str = "") -> Path:
 
 
 def is_calm(log: str) -> bool:
-    """Tell whether a log shows no bug."""
     return "Traceback" not in log and wxsync.INTERNAL_ERROR not in log
 
 
@@ -8016,7 +7992,7 @@ class Quick(World):
     """
 
     def __init__(
-        self, runner: Runner | None = None, before: str = "", /, state: bytes = b"", **more: str
+        self, runner: Runner | None = None, before: str = "", state: bytes = b"", /, **more: str
     ) -> None:
         super().__init__(quick_script(before), runner or PlayedRunner(0.01), more)
         self.state = state
@@ -8030,7 +8006,6 @@ class Quick(World):
         return self
 
     def open(self) -> None:
-        """Let the jobs go that wait."""
         if isinstance(self.github.runner, PlayedRunner) and self.github.runner.gate:
             self.github.runner.gate.set()
         if isinstance(self.github.runner, SlowRunner):
@@ -8072,7 +8047,6 @@ class Depot(Quick):
         return super().prepare()
 
     def user(self) -> str:
-        """Return somebody who has not said anything yet."""
         return f"user{next(self.USERS)}"
 
     def ask(self, text: str) -> str:
@@ -8094,14 +8068,12 @@ class Depot(Quick):
         return self.wecom.messages_for(user)
 
     def answer(self, user: str, timeout: float = 20) -> str:
-        """Return the first message that reached somebody."""
         try:
             return self.wecom.wait_message(lambda m: m.user == user, timeout).text
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.log[-3000:]}") from None
 
     def relay(self, link: str, timeout: float = 20) -> str:
-        """Send a link, return the final message."""
         return self.answer(self.ask(link), timeout)
 
     @property
@@ -8135,7 +8107,7 @@ def room(world: World, file_bytes: int = -1) -> None:
 def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
     """Return a world in which a minute takes a second, with unsent messages."""
     fast = {"SPEED": "60", "SCALE": "1", "TZ": "UTC0", "CALLBACK_MAX_AGE": "0"} | settings
-    world = Quick(None, HASTY, state=state_file(letters=letters), **fast)
+    world = Quick(None, HASTY, state_file(letters=letters), **fast)
     world.wecom.speed = 60.0
     return world
 
@@ -8166,18 +8138,15 @@ def last_state(journal: bytes) -> dict[str, Any]:
 
 
 def saved(world: World) -> dict[str, Any]:
-    """Return the state that is on disk now."""
     return last_state((world.service.state_dir / "wxsync.state").read_bytes())
 
 
 def idle(world: World) -> bool:
-    """Tell whether nothing is left to do: no task, no message."""
     state = saved(world)
     return not state["tasks"] and not state["letters"]
 
 
 def finals(world: World, user: str) -> list[str]:
-    """Return the final messages that reached a user."""
     return [text for text in world.wecom.messages_for(user) if "成功 " in text]
 
 
@@ -8189,12 +8158,12 @@ def hear(world: World, user: str, wanted: str) -> str:
 STORIES: dict[str, Callable[[], None]] = {}
 
 
-def early(story: Callable[[], None]) -> Callable[[dict[str, Future[None]]], None]:
+def early(story: Callable[[], None]) -> Callable[[Told], None]:
     """Make a test of a story that mostly waits: all of them start together and run side by side."""
     name = story.__name__
     STORIES[name] = story
 
-    def test(told: dict[str, Future[None]]) -> None:
+    def test(told: Told) -> None:
         told[name].result()
 
     test.__doc__ = story.__doc__
@@ -8202,7 +8171,7 @@ def early(story: Callable[[], None]) -> Callable[[dict[str, Future[None]]], None
 
 
 @pytest.fixture(scope="module")
-def told(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+def told(request: pytest.FixtureRequest) -> Iterator[Told]:
     """Start the stories of the tests that were chosen."""
     names = [item.name for item in request.session.items if item.name in STORIES]
     with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
@@ -8326,9 +8295,7 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
         parts = len(depot.store.parts_received) - before
         assert parts == (0 if size < PART else -(-size // PART))
     puts = [call for call in depot.store.calls[first:] if call.method == "PUT"]
-    assert len(puts) > 12 and all(
-        "content-md5" in call.headers for call in puts if call.body
-    )
+    assert len(puts) > 12 and all("content-md5" in call.headers for call in puts if call.body)
     link = depot.source.add("/packed.bin", 6_000_000, gzip=True, length=length)
     check_object(depot, "/packed.bin", depot.relay(link))
     asked = depot.source.calls_to("GET /packed.bin")[-1]
@@ -8415,7 +8382,7 @@ def test_the_name_that_is_shown_may_be_any_the_key_never_is(depot: Depot) -> Non
     """Of the name, only a cleaned extension is in the key. A Chinese address works as typed."""
     for line in SHOWN_NAMES.strip().splitlines():
         charset, said, _, name, *extension = line.split(" ")
-        more = {"disposition": f"attachment; {said}", "charset": charset}
+        more: dict[str, Any] = {"disposition": f"attachment; {said}", "charset": charset}
         text = depot.relay(depot.source.add("/named", body=b"x", **more))
         assert read_result(text)["name"] == name
         assert check_object(depot, "/named", text)[36:] == "".join(extension)
@@ -8455,9 +8422,9 @@ def test_resume(depot: Depot, cuts: list[int]) -> None:
 @pytest.mark.parametrize("how", ["stalls", "restarts", "breaks-twice"])
 def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
     """Stands still, is gone for a moment, or breaks the next try, too: the rest is asked for."""
-    path, options = f"/{how}.iso", {"etag": '"s"', "ranges": "good"}
-    more = {"stall_after": 5_000_000} if how == "stalls" else {"rate": 8_000_000}
-    user = depot.begin(depot.source.add(path, 9_000_000, **options, **more))
+    path, options = f"/{how}.iso", dict[str, Any](etag='"s"', ranges="good")
+    options |= {"stall_after": 5_000_000} if how == "stalls" else {"rate": 8_000_000}
+    user = depot.begin(depot.source.add(path, 9_000_000, **options))
     if how == "restarts":
         depot.source.restart()
     elif how == "breaks-twice":
@@ -8544,11 +8511,6 @@ def test_the_limit_is_exact() -> None:
             text = depot.relay(depot.source.add("/over.bin", 5 * MIB + 1, length=length))
             check_refusal(text, "文件超过上限 5 MB（MAX_FILE_MB）")
         assert len(depot.store.objects) == len(LENGTHS)
-
-
-# ---------------------------------------------------------------------------------------------
-# QingStor that does not do
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", [500, 503, "reset", "lost", pytest.param("hang", marks=in_ci)])
@@ -8682,16 +8644,17 @@ def test_killed_again_and_again() -> None:
 def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
     """The third start tells it and goes on with the next; an orderly end counts for nothing."""
     with Depot() as depot:
-        link = depot.source.add("/deadly.bin", 2_000_000, rate=5e5)
+        path = "/deadly.bin"
+        link = depot.source.add(path, 2_000_000, rate=5e5)
         user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
         for turn in (1, 2):
-            assert wait_until(lambda: depot.source.hits["/deadly.bin"] == turn)  # noqa: B023 - at once
+            assert wait_until(lambda: depot.source.hits[path] == turn)  # noqa: B023 - at once
             time.sleep(1.4)  # it is under way
             getattr(depot.service, end)()
             depot.service.start()
         told, following = depot.answers(user, 2)
-        assert depot.source.hits["/deadly.bin"] == tries, told
-        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and "deadly.bin" in told
+        assert depot.source.hits[path] == tries, told
+        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and path in told
         check_object(depot, "/next.bin", following)
 
 
@@ -8792,7 +8755,6 @@ def test_without_qingstor() -> None:
 
 
 def load(**settings: str) -> wxsync.Settings:
-    """Return valid settings with these among them."""
     files = {"QINGSTOR_ACCESS_KEY_ID": "k", "QINGSTOR_SECRET_ACCESS_KEY": "s"}
     return wxsync.load_settings(ENOUGH | files | settings)
 
@@ -9053,9 +9015,10 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
 }
 for line in (": 3\nContent-Length: 9", ": 9x", ": -9", ": +9", " : 9"):
     ORIGINS[f"length{line!r}"] = (wire(f"{OK}Content-Length{line}", b"x" * 9), [None])
-for line in "gzip, chunked|gzip|chunked, chunked|identity|gzip\nCODED: chunked|chunked\nCODED: gzip".split("|"):
-    head = f"{OK}CODED: {line}".replace("CODED", "Transfer-Encoding")
-    ORIGINS[f"transfer: {line!r}"] = (wire(head, in_chunks(PACKED, 999)), [None])
+CODINGS = "gzip, chunked|gzip|chunked, chunked|identity|gzip\n: chunked|chunked\n: gzip"
+for line in CODINGS.split("|"):
+    said = f"{OK}\n: {line}".replace("\n\n", "\n").replace("\n: ", "\nTransfer-Encoding: ")
+    ORIGINS[f"transfer: {line!r}"] = (wire(said, in_chunks(PACKED, 999)), [None])
 
 
 @pytest.mark.parametrize("name", ORIGINS)
@@ -9185,7 +9148,6 @@ class ProxyDepot(Depot):
         self.extra.setdefault("PROXY_TEST_URL", f"{self.source.url}/probe")
 
     def said(self) -> list[str]:
-        """Return the log's lines without time and level."""
         return [re.sub(r"^\S+ \S+ (?:[A-Z]+ )?", "", line) for line in self.log.splitlines()]
 
     def proxy_is(self, state: str) -> bool:
@@ -9359,7 +9321,6 @@ def test_wecom_behind_a_reverse_proxy() -> None:
 
 
 def big_files(pid: int) -> set[str]:
-    """Return the regular files of over 1 MiB that a process has open."""
     found = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
@@ -9382,17 +9343,6 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
     files = [file for file in depot.service.folder.rglob("*") if file.is_file()]
     assert not opened and sum(file.stat().st_size for file in files) < 4 * MIB
     return memory.added, seconds
-
-
-@in_ci
-def test_memory_does_not_grow() -> None:
-    """A file takes a few parts of memory, whatever its size; the SDK is in the figure."""
-    with Depot(MAX_FILE_MB="2048") as depot:
-        depot.source.add("/medium.bin", 200 * MIB, length="chunked")
-        depot.source.add("/small.bin", 8 * MIB)
-        for path, most in (("/medium.bin", 64), ("/small.bin", 16)):
-            added, _ = watched_relay(depot, path, 60)
-            assert added < most * MIB, f"{added / MIB:.0f} MiB more for {path}"
 
 
 def plain_download(url: str) -> float:
@@ -9429,32 +9379,22 @@ def plain_upload(store: FakeQingStor, size: int) -> float:
     return time.monotonic() - begun
 
 
-def relay_in_time(size: int, rate: float) -> dict[str, float]:
-    """Relay a file between limited lines; return what it took and what each side takes alone."""
-    with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
-        depot.relay(depot.source.add("/warm.bin", 10))  # the SDK is loaded then
-        link = depot.source.add("/big.bin", size, rate=rate)
-        depot.store.rate_bytes_per_second = rate
-        down, up = plain_download(link), plain_upload(depot.store, size)
-        added, seconds = watched_relay(depot, "/big.bin", 20 * max(down, up))
-    figures = {"down": down, "up": up, "relay": seconds, "ratio": seconds / max(down, up)}
-    return figures | {"added MiB": added / MIB}
-
-
-@in_ci
-def test_download_and_upload_overlap() -> None:
-    """The whole takes little longer than the slower side."""
-    figures = relay_in_time(48 * MIB, 40e6)
-    assert figures["ratio"] <= 1.25, figures
-
-
 @pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
 def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
-    """1 GiB arrives unchanged, in little memory, without a file, in the time of the slower side."""
-    figures = relay_in_time(1024 * MIB, 100e6)
+    """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
+    few parts, the SDK included; a second file takes hardly more."""
+    rate = 100e6
+    with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
+        link = depot.source.add("/big.bin", 1024 * MIB, rate=rate, length="chunked")
+        depot.store.rate_bytes_per_second = rate
+        alone = max(plain_download(link), plain_upload(depot.store, 1024 * MIB))
+        added, seconds = watched_relay(depot, "/big.bin", 20 * alone)
+        depot.source.add("/small.bin", 8 * MIB)
+        again, _ = watched_relay(depot, "/small.bin", 60)
     with capsys.disabled():
-        print("\n1 GiB:", ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-    assert figures["added MiB"] < 64 and figures["ratio"] <= 1.25, figures
+        print(f"\n1 GiB: {seconds:.2f} s, one side alone {alone:.2f} s, {added / MIB:.0f} MiB")
+    assert (added < 64 * MIB, again < 16 * MIB) == (True, True), (added, again)
+    assert seconds <= 1.25 * alone
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9772,26 +9712,21 @@ class Nights:
         )
 
     def seconds(self, when: str) -> float:
-        """Return a local time in seconds since 1970."""
         return datetime.fromisoformat(when).replace(tzinfo=ZoneInfo(self.zone)).timestamp()
 
     def begin(self, moment: float) -> None:
-        """Start midnight's work and do not wait for it."""
         assert self.process.stdin
         print(moment, file=self.process.stdin, flush=True)
 
     def end(self) -> float:
-        """Return the seconds that the work begun wants to wait."""
         assert self.process.stdout
         return float(self.process.stdout.readline())
 
     def ask(self, line: str) -> None:
-        """Put a line on the list, as requests do."""
         with open(self.images, "a") as file:
             file.write(f"{line}\n")
 
     def step(self, text: str) -> None:
-        """Do one step of NIGHTS."""
         word, _, value = text.partition(" ")
         if word == "+":
             self.ask(value)
@@ -9799,7 +9734,9 @@ class Nights:
             assert self.images.read_text().split() == value.split()
         elif word == "pushed":
             commits = [commit.content.decode() for commit in self.github.commits]
-            assert [content.split() for content in commits if content] == [[v] for v in value.split()]
+            assert [content.split() for content in commits if content] == [
+                [v] for v in value.split()
+            ]
         elif word == "GitHub":
             {"goes": self.github.stop, "comes": self.github.start}[value]()
         elif word == "has":
@@ -9837,7 +9774,7 @@ def nights(tmp_path: Path) -> Iterator[Callable[[str], Nights]]:
 
         def begin(zone: str) -> Nights:
             made = Nights(github, zone, tmp_path)
-            stack.callback(lambda: made.process.kill())
+            stack.callback(lambda: made.process.kill())  # noqa: PLW0108 - it may be another by then
             return made
 
         yield begin
@@ -9892,7 +9829,9 @@ def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights])
     berlin.ask("redis:7")
     berlin.end()
     (commit,) = berlin.github.commits
-    assert commit.content.decode() == "nginx:1\n# 说明\n" and berlin.images.read_text() == "redis:7\n"
+    assert (
+        commit.content.decode() == "nginx:1\n# 说明\n" and berlin.images.read_text() == "redis:7\n"
+    )
 
 
 @early
@@ -9901,7 +9840,7 @@ def test_midnight_waits_for_the_request_that_runs() -> None:
     east = 86400 - 60 - time.time() % 86400  # where it is 23:59 now
     zone = f"TST-{int(east // 3600)}:{int(east // 60 % 60):02}:{int(east % 60):02}"
     with quick(gated(), TZ=zone) as world:
-        assert wait_until(lambda: world.state_file.exists())
+        assert wait_until(world.state_file.exists)
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
         (world.service.state_dir / "clock").write_text("120")
@@ -9912,10 +9851,6 @@ def test_midnight_waits_for_the_request_that_runs() -> None:
         assert wait_until(lambda: world.images.read_text() == "")
         assert len(world.github.commits) == 1, "equal content was committed"
 
-
-# ---------------------------------------------------------------------------------------------
-# Nothing lost: the lock and the end
-# ---------------------------------------------------------------------------------------------
 
 # What Windows has in place of fcntl, made of what Linux has in place of it.
 MSVCRT = """
@@ -9976,8 +9911,8 @@ def test_sigterm_ends_it_within_2_seconds_while_everything_hangs(what: str) -> N
 # Nothing lost: kill -9
 # ---------------------------------------------------------------------------------------------
 
-# what is asked for, who is called for it, how; `hang`: it dies before the work of this call is done,
-# `mute`: after it
+# what is asked for, who is called for it, how; it dies before the work of this call is done (hang)
+# or after it (mute)
 KILLS = """
 image github GET /contents/ hang
 image github PUT /contents/ hang
@@ -9996,12 +9931,12 @@ file wecom POST /message/send mute
 """.strip().splitlines()
 
 
-def kill_at(world: World, step: str, say: Callable[[str], object]) -> None:
+def kill_at(world: Any, step: str, say: Callable[[str], object]) -> None:
     """Kill the service at a step of KILLS, and start it again."""
     kind, who, method, path, how = step.split()
     peer: Peer = getattr(world, who)
     peer.fail(f"{method} {path}", how)
-    say("nginx:latest" if kind == "image" else f"{getattr(world, 'source').url}/a.bin")
+    say("nginx:latest" if kind == "image" else f"{world.source.url}/a.bin")
     assert wait_until(lambda: not peer.faults), step
     time.sleep(0.05)  # the work of this call
     world.service.restart()
@@ -10054,7 +9989,6 @@ def watched(world: Quick) -> Iterator[list[str]]:
 
 
 def spoil(world: World, chance: random.Random) -> None:
-    """Make the disk slow, failing or full; as often let it be as it should."""
     how = chance.choice(("fine", "fine", "fine", "slow", "failing", "full"))
     errors = {"failing": chance.choice(((errno.EIO, 0), (errno.ENOSPC, 0), (0, errno.EIO)))}
     disk_is(world, 0.2 * chance.random() * (how == "slow"), *errors.get(how, (0, 0)), 0.5)
@@ -10150,7 +10084,9 @@ def test_a_run_that_outlives_sync_timeout_is_told_after_a_restart() -> None:
         world.service.restart()
         assert "正在处理" in world.say("redis:7", "bob")
         world.open()
-        assert "✅" in hear(world, "alice", "成功 2 / 2") and "✅" in hear(world, "bob", "成功 1 / 1")
+        assert "✅" in hear(world, "alice", "成功 2 / 2") and "✅" in hear(
+            world, "bob", "成功 1 / 1"
+        )
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 2
 
 
@@ -10169,11 +10105,6 @@ def test_repeats_get_the_same_reply_and_start_nothing() -> None:
         assert replies("xml") == replies("json") == first
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
         assert not world.wecom.duplicates
-
-
-# ---------------------------------------------------------------------------------------------
-# Nothing lost: the state of earlier and later versions
-# ---------------------------------------------------------------------------------------------
 
 
 def test_the_state_is_a_journal_that_stays_small() -> None:
@@ -10287,7 +10218,7 @@ def test_an_upgrade_and_a_rollback_lose_nothing() -> None:
 def test_a_state_of_a_later_version_is_left_alone() -> None:
     """Nobody knows what it means: exit 1, why, and not a byte of it changed."""
     later = state_file(version=2, tasks=[TASK])
-    with closing(quick(state=later).prepare()) as world:
+    with closing(quick(None, "", later).prepare()) as world:
         done = world.service.command(timeout=5)
         assert done.returncode == 1 and re.search("version|版本", done.stderr)
         assert world.state_file.read_bytes() == later
@@ -10296,7 +10227,8 @@ def test_a_state_of_a_later_version_is_left_alone() -> None:
 @early
 def test_orphans_are_dropped_at_once_however_busy_it_is() -> None:
     """What an upload left behind goes at the start, also the second time that it is tried."""
-    with closing(Depot(state=state_file(orphans=[["a-key.bin", "an-upload", "a.bin"]]))) as world:
+    orphaned = state_file(orphans=[["a-key.bin", "an-upload", "a.bin"]])
+    with closing(Depot(None, "", orphaned)) as world:
         world.store.open_uploads["an-upload"] = OpenUpload("a-key.bin", "")
         world.store.fail("DELETE", (503, {}, b"{}"))
         world.prepare().service.start()
@@ -10312,21 +10244,11 @@ def test_orphans_are_dropped_at_once_however_busy_it_is() -> None:
 
 
 @early
-def test_codes_on_which_tencents_client_renews_its_token() -> None:
-    """The result comes at once and once, with a new token."""
-    with quick() as world:
-        for number, code in enumerate((0, 41001, 42007, 42009)):
-            world.wecom.expire_tokens(code)
-            world.say(f"app{number}:1", f"user{number}")
-            assert world.wecom.wait_message(f"app{number}", 3)
-            assert world.wecom.token_calls == number + 1
-
-
-@early
 def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
     """Kept for hours, tried ever less often, no one else waits; who writes again hears at once."""
-    minutes, world = 180 if LONG else 10, hasty([("alice", "first"), ("bob", "second")])
-    world.wecom.refused["alice"] = 90500
+    letters = [("alice", "first"), ("carol", "other"), ("bob", "second")]
+    minutes, world = 180 if LONG else 10, hasty(letters)
+    world.wecom.refused |= {"alice": 90500, "carol": 40003}
     with world:
         hear(world, "bob", "second")
         time.sleep(minutes)
@@ -10335,7 +10257,7 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         world.wecom.refused.clear()
         world.say("帮助", "alice")
         world.wecom.wait_message("first", 1)
-        assert world.service.health()["dropped"] == 0
+        assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
 
 
 @early
@@ -10418,19 +10340,6 @@ def test_messages_wait_for_wecom_in_order_and_not_too_fast() -> None:
         assert world.service.health()["status"] == "ok"
 
 
-@early
-def test_45009_is_waited_for() -> None:
-    """After "too frequent" the message is kept and WeCom is left alone for a minute."""
-    with World(SCRIPT) as world:
-        world.wecom.refuse(45009)
-        world.say("nginx:latest")
-        assert wait_until(lambda: "45009" in world.service.log, 20)
-        time.sleep(5)
-        assert len(world.wecom.calls_to("message/send")) == 1 and len(saved(world)["letters"]) == 1
-        world.service.restart()
-        world.hear("✅")
-
-
 @in_long_mode
 def test_restarts_do_not_make_it_more_than_30_a_minute() -> None:
     """WeCom drops what is over 30 a minute to one person: a crash loop must not lead there."""
@@ -10466,7 +10375,8 @@ ODD_WECOM: list[What] = [
     (302, {"Location": "http://evil.example/"}, b""),
     *("reset", "lost", "garbage", "short", "big"),
 ]
-ODD_TOKENS = b"""
+ODD_TOKENS = (
+    b"""
 {}
 {"errcode": 0}
 {"access_token": 5}
@@ -10476,32 +10386,21 @@ ODD_TOKENS = b"""
 {"access_token": "x", "expires_in": null}
 {"access_token": "x", "expires_in": -5}
 {"access_token": "x", "expires_in": 1%b}
-""".strip() % (b"0" * 400)
+""".strip()
+    % (b"0" * 400)
+)
 
 
-@early
-def test_odd_answers_of_wecom_lose_no_message() -> None:
+def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
     """Whatever is wrong with one answer, the message arrives in the end, once."""
-    tokens: list[tuple[str, What]] = [("GET gettoken", (200, {}, b)) for b in ODD_TOKENS.splitlines()]
-    with quick(SCALE="0.005") as world:
-        for number, (where, what) in enumerate([("POST message/send", w) for w in ODD_WECOM] + tokens):
-            world.wecom.fail(where, what)
-            if "token" in where:
-                world.wecom.expire_tokens(40014)
-            world.say(f"app{number}:1", f"user{number}")
-            assert wait_until(lambda: idle(world), 6), f"{what!r}: {world.service.log[-500:]}"
-            assert len(finals(world, f"user{number}")) == 1, what
-
-
-@early
-def test_one_person_wecom_refuses_does_not_keep_others_waiting() -> None:
-    """An errcode that concerns one person only is no reason for silence to everybody."""
-    with quick() as world:
-        world.wecom.refused["alice"] = 40003
-        world.say("app1:1", "alice")
-        assert wait_until(lambda: world.wecom.calls_to("message/send"))
-        world.say("app2:1", "bob")
-        assert wait_until(lambda: finals(world, "bob"), 5), "bob hears nothing"
+    faults: list[tuple[str, What]] = [("POST message/send", what) for what in ODD_WECOM]
+    faults += [("GET gettoken", (200, {}, body)) for body in ODD_TOKENS.splitlines()]
+    for number, (where, what) in enumerate(faults, 1):
+        desk.wecom.fail(where, what)
+        desk.wecom.expire_tokens(40014 if "token" in where else 0)
+        desk.send(f"app{number}")
+        assert len(desk.wecom.messages) == number and not desk.wecom.faults, what
+    assert is_calm(desk.written.getvalue()) and not desk.wecom.errors + desk.wecom.violations
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10547,9 +10446,11 @@ def test_waiting_for_github_before_the_run_is_told() -> None:
 
 
 SMALL_TALK = """
-会议改到 14:30 ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 24/7 ¦ yes/no ¦ localhost
-192.168.1.1:8080 ¦ name: alice ¦ 👍:ok ¦ alice@example.com ¦ /etc/hosts ¦ C:\\Users\\me ¦ ~/src/app
-进度 50% ¦ 好的: 谢谢 ¦ 注意：不要发 ¦ Traceback (most recent call last):\\n  File "a.py"\\nKeyError: 'nginx'
+会议改到 14:30 ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 24/7
+yes/no ¦ localhost ¦ 192.168.1.1:8080 ¦ name: alice ¦ 👍:ok ¦ alice@example.com
+/etc/hosts ¦ C:\\Users\\me ¦ ~/src/app
+进度 50% ¦ 好的: 谢谢 ¦ 注意：不要发
+Traceback (most recent call last):\\n  File "a.py"\\nKeyError: 'nginx'
 """
 # what is typed -> what the reply must hold; what it must not
 ANSWERED = """
@@ -10561,6 +10462,10 @@ docker run nginx:1 -> nginx:1; docker:latest run:latest 🔄
 看看 https://example.com/a.pdf 谢谢 -> 链接要独占一行; :latest 🔄
 下载https://example.com/a.pdf -> 链接要独占一行; :latest 🔄
 """
+
+
+STATUS_WORDS = "状态。 /状态 状态？ “状态” Status!"
+LIST_WORDS = "列表! /列表 【列表】 LIST. 列表～"
 
 
 def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
@@ -10575,8 +10480,8 @@ def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
         (reply, (wanted, _, never)) = talk.say(text), rest.partition("; ")
         assert [part for part in wanted.split() if part not in reply] == [], reply
         assert [part for part in never.split() if part in reply] == [], reply
-    for word in "状态。 /状态 状态？ “状态” Status! 列表! /列表 【列表】 LIST. 列表～".split():
-        assert talk.say(word)[1:].startswith(("当前状态", " 当前状态")) or "镜像列表" in talk.say(word)
+    for wanted, words in {"当前状态": STATUS_WORDS, "镜像列表": LIST_WORDS}.items():
+        assert [word for word in words.split() if wanted not in talk.say(word)] == []
     assert talk.calls() == []
 
 
@@ -10755,8 +10660,6 @@ class Line:
 
 
 class Frame(NamedTuple):
-    """A command as it arrived."""
-
     time: float
     cmd: str
     req_id: str
@@ -10849,7 +10752,6 @@ class FakeGateway(Peer):
             handler.send(Answer(400))
 
     def _converse(self, key: str, handler: PeerHandler) -> None:
-        """Accept a handshake, then read frames until the line ends."""
         digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
         handler.send_response(101)
         accept = base64.b64encode(digest).decode()
@@ -10870,7 +10772,6 @@ class FakeGateway(Peer):
                 self.changed.notify_all()
 
     def handle(self, call: Call) -> Answer:
-        """Answer the download of a file that was sent."""
         until, answer = self._files.get(call.path, (0.0, Answer(404)))
         return answer if time.time() < until else Answer(404, b"expired")
 
@@ -10883,7 +10784,6 @@ class FakeGateway(Peer):
             return self.line
 
     def write(self, data: bytes, opcode: int = TEXT, fin: bool = True) -> None:
-        """Send the subscribed client a frame, right or wrong; see Line.write."""
         self.wait_line().write(opcode, data, fin)
 
     def cut(self) -> None:
@@ -10941,7 +10841,6 @@ class FakeGateway(Peer):
         return req_id
 
     def event(self, kind: str, user: str = "alice") -> str:
-        """Let an event happen (enter_chat, …), return its req_id."""
         return self.say({"eventtype": kind}, user, kind="event")
 
     def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
@@ -10973,8 +10872,6 @@ class FakeGateway(Peer):
     def hear(
         self, wanted: Callable[[ChatMessage], object], chat: str = "alice", timeout: float = 20
     ) -> ChatMessage:
-        """Return the first message in a chat for which `wanted` comes true."""
-
         def found() -> ChatMessage | None:
             return next((message for message in self.all_of(chat) if wanted(message)), None)
 
@@ -11018,7 +10915,6 @@ class FakeGateway(Peer):
             line.tell(ack)
 
     def _do(self, line: Line, frame: Frame, origin: Origin | None) -> int:
-        """Return the errcode that a command ends with."""
         if frame.cmd == "aibot_subscribe":
             return self._subscribe(line, frame)
         if line is not self.line:
@@ -11208,7 +11104,6 @@ class RobotWorld(Quick):
         return self.gateway.hear(lambda m: m.req_id == req_id, group or user)
 
     def result(self, wanted: str = "成功 1 / 1", chat: str = "alice") -> ChatMessage:
-        """Return the first finished message in a chat that holds `wanted`."""
         return self.gateway.hear(lambda m: m.finished and wanted in m.text, chat)
 
     def pushed(self, wanted: str = "成功 1 / 1", chat: str = "alice") -> ChatMessage:
@@ -11330,14 +11225,14 @@ def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
 
 def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
     """What a person typed is code or is left out: no link, no mention, no heading."""
-    asked = {next(PEOPLE): text for text in TYPED}
-    for user, text in asked.items():
+    people = [next(PEOPLE) for _ in TYPED]
+    for user, text in zip(people, TYPED, strict=True):
         robot.ask(text, user)
     assert wait_until(robot.is_idle)
-    for user, text in asked.items():
-        assert wait_until(lambda: all(m.finished for m in robot.gateway.all_of(user))), text  # noqa: B023 - at once
-        shown = [said for message in robot.gateway.all_of(user) for _, said in message.shown]
-        assert [said for said in shown if "evil" in code_and_rest(said)[1]] == []
+    messages = [message for user in people for message in robot.gateway.all_of(user)]
+    assert wait_until(lambda: all(message.finished for message in messages))
+    shown = [text for message in messages for _, text in message.shown]
+    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
 
 
 def test_what_a_run_says_is_no_markdown_and_fits() -> None:
@@ -11625,7 +11520,8 @@ def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld) -> Non
     for kind, body, wanted in OTHER_KINDS:
         user, before = next(PEOPLE), len(robot.github.calls)
         robot.gateway.say(body, user, kind=kind)
-        message = robot.gateway.hear(lambda m: wanted in m.shown[0][1], user)  # noqa: B023 - at once
+        message = robot.gateway.hear(lambda m: m.shown, user)
+        assert wanted in message.shown[0][1]
         if wanted.startswith("共"):
             robot.result(chat=user)
         else:
@@ -11736,7 +11632,6 @@ def test_refreshes_give_way() -> None:
 
 
 def odd_message(**more: object) -> bytes:
-    """Return a message in which something is odd."""
     body: dict[str, object] = {"msgid": "odd", "chattype": "single", "msgtype": "text"}
     body |= {"from": {"userid": "odd"}, "text": {"content": "nginx:1"}} | more
     frame = {"cmd": "aibot_msg_callback", "headers": {"req_id": "odd"}, "body": body}
