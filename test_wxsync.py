@@ -11952,6 +11952,273 @@ def test_a_client_that_never_reads_costs_nothing() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# What a fresh reader of the program found
+# ---------------------------------------------------------------------------------------------
+
+CHOKING = (
+    "multipart/x; boundary*=idna''x",
+    "text/x; charset*=undefined''x",
+    "m/x; boundary*=\0''x",
+)
+
+
+@pytest.mark.parametrize("kind", CHOKING, ids=range(3))
+def test_a_header_that_chokes_the_parser_ends_nothing(kind: str) -> None:
+    """Python's email parser raises what is no HTTPException: here it is a malformed request."""
+    request = f"GET /health HTTP/1.1\r\nConnection: close\r\nContent-Type: {kind}\r\n\r\n"
+    with World(SCRIPT) as world:
+        assert raw(world, request.encode())[9:12] in (b"400", b"200")
+        assert world.service.healthy() and is_calm(world.service.log)
+
+
+@pytest.mark.parametrize("where", ["source", "GitHub", "store"])
+def test_an_answer_that_chokes_the_parser_is_an_odd_answer(where: str) -> None:
+    """The same header from a server that is called: its person hears, the lane goes on."""
+    kind = {"Content-Type": CHOKING[0], "Date": "Mon, 01 Jan 99999999999999 00:00:00 GMT"}
+    with Depot() as depot:
+        peer: Peer = {"source": depot.source, "store": depot.store}.get(where, depot.github)
+        peer.fail("", (200, kind, b"{}"), 1 if where == "GitHub" else 3)
+        if where == "GitHub":
+            assert depot.say("nginx:1", "ann") and "✅" in depot.answer("ann")
+        else:
+            depot.relay(depot.source.add("/first.txt", body=b"first"))
+        assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
+
+
+def test_no_text_takes_long_to_read() -> None:
+    """Empty lines and refusals by the thousand: a second is a hundred times what they need."""
+    texts = ["hello" + "\n" * 60_000, "hello" + " \n" * 30_000, "hello\n" * 10_000, "a\t" * 30_000]
+    texts += ["".join(f"pull access denied for img{n}, " for n in range(3000))]
+    for text in texts:
+        begun = time.monotonic()
+        with suppress(wxsync.Failure):
+            wxsync.read_message(text)
+        assert time.monotonic() < begun + 1, text[:30]
+
+
+def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
+    """An upload that is cancelled ends at once, though its source could be resumed."""
+    with Depot() as depot:
+        link = depot.source.add("/long.bin", 30_000_000, rate=5e6, etag='"v"', ranges="good")
+        user = depot.ask(link)
+        assert wait_until(lambda: depot.store.parts_received)
+        assert "正在停止" in depot.say("取消", user)
+        assert "已取消上传" in depot.answer(user, 5)
+        time.sleep(1)
+        assert depot.source.hits["/long.bin"] == 1
+
+
+def test_the_robot_says_what_was_cancelled() -> None:
+    """The reply to 取消 is a message of its own, and nothing waits for more of it."""
+    runner = SlowRunner()
+    with RobotWorld(runner) as world:
+        world.ask("slow/a:1")
+        said = world.ask("取消")
+        assert "正在停止" in said.text and "slow/a:1" in said.text
+        assert wait_until(lambda: said.finished, 5)
+        runner.go.set()
+        world.gateway.hear(lambda m: "已取消" in m.text and m is not said, "alice")
+
+
+@pytest.mark.parametrize("length", ["-5", "many", ""])
+def test_a_store_that_tells_an_odd_size_holds_no_lane(length: str) -> None:
+    """A look at what became of an upload may be answered with anything."""
+    with Depot() as depot:
+        depot.store.fail("PUT", (403, {}, b""))
+        depot.store.fail("HEAD", (200, {"Content-Length": length}, b""), 2)
+        told = depot.relay(depot.source.add("/refused.txt", body=b"refused"))
+        assert "-5 字节" not in told
+        assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
+
+
+def test_an_object_of_an_upload_that_was_told_as_failed_goes() -> None:
+    """The answer to its completion was lost and the store away: later it is taken back."""
+    with Depot() as depot:
+        depot.store.fail("POST upload_id", "lost", 3)
+        depot.store.fail("HEAD", "reset", 6)
+        assert "❌" in depot.relay(depot.source.add("/big.bin", 9_000_000))
+        assert wait_until(lambda: not depot.store.objects, 15)
+
+
+class Shaky(wxsync.Channel):
+    """A chat that is away for long, then refuses once with a code that nobody knows."""
+
+    def __init__(self) -> None:
+        self.tries, self.heard = 0, 0
+
+    def send(self, letter: wxsync.Letter) -> None:
+        self.tries += 1
+        if self.tries < 2 * wxsync.KEEP_TRIES:
+            raise wxsync.Unreachable("away")
+        if self.tries == 2 * wxsync.KEEP_TRIES:
+            raise wxsync.ChannelError("odd", 0.01, is_known=False)
+        self.heard += 1
+
+
+def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
+    """Tries while nobody could be reached do not count against a message."""
+    log = wxsync.Log("ERROR", [], io.StringIO())
+    state, chat = wxsync.State(tmp_path, log, time.time), Shaky()
+    state.load()
+    post = wxsync.Post(chat, state, log, lambda seconds: None)
+    post.pace = wxsync.Pace([(1000.0, 0.001)])
+    state.change(lambda facts: facts.with_letters([wxsync.Letter("ann", "result")]))
+    with suppress(StopIteration):
+        while not chat.heard:
+            post._not_before.clear()
+            post.step()
+    assert post.dropped == 0 and state.facts.letters == ()
+
+
+def test_an_address_whose_pace_was_forgotten_can_be_written_to() -> None:
+    """More people than are remembered have been written to while its message was on its way."""
+    pace = wxsync.Pace([(1.0, 5.0)])
+    for address in ("ann", *map(str, range(2000))):
+        pace.take(address)
+    pace.restart("ann")
+    assert pace.wait_seconds("ann") == 0 and pace.wait_seconds("1999") > 4
+
+
+def test_words_without_end_leave_room_for_others() -> None:
+    """What one person's words are answered with is bounded, on disk as well."""
+    with RobotWorld() as world:
+        for _ in range(300):
+            world.gateway.say("help", "eve")
+        world.gateway.say("nginx:1", "bob")
+        world.result(chat="bob")
+        assert sum(letter[0].startswith("eve") for letter in saved(world)["letters"]) <= 100
+
+
+def test_check_leaves_a_folder_as_it_is(tmp_path: Path) -> None:
+    """Before the first start, perhaps by root, whose files the service could not write."""
+    with RobotWorld() as world:
+        world.service.terminate()
+        with temporary_folder("unused") as folder:
+            world.service.settings["STATE_DIR"] = folder
+            world.service.command("check")
+            assert os.listdir(folder) == []
+
+
+def test_files_of_several_people_take_turns() -> None:
+    """Whoever sends many links lets others in between."""
+    with Depot() as depot:
+        links = [depot.source.add(f"/{n}.bin", 400_000, rate=4e5) for n in range(3)]
+        many = depot.ask("\n".join(links))
+        one = depot.ask(depot.source.add("/one.bin", body=b"one"))
+        depot.answer(one)
+        assert len(depot.wecom.messages_for(many)) < 3
+        assert wait_until(lambda: len(depot.wecom.messages_for(many)) == 3, 15)
+
+
+def test_short_secrets_are_warned_of() -> None:
+    """What is too short to be masked without masking words is named, its value is not."""
+    with World(SCRIPT, PlayedRunner(0.01), {"SECRET": "abc-42"}) as world:
+        assert "SECRET 太短" in world.service.log and "abc-42" not in world.service.log
+
+
+HOLES = {  # a message whose note leaves no room, its link, and lines that are longer than the room
+    "links and bad lines": "https://e.com/x\nimage: nginx\n"
+    + "\n".join(f"image: Aaaa{n}" for n in range(24)),
+    "many bad lines": "image: nginx\n" + "\n".join(f"image: Aaaa{n}" for n in range(400)),
+    "long variables": "image: nginx\n"
+    + "\n".join("image: ${" + "x" * 300 + f"{n}}}" for n in range(40)),
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_a_note_without_end_leaves_the_service_alive(name: str) -> None:
+    """However much could not be done, the reply fits and others are answered meanwhile."""
+    with World(SCRIPT, PlayedRunner(0.01)) as world:
+        reply = world.say(HOLES[name], "eve")
+        assert "nginx:latest" in reply and len(reply.encode()) <= 2048
+        assert "共 1 个镜像" in world.say("redis:1", "bob")
+
+
+def test_a_text_is_cut_whatever_the_room() -> None:
+    """Pieces of at least some characters, none lost, none endless."""
+    for room in (-126, 0, 1, 64):
+        pieces = wxsync.split_text("一二三" * 100, room, 1000)
+        assert "".join("".join(pieces).split("\n")) == "一二三" * 100
+
+
+def test_check_waits_for_no_rate_limit() -> None:
+    """A limit is told; nobody asks again and again for leave to ask."""
+    with World(SCRIPT, PlayedRunner(0.01)) as world:
+        before = len(world.github.calls)
+        world.github.fail("", (429, {"Retry-After": "1"}, b"{}"), 1000)
+        done = world.service.command("check")
+        assert "限制调用次数" in done.stdout and len(world.github.calls) < before + 20
+
+
+@pytest.mark.parametrize(
+    "setting", ["DOCKER_REGISTRY=reg.example.com:99999", "GITHUB_API_URL=https://a:99999/x"]
+)
+def test_a_port_that_is_none_is_named(setting: str) -> None:
+    """Wherever it stands in an address; not by a traceback of `check`."""
+    name, _, value = setting.partition("=")
+    with pytest.raises(wxsync.SettingsError) as caught:
+        wxsync.load_settings(ENOUGH | {name: value})
+    assert name in str(caught.value)
+
+
+def test_chunks_without_a_size_are_refused(impatient: Depot) -> None:
+    """A negative size would be the rest of the connection to Python."""
+    body = b"-1\r\n" + bytes(300_000)
+    assert fetched(impatient, **wire("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", body)) is None
+
+
+def test_a_second_long_list_is_no_duplicate_of_the_first() -> None:
+    """WeCom drops without a word what it has seen within four hours."""
+    with World(SCRIPT, PlayedRunner(0.01)) as world:
+        names = [f"registry.example.com/a/rather/long/name-{n}:1" for n in range(120)]
+        (world.service.state_dir / "images.txt").write_text("\n".join(names) + "\n")
+        for _ in range(2):
+            world.wecom.messages.clear()
+            reply = world.say("列表")
+            assert wait_until(lambda: any(names[-1] in m.text for m in world.wecom.messages))
+            texts = "\n".join([reply, *(m.text for m in world.wecom.messages)])
+            assert [w for w in texts.split() if w.startswith("registry")] == names
+        assert not world.wecom.dropped
+
+
+def test_an_index_without_images_is_none(tmp_path: Path) -> None:
+    """Attestations alone are nothing that could be copied."""
+    entry = {
+        "digest": "sha256:" + "0" * 64,
+        "platform": {"architecture": "unknown", "os": "unknown"},
+    }
+    raw = json.dumps({"mediaType": OCI_INDEX, "schemaVersion": 2, "manifests": [entry]}).encode()
+    image = wxsync.read_image("--platform=all a/b:1")
+    skopeo = wxsync.Skopeo({}, "r.example.com", tmp_path)
+    with pytest.raises(wxsync.CopyFailure, match="no image"):
+        wxsync.copy_index(wxsync.Source(skopeo, "x/a/b"), image, raw, "t", tmp_path)
+
+
+@pytest.mark.parametrize("line", ['SECRET="#abc"', "SECRET='#abc' # why"])
+def test_a_quoted_value_may_begin_with_a_hash(tmp_path: Path, line: str) -> None:
+    """Only a bare one is a comment."""
+    (tmp_path / ".env").write_text(line + "\n")
+    assert wxsync.read_env_file(tmp_path / ".env") == {"SECRET": "#abc"}
+
+
+def test_digits_of_other_scripts_are_no_port() -> None:
+    """Python's \\d is every digit of Unicode; what goes to git is ASCII."""
+    with pytest.raises(wxsync.BadImage):
+        wxsync.read_image("example.com:٤٤٣/a/b:1")
+
+
+def test_a_retry_that_is_sent_twice_runs_once() -> None:
+    """The second one finds nothing that failed any more."""
+    failing = PlayedRunner(0.01, {"bad:1": "wxsync: failed network reset"})
+    with World(SCRIPT, failing) as world:
+        world.say("bad:1")
+        assert wait_until(lambda: any("重试" in m.text for m in world.wecom.messages))
+        with ThreadPoolExecutor(4) as pool:
+            replies = list(pool.map(world.say, ["重试"] * 4))
+        assert sum("正在处理" in reply for reply in replies) == 1, replies
+
+
+# ---------------------------------------------------------------------------------------------
 # Nobody in: callbacks
 # ---------------------------------------------------------------------------------------------
 
@@ -13781,7 +14048,7 @@ README_LIMITS = {
     "一条企业微信消息": f"{wxsync.MAX_TEXT_BYTES} 字节",
     "发给同一个人": "每分钟 28 条、每小时 950 条",
     "images.txt 的行": f"{wxsync.MAX_LIST_LINES} 行",
-    "发给机器人的文本文件": f"{wxsync.MAX_PASTE_CHARACTERS // 1024} KiB",
+    "发给机器人的文本文件": f"{wxsync.MAX_PASTE_BYTES // 1024} KiB",
     "一条机器人消息": f"{wxsync.MAX_MARKDOWN_BYTES} 字节",
     "一个文件的传输时间": f"{wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时",
     "传输时服务异常退出": f"{wxsync.TRIES - 1} 次",

@@ -18,7 +18,8 @@ Where each secret goes.
     GITHUB_TOKEN                GITHUB_API_URL only, no redirect takes it to another host
     QINGSTOR_SECRET_ACCESS_KEY  nowhere: it signs requests; never through a proxy
     PROXY_URL's password        the proxy
-    DOCKER_PASSWORD             only in the workflow's job: a 0600 auth file for skopeo
+    DOCKER_PASSWORD (its user), SOURCE_AUTH
+                                only in the workflow's job: 0600 auth files for skopeo
 Log lines, and what is quoted of foreign answers, are masked by `Log`.
 
 Who is trusted. WeCom, because it knows TOKEN and ENCODING_AES_KEY, or because we called it over
@@ -52,7 +53,7 @@ How to read it. Top to bottom; each part uses only those above it. One message t
 Robot -> Chat.answer -> read_message -> State.accept; then in the thread of a lane sync_images or
 relay_file -> finish -> Post.step -> Channel.send.
 
-Verify a copy with `python wxsync.py --version`, which prints the file's own SHA-256.
+Verify a copy with `python wxsync.py --version`, which prints how the file's own SHA-256 begins.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import os
 import queue
@@ -134,7 +136,7 @@ MAX_INPUT_CHARACTERS = 60_000  # a dispatch holds 65,535 in all
 MAX_LINKS = 20  # per message; more is a script, not a person
 MAX_REMEMBERED = 1000  # answered messages, people's results: memory and state stay bounded
 REMEMBER_SECONDS = 1800.0  # at least; WeCom repeats within half a minute
-MAX_PASTE_CHARACTERS = 256 * 1024  # of a sent file; a typed message is far shorter
+MAX_PASTE_BYTES = 256 * 1024  # of a sent file; a typed message is far shorter
 MAX_COMMAND_WORDS = 500  # of one docker command in a paste
 MAX_LINE_CHARACTERS = 64 * 1024  # of a paste's line; a whole manifest may be one
 KEEP_TRIES = 60  # of one message whose errcode nobody knows: about half a day
@@ -163,6 +165,7 @@ MIDNIGHT_WAIT_SECONDS = 60.0  # the same for midnight, which holds up requests m
 POLL_SECONDS = 3.2  # 19 calls a minute; a finished run is told within 5 s
 JOBS_SECONDS = 9.0  # how often the jobs of a running run are counted; shown counts are under 10 s
 SETTLE_SECONDS = 30.0  # a completed run whose jobs still say "in_progress" is asked again so long
+MAX_ETAGS = 64  # answers of up to READ_BYTES that are kept, two for each run that is followed
 ODD_ANSWERS = 5  # in a row, then following a run is given up; 16 s cover GitHub's own lag
 FIND_RUN_SECONDS = 12.0  # GitHub's list of runs lags; less than 10 would start runs twice
 WATCH_SECONDS = 6 * 3600.0  # a job may not run longer on GitHub
@@ -247,7 +250,7 @@ def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -
     """
     if len(text.encode()) <= limit_bytes:
         return [text]
-    room = limit_bytes - (8 if "```" in text else 0)
+    room = max(limit_bytes - (8 if "```" in text else 0), 64)
     lines: list[str] = []
     for line in text.split("\n"):
         while len(line.encode()) > room:
@@ -311,7 +314,7 @@ def newest(entries: Mapping[str, T], most: int) -> dict[str, T]:
 # distribution/reference: domain, path component, tag; a digest of the one algorithm in use.
 NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
-_DOMAIN = rf"{_LABEL}(?:\.{_LABEL})*(?::\d+)?"
+_DOMAIN = rf"{_LABEL}(?:\.{_LABEL})*(?::[0-9]+)?"
 TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 REFERENCE = re.compile(
     rf"(?:(?P<host>{_DOMAIN})/)?(?P<path>{NAME}(?:/{NAME})*)"
@@ -322,7 +325,7 @@ PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9._]+)?")
 DEFAULT_PLATFORM = "linux/amd64"
 DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 # a host as in DOCKER_REGISTRY, a namespace, and what to say of others
-REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:\d+)?", "应只有主机名，不带 https:// 和路径")
+REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:[0-9]+)?", "应只有主机名，不带 https:// 和路径")
 NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
 BARE_NAME = re.compile(NAME)
 # Names that are images even where nothing else says so: what Docker Hub calls official.
@@ -608,6 +611,7 @@ class Skopeo:
         )
         # Older skopeo ignores the variable, and runner images have shipped broken files.
         self._command = ["skopeo", "--registries-conf", conf]
+        self._password = environ.get("DOCKER_PASSWORD") or "\0"
         pair = f"{environ.get('DOCKER_USERNAME', '')}:{environ.get('DOCKER_PASSWORD', '')}"
         auth = {registry: {"auth": base64.b64encode(pair.encode()).decode()}} if pair != ":" else {}
         self._target = self._file(folder / "target.json", json.dumps({"auths": auth}))
@@ -650,7 +654,7 @@ class Skopeo:
             raise CopyFailure("error", f"cannot run skopeo: {error.strerror}") from error
         if done.returncode == 0:
             return done.stdout
-        text = done.stderr.decode(errors="replace")
+        text = done.stderr.decode(errors="replace").replace(self._password, "***")
         said = re.findall(r'msg="((?:\\.|[^"\\])*)"', text) or [text]
         text = re.sub(NAMES, "", text)
         at_target = at_target or re.search(TARGET_MARKS, text) is not None
@@ -811,6 +815,8 @@ def copy_index(
     if image.platforms != ("all",):
         wanted = [choose(entries, name) for name in image.platforms]
         entries = [entry for entry in entries if entry in wanted]  # in the source's order
+    if not entries:
+        raise CopyFailure("no-platform", "no image in the index")
     if entries != index["manifests"]:
         raw = json.dumps({**index, "manifests": entries}, indent=2).encode()
     digest = digest_of(raw)
@@ -896,8 +902,9 @@ def try_copy(image: Image, environ: Mapping[str, str]) -> tuple[int, str]:
             copied, digest = copy_image(skopeo, image, prefix, Path(folder))
         return 0, f"{'copied' if copied else 'unchanged'} {digest}"
     except CopyFailure as failure:
-        detail = str(failure).replace(environ.get("DOCKER_PASSWORD") or "\0", "***")
-        return 1, f"failed {failure.code} {harmless(detail, 260)}"
+        return 1, f"failed {failure.code} {harmless(str(failure), 260)}"
+    except OSError as error:
+        return 1, f"failed error {harmless(str(error.strerror))}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return 1, f"failed error odd manifest ({type(error).__name__})"
 
@@ -1083,8 +1090,8 @@ def read_env_file(path: Path) -> dict[str, str]:
     values, problems = {}, []
     for line_number, line in enumerate(map(str.strip, lines), 1):
         if match := ENV_LINE.fullmatch(line):
-            value = next((v for v in match.groups()[1:] if v is not None), "")
-            values[match[1]] = "" if value.startswith("#") else value
+            bare = "" if (match[4] or "").startswith("#") else match[4]
+            values[match[1]] = next(v for v in (match[2], match[3], bare) if v is not None)
         elif line and not line.startswith("#"):
             problems.append(f"{path} 第 {line_number} 行看不懂，应为 KEY=value")
     if problems:
@@ -1098,7 +1105,11 @@ def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
         if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
             return int(text)
     elif kind == "str":
-        port = re.search(r":(\d+)/?$", text) if "://" in text else None
+        port = (
+            re.search(r":([0-9]+)(?:/|$)", text)
+            if re.search(r":(\\d|\[0-9\])", rule["pattern"])
+            else None
+        )
         if re.fullmatch(rule["pattern"], text, re.ASCII) and (not port or int(port[1]) < 65536):
             return text.rstrip("/") if "://" in text else text
     elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
@@ -1183,7 +1194,7 @@ class Log:
 
     def mask(self, text: str) -> str:
         """Return text without any secret: for what is quoted from others."""
-        for value in self._hidden | self._token:
+        for value in sorted(self._hidden | self._token, key=len, reverse=True):
             text = text.replace(value, "***")
         return text
 
@@ -1241,13 +1252,13 @@ def parse_url(text: str) -> Url:
         parts = urllib.parse.urlsplit(text)
         host = (parts.hostname or "").encode("idna").decode("ascii").lower().removesuffix(".")
         port = parts.port if parts.port is not None else DEFAULT_PORTS.get(parts.scheme, 0)
+        query = f"?{urllib.parse.quote(parts.query, safe=URL_SAFE)}" if parts.query else ""
+        path = urllib.parse.quote(parts.path or "/", safe=URL_SAFE.replace("?", ""))
     except ValueError as error:
         raise Failure(f"链接格式不正确：{quoted(text)}") from error
     odd = re.search(r"[\s\\\x00-\x1f\x7f]", text) or "@" in parts.netloc
     if odd or parts.scheme not in DEFAULT_PORTS or not HOST_PATTERN.fullmatch(host) or not port:
         raise Failure(f"链接格式不正确（不能有空格、反斜杠或用户名密码）：{quoted(text)}")
-    query = f"?{urllib.parse.quote(parts.query, safe=URL_SAFE)}" if parts.query else ""
-    path = urllib.parse.quote(parts.path or "/", safe=URL_SAFE.replace("?", ""))
     return Url(parts.scheme, host, port, path + query)
 
 
@@ -1509,12 +1520,18 @@ class Lines(io.BufferedReader):
 
 
 class Response(http.client.HTTPResponse):
-    """A response whose head is whole."""
+    """A response whose head is whole, and its chunks have sizes."""
 
     def __init__(self, sock: socket.socket, **options: Any) -> None:
         super().__init__(sock, **options)
         self.fp.close()
         self.fp = Lines(sock.makefile("rb", buffering=0))
+
+    def _read_next_chunk_size(self) -> int:
+        size_bytes = int(super()._read_next_chunk_size())  # type: ignore[misc]
+        if size_bytes < 0:  # which http.client would take for the rest of the connection
+            raise ValueError("chunk size")
+        return size_bytes
 
 
 class Wire(http.client.HTTPConnection):
@@ -1542,12 +1559,15 @@ class Wire(http.client.HTTPConnection):
             # In blocks, or the time allowed for one write would be that for the whole.
             asked["Content-Length"], body = str(len(body)), io.BytesIO(body)
         self.request(method, self.prefix + target, body, {**asked, **headers, **self.extra})
-        response = self.getresponse()
-        for _ in range(10):  # interim answers (103); http.client knows only 100
-            if response.status >= 200 or response.status == 101:
-                return response
-            response.headers = None  # type: ignore[assignment]
-            response.begin()
+        try:
+            response = self.getresponse()
+            for _ in range(10):  # interim answers (103); http.client knows only 100
+                if response.status >= 200 or response.status == 101:
+                    return response
+                response.headers = None  # type: ignore[assignment]
+                response.begin()
+        except (ValueError, LookupError) as error:  # a header that the email parser chokes on
+            raise http.client.HTTPException("odd head") from error
         raise http.client.HTTPException("too many interim answers")
 
     def exchange(
@@ -1711,7 +1731,7 @@ class Client:
                 wire = self._network.open(self.url, proxied=self._proxied)
             answer = wire.exchange(method, target, headers, body, seconds)
             self._wire = wire if wire.sock else None
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, OverflowError):
                 date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
                 # The header has whole seconds, rounded down.
                 self.clock_gap = time.time() - date.timestamp() - 0.5
@@ -2127,8 +2147,9 @@ class GitHub:
         self._log = log
         self._sleep = sleep
         self._lock = threading.Lock()
-        self._cache: dict[str, tuple[str, Any]] = {}  # path -> (ETag, answer), for polling only
+        self._cache: dict[str, tuple[str, bytes]] = {}  # path -> (ETag, body), for polling only
         self._quiet_until = 0.0  # monotonic; set by rate limits
+        self.patience_seconds = GITHUB_WAIT_SECONDS  # of a call that nobody gave any
         self.trouble = ""
         self.token_ends = ""  # as GitHub's header says it; for `check`
 
@@ -2204,8 +2225,8 @@ class GitHub:
         """
         target = f"{self.client.url.target.rstrip('/')}/repos/{self._settings.GITHUB_REPO}{path}"
         data = json.dumps(body).encode() if body is not None else None
-        etag, cached = self._cache.get(path, ("", None)) if polling else ("", None)
-        patience = patience or Patience(GITHUB_WAIT_SECONDS)
+        etag, cached = self._cache.get(path, ("", b"")) if polling else ("", b"")
+        patience = patience or Patience(self.patience_seconds)
 
         def passes(error: Exception) -> bool:
             if again := isinstance(error, Unreachable):
@@ -2222,7 +2243,7 @@ class GitHub:
             )
             self.token_ends = answer.headers.get("GitHub-Authentication-Token-Expiration", "")
             if answer.status == 304:
-                return cached
+                return read_json(cached, object)
             if not (wait := self._wait_asked(answer, time.time())):
                 return self._read(answer, path, needs, polling)
             self.trouble = f"GitHub 限制调用次数，等待 {wait:.0f} 秒"
@@ -2237,11 +2258,11 @@ class GitHub:
             raise self._error(answer, found, needs)
         if answer.body.strip() and found is None:
             raise Unreachable("GitHub 的回答不是 JSON")
-        if polling and (etag := answer.headers.get("ETag")):
+        etag = answer.headers.get("ETag", "")
+        if polling and etag and len(answer.body) <= READ_BYTES:
             with self._lock:
-                while len(self._cache) >= 16:
-                    self._cache.pop(next(iter(self._cache)))
-                self._cache[path] = (etag, found)
+                kept = {k: v for k, v in self._cache.items() if k != path}
+                self._cache = {**newest(kept, MAX_ETAGS - 1), path: (etag, answer.body)}
         return found
 
     def _error(self, answer: Answer, found: Any, needs: str) -> GitHubError:
@@ -2390,7 +2411,7 @@ class Upload(NamedTuple):
 
 # What QingStor's code and message say, or its status -> cause and cure; the first that matches.
 QINGSTOR_ERRORS = (
-    (r"skew|expired|time_|date", "本机时钟不准：请校准时间"),
+    (r"skew|expired|time_|\bdate\b|invalid_date", "本机时钟不准：请校准时间"),
     (
         r"^401|signature|access_key",
         "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID 和 QINGSTOR_SECRET_ACCESS_KEY",
@@ -2434,7 +2455,14 @@ class QingStor:
         place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
-    def call(self, name: str, *words: str, body: bytes | bytearray = b"", **options: Any) -> Answer:
+    def call(
+        self,
+        name: str,
+        *words: str,
+        body: bytes | bytearray = b"",
+        tries: int = TRIES,
+        **options: Any,
+    ) -> Answer:
         """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
         if body:
             md5 = hashlib.md5(body, usedforsecurity=False).digest()
@@ -2455,7 +2483,8 @@ class QingStor:
                 raise Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
             return answer
 
-        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
+        pauses = (1.0, 2.0)[: tries - 1]
+        return persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
 
     def require(self, answer: Answer) -> Answer:
         """Return a 2xx answer; raise Failure with cause and cure for any other."""
@@ -2481,11 +2510,20 @@ class QingStor:
 
     def initiate(self, key: str, content_type: str) -> str:
         """Begin an object in parts; return its upload id."""
-        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
-        upload_id = (read_json(self.require(answer).body, dict) or {}).get("upload_id")
-        if not isinstance(upload_id, str) or not upload_id:
-            raise Failure("QingStor 的回答里没有 upload_id")
-        return upload_id
+
+        def attempt() -> str:
+            name = "initiate_multipart_upload"
+            try:
+                answer = self.require(self.call(name, key, tries=1, content_type=content_type))
+            except Unreachable:  # it may have begun all the same
+                self._abort_strays(key)
+                raise
+            upload_id = (read_json(answer.body, dict) or {}).get("upload_id")
+            if not isinstance(upload_id, str) or not upload_id:
+                raise Failure("QingStor 的回答里没有 upload_id")
+            return upload_id
+
+        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
 
     def _abort(self, key: str, upload_id: str) -> None:
         answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
@@ -2493,7 +2531,7 @@ class QingStor:
             self.require(answer)
 
     def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun, the answer with their id being lost."""
+        """Drop uploads of a key that were begun without our learning their id."""
         with contextlib.suppress(Failure):
             answer = self.require(self.call("list_multipart_uploads", prefix=key))
             listed = (read_json(answer.body, dict) or {}).get("uploads")
@@ -2510,7 +2548,6 @@ class QingStor:
         parts = [{"part_number": part} for part in range(count)]
         done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
         self._make("complete_multipart_upload", upload.key, **done)
-        self._abort_strays(upload.key)
 
     def _is_stored(self, key: str) -> bool:
         with contextlib.suppress(Failure):
@@ -2522,21 +2559,26 @@ class QingStor:
         answer = self.call("head_object", key)
         if answer.status == 404:
             return None
-        return int(self.require(answer).headers.get("Content-Length") or 0)
+        length = self.require(answer).headers.get("Content-Length") or "0"
+        if not re.fullmatch(r"[0-9]{1,18}", length):
+            raise Failure("QingStor 的回答看不懂：Content-Length")
+        return int(length)
 
     def settle(self, upload: Upload) -> int | None:
         """Undo an interrupted upload; return the object's size if it was finished after all."""
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             self._abort(upload.key, upload.upload_id)
-        self._abort_strays(upload.key)
+        elif size_bytes is None:
+            self._abort_strays(upload.key)
         return size_bytes
 
-    def delete(self, key: str) -> None:
-        """Take an object away, there or not."""
-        answer = self.call("delete_object", key)
-        if answer.status != 404:
-            self.require(answer)
+    def drop(self, upload: Upload) -> None:
+        """Leave nothing of an upload, finished or not."""
+        if self.settle(upload) is not None:
+            answer = self.call("delete_object", upload.key)
+            if answer.status != 404:
+                self.require(answer)
 
     def link(self, key: str, now: float) -> str:
         """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
@@ -2719,6 +2761,9 @@ class Download:
         """Follow redirects, each to a checked address, to a 200 or 206; raise Failure."""
         for _ in range(MAX_REDIRECTS):
             wire = self._wire = self._network.open(url, proxied=True, vet=self._vet)
+            if self._closed.is_set():  # meanwhile
+                wire.close()
+                raise Failure("下载中断：已取消")
             try:
                 with self._waiting(), cut_off(wire.link, STALL_SECONDS):
                     response = wire.ask("GET", url.target, {"Accept": "*/*", **headers})
@@ -2781,6 +2826,8 @@ class Download:
             except (OSError, http.client.HTTPException, ValueError, Unreachable) as error:
                 if self._wire:
                     self._wire.close()
+                if self._closed.is_set():
+                    raise Failure("下载中断：已取消") from error
                 tries = 1 if self._done_bytes - mark > SLOWEST_BYTES else tries + 1
                 broken, mark = error, self._done_bytes
                 if tries > TRIES:
@@ -2797,10 +2844,12 @@ class Download:
         (as wget stores it), unless it was packed once more for the way.
         """
         pieces, inflate = self._sent(), zlib.decompressobj(47)
-        stored: bool | None = None if PACKED.fullmatch(self.name) else False
-        for piece in pieces:
-            if stored is None:
-                stored = zlib.decompressobj(47).decompress(piece, 2) != GZIP_MAGIC
+        stored, head = False, b""
+        if PACKED.fullmatch(self.name):
+            while len(head) < 1024 and (piece := next(pieces, b"")):
+                head += piece
+            stored = zlib.decompressobj(47).decompress(head, 2) != GZIP_MAGIC
+        for piece in itertools.chain([head], pieces):
             if stored:
                 yield piece
                 continue
@@ -3117,7 +3166,7 @@ class State:
         self.facts = self._next = Facts()  # _next: with what waits for the disk
         self.resumed: frozenset[str] = frozenset()  # ids of tasks of an earlier process
         self._since: list[Change] = []  # what has happened since the writer took _next
-        self._waiting: list[list[bool]] = []  # each gets whether it was written
+        self._waiting: list[list[str]] = []  # each gets why it could not be written, or ""
         self._size_bytes = JOURNAL_BYTES  # of the file; full: the first write begins it anew
         self._stopping = False
         self._writer = threading.Thread(target=self._write_for_ever, daemon=True)
@@ -3166,9 +3215,9 @@ class State:
         """
         with self.changed:
             self._next = change(self._next)
-            if not self._wait():
-                why = f"无法保存：{self.trouble}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
-                raise Failure(f"❌ {why}")
+            if why := self._wait():
+                text = f"❌ 无法保存：{why}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
+                raise Failure(text)
 
     def change(self, change: Change) -> None:
         """Make a change of what has happened; it is on disk on return, if the disk takes it."""
@@ -3177,14 +3226,14 @@ class State:
             self._since.append(change)
             self._wait()
 
-    def _wait(self) -> bool:
-        """Wait for the writer; tell whether the disk took it."""
-        written: list[bool] = []
-        self._waiting.append(written)
+    def _wait(self) -> str:
+        """Wait for the writer; return why the disk did not take it, "" where it did."""
+        answer: list[str] = []
+        self._waiting.append(answer)
         self.changed.notify_all()
-        while not written:
+        while not answer:
             self.changed.wait()
-        return written[0]
+        return answer[0]
 
     # -- writing
 
@@ -3200,6 +3249,7 @@ class State:
                 batch, self._waiting, self._since = self._waiting, [], []
                 facts = self._next
             is_dirty = not self._write(facts)
+            why = self.trouble
             with self.changed:
                 if is_dirty:  # what waits for the disk is refused, all of it
                     batch, self._waiting = batch + self._waiting, []
@@ -3209,19 +3259,20 @@ class State:
             if is_dirty:
                 self._write(self.facts)  # a restart must not find what is refused
             with self.changed:
-                for written in batch:
-                    written.append(not is_dirty)
+                for answer in batch:
+                    answer.append(why)
                 self.changed.notify_all()
 
     def _write(self, facts: Facts) -> bool:
         """Add a line to the journal, or begin it anew; tell whether the disk took it."""
-        size_bytes = self._size_bytes
+        size_bytes, is_append = self._size_bytes, False
         try:
             line = self._dump(facts)
             if hasattr(os, "statvfs") and not os.statvfs(self._path.parent).f_bavail:
                 # A line might still fit where the file ends, but nothing else that follows from it.
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if size_bytes + len(line) > JOURNAL_BYTES:
+            is_append = size_bytes + len(line) <= JOURNAL_BYTES
+            if not is_append:
                 write_atomically(self._path, line)
                 self._size_bytes = len(line)
             else:
@@ -3231,7 +3282,7 @@ class State:
                     os.fsync(file.fileno())
                 self._size_bytes += len(line)
         except (OSError, MemoryError, ValueError) as error:
-            if size_bytes < JOURNAL_BYTES:
+            if is_append:
                 with contextlib.suppress(OSError):
                     os.truncate(self._path, size_bytes)
             self._size_bytes = JOURNAL_BYTES  # whatever is there now: begun anew next time
@@ -3383,9 +3434,9 @@ NO_IMAGE = re.compile(
 )
 PULL_TALK = frozenset(("failed", "fails", "error", "timeout", "slow", "stuck"))
 INSTRUCTION = re.compile(
-    r"(?im)^\W*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
+    r"(?im)^[^\w\n]*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
 )
-SQL = re.compile(r"(?im)^\s*(?:SELECT|DELETE|INSERT|UPDATE)\s")
+SQL = re.compile(r"(?im)^[ \t]*(?:SELECT|DELETE|INSERT|UPDATE)\s")
 KLOG = re.compile(r"(?m)^[IWEF]\d{4} |kubeadm config images")
 # what kubectl applied before, not what is
 APPLIED = re.compile(
@@ -3417,8 +3468,9 @@ class Paste:
             lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("-")]
         for line in lines:
             self._read_line(line)
+        named = {re.split(r":[^/]*$|@", line)[0] for line in self.images}
         for name in self._denied:
-            if not any(line.startswith((f"{name}:", f"{name}@")) for line in self.images):
+            if name not in named:
                 self._take(name)
         self._read_parts(text)
 
@@ -3701,6 +3753,7 @@ def read_message(text: str, prefix: str = "") -> Reading:
     if len(word) < 20 and (word := re.sub(r"^[\W_]+|[\W_]+$", "", word)) in COMMANDS:
         return Reading(COMMANDS[word])
     text = re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
+    text = re.sub(r"\n[ \t\n]*\n", "\n", text)  # thousands of empty lines would take their time
     links, items = split_items(text)
     if links and (paste := Paste(text)) and not _is_list(items):
         # Terminals wrap errors so that a line begins with an address: no link of the person's.
@@ -3964,11 +4017,14 @@ class Channel:
         raise NotImplementedError
 
     def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
-        """Return what goes on disk with accepted tasks, to be sent as their confirmation."""
+        """Return what goes on disk with a change and its new tasks, to be sent as its reply.
+
+        Nothing where the reply is given otherwise.
+        """
         return []
 
     def expect(self, task: Task, letters: Sequence[Letter]) -> None:
-        """Hear that these letters are the last ones about a task."""
+        """Hear that with these letters a message that showed how far a task is has to end."""
 
 
 def is_begun(facts: Facts, task: Task) -> bool:
@@ -3977,13 +4033,12 @@ def is_begun(facts: Facts, task: Task) -> bool:
     return task.stage != "queued" or bool(task.upload) or task in first
 
 
-def with_cancelled(facts: Facts, names: Sequence[tuple[str, str]]) -> Facts:
+def with_cancelled(facts: Facts, tasks: Sequence[Task]) -> Facts:
     """Return Facts in which waiting tasks are gone and begun ones marked as cancelled."""
-    for task_id, lane in names:
-        task = facts.task(task_id, lane)
-        if task and is_begun(facts, task):
-            facts = replace(facts, cancelled=(*facts.cancelled, task_id))
-        elif task:
+    for task in tasks:
+        if is_begun(facts, task):
+            facts = replace(facts, cancelled=(*facts.cancelled, task.id))
+        else:
             facts = facts.without_task(task)
     return facts
 
@@ -4071,17 +4126,22 @@ class Chat:
         if reading.command == "list":
             return self._list()
         if reading.command == "cancel":
-            return lambda: self._cancel(message)
+            return lambda: self._cancel(message, channel)
         if reading.command == "retry":
-            last = self._state.facts.finished.get(message.user)
-            if not last or not last.failed:
-                return NOTHING_TO_RETRY
-            links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
-            images = tuple(read_image(item) for item in last.failed if item not in links)
-            reading = Reading("retry", images, links)
-        elif reading.command:
+            reading = self._again(self._state.facts, message)
+        if reading.command not in ("", "retry"):
             return f"{reading.note}\n\n{HELP}".strip()
         return lambda: self._start(reading, message, channel)
+
+    @staticmethod
+    def _again(facts: Facts, message: Message) -> Reading:
+        """Return what failed of a person's last request; raise Failure for nothing."""
+        last = facts.finished.get(message.user)
+        if not last or not last.failed:
+            raise Failure(NOTHING_TO_RETRY)
+        links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
+        images = tuple(read_image(item) for item in last.failed if item not in links)
+        return Reading("retry", images, links)
 
     def _list(self) -> str:
         lines = self._images.read().encode(errors="replace").decode().strip()
@@ -4090,42 +4150,50 @@ class Chat:
 
     # -- work
 
-    def _accept(self, message: Message, plan: Callable[[Facts], tuple[Facts, str]]) -> str:
+    def _accept(
+        self,
+        message: Message,
+        channel: Channel,
+        plan: Callable[[Facts], tuple[Facts, str, tuple[Task, ...]]],
+    ) -> str:
         """Make a change and return its reply, both on disk; a repeat gets the first one's reply.
 
-        Raises Failure, as plan does.
+        `plan` returns the new tasks, too. Raises Failure, as plan does.
         """
-        reply = ""
+        reply, tasks = "", tuple[Task, ...]()
 
         def change(facts: Facts) -> Facts:
-            nonlocal reply
+            nonlocal reply, tasks
             if said := facts.seen.get(message.id):  # the first is still being written
                 reply = said.reply
                 return facts
-            facts, reply = plan(facts)
+            facts, reply, tasks = plan(facts)
+            facts = replace(facts, tasks=facts.tasks + tasks)
+            facts = facts.with_letters(channel.confirm(message, reply, tasks))
             return facts.with_seen(message.id, self._now(), reply, self._keep_seconds)
 
         self._state.accept(change)
+        for task in tasks:
+            count, user = len(task.items), shown(message.user)
+            self._log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
         return reply
 
     def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
         """Accept a request; return its confirmation, raise Failure."""
 
-        def plan(facts: Facts) -> tuple[Facts, str]:
+        def plan(facts: Facts) -> tuple[Facts, str, tuple[Task, ...]]:
             last = facts.finished.get(message.user)
-            if reading.command == "retry" and not (last and last.failed):
-                raise Failure(NOTHING_TO_RETRY)
-            tasks, reply = self._plan(facts, reading, message)
+            wanted = self._again(facts, message) if reading.command == "retry" else reading
+            tasks, reply = self._plan(facts, wanted, message)
             if not tasks:
                 raise Failure(reply)
             if reading.command == "retry" and last:
                 begun = {item for task in tasks for item in task.items}
                 again = last._replace(failed=tuple(i for i in last.failed if i not in begun))
                 facts = replace(facts, finished={**facts.finished, message.user: again})
-            letters = channel.confirm(message, reply, tasks)
-            return replace(facts, tasks=facts.tasks + tasks).with_letters(letters), reply
+            return facts, reply, tasks
 
-        return self._accept(message, plan)
+        return self._accept(message, channel, plan)
 
     def _plan(
         self, facts: Facts, reading: Reading, message: Message
@@ -4134,7 +4202,7 @@ class Chat:
         request, tasks, replies = secrets.token_hex(8), [], []
         room = self._settings.QUEUE_SIZE
         half = MAX_TEXT_BYTES // (2 if reading.images and reading.links else 1) - 150
-        half -= len(reading.note.encode()) if len(reading.note.encode()) < 1000 else 1000
+        half = max(half - len(reading.note.encode()), 400)  # what is too long is cut below
         wanted: list[tuple[str, str, tuple[str, ...], str]] = []
         if reading.images:
             head = f"🔄 正在处理镜像同步请求...\n共 {len(reading.images)} 个镜像："
@@ -4158,9 +4226,6 @@ class Chat:
         if not tasks and len(wanted) > 1:
             replies = ["⏳ 已有任务正在处理中，请稍后再试"]
         reply = split_text("\n\n".join(replies) + reading.note, MAX_TEXT_BYTES, 1)[0]
-        for task in tasks:
-            count, user = len(task.items), shown(message.user)
-            self._log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
         return tuple(tasks), reply
 
     def _targets(self, reading: Reading) -> list[str]:
@@ -4168,10 +4233,10 @@ class Chat:
         pairs = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
         return [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
 
-    def _cancel(self, message: Message) -> str:
+    def _cancel(self, message: Message, channel: Channel) -> str:
         """Cancel what is this person's; return what that was, raise Failure for nothing."""
 
-        def plan(facts: Facts) -> tuple[Facts, str]:
+        def plan(facts: Facts) -> tuple[Facts, str, tuple[Task, ...]]:
             own = [task for task in facts.tasks if task.person == message.user]
             left = [task for task in own if task.id not in facts.cancelled]
             if not left:
@@ -4182,9 +4247,9 @@ class Chat:
                 how = "正在停止" if is_begun(facts, task) else "不再排队"
                 lines.append(f"{how}：{title(task, True)}")
             lines.append("已经完成的镜像不会撤回，结果照常通知")
-            return with_cancelled(facts, [(t.id, t.lane) for t in left]), "\n".join(lines)
+            return with_cancelled(facts, left), "\n".join(lines), ()
 
-        return self._accept(message, plan)
+        return self._accept(message, channel, plan)
 
     # -- looking
 
@@ -4284,15 +4349,18 @@ class Pace:
     def take(self, address: str, tokens: float = 1.0) -> None:
         """Count a message."""
         with self._lock:
-            self._left[address] = [(left - tokens, at) for left, at in self._now(address)]
+            left = [(left - tokens, at) for left, at in self._now(address)]
+            self._left.pop(address, None)  # so that the first one is the longest unused
+            self._left[address] = left
             if len(self._left) > MAX_REMEMBERED:
                 del self._left[next(iter(self._left))]
 
     def restart(self, address: str) -> None:
         """Count the time for one more from now on: the message that was taken has arrived."""
         with self._lock:
-            now = time.monotonic()
-            self._left[address] = [(left, now) for left, _ in self._left.get(address, ())]
+            if address in self._left:
+                now = time.monotonic()
+                self._left[address] = [(left, now) for left, _ in self._left[address]]
 
 
 class Post:
@@ -4411,7 +4479,7 @@ class Post:
         known = not isinstance(failure, ChannelError) or failure.is_known
         least = failure.pause_seconds if isinstance(failure, ChannelError) else 1.0
         with self._state.changed:
-            tries = self._tries[letter.address] = self._tries.get(letter.address, 0) + 1
+            tries = self._tries[letter.address] = self._tries.get(letter.address, 0) + (not known)
             if not least or (not known and tries > KEEP_TRIES):
                 self.dropped += 1
                 self._dropped_at, self._trouble = time.monotonic(), ""
@@ -4449,11 +4517,19 @@ class Cancelled(Exception):
 
 
 def finish(
-    app: App, task: Task, text: str, mark: str, what: str, failed: Sequence[str], item: str = ""
+    app: App,
+    task: Task,
+    text: str,
+    mark: str,
+    what: str,
+    failed: Sequence[str],
+    item: str = "",
+    is_stored: bool = False,
 ) -> None:
     """In one change: queue the final message and drop the task (or just the one item of it).
 
-    `mark` is what makes the message unlike any other; an upload left in the task is an orphan.
+    `mark` is what makes the message unlike any other. An upload in the task is an orphan, if it has
+    not been stored. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
     letters = channel.letters(task.user, text, mark)
@@ -4465,14 +4541,16 @@ def finish(
         if current is None:  # cancelled while it waited
             return facts
         facts = facts.with_letters(letters).with_result(task, at, what, failed)
-        if current.upload:
+        if current.upload and not is_stored:
             facts = replace(facts, orphans=(*facts.orphans, Upload(*current.upload)))
         items = list(current.items)
         if item in items:
             items.remove(item)
         if not item or not items:
             return facts.without_task(task)
-        return facts.with_task(task, items=tuple(items), upload=(), deaths=0)
+        others = [t for t in facts.tasks if t is not current]
+        rest = replace(current, items=tuple(items), upload=(), deaths=0)
+        return replace(facts, tasks=(*others, rest))
 
     app.state.change(change)
     app.progress.end(task)
@@ -4489,6 +4567,68 @@ def stop_if_cancelled(app: App, task: Task) -> None:
     facts = app.state.facts
     if task.id in facts.cancelled or facts.task(task.id, task.lane) is None:
         raise Cancelled
+
+
+def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
+    """Tell the person that the request failed as a whole."""
+    text = failed_text(task.items, why, task.run_url, can_retry)
+    finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
+
+
+def drop_orphans(app: App) -> None:
+    """Drop what uploads that failed have left behind; what cannot be dropped now waits."""
+    for orphan in app.state.facts.orphans:
+        try:
+            if app.store:
+                app.store.drop(orphan)
+        except Failure as failure:
+            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
+            continue
+
+        def change(facts: Facts, gone: Upload = orphan) -> Facts:
+            return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
+
+        app.state.change(change)
+
+
+def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
+    """Tell the person that the first link failed; leave nothing in the bucket."""
+    link = task.items[0]
+    number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
+    retry = f"；{RETRY}" if can_retry else ""
+    text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
+    finish(app, task, text, number, "文件：失败", (link,), item=link)
+    drop_orphans(app)
+
+
+def cancel(app: App, task: Task) -> None:
+    """Tell the person that the request has been broken off; leave nothing in the bucket."""
+    is_file = task.lane == "files"
+    current = app.state.facts.task(task.id, task.lane) or task
+    is_surely_idle = current.stage in ("queued", "committed")
+    head = "已取消上传" if is_file else "已取消，没有开始" if is_surely_idle else "已取消"
+    what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
+    finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
+    drop_orphans(app)
+
+
+def attempt(app: App, task: Task, step: Callable[[], object]) -> None:
+    """Do a step of a task: this is where a task's trouble becomes a message."""
+    fail = fail_images if task.lane == "images" else fail_file
+    try:
+        step()
+    except Cancelled:
+        cancel(app, task)
+    except Failure as failure:
+        current = app.state.facts.task(task.id, task.lane) or task
+        if app.state.is_cancelled(task) and not current.run_id:
+            cancel(app, current)
+            return
+        app.log.warning(f"{task.lane}: id={task.id} {failure}")
+        fail(app, current, str(failure), isinstance(failure, Unreachable))
+    except Exception:
+        app.log.bug(f"{task.lane}: id={task.id}")
+        fail(app, app.state.facts.task(task.id, task.lane) or task, INTERNAL_ERROR, False)
 
 
 # ---- Images ------------------------------------------------------------------------------------
@@ -4528,12 +4668,6 @@ def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float)
     app.log.info(f"images: id={task.id} done={done} of={len(outcomes)} seconds={seconds:.0f}")
     what = f"镜像 {title(task, True)}：成功 {done} / {len(outcomes)}"
     finish(app, task, text, task.run_url, what, failed)
-
-
-def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
-    """Tell the person that the request failed as a whole."""
-    text = failed_text(task.items, why, task.run_url, can_retry)
-    finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
 
 
 class Follower:
@@ -4642,8 +4776,11 @@ def sync_images(app: App, task: Task) -> None:
             app.sleep(POLL_SECONDS)
 
 
-def give_up(app: App, task: Task) -> None:
-    """End the watch of a run that does not end, with a last look at what it did."""
+def follow_late(app: App, task: Task, follower: Follower) -> None:
+    """Look once at a late run; end the watch of one that does not end with a last look at it."""
+    over = time.monotonic() > app.progress.of(task).since + WATCH_SECONDS
+    if follower.poll() or not over:
+        return
     try:
         outcomes = app.github.outcomes(task.run, task.items)
     except Failure:
@@ -4661,23 +4798,14 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
     first = next((task for task in tasks if task.stage != "late"), None)
     if first and (begun := app.progress.of(first).since):
         waited_for_github = first.stage in ("queued", "committed", "dispatching")
-        if waited_for_github and time.monotonic() >= begun + app.settings.SYNC_TIMEOUT:
+        is_late = time.monotonic() >= begun + app.settings.SYNC_TIMEOUT
+        if waited_for_github and is_late and not app.progress.of(first).is_told:
             tell_late(app, first)
     for task in (task for task in tasks if task.stage == "late"):
         work = app.progress.of(task)
         work.since = work.since or since(app, task)
         follower = followers.setdefault(task.id, Follower(app, task))
-        try:
-            over = time.monotonic() > work.since + WATCH_SECONDS
-            if follower.poll():
-                del followers[task.id]
-            elif over:
-                give_up(app, task)
-        except Failure as failure:
-            fail_images(app, task, str(failure), isinstance(failure, Unreachable))
-        except Exception:
-            app.log.bug(f"images: id={task.id}")
-            fail_images(app, task, INTERNAL_ERROR, False)
+        attempt(app, task, functools.partial(follow_late, app, task, follower))
     for task_id in set(followers) - {task.id for task in tasks}:
         del followers[task_id]
     app.sleep(POLL_SECONDS)
@@ -4738,8 +4866,7 @@ def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_b
         f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {store.link(key, app.now())}"
     )
     app.log.info(f"files: id={task.id} bytes={size_bytes} key={key}")
-    app.state.change(lambda facts: facts.with_task(task, upload=()))
-    finish(app, task, text, key, f"文件 {quoted(name)}：成功", (), item=task.items[0])
+    finish(app, task, text, key, f"文件 {quoted(name)}：成功", (), task.items[0], is_stored=True)
 
 
 def relay_file(app: App, task: Task) -> None:
@@ -4770,58 +4897,12 @@ def relay_file(app: App, task: Task) -> None:
     tell_file(app, store, task, name, key, size_bytes)
 
 
-def drop_upload(app: App, task: Task) -> None:
-    """Leave nothing in the bucket; what cannot be dropped now becomes an orphan."""
-    current = app.state.facts.task(task.id, task.lane)
-    if current and current.upload and app.store:
-        with contextlib.suppress(Failure):
-            upload = Upload(*current.upload)
-            if app.store.settle(upload) is not None:
-                app.store.delete(upload.key)
-            app.state.change(lambda facts: facts.with_task(task, upload=()))
-
-
-def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
-    """Tell the person that the first link failed; leave nothing in the bucket."""
-    drop_upload(app, task)
-    link = task.items[0]
-    number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
-    retry = f"；{RETRY}" if can_retry else ""
-    text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
-    finish(app, task, text, number, "文件：失败", (link,), item=link)
-
-
-def cancel(app: App, task: Task) -> None:
-    """Tell the person that the request has been broken off; leave nothing in the bucket."""
-    drop_upload(app, task)
-    is_file = task.lane == "files"
-    head = "已取消上传" if is_file else "已取消，没有开始"
-    what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
-    finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
-
-
-def settle_orphans(app: App) -> None:
-    """Drop what uploads left behind that could not be dropped when they failed."""
-    for orphan in app.state.facts.orphans:
-        try:
-            if app.store:
-                app.store.settle(orphan)
-        except Failure as failure:
-            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
-            continue
-
-        def change(facts: Facts, gone: Upload = orphan) -> Facts:
-            return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
-
-        app.state.change(change)
-
-
 def keep_settling(app: App) -> None:
     """Look after orphaned uploads every minute while there are any."""
     with app.state.changed:
         while not app.state.facts.orphans:
             app.state.changed.wait()
-    settle_orphans(app)
+    drop_orphans(app)
     app.sleep(CLOCK_LOOK_SECONDS)
 
 
@@ -4831,29 +4912,15 @@ def keep_settling(app: App) -> None:
 
 
 def work(app: App, lane: str) -> None:
-    """Do one task of a lane: this is where a task's trouble becomes a message."""
+    """Do one task of a lane, or the first part of one."""
     with app.state.changed:
         while not (tasks := app.state.facts.lane(lane)):
             app.state.changed.wait()
     task = tasks[0]
     progress = app.progress.of(task)
     progress.since = progress.since or since(app, task)
-    is_images = lane == "images"
-    run, fail = (sync_images, fail_images) if is_images else (relay_file, fail_file)
-    try:
-        run(app, task)
-    except Cancelled:
-        cancel(app, task)
-    except Failure as failure:
-        current = app.state.facts.task(task.id, lane) or task
-        if app.state.is_cancelled(task) and not current.run_id:
-            cancel(app, task)
-            return
-        app.log.warning(f"{lane}: id={task.id} {failure}")
-        fail(app, current, str(failure), isinstance(failure, Unreachable))
-    except Exception:
-        app.log.bug(f"{lane}: id={task.id}")
-        fail(app, app.state.facts.task(task.id, lane) or task, INTERNAL_ERROR, False)
+    step = sync_images if lane == "images" else relay_file
+    attempt(app, task, functools.partial(step, app, task))
 
 
 def day_of(moment: float) -> str:
@@ -4875,8 +4942,7 @@ def set_midnight(app: App, day: str) -> None:
 def empty_list(app: App, day: str) -> None:
     """Upload images.txt and empty it, when no image request runs; raise Failure."""
     with app.list_lock:
-        if app.images.path.exists():
-            uploaded = app.images.read().encode("utf-8", "surrogateescape")
+        if uploaded := app.images.read().encode("utf-8", "surrogateescape"):
             message = f"wxsync: 每日列表 {day} [skip ci]"
             app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
             app.images.remove(uploaded)
@@ -4922,8 +4988,12 @@ class Head(http.server.BaseHTTPRequestHandler):
         # Not the base class's: it would read from a socket, and answer.
         self.rfile, self.wfile = io.BytesIO(data), io.BytesIO()
         self.raw_requestline = self.rfile.readline(MAX_HEAD_BYTES)
-        if not self.parse_request() or self.request_version == "HTTP/0.9":
-            raise Rejected(400, "request line")
+        try:
+            is_whole = self.parse_request() and self.request_version != "HTTP/0.9"
+        except (ValueError, LookupError):  # a header that the email parser chokes on
+            is_whole = False
+        if not is_whole:
+            raise Rejected(400, "request line or headers")
         self.continued = self.wfile.getvalue()  # "100 Continue", where it was asked for
         if any(name != name.strip() for name in self.headers):
             raise Rejected(400, "blank in the name of a header")
@@ -5046,17 +5116,19 @@ class Server:
         for _ in range(64):
             try:
                 sock, _ = self._listener.accept()
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             except BlockingIOError:
                 return
             except OSError as error:  # out of descriptors: the oldest connection has to go
                 self._log.warning(f"server: {error.strerror}")
+                time.sleep(0.1)
                 if self._open:
                     self._drop(next(iter(self._open.values())))
                 return
-            if self._open and len(self._open) + self._waiting >= MAX_CONNECTIONS:
+            most = MAX_CONNECTIONS if os.name == "posix" else 400  # select on Windows takes 512
+            if self._open and len(self._open) + self._waiting >= most:
                 self._drop(next(iter(self._open.values())))
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._hold(Connection(sock))
 
     def _hold(self, connection: Connection) -> None:
@@ -5259,8 +5331,11 @@ class Callback:
         is_new = app.chat.recall(message.id) is None
 
         def say(text: str) -> Reply:
-            pieces = split_text(channel.render(text), channel.limit_bytes)
-            if is_new and len(pieces) > 1:
+            pieces = [channel.render(text)]
+            if len(pieces[0].encode()) > channel.limit_bytes:
+                letters = channel.letters(message.address, text, message.id)
+                pieces = [letter.text for letter in letters]  # marked: no duplicate of an older one
+            if is_new and pieces[1:]:
                 post.send_list(message.address, pieces[1:])
             now = app.now()
             inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
@@ -5485,6 +5560,7 @@ class Robot(Channel):
     limit_bytes = MAX_MARKDOWN_BYTES
     senders = 4
     MOST_ANSWERS = 256  # under way at once; a thread each
+    MOST_REPLIES = 100  # waiting for one address: each is on disk, and 28 go in a minute
 
     def __init__(self, settings: Settings, network: Network, log: Log) -> None:
         self._settings = settings
@@ -5538,7 +5614,9 @@ class Robot(Channel):
         with self._lock:
             if stream := self._streams.get(message.id):
                 stream.tasks = tuple(tasks)
-                self._letters.setdefault(letters[0], []).append((stream, False))
+                self._letters.setdefault(letters[0], []).append((stream, not tasks))
+            if not tasks:
+                self._streams.pop(message.id, None)
         return letters
 
     def expect(self, task: Task, letters: Sequence[Letter]) -> None:
@@ -5764,6 +5842,10 @@ class Robot(Channel):
         if message.id in app.state.facts.seen:
             return  # accepted, with its confirmation
         first, *more = self.letters(message.address, reply, "")
+        waiting = sum(letter.address == first.address for letter in app.state.facts.letters)
+        if waiting >= self.MOST_REPLIES:
+            app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
+            return
         with self._lock:
             self._streams.pop(message.id, None)
             for frames in self._letters.values():  # of a confirmation that did not reach the disk
@@ -5815,7 +5897,7 @@ class Robot(Channel):
         return str(part.get("content") or "") if kind in ("text", "voice") else ""
 
     def _file(self, link: str, key: str) -> str:
-        """Return a sent text file of at most MAX_PASTE_CHARACTERS; raise Failure for another."""
+        """Return a sent text file of at most MAX_PASTE_BYTES; raise Failure for another."""
         if not link.startswith(("http://", "https://")):
             raise Failure("这个文件没有下载地址")
         url = parse_url(link)
@@ -5823,16 +5905,17 @@ class Robot(Channel):
         wire = self._network.open(url, proxied=False, vet=vet)
         with contextlib.closing(wire):
             answer = wire.exchange("GET", url.target, {}, None, CALL_SECONDS)
+        if answer.status != 200:
+            raise Failure(f"这个文件取不到（HTTP {answer.status}），请再发一次")
         try:
-            plain = unpad(
-                aes(base64.b64decode(key + "=" * (-len(key) % 4))).decrypt(answer.body), 0
-            )
+            cipher = aes(base64.b64decode(key + "=" * (-len(key) % 4)))
+            plain = unpad(cipher.decrypt(answer.body), 0)
             text = plain.decode("utf-8-sig")
         except (ValueError, TypeError) as error:
             raise Failure(
                 "这个文件读不懂：只看得懂文本文件（compose、清单、images.txt）"
             ) from error
-        if answer.status != 200 or len(plain) > MAX_PASTE_CHARACTERS or "\0" in text:
+        if len(plain) > MAX_PASTE_BYTES or "\0" in text:
             raise Failure("只看得懂 256 KiB 以内的文本文件（compose、清单、images.txt）")
         return text
 
@@ -5841,7 +5924,7 @@ class Robot(Channel):
     def refresh(self, app: App) -> None:
         """Show how far the requests of living messages are; end those that live too long."""
         with self._lock:
-            streams = [(k, s) for k, s in self._streams.items() if s.tasks and s.begun]
+            streams = [(k, s) for k, s in self._streams.items() if s.begun and s.line]
         for message_id, stream in streams:
             facts = app.state.facts
             tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
@@ -6001,10 +6084,9 @@ class Doctor:
         if not settings.BOT_ID:
             yield Finding("✅", "智能机器人", "没有设置，只用应用的回调")
             return
-        try:
-            lock = (
-                StateLock(Path(settings.STATE_DIR)) if Path(settings.STATE_DIR).exists() else None
-            )
+        folder = Path(settings.STATE_DIR)
+        try:  # where no service has ever been nothing is written
+            lock = StateLock(folder) if (folder / "wxsync.lock").exists() else None
         except Failure:
             state = ask_service(settings, "GET", "/health", b"").body
             is_up = (read_json(state, dict) or {}).get("bot") == "up"
@@ -6141,8 +6223,9 @@ def run_checks(doctor: Doctor) -> list[Finding]:
             findings[name].append(Finding("❌", name, f"{failure}；{CHECK_HINTS[name]}"))
         except Failure as failure:
             findings[name].append(Finding("❌", name, str(failure)))
-        except (AttributeError, TypeError):
-            findings[name].append(Finding("❌", name, "回答看不懂：核对地址"))
+        except (OSError, ImportError, ValueError, LookupError, AttributeError, TypeError) as error:
+            text = f"看不懂（{shown(str(error))}）：核对地址；{CHECK_HINTS[name]}"
+            findings[name].append(Finding("❌", name, text))
 
     pairs = zip(CHECK_HINTS, steps, strict=True)
     threads = {p[0]: threading.Thread(target=collect, args=p, daemon=True) for p in pairs}
@@ -6172,6 +6255,7 @@ def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
         target=Client(network, f"https://{settings.DOCKER_REGISTRY}", proxied=False),
         log=log,
     )
+    doctor.github.patience_seconds = 0  # a limit is told, not waited for
     findings = [found._replace(text=found.text.replace("`", "")) for found in run_checks(doctor)]
     if as_json:
         print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
@@ -6360,13 +6444,16 @@ def send_text(settings: Settings, text: str, user: str) -> int:
         if answer.status != 200:
             why = SEND_ERRORS.get(answer.status, "看它的日志")
             raise Failure(f"服务答 {answer.status}：{why}")
+        if answer.body:
+            reply, _ = read_fields(answer.body)
+            values, _ = read_fields(crypto.decrypt(reply.get("encrypt", "")))
+            print(values.get("content", ""))
     except Failure as failure:
         print(f"❌ {failure}", file=sys.stderr)
         return 1
-    if answer.body:
-        reply, _ = read_fields(answer.body)
-        values, _ = read_fields(crypto.decrypt(reply["encrypt"]))
-        print(values.get("content", ""))
+    except Rejected as refusal:
+        print(f"❌ 服务的回答看不懂（{refusal}）：那里运行的是 wxsync 吗？", file=sys.stderr)
+        return 1
     return 0
 
 
