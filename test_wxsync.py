@@ -3688,7 +3688,7 @@ sys.pycache_prefix = str(Path(__file__).parent)
 sys.path.insert(0, {folder!r})
 import wxsync
 settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
 pace = float(os.environ.get("PACE", "0.02"))
 sys.exit(wxsync.serve(settings, log, time.time, lambda seconds: time.sleep(seconds * pace)))
 """
@@ -3808,7 +3808,7 @@ class Desk:
         self.after_pause: Callable[[], object] | None = None
         self.written = io.StringIO()
         settings = wxsync.load_settings(world.service.settings)
-        log = wxsync.Log("DEBUG", settings.secrets(), self.written)
+        log = wxsync.Log("DEBUG", settings.secret_values(), self.written)
         self.app = wxsync.build_app(settings, log, time.time, self.pause)
         wxsync.take_up(self.app)
         self.post, channel = self.app.posts[""], self.app.channels[""]
@@ -6759,7 +6759,7 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
     toy, world = Toy(), World(SCRIPT, PlayedRunner(0.01)).prepare()
     with closing(world):
         settings = wxsync.load_settings(world.service.settings)
-        log = wxsync.Log("ERROR", settings.secrets(), io.StringIO())
+        log = wxsync.Log("ERROR", settings.secret_values(), io.StringIO())
         app = wxsync.build_app(settings, log, time.time, lambda seconds: time.sleep(seconds / 50))
         app.channels["toy"] = toy
         wxsync.take_up(app)
@@ -7917,7 +7917,7 @@ for name in os.environ:
     if name.endswith("_SECONDS") and hasattr(wxsync, name):
         setattr(wxsync, name, float(os.environ[name]))
 settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secrets(), sys.stderr)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
 clock = Path(settings.STATE_DIR, "clock")
 def now():
     return time.time() + float(clock.exists() and clock.read_text() or 0)
@@ -9664,7 +9664,7 @@ import os, sys, time
 sys.path.insert(0, sys.argv[1])
 import wxsync
 settings = wxsync.load_settings(os.environ)
-log = wxsync.Log("DEBUG", settings.secrets(), sys.stderr)
+log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
 moment = [0.0]
 app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
 app.state.load()
@@ -10502,7 +10502,7 @@ def test_a_full_queue_is_named_and_said_once() -> None:
 
 @pytest.mark.parametrize("token", ["docker", "wxsync"])
 def test_a_short_secret_masks_no_word_of_ours(token: str) -> None:
-    """Only what is quoted from others is masked."""
+    """Only what is quoted from others is masked; the start and `check` warn of such a secret."""
     world = quick(runner := PlayedRunner(0.01), DOCKER_REGISTRY=NO_REGISTRY)
     world.token, world.github.repo = token, "octo/wxsync"
     runner.outcomes["bad:1"] = f"wxsync: failed error it said {world.wecom.secret}"
@@ -10511,6 +10511,8 @@ def test_a_short_secret_masks_no_word_of_ours(token: str) -> None:
         text = world.hear("成功 1 / 2")
         assert f"docker pull {NO_REGISTRY}/mirror-space/nginx:1" in text
         assert "https://github.com/octo/wxsync/actions/runs/" in text and "it said ***" in text
+        assert re.search(r"WARNING .*\bTOKEN\b.*8", world.service.log)
+        assert re.search(r"^⚠️.*\bTOKEN\b.*8", world.service.command("check").stdout, re.MULTILINE)
 
 
 def test_what_holds_a_password_does_not_show_it() -> None:
@@ -11664,7 +11666,9 @@ def test_garbage_does_not_end_the_service() -> None:
         assert "使用说明" in world.ask("帮助：这是什么？").text
         assert len(world.gateway.subscriptions) == 1 and world.gateway.line
         assert world.gateway.line.pongs[:2] == [b"x" * 125, b"between"]
-        world.gateway.fragments, begun = False, len(world.github.dispatches)
+        world.gateway.fragments = False
+        assert wait_until(world.is_idle)
+        begun = len(world.github.dispatches)
         for name, (data, opcode) in HARMFUL.items():
             line = world.gateway.wait_line()
             with suppress(OSError):  # it may hang up before it has all
