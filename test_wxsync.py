@@ -10,9 +10,10 @@
     python3 test_wxsync.py bench        the benchmark (--json, --quick)
     python3 test_wxsync.py picture      draw .github/chat.svg from the sandbox's story
 
-Packages that are missing are installed into .venv beside this file, nothing anywhere else. Fakes are servers on 127.0.0.1 that behave as the documents say; nothing is patched. What needs a
-component that is not installed (docker-registry, skopeo, act, tinyproxy, …) is skipped with the
-reason, and fails where CI is set. WXSYNC_FUZZ=long fuzzes and kills for longer.
+Packages that are missing are installed into .venv beside this file, nothing anywhere else. Fakes
+are servers on 127.0.0.1, as unkind as the documents say. What needs a component that is not there
+(docker-registry, skopeo, act, tinyproxy, …) is skipped with the reason, and fails where CI is set.
+WXSYNC_FUZZ=long fuzzes and kills for longer.
 """
 
 from __future__ import annotations
@@ -66,13 +67,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo
@@ -80,7 +80,7 @@ from zoneinfo import ZoneInfo
 if __name__ == "__main__" and None in map(
     importlib.util.find_spec, ("pytest", "wechatpy", "Crypto", "qingstor")
 ):
-    # Begin again in .venv. Where that lacks something it is added, where it is broken .venv is made anew.
+    # Begin again in .venv. What that lacks is added, and where it is broken it is made anew.
     venv = Path(__file__).resolve().with_name(".venv")
     inner = str(venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
@@ -138,7 +138,6 @@ class Answer:
 def json_answer(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Answer:
-    """Return `value` as a JSON answer."""
     body = json.dumps(value, ensure_ascii=False).encode()
     kind = {"Content-Type": "application/json; charset=utf-8"}
     return Answer(status, body, kind | dict(headers or {}))
@@ -154,13 +153,11 @@ def http_request(
     """Send one request to a plain-http address on a connection of its own, return the answer."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    try:
+    with closing(connection):
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request(method, target, body, dict(headers or {}))
         got = connection.getresponse()
         return Answer(got.status, got.read(), {k.lower(): v for k, v in got.getheaders()})
-    finally:
-        connection.close()
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10, pause: float = 0.01) -> bool:
@@ -198,6 +195,50 @@ def iso(when: float) -> str:
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def run_command(
+    words: Sequence[str], text: str = "", timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a program with `text` as its input, to its end, and return what it printed."""
+    check = options.pop("check", False)
+    kinds: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "timeout": timeout}
+    done: subprocess.CompletedProcess[str]
+    done = subprocess.run(words, input=text, check=check, **kinds, **options)
+    return done
+
+
+def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment with nothing of the caller's in it but where programs are."""
+    kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
+    base = {name: os.environ[name] for name in kept if name in os.environ}
+    return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
+
+
+if os.name == "posix":  # dockerd and what it calls are where only root's own PATH leads
+    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def missing_program(*names: str) -> str:
+    """Return why programs cannot be used, "" if they all can."""
+    absent = [name for name in names if not shutil.which(name)]
+    return f"{', '.join(absent)} not installed" if absent else ""
+
+
+class Closing:
+    """What is started by `with` and closed at its end."""
+
+    def start(self) -> Self:
+        return self
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self.close()
+
+
 # ---------------------------------------------------------------------------------------------
 # Peer: an HTTP server that records what it is asked and can misbehave
 # ---------------------------------------------------------------------------------------------
@@ -213,7 +254,6 @@ class Call:
     query: dict[str, str]
     headers: dict[str, str]
     body: bytes
-    connection: int
 
     @property
     def target(self) -> str:
@@ -223,8 +263,10 @@ class Call:
         return json.loads(self.body)
 
 
-@dataclass(frozen=True)
-class Fault:
+What = tuple[int, dict[str, str], bytes] | str  # goes wrong, see Fault
+
+
+class Fault(NamedTuple):
     """Goes wrong once. `where` are words that must all occur in "METHOD /path?query".
 
     `what` is an answer (status, headers, body), or one of: "reset" (the connection breaks before
@@ -234,7 +276,7 @@ class Fault:
     """
 
     where: str
-    what: tuple[int, dict[str, str], bytes] | str
+    what: What
 
     def hits(self, call: Call) -> bool:
         line = f"{call.method} {call.target}"
@@ -245,52 +287,28 @@ class PeerHandler(BaseHTTPRequestHandler):
     """Reads one request after the other from a connection and hands them to the Peer."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # one buffered write an answer: unbuffered ones cost 40 ms each
+    server_version, sys_version = "peer", ""
     disable_nagle_algorithm = True
     server: PeerServer
-
-    def setup(self) -> None:
-        super().setup()
-        self.number = self.server.peer.connections
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
-    def version_string(self) -> str:
-        return "peer"
-
     def date_time_string(self, timestamp: float | None = None) -> str:
-        now = time.time() if timestamp is None else timestamp
-        return super().date_time_string(now + self.server.peer.skew)
-
-    def handle_expect_100(self) -> bool:
-        self.send_response_only(100)
-        self.end_headers()
-        self.wfile.flush()
-        return True
+        return super().date_time_string((timestamp or time.time()) + self.server.peer.skew)
 
     def do(self) -> None:
         parts = urlsplit(self.path)
-        call = Call(
-            time.time(),
-            self.command,
-            parts.path,
-            dict(parse_qsl(parts.query, keep_blank_values=True)),
-            self.joined_headers(),
-            self.read_body(),
-            self.number,
-        )
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        headers: dict[str, str] = {}  # a repeated one counts as one list: skopeo's Accept
+        for name, value in self.headers.items():
+            before = headers.get(name.lower())
+            headers[name.lower()] = f"{before}, {value}" if before else value
+        body = self.read_body()
+        call = Call(time.time(), self.command, parts.path, query, headers, body)
         self.server.peer.serve(call, self)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do
-
-    def joined_headers(self) -> dict[str, str]:
-        # A repeated header counts as one list: registries' clients send Accept many times.
-        joined: dict[str, str] = {}
-        for name, value in self.headers.items():
-            before = joined.get(name.lower())
-            joined[name.lower()] = f"{before}, {value}" if before else value
-        return joined
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():
@@ -317,21 +335,24 @@ class PeerHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD" and not empty:
             self.wfile.write(answer.body)
-        self.wfile.flush()
 
     def misbehave(self, what: str) -> None:
         """Do what a Fault of this name says."""
         self.close_connection = True
         if what in ("hang", "mute"):
             self.hold()
-        elif what in ("reset", "lost"):
-            self.reset()
+        elif what in ("reset", "lost"):  # with RST, not with a polite FIN
+            form = "hh" if os.name == "nt" else "ii"
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(form, 1, 0))
+            socket.close(self.connection.detach())
         elif what == "big":
             self.send(Answer(200, b'{"x":"' + b"x" * 10_000_000 + b'"}'))
         elif what == "short":
             self.send(Answer(200, b'{"errcode":0,', {"Content-Length": "1000"}))
         elif what == "drip":
-            self.drip()
+            self.send(Answer(200, b"{", {"Content-Length": "1000000"}))
+            while not self.server.peer.stopping.wait(0.5):
+                self.wfile.write(b" ")
         else:
             self.wfile.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
 
@@ -343,18 +364,6 @@ class PeerHandler(BaseHTTPRequestHandler):
                     return
                 time.sleep(0.1)  # a pipelined request: still no answer
 
-    def reset(self) -> None:
-        """Break the connection with RST, not with a polite FIN."""
-        form = "hh" if os.name == "nt" else "ii"
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack(form, 1, 0))
-        socket.close(self.connection.detach())
-
-    def drip(self) -> None:
-        self.send(Answer(200, b"{", {"Content-Length": "1000000"}))
-        while not self.server.peer.stopping.wait(0.5):
-            self.wfile.write(b" ")
-            self.wfile.flush()
-
 
 class PeerServer(ThreadingHTTPServer):
     """The listening side of a Peer: knows its open connections, so that they can be cut."""
@@ -362,25 +371,33 @@ class PeerServer(ThreadingHTTPServer):
     request_queue_size = 512
     daemon_threads = True
 
-    def __init__(self, port: int, peer: Peer) -> None:
+    def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.open: set[socket.socket] = set()
-        self.guard = threading.Lock()
-        super().__init__(("127.0.0.1", port), PeerHandler)
+        super().__init__((peer.address, peer.port), PeerHandler)
 
     def server_bind(self) -> None:
         # HTTPServer would look its own name up, which takes seconds where DNS is slow.
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = "127.0.0.1", int(self.server_address[1])
+        self.server_name, self.server_port = "peer", int(self.server_address[1])
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        if tls := self.peer.tls:
+            connection.settimeout(10)
+            connection = tls.wrap_socket(
+                connection, server_side=True, do_handshake_on_connect=False
+            )
+        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self.guard:
+        with self.peer.lock:
             self.open.add(request)
-        self.peer.note_connection()
+            self.peer.connections += 1
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        with self.guard:
+        with self.peer.lock:
             self.open.discard(request)
         super().shutdown_request(request)
 
@@ -389,17 +406,13 @@ class PeerServer(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             self.peer.errors.append(traceback.format_exc())
 
-    def cut(self) -> None:
-        """Break every open connection."""
-        with self.guard:
-            broken = list(self.open)
-        for connection in broken:
-            with suppress(OSError):  # it may be gone already
-                connection.shutdown(socket.SHUT_RDWR)
 
-
-class Peer:
+class Peer(Closing):
     """Base of the fakes. Subclasses answer in `handle`, which runs in the connection's thread."""
+
+    SERVER = PeerServer
+    address = "127.0.0.1"
+    tls: ssl.SSLContext | None = None
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -416,21 +429,17 @@ class Peer:
         self._server: PeerServer | None = None
 
     @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
     def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.address}:{self.port}"
 
     @property
-    def open_connections(self) -> int:
-        return len(self._server.open) if self._server else 0
+    def url(self) -> str:
+        return f"http{'s' if self.tls else ''}://{self.host}"
 
     def start(self) -> Self:
         """Listen; the first start picks the port, later ones keep it."""
         self.stopping.clear()
-        self._server = PeerServer(self.port, self)
+        self._server = self.SERVER(self)
         self.port = self._server.server_port
         serve = self._server.serve_forever
         threading.Thread(target=serve, args=(0.05,), daemon=True).start()
@@ -439,11 +448,13 @@ class Peer:
     def stop(self) -> None:
         """Close the port and break every connection. What was recorded stays."""
         self.stopping.set()
-        server, self._server = self._server, None
-        if server:
-            server.shutdown()
-            server.server_close()
-            server.cut()
+        if self._server:
+            self._server.shutdown()
+            self._server.server_close()
+            self.cut()
+        self._server = None
+
+    close = stop
 
     def restart(self) -> None:
         """Be away for a moment and come back on the same port."""
@@ -452,12 +463,13 @@ class Peer:
 
     def cut(self) -> None:
         """Break every open connection, but go on listening."""
-        if self._server:
-            self._server.cut()
+        with self.lock:
+            broken = list(self._server.open) if self._server else []
+        for connection in broken:
+            with suppress(OSError):  # it may be gone already
+                connection.shutdown(socket.SHUT_RDWR)
 
-    def fail(
-        self, where: str, what: tuple[int, dict[str, str], bytes] | str, times: int = 1
-    ) -> None:
+    def fail(self, where: str, what: What, times: int = 1) -> None:
         """Let the next `times` requests that match go wrong, see Fault."""
         with self.lock:
             self.faults += [Fault(where, what)] * times
@@ -467,18 +479,19 @@ class Peer:
         with self.lock:
             return [call for call in self.calls if Fault(where, "").hits(call)]
 
-    def note_connection(self) -> None:
-        with self.lock:
-            self.connections += 1
-
-    def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Record the call, then answer it, or do what a fault says instead."""
+    def note(self, call: Call) -> Fault | None:
+        """Record the call, return the fault that it meets."""
         with self.changed:
             self.calls.append(call)
             fault = next((f for f in self.faults if f.hits(call)), None)
             if fault:
                 self.faults.remove(fault)
             self.changed.notify_all()
+        return fault
+
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Record the call, then answer it, or do what a fault says instead."""
+        fault = self.note(call)
         if self.delay:
             self.stopping.wait(self.delay)
         what = "hang" if self.hang else fault.what if fault else None
@@ -492,17 +505,6 @@ class Peer:
 
     def handle(self, call: Call) -> Answer:
         raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -518,21 +520,30 @@ class Message(NamedTuple):
     text: str
 
 
+def wecom_error(errcode: int, errmsg: str) -> dict[str, object]:
+    """Return an error as WeCom words it."""
+    return {"errcode": errcode, "errmsg": errmsg}
+
+
 class FakeWeCom(Peer):
-    """qyapi.weixin.qq.com as far as wxsync uses it, with its silent traps made visible."""
+    """qyapi.weixin.qq.com as far as wxsync uses it, with its silent traps made visible.
+
+    As unkind as the real one, of which is known:
+    - A text over 2048 bytes is cut without a word, in the middle of a character (document 90236).
+    - Over 30 messages a minute or 1000 an hour to one member it says ok and drops them (90312).
+    - The duplicate check drops an equal request within the interval, at most 4 hours (90236).
+    - A token may end before its time, with 42001 or 40014 (91039, 90313); an address that is not
+      trusted gets 60020; unknown receivers are named in lower case beside errcode 0 (90236).
+    """
 
     TEXT_LIMIT = 2048
     PER_MINUTE = 30
     PER_HOUR = 1000
 
-    def __init__(
-        self,
-        corp_id: str = "ww0123456789abcdef",
-        secret: str = "wecom-secret-5f1c0a7d9e",
-        agent_id: int = 1000002,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.corp_id, self.secret, self.agent_id = corp_id, secret, agent_id
+        self.corp_id, self.agent_id = "ww0123456789abcdef", 1000002
+        self.secret = "wecom-secret-5f1c0a7d9e"
         self.known_users: set[str] | None = None
         self.refused: dict[str, int] = {}  # member -> errcode that sending to them gives
         self.speed = 1.0  # of the service's clock: the limits go by it
@@ -547,19 +558,19 @@ class FakeWeCom(Peer):
         self._sent: dict[str, float] = {}  # request JSON -> when it may be sent again
 
     def handle(self, call: Call) -> Answer:
-        actions: dict[tuple[str, str], Callable[[Call], dict[str, object]]] = {
-            ("GET", "/cgi-bin/gettoken"): self._gettoken,
-            ("POST", "/cgi-bin/message/send"): self._send,
-            ("GET", "/cgi-bin/getcallbackip"): self._callback_ip,
-            ("GET", "/cgi-bin/agent/get"): self._agent,
+        actions: dict[str, Callable[[Call], dict[str, object]]] = {
+            "GET /cgi-bin/gettoken": self._gettoken,
+            "POST /cgi-bin/message/send": self._send,
+            "GET /cgi-bin/getcallbackip": self._callback_ip,
+            "GET /cgi-bin/agent/get": self._agent,
         }
-        action = actions.get((call.method, call.path))
+        action = actions.get(f"{call.method} {call.path}")
         if not action:
             return Answer(404, b"404 page not found")
         with self.changed:
             result = action(call)
             self.changed.notify_all()
-        return json_answer({"errcode": 0, "errmsg": "ok"} | result)
+        return json_answer(wecom_error(0, "ok") | result)
 
     def expire_tokens(self, errcode: int = 42001) -> None:
         """Make every token given so far useless; 42001 is "expired", 40014 "invalid"."""
@@ -568,10 +579,9 @@ class FakeWeCom(Peer):
 
     def refuse(self, errcode: int, errmsg: str = "refused", times: int = 1) -> None:
         """Answer the next `message/send` with this error."""
-        body = json.dumps({"errcode": errcode, "errmsg": errmsg}).encode()
-        self.fail(
-            "POST /cgi-bin/message/send", (200, {"Content-Type": "application/json"}, body), times
-        )
+        body = json.dumps(wecom_error(errcode, errmsg)).encode()
+        kind = {"Content-Type": "application/json"}
+        self.fail("POST /cgi-bin/message/send", (200, kind, body), times)
 
     def messages_for(self, user: str) -> list[str]:
         with self.lock:
@@ -598,9 +608,9 @@ class FakeWeCom(Peer):
     def _gettoken(self, call: Call) -> dict[str, object]:
         self.token_calls += 1
         if call.query.get("corpid") != self.corp_id:
-            return {"errcode": 40013, "errmsg": "invalid corpid"}
+            return wecom_error(40013, "invalid corpid")
         if call.query.get("corpsecret") != self.secret:
-            return {"errcode": 40001, "errmsg": "invalid credential"}
+            return wecom_error(40001, "invalid credential")
         valid = [token for token, errcode in self._tokens.items() if not errcode]
         token = valid[0] if valid else f"access-token-{secrets.token_urlsafe(24)}"
         self._tokens[token] = 0
@@ -610,50 +620,44 @@ class FakeWeCom(Peer):
         """Return what is wrong with the token or the address of this call, {} if nothing."""
         token = call.query.get("access_token", "")
         if not token:
-            return {"errcode": 41001, "errmsg": "access_token missing"}
+            return wecom_error(41001, "access_token missing")
         if errcode := self._tokens.get(token, 40014):
-            return {"errcode": errcode, "errmsg": "invalid or expired access_token"}
-        return {}
-
-    def _untrusted(self) -> dict[str, object]:
-        if self.trusted:
+            return wecom_error(errcode, "invalid or expired access_token")
+        if self.trusted or "getcallbackip" in call.path:
             return {}
         text = (
             "not allow to access from your ip, hint: [1764000000512345678901234], from ip: "
             "203.0.113.7, more info at https://open.work.weixin.qq.com/devtool/query?e=60020"
         )
-        return {"errcode": 60020, "errmsg": text}
+        return wecom_error(60020, text)
 
     def _callback_ip(self, call: Call) -> dict[str, object]:
         return self._refusal(call) or {"ip_list": ["127.0.0.1", "182.254.11.176"]}
 
     def _agent(self, call: Call) -> dict[str, object]:
-        if refusal := self._refusal(call) or self._untrusted():
+        if refusal := self._refusal(call):
             return refusal
         if call.query.get("agentid") != str(self.agent_id):
-            return {"errcode": 301002, "errmsg": "no permission to access this agent"}
+            return wecom_error(301002, "no permission to access this agent")
         users = [{"userid": user} for user in sorted(self.known_users or {"alice"})]
         allowed = {"allow_userinfos": {"user": users}, "allow_partys": {"partyid": [1]}}
-        return {
-            "agentid": self.agent_id,
-            "name": "镜像同步",
-            "description": "",
-            "close": 0,
-        } | allowed
+        agent = {"agentid": self.agent_id, "name": "镜像同步", "description": "", "close": 0}
+        return agent | allowed
 
     def _send(self, call: Call) -> dict[str, object]:
-        if refusal := self._refusal(call) or self._untrusted():
-            return refusal
         wish = call.json()
-        if refusal := self._bad_wish(wish):
+        if refusal := self._refusal(call) or self._bad_wish(wish):
             return refusal
         if errcode := self.refused.get(wish["touser"]):
-            return {"errcode": errcode, "errmsg": "refused"}
+            return wecom_error(errcode, "refused")
         users = [user for user in str(wish["touser"]).split("|") if user]
         known = [u for u in users if self.known_users is None or u in self.known_users]
         if not known:
-            return {"errcode": 81013, "errmsg": "user & party & tag all invalid"}
-        text = self._cut(wish["text"]["content"])
+            return wecom_error(81013, "user & party & tag all invalid")
+        raw = wish["text"]["content"].encode()
+        if len(raw) > self.TEXT_LIMIT:
+            self.violations.append(f"a text of {len(raw)} bytes was truncated: {raw[:60]!r}")
+        text = raw[: self.TEXT_LIMIT].decode(errors="ignore")
         repeated = self._repeated(wish)
         for user in known:
             self._deliver(Message(time.time(), user, text), repeated)
@@ -661,26 +665,15 @@ class FakeWeCom(Peer):
         return {"invaliduser": invalid, "msgid": secrets.token_urlsafe(32)}
 
     def _bad_wish(self, wish: Any) -> dict[str, object]:
-        agent = wish.get("agentid")
-        if type(agent) is not int:
-            return {"errcode": 40056, "errmsg": "invalid agentid"}
-        if agent != self.agent_id:
-            return {
-                "errcode": 301002,
-                "errmsg": "not allow operate another agent with this accesstoken",
-            }
+        if type(wish.get("agentid")) is not int:
+            return wecom_error(40056, "invalid agentid")
+        if wish["agentid"] != self.agent_id:
+            return wecom_error(301002, "not allow operate another agent with this accesstoken")
         if wish.get("msgtype") != "text":
-            return {"errcode": 40008, "errmsg": "invalid message type"}
+            return wecom_error(40008, "invalid message type")
         if not wish.get("text", {}).get("content"):
-            return {"errcode": 44004, "errmsg": "text content is empty"}
-        return {} if wish.get("touser") else {"errcode": 82001, "errmsg": "touser is empty"}
-
-    def _cut(self, text: str) -> str:
-        raw = text.encode()
-        if len(raw) <= self.TEXT_LIMIT:
-            return text
-        self.violations.append(f"a text of {len(raw)} bytes was truncated: {text[:60]!r}")
-        return raw[: self.TEXT_LIMIT].decode(errors="ignore")
+            return wecom_error(44004, "text content is empty")
+        return {} if wish.get("touser") else wecom_error(82001, "touser is empty")
 
     def _repeated(self, wish: dict[str, Any]) -> bool:
         if not wish.get("enable_duplicate_check"):
@@ -692,13 +685,13 @@ class FakeWeCom(Peer):
         return False
 
     def _deliver(self, message: Message, repeated: bool) -> None:
-        ages = [message.time - m.time for m in self.messages if m.user == message.user]
-        minute = sum(age < 60 / self.speed for age in ages)
+        ages = [
+            (message.time - m.time) * self.speed for m in self.messages if m.user == message.user
+        ]
+        minute, hour = (sum(age < seconds for age in ages) for seconds in (60, 3600))
         if repeated:
             self.duplicates.append(message)
-        elif minute >= self.PER_MINUTE or (
-            sum(age < 3600 / self.speed for age in ages) >= self.PER_HOUR
-        ):
+        elif minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
             self.dropped.append(message)
         else:
             self.messages.append(message)
@@ -760,18 +753,24 @@ class WeComClient:
         self.callback_url = callback_url
         self.key = base64.b64decode(encoding_aes_key + "=")
 
+    @property
+    def cipher(self) -> Any:
+        return AES.new(self.key, AES.MODE_CBC, self.key[:16])
+
+    def seal(self, plain: bytes) -> str:
+        """Encrypt bytes as they are: padding, length and corp id are the caller's affair."""
+        return base64.b64encode(self.cipher.encrypt(plain)).decode()
+
     def encrypt(self, text: str, receive_id: str | None = None) -> str:
         raw = text.encode()
         tail = (self.corp_id if receive_id is None else receive_id).encode()
         plain = os.urandom(16) + struct.pack(">I", len(raw)) + raw + tail
         pad = 32 - len(plain) % 32
-        cipher = AES.new(self.key, AES.MODE_CBC, self.key[:16])
-        return base64.b64encode(cipher.encrypt(plain + bytes([pad]) * pad)).decode()
+        return self.seal(plain + bytes([pad]) * pad)
 
     def decrypt(self, encrypted: str) -> str:
         """Return the text inside; raise ValueError when padding, length or corp id are wrong."""
-        cipher = AES.new(self.key, AES.MODE_CBC, self.key[:16])
-        plain = cipher.decrypt(base64.b64decode(encrypted, validate=True))
+        plain = self.cipher.decrypt(base64.b64decode(encrypted, validate=True))
         pad = plain[-1]
         if not 1 <= pad <= 32 or plain[-pad:] != bytes([pad]) * pad or len(plain) % 32:
             raise ValueError("bad padding")
@@ -779,7 +778,7 @@ class WeComClient:
         text, receive_id = plain[20 : 20 + size], plain[20 + size : -pad]
         if receive_id != self.corp_id.encode():
             raise ValueError(f"receive id {receive_id!r}")
-        return text.decode()
+        return str(text, "utf-8")
 
     def signature(self, timestamp: str, nonce: str, encrypted: str) -> str:
         parts = sorted([self.token, timestamp, nonce, encrypted])
@@ -803,30 +802,21 @@ class WeComClient:
         self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
     ) -> Post:
         """Encrypt and sign a message of these inner fields."""
-        if fmt == "json":
-            encrypted = self.encrypt(json.dumps(fields, ensure_ascii=False))
-            outer = {
-                "tousername": self.corp_id,
-                "encrypt": encrypted,
-                "agentid": str(self.agent_id),
-            }
-            body, kind = json.dumps(outer), "application/json"
-        else:
-            encrypted = self.encrypt(xml_document(fields))
-            body = xml_document(
-                {"ToUserName": self.corp_id, "AgentID": str(self.agent_id), "Encrypt": encrypted}
-            )
-            kind = "text/xml"
-        return Post(self.signed(encrypted, timestamp), body.encode(), {"Content-Type": kind})
+        as_json = fmt == "json"
+        text = json.dumps(fields, ensure_ascii=False) if as_json else xml_document(fields)
+        encrypted = self.encrypt(text)
+        outer = {"ToUserName": self.corp_id, "Encrypt": encrypted, "AgentID": str(self.agent_id)}
+        small = {name.lower(): value for name, value in outer.items()}
+        body = json.dumps(small) if as_json else xml_document(outer)
+        kind = {"Content-Type": "application/json" if as_json else "text/xml"}
+        return Post(self.signed(encrypted, timestamp), body.encode(), kind)
 
-    def text_fields(
-        self, user: str, text: str, msg_id: int | None = None, create_time: int | None = None
-    ) -> dict[str, object]:
+    def text_fields(self, user: str, text: str, msg_id: int | None = None) -> dict[str, object]:
         """Return the inner fields of a text message; its id is a fresh one unless given."""
         return {
             "ToUserName": self.corp_id,
             "FromUserName": user,
-            "CreateTime": int(time.time()) if create_time is None else create_time,
+            "CreateTime": int(time.time()),
             "MsgType": "text",
             "Content": text,
             "MsgId": secrets.randbits(63) if msg_id is None else msg_id,
@@ -843,25 +833,15 @@ class WeComClient:
         msg_id: int | None = None,
         timestamp: object = None,
         fmt: str = "xml",
-        create_time: int | None = None,
     ) -> Reply:
         """Post what a member typed."""
-        fields = self.text_fields(user, text, msg_id, create_time)
-        return self.post(self.build(fields, fmt, timestamp))
-
-    def post_event(
-        self, user: str, event: str, event_key: str = "", fmt: str = "xml", **more: object
-    ) -> Reply:
-        """Post an event such as enter_agent; events have no MsgId."""
-        fields: dict[str, object] = {"ToUserName": self.corp_id, "FromUserName": user}
-        fields |= {"CreateTime": int(time.time()), "MsgType": "event", "Event": event}
-        fields |= {"EventKey": event_key, "AgentID": self.agent_id} | more
-        return self.post(self.build(fields, fmt))
+        return self.post(self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
 
     def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
-        """Post a message of another kind: image, voice, video, location, link."""
+        """Post a message of another kind: image, voice, video, location, link, event."""
         fields = self.text_fields(user, "") | {"MsgType": kind} | more
-        del fields["Content"]
+        for name in ("Content", "MsgId")[: 1 + (kind == "event")]:  # an event has no MsgId
+            del fields[name]
         return self.post(self.build(fields, fmt))
 
     def post_raw(
@@ -873,9 +853,7 @@ class WeComClient:
         """Post any bytes; a 200 with a body must be a reply that is signed and decrypts."""
         url = self.callback_url + (f"?{urlencode(query)}" if query else "")
         got = http_request("POST", url, body, headers)
-        if got.status != 200 or not got.body:
-            return Reply(got.status, got.body, got.headers)
-        fields = self.open_reply(got.body.decode())
+        fields = self.open_reply(got.body.decode()) if got.status == 200 and got.body else {}
         return Reply(got.status, got.body, got.headers, fields.get("content", ""), fields)
 
     def open_reply(self, text: str) -> dict[str, str]:
@@ -899,67 +877,58 @@ class Step(NamedTuple):
     completed: float | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One job of a run. Change it by the methods: status and conclusion go together."""
 
     id: int
     name: str
     run: Run
+    attempt: int
     status: str = "queued"
     conclusion: str | None = None
     created: float = field(default_factory=time.time)
     started: float = 0.0
     completed: float | None = None
     steps: list[Step] = field(default_factory=list)
-    attempt: int = 1
 
     def start(self) -> None:
         with self.run.lock:
             self.status, self.started = "in_progress", time.time()
-            self.run.touch("in_progress")
 
     def step(self, name: str, conclusion: str | None = "success") -> None:
         """Add a step, or end the last one if it has this name and still runs."""
         with self.run.lock:
-            now = time.time()
-            started = now
+            started = now = time.time()
             if self.steps and self.steps[-1].name == name and not self.steps[-1].conclusion:
                 started = self.steps.pop().started
             self.steps.append(Step(name, conclusion, started, now if conclusion else None))
-            self.run.touch()
 
     def finish(self, conclusion: str) -> None:
         with self.run.lock:
             self.status, self.conclusion, self.completed = "completed", conclusion, time.time()
             self.started = self.started or self.completed
-            self.run.touch()
 
 
+@dataclass(eq=False)
 class Run:
     """One workflow run, as the runner fills it and as the API shows it."""
 
-    def __init__(
-        self, run_id: int, number: int, inputs: dict[str, str], ref: str, sha: str
-    ) -> None:
-        self.id, self.number, self.inputs, self.ref, self.head_sha = (
-            run_id,
-            number,
-            inputs,
-            ref,
-            sha,
-        )
-        self.display_title = f"wxsync {inputs.get('request', '')}".strip()
-        self.event = "workflow_dispatch"
-        self.status = "queued"
-        self.conclusion: str | None = None
-        self.jobs: list[Job] = []
-        self.log: list[str] = []  # what the runner printed, for whoever looks for a cause
-        self.created = self.updated = time.time()
-        self.completed: float | None = None
-        self.attempt = 1
-        self.stop = threading.Event()  # set some time after somebody has cancelled it
-        self.lock = threading.RLock()
+    id: int
+    number: int
+    inputs: dict[str, str]
+    ref: str
+    head_sha: str
+    display_title: str = ""
+    status: str = "queued"
+    conclusion: str | None = None
+    attempt: int = 1
+    created: float = field(default_factory=time.time)
+    completed: float | None = None
+    jobs: list[Job] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # of the runner, for whoever looks for a cause
+    stop: threading.Event = field(default_factory=threading.Event)  # cancelled, some time ago
+    lock: Any = field(default_factory=threading.RLock)
 
     @property
     def lines(self) -> list[str]:
@@ -967,23 +936,21 @@ class Run:
         lines: list[str] = json.loads(self.inputs.get("images") or "[]")
         return lines
 
-    def touch(self, status: str = "") -> None:
-        with self.lock:
-            self.updated = time.time()
-            self.status = status or self.status
-
     def add_job(self, name: str) -> Job:
         with self.lock:
-            job = Job(self.id * 1000 + len(self.jobs), name, self, attempt=self.attempt)
+            job = Job(self.id * 1000 + len(self.jobs), name, self, self.attempt)
             self.jobs.append(job)
-            self.touch()
             return job
+
+    def begin(self) -> None:
+        """Begin as the workflow does: its job `plan` has nothing to do."""
+        self.status = "in_progress"
+        self.add_job("plan").finish("skipped")
 
     def job(self, name: str) -> Job:
         """Return the job of this name; raise KeyError if there is none."""
         with self.lock:
-            found = {job.name: job for job in self.jobs}
-            return found[name]
+            return {job.name: job for job in self.jobs}[name]
 
     def wait(self, event: threading.Event) -> None:
         """Wait for an event, or until the run is cancelled."""
@@ -996,9 +963,8 @@ class Run:
             ends = {job.conclusion for job in self.jobs if job.attempt == self.attempt}
             bad = "failure" if ends & {"failure", "timed_out", None} else ""
             worst = bad or ("cancelled" if "cancelled" in ends else "success")
-            self.conclusion = conclusion or worst
             self.completed = time.time()
-            self.touch("completed")
+            self.status, self.conclusion = "completed", conclusion or worst
 
 
 Runner = Callable[[dict[str, str], Run], None]
@@ -1024,8 +990,7 @@ class PlayedRunner:
         self.gate: threading.Event | None = None
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.touch("in_progress")
-        run.add_job("plan").finish("skipped")
+        run.begin()
         wanted = [line for line in run.lines if self.outcomes.get(line) != "missing"]
         jobs = [run.add_job(line) for line in wanted]
         with ThreadPoolExecutor(self.concurrent) as pool:
@@ -1085,46 +1050,23 @@ def blob_sha(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def problem(status: int, message: str, **more: object) -> Answer:
+def problem(status: int, message: str) -> Answer:
     """Return an error as GitHub words it."""
-    address = "https://docs.github.com/rest"
-    return json_answer(
-        {"message": message, "documentation_url": address, "status": str(status)} | more, status
-    )
+    told = {"message": message, "documentation_url": "https://docs.github.com/rest"}
+    return json_answer(told | {"status": str(status)}, status)
 
 
-# What else GitHub's answers hold: unused by wxsync, there to keep their shape and size honest.
-OWNER_LINKS = (
-    "avatar events followers following gists organizations received_events repos starred "
-    "subscriptions"
-)
+def not_supplied(what: str) -> Answer:
+    return problem(422, f"Invalid request.\n\n{what} wasn't supplied.")
+
+
+# What else a repository holds: unused by wxsync, there to keep the size of answers honest.
 REPOSITORY_LINKS = (
     "archive assignees blobs branches collaborators comments commits compare contents contributors "
     "deployments downloads events forks git_commits git_refs git_tags hooks issue_comment "
     "issue_events issues keys labels languages merges milestones notifications pulls releases "
-    "stargazers statuses subscribers subscription tags teams trees"
+    "stargazers statuses subscribers subscription tags teams trees followers following gists"
 )
-REPOSITORY_COUNTS = (
-    "forks forks_count network_count open_issues open_issues_count size stargazers_count "
-    "subscribers_count watchers watchers_count"
-)
-REPOSITORY_FLAGS = "disabled has_discussions has_issues has_pages has_projects has_wiki"
-
-
-def in_range(value: str, wanted: str) -> bool:
-    """Tell whether an ISO time lies in a range of GitHub's search syntax (>=T, T..T, …)."""
-    first, dots, last = wanted.partition("..")
-    if dots:
-        return (first in ("*", "") or value >= first) and (last in ("*", "") or value <= last)
-    for sign, holds in (
-        (">=", value >= wanted[2:]),
-        ("<=", value <= wanted[2:]),
-        (">", value > wanted[1:]),
-        ("<", value < wanted[1:]),
-    ):
-        if wanted.startswith(sign):
-            return holds
-    return value.startswith(wanted)
 
 
 class FakeGitHub(Peer):
@@ -1140,114 +1082,89 @@ class FakeGitHub(Peer):
     - A cancel is accepted with 202 and happens later, 409 where it is over (REST docs); it may
       answer 500 again and again (JiRaska/open-bank-oss#6472). What runs into `timeout-minutes` is
       cancelled, too (workflow syntax docs).
+    - Inputs over 65,535 characters are refused, and every field that it does not know (REST docs).
+    - A stale sha is 409, a missing one 422 (pome-sh/digital-twins#400).
     """
 
     # REST docs: "up to 1,000 results for each search when using the following parameters"
     FILTERS = frozenset(("actor", "branch", "created", "event", "head_sha", "status"))
     WORKFLOW = "docker-image-sync.yml"
-    VERSIONS = ("2022-11-28", "2026-03-10")
 
-    def __init__(
-        self,
-        repo: str = "octo/mirror",
-        token: str = "github_pat_11AAAAAAA0fakefakefake",
-        runner: Runner | None = None,
-    ) -> None:
+    def __init__(self, runner: Runner | None = None) -> None:
         super().__init__()
-        self.repo, self.token = repo, token
+        self.repo, self.token = "octo/mirror", "github_pat_11AAAAAAA0fakefakefake"
         self.runner: Runner = runner or PlayedRunner()
         self.branches = {"main"}
         self.files: dict[str, bytes] = {}
         self.commits: list[Commit] = []
         self.dispatches: list[Dispatch] = []
         self.runs: list[Run] = []
-        self.workflow_inputs = {"images", "request", "target"}
         self.workflow_state = "active"
-        self.secrets = {
-            f"DOCKER_{name}" for name in ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
-        }
+        names = ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
+        self.secrets = {f"DOCKER_{name}" for name in names}
         self.actions_enabled = True
         self.archived = False
-        self.permissions = {
-            "admin": True,
-            "maintain": True,
-            "push": True,
-            "triage": True,
-            "pull": True,
-        }
+        self.permissions = dict.fromkeys(("admin", "maintain", "push", "triage", "pull"), True)
         self.denied: set[str] = set()  # rights the token lacks, such as "actions=write"
         self.token_expires = ""  # "2027-10-12 09:00:00 UTC" to have the header
         self.old_dispatch = False  # 204 without a run id, as older servers answer
-        self.list_lag = 0.0  # seconds until a run appears in the list
-        self.filter_lag = 180.0  # the same where the list is filtered
+        self.list_lag = 0.0  # seconds until a run appears in the list, 180 where it is filtered
         self.run_lag = 0.0  # seconds until a run can be asked for by its id
         self.jobs_lag = 0.0  # seconds by which the list of jobs is behind
         self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
-        self.cancel_lag = 0.1
         self.rate_remaining = 5000
         self.rate_reset = time.time() + 3600
-        self._numbers = itertools.count(1)
-        self._head = hashlib.sha1(repo.encode()).hexdigest()
+        self._head = hashlib.sha1(self.repo.encode()).hexdigest()
 
     # -- the frame around each call ------------------------------------------------------------
 
     def handle(self, call: Call) -> Answer:
         with self.changed:
-            right, answer = self._answer(call)
+            answer = self._answer(call)
             self.changed.notify_all()
-        return self._dressed(call, answer, right)
+        return self._dressed(call, answer)
 
-    def _answer(self, call: Call) -> tuple[str, Answer]:
-        """Return the right that the call needs, and its answer."""
+    def _answer(self, call: Call) -> Answer:
         if refusal := self._refusal(call):
-            return "", refusal
-        path = call.path.removeprefix("/api/v3")  # where GitHub Enterprise has it
-        if path == "/rate_limit":
-            return "", json_answer(self._limits())
-        prefix = f"/repos/{self.repo}"
-        for method, pattern, right, action in self._routes():
-            match = (
-                re.fullmatch(pattern, path.removeprefix(prefix))
-                if path.startswith(prefix)
-                else None
-            )
+            return refusal
+        runs, flow, run = "/actions/runs", r"/actions/workflows/([^/]+)", r"/actions/runs/(\d+)"
+        routes: list[tuple[str, str, Callable[..., Answer]]] = [
+            ("GET metadata=read", "", self._repository),
+            ("GET contents=read", "/contents/(.+)", self._get_contents),
+            ("PUT contents=write", "/contents/(.+)", self._put_contents),
+            ("GET actions=read", flow, self._workflow),
+            ("POST actions=write", flow + "/dispatches", self._dispatch),
+            ("GET actions=read", flow + "/runs", self._list_runs),
+            ("GET actions=read", runs, self._list_runs),
+            ("GET actions=read", run, self._get_run),
+            ("GET actions=read", run + "/jobs", self._list_jobs),
+            ("POST actions=write", run + "/cancel", self._cancel),
+            ("GET secrets=read", "/actions/secrets", self._list_secrets),
+            ("GET administration=read", "/actions/permissions", self._actions),
+        ]
+        for route, path, action in routes:
+            method, _, right = route.partition(" ")
+            match = re.fullmatch(f"/repos/{self.repo}{path}", call.path)
             if match and method == call.method:
                 if right in self.denied:
-                    return right, problem(403, "Resource not accessible by personal access token")
-                return right, action(call, *match.groups())
-        return "", problem(404, "Not Found")
-
-    def _routes(self) -> list[tuple[str, str, str, Callable[..., Answer]]]:
-        runs, flow = r"/actions/runs", r"/actions/workflows/([^/]+)"
-        return [
-            ("GET", "", "metadata=read", self._repository),
-            ("GET", r"/contents/(.+)", "contents=read", self._get_contents),
-            ("PUT", r"/contents/(.+)", "contents=write", self._put_contents),
-            ("GET", flow, "actions=read", self._workflow),
-            ("POST", flow + "/dispatches", "actions=write", self._dispatch),
-            ("GET", flow + "/runs", "actions=read", self._list_runs),
-            ("GET", runs, "actions=read", self._list_runs),
-            ("GET", runs + r"/(\d+)", "actions=read", self._get_run),
-            ("GET", runs + r"/(\d+)/jobs", "actions=read", self._list_jobs),
-            ("POST", runs + r"/(\d+)/cancel", "actions=write", self._cancel),
-            ("GET", "/actions/secrets", "secrets=read", self._list_secrets),
-            ("GET", "/actions/permissions", "administration=read", self._actions),
-        ]
+                    return problem(403, "Resource not accessible by personal access token")
+                return action(call, *match.groups())
+        return problem(404, "Not Found")
 
     def _refusal(self, call: Call) -> Answer | None:
         if not call.headers.get("user-agent"):
             return problem(403, "Request forbidden by administrative rules. User-Agent is missing.")
-        if call.headers.get("x-github-api-version", self.VERSIONS[0]) not in self.VERSIONS:
+        if call.headers.get("x-github-api-version", "2022-11-28") != "2022-11-28":
             return problem(400, "Invalid API version")
         if call.headers.get("authorization") not in (f"Bearer {self.token}", f"token {self.token}"):
             return problem(401, "Bad credentials")
-        if self.rate_remaining <= 0 and call.path != "/rate_limit":
+        if self.rate_remaining <= 0:
             if time.time() < self.rate_reset:
                 return problem(403, "API rate limit exceeded for user ID 1.")
             self.rate_remaining, self.rate_reset = 5000, time.time() + 3600
         return None
 
-    def _dressed(self, call: Call, answer: Answer, right: str) -> Answer:
+    def _dressed(self, call: Call, answer: Answer) -> Answer:
         """Add ETag and the headers that every answer has; a known ETag makes it a 304."""
         if call.method == "GET" and answer.status == 200:
             answer.headers["ETag"] = f'W/"{hashlib.sha256(answer.body).hexdigest()}"'
@@ -1256,25 +1173,13 @@ class FakeGitHub(Peer):
         with self.lock:
             if answer.status not in (304, 401) and self.rate_remaining > 0:
                 self.rate_remaining -= 1  # 304 is free
-            used = 5000 - self.rate_remaining
-        limits = {
-            "Limit": 5000,
-            "Remaining": self.rate_remaining,
-            "Used": used,
-            "Reset": int(self.rate_reset),
-        }
+            left, reset = self.rate_remaining, int(self.rate_reset)
+        limits = {"Limit": 5000, "Remaining": left, "Used": 5000 - left, "Reset": reset}
         headers = {f"X-RateLimit-{name}": str(value) for name, value in limits.items()}
         headers |= {"X-RateLimit-Resource": "core", "X-GitHub-Request-Id": secrets.token_hex(8)}
-        if right:
-            headers["X-Accepted-GitHub-Permissions"] = right
         if self.token_expires:
             headers["GitHub-Authentication-Token-Expiration"] = self.token_expires
         return Answer(answer.status, answer.body, answer.headers | headers)
-
-    def _limits(self) -> dict[str, object]:
-        core = {"limit": 5000, "used": 5000 - self.rate_remaining, "remaining": self.rate_remaining}
-        core["reset"] = int(self.rate_reset)
-        return {"resources": {"core": core, "search": core}, "rate": core}
 
     # -- repository and contents ---------------------------------------------------------------
 
@@ -1286,43 +1191,28 @@ class FakeGitHub(Peer):
     def web(self) -> str:
         return f"https://github.com/{self.repo}"
 
-    def _owner(self) -> dict[str, object]:
-        login = self.repo.split("/")[0]
-        address = f"{self.url}/users/{login}"
-        plain = {"login": login, "id": 1, "node_id": "U_1", "type": "User", "site_admin": False}
-        plain |= {"gravatar_id": "", "url": address, "html_url": f"https://github.com/{login}"}
-        return {f"{name}_url": f"{address}/{name}" for name in OWNER_LINKS.split()} | plain
-
     def _small_repository(self) -> dict[str, object]:
         """Return the repository as runs carry it."""
-        plain = {"id": 7, "node_id": "R_7", "name": self.repo.split("/")[1], "full_name": self.repo}
-        plain |= {"private": False, "fork": False, "description": None, "owner": self._owner()}
-        plain |= {"html_url": self.web, "url": self.api}
-        return {f"{name}_url": f"{self.api}/{name}" for name in REPOSITORY_LINKS.split()} | plain
+        owner, name = self.repo.split("/")
+        links = {f"{link}_url": f"{self.api}/{link}" for link in REPOSITORY_LINKS.split()}
+        return links | {
+            "id": 7,
+            "name": name,
+            "full_name": self.repo,
+            "private": False,
+            "owner": {"login": owner, "id": 1, "type": "User", "html_url": self.web},
+            "html_url": self.web,
+            "url": self.api,
+        }
 
     def _repository(self, call: Call) -> Answer:
-        full = self._small_repository() | dict.fromkeys(REPOSITORY_COUNTS.split(), 0)
-        full |= dict.fromkeys(REPOSITORY_FLAGS.split(), False)
-        full |= dict.fromkeys(("homepage", "language", "license", "mirror_url"))
-        full |= dict.fromkeys(("created_at", "updated_at", "pushed_at"), iso(0))
-        full |= dict.fromkeys(("clone_url", "git_url", "ssh_url", "svn_url"), self.web + ".git")
         own = {"default_branch": "main", "archived": self.archived, "permissions": self.permissions}
-        return json_answer(full | own)
+        return json_answer(self._small_repository() | own)
 
     def _content(self, path: str, data: bytes) -> dict[str, object]:
-        sha, address = blob_sha(data), f"{self.api}/contents/{quote(path)}"
-        return {
-            "type": "file",
-            "name": path.split("/")[-1],
-            "path": path,
-            "size": len(data),
-            "sha": sha,
-            "url": address,
-            "git_url": f"{self.api}/git/blobs/{sha}",
-            "html_url": f"{self.web}/blob/main/{path}",
-            "download_url": f"https://raw.githubusercontent.com/{self.repo}/main/{path}",
-            "_links": {"self": address, "git": f"{self.api}/git/blobs/{sha}", "html": self.web},
-        }
+        place = {"type": "file", "name": path.split("/")[-1], "path": path, "size": len(data)}
+        address = f"{self.api}/contents/{quote(path)}"
+        return place | {"sha": blob_sha(data), "url": address, "_links": {"self": address}}
 
     def _get_contents(self, call: Call, path: str) -> Answer:
         if (ref := call.query.get("ref", "main")) not in self.branches:
@@ -1330,8 +1220,6 @@ class FakeGitHub(Peer):
         if path not in self.files:
             return problem(404, "Not Found")
         data = self.files[path]
-        if "raw" in call.headers.get("accept", ""):
-            return Answer(200, data, {"Content-Type": "application/vnd.github.raw+json"})
         small = len(data) <= 1_000_000
         text = base64.encodebytes(data).decode() if small else ""  # 76 columns, newlines included
         more = {"encoding": "base64" if small else "none", "content": text}
@@ -1339,23 +1227,23 @@ class FakeGitHub(Peer):
 
     def _put_contents(self, call: Call, path: str) -> Answer:
         wish = call.json()
-        branch = wish.get("branch", "main")
-        if branch not in self.branches:
+        if (branch := wish.get("branch", "main")) not in self.branches:
             return problem(404, f"Branch {branch} not found")
         for name in ("message", "content"):
             if not isinstance(wish.get(name), str):
-                return problem(422, f'Invalid request.\n\n"{name}" wasn\'t supplied.')
+                return not_supplied(f'"{name}"')
         for person in ("committer", "author"):
             if person in wish and not {"name", "email"} <= set(wish[person]):
-                return problem(422, f'Invalid request.\n\n"email" wasn\'t supplied for {person}.')
+                return not_supplied(f'"email" of {person}')
         old = self.files.get(path)
         if old is not None and not wish.get("sha"):
-            return problem(422, 'Invalid request.\n\n"sha" wasn\'t supplied.')
+            return not_supplied('"sha"')
         if old is not None and wish["sha"] != blob_sha(old):
             return problem(409, f"{path} does not match {wish['sha']}")
         content = base64.b64decode(wish["content"])
         commit = self.commit(path, content, wish["message"], branch)
-        body = {"content": self._content(path, content), "commit": self._commit_json(commit)}
+        told = {"sha": commit.sha, "message": commit.message, "parents": []}
+        body = {"content": self._content(path, content), "commit": told}
         return json_answer(body, 200 if old is not None else 201)
 
     def commit(self, path: str, content: bytes, message: str, branch: str = "main") -> Commit:
@@ -1367,40 +1255,13 @@ class FakeGitHub(Peer):
             self.commits.append(commit)
             return commit
 
-    def _commit_json(self, commit: Commit) -> dict[str, object]:
-        person = {"name": "wxsync", "email": "wxsync@example.com", "date": iso(commit.time)}
-        return {
-            "sha": commit.sha,
-            "node_id": "C_" + commit.sha[:8],
-            "url": f"{self.api}/git/commits/{commit.sha}",
-            "html_url": f"{self.web}/commit/{commit.sha}",
-            "author": person,
-            "committer": person,
-            "message": commit.message,
-            "tree": {"sha": commit.sha, "url": f"{self.api}/git/trees/{commit.sha}"},
-            "parents": [],
-        }
-
     # -- workflow, runs, jobs ------------------------------------------------------------------
 
     def _workflow(self, call: Call, name: str) -> Answer:
         if name != self.WORKFLOW:
             return problem(404, "Not Found")
         path = f".github/workflows/{name}"
-        return json_answer(
-            {
-                "id": 161335,
-                "node_id": "W_161335",
-                "name": name.removesuffix(".yml"),
-                "path": path,
-                "state": self.workflow_state,
-                "created_at": iso(0),
-                "updated_at": iso(0),
-                "url": f"{self.api}/actions/workflows/161335",
-                "html_url": f"{self.web}/blob/main/{path}",
-                "badge_url": f"{self.web}/workflows/{name}/badge.svg",
-            }
-        )
+        return json_answer({"id": 161335, "path": path, "state": self.workflow_state})
 
     def _bad_dispatch(self, call: Call, name: str, wish: Any) -> Answer | None:
         inputs = wish.get("inputs", {})
@@ -1410,7 +1271,7 @@ class FakeGitHub(Peer):
             return problem(422, f"No ref found for: {wish.get('ref')}")
         if self.workflow_state != "active":
             return problem(422, "Cannot trigger a 'workflow_dispatch' on a disabled workflow")
-        if unknown := sorted(set(inputs) - self.workflow_inputs):
+        if unknown := sorted(set(inputs) - {"images", "request", "target"}):
             return problem(422, f"Unexpected inputs provided: {json.dumps(unknown)}")
         if not all(isinstance(value, str) for value in inputs.values()):
             return problem(422, "Invalid request.\n\nInputs must be strings.")
@@ -1425,31 +1286,31 @@ class FakeGitHub(Peer):
         inputs = dict(wish.get("inputs", {}))
         run = self.new_run(inputs, wish["ref"])
         self.dispatches.append(Dispatch(run.created, wish["ref"], inputs, run.id))
-        newest = call.headers.get("x-github-api-version") == self.VERSIONS[1]
-        if self.old_dispatch or not (newest or wish.get("return_run_details")):
+        if self.old_dispatch or not wish.get("return_run_details"):
             return Answer(204)
-        address = f"{self.api}/actions/runs/{run.id}"
-        web = f"{self.web}/actions/runs/{run.id}"
-        return json_answer({"workflow_run_id": run.id, "run_url": address, "html_url": web})
+        path = f"/actions/runs/{run.id}"
+        told = {"workflow_run_id": run.id, "run_url": self.api + path, "html_url": self.web + path}
+        return json_answer(told)
 
     def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
         """Start a run in a thread of its own."""
         with self.lock:
-            number = next(self._numbers)
+            number = len(self.runs) + 1
             run = Run(30_000_000_000 + number, number, inputs, ref, self._head)
+            run.display_title = f"wxsync {inputs.get('request', '')}".strip()
             self.runs.append(run)
-        threading.Thread(target=self._execute, args=(inputs, run), daemon=True).start()
+        threading.Thread(target=self._execute, args=(run,), daemon=True).start()
         return run
 
     def rerun(self, run: Run) -> None:
         """Do what the button "Re-run all jobs" does."""
         with run.lock:
             run.attempt, run.status, run.conclusion = run.attempt + 1, "queued", None
-        threading.Thread(target=self._execute, args=(run.inputs, run), daemon=True).start()
+        threading.Thread(target=self._execute, args=(run,), daemon=True).start()
 
-    def _execute(self, inputs: dict[str, str], run: Run) -> None:
+    def _execute(self, run: Run) -> None:
         try:
-            self.runner(inputs, run)
+            self.runner(run.inputs, run)
         finally:
             if run.status != "completed":  # a bug of the runner must be seen by the test
                 self.errors.append(traceback.format_exc())
@@ -1457,73 +1318,46 @@ class FakeGitHub(Peer):
 
     def _run_json(self, run: Run) -> dict[str, object]:
         address = f"{self.api}/actions/runs/{run.id}"
-        links = {
-            f"{name}_url": f"{address}/{name}"
-            for name in ("jobs", "logs", "artifacts", "cancel", "rerun")
-        }
+        names = ("jobs", "logs", "artifacts", "cancel", "rerun", "check_suite", "previous_attempt")
         with run.lock:
-            return links | {
+            return {f"{name}_url": f"{address}/{name}" for name in names} | {
                 "id": run.id,
-                "node_id": f"WFR_{run.id}",
                 "name": self.WORKFLOW.removesuffix(".yml"),
                 "display_title": run.display_title,
                 "run_number": run.number,
                 "run_attempt": run.attempt,
-                "event": run.event,
+                "event": "workflow_dispatch",
                 "status": run.status,
                 "conclusion": run.conclusion,
                 "head_branch": run.ref,
                 "head_sha": run.head_sha,
                 "path": f".github/workflows/{self.WORKFLOW}",
                 "workflow_id": 161335,
-                "check_suite_url": f"{self.api}/check-suites/{run.id}",
-                "workflow_url": f"{self.api}/actions/workflows/161335",
                 "url": address,
                 "html_url": f"{self.web}/actions/runs/{run.id}",
                 "created_at": iso(run.created),
-                "updated_at": iso(run.updated),
                 "run_started_at": iso(run.created),
-                "pull_requests": [],
-                "head_commit": None,
                 "repository": self._small_repository(),
                 "head_repository": self._small_repository(),
             }
 
-    def _wanted(self, run: Run, query: Mapping[str, str]) -> bool:
-        return (
-            query.get("event", run.event) == run.event
-            and query.get("branch", run.ref) == run.ref
-            and query.get("head_sha", run.head_sha) == run.head_sha
-            and query.get("status", run.status) in (run.status, run.conclusion)
-            and in_range(iso(run.created), query.get("created", "*..*"))
-        )
-
     def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
-        if name not in (self.WORKFLOW, "161335"):
+        if name != self.WORKFLOW:
             return problem(404, "Not Found")
-        lag = self.filter_lag if self.FILTERS & set(call.query) else self.list_lag
+        lag = 180 if self.FILTERS & set(call.query) else self.list_lag
         seen = [run for run in reversed(self.runs) if time.time() - run.created >= lag]
-        found = [self._run_json(run) for run in seen if self._wanted(run, call.query)]
-        return self._page(call, "workflow_runs", found)
+        return self._page(call, "workflow_runs", [self._run_json(run) for run in seen])
 
     def _page(self, call: Call, name: str, rows: list[dict[str, object]]) -> Answer:
-        """Return one page of a list, with the links to its neighbours."""
+        """Return one page of a list."""
         size = min(int(call.query.get("per_page", "30")), 100)
-        page, last = int(call.query.get("page", "1")), max(1, -(-len(rows) // size))
-        links = []
-        for rel, number in (("prev", page - 1), ("next", page + 1), ("last", last), ("first", 1)):
-            if 1 <= number <= last and number != page:
-                query = urlencode(call.query | {"page": str(number)})
-                links.append(f'<{self.url}{call.path}?{query}>; rel="{rel}"')
-        shown = rows[(page - 1) * size : page * size]
-        headers = {"Link": ", ".join(links)} if links else {}
-        return json_answer({"total_count": len(rows), name: shown}, headers=headers)
+        start = size * (int(call.query.get("page", "1")) - 1)
+        return json_answer({"total_count": len(rows), name: rows[start : start + size]})
 
     def run(self, run_id: int) -> Run:
         """Return the run of this id; raise KeyError if there is none."""
         with self.lock:
-            found = {run.id: run for run in self.runs}
-            return found[run_id]
+            return {run.id: run for run in self.runs}[run_id]
 
     def _visible(self, run_id: str) -> Run | None:
         found = {str(run.id): run for run in self.runs if time.time() - run.created >= self.run_lag}
@@ -1553,13 +1387,10 @@ class FakeGitHub(Peer):
         web, address = f"{self.web}/actions/runs/{job.run.id}", f"{self.api}/actions/jobs/{job.id}"
         return {
             "id": job.id,
-            "node_id": f"CR_{job.id}",
             "run_id": job.run.id,
-            "run_url": f"{self.api}/actions/runs/{job.run.id}",
             "run_attempt": job.attempt,
             "workflow_name": self.WORKFLOW.removesuffix(".yml"),
             "head_sha": job.run.head_sha,
-            "head_branch": job.run.ref,
             "name": job.name if len(job.name) <= 100 else job.name[:97] + "...",
             "status": "in_progress" if job.completed and not is_over else job.status,
             "conclusion": job.conclusion if is_over else None,
@@ -1568,24 +1399,17 @@ class FakeGitHub(Peer):
             "completed_at": iso(job.completed) if job.completed and is_over else None,
             "url": address,
             "html_url": f"{web}/job/{job.id}",
-            "check_run_url": f"{self.api}/check-runs/{job.id}",
             "labels": ["ubuntu-24.04"],
-            "runner_id": 1,
             "runner_name": "GitHub Actions 1",
-            "runner_group_id": 0,
-            "runner_group_name": "GitHub Actions",
             "steps": [self._step_json(n, step) for n, step in enumerate(steps, 1)],
         }
 
     def _step_json(self, number: int, step: Step) -> dict[str, object]:
-        return {
-            "number": number,
-            "name": step.name,
-            "status": "completed" if step.conclusion else "in_progress",
-            "conclusion": step.conclusion,
-            "started_at": iso(step.started),
-            "completed_at": iso(step.completed) if step.completed else None,
-        }
+        status = "completed" if step.conclusion else "in_progress"
+        ended = iso(step.completed) if step.completed else None
+        times = {"started_at": iso(step.started), "completed_at": ended}
+        told = {"number": number, "name": step.name, "status": status}
+        return told | {"conclusion": step.conclusion} | times
 
     def _cancel(self, call: Call, run_id: str) -> Answer:
         run = self._visible(run_id)
@@ -1593,23 +1417,16 @@ class FakeGitHub(Peer):
             return problem(404, "Not Found")
         if run.status == "completed":
             return problem(409, "Cannot cancel a workflow run that is completed.")
-        threading.Timer(self.cancel_lag, run.stop.set).start()
+        threading.Timer(0.1, run.stop.set).start()
         return json_answer({}, 202)
 
     # -- what only `check` asks ----------------------------------------------------------------
 
     def _list_secrets(self, call: Call) -> Answer:
-        dates: dict[str, object] = {"created_at": iso(0), "updated_at": iso(0)}
-        rows: list[dict[str, object]] = [{"name": name} | dates for name in sorted(self.secrets)]
-        return self._page(call, "secrets", rows)
+        return self._page(call, "secrets", [{"name": name} for name in sorted(self.secrets)])
 
     def _actions(self, call: Call) -> Answer:
-        more = (
-            {"allowed_actions": "all", "sha_pinning_required": False}
-            if self.actions_enabled
-            else {}
-        )
-        return json_answer({"enabled": self.actions_enabled} | more)
+        return json_answer({"enabled": self.actions_enabled})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1621,66 +1438,85 @@ MANIFESTS = (
     "application/vnd.docker.distribution.manifest.list.v2+json, "
     "application/vnd.docker.distribution.manifest.v2+json"
 )
+OCI = "application/vnd.oci."
 EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
 
 
-if os.name == "posix":  # dockerd and what it calls are where only root's own PATH leads
-    os.environ["PATH"] = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+class Daemon(Closing):
+    """A real server in a process of its own on 127.0.0.1, with a password if wanted."""
 
-
-def missing_program(*names: str) -> str:
-    """Return why programs cannot be used, "" if they all can."""
-    absent = [name for name in names if not shutil.which(name)]
-    return f"{', '.join(absent)} not installed" if absent else ""
-
-
-class Registry:
-    """A docker-registry process of its own, empty at first, with a password if wanted."""
+    NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
         self.port = 0
-        self._temporary = temporary_folder("registry")
+        self.around: list[str] = []  # a command that runs it
+        self._temporary = temporary_folder("daemon")
         self.folder = Path(self._temporary.name)
         self._process: subprocess.Popen[bytes] | None = None
 
-    @staticmethod
-    def missing() -> str:
-        return missing_program("docker-registry", "skopeo", "htpasswd")
+    @classmethod
+    def missing(cls) -> str:
+        return missing_program(*cls.NEEDS)
 
     @property
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     @property
-    def headers(self) -> dict[str, str]:
-        """Return the header that logs in, none without a password."""
-        if not self.user:
-            return {}
-        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Authorization": f"Basic {login}"}
+    def log(self) -> str:
+        """What it has printed, over all its starts."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
 
     def start(self) -> Self:
-        """Start it and wait until it answers; what was pushed before is still there."""
+        """Start it and wait until it listens; the first start picks the port."""
         self.port = self.port or free_port()
-        config = self.folder / "config.yml"
-        config.write_text(self._config())
-        command = ["docker-registry", "serve", str(config)]
         with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        if not wait_until(self._answers, 15):
-            raise RuntimeError(
-                "registry did not start: " + (self.folder / "log").read_text()[-500:]
+            words = [*self.around, *self.command()]
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+        if not wait_until(self._listens, 15):
+            raise RuntimeError(f"{self.NEEDS[0]} did not start: {self.log[-500:]}")
         return self
 
-    def stop(self) -> None:
+    def _listens(self) -> bool:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            return True
+        return False
+
+    def kill(self) -> None:
+        """End it as a crash would; its connections break, what it has stored stays."""
         if self._process:
-            self._process.terminate()
+            self._process.kill()
             self._process.wait()
         self._process = None
 
-    def _config(self) -> str:
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        self.kill()
+        self._temporary.cleanup()
+
+
+class Registry(Daemon):
+    """docker-registry, empty at first."""
+
+    NEEDS = ("docker-registry", "skopeo", "htpasswd")
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the header that logs in, none without a password."""
+        login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return {"Authorization": f"Basic {login}"} if self.user else {}
+
+    def command(self) -> list[str]:
         text = (
             "version: 0.1\n"
             "log: {level: warn, accesslog: {disabled: true}}\n"
@@ -1688,18 +1524,15 @@ class Registry:
             "delete: {enabled: true}}\n"
             f"http: {{addr: '{self.host}', relativeurls: true}}\n"
         )
-        if not self.user:
-            return text
-        command = ["htpasswd", "-Bbn", self.user, self.password]
-        accounts = self.folder / "htpasswd"
-        accounts.write_bytes(subprocess.run(command, check=True, capture_output=True).stdout)
-        return text + f"auth: {{htpasswd: {{realm: mirror, path: {accounts}}}}}\n"
-
-    def _answers(self) -> bool:
-        try:
-            return http_request("GET", f"http://{self.host}/v2/", timeout=2).status in (200, 401)
-        except OSError:
-            return False
+        if self.user:
+            accounts = self.folder / "htpasswd"
+            accounts.write_text(
+                run_command(["htpasswd", "-Bbn", self.user, self.password], check=True).stdout
+            )
+            text += f"auth: {{htpasswd: {{realm: mirror, path: {accounts}}}}}\n"
+        config = self.folder / "config.yml"
+        config.write_text(text)
+        return ["docker-registry", "serve", str(config)]
 
     def fetch(self, repo: str, reference: str) -> Answer:
         """GET a manifest by tag or digest."""
@@ -1718,18 +1551,6 @@ class Registry:
             raise KeyError(f"{repo}:{reference}: {got.status}")
         value: dict[str, Any] = got.json()
         return value
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-        self._temporary.cleanup()
 
 
 class ImageLayout:
@@ -1759,7 +1580,7 @@ class ImageLayout:
             archive.addfile(entry, io.BytesIO(random.Random(seed).randbytes(size)))
         plain = raw.getvalue()
         packed = gzip.compress(plain, 0, mtime=0)  # random bytes do not get smaller
-        descriptor = self.blob(packed, "application/vnd.oci.image.layer.v1.tar+gzip")
+        descriptor = self.blob(packed, OCI + "image.layer.v1.tar+gzip")
         return descriptor, "sha256:" + hashlib.sha256(plain).hexdigest()
 
     def image(self, tag: str, arch: str, sizes: Sequence[int]) -> dict[str, object]:
@@ -1771,27 +1592,22 @@ class ImageLayout:
         ]
         config: dict[str, object] = {"os": "linux", "config": {"Cmd": ["/bin/true"]}}
         config["rootfs"] = {"type": "layers", "diff_ids": [diff_id for _, diff_id in layers]}
-        kind = "application/vnd.oci.image.config.v1+json"
-        parts = {
-            "config": self.blob(json.dumps(config | cpu).encode(), kind),
-            "layers": [descriptor for descriptor, _ in layers],
-        }
-        kind = "application/vnd.oci.image.manifest.v1+json"
-        return self.document(parts, kind, platform={"os": "linux"} | cpu)
+        whole = self.blob(json.dumps(config | cpu).encode(), OCI + "image.config.v1+json")
+        parts = {"config": whole, "layers": [descriptor for descriptor, _ in layers]}
+        return self.document(parts, OCI + "image.manifest.v1+json", platform={"os": "linux"} | cpu)
 
     def attestation(self, image: Mapping[str, object]) -> dict[str, object]:
         """Return the entry that buildx adds for an image, the kind that ACR refuses."""
         statement = self.blob(b'{"_type": "in-toto"}', "application/vnd.in-toto+json")
         parts = {"config": self.blob(b"{}", EMPTY_CONFIG), "layers": [statement]}
         parts["annotations"] = {"about": image["digest"]}
+        reference = "vnd.docker.reference."
+        notes = {"type": "attestation-manifest", "digest": image["digest"]}
         return self.document(
             parts,
-            "application/vnd.oci.image.manifest.v1+json",
+            OCI + "image.manifest.v1+json",
             platform={"os": "unknown", "architecture": "unknown"},
-            annotations={
-                "vnd.docker.reference.type": "attestation-manifest",
-                "vnd.docker.reference.digest": image["digest"],
-            },
+            annotations={reference + name: value for name, value in notes.items()},
         )
 
     def finish(self, tag: str, top: Mapping[str, object]) -> str:
@@ -1800,24 +1616,6 @@ class ImageLayout:
         index = {"schemaVersion": 2, "manifests": [dict(top) | {"annotations": names}]}
         (self.folder / "index.json").write_text(json.dumps(index))
         return str(top["digest"])
-
-
-def make_image(
-    folder: Path,
-    tag: str,
-    archs: Sequence[str] = ("amd64",),
-    sizes: Sequence[int] = (2000,),
-    attestation: bool = False,
-) -> str:
-    """Make an OCI layout with one image, return the digest of its index or only manifest."""
-    layout = ImageLayout(folder)
-    entries = [layout.image(tag, arch, sizes) for arch in archs]
-    if attestation:
-        entries += [layout.attestation(entry) for entry in list(entries)]
-    if len(entries) == 1:
-        return layout.finish(tag, entries[0])
-    kind = "application/vnd.oci.image.index.v1+json"
-    return layout.finish(tag, layout.document({"manifests": entries}, kind))
 
 
 def auth_file(path: Path, registry: Registry) -> Path:
@@ -1835,7 +1633,7 @@ def push_image(folder: Path, tag: str, registry: Registry, repo: str, to_tag: st
     command = ["skopeo", "--insecure-policy", "copy", "-q", "--all", "--dest-tls-verify=false"]
     command += ["--dest-authfile", str(auth)]
     command += [f"oci:{folder}:{tag}", f"docker://{registry.host}/{repo}:{to_tag or tag}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run_command(command)
     if done.returncode:
         raise RuntimeError(done.stderr)
 
@@ -1848,10 +1646,18 @@ def publish(
     sizes: Sequence[int] = (2000,),
     attestation: bool = False,
 ) -> str:
-    """Make an image and push it, return its digest. The content depends on repo and tag."""
+    """Make an image and push it, return the digest of its index or only manifest. The content
+    depends on repo and tag.
+    """
     with temporary_folder("image") as folder:
-        name = f"{repo.replace('/', '_')}-{tag}"
-        digest = make_image(Path(folder), name, archs, sizes, attestation)
+        layout, name = ImageLayout(Path(folder)), f"{repo.replace('/', '_')}-{tag}"
+        entries = [layout.image(name, arch, sizes) for arch in archs]
+        if attestation:
+            entries += [layout.attestation(entry) for entry in list(entries)]
+        top = entries[0]
+        if len(entries) > 1:
+            top = layout.document({"manifests": entries}, OCI + "image.index.v1+json")
+        digest = layout.finish(name, top)
         push_image(Path(folder), name, registry, repo, tag)
     return digest
 
@@ -1890,9 +1696,7 @@ class PickyRegistry(Peer):
     @property
     def layer_reads(self) -> list[Call]:
         """Return the calls that fetched a blob."""
-        return [
-            call for call in self.calls if call.method == "GET" and "/blobs/sha256:" in call.path
-        ]
+        return self.calls_to("GET /blobs/sha256:")
 
     def handle(self, call: Call) -> Answer:
         manifest = call.method == "PUT" and "/manifests/" in call.path
@@ -1902,12 +1706,10 @@ class PickyRegistry(Peer):
         headers = {name: value for name, value in call.headers.items() if name not in self.HOP}
         url = f"http://{self.registry.host}{call.target}"
         got = http_request(call.method, url, call.body or None, headers, timeout=60)
-        return Answer(got.status, got.body, self._passed_on(call.method, got.headers))
-
-    def _passed_on(self, method: str, headers: Mapping[str, str]) -> dict[str, str]:
         # The length of an answer to HEAD is news; any other follows from the body.
-        dropped = [name for name in self.HOP if method != "HEAD" or name != "content-length"]
-        return {name: value for name, value in headers.items() if name not in dropped}
+        dropped = set(self.HOP) - ({"content-length"} if call.method == "HEAD" else set())
+        kept = {name: value for name, value in got.headers.items() if name not in dropped}
+        return Answer(got.status, got.body, kept)
 
 
 class FakeRegistry(Peer):
@@ -1928,24 +1730,23 @@ class FakeRegistry(Peer):
         bearer = call.headers.get("authorization", "").startswith("Bearer")
         if self.mode in ("hubmissing", "tok401") and not bearer:
             return self._unauthorized()
-        return json_answer({}) if call.path == "/v2/" else self._failure()
+        if call.path == "/v2/":
+            return json_answer({})
+        if self.mode == "hubmissing":
+            return self._unauthorized(',scope="repository:x/y:pull",error="insufficient_scope"')
+        html = {"Content-Type": "text/html"}
+        denied = registry_error(403, "DENIED", "requested access to the resource is denied")
+        return {
+            "429": registry_error(429, "TOOMANYREQUESTS", self.LIMIT),
+            "500": registry_error(500, "UNKNOWN", "internal error"),
+            "502html": Answer(502, b"<html>bad gateway</html>", html),
+            "html": Answer(404, b"<html>not found</html>", html),
+        }.get(self.mode, denied)
 
     def _unauthorized(self, scope: str = "") -> Answer:
         challenge = f'Bearer realm="{self.url}/token",service="fake"{scope}'
         headers = {"WWW-Authenticate": challenge}
         return registry_error(401, "UNAUTHORIZED", "authentication required", headers)
-
-    def _failure(self) -> Answer:
-        if self.mode == "hubmissing":
-            return self._unauthorized(',scope="repository:x/y:pull",error="insufficient_scope"')
-        return {
-            "429": registry_error(429, "TOOMANYREQUESTS", self.LIMIT),
-            "500": registry_error(500, "UNKNOWN", "internal error"),
-            "502html": Answer(502, b"<html>bad gateway</html>", {"Content-Type": "text/html"}),
-            "html": Answer(404, b"<html>not found</html>", {"Content-Type": "text/html"}),
-        }.get(self.mode) or registry_error(
-            403, "DENIED", "requested access to the resource is denied"
-        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1957,29 +1758,16 @@ class FakeRegistry(Peer):
 NO_WAY_OUT = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
-def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with nothing of the caller's in it but where programs are."""
-    kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
-    base = {name: os.environ[name] for name in kept if name in os.environ}
-    return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
-
-
 class CopyRunner:
     """Does each job by `wxsync.py copy LINE` itself: what the workflow does, without act."""
 
-    def __init__(self, script: Path, environment: Mapping[str, str], concurrent: int = 4) -> None:
+    def __init__(self, script: Path, environment: Mapping[str, str]) -> None:
         self.script, self.environment = script.resolve(), dict(environment)
-        self.concurrent = concurrent
-
-    @staticmethod
-    def missing() -> str:
-        return missing_program("skopeo")
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.touch("in_progress")
-        run.add_job("plan").finish("skipped")
+        run.begin()
         jobs = [run.add_job(line) for line in run.lines]
-        with ThreadPoolExecutor(self.concurrent) as pool:
+        with ThreadPoolExecutor(4) as pool:
             list(pool.map(self.copy, jobs))
         run.finish()
 
@@ -1991,14 +1779,7 @@ class CopyRunner:
             settings |= {"WXSYNC_TARGET": job.run.inputs.get("target", "")}
             environment = clean_environment(Path(name), self.environment | settings)
             command = [sys.executable, str(self.script), "copy", job.name]
-            done = subprocess.run(
-                command,
-                env=environment,
-                cwd=name,
-                capture_output=True,
-                encoding="utf-8",
-                check=False,
-            )
+            done = run_command(command, timeout=900, env=environment, cwd=name)
             job.run.log += (done.stdout + done.stderr).splitlines()
             result = output.read_text("utf-8") if output.exists() else ""
         conclusion = "failure" if done.returncode else "success"
@@ -2035,9 +1816,12 @@ class ActLog:
         if key not in self.jobs:
             self.jobs[key] = self.run.add_job(self._name(record))
             self.jobs[key].start()
-        if record.get("jobResult") and self.jobs[key].status != "completed":
-            self._finish(self.jobs[key])
-        return self.jobs[key]
+        job = self.jobs[key]
+        if record.get("jobResult") and job.status != "completed":
+            # act gives the whole matrix one jobResult; each job's own steps tell its own.
+            bad = any(step.conclusion not in ("success", "skipped") for step in job.steps)
+            job.finish(self._worst if bad else "success")
+        return job
 
     @staticmethod
     def _name(record: Mapping[str, Any]) -> str:
@@ -2047,24 +1831,21 @@ class ActLog:
         numbered = re.fullmatch(r"(.*)-\d+", name)
         return numbered[1] if numbered and name not in whole and numbered[1] in whole else name
 
-    @staticmethod
-    def _finish(job: Job) -> None:
-        # act gives the whole matrix one jobResult; each job's own steps tell its own.
-        bad = any(step.conclusion not in ("success", "skipped") for step in job.steps)
-        worst = "cancelled" if job.run.stop.is_set() else "failure"
-        job.finish(worst if bad else "success")
+    @property
+    def _worst(self) -> str:
+        return "cancelled" if self.run.stop.is_set() else "failure"
 
     def close(self) -> None:
         """End what has not ended, add the job that act does not mention when it is skipped."""
         for job in self.jobs.values():
             if job.status != "completed":
-                job.finish("cancelled" if self.run.stop.is_set() else "failure")
+                job.finish(self._worst)
         if not any(key.startswith("plan ") for key in self.jobs):
             self.run.add_job("plan").finish("skipped")
         self.run.finish("" if self.jobs else "failure")
 
 
-class ActRunner:
+class ActRunner(Closing):
     """Runs the project's own workflow file by act in host mode, in a checkout of its own."""
 
     FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
@@ -2077,7 +1858,14 @@ class ActRunner:
         self._temporary = temporary_folder("act")
         self.folder = Path(self._temporary.name)
         self.checkout = self.folder / "checkout"
-        self._check_out(project)
+        for name in self.FILES:
+            place = self.checkout / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / name, place)
+        self._git("init -q -b main")
+        self._git("remote add origin https://github.com/octo/mirror")
+        self._git("add -A")
+        self._git("-c user.name=x -c user.email=x@x commit -q -m project")
         rows = [f"{name}='{value}'\n" for name, value in self.secrets.items()]
         self.secret_file = self.folder / "secrets"
         self.secret_file.touch(mode=0o600)
@@ -2093,19 +1881,9 @@ class ActRunner:
     def missing(cls) -> str:
         return missing_program("git", "skopeo") or ("" if cls.program() else "act not installed")
 
-    def _check_out(self, project: Path) -> None:
-        for name in self.FILES:
-            place = self.checkout / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(project / name, place)
-        self._git("init", "-q", "-b", "main")
-        self._git("remote", "add", "origin", "https://github.com/octo/mirror")
-        self._git("add", "-A")
-        self._git("-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "-m", "project")
-
-    def _git(self, *words: str) -> None:
+    def _git(self, words: str) -> None:
         environment = clean_environment(self.folder, {"GIT_CONFIG_NOSYSTEM": "1"})
-        subprocess.run(["git", *words], cwd=self.checkout, env=environment, check=True)
+        run_command(["git", *words.split()], cwd=self.checkout, env=environment, check=True)
 
     def command(self, inputs: Mapping[str, str]) -> list[str]:
         words = [self.program(), "workflow_dispatch", "--json", "--no-cache-server"]
@@ -2118,14 +1896,13 @@ class ActRunner:
         return words
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.touch("in_progress")
+        run.status = "in_progress"
         settings = {"XDG_CACHE_HOME": str(self.folder / "cache")}
-        environment = clean_environment(self.folder, settings)
         log = ActLog(run)
         with subprocess.Popen(
             self.command(inputs),
             cwd=self.checkout,
-            env=environment,
+            env=clean_environment(self.folder, settings),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -2146,24 +1923,22 @@ class ActRunner:
             process.wait()
         self._temporary.cleanup()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 # ---------------------------------------------------------------------------------------------
 # The real service, and a world around it
 # ---------------------------------------------------------------------------------------------
 
 
-class Service:
+def status_of(pid: int, name: str) -> int:
+    """Return a number of /proc/PID/status, sizes in bytes; 0 when the process is gone."""
+    with suppress(OSError):
+        text = Path(f"/proc/{pid}/status").read_text()
+        found = re.search(rf"^{name}:\s+(\d+)( kB)?", text, re.MULTILINE)
+        return int(found[1]) * (1024 if found[2] else 1) if found else 0
+    return 0
+
+
+class Service(Closing):
     """`python wxsync.py` as a process of its own, with these settings and nothing else."""
 
     def __init__(self, script: Path, settings: Mapping[str, str]) -> None:
@@ -2172,6 +1947,8 @@ class Service:
         self._temporary = temporary_folder("service")
         self.folder = Path(self._temporary.name)
         self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.callback_url = f"{self.url}/wechat/callback"
         self.state_dir = Path(settings.get("STATE_DIR") or self.folder / "state")
         self.state_dir.mkdir(parents=True, exist_ok=True)
         own = {"HOST": "127.0.0.1", "PORT": str(self.port), "STATE_DIR": str(self.state_dir)}
@@ -2179,14 +1956,6 @@ class Service:
         self.log_path = self.folder / "log"
         self.log_path.touch()
         self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def callback_url(self) -> str:
-        return f"{self.url}/wechat/callback"
 
     @property
     def pid(self) -> int:
@@ -2203,16 +1972,8 @@ class Service:
 
     def command(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run another command of the program (check, send, …) with the same settings."""
-        return subprocess.run(
-            [sys.executable, str(self.script), *words],
-            env=self.environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=timeout,
-            check=False,
-        )
+        full = [sys.executable, str(self.script), *words]
+        return run_command(full, timeout=timeout, env=self.environment, cwd=self.folder)
 
     def compile(self) -> list[str]:
         """Return the words that start it from bytecode, as container, unit and task do."""
@@ -2244,10 +2005,9 @@ class Service:
         return self.process is not None and self.process.poll() is None
 
     def healthy(self) -> bool:
-        try:
+        with suppress(OSError, http.client.HTTPException):
             return http_request("GET", f"{self.url}/health", timeout=2).status == 200
-        except (OSError, http.client.HTTPException):
-            return False
+        return False
 
     def health(self) -> dict[str, Any]:
         value: dict[str, Any] = http_request("GET", f"{self.url}/health", timeout=5).json()
@@ -2277,48 +2037,28 @@ class Service:
         self.kill()
         self.start()
 
-    def _proc(self, name: str) -> str:
-        return Path(f"/proc/{self.pid}/{name}").read_text()
-
-    def _status(self, name: str) -> int:
-        found = re.search(rf"^{name}:\s+(\d+)", self._proc("status"), re.MULTILINE)
-        return int(found[1]) if found else 0
+    def close(self) -> None:
+        self.kill()
+        self._temporary.cleanup()
 
     def rss_bytes(self) -> int:
-        return self._status("VmRSS") * 1024
+        return status_of(self.pid, "VmRSS")
 
     def threads(self) -> int:
-        return self._status("Threads")
+        return status_of(self.pid, "Threads")
 
     def cpu_seconds(self) -> float:
         """User and system time so far, in steps of a clock tick (10 ms)."""
-        fields = self._proc("stat").rpartition(")")[2].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def wakeups(self) -> int:
         """How often all its threads together have waited for something so far."""
-        total = 0
-        for task in Path(f"/proc/{self.pid}/task").iterdir():
-            found = re.search(
-                r"^voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text(), re.MULTILINE
-            )
-            total += int(found[1]) if found else 0
-        return total
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.kill()
-        self._temporary.cleanup()
+        tasks = Path(f"/proc/{self.pid}/task").iterdir()
+        return sum(status_of(int(task.name), "voluntary_ctxt_switches") for task in tasks)
 
 
-class World:
+class World(Closing):
     """WeCom, GitHub and the real service between them, wired together.
 
     `settings` replace or add to the service's settings (None takes one away). Leaving the world
@@ -2333,9 +2073,8 @@ class World:
     ) -> None:
         self.wecom, self.github = FakeWeCom(), FakeGitHub(runner=runner)
         self.token = "CallbackToken" + secrets.token_hex(6)
-        letters = (
-            string.ascii_letters + string.digits
-        )  # so WeCom makes keys: odd last bits, no + or /
+        # So WeCom makes keys: odd last bits, no + or /.
+        letters = string.ascii_letters + string.digits
         self.aes_key = "".join(secrets.choice(letters) for _ in range(43))
         self.extra = dict(settings or {})
         self.script = script
@@ -2367,7 +2106,7 @@ class World:
         self._stack.enter_context(self.github)
         merged = {k: v for k, v in (self.defaults() | self.extra).items() if v is not None}
         self.service = Service(self.script, merged)
-        self._stack.callback(self.service.__exit__, None, None, None)
+        self._stack.callback(self.service.close)
         corp_id, agent_id = self.wecom.corp_id, self.wecom.agent_id
         address = self.service.callback_url
         self.client = WeComClient(self.token, self.aes_key, corp_id, agent_id, address)
@@ -2394,23 +2133,15 @@ class World:
         tokens = [call.query.get("access_token", "") for call in self.wecom.calls]
         return [self.service.settings[name] for name in names] + sorted({t for t in tokens if t})
 
-    def close(self) -> None:
-        self._stack.close()
-
-    def __enter__(self) -> Self:
+    def start(self) -> Self:
         with ExitStack() as undo:
             undo.callback(self.close)
             self.prepare().service.start()
             undo.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def close(self) -> None:
+        self._stack.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2436,66 +2167,54 @@ class Transcript:
         self.typed: Callable[[], str] = str  # returns what stands behind the prompt
         self.lock = threading.RLock()
         self.last = time.monotonic()
-        self._seen: dict[str, object] = {}
-        self._counts = {"messages": 0, "commits": 0}
+        self._seen: dict[object, object] = {}
 
     def show(self, who: str, text: str, note: str = "") -> None:
         """Print one entry; further lines stand under the first."""
         name = f"{who}·{note}" if note else who
-        width = columns(name) + 2
+        body = text.replace("\n", "\n" + " " * (columns(name) + 2))
         if self.colour:
             name = f"\033[{self.COLOURS.get(who, '2')}m{name}\033[0m"
-        body = text.replace("\n", "\n" + " " * width)
         with self.lock:
-            print(
-                f"{self._before()}{name}  {body}{self._after()}", file=self.out, end="", flush=True
-            )
+            line = f"{name}  {body}\n"
+            if self.prompting:
+                line = f"\r\033[K{line}{self.PROMPT}{self.typed()}"
+            print(line, file=self.out, end="", flush=True)
             self.last = time.monotonic()
-
-    def _before(self) -> str:
-        return "\r\033[K" if self.prompting else ""
-
-    def _after(self) -> str:
-        return f"\n{self.PROMPT}{self.typed()}" if self.prompting else "\n"
 
     def poll(self) -> None:
         """Print what has happened since the last time."""
         with self.lock:
-            for commit in self._fresh("commits", self.world.github.commits):
-                self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
+            for number, commit in enumerate(self.world.github.commits):
+                if self._new(("commit", number)):
+                    self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
             for run in list(self.world.github.runs):
                 self._run(run)
-            for message in self._fresh("messages", self.world.wecom.messages):
-                self.show("wxsync", message.text, "消息")
+            for number, message in enumerate(self.world.wecom.messages):
+                if self._new(("message", number)):
+                    self.show("wxsync", message.text, "消息")
             waiting = self.waiting() if self.live and time.monotonic() - self.last > 2 else ""
             if waiting and self._new("waiting", waiting):
                 self.show("…", waiting)
 
-    def _fresh(self, name: str, rows: list[Any]) -> list[Any]:
-        fresh = rows[self._counts[name] :]
-        self._counts[name] += len(fresh)
-        return fresh
-
-    def _new(self, key: str, value: object) -> bool:
+    def _new(self, key: object, value: object = True) -> bool:
         changed = self._seen.get(key) != value
         self._seen[key] = value
         return changed
 
     def _run(self, run: Run) -> None:
         """Print the start and the end of a run, and each of its jobs when it ends."""
-        if self._new(f"run {run.id}", "started"):
-            self.show(
-                "GitHub",
-                f"{run.display_title}  {self.world.github.web}/actions/runs/{run.id}",
-                "运行",
-            )
+        title = run.display_title
+        if self._new(("run", run.id)):
+            address = f"{self.world.github.web}/actions/runs/{run.id}"
+            self.show("GitHub", f"{title}  {address}", "运行")
         for job in list(run.jobs):
             ended = job.conclusion not in (None, "skipped")
-            if ended and self._new(f"job {job.id}", job.conclusion):
+            if ended and self._new(("job", job.id), job.conclusion):
                 detail = job.steps[-1].name if job.steps else ""
                 self.show("GitHub", f"{job.name}  {job.conclusion}  {detail}", "任务")
-        if run.status == "completed" and self._new(f"end {run.id}", run.conclusion):
-            self.show("GitHub", f"{run.display_title}  {run.conclusion}", "结束")
+        if run.status == "completed" and self._new(("end", run.id)):
+            self.show("GitHub", f"{title}  {run.conclusion}", "结束")
 
     def waiting(self) -> str:
         """Return what is being waited for, "" if nothing."""
@@ -2514,12 +2233,7 @@ class Transcript:
 # The sandbox: stage, story, chat
 # ---------------------------------------------------------------------------------------------
 
-STORY_IMAGES = (
-    "library/nginx:latest",
-    "library/redis:7.2",
-    "library/alpine:3.20",
-    "bitnami/redis:7.0",
-)
+STORY_IMAGES = "library/nginx:latest library/redis:7.2 library/alpine:3.20 bitnami/redis:7.0"
 ABSENT = "nosuch:1"
 
 
@@ -2528,52 +2242,45 @@ class Stage:
 
     def __init__(self, script: Path, played: bool, tell: Callable[[str], None]) -> None:
         self.script, self.tell = script, tell
-        self.source: Registry | None = None
-        self.target: Registry | None = None
+        self.registries: list[Registry] = []  # where images come from and go to, if they are copied
         self.stack = ExitStack()
         self.why = "按 --played 的要求" if played else Registry.missing()
 
     def world(self) -> World:
         """Start everything, return the world."""
+        settings: dict[str, str | None] = {}
         if self.why:
             self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
             absent = {ABSENT: "wxsync: failed not-found manifest unknown"}
-            return self._enter(World(self.script, PlayedRunner(0.6, absent)))
-        self.tell("正在启动两个本地镜像仓库并放入示例镜像…")
-        self.source = self.stack.enter_context(Registry())
-        self.target = self.stack.enter_context(Registry("robot", "sandbox-" + secrets.token_hex(8)))
-        with ThreadPoolExecutor(len(STORY_IMAGES)) as pool:
-            list(pool.map(self._publish, STORY_IMAGES))
-        settings = {"DOCKER_REGISTRY": self.target.host, "DOCKER_NAMESPACE": "mirror-space"}
-        runner = self._runner(settings, self.target)
-        return self._enter(World(self.script, runner, dict(settings)))
-
-    def _publish(self, image: str) -> None:
-        repo, tag = image.split(":")
-        if self.source:
-            publish(self.source, repo, tag, ("amd64", "arm64"), (200_000,), attestation=True)
-
-    def _runner(self, settings: Mapping[str, str], target: Registry) -> Runner:
-        folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
-        source = self.source.host if self.source else ""
-        names = dict.fromkeys(("docker.io", "ghcr.io", "quay.io", "registry.k8s.io"), source)
-        conf = registries_conf(folder / "registries.conf", names | {target.host: target.host})
-        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
-        login = {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
-        if why := ActRunner.missing() or self._no_workflow():
-            self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
-            return CopyRunner(self.script, environment | dict(settings) | login)
-        self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
-        project = self.script.parent
-        return self.stack.enter_context(ActRunner(project, dict(settings) | login, environment))
-
-    def _no_workflow(self) -> str:
-        absent = [name for name in ActRunner.FILES if not (self.script.parent / name).exists()]
-        return f"{', '.join(absent)} missing" if absent else ""
-
-    def _enter(self, world: World) -> World:
+            runner: Runner = PlayedRunner(0.6, absent)
+        else:
+            self.tell("正在启动两个本地镜像仓库并放入示例镜像…")
+            source = self.stack.enter_context(Registry())
+            target = Registry("robot", "sandbox-" + secrets.token_hex(8))
+            self.registries = [source, self.stack.enter_context(target)]
+            for image in STORY_IMAGES.split():
+                repo, tag = image.split(":")
+                publish(source, repo, tag, ("amd64", "arm64"), (200_000,), attestation=True)
+            settings |= {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
+            runner = self._runner(source, target)
         self.tell("正在启动 wxsync…")
-        return self.stack.enter_context(world)
+        return self.stack.enter_context(World(self.script, runner, settings))
+
+    def _runner(self, source: Registry, target: Registry) -> Runner:
+        folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
+        names = ("docker.io", "ghcr.io", "quay.io", "registry.k8s.io")
+        hosts = dict.fromkeys(names, source.host) | {target.host: target.host}
+        conf = registries_conf(folder / "registries.conf", hosts)
+        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
+        login = {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
+        login |= {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
+        project = self.script.parent
+        absent = [name for name in ActRunner.FILES if not (project / name).exists()]
+        if why := ActRunner.missing() or ", ".join(absent):
+            self.tell(f"镜像复制：真实（skopeo）；工作流本身没有运行（{why}）")
+            return CopyRunner(self.script, environment | login)
+        self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
+        return self.stack.enter_context(ActRunner(project, login, environment))
 
 
 class Scene(NamedTuple):
@@ -2626,9 +2333,8 @@ class Story:
         else:
             time.sleep(1)  # whatever should not happen gets the time to
             self.transcript.poll()
-        commits, runs, messages = (
-            now - then for now, then in zip(self._counts(), before, strict=True)
-        )
+        pairs = zip(self._counts(), before, strict=True)
+        commits, runs, messages = (now - then for now, then in pairs)
         wanted = 1 if scene.final else 0
         if (commits, runs) != (wanted, wanted) or bool(messages) != bool(scene.final):
             self.wrong.append(f"“{scene.text}”：{commits} 次提交、{runs} 次运行、{messages} 条消息")
@@ -2637,28 +2343,26 @@ class Story:
         github = self.world.github
         return len(github.commits), len(github.dispatches), len(self.world.wecom.messages)
 
-    def _result(self, after: int, timeout: float = 90) -> str:
+    def _result(self, after: int) -> str:
         """Return the final message, printing what happens until it comes."""
 
-        def arrived() -> bool:
+        def texts() -> str:
             self.transcript.poll()
-            return any("成功 " in message.text for message in self.world.wecom.messages[after:])
+            return "\n".join(message.text for message in self.world.wecom.messages[after:])
 
-        wait_until(arrived, timeout, 0.05)
-        self.transcript.poll()
-        return "\n".join(message.text for message in self.world.wecom.messages[after:])
+        wait_until(lambda: "成功 " in texts(), 90, 0.05)
+        return texts()
 
     def _expect(self, what: str, text: str, parts: Iterable[str]) -> None:
         self.wrong += [f"{what}里没有“{part}”" for part in parts if part not in text]
 
     def _targets(self) -> None:
         """With real registries: what was copied must be what the source has."""
-        if not (self.stage.source and self.stage.target):
-            return
-        for name in ("nginx:latest", "redis:7.2", "alpine:3.20"):
+        for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if self.stage.registries else ():
+            source, target = self.stage.registries
             repo, tag = name.split(":")
-            index = self.stage.source.manifest(f"library/{repo}", tag)
-            copied = self.stage.target.digest(f"mirror-space/{repo}", tag)
+            index = source.manifest(f"library/{repo}", tag)
+            copied = target.digest(f"mirror-space/{repo}", tag)
             if copied != index["manifests"][0]["digest"]:
                 self.wrong.append(f"目标仓库里的 {name} 与源不同：{copied or '不存在'}")
 
@@ -2677,15 +2381,10 @@ class Chat:
     def __init__(self, world: World, transcript: Transcript) -> None:
         self.world, self.transcript = world, transcript
         self.over = threading.Event()
-        self._edit_lines()
+        with suppress(ImportError):  # Windows edits lines by itself
+            import readline  # history, arrow keys, and redrawing a half-typed line
 
-    def _edit_lines(self) -> None:
-        """Use readline where there is one: history, arrow keys, and redrawing a half-typed line."""
-        try:
-            import readline
-        except ImportError:  # Windows edits lines by itself
-            return
-        self.transcript.typed = readline.get_line_buffer
+            transcript.typed = readline.get_line_buffer
 
     def run(self) -> None:
         watcher = threading.Thread(target=self._watch, daemon=True)
@@ -2802,20 +2501,16 @@ class OpenUpload:
         return True
 
 
+# Exactly this type: the SDK reads an answer with a charset as nothing.
+PLAIN_JSON = {"Content-Type": "application/json"}
+
+
 class Refused(Exception):
     """QingStor's answer to a request that it does not do."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
-
-    def answer(self, call: Call) -> Answer:
-        body = {"code": self.code, "message": str(self), "url": call.path}
-        return json_answer(
-            body | {"request_id": secrets.token_hex(16)},
-            self.status,
-            {"Content-Type": "application/json"},
-        )
 
 
 def sign_qingstor(
@@ -2827,18 +2522,22 @@ def sign_qingstor(
 
 
 class FakeQingStor(Peer):
-    """One bucket of QingStor, path style, as its API documents define it."""
+    """One bucket of QingStor, path style, as its API documents define it.
 
-    SUB_RESOURCES = frozenset(("acl", "part_number", "upload_id", "uploads"))
+    As unkind as the real one, of which is known:
+    - A part but the last has at least 4 MB, numbers begin at 0 and end below 10,000 (its FAQ).
+    - The request's time may be off by 15 minutes, a signed link ends when it says (API documents).
+    - An answer is read by the SDK only where its type is application/json, without a charset.
+    - Nothing of an upload is seen before it is completed, and nothing of it goes away by itself.
+    """
+
     LEAST_PART = 4 * MIB
     SKEW_SECONDS = 15 * 60
 
-    def __init__(
-        self, bucket: str = "tmp", access_key: str = "QYACCESSKEYIDEXAMPLE", secret: str = ""
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bucket, self.access_key = bucket, access_key
-        self.secret = secret or "qingstor-secret-" + secrets.token_hex(12)
+        self.bucket, self.access_key = "tmp", "QYACCESSKEYIDEXAMPLE"
+        self.secret = "qingstor-secret-" + secrets.token_hex(12)
         self.objects: dict[str, StoredObject] = {}
         self.open_uploads: dict[str, OpenUpload] = {}
         self.parts_received: list[tuple[str, int]] = []  # upload id, number; repeats included
@@ -2860,13 +2559,9 @@ class FakeQingStor(Peer):
 
     def fail_part(self, number: int, times: int = 1, how: int | str = 500) -> None:
         """Let the next tries of a part go wrong: a status, "reset", "hang" or "lost"."""
-        what: tuple[int, dict[str, str], bytes] | str
-        if isinstance(how, int):
-            code = "permission_denied" if how == 403 else "internal_error"
-            body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
-            what = (how, {"Content-Type": "application/json"}, body)
-        else:
-            what = how
+        code = "permission_denied" if how == 403 else "internal_error"
+        body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
+        what = how if isinstance(how, str) else (how, PLAIN_JSON, body)
         self.fail(f"PUT part_number={number}&", what, times)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
@@ -2880,15 +2575,16 @@ class FakeQingStor(Peer):
             super().serve(call, handler)
         finally:
             with self.lock:
-                kept = [i for i, other in enumerate(self.calls) if other is call]
-                for index in kept:
-                    self.calls[index] = replace(call, body=call.body[:1024])
+                index = next(i for i, other in enumerate(self.calls) if other is call)
+                self.calls[index] = replace(call, body=call.body[:1024])
 
     def handle(self, call: Call) -> Answer:
         try:
             answer = self._answer(call)
         except Refused as refused:
-            answer = refused.answer(call)
+            body = {"code": refused.code, "message": str(refused), "url": call.path}
+            more = {"request_id": secrets.token_hex(16)}
+            answer = json_answer(body | more, refused.status, PLAIN_JSON)
         if call.body and (left := self._busy_until - time.monotonic()) > 0:
             self.stopping.wait(left)
         return answer
@@ -2899,24 +2595,22 @@ class FakeQingStor(Peer):
         self._check(call, key)
         if bucket != self.bucket or self.bucket_missing:
             raise Refused(404, "bucket_not_exists", "The bucket you are accessing does not exist.")
-        routes: dict[tuple[str, str], Callable[[Call, str], Answer]] = {
-            ("HEAD", "bucket"): lambda *_: Answer(),
-            ("GET", "acl"): self._acl,
-            ("PUT", "key"): self._put_object,
-            ("GET", "uploads"): self._list_uploads,
-            ("POST", "uploads"): self._initiate,
-            ("PUT", "part_number"): self._put_part,
-            ("POST", "upload_id"): self._complete,
-            ("DELETE", "upload_id"): self._abort,
-            ("HEAD", "key"): self._get_object,
-            ("GET", "key"): self._get_object,
-            ("DELETE", "key"): self._delete,
+        routes: dict[str, Callable[[Call, str], Answer]] = {
+            "HEAD bucket": lambda *_: Answer(),
+            "GET acl": self._acl,
+            "PUT key": self._put_object,
+            "GET uploads": self._list_uploads,
+            "POST uploads": self._initiate,
+            "PUT part_number": self._put_part,
+            "POST upload_id": self._complete,
+            "DELETE upload_id": self._abort,
+            "HEAD key": self._get_object,
+            "GET key": self._get_object,
+            "DELETE key": self._delete,
         }
-        subs = [
-            name for name in ("acl", "uploads", "part_number", "upload_id") if name in call.query
-        ]
-        kind = subs[0] if subs else "key" if key else "bucket"
-        action = routes.get((call.method, kind))
+        names = ("acl", "uploads", "part_number", "upload_id")
+        kind = next((n for n in names if n in call.query), "key" if key else "bucket")
+        action = routes.get(f"{call.method} {kind}")
         if not action:
             raise Refused(405, "method_not_allowed", f"{call.method} {call.target}")
         with self.changed:
@@ -2931,7 +2625,10 @@ class FakeQingStor(Peer):
         if self.public and key and call.method in ("GET", "HEAD") and not call.query:
             return
         if "signature" in call.query:
-            self._check_link(call)
+            expires = call.query.get("expires", "")
+            self._check_signature(call, call.query.get("access_key_id", ""), expires, "")
+            if int(expires) < self.clock():
+                raise Refused(403, "request_expired", "The link has expired.")
         else:
             self._check_header(call)
         md5 = call.headers.get("content-md5", "")
@@ -2940,23 +2637,25 @@ class FakeQingStor(Peer):
         if self.forbidden:
             raise Refused(403, "permission_denied", "You don't have enough permission.")
 
-    def _resource(self, call: Call) -> str:
-        subs = sorted(name for name in call.query if name in self.SUB_RESOURCES)
-        pairs = [f"{n}={call.query[n]}" if call.query[n] else n for n in subs]
-        return call.path + ("?" + "&".join(pairs) if pairs else "")
-
-    def _wanted(self, call: Call, date: str, kind: str) -> str:
+    def _check_signature(self, call: Call, access_key: str, date: str, given: str) -> None:
+        """Check a signature that is in the head, or in the address (""), of a request."""
+        kind = call.headers.get("content-type", "") if given else ""
+        if access_key != self.access_key:
+            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
+        subs = sorted({"acl", "part_number", "upload_id", "uploads"} & set(call.query))
+        pairs = "&".join(f"{n}={call.query[n]}" if call.query[n] else n for n in subs)
+        resource = call.path + (f"?{pairs}" if pairs else "")
         own = sorted(name for name in call.headers if name.startswith("x-qs-"))
         lines = "".join(f"{name}:{call.headers[name].strip()}\n" for name in own)
         md5 = call.headers.get("content-md5", "")
-        return sign_qingstor(self.secret, call.method, self._resource(call), date, kind, md5, lines)
+        wanted = sign_qingstor(self.secret, call.method, resource, date, kind, md5, lines)
+        if not hmac.compare_digest(wanted, given or call.query["signature"]):
+            raise Refused(401, "signature_not_matched", "The signature does not match.")
 
     def _check_header(self, call: Call) -> None:
         found = re.fullmatch(r"QS ([^:]+):(\S+)", call.headers.get("authorization", ""))
         if not found:
             raise Refused(401, "unauthorized", "The request is not signed.")
-        if found[1] != self.access_key:
-            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
         date = call.headers.get("date", "")
         try:
             off = parsedate_to_datetime(date).timestamp() - self.clock()
@@ -2964,31 +2663,16 @@ class FakeQingStor(Peer):
             raise Refused(400, "invalid_date", "The Date header is malformed.") from None
         if abs(off) > self.SKEW_SECONDS:
             raise Refused(403, "request_expired", "The request time is too skewed.")
-        wanted = self._wanted(call, date, call.headers.get("content-type", ""))
-        if not hmac.compare_digest(wanted, found[2]):
-            raise Refused(401, "signature_not_matched", "The signature does not match.")
-
-    def _check_link(self, call: Call) -> None:
-        expires = call.query.get("expires", "")
-        if call.query.get("access_key_id") != self.access_key:
-            raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
-        if not hmac.compare_digest(self._wanted(call, expires, ""), call.query["signature"]):
-            raise Refused(401, "signature_not_matched", "The signature does not match.")
-        if int(expires) < self.clock():
-            raise Refused(403, "request_expired", "The link has expired.")
+        self._check_signature(call, found[1], date, found[2])
 
     # -- what is asked
 
     def _acl(self, call: Call, key: str) -> Answer:
-        owner = {"id": "usr-Example1", "name": "example"}
-        entries: list[dict[str, object]] = [
-            {"grantee": {"type": "user", **owner}, "permission": "FULL_CONTROL"}
-        ]
+        grantees = [({"type": "user", "id": "usr-Example1"}, "FULL_CONTROL")]
         if self.public:
-            everybody = {"type": "group", "name": "QS_ALL_USERS"}
-            entries.append({"grantee": everybody, "permission": "READ"})
-        kind = {"Content-Type": "application/json"}
-        return json_answer({"acl": entries, "owner": owner}, headers=kind)
+            grantees.append(({"type": "group", "name": "QS_ALL_USERS"}, "READ"))
+        entries = [{"grantee": who, "permission": what} for who, what in grantees]
+        return json_answer({"acl": entries, "owner": {"id": "usr-Example1"}}, headers=PLAIN_JSON)
 
     def _room(self) -> None:
         if self.bucket_full:
@@ -3006,10 +2690,8 @@ class FakeQingStor(Peer):
         self._room()
         upload_id = secrets.token_hex(16)
         self.open_uploads[upload_id] = OpenUpload(key, call.headers.get("content-type", ""))
-        # Exactly this type: the SDK reads an answer with a charset as nothing.
-        kind = {"Content-Type": "application/json"}
         body = {"bucket": self.bucket, "key": key, "upload_id": upload_id}
-        return json_answer(body, headers=kind)
+        return json_answer(body, headers=PLAIN_JSON)
 
     def _list_uploads(self, call: Call, key: str) -> Answer:
         prefix = call.query.get("prefix", "")
@@ -3019,7 +2701,7 @@ class FakeQingStor(Peer):
             if upload.key.startswith(prefix)
         ]
         answer = {"name": self.bucket, "prefix": prefix, "uploads": found, "has_more": False}
-        return json_answer(answer, headers={"Content-Type": "application/json"})
+        return json_answer(answer, headers=PLAIN_JSON)
 
     def _upload(self, call: Call, key: str) -> OpenUpload:
         upload = self.open_uploads.get(call.query["upload_id"])
@@ -3131,26 +2813,6 @@ def made_up_block(seed: int) -> bytes:
     return random.Random(seed).randbytes(BLOCK - 16)
 
 
-class SourceServer(PeerServer):
-    """A PeerServer at an address of choice, with TLS when there is a certificate."""
-
-    def server_bind(self) -> None:
-        source = self.peer
-        if isinstance(source, Source):
-            self.server_address = (source.address, self.server_address[1])
-        super().server_bind()
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
-        source = self.peer
-        if isinstance(source, Source) and source.tls:
-            connection.settimeout(10)
-            connection = source.tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
-
-
 class Source(Peer):
     """A server of files. `add` says what there is and how it is (mis)served."""
 
@@ -3158,18 +2820,6 @@ class Source(Peer):
         super().__init__()
         self.address, self.tls = address, tls
         self.files: dict[str, Served] = {}
-
-    @property
-    def url(self) -> str:
-        return f"http{'s' if self.tls else ''}://{self.address}:{self.port}"
-
-    def start(self) -> Self:
-        self.stopping.clear()
-        self._server = SourceServer(self.port, self)
-        self.port = self._server.server_port
-        serve = self._server.serve_forever
-        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
-        return self
 
     def add(self, path: str, size: int = 0, body: bytes | None = None, **options: Any) -> str:
         """Serve a file at `path`, see Served; return its address."""
@@ -3188,12 +2838,7 @@ class Source(Peer):
             return Counter(call.path for call in self.calls)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        with self.changed:
-            self.calls.append(call)
-            fault = next((f for f in self.faults if f.hits(call)), None)
-            if fault:
-                self.faults.remove(fault)
-            self.changed.notify_all()
+        fault = self.note(call)
         served = self.files.get(call.target) or self.files.get(unquote(call.path))
         if self.hang:
             handler.misbehave("hang")
@@ -3206,10 +2851,8 @@ class Source(Peer):
         elif served.raw:
             handler.close_connection = True
             handler.wfile.write(served.raw)
-            handler.wfile.flush()
             while served.again and not self.stopping.wait(0.05):
                 handler.wfile.write(served.again)
-                handler.wfile.flush()
         else:
             Sending(call, served, handler, self.stopping).send()
 
@@ -3224,9 +2867,8 @@ class Sending:
         with handler.server.peer.lock:
             served.asked += 1
             self.turn = served.asked
-        self.etag = served.etag
         if served.change and self.turn > 1:
-            self.etag, self.served = '"other"', replace(served, seed=served.seed + 1000)
+            self.served = replace(served, etag='"other"', seed=served.seed + 1000)
         if served.expired and self.turn > 1:
             self.served = replace(served, status=served.expired, size=0, ranges="")
         self.start = 0
@@ -3238,35 +2880,32 @@ class Sending:
         self.handler.send_response(self.status)
         for name, value in headers.items():
             self.handler.send_header(name, value)
-        if self.served.disposition:
-            raw = self.served.disposition.encode(self.served.charset)
-            self.handler.send_header("Content-Disposition", raw.decode("latin-1"))
         self.handler.end_headers()
-        self.handler.wfile.flush()
         if self.call.method == "HEAD" or self.served.location:
             return
-        for block in self._shaped(self._coded()):
+        packed = self.served.gzip
+        for block in self._shaped([self.packed] if packed else self.served.bytes_from(self.start)):
             self.handler.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
         if chunked and not self.handler.close_connection:
             self.handler.wfile.write(b"0\r\n\r\n")
-        self.handler.wfile.flush()
 
     def _headers(self) -> dict[str, str]:
         served = self.served
         self._choose_range()
-        headers = {"Content-Type": served.content_type} if served.content_type else {}
-        headers |= {"ETag": self.etag} if self.etag else {}
-        headers |= {"Last-Modified": served.modified} if served.modified else {}
-        if served.location:
-            # As bytes of UTF-8: http.server would refuse what is not Latin-1.
-            location = served.location.replace("{turn}", str(self.turn))
-            headers["Location"] = location.encode().decode("latin-1")
-        if served.gzip:
-            headers["Content-Encoding"] = "gzip"
-        if served.location:
-            headers["Content-Length"] = "0"
-        elif served.length == "known":
-            headers["Content-Length"] = str(self._length())
+        # As bytes: http.server would refuse what is not Latin-1.
+        where = served.location.replace("{turn}", str(self.turn)).encode().decode("latin-1")
+        headers = {
+            "Content-Type": served.content_type,
+            "ETag": served.etag,
+            "Last-Modified": served.modified,
+            "Location": where,
+            "Content-Encoding": "gzip" if served.gzip else "",
+            "Content-Disposition": served.disposition.encode(served.charset).decode("latin-1"),
+        }
+        headers = {name: value for name, value in headers.items() if value}
+        if served.location or served.length == "known":
+            whole = len(self.packed) if served.gzip else served.size - self.start
+            headers["Content-Length"] = "0" if served.location else str(whole)
         elif served.length == "chunked":
             headers["Transfer-Encoding"] = "chunked"
         else:
@@ -3277,11 +2916,6 @@ class Sending:
             headers["Content-Range"] = f"bytes {self.start}-{last}/{served.size}"
         return headers | dict(served.headers)
 
-    def _length(self) -> int:
-        if self.served.gzip:
-            return sum(map(len, self._coded()))
-        return self.served.size - self.start
-
     def _choose_range(self) -> None:
         """Obey Range and If-Range (RFC 9110, 13.1.5 and 14.2), or as wrongly as wanted."""
         found = re.fullmatch(r"bytes=(\d+)-", self.call.headers.get("range", ""))
@@ -3291,22 +2925,19 @@ class Sending:
             self.status = int(self.served.ranges)
             return
         condition = self.call.headers.get("if-range", "")
-        if condition and condition not in (self.etag, self.served.modified):
+        if condition and condition not in (self.served.etag, self.served.modified):
             return
         self.start, self.status = int(found[1]), 206
         if self.served.ranges == "wrong":
             self.start = max(0, self.start - 10)
 
-    def _coded(self) -> Iterator[bytes]:
-        blocks = self.served.bytes_from(self.start)
-        if not self.served.gzip:
-            yield from blocks
-            return
-        yield gzip.compress(b"".join(blocks), 1, mtime=0)
+    @functools.cached_property
+    def packed(self) -> bytes:
+        return gzip.compress(b"".join(self.served.bytes_from(self.start)), 1, mtime=0)
 
-    def _shaped(self, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    def _shaped(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
         """Yield the blocks at the wanted speed, up to where the trouble comes."""
-        cuts = self.served.cut_after
+        cuts, rate = self.served.cut_after, self.served.rate
         cut = cuts[self.turn - 1] if self.turn <= len(cuts) else -1
         stall = self.served.stall_after if self.turn <= self.served.stalls else -1
         end = min((at for at in (cut, stall) if at >= 0), default=-1)
@@ -3316,34 +2947,21 @@ class Sending:
             sent += len(piece)
             if piece:
                 yield piece
-            self._pace(begun, sent)
+            if rate and (early := begun + sent / rate - time.monotonic()) > 0.005:
+                self.stopping.wait(early)
             if len(piece) < len(block) or sent == end:
-                self._trouble(sent == cut)
+                self.handler.close_connection = True
+                if sent != cut:
+                    self.handler.hold()
                 return
-
-    def _pace(self, begun: float, sent: int) -> None:
-        if not self.served.rate:
-            return
-        early = begun + sent / self.served.rate - time.monotonic()
-        if early > 0.005:
-            self.handler.wfile.flush()
-            self.stopping.wait(early)
-
-    def _trouble(self, cut: bool) -> None:
-        self.handler.wfile.flush()
-        self.handler.close_connection = True
-        if not cut:
-            self.handler.hold()
 
 
 def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """Return a context for a server of this name or address, and the certificate to trust."""
-    kind = "IP" if re.fullmatch(r"[\d.]+", name) else "DNS"
+    """Return a context for a server at this address, and the certificate to trust."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-keyout", str(key), "-out", str(certificate), "-subj", f"/CN={name}"]
-    command += ["-addext", f"subjectAltName={kind}:{name}"]
-    subprocess.run(command, check=True, capture_output=True)
+    run_command([*command, "-addext", f"subjectAltName=IP:{name}"], check=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     return context, certificate
@@ -3354,88 +2972,23 @@ def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
 # ---------------------------------------------------------------------------------------------
 
 
-class ProxyProcess:
-    """A real proxy in a process of its own on 127.0.0.1, with a password if wanted."""
+class ProxyProcess(Daemon):
+    """A real proxy; its log names each connection that it was asked for."""
 
-    PROGRAM = ""
     SCHEME = ""
-
-    def __init__(self, user: str = "", password: str = "") -> None:
-        self.user, self.password = user, password
-        self.port = 0
-        self.around: list[str] = []  # a command that runs it
-        self._temporary = temporary_folder("proxy")
-        self.folder = Path(self._temporary.name)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @classmethod
-    def missing(cls) -> str:
-        return missing_program(cls.PROGRAM)
 
     @property
     def url(self) -> str:
         login = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@" if self.user else ""
-        return f"{self.SCHEME}://{login}127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> str:
-        """What it has printed, over all its starts."""
-        path = self.folder / "log"
-        return path.read_text(errors="replace") if path.exists() else ""
-
-    def command(self) -> list[str]:
-        raise NotImplementedError
+        return f"{self.SCHEME}://{login}{self.host}"
 
     def asked_for(self, port: int) -> bool:
         """Tell whether it was ever asked for this port of 127.0.0.1."""
-        raise NotImplementedError
-
-    def start(self) -> Self:
-        """Start it and wait until it listens; the first start picks the port."""
-        self.port = self.port or free_port()
-        with open(self.folder / "log", "ab") as log:
-            self._process = subprocess.Popen(
-                [*self.around, *self.command()], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        if not wait_until(self._listens, 10):
-            raise RuntimeError(f"{self.PROGRAM} did not start: {self.log[-500:]}")
-        return self
-
-    def kill(self) -> None:
-        """End it as a crash would; its connections break."""
-        if self._process:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-        self._process = None
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
-    def _listens(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-        except OSError:
-            return False
-        return True
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.kill()
-        self._temporary.cleanup()
+        return f"127.0.0.1:{port}" in self.log.replace(self.host, "")
 
 
 class TinyProxy(ProxyProcess):
-    """tinyproxy; its log names each request line and each CONNECT."""
-
-    PROGRAM = "tinyproxy"
+    NEEDS = ("tinyproxy",)
     SCHEME = "http"
 
     def command(self) -> list[str]:
@@ -3446,22 +2999,14 @@ class TinyProxy(ProxyProcess):
         config.write_text("\n".join([*lines, ""]))
         return ["tinyproxy", "-d", "-c", str(config)]
 
-    def asked_for(self, port: int) -> bool:
-        return f"127.0.0.1:{port}" in self.log.replace(f"127.0.0.1:{self.port}", "")
-
 
 class MicroSocks(ProxyProcess):
-    """microsocks; its log names each connection that it made."""
-
-    PROGRAM = "microsocks"
+    NEEDS = ("microsocks",)
     SCHEME = "socks5"
 
     def command(self) -> list[str]:
         words = ["microsocks", "-i", "127.0.0.1", "-p", str(self.port)]
         return [*words, "-u", self.user, "-P", self.password] if self.user else words
-
-    def asked_for(self, port: int) -> bool:
-        return f"127.0.0.1:{port}" in self.log
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3482,9 +3027,7 @@ def namespace_missing() -> str:
     """Return why there can be no net of its own, "" if there can."""
     if why := missing_program("unshare", "ip", "mount"):
         return why
-    tried = subprocess.run(
-        ["unshare", "-n", "-m", "true"], capture_output=True, check=False, text=True
-    )
+    tried = run_command(["unshare", "-n", "-m", "true"])
     return "" if tried.returncode == 0 else f"unshare: {tried.stderr.strip()}"
 
 
@@ -3503,23 +3046,17 @@ def in_namespace(
         lengths = [f"{a}/{128 if ':' in a else 32}" for a in public]
         own = {"PUBLIC": " ".join(lengths), "FOLDER": name, "PYTHON": sys.executable}
         own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        return subprocess.run(
-            ["unshare", "-n", "-m", "sh", "-c", ENTER],
-            env=dict(os.environ) | own,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=timeout,
-            check=False,
-        )
+        words = ["unshare", "-n", "-m", "sh", "-c", ENTER]
+        return run_command(words, timeout=timeout, env=dict(os.environ) | own)
 
 
 class NameServer:
     """A DNS server (UDP) whose answers for one name change from one look-up to the next."""
 
-    def __init__(self, answers: Sequence[str], address: str = "127.0.0.1", port: int = 53) -> None:
+    def __init__(self, answers: Sequence[str]) -> None:
         self.answers, self.asked = list(answers), 0
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((address, port))
+        self._socket.bind(("127.0.0.1", 53))
         threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -3636,39 +3173,27 @@ ALLOWED: list[str] = _ALLOWED.split()
 class PeakMemory:
     """Watches how much memory (VmRSS) a process takes while the block runs."""
 
+    base = peak = 0
+
     def __init__(self, pid: int, pause: float = 0.005) -> None:
         self.pid, self.pause = pid, pause
-        self.base = self.peak = 0
         self._done = threading.Event()
 
     @property
     def added(self) -> int:
         return self.peak - self.base
 
-    def sample(self) -> int:
-        try:
-            text = Path(f"/proc/{self.pid}/status").read_text()
-        except OSError:
-            return 0
-        found = re.search(r"^VmRSS:\s+(\d+) kB", text, re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
-
     def _watch(self) -> None:
         while not self._done.wait(self.pause):
-            self.peak = max(self.peak, self.sample())
+            self.peak = max(self.peak, status_of(self.pid, "VmRSS"))
 
     def __enter__(self) -> Self:
-        self.base = self.peak = self.sample()
+        self.base = self.peak = status_of(self.pid, "VmRSS")
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
 
@@ -3676,37 +3201,30 @@ class PeakMemory:
 SCRIPT = Path(wxsync.__file__).resolve()
 PREFIX = "registry.cn-hangzhou.aliyuncs.com/mirror-space"  # of every target in a World
 
+
 # ---------------------------------------------------------------------------------------------
-# Tools: a service that does not dawdle, one that many tests share, the parts of one in pieces
+# Tools: tables, a service that many tests share, the parts of one in pieces
 # ---------------------------------------------------------------------------------------------
 
-# The real service; its pauses are scaled by PACE.
-FAST_SERVICE = """
-import os, sys, time
-from pathlib import Path
-sys.pycache_prefix = str(Path(__file__).parent)
-sys.path.insert(0, {folder!r})
-import wxsync
-settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
-pace = float(os.environ.get("PACE", "0.02"))
-sys.exit(wxsync.serve(settings, log, time.time, lambda seconds: time.sleep(seconds * pace)))
-"""
+
+HEX = "0123456789abcdef" * 4
 
 
-@functools.cache
-def fast_service() -> Path:
-    """Return the path of FAST_SERVICE, written down once."""
-    folder = Path(tempfile.mkdtemp(prefix="wxsync-fast-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    script = folder / "fast_service.py"
-    script.write_text(FAST_SERVICE.format(folder=str(SCRIPT.parent)))
-    return script
+def unfold(text: str) -> str:
+    """Return a text where a line that ends in ⤶ goes on in the next; HEX is 64 digits."""
+    return text.strip("\n").replace("⤶\n", "").replace("HEX", HEX)
 
 
-def fast_world(runner: Runner | None = None, **settings: str) -> World:
-    """Return a world whose service waits a fiftieth of what it should (PACE says otherwise)."""
-    return World(fast_service(), runner or PlayedRunner(0.01), settings)
+def rows(text: str) -> list[list[str]]:
+    """Take a table apart: a row a line, ¦ between cells; ⏎ is a new line, ␣ a blank at an end."""
+    lines = unfold(text).split("\n")
+    cells = [[cell.strip(" ") for cell in line.split("¦")] for line in lines]
+    return [[cell.replace("⏎", "\n").replace("␣", " ") for cell in row] for row in cells]
+
+
+def lacking(parts: Iterable[str], text: str) -> list[str]:
+    """Return the parts that are not in a text."""
+    return [part for part in parts if part not in text]
 
 
 class SlowRunner(PlayedRunner):
@@ -3739,9 +3257,7 @@ class Talk:
 
     def hear(self, wanted: str = "", timeout: float = 10) -> str:
         """Return the text of the first message to this member that holds `wanted`."""
-        return self.wecom.wait_message(
-            lambda message: message.user == self.user and wanted in message.text, timeout
-        ).text
+        return self.world.hear(lambda m: m.user == self.user and wanted in m.text, timeout)
 
     def ask(self, text: str) -> str:
         """Type a request, return its final message."""
@@ -3763,8 +3279,7 @@ class Talk:
 
     def calls(self, where: str = "") -> list[Call]:
         """Return GitHub's calls since this talk began, in whose line all words of `where` occur."""
-        new = self.github.calls[self._calls :]
-        return [c for c in new if all(word in f"{c.method} {c.target}" for word in where.split())]
+        return [call for call in self.github.calls[self._calls :] if Fault(where, "").hits(call)]
 
     def idle(self) -> bool:
         health = self.world.service.health()
@@ -3784,7 +3299,7 @@ class Talk:
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
     """A running service with everything as it is by default."""
-    with fast_world(SlowRunner()) as world:
+    with quick(SlowRunner()) as world:
         yield world
 
 
@@ -3805,7 +3320,7 @@ class Desk:
     def __init__(self, world: World) -> None:
         self.wecom, self.github = world.wecom, world.github
         self.pauses: list[float] = []
-        self.after_pause: Callable[[], object] | None = None
+        self.after_pause: Callable[[], object] = bool
         self.written = io.StringIO()
         settings = wxsync.load_settings(world.service.settings)
         log = wxsync.Log("DEBUG", settings.secret_values(), self.written)
@@ -3818,8 +3333,7 @@ class Desk:
 
     def pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
-        if self.after_pause:
-            self.after_pause()
+        self.after_pause()
 
     def send(self, text: str, user: str = "alice") -> None:
         """Queue a message, then deliver all there is."""
@@ -3831,30 +3345,25 @@ class Desk:
             self.post.step()
         raise TimeoutError(f"tried in vain, pauses {self.pauses}")
 
+    def send_many(self, text: str, count: int) -> None:
+        """Send a text to so many members, side by side."""
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: self.sender.send(f"user-{n}", text), range(count)))
+
 
 @pytest.fixture
 def desk() -> Iterator[Desk]:
-    world = World(SCRIPT)
-    try:
-        yield Desk(world.prepare())
-    finally:
-        world.close()
+    with closing(World(SCRIPT).prepare()) as world:
+        yield Desk(world)
 
 
 def run_script(
     *words: str, text: str = "", settings: dict[str, str] | None = None, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the program with no installed package in reach, and return what it printed."""
-    return subprocess.run(
-        [sys.executable, "-S", str(SCRIPT), *words],
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        env=clean_environment(Path("/nonexistent"), settings or {}),
-        cwd=folder,
-        timeout=20,
-        check=False,
-    )
+    environment = clean_environment(Path("/nonexistent"), settings or {})
+    full = [sys.executable, "-S", str(SCRIPT), *words]
+    return run_command(full, text, 20, env=environment, cwd=folder)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3872,38 +3381,18 @@ ENOUGH = {
     "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
     "DOCKER_NAMESPACE": "mirror-space",
 }
-DEFAULTS: dict[str, object] = {
-    "BOT_ID": "",
-    "BOT_SECRET": "",
-    "BOT_URL": "wss://openws.work.weixin.qq.com",
-    "CORP_ID": "",
-    "AGENT_ID": 0,
-    "SECRET": "",
-    "TOKEN": "",
-    "ENCODING_AES_KEY": "",
-    "GITHUB_BRANCH": "main",
-    "PORT": 3000,
-    "HOST": "0.0.0.0",
-    "STATE_DIR": ".",
-    "ALLOWED_USERS": (),
-    "QINGSTOR_ACCESS_KEY_ID": "",
-    "QINGSTOR_SECRET_ACCESS_KEY": "",
-    "QINGSTOR_ZONE": "pek3a",
-    "QINGSTOR_BUCKET": "tmp",
-    "QINGSTOR_LINK_SECONDS": 0,
-    "MAX_FILE_MB": 2048,
-    "PROXY_URL": "",
-    "NO_PROXY_DOMAINS": ("localhost", "127.0.0.1", "qingstor.com"),
-    "SYNC_TIMEOUT": 300,
-    "QUEUE_SIZE": 10,
-    "CALLBACK_MAX_AGE": 600,
-    "LOG_LEVEL": "INFO",
-    "WECOM_API_URL": "https://qyapi.weixin.qq.com",
-    "GITHUB_API_URL": "https://api.github.com",
-    "QINGSTOR_URL": "https://qingstor.com",
-    "PROXY_TEST_URL": "https://www.google.com",
-    "DANGEROUSLY_ALLOW_PRIVATE_URLS": "",
-}
+DEFAULTS = """
+BOT_ID='' BOT_SECRET='' BOT_URL='wss://openws.work.weixin.qq.com'
+CORP_ID='' AGENT_ID=0 SECRET='' TOKEN='' ENCODING_AES_KEY=''
+GITHUB_BRANCH='main' PORT=3000 HOST='0.0.0.0' STATE_DIR='.' ALLOWED_USERS=()
+QINGSTOR_ACCESS_KEY_ID='' QINGSTOR_SECRET_ACCESS_KEY='' QINGSTOR_ZONE='pek3a' QINGSTOR_BUCKET='tmp'
+QINGSTOR_LINK_SECONDS=0 MAX_FILE_MB=2048
+PROXY_URL='' NO_PROXY_DOMAINS=('localhost','127.0.0.1','qingstor.com')
+SYNC_TIMEOUT=300 QUEUE_SIZE=10 CALLBACK_MAX_AGE=600 LOG_LEVEL='INFO'
+WECOM_API_URL='https://qyapi.weixin.qq.com' GITHUB_API_URL='https://api.github.com'
+QINGSTOR_URL='https://qingstor.com' PROXY_TEST_URL='https://www.google.com'
+DANGEROUSLY_ALLOW_PRIVATE_URLS=''
+"""
 
 
 def problems_of(environ: dict[str, str]) -> list[str]:
@@ -3923,153 +3412,120 @@ def names_in(lines: Iterable[str]) -> list[str]:
 def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
     """The table of settings, name by name, with the robot's group and with the callback's."""
     for given in (OTHERS | ROBOT, ENOUGH):
-        found = vars(wxsync.load_settings(given))
-        rest = {name: value for name, value in DEFAULTS.items() if name not in given}
-        assert {name: found[name] for name in found if name not in given} == rest
+        found = vars(wxsync.load_settings(given)).items()
+        told = {f"{n}={value!r}".replace(" ", "") for n, value in found if n not in given}
+        assert told == {pair for pair in DEFAULTS.split() if pair.partition("=")[0] not in given}
 
 
-def test_everything_missing_is_told_at_once() -> None:
-    """Four required settings, four lines, and one that offers both ways in."""
-    assert names_in(problems_of({})) == [*OTHERS, ", ".join(ROBOT)]
-
-
-def test_placeholders_count_as_missing() -> None:
-    """`your_…` was copied and never filled in; as a part, or where nothing is required, it counts."""
-    assert problems_of({name: f"your_{name.lower()}" for name in ENOUGH | ROBOT}) == problems_of({})
+def test_all_there_is_to_mend_is_told_at_once() -> None:
+    """What is missing or wrong, and `your_…`, which was copied and never filled in."""
+    nothing = problems_of({})
+    assert names_in(nothing) == [*OTHERS, ", ".join(ROBOT)]
+    assert problems_of({name: f"your_{name.lower()}" for name in ENOUGH | ROBOT}) == nothing
     assert names_in(problems_of(ENOUGH | {"PROXY_URL": "your_proxy"})) == ["PROXY_URL"]
     assert problems_of(ENOUGH | {"SECRET": "not_your_secret"}) == []
-
-
-def test_missing_and_wrong_are_told_together() -> None:
-    """One start shows all there is to mend."""
     wrong = ENOUGH | {"SECRET": "", "PORT": "70000", "LOG_LEVEL": "LOUD", "TOKEN": "your_token"}
     assert sorted(names_in(problems_of(wrong))) == ["LOG_LEVEL", "PORT", "SECRET", "TOKEN"]
+    (half,) = problems_of(ENOUGH | {"QINGSTOR_ACCESS_KEY_ID": "AK"})  # not "files off"
+    assert "QINGSTOR_SECRET_ACCESS_KEY" in half
 
 
-WRONG = [
-    ("CORP_ID", "ww 01"),
-    ("AGENT_ID", "agent"),
-    ("AGENT_ID", "0"),
-    ("SECRET", "two words"),
-    ("TOKEN", "with-dash"),
-    ("TOKEN", "x" * 33),
-    ("ENCODING_AES_KEY", "x" * 42),
-    ("ENCODING_AES_KEY", "x" * 44),
-    ("ENCODING_AES_KEY", "x" * 42 + "="),
-    ("GITHUB_TOKEN", "github pat"),
-    ("GITHUB_REPO", "mirror"),
-    ("GITHUB_REPO", "https://github.com/octo/mirror"),
-    ("GITHUB_BRANCH", "a..b"),
-    ("DOCKER_REGISTRY", "https://registry.cn-hangzhou.aliyuncs.com"),
-    ("DOCKER_REGISTRY", "registry.example.com/space"),
-    ("DOCKER_NAMESPACE", "Mirror"),
-    ("PORT", "0"),
-    ("PORT", "65536"),
-    ("PORT", "３０００"),
-    ("PORT", "30.5"),
-    ("ALLOWED_USERS", ","),
-    ("QINGSTOR_LINK_SECONDS", "-1"),
-    ("MAX_FILE_MB", "0"),
-    ("PROXY_URL", "proxy.example.com:8080"),
-    ("PROXY_URL", "ftp://proxy.example.com:8080"),
-    ("PROXY_URL", "http://proxy.example.com"),
-    ("PROXY_URL", "http://proxy.example.com:99999"),
-    ("SYNC_TIMEOUT", "0"),
-    ("QUEUE_SIZE", "-1"),
-    ("CALLBACK_MAX_AGE", "ten"),
-    ("LOG_LEVEL", "LOUD"),
-    ("WECOM_API_URL", "qyapi.weixin.qq.com"),
-    ("GITHUB_API_URL", "ftp://api.github.com"),
-    ("GITHUB_API_URL", "https://user:password@api.github.com"),
-    ("QINGSTOR_URL", "https://"),
-    ("PROXY_TEST_URL", "www.google.com"),
-    ("DANGEROUSLY_ALLOW_PRIVATE_URLS", "yes"),
-]
+WRONG = rows("""
+CORP_ID ¦ ww 01
+AGENT_ID ¦ agent ¦ 0
+SECRET ¦ two words
+TOKEN ¦ with-dash ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx=
+GITHUB_TOKEN ¦ github pat
+GITHUB_REPO ¦ mirror ¦ https://github.com/octo/mirror
+GITHUB_BRANCH ¦ a..b
+DOCKER_REGISTRY ¦ https://registry.cn-hangzhou.aliyuncs.com ¦ registry.example.com/space
+DOCKER_NAMESPACE ¦ Mirror
+PORT ¦ 0 ¦ 65536 ¦ ３０００ ¦ 30.5
+ALLOWED_USERS ¦ ,
+QINGSTOR_LINK_SECONDS ¦ -1
+MAX_FILE_MB ¦ 0
+PROXY_URL ¦ proxy.example.com:8080 ¦ ftp://proxy.example.com:8080 ¦ http://proxy.example.com
+PROXY_URL ¦ http://proxy.example.com:99999
+SYNC_TIMEOUT ¦ 0
+QUEUE_SIZE ¦ -1
+CALLBACK_MAX_AGE ¦ ten
+LOG_LEVEL ¦ LOUD
+WECOM_API_URL ¦ qyapi.weixin.qq.com
+GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com
+QINGSTOR_URL ¦ https://
+PROXY_TEST_URL ¦ www.google.com
+DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ yes
+""")
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG)
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, *many in WRONG for v in many])
 def test_a_wrong_value_is_told_by_name_and_not_repeated(name: str, value: str) -> None:
     """One line, which says what is expected; the value itself may be a secret."""
     (problem,) = problems_of(ENOUGH | {name: value})
     assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
 
 
-def test_qingstor_needs_both_keys() -> None:
-    """Half a pair of keys is a mistake, not "files off"."""
-    (problem,) = problems_of(ENOUGH | {"QINGSTOR_ACCESS_KEY_ID": "AK"})
-    assert "QINGSTOR_SECRET_ACCESS_KEY" in problem
+RIGHT = rows("""
+PORT ¦ 65535 ¦ 65535
+QUEUE_SIZE ¦ 0 ¦ 0
+CALLBACK_MAX_AGE ¦ 0 ¦ 0
+ALLOWED_USERS ¦ ␣Alice, bob , ¦ ('alice', 'bob')
+ALLOWED_USERS ¦ your_boss,alice ¦ ('your_boss', 'alice')
+NO_PROXY_DOMAINS ¦ ¦ ()
+GITHUB_BRANCH ¦ feature/x ¦ 'feature/x'
+DOCKER_REGISTRY ¦ localhost:5000 ¦ 'localhost:5000'
+LOG_LEVEL ¦ debug ¦ 'debug'
+PROXY_URL ¦ socks5://u%40x:p%3A1@[::1]:1080 ¦ 'socks5://u%40x:p%3A1@[::1]:1080'
+GITHUB_API_URL ¦ https://git.example.com/api/v3/ ¦ 'https://git.example.com/api/v3'
+DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ 1 ¦ '1'
+""")
 
 
-RIGHT: list[tuple[str, str, object]] = [
-    ("PORT", "65535", 65535),
-    ("QUEUE_SIZE", "0", 0),
-    ("CALLBACK_MAX_AGE", "0", 0),
-    ("ALLOWED_USERS", " Alice, bob ,", ("alice", "bob")),
-    ("ALLOWED_USERS", "your_boss,alice", ("your_boss", "alice")),
-    ("NO_PROXY_DOMAINS", "", ()),
-    ("GITHUB_BRANCH", "feature/x", "feature/x"),
-    ("DOCKER_REGISTRY", "localhost:5000", "localhost:5000"),
-    ("LOG_LEVEL", "debug", "debug"),
-    ("PROXY_URL", "socks5://u%40x:p%3A1@[::1]:1080", "socks5://u%40x:p%3A1@[::1]:1080"),
-    ("GITHUB_API_URL", "https://git.example.com/api/v3/", "https://git.example.com/api/v3"),
-    ("DANGEROUSLY_ALLOW_PRIVATE_URLS", "1", "1"),
-    ("SECRET", "  spaces around  ", None),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "value"), RIGHT[:-1])
-def test_a_right_value_is_taken(name: str, text: str, value: object) -> None:
+@pytest.mark.parametrize(("name", "text", "value"), RIGHT)
+def test_a_right_value_is_taken(name: str, text: str, value: str) -> None:
     """Values at the edge of what is allowed."""
-    assert getattr(wxsync.load_settings(ENOUGH | {name: text}), name) == value
+    assert repr(getattr(wxsync.load_settings(ENOUGH | {name: text}), name)) == value
 
 
 def test_settings_show_nothing_of_themselves() -> None:
     """Neither repr nor str of the settings holds any value."""
-    secrets_ = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
-    settings = wxsync.load_settings(ENOUGH | secrets_ | {"PROXY_URL": "http://u:hidden@h:1"})
+    keys = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
+    settings = wxsync.load_settings(ENOUGH | keys | {"PROXY_URL": "http://u:hidden@h:1"})
     shown = repr(settings) + str(settings) + f"{settings}"
-    assert not [
-        value for value in vars(settings).values() if len(str(value)) > 3 and str(value) in shown
-    ]
+    values = [str(value) for value in vars(settings).values() if len(str(value)) > 3]
+    assert lacking(values, shown) == values
 
 
-ENV_FILE = """\ufeff# a comment\r
-\r
-PLAIN=1\r
-export EXPORTED=2\r
-  SPACED  =  3  \r
-DOUBLE="a b # c"\r
-SINGLE='a "b" $c'\r
-NOTED=4 # why\r
-HASH=a#b\r
-EQUAL=a=b=\r
-EMPTY=\r
-ONLY_NOTE= # nothing\r
-CHINESE=值\r
-TWICE=1\r
-TWICE=2"""
-ENV_VALUES = {
-    "PLAIN": "1",
-    "EXPORTED": "2",
-    "SPACED": "3",
-    "DOUBLE": "a b # c",
-    "SINGLE": 'a "b" $c',
-    "NOTED": "4",
-    "HASH": "a#b",
-    "EQUAL": "a=b=",
-    "EMPTY": "",
-    "ONLY_NOTE": "",
-    "CHINESE": "值",
-    "TWICE": "2",
-}
+ENV_FILE = rows("""
+\ufeff# a comment
+⏎PLAIN=1 ¦ 1
+export EXPORTED=2 ¦ 2
+␣␣SPACED  =  3␣ ¦ 3
+DOUBLE="a b # c" ¦ a b # c
+SINGLE='a "b" $c' ¦ a "b" $c
+NOTED=4 # why ¦ 4
+HASH=a#b ¦ a#b
+EQUAL=a=b= ¦ a=b=
+EMPTY= ¦
+ONLY_NOTE= # nothing ¦
+CHINESE=值 ¦ 值
+TWICE=1 ¦ 2
+TWICE=2 ¦ 2
+""")
 
 
 @pytest.mark.parametrize("line_end", ["\r\n", "\n"])
 def test_env_files_are_read_as_people_write_them(tmp_path: Path, line_end: str) -> None:
     """A byte order mark, CRLF, comments, `export`, quotes."""
-    path = tmp_path / "settings"
-    path.write_bytes(ENV_FILE.replace("\r\n", line_end).encode())
-    assert wxsync.read_env_file(path) == ENV_VALUES
+    path, lines = tmp_path / "settings", [row[0].replace("\n", line_end) for row in ENV_FILE]
+    path.write_bytes(line_end.join(lines).encode())
+    names = [re.findall(r"[A-Z_]+", line)[0] for line in lines[1:]]
+    assert wxsync.read_env_file(path) == dict(
+        zip(names, [row[1] for row in ENV_FILE[1:]], strict=True)
+    )
 
 
 def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
@@ -4095,8 +3551,7 @@ def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path, content: bytes 
 def test_the_process_environment_wins_over_the_file(tmp_path: Path) -> None:
     """Both directions: it mends a wrong value of the file, and spoils a right one."""
     (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
-    done = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path)
-    told = done.stderr
+    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
     assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
 
 
@@ -4104,8 +3559,7 @@ def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -
     """Exit 1, every name on stderr, nothing on stdout, no file written."""
     done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
-    assert [name for name in ENOUGH | ROBOT if name not in done.stderr] == []
-    assert list(tmp_path.iterdir()) == []
+    assert lacking(ENOUGH | ROBOT, done.stderr) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_the_example_asks_for_just_what_is_required() -> None:
@@ -4113,7 +3567,8 @@ def test_the_example_asks_for_just_what_is_required() -> None:
     example = SCRIPT.with_name("env.example")
     assert problems_of(wxsync.read_env_file(example)) == problems_of({})
     options = re.findall(r"^#([A-Z_]+)=(.*)$", example.read_text(encoding="utf-8"), re.MULTILINE)
-    assert {name for name, _ in options} == set(DEFAULTS) - {*ROBOT, *CALLBACK}
+    known = {pair.partition("=")[0] for pair in DEFAULTS.split()}
+    assert {name for name, _ in options} == known - {*ROBOT, *CALLBACK}
     assert vars(wxsync.load_settings(ENOUGH | dict(options))) == vars(wxsync.load_settings(ENOUGH))
 
 
@@ -4121,215 +3576,147 @@ def test_the_example_asks_for_just_what_is_required() -> None:
 # Reading a message
 # ---------------------------------------------------------------------------------------------
 
-HEX = "0123456789abcdef" * 4
-IMMICH = "ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:" + HEX
-
-# message -> canonical lines and targets, "line | target" each
-IMAGES_READ: list[tuple[str, list[str]]] = [
-    # every row of the table of targets
-    ("nginx:latest", ["nginx:latest | nginx:latest"]),
-    ("docker.io/library/nginx:latest", ["nginx:latest | nginx:latest"]),
-    ("bitnami/redis:7.0", ["bitnami/redis:7.0 | bitnami_redis:7.0"]),
-    (
-        "ghcr.io/open-webui/open-webui:main",
-        ["ghcr.io/open-webui/open-webui:main | ghcr.io_open-webui_open-webui:main"],
-    ),
-    ("localhost:5000/a/b:1", ["localhost:5000/a/b:1 | localhost-5000_a_b:1"]),
-    (
-        "--platform=linux/arm64 nginx:latest",
-        ["--platform=linux/arm64 nginx:latest | nginx:latest-arm64"],
-    ),
-    ("--platform=linux/amd64 x/y:1", ["--platform=linux/amd64 x/y:1 | x_y:1"]),
-    ("--platform=all nginx:1", ["--platform=all nginx:1 | nginx:1"]),
-    (
-        "--platform=linux/amd64+linux/arm64 nginx:1",
-        ["--platform=linux/amd64+linux/arm64 nginx:1 | nginx:1"],
-    ),
-    ("--platform=linux/arm/v7 nginx:1", ["--platform=linux/arm/v7 nginx:1 | nginx:1-arm-v7"]),
-    (f"nginx@sha256:{HEX}", [f"nginx@sha256:{HEX} | nginx:sha256-0123456789ab"]),
-    (f"nginx:1@sha256:{HEX}", [f"nginx:1@sha256:{HEX} | nginx:1"]),
-    (
-        "registry.k8s.io/pause:3.9 => pause:3.9",
-        ["registry.k8s.io/pause:3.9 => pause:3.9 | pause:3.9"],
-    ),
-    # the tag written out, Docker Hub's other names, registries
-    ("a/b", ["a/b:latest | a_b:latest"]),
-    ("index.docker.io/library/nginx", ["nginx:latest | nginx:latest"]),
-    ("library/nginx:1", ["nginx:1 | nginx:1"]),
-    ("docker.io/nginx:1", ["nginx:1 | nginx:1"]),
-    ("quay.io/library/x:1", ["quay.io/library/x:1 | quay.io_library_x:1"]),
-    ("10.0.0.1:5000/a:1", ["10.0.0.1:5000/a:1 | 10.0.0.1-5000_a:1"]),
-    ("GHCR.IO/a/b:1", ["ghcr.io/a/b:1 | ghcr.io_a_b:1"]),
-    ("a__b/c-d.e:V1_x-2", ["a__b/c-d.e:V1_x-2 | a__b_c-d.e:V1_x-2"]),
-    ("nginx:" + "t" * 128, [f"nginx:{'t' * 128} | nginx:{'t' * 128}"]),
-    # the option in all its places
-    ("--platform linux/arm64 nginx", ["--platform=linux/arm64 nginx:latest | nginx:latest-arm64"]),
-    ("nginx:1 --platform=linux/arm64", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
-    ("nginx:1   --platform  linux/arm64", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
-    ("--platform=LINUX/ARM64 nginx:1", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
-    ("—platform=linux/arm64 nginx:1", ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"]),
-    (
-        "--platform=linux/arm64+linux/arm64 nginx:1",
-        ["--platform=linux/arm64 nginx:1 | nginx:1-arm64"],
-    ),
-    (
-        "--platform=windows/amd64 nginx:1",
-        ["--platform=windows/amd64 nginx:1 | nginx:1-windows-amd64"],
-    ),
-    # a name of one's own
-    ("k8s.gcr.io/pause:3.9=>pause", ["k8s.gcr.io/pause:3.9 => pause | pause:3.9"]),
-    (
-        "--platform=linux/arm64 nginx:1 => mine",
-        ["--platform=linux/arm64 nginx:1 => mine | mine:1-arm64"],
-    ),
-    (
-        "--platform=linux/arm64 nginx:1 => mine:2",
-        ["--platform=linux/arm64 nginx:1 => mine:2 | mine:2"],
-    ),
-    (f"a/b@sha256:{HEX} => b", [f"a/b@sha256:{HEX} => b | b:sha256-0123456789ab"]),
-    ("a/b:1→c:2", ["a/b:1 => c:2 | c:2"]),
-    # tidied: full width, quotes, what was pasted
-    ("ｎｇｉｎｘ：１．２５", ["nginx:1.25 | nginx:1.25"]),
-    ("a／b＠sha256：" + HEX, [f"a/b@sha256:{HEX} | a_b:sha256-0123456789ab"]),
-    ("“nginx:latest”", ["nginx:latest | nginx:latest"]),
-    ("'nginx:1'", ["nginx:1 | nginx:1"]),
-    ("`nginx:1`", ["nginx:1 | nginx:1"]),
-    ("「nginx:1」", ["nginx:1 | nginx:1"]),
-    ("\u3000nginx:1\u200b\xa0", ["nginx:1 | nginx:1"]),
-    ("docker pull nginx:1", ["nginx:1 | nginx:1"]),
-    ("$ sudo docker pull a/b", ["a/b:latest | a_b:latest"]),
-    ("docker pull --platform linux/arm64 a/b:1", ["--platform=linux/arm64 a/b:1 | a_b:1-arm64"]),
-    ("    image: a/b:1", ["a/b:1 | a_b:1"]),
-    ('  - image: "redis:7"', ["redis:7 | redis:7"]),
-    ("image:1", ["image:1 | image:1"]),
-    # several
-    ("nginx,redis", ["nginx:latest | nginx:latest", "redis:latest | redis:latest"]),
-    (
-        "nginx，redis、alpine;busybox；perl",
-        [
-            f"{name}:latest | {name}:latest"
-            for name in ("nginx", "redis", "alpine", "busybox", "perl")
-        ],
-    ),
-    ("nginx\r\nredis:7\n", ["nginx:latest | nginx:latest", "redis:7 | redis:7"]),
-    ("a:1\u2028b:1", ["a:1 | a:1", "b:1 | b:1"]),
-    ("nginx:1,,\n,", ["nginx:1 | nginx:1"]),
-    ("nginx\ndocker.io/library/nginx:latest", ["nginx:latest | nginx:latest"]),
-    ("a/b:1 => c:1, a_b:1", ["a/b:1 => c:1 | c:1", "a_b:1 | a_b:1"]),
-    # real messages of similar projects
-    (
-        "image: ghcr.io/immich-app/immich-machine-learning:v2",
-        [
-            "ghcr.io/immich-app/immich-machine-learning:v2 | "
-            "ghcr.io_immich-app_immich-machine-learning:v2"
-        ],
-    ),
-    (
-        IMMICH,
-        [f"{IMMICH} | ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0"],
-    ),
-    ("docker.io/valkey/valkey:8", ["valkey/valkey:8 | valkey_valkey:8"]),
-    (
-        "docker.io/docker_image_pusher",
-        ["docker_image_pusher:latest | docker_image_pusher:latest"],
-    ),
-    ("docker.io/xhofe:alist", ["xhofe:alist | xhofe:alist"]),
-    (
-        "rancher/rancher/shell:v0.6.2",
-        ["rancher/rancher/shell:v0.6.2 | rancher_rancher_shell:v0.6.2"],
-    ),
-    (
-        "registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3",
-        [
-            "registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 | "
-            "registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3"
-        ],
-    ),
-]
+# Message ¦ canonical lines, each with its target behind | where that is another text; = is the
+# message itself.
+IMAGES_READ = rows("""
+nginx:latest ¦ =
+docker.io/library/nginx:latest ¦ nginx:latest
+bitnami/redis:7.0 ¦ = | bitnami_redis:7.0
+ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
+localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
+--platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
+--platform=linux/amd64 x/y:1 ¦ = | x_y:1
+--platform=all nginx:1 ¦ = | nginx:1
+--platform=linux/amd64+linux/arm64 nginx:1 ¦ = | nginx:1
+--platform=linux/arm/v7 nginx:1 ¦ = | nginx:1-arm-v7
+nginx@sha256:HEX ¦ = | nginx:sha256-0123456789ab
+nginx:1@sha256:HEX ¦ = | nginx:1
+registry.k8s.io/pause:3.9 => pause:3.9 ¦ = | pause:3.9
+a/b ¦ a/b:latest | a_b:latest
+index.docker.io/library/nginx ¦ nginx:latest
+library/nginx:1 ¦ nginx:1
+docker.io/nginx:1 ¦ nginx:1
+quay.io/library/x:1 ¦ = | quay.io_library_x:1
+10.0.0.1:5000/a:1 ¦ = | 10.0.0.1-5000_a:1
+GHCR.IO/a/b:1 ¦ ghcr.io/a/b:1 | ghcr.io_a_b:1
+a__b/c-d.e:V1_x-2 ¦ = | a__b_c-d.e:V1_x-2
+nginx:HEXHEX ¦ =
+--platform linux/arm64 nginx ¦ --platform=linux/arm64 nginx:latest | nginx:latest-arm64
+nginx:1 --platform=linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+nginx:1   --platform  linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+--platform=LINUX/ARM64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+—platform=linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+--platform=linux/arm64+linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+--platform=windows/amd64 nginx:1 ¦ = | nginx:1-windows-amd64
+k8s.gcr.io/pause:3.9=>pause ¦ k8s.gcr.io/pause:3.9 => pause | pause:3.9
+--platform=linux/arm64 nginx:1 => mine ¦ = | mine:1-arm64
+--platform=linux/arm64 nginx:1 => mine:2 ¦ = | mine:2
+a/b@sha256:HEX => b ¦ = | b:sha256-0123456789ab
+a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
+ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
+a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
+“nginx:latest” ¦ nginx:latest
+'nginx:1' ¦ nginx:1
+`nginx:1` ¦ nginx:1
+「nginx:1」 ¦ nginx:1
+\u3000nginx:1\u200b\xa0 ¦ nginx:1
+docker pull nginx:1 ¦ nginx:1
+$ sudo docker pull a/b ¦ a/b:latest | a_b:latest
+docker pull --platform linux/arm64 a/b:1 ¦ --platform=linux/arm64 a/b:1 | a_b:1-arm64
+␣␣␣␣image: a/b:1 ¦ a/b:1 | a_b:1
+␣␣- image: "redis:7" ¦ redis:7
+image:1 ¦ =
+nginx,redis ¦ nginx:latest, redis:latest
+nginx，redis、alpine;busybox；perl ¦ ⤶
+nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest
+nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
+a:1\u2028b:1 ¦ a:1, b:1
+nginx:1,,⏎, ¦ nginx:1
+nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
+a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
+image: ghcr.io/immich-app/immich-ml:v2 ¦ ⤶
+ghcr.io/immich-app/immich-ml:v2 | ghcr.io_immich-app_immich-ml:v2
+ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:HEX ¦ = | ⤶
+ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0
+docker.io/valkey/valkey:8 ¦ valkey/valkey:8 | valkey_valkey:8
+docker.io/docker_image_pusher ¦ docker_image_pusher:latest
+docker.io/xhofe:alist ¦ xhofe:alist
+rancher/rancher/shell:v0.6.2 ¦ = | rancher_rancher_shell:v0.6.2
+registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 ¦ = | ⤶
+registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3
+""")
 
 
 def lines_and_targets(message: str) -> list[str]:
-    """Return "line | target" of every image that a message asks for."""
-    images = wxsync.read_message(message, PREFIX).images
-    return [f"{i.line} | {i.target(PREFIX).removeprefix(PREFIX + '/')}" for i in images]
+    """Return each image that a message asks for, and nothing else, as IMAGES_READ has them."""
+    reading = wxsync.read_message(message, PREFIX)
+    assert reading.links == ()
+    pairs = [(i.line, i.target(PREFIX).removeprefix(PREFIX + "/")) for i in reading.images]
+    return [line if line == target else f"{line} | {target}" for line, target in pairs]
 
 
 @pytest.mark.parametrize(("message", "wanted"), IMAGES_READ)
-def test_a_message_names_images(message: str, wanted: list[str]) -> None:
-    """What is typed, the canonical lines, the targets."""
-    assert lines_and_targets(message) == wanted
-    assert wxsync.read_message(message, PREFIX).links == ()
-
-
-@pytest.mark.parametrize(("message", "wanted"), IMAGES_READ)
-def test_a_canonical_line_is_its_own_canonical_line(message: str, wanted: list[str]) -> None:
-    """Chat, images.txt and the workflow's job must read a line alike."""
-    for pair in wanted:
+def test_a_message_names_images(message: str, wanted: str) -> None:
+    """What is typed, the canonical lines, the targets; chat, list and job read a line alike."""
+    pairs = re.sub("^=", message, wanted).split(", ")
+    assert lines_and_targets(message) == pairs
+    for pair in pairs:
         assert lines_and_targets(pair.partition(" | ")[0]) == [pair]
 
 
-# message -> each bad item with the line that was likely meant ("": nothing is offered)
-REFUSED: list[tuple[str, dict[str, str]]] = [
-    # the contract's and the issue's
-    ("Nginx:latest", {"Nginx:latest": "nginx:latest"}),
-    ("nginx: latest", {"nginx: latest": "nginx:latest"}),
-    ("$(reboot):1", {"$(reboot):1": ""}),
-    ("--all x:1", {"--all x:1": ""}),
-    ("a:1\n::set-output", {"::set-output": ""}),
-    ("../x:1", {"../x:1": ""}),
-    # real ones of similar projects
-    (
-        "acryldata/docker-action: v0.14.1",
-        {"docker-action: v0.14.1": "acryldata/docker-action:v0.14.1"},
-    ),
-    (
-        "developer-wlj/Windows-MoviePilot/tree/v2",
-        {"Windows-MoviePilot": "developer-wlj/windows-moviepilot/tree/v2:latest"},
-    ),
-    ("“platform”：“”", {"platform": ""}),
-    (IMMICH[:-60] + "…", {"ghcr.io/immich-app/postgres": ""}),
-    # spaces, slashes, ends
-    ("nginx :1", {"nginx :1": "nginx:1"}),
-    ("nginx:", {"nginx:": "nginx:latest"}),
-    ("nginx:1。", {"nginx:1。": "nginx:1"}),
-    ("/nginx:1/", {"/nginx:1/": "nginx:1"}),
-    ("nginx:1 redis:2", {"nginx:1 redis:2": "nginx:1, redis:2"}),
-    ("Nginx:1, b:1, redis: 7", {"Nginx:1": "nginx:1", "redis: 7": "redis:7"}),
-    # capitals are no part of a name, wherever they stand
-    ("Library/nginx:1", {"Library/nginx:1": "nginx:1"}),
-    ("Bitnami/redis:7", {"Bitnami/redis:7": "bitnami/redis:7"}),
-    ("bitnami/Redis:7", {"bitnami/Redis:7": "bitnami/redis:7"}),
-    # what a shell, a workflow or a terminal would obey
-    ("nginx:1 && reboot", {"nginx:1 && reboot": ""}),
-    ("nginx:1|sh", {"nginx:1|sh": ""}),
-    ("nginx:`id`", {"nginx:'id": ""}),
-    ("nginx:${{ secrets.X }}", {"nginx:${{ secrets.X }}": ""}),
-    ("; rm -rf /", {"rm -rf /": ""}),
-    ("nginx:1\x00", {"nginx:1": ""}),
-    ("nginx\u202e:1", {"nginx": ""}),
-    ("nginx:1\x1b[2K", {"nginx:1": ""}),
-    # the grammar
-    ("a//b:1", {"a//b:1": ""}),
-    ("a___b:1", {"a___b:1": ""}),
-    ("-a:1", {"-a:1": ""}),
-    ("nginx:1:2", {"nginx:1:2": ""}),
-    ("nginx:-1", {"nginx:-1": ""}),
-    ("ftp://x/y", {"ftp://x/y": ""}),
-    ("nginx:" + "t" * 129, {"nginx:ttt": ""}),
-    ("x/" * 5000 + "y", {"x/x/x": ""}),
-    (f"nginx@sha256:{HEX[1:]}", {"nginx@sha256:": ""}),
-    (f"a/b@sha256:{HEX.upper()}", {"a/b@sha256:": f"a/b@sha256:{HEX}"}),
-    # options and names
-    ("--platform=linux nginx:1", {"--platform=linux nginx:1": ""}),
-    ("--platform=all+linux/arm64 nginx:1", {"all+linux/arm64": ""}),
-    ("--platform=$(id) nginx:1", {"--platform=$(id) nginx:1": ""}),
-    ("--platform nginx:1", {"--platform nginx:1": ""}),
-    ("nginx:1 --force", {"nginx:1 --force": ""}),
-    ("nginx:1 => a/b", {"nginx:1 => a/b": ""}),
-    ("nginx:1 => Mine:1", {"nginx:1 => Mine:1": "nginx:1 => mine:1"}),
-    ("nginx:1 =>", {"nginx:1 =>": ""}),
-    (f"nginx:{'t' * 125} --platform=linux/arm64", {"nginx:ttt": ""}),
-]
+# Message ¦ each bad item, with the line that was likely meant behind → where one is offered.
+REFUSED = rows("""
+Nginx:latest ¦ Nginx:latest → nginx:latest
+nginx: latest ¦ nginx: latest → nginx:latest
+$(reboot):1 ¦ $(reboot):1
+--all x:1 ¦ --all x:1
+a:1⏎::set-output ¦ ::set-output
+../x:1 ¦ ../x:1
+acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-action:v0.14.1
+developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
+developer-wlj/windows-moviepilot/tree/v2:latest
+“platform”：“” ¦ platform
+ghcr.io/immich-app/postgres:14-vectorchord0.4.3@sha256:0123… ¦ ghcr.io/immich-app/postgres
+nginx :1 ¦ nginx :1 → nginx:1
+nginx: ¦ nginx: → nginx:latest
+nginx:1。 ¦ nginx:1。 → nginx:1
+/nginx:1/ ¦ /nginx:1/ → nginx:1
+nginx:1 redis:2 ¦ nginx:1 redis:2 → nginx:1, redis:2
+Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
+Library/nginx:1 ¦ Library/nginx:1 → nginx:1
+Bitnami/redis:7 ¦ Bitnami/redis:7 → bitnami/redis:7
+bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
+nginx:1 && reboot ¦ nginx:1 && reboot
+nginx:1|sh ¦ nginx:1|sh
+nginx:`id` ¦ nginx:'id
+nginx:${{ secrets.X }} ¦ nginx:${{ secrets.X }}
+; rm -rf / ¦ rm -rf /
+nginx:1\x00 ¦ nginx:1
+nginx\u202e:1 ¦ nginx
+nginx:1\x1b[2K ¦ nginx:1
+a//b:1 ¦ a//b:1
+a___b:1 ¦ a___b:1
+-a:1 ¦ -a:1
+nginx:1:2 ¦ nginx:1:2
+nginx:-1 ¦ nginx:-1
+ftp://x/y ¦ ftp://x/y
+ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
+nginx:1HEXHEX ¦ nginx:101
+nginx@sha256:0HEX ¦ nginx@sha256:
+nginx@sha256:0123 ¦ nginx@sha256:
+--platform=linux nginx:1 ¦ --platform=linux nginx:1
+--platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
+--platform=$(id) nginx:1 ¦ --platform=$(id) nginx:1
+--platform nginx:1 ¦ --platform nginx:1
+nginx:1 --force ¦ nginx:1 --force
+nginx:1 => a/b ¦ nginx:1 => a/b
+nginx:1 => Mine:1 ¦ nginx:1 => Mine:1 → nginx:1 => mine:1
+nginx:1 => ¦ nginx:1 =>
+nginx:HEX012345678901234567890123456789012345678901234567890123456789 --platform=linux/arm64 ¦ ⤶
+nginx:01
+""")
+REFUSED += [["x/" * 5000 + "y", "x/x/x"]]
+REFUSED += [[f"a/b@sha256:{HEX.upper()}", f"a/b@sha256: → a/b@sha256:{HEX}"]]
 
 
 def refusal(message: str) -> str:
@@ -4339,36 +3726,24 @@ def refusal(message: str) -> str:
     return str(caught.value).replace("`", "")
 
 
-@pytest.mark.parametrize(("message", "wanted"), REFUSED)
-def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: dict[str, str]) -> None:
-    """Each bad item by name, with the likely correction if there is one, and no control codes."""
-    reply = refusal(message)
-    assert [item for item in wanted if item not in reply] == []
-    offered = re.findall(r"您是不是要：(.*)", reply)
-    assert offered == [meant for meant in wanted.values() if meant]
+@pytest.mark.parametrize(("message", "wanted"), [(row[0], row[1:]) for row in REFUSED])
+def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str]) -> None:
+    """Each bad item by name, with a correction that is accepted in its turn, if there is one."""
+    reply, meant = refusal(message), [item.partition(" → ")[2] for item in wanted]
+    assert lacking([item.partition(" → ")[0] for item in wanted], reply) == []
+    assert re.findall(r"您是不是要：(.*)", reply) == [line for line in meant if line]
     assert reply.count("• ") == len(wanted) and len(reply.encode()) < 2048
     assert [c for c in reply if c != "\n" and not c.isprintable()] == []
+    assert all(wxsync.read_message(line, PREFIX).images for line in meant if line)
 
 
-@pytest.mark.parametrize(("message", "wanted"), REFUSED)
-def test_what_is_offered_is_accepted(message: str, wanted: dict[str, str]) -> None:
-    """A correction that would be refused in its turn helps nobody."""
-    for meant in filter(None, wanted.values()):
-        assert wxsync.read_message(meant, PREFIX).images
+CLASHES = ["a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"]
 
 
-CLASHES = [
-    ("a/b:1, a_b:1", "a_b:1"),
-    ("a/b:1, nginx:1 => a_b:1", "nginx:1 => a_b:1"),
-    ("nginx:1, --platform=all nginx:1", "--platform=all nginx:1"),
-]
-
-
-@pytest.mark.parametrize(("message", "second_line"), CLASHES)
-def test_two_sources_for_one_target_are_refused(message: str, second_line: str) -> None:
+@pytest.mark.parametrize("message", CLASHES)
+def test_two_sources_for_one_target_are_refused(message: str) -> None:
     """Both lines are named, and how `=>` tells them apart."""
-    reply = refusal(message)
-    assert message.partition(",")[0] in reply and second_line in reply and "=>" in reply
+    assert lacking([*message.split(", "), "=>"], refusal(message)) == []
 
 
 def test_256_images_are_taken_and_257_are_not() -> None:
@@ -4379,114 +3754,69 @@ def test_256_images_are_taken_and_257_are_not() -> None:
     assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
 
 
-# message -> command, links, number of images, a part of the note
-OTHER_MESSAGES: list[tuple[str, str, list[str], int, str]] = [
-    ("状态", "status", [], 0, ""),
-    (" STATUS ", "status", [], 0, ""),
-    ("列表", "list", [], 0, ""),
-    ("list", "list", [], 0, ""),
-    ("帮助", "help", [], 0, ""),
-    ("help", "help", [], 0, ""),
-    ("", "help", [], 0, ""),
-    (" \n，", "help", [], 0, ""),
-    ("你好，在吗", "help", [], 0, ""),
-    ("hello world", "help", [], 0, ""),
-    ("镜像同步 Issue 模板", "help", [], 0, ""),
-    ("nginx", "help", [], 0, "如需同步镜像 nginx，请发送 nginx:latest"),
-    ("flask", "help", [], 0, "如需同步镜像 flask，请发送 flask:latest"),
-    ("immich", "help", [], 0, "如需同步镜像 immich，请发送 immich:latest"),
-    ("jingxiang", "help", [], 0, "jingxiang:latest"),
-    ("dev.aliyun.com", "help", [], 0, ""),
-    ("docker.cn", "help", [], 0, ""),
-    ("https://e.com/a.pdf", "", ["https://e.com/a.pdf"], 0, ""),
-    ("HTTP://e.com/a,b;c.pdf", "", ["HTTP://e.com/a,b;c.pdf"], 0, ""),
-    ("https://e.com/a\nhttps://e.com/b", "", ["https://e.com/a", "https://e.com/b"], 0, ""),
-    ("https://e.com/a\nnginx:1, redis", "", ["https://e.com/a"], 2, ""),
-    ("https://e.com/a\nnginx", "", ["https://e.com/a"], 0, "nginx"),
-    ("Https://cr.console.aliyun.com", "", ["Https://cr.console.aliyun.com"], 0, ""),
-    ("https://registry.aliyuncs.com", "", ["https://registry.aliyuncs.com"], 0, ""),
-    (
-        "https://8t4dibul.mirror.aliyuncs.com/funcam/115pc",
-        "",
-        ["https://8t4dibul.mirror.aliyuncs.com/funcam/115pc"],
-        0,
-        "",
-    ),
-]
+# Command ¦ messages that are read as it.
+COMMANDS = rows("""
+status ¦ 状态 ¦ ␣STATUS␣
+list ¦ 列表 ¦ list
+help ¦ 帮助 ¦ help ¦ ¦ ␣⏎， ¦ 你好，在吗 ¦ hello world ¦ 镜像同步 Issue 模板 ¦ docker.cn
+help ¦ dev.aliyun.com
+help ¦ nginx ¦ flask ¦ immich ¦ jingxiang
+""")
 
 
-@pytest.mark.parametrize(("message", "command", "links", "images", "note"), OTHER_MESSAGES)
-def test_commands_links_and_nonsense(
-    message: str, command: str, links: list[str], images: int, note: str
-) -> None:
-    """Anything that names no image is a link, a command, or gets the help."""
-    reading = wxsync.read_message(message, PREFIX)
-    found = (reading.command, list(reading.links), len(reading.images))
-    assert found == (command, links, images) and note in reading.note
+def test_commands_and_nonsense() -> None:
+    """What names no image is a command, or gets the help; a bare word is asked back."""
+    for command, *messages in COMMANDS:
+        for message in messages:
+            reading = wxsync.read_message(message, PREFIX)
+            assert (reading.command, reading.images, reading.links) == (command, (), ()), message
+    for word in COMMANDS[-1][1:]:
+        note = f"如需同步镜像 {word}，请发送 {word}:latest"
+        assert note in wxsync.read_message(word, PREFIX).note
 
 
-BAD_LINKS = [
-    "https://",
-    "http:///x",
-    "https://user:password@e.com/x",
-    "https://e.com/a nginx:1",
-    "https://e.com\\@127.0.0.1/x",
-    "https://e.com:99999/x",
-]
+# Message ¦ how many images it names ¦ a part of the note
+LINKS_READ = rows("""
+https://e.com/a.pdf ¦ 0 ¦
+HTTP://e.com/a,b;c.pdf ¦ 0 ¦
+https://e.com/a⏎https://e.com/b ¦ 0 ¦
+https://e.com/a⏎nginx:1, redis ¦ 2 ¦
+https://e.com/a⏎nginx ¦ 0 ¦ nginx
+Https://cr.console.aliyun.com ¦ 0 ¦
+https://registry.aliyuncs.com ¦ 0 ¦
+https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0 ¦
+""")
+BAD_LINKS = r"""https:// http:///x https://user:password@e.com/x https://e.com\@127.0.0.1/x
+https://e.com:99999/x"""
 
 
-@pytest.mark.parametrize("link", BAD_LINKS)
-def test_a_bad_link_stops_the_message(link: str) -> None:
-    """Also when good images stand beside it."""
-    assert "❌" in refusal(f"nginx:1\n{link}")
+def test_links() -> None:
+    """Each link stands in a line of its own; a bad one stops the message, good images or not."""
+    for message, images, note in LINKS_READ:
+        reading = wxsync.read_message(message, PREFIX)
+        links = tuple(line for line in message.split("\n") if "://" in line)
+        assert (reading.links, len(reading.images)) == (links, int(images)), message
+        assert reading.command == "" and note in reading.note
+    for link in (*BAD_LINKS.split(), "https://e.com/a nginx:1"):
+        assert "❌" in refusal(f"nginx:1\n{link}")
 
 
-HUB_PAGES = {
-    "https://hub.docker.com/_/nginx": "nginx:latest",
-    "https://hub.docker.com/r/xhofe/alist": "xhofe/alist:latest",
-    "https://hub.docker.com/r/xhofe/alist/tags?page=2": "xhofe/alist:latest",
-}
+HUB_PAGES = {"_/nginx": "nginx", "r/xhofe/alist": "xhofe/alist", "r/a/b/tags?page=2": "a/b"}
 
 
-@pytest.mark.parametrize("link", HUB_PAGES)
-def test_the_page_of_an_image_is_no_file(link: str) -> None:
+@pytest.mark.parametrize("page", HUB_PAGES)
+def test_the_page_of_an_image_is_no_file(page: str) -> None:
     """Who sends a page of Docker Hub wants the image."""
-    assert HUB_PAGES[link] in refusal(link)
+    assert f"{HUB_PAGES[page]}:latest" in refusal(f"https://hub.docker.com/{page}")
 
 
-PIECES_OF_LINES = [
-    *(
-        "nginx",
-        "library",
-        "Library",
-        "a",
-        "B",
-        "7",
-        "docker.io",
-        "Docker.io",
-        "ghcr.io",
-        "localhost",
-    ),
-    *("/", "/", ":", ":", "@", ".", "_", "__", "-", "--", "+", " ", ",", "\n", "=>", " => "),
-    *("--platform=", "--platform ", "linux/arm64", "linux/amd64", "all", "sha256:", HEX, "latest"),
-    *(
-        "５",
-        "：",
-        "／",
-        "“",
-        "image: ",
-        "docker pull ",
-        "$(",
-        "`",
-        "\x00",
-        "\u2028",
-        "é",
-        "😀",
-        "https://",
-    ),
-]
+PIECES_OF_LINES = unfold(
+    "nginx library Library a B 7 docker.io Docker.io ghcr.io localhost / / : : @ . _ __ - -- + => "
+    "--platform= linux/arm64 linux/amd64 all sha256: HEX latest ５ ： ／ “ $( ` \x00 é 😀 https://"
+).split(" ")
+PIECES_OF_LINES += [" ", ",", "\n", " => ", "--platform ", "image: ", "docker pull ", "\u2028"]
 CANONICAL = re.compile(
-    r"(--platform=[a-z0-9/_.+]+ )?[A-Za-z0-9._/:@-]+( => [a-z0-9._-]+(:[\w.-]+)?)?"
+    r"(--platform=[a-z0-9/_.+]+ )?[A-Za-z0-9._/:@-]+( => [a-z0-9._-]+(:[A-Za-z0-9_.-]+)?)?"
 )
 
 
@@ -4501,9 +3831,10 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
             continue
         for image in images:
             accepted += 1
-            assert CANONICAL.fullmatch(image.line, re.ASCII.value * 0), message
+            target = image.target("").strip("/")
+            assert CANONICAL.fullmatch(image.line), message
             assert wxsync.read_image(image.line) == image, message
-            assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", image.target("").strip("/"))
+            assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", target), message
     assert accepted > 100
 
 
@@ -5313,7 +4644,8 @@ sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https:
 resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
 dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
 {⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
-github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎"dependencies": {"tag": "1.0"}⏎}
+github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎⤶
+"dependencies": {"tag": "1.0"}⏎}
 {"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
 {"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
 ---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
@@ -5340,7 +4672,8 @@ git clone -b main https://github.com/docker/compose.git && git pull origin main
 DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
 */5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
 drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
-1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，CPU/内存
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，⤶
+CPU/内存
 You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
  manifest⏎for the release is not found. Images and pulls are free; see image 3.
 ## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
@@ -5357,54 +4690,55 @@ TCP/IP, CI/CD
 
 # Talk, ¦ between messages: help.
 TALK_HEARD = r"""
-14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30
+14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00
+2026-11-24 10:30 ¦ 12:30, 13:30
 3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
 192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
 key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
 hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
 /etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
 File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
-在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢 ¦ From now on ¦ From China with love
+在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢
+From now on ¦ From China with love
 docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
-docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui ¦ docker ps -a
+docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
+docker ps -a
 """
 
-# message -> lines that are offered; no other word of it may be offered as an image
-SUGGESTED = [
-    ("please sync nginx:1.25", ["nginx:1.25"]),
-    ("麻烦同步一下 nginx:1.25", ["nginx:1.25"]),
-    ("麻烦同步一下：nginx:1.25", ["nginx:1.25"]),
-    ("麻烦同步一下\nnginx:1.25\nredis:7", []),
-    ("帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢", ["nginx:1.25", "bitnami/redis:7.0"]),
-    ("docker run nginx:1", ["nginx:1"]),
-    ("docker run -d -p 80:80 --name web nginx", ["nginx:latest"]),
-    ("podman run --rm -it quay.io/podman/hello", ["quay.io/podman/hello:latest"]),
-    ("nginx:1 redis:2", ["nginx:1", "redis:2"]),
-    ("2 registry.k8s.io/pause:3.9", ["registry.k8s.io/pause:3.9"]),
-    ("同步 24/7 的 nginx:1.25", ["nginx:1.25"]),
-    ("14:30 前同步 nginx:1.25", ["nginx:1.25"]),
-    ("please sync bitnami/redis to ours", ["bitnami/redis:latest"]),
-    ("k8s.gcr.io/pause:3.5systemctl restart docker", []),
-    ("registry.k8s.io//nriver/trilium-cn", []),
-]
+# What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
+SUGGESTED = rows("""
+please sync nginx:1.25 ¦ nginx:1.25
+麻烦同步一下 nginx:1.25 ¦ nginx:1.25
+麻烦同步一下：nginx:1.25 ¦ nginx:1.25
+麻烦同步一下⏎nginx:1.25⏎redis:7 ¦
+帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ nginx:1.25, bitnami/redis:7.0
+docker run nginx:1 ¦ nginx:1
+docker run -d -p 80:80 --name web nginx ¦ nginx:latest
+podman run --rm -it quay.io/podman/hello ¦ quay.io/podman/hello:latest
+nginx:1 redis:2 ¦ nginx:1, redis:2
+2 registry.k8s.io/pause:3.9 ¦ registry.k8s.io/pause:3.9
+同步 24/7 的 nginx:1.25 ¦ nginx:1.25
+14:30 前同步 nginx:1.25 ¦ nginx:1.25
+please sync bitnami/redis to ours ¦ bitnami/redis:latest
+k8s.gcr.io/pause:3.5systemctl restart docker ¦
+registry.k8s.io//nriver/trilium-cn ¦
+""")
 
-# two or more bare words -> canonical lines, lines that are offered
-BARE_WORDS: list[tuple[str, list[str], list[str]]] = [
-    ("nginx, redis", ["nginx:latest", "redis:latest"], []),
-    ("nginx\nmyapp", ["nginx:latest", "myapp:latest"], []),
-    ("postgres、openresty；mysql", ["postgres:latest", "openresty:latest", "mysql:latest"], []),
-    ("immich, alist", [], ["immich:latest", "alist:latest"]),
-    ("myapp\nmyworker\nmydb", [], ["myapp:latest", "myworker:latest", "mydb:latest"]),
-    ("hello world, nginx", [], []),
-    ("Nginx, Redis", [], []),
-]
+# Two or more bare words ¦ canonical lines ¦ lines that are offered.
+BARE_WORDS = rows("""
+nginx, redis ¦ nginx:latest, redis:latest ¦
+nginx⏎myapp ¦ nginx:latest, myapp:latest ¦
+postgres、openresty；mysql ¦ postgres:latest, openresty:latest, mysql:latest ¦
+immich, alist ¦ ¦ immich:latest, alist:latest
+myapp⏎myworker⏎mydb ¦ ¦ myapp:latest, myworker:latest, mydb:latest
+hello world, nginx ¦ ¦
+Nginx, Redis ¦ ¦
+""")
 
-LINKS_IN_SENTENCES = [
-    "请下载 https://example.com/a.pdf 谢谢",
-    "see https://example.com/a.pdf",
-    "文件：https://example.com/a.pdf",
-    "git clone https://github.com/docker/compose.git",
-]
+LINKS_IN_SENTENCES = rows("""
+请下载 https://example.com/a.pdf 谢谢 ¦ see https://example.com/a.pdf
+文件：https://example.com/a.pdf ¦ git clone https://github.com/docker/compose.git
+""")
 
 
 class Paste(NamedTuple):
@@ -5417,11 +4751,6 @@ class Paste(NamedTuple):
     offered: list[str]  # lines that are offered
 
 
-def unfold(text: str) -> str:
-    """Return text without the shortenings of the tables."""
-    return text.strip("\n").replace("⤶\n", "").replace("HEX", HEX)
-
-
 def read_pastes(found: str) -> list[Paste]:
     """Take PASTES_FOUND apart."""
     pastes = []
@@ -5431,13 +4760,12 @@ def read_pastes(found: str) -> list[Paste]:
         while lines[-1][:1] in wanted:
             mark, _, values = lines.pop().partition(" ")
             wanted[mark] = values.split(", ")
-        pastes.append(Paste(kind, "\n".join(lines), wanted["→"], wanted["✗"], wanted["✎"]))
+        pastes.append(Paste(kind, "\n".join(lines), *wanted.values()))
     return pastes
 
 
 PASTES = read_pastes(PASTES_FOUND)
 NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
-TALK = [item.replace("⏎", "\n") for item in re.split(r" ¦ |\n", TALK_HEARD.strip())]
 
 
 def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
@@ -5448,6 +4776,13 @@ def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
         return [], (), str(failure)
     assert not (reading.command and (reading.images or reading.links))
     return [image.line for image in reading.images], reading.links, reading.note
+
+
+def starts_nothing(message: str) -> str:
+    """Return what is said to a message that starts nothing."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()), message
+    return said
 
 
 def curly(text: str) -> str:
@@ -5477,13 +4812,13 @@ def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
     """What is marked and not plain is named with 没有处理, what is likely meant is offered."""
     images, links, said = heard(paste.text)
     assert (sorted(images), links) == (sorted(paste.images), ())
-    assert [piece for piece in paste.named + paste.offered if piece not in said] == []
+    assert lacking(paste.named + paste.offered, said) == []
     assert "没有处理" in said or not (images and paste.named)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
-    """At least 97 % of the marked images are found, none is wrong, no link starts."""
+    """97 % of the marked images are found, none is wrong, no link, and nothing where no mark is."""
     wanted, missed, wrong = 0, [], []
     for paste in PASTES:
         images, links, _ = heard(DAMAGES[damage](paste.text))
@@ -5491,49 +4826,42 @@ def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
         missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
         wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
         wrong += links
+    wrong += [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])]
     share = 100 * (wanted - len(missed)) / wanted
     print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
     assert wrong == [] and share >= 97
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_texts_without_a_mark_start_nothing(damage: str) -> None:
-    """Code, logs, lists, addresses, other commands, tables of other tools."""
-    assert [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])] == []
-
-
-@pytest.mark.parametrize("message", TALK)
-def test_talk_gets_help(message: str) -> None:
+def test_talk_gets_help() -> None:
     """Neither a refusal nor the offer to sync a word of talk."""
-    reading = wxsync.read_message(message, PREFIX)
-    assert (reading.command, reading.images, reading.links) == ("help", (), ())
-    assert ":latest" not in reading.note or "," in message
+    for message in itertools.chain.from_iterable(rows(TALK_HEARD)):
+        reading = wxsync.read_message(message, PREFIX)
+        assert (reading.command, reading.images, reading.links) == ("help", (), ()), message
+        assert ":latest" not in reading.note or "," in message, message
 
 
-@pytest.mark.parametrize(("message", "offered"), SUGGESTED)
-def test_only_what_looks_like_an_image_is_offered(message: str, offered: list[str]) -> None:
+@pytest.mark.parametrize(("message", "lines"), SUGGESTED)
+def test_only_what_looks_like_an_image_is_offered(message: str, lines: str) -> None:
     """What is offered can be sent as it is, and does no harm then."""
-    images, links, said = heard(message)
-    assert (images, links) == ([], ()) and [line for line in offered if line not in said] == []
+    said, offered = starts_nothing(message), lines.split(", ") if lines else []
     words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
-    assert [word for word in words if word in said] == []
-    assert not offered or heard(", ".join(offered))[0] == offered
+    assert lacking(offered, said) == [] and lacking(words, said) == list(words)
+    assert not offered or heard(lines)[0] == offered
 
 
 @pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
 def test_bare_words_are_images_beside_a_well_known_one(
-    message: str, images: list[str], offered: list[str]
+    message: str, images: str, offered: str
 ) -> None:
     """Other plain names are asked back with the line to send."""
     found, links, said = heard(message)
-    assert (found, links) == (images, ()) and [line for line in offered if line not in said] == []
+    assert (", ".join(found), links) == (images, ()) and lacking(offered.split(", "), said) == []
 
 
-@pytest.mark.parametrize("message", LINKS_IN_SENTENCES)
-def test_a_link_in_a_sentence_is_told_as_such(message: str) -> None:
+def test_a_link_in_a_sentence_is_told_as_such() -> None:
     """Nothing is fetched, and the person hears why."""
-    images, links, said = heard(message)
-    assert (images, links) == ([], ()) and "独占一行" in said
+    for message in itertools.chain.from_iterable(LINKS_IN_SENTENCES):
+        assert "独占一行" in starts_nothing(message)
 
 
 def test_a_plain_list_stays_all_or_nothing() -> None:
@@ -5589,10 +4917,8 @@ def test_version_names_the_file_itself() -> None:
 def test_help_names_every_command() -> None:
     """`--help` is on stdout and exits 0."""
     done = run_script("--help")
-    assert done.returncode == 0
-    assert [
-        w for w in ("serve", "check", "send", "plan", "copy", "--env") if w not in done.stdout
-    ] == []
+    words = ("serve", "check", "send", "plan", "copy", "--env")
+    assert (done.returncode, lacking(words, done.stdout)) == (0, [])
 
 
 def test_plan_prints_canonical_lines() -> None:
@@ -5613,29 +4939,20 @@ def test_plan_tells_every_bad_line_by_number(tmp_path: Path) -> None:
     assert not [line for line in errors if line.startswith("::")]
 
 
-WITHOUT_PACKAGES = [["--version"], ["--help"], ["plan", "-"], ["copy", "not valid"]]
-
-
-@pytest.mark.parametrize("words", WITHOUT_PACKAGES, ids=" ".join)
-def test_commands_that_never_import_a_package(words: list[str]) -> None:
+@pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
+def test_commands_that_never_import_a_package(words: str) -> None:
     """With everything installed they import none of it either."""
-    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words]
-    done = subprocess.run(
-        command, input="nginx", capture_output=True, encoding="utf-8", timeout=20, check=False
-    )
-    assert done.returncode == (2 if words[0] == "copy" else 0)
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
+    done = run_command(command, "nginx", 20)
+    assert done.returncode == (2 if "copy" in words else 0)
     imported = re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
-    assert "json" in imported
-    assert {name.partition(".")[0] for name in imported} & {
-        "Crypto",
-        "qingstor",
-        "requests",
-    } == set()
+    packages = {"Crypto", "qingstor", "requests"}
+    assert "json" in imported and not packages & {name.partition(".")[0] for name in imported}
 
 
 def test_a_service_without_files_never_imports_qingstor() -> None:
     """It takes 20 MiB that most never use."""
-    with fast_world(PYTHONPROFILEIMPORTTIME="1") as world:
+    with quick(PYTHONPROFILEIMPORTTIME="1") as world:
         world.say("nginx:1")
         world.hear("成功 1 / 1")
         assert "Crypto.Cipher" in world.service.log
@@ -5646,24 +4963,7 @@ def test_a_service_without_files_never_imports_qingstor() -> None:
 # Encryption: the published vectors, another implementation, forgeries
 # ---------------------------------------------------------------------------------------------
 
-
-class Vector(NamedTuple):
-    """A message that was published with everything that belongs to it."""
-
-    token: str
-    key: str
-    corp_id: str
-    timestamp: str
-    nonce: str
-    signature: str
-    encrypted: str
-    plain: str
-
-    @property
-    def crypto(self) -> wxsync.Crypto:
-        return wxsync.Crypto(self.token, self.key, self.corp_id)
-
-
+# Who published it: token, key, corp id; then timestamp, nonce, signature ¦ text ¦ encrypted.
 TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
 WECHATPY = ("123456", "kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR", "wx49f0ab532d5d035a")
 GO_WORKWX = (
@@ -5671,89 +4971,55 @@ GO_WORKWX = (
     "4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws",
     "ww6a112864f8022910",
 )
-VECTORS = {
-    "document 90968, address": Vector(
-        *TENCENT,
-        "1409659589",
-        "263014780",
-        "5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3",
-        "P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==",
-        "1616140317555161061",
-    ),
-    "document 90968, message": Vector(
-        *TENCENT,
-        "1409659813",
-        "1372623149",
-        "477715d11cdb4164915debcba66cb864d751f3e6",
-        "RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3Qczc"
-        "dCUpj911L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLj"
-        "vd4Xgpue06DOdnLxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMn"
-        "vw2r+KqCKIw+3IQH03v+BCA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k"
-        "22Ncx4XXZS9o0MBH27Bo6BpNelZpS+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2Yoy"
-        "yH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==",
-        "<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>\n"
-        "<FromUserName><![CDATA[mycreate]]></FromUserName>\n<CreateTime>1409659813</CreateTime>\n"
-        "<MsgType><![CDATA[text]]></MsgType>\n<Content><![CDATA[hello]]></Content>\n"
-        "<MsgId>4561255354251345929</MsgId>\n<AgentID>218</AgentID>\n</xml>",
-    ),
-    "wechatpy, address": Vector(
-        *WECHATPY,
-        "1411443780",
-        "437374425",
-        "dd6b9c95b495b3f7e2901bfbc76c664930ffdb96",
-        "4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==",
-        "5927782489442352469",
-    ),
-    "wechatpy, message": Vector(
-        *WECHATPY,
-        "1411525903",
-        "461056294",
-        "74d92dfeb87ba7c714f89d98870ae5eb62dff26d",
-        "RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHC"
-        "rsTyeDXzF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpX"
-        "aG4+BiYyolBug/gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQi"
-        "MS6td7vXUaWOMZnYZlF3So2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQi"
-        "pvWTT4dShyqio7mlsl5noTrb++x6En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=",
-        "<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>\n"
-        "<FromUserName><![CDATA[messense]]></FromUserName>\n<CreateTime>1411525903</CreateTime>\n"
-        "<MsgType><![CDATA[text]]></MsgType>\n<Content><![CDATA[test]]></Content>\n"
-        "<MsgId>4363689963896700987</MsgId>\n<AgentID>1</AgentID>\n</xml>",
-    ),
-    "go-workwx, address": Vector(
-        *GO_WORKWX,
-        "1583940690",
-        "VHh7ymSeb0jc4lSb",
-        "1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011",
-        "6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==",
-        "94966531020182955848408",
-    ),
-}
+VECTORS = rows("""
+1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 ¦ 1616140317555161061 ¦ ⤶
+P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==
+1409659813 1372623149 477715d11cdb4164915debcba66cb864d751f3e6 ¦ ⤶
+<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>⏎⤶
+<FromUserName><![CDATA[mycreate]]></FromUserName>⏎<CreateTime>1409659813</CreateTime>⏎⤶
+<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[hello]]></Content>⏎⤶
+<MsgId>4561255354251345929</MsgId>⏎<AgentID>218</AgentID>⏎</xml> ¦ ⤶
+RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3QczcdCUpj91⤶
+1L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLjvd4Xgpue06DOdn⤶
+LxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMnvw2r+KqCKIw+3IQH03v+B⤶
+CA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k22Ncx4XXZS9o0MBH27Bo6BpNelZp⤶
+S+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2YoyyH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==
+1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 ¦ 5927782489442352469 ¦ ⤶
+4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==
+1411525903 461056294 74d92dfeb87ba7c714f89d98870ae5eb62dff26d ¦ ⤶
+<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>⏎⤶
+<FromUserName><![CDATA[messense]]></FromUserName>⏎<CreateTime>1411525903</CreateTime>⏎⤶
+<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[test]]></Content>⏎⤶
+<MsgId>4363689963896700987</MsgId>⏎<AgentID>1</AgentID>⏎</xml> ¦ ⤶
+RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHCrsTyeDX⤶
+zF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpXaG4+BiYyolBug/⤶
+gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQiMS6td7vXUaWOMZnYZlF3S⤶
+o2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQipvWTT4dShyqio7mlsl5noTrb++x6⤶
+En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=
+1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 ¦ 94966531020182955848408 ¦ ⤶
+6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==
+""")
+PUBLISHERS = [TENCENT, TENCENT, WECHATPY, WECHATPY, GO_WORKWX]  # one for each
 
 
-@pytest.mark.parametrize("name", VECTORS)
-def test_a_published_vector(name: str) -> None:
+@pytest.mark.parametrize(("account", "vector"), [*zip(PUBLISHERS, VECTORS, strict=True)])
+def test_a_published_vector(account: tuple[str, str, str], vector: list[str]) -> None:
     """Signature and text are as published; one changed digit anywhere and they are not."""
-    vector = VECTORS[name]
-    crypto, signed = vector.crypto, (vector.timestamp, vector.nonce, vector.encrypted)
-    assert crypto.is_signed(vector.signature, *signed)
-    assert crypto.decrypt(vector.encrypted).decode() == vector.plain
-    assert not crypto.is_signed(vector.signature[:-1] + "x", *signed)
-    assert not crypto.is_signed(vector.signature, vector.timestamp, vector.nonce + "0", signed[2])
-    assert not crypto.is_signed("签名", *signed)
-
-
-def test_a_message_for_another_company_is_403() -> None:
-    """The vector decrypts, but was meant for somebody else."""
-    vector = VECTORS["document 90968, message"]
-    with pytest.raises(wxsync.Rejected) as caught:
-        wxsync.Crypto(vector.token, vector.key, "wx5823bf96d3bd56c8").decrypt(vector.encrypted)
+    crypto, (head, plain, encrypted) = wxsync.Crypto(*account), vector
+    timestamp, nonce, signature = head.split()
+    assert crypto.is_signed(signature, timestamp, nonce, encrypted)
+    assert crypto.decrypt(encrypted).decode() == plain
+    assert not crypto.is_signed(signature[:-1] + "x", timestamp, nonce, encrypted)
+    assert not crypto.is_signed(signature, timestamp, nonce + "0", encrypted)
+    assert not crypto.is_signed("签名", timestamp, nonce, encrypted)
+    with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
+        wxsync.Crypto(*account[:2], "wx5823bf96d3bd56c8").decrypt(encrypted)
     assert caught.value.status == 403
 
 
 def test_every_length_of_padding_works_both_ways() -> None:
     """1 to 32 bytes: a library that pads to 16 fails on half of them."""
-    client = WeComClient(*TENCENT, 1, "")
-    crypto = wxsync.Crypto(*TENCENT)
+    client, crypto = WeComClient(*TENCENT, 1, ""), wxsync.Crypto(*TENCENT)
     for size in range(32):
         assert crypto.decrypt(client.encrypt("x" * size)) == b"x" * size
         assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
@@ -5764,22 +5030,12 @@ def random_texts() -> list[str]:
     chance = random.Random(1)
     alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
     made = ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
-    return [
-        "",
-        "x",
-        "😀",
-        "]]>",
-        "a]]>b]]>]]",
-        "\n\n",
-        "x" * 2048,
-        "镜" * 682 + "ab",
-        "&amp;",
-        *made,
-    ]
+    fixed = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
+    return fixed + made
 
 
-def test_another_implementation_reads_what_we_write() -> None:
-    """wechatpy checks the signature, decrypts, and finds the text."""
+def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
+    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
     other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
     crypto = wxsync.Crypto(*TENCENT)
     for text in random_texts():
@@ -5788,37 +5044,29 @@ def test_another_implementation_reads_what_we_write() -> None:
         signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
         inner = other.decrypt_message(sealed.decode(), *signed)
         assert wxsync.read_xml_fields(inner.encode()).get("content", "") == text
-
-
-def test_we_read_what_another_implementation_writes() -> None:
-    """The other way round, the same texts."""
-    other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
-    crypto = wxsync.Crypto(*TENCENT)
-    for text in random_texts():
         fields = {"FromUserName": "alice", "MsgType": "text", "Content": text, "MsgId": 7}
-        sealed = other.encrypt_message(xml_document(fields), "nonce", "1409659813")
-        outer, as_json = wxsync.read_fields(sealed.encode())
-        assert not as_json
+        theirs = other.encrypt_message(xml_document(fields), "nonce", "1409659813")
+        outer, as_json = wxsync.read_fields(theirs.encode())
         signed = ("1409659813", "nonce", outer["encrypt"])
-        assert crypto.is_signed(outer["msgsignature"], *signed)
+        assert crypto.is_signed(outer["msgsignature"], *signed) and not as_json
         message = wxsync.read_posted(crypto.decrypt(outer["encrypt"]))
         assert message == (("alice", "alice", text, "7"), "text")
 
 
 def test_another_implementation_talks_to_the_service(talk: Talk) -> None:
-    """wechatpy in WeCom's place: it verifies the address, says something, reads the reply."""
+    """wechatpy in WeCom's place: it says something and reads the reply."""
     module = pytest.importorskip("wechatpy.enterprise.crypto")
     client = talk.client
     other = module.WeChatCrypto(client.token, talk.world.aes_key, client.corp_id)
     stamp = str(int(time.time()))
     fields = client.text_fields("alice", "nginx ]]> 😀")
-    outer = wxsync.read_xml_fields(other.encrypt_message(xml_document(fields), "n", stamp).encode())
+    outer = envelope_fields(other.encrypt_message(xml_document(fields), "n", stamp))
     query = {"msg_signature": outer["msgsignature"], "timestamp": stamp, "nonce": "n"}
     body = xml_document({"ToUserName": client.corp_id, "Encrypt": outer["encrypt"]})
     got = http_request("POST", f"{client.callback_url}?{urlencode(query)}", body.encode())
-    reply = wxsync.read_xml_fields(got.body)
+    reply = envelope_fields(got.body.decode())
     signed = (reply["msgsignature"], reply["timestamp"], reply["nonce"])
-    inner = wxsync.read_xml_fields(other.decrypt_message(got.body.decode(), *signed).encode())
+    inner = envelope_fields(other.decrypt_message(got.body.decode(), *signed))
     assert inner["tousername"] == "alice" and "使用说明" in inner["content"]
 
 
@@ -5834,79 +5082,46 @@ def test_wecoms_verification_is_answered_plainly(talk: Talk) -> None:
     assert (got.status, got.body) == (200, b"1")
 
 
-@pytest.mark.parametrize(("fmt", "kind"), [("xml", "xml"), ("json", "json")])
-def test_the_reply_has_the_envelope_of_the_message(talk: Talk, fmt: str, kind: str) -> None:
-    """JSON for JSON, XML for XML, to whoever asked, signed."""
+@pytest.mark.parametrize("fmt", ["xml", "json"])
+def test_the_reply_has_the_envelope_of_the_message(talk: Talk, fmt: str) -> None:
+    """JSON for JSON, XML for XML, to whoever asked, signed; names of JSON in any case."""
     reply = talk.client.post_text(talk.user, "帮助", fmt=fmt)
     assert reply.status == 200 and "使用说明" in reply.reply
-    assert kind in reply.headers["content-type"]
+    assert fmt in reply.headers["content-type"]
     assert reply.fields["tousername"] == talk.user and reply.fields["msgtype"] == "text"
     if fmt == "json":
         assert set(json.loads(reply.raw)) == {"encrypt", "msgsignature", "timestamp", "nonce"}
+        for change in (str.lower, str.upper):  # WeCom's own documents disagree about them
+            fields = talk.client.text_fields(talk.user, "nginx").items()
+            built = talk.client.build({change(name): value for name, value in fields}, "json")
+            assert "nginx:latest" in talk.client.post(built).reply
 
 
-def test_json_names_are_read_in_any_case(talk: Talk) -> None:
-    """WeCom's own documents disagree about them."""
-    for change in (str.lower, str.upper):
-        fields = talk.client.text_fields(talk.user, "nginx")
-        built = talk.client.build({change(name): value for name, value in fields.items()}, "json")
-        assert "nginx:latest" in talk.client.post(built).reply
-
-
-def sealed_bytes(client: WeComClient, plain: bytes) -> str:
-    """Encrypt bytes as they are: padding, length and corp id are the caller's affair."""
-    cipher = AES.new(client.key, AES.MODE_CBC, client.key[:16])
-    return base64.b64encode(cipher.encrypt(plain)).decode()
-
-
-def framed(client: WeComClient, length: int, pad: bytes, text: bytes = b"hello") -> str:
+def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
     """Encrypt a text with this length in its frame, and this padding."""
-    corp_id = client.corp_id.encode()
-    room = 64 - 20 - len(text) - len(corp_id) - len(pad)
-    frame = b"r" * 16 + struct.pack(">I", length) + text + corp_id
-    return sealed_bytes(client, frame + b"\0" * room + pad)
-
-
-def frame_of_48(client: WeComClient) -> bytes:
-    """Return a whole frame, padded to AES's blocks of 16 where WeCom pads to 32."""
-    frame = b"r" * 16 + struct.pack(">I", 5) + b"hello" + client.corp_id.encode()
-    return frame + bytes([48 - len(frame)]) * (48 - len(frame))
+    frame = b"r" * 16 + struct.pack(">I", length) + b"hello" + client.corp_id.encode()
+    return client.seal(frame + b"\0" * (size - len(frame) - len(pad)) + pad)
 
 
 FORGED: dict[str, tuple[Callable[[WeComClient], str], int]] = {
     "not base64": (lambda client: "!" * 64, 400),
     "no whole blocks": (lambda client: base64.b64encode(b"x" * 33).decode(), 400),
     "noise": (lambda client: base64.b64encode(b"x" * 64).decode(), 400),
-    "blocks of 16": (lambda client: sealed_bytes(client, frame_of_48(client)), 400),
+    "blocks of 16": (lambda client: framed(client, 5, b"\5" * 5, 48), 400),
     "padding 0": (lambda client: framed(client, 5, b"\0"), 400),
-    "padding 33": (lambda client: sealed_bytes(client, b"x" * 31 + b"\x21" * 33), 400),
+    "padding 33": (lambda client: client.seal(b"x" * 31 + b"\x21" * 33), 400),
     "uneven padding": (lambda client: framed(client, 5, b"\1\4\4\4"), 400),
-    "nothing but padding": (lambda client: sealed_bytes(client, b"\x20" * 32), 400),
+    "nothing but padding": (lambda client: client.seal(b"\x20" * 32), 400),
     "a length beyond the end": (lambda client: framed(client, 60, b"\1"), 400),
     "the greatest length": (lambda client: framed(client, 2**32 - 1, b"\1"), 400),
     "another company": (lambda client: client.encrypt("hello", "ww9999999999999999"), 403),
     "no company": (lambda client: client.encrypt("hello", ""), 403),
 }
-
-
-@pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("name", FORGED)
-def test_a_forged_text_is_refused(talk: Talk, name: str, method: str) -> None:
-    """Even when it is signed: the status is the same for both methods, the body is empty."""
-    make, status = FORGED[name]
-    encrypted = make(talk.client)
-    query = talk.client.signed(encrypted)
-    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
-    if method == "GET":
-        query, body = query | {"echostr": encrypted}, b""
-    got = http_request(method, f"{talk.client.callback_url}?{urlencode(query)}", body)
-    assert (got.status, got.body) == (status, b"")
-
-
 UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
     "a wrong signature": ({"msg_signature": "0" * 40}, 403),
     "a signature in capitals": ({"msg_signature": "é"}, 403),
     "an old time": ({"timestamp": "1409659589"}, 403),
+    "another nonce": ({"nonce": "1"}, 403),
     "no signature": ({"msg_signature": ""}, 400),
     "no time": ({"timestamp": ""}, 400),
     "a time that is none": ({"timestamp": "soon"}, 400),
@@ -5914,18 +5129,20 @@ UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
-@pytest.mark.parametrize("name", UNSIGNED)
-def test_a_request_that_is_not_signed_is_refused(talk: Talk, name: str, method: str) -> None:
-    """403 for a wrong signature, 400 where none is to be checked."""
-    change, status = UNSIGNED[name]
-    encrypted = talk.client.encrypt("hello")
-    query = talk.client.signed(encrypted) | change
-    body = xml_document({"Encrypt": encrypted}).encode()
-    if method == "GET":
-        query, body = query | {"echostr": encrypted}, b""
-    got = http_request(method, f"{talk.client.callback_url}?{urlencode(query)}", body)
-    assert (got.status, got.body) == (status, b"")
+@pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
+def test_what_is_forged_or_not_signed_is_refused(talk: Talk, name: str) -> None:
+    """By GET and by POST, with an empty answer; some of the texts are signed all the same."""
+    make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
+    change, status = UNSIGNED.get(name, ({}, status))
+    encrypted = make(talk.client)
+    query = urlencode(talk.client.signed(encrypted) | change)
+    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
+    asked = f"{talk.client.callback_url}?{query}"
+    for got in (
+        http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}"),
+        http_request("POST", asked, body),
+    ):
+        assert (got.status, got.body) == (status, b"")
 
 
 @pytest.mark.parametrize("age", [-590, 590])
@@ -5951,36 +5168,30 @@ ENVELOPES = {
     "JSON too deep": "{" + '"a":{' * 5000,
     "JSON with a list": '{"encrypt": ["x"]}',
 }
-
-
-@pytest.mark.parametrize("name", ENVELOPES)
-def test_an_envelope_that_is_none_is_400(talk: Talk, name: str) -> None:
-    """Whatever a stranger posts costs an empty answer."""
-    query = talk.client.signed("x")
-    reply = talk.client.post_raw(ENVELOPES[name].encode(), query)
-    assert (reply.status, reply.raw) == (400, b"")
-
-
+TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
 INNER = {
     "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
-    "an entity": DOCTYPE
-    + "<xml><FromUserName>a</FromUserName><MsgType>text</MsgType><Content>&e;</Content></xml>",
+    "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
     "nobody's": "<xml><MsgType>text</MsgType><Content>nginx:1</Content></xml>",
-    "everybody's": "<xml><FromUserName>@all</FromUserName><MsgType>text</MsgType></xml>",
-    "two people's": "<xml><FromUserName>a|b</FromUserName><MsgType>text</MsgType></xml>",
+    "everybody's": TEXT_OF + "@all</FromUserName></xml>",
+    "two people's": TEXT_OF + "a|b</FromUserName></xml>",
     "no XML": "hello",
     "a list": "[1]",
     "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
 }
 
 
-@pytest.mark.parametrize("name", INNER)
-def test_a_message_that_is_none_is_400(talk: Talk, name: str) -> None:
-    """Signed and encrypted as it should be, but no message."""
-    encrypted = talk.client.encrypt(INNER[name])
-    body = xml_document({"Encrypt": encrypted}).encode()
-    reply = talk.client.post_raw(body, talk.client.signed(encrypted))
-    assert (reply.status, reply.raw) == (400, b"")
+def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
+    """Whatever a stranger posts, or WeCom's key sealed, costs an empty answer."""
+    query = talk.client.signed("x")
+    posts = [(name, text.encode(), query) for name, text in ENVELOPES.items()]
+    for name, text in INNER.items():
+        encrypted = talk.client.encrypt(text)
+        body = xml_document({"Encrypt": encrypted}).encode()
+        posts.append((f"inside: {name}", body, talk.client.signed(encrypted)))
+    for name, body, query in posts:
+        reply = talk.client.post_raw(body, query)
+        assert (reply.status, reply.raw) == (400, b""), name
     assert talk.commits == [] and talk.inputs == []
 
 
@@ -6001,38 +5212,19 @@ def test_a_message_goes_out_as_wecom_wants_it(desk: Desk) -> None:
     assert sent["enable_duplicate_check"] == 1 and sent["duplicate_check_interval"] >= 1800
 
 
-def test_one_token_serves_many_messages(desk: Desk) -> None:
-    """Also when they are sent side by side before there is any."""
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: desk.sender.send(f"user-{n}", "hello"), range(40)))
-    assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
-
-
 @pytest.mark.parametrize("code", [42001, 40014, 41001, 42007, 42009])  # as Tencent's client does
-def test_a_token_that_is_refused_is_renewed_once(desk: Desk, code: int) -> None:
-    """The message arrives, without a pause, and once."""
-    desk.send("one")
+def test_one_token_serves_all_and_is_renewed_once_when_it_is_refused(desk: Desk, code: int) -> None:
+    """Also side by side; the message that met the refusal arrives, without a pause, and once."""
+    desk.send_many("first", 40)
+    assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
     desk.wecom.expire_tokens(code)
-    desk.send("two")
-    assert desk.wecom.token_calls == 2 and desk.pauses == []
-    assert [text.split("\n")[0] for text in desk.wecom.messages_for("alice")] == ["one", "two"]
-
-
-def test_senders_side_by_side_renew_a_token_once(desk: Desk) -> None:
-    """Eight refusals of the same token are one reason to renew it."""
+    desk.send_many("then", 8)
+    assert desk.wecom.token_calls == 2 and len(desk.wecom.messages) == 48
+    desk.wecom.expire_tokens(code)
     desk.send("one")
-    desk.wecom.expire_tokens()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: desk.sender.send(f"user-{n}", "hello"), range(8)))
-    assert desk.wecom.token_calls == 2 and len(desk.wecom.messages) == 9
-
-
-def test_a_token_that_is_refused_again_and_again_is_not_asked_for_without_end(desk: Desk) -> None:
-    """Renewed once per try, then a pause."""
-    desk.wecom.refuse(42001, times=4)
-    desk.send("hello")
-    assert len(desk.wecom.messages) == 1 and len(desk.pauses) == 2
-    assert desk.wecom.token_calls <= 3
+    desk.send("two")
+    assert desk.wecom.token_calls == 3 and desk.pauses == []
+    assert [text.split("\n")[0] for text in desk.wecom.messages_for("alice")] == ["one", "two"]
 
 
 def test_a_wrong_secret_is_not_tried_again_for_two_hours(desk: Desk) -> None:
@@ -6058,17 +5250,38 @@ def test_an_untrusted_address_is_named_with_the_cure(desk: Desk) -> None:
     desk.wecom.trusted, desk.after_pause = False, mend
     desk.send("hello")
     log = desk.written.getvalue()
-    assert "203.0.113.7" in log and "企业可信IP" in log and "60020" in log
+    assert lacking(("203.0.113.7", "企业可信IP", "60020"), log) == []
     assert len(desk.wecom.messages) == 1
 
 
-@pytest.mark.parametrize(("code", "least"), [(45009, 60), (-1, 1), (45033, 1), (50003, 60)])
-def test_what_passes_is_waited_for(desk: Desk, code: int, least: float) -> None:
-    """Once refused, a pause as the code asks for, then delivered once."""
-    desk.wecom.refuse(code)
+# What WeCom says, how often -> tries in vain, the least and the most that pauses sum up to.
+WECOM_TROUBLES: list[tuple[int | What, int, int, int, int]] = [
+    (45009, 1, 1, 60, 3600),
+    (-1, 1, 1, 1, 60),
+    (45033, 1, 1, 1, 60),
+    (50003, 1, 1, 60, 3600),
+    (42001, 4, 2, 1, 60),
+    ("reset", 3, 3, 10, 20),
+    ("garbage", 3, 3, 10, 20),
+    ("short", 3, 3, 10, 20),
+    ((502, {}, b"<html>bad gateway"), 3, 3, 10, 20),
+]
+
+
+@pytest.mark.parametrize(("what", "times", "tries", "least", "most"), WECOM_TROUBLES)
+def test_what_passes_is_waited_for(
+    desk: Desk, what: int | What, times: int, tries: int, least: int, most: int
+) -> None:
+    """With pauses that grow, or as long as the code asks for, then delivered once."""
+    if isinstance(what, int):
+        desk.wecom.refuse(what, times=times)
+    else:
+        desk.wecom.fail(SEND, what, times)
     desk.send("hello")
-    assert sum(desk.pauses) >= least
+    assert least <= sum(desk.pauses) <= most
+    assert desk.written.getvalue().count("秒后重试") == tries
     assert len(desk.wecom.messages) == 1 and desk.wecom.duplicates == []
+    assert desk.wecom.token_calls <= 3
 
 
 @pytest.mark.parametrize("code", [81013, 60111])
@@ -6081,29 +5294,15 @@ def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk, code: int) -> Non
     assert str(code) in desk.written.getvalue()
 
 
-def test_a_send_whose_answer_is_lost_is_tried_again_and_delivered_once(desk: Desk) -> None:
-    """The second try is the same to the letter, or WeCom would not know it."""
+def test_equal_messages_arrive_once_each(desk: Desk) -> None:
+    """A second try is the same to the letter: WeCom must know it, and no second result by it."""
     desk.wecom.fail(SEND, "lost")
-    desk.send("hello")
+    desk.send("❌ the same trouble")
     first, second_try = desk.wecom.calls_to(SEND)
     assert first.body == second_try.body
     assert len(desk.wecom.messages) == 1 and len(desk.wecom.duplicates) == 1
-
-
-def test_two_equal_messages_that_are_meant_both_arrive(desk: Desk) -> None:
-    """The duplicate check must not swallow the second result of the same kind."""
     desk.send("❌ the same trouble")
-    desk.send("❌ the same trouble")
-    assert len(desk.wecom.messages) == 2 and desk.wecom.duplicates == []
-
-
-@pytest.mark.parametrize("what", ["reset", "garbage", "short", (502, {}, b"<html>bad gateway")])
-def test_a_server_that_answers_oddly_is_tried_again(desk: Desk, what: Any) -> None:
-    """With pauses that grow, until it is itself again."""
-    desk.wecom.fail(SEND, what, 3)
-    desk.send("hello")
-    assert desk.written.getvalue().count("秒后重试") == 3 and 10 < sum(desk.pauses) < 20
-    assert len(desk.wecom.messages) == 1
+    assert len(desk.wecom.messages) == 2 and len(desk.wecom.duplicates) == 1
 
 
 TALES = {
@@ -6169,82 +5368,68 @@ def test_three_images_of_which_one_does_not_exist(talk: Talk) -> None:
     assert talk.commits == ["wxsync: fresh:1 (+2) [skip ci]"]
 
 
-# what became of a line's job -> a part of what is said of it
-NOT_DONE = {
-    "failure": "失败的步骤：Copy",
-    "cancelled": "任务被取消",
-    "timed_out": "复制超时",
-    "skipped": "任务被跳过",
-    "neutral": "neutral",
-    "action_required": "action_required",
-    "missing": "没有这个镜像的任务",
-    "wxsync: failed source-denied denied": "源仓库拒绝读取",
-    "wxsync: failed target-denied denied": "目标仓库拒绝写入",
-    "wxsync: failed target-login unauthorized": "登录目标仓库失败",
-    "wxsync: failed target-mismatch other/space": "没有复制",
-    "wxsync: failed no-platform linux/s390x": "没有这个架构",
-    "wxsync: failed rate-limited 429": "限制拉取次数",
-    "wxsync: failed network refused": "连接镜像仓库失败",
-    "wxsync: failed rejected unknown manifest class": "不接受",
-    "wxsync: failed timeout": "超时",
-    "wxsync: failed error out of luck": "out of luck",
-    "wxsync: failed of-tomorrow new": "",
-}
+# What became of a line's job ¦ a part of what is said of it.
+NOT_DONE = rows("""
+failure ¦ 失败的步骤：Copy
+cancelled ¦ 任务被取消
+timed_out ¦ 复制超时
+skipped ¦ 任务被跳过
+neutral ¦ neutral
+action_required ¦ action_required
+missing ¦ 没有这个镜像的任务
+wxsync: failed source-denied denied ¦ 源仓库拒绝读取
+wxsync: failed target-denied denied ¦ 目标仓库拒绝写入
+wxsync: failed target-login unauthorized ¦ 登录目标仓库失败
+wxsync: failed target-mismatch other/space ¦ 没有复制
+wxsync: failed no-platform linux/s390x ¦ 没有这个架构
+wxsync: failed rate-limited 429 ¦ 限制拉取次数
+wxsync: failed network refused ¦ 连接镜像仓库失败
+wxsync: failed rejected unknown manifest class ¦ 不接受
+wxsync: failed timeout ¦ 超时
+wxsync: failed error out of luck ¦ out of luck
+wxsync: failed of-tomorrow new ¦
+""")
 
 
 def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
     """Cancelled, missing, without a step name, of a code unknown: each is told as failed."""
-    lines = {f"x/fate-{number}:1": fate for number, fate in enumerate(NOT_DONE)}
-    talk.runner.outcomes |= lines
-    talk.runner.outcomes["x/silent:1"] = "success"
+    lines = {f"x/fate-{number}:1": fate for number, (fate, _) in enumerate(NOT_DONE)}
+    talk.runner.outcomes |= lines | {"x/silent:1": "success"}
     talk.say("\n".join([*lines, "x/silent:1"]))
     head = talk.hear("成功 ")
     assert f"❌ 镜像同步没有全部完成，成功 1 / {len(lines) + 1}" in head
     assert wait_until(lambda: f"docker pull {PREFIX}/x_silent:1" in "\n".join(talk.messages))
     told = "\n".join(talk.messages)
     assert told.count("docker pull ") == 1
-    assert [line for line in lines if f"❌ {line}" not in told] == []
-    assert [part for part in NOT_DONE.values() if part not in told] == []
+    assert lacking([f"❌ {line}" for line in lines], told) == []
+    assert lacking([part for _, part in NOT_DONE], told) == []
 
 
-@pytest.mark.parametrize("text", ["你好，在吗", "help", "，", "What is this?"])
-def test_nonsense_gets_the_help(talk: Talk, text: str) -> None:
+def test_nonsense_gets_the_help_and_a_bare_word_is_asked_back(talk: Talk) -> None:
     """At once, and nothing else happens."""
-    assert "使用说明" in talk.say(text) and talk.calls() == []
-
-
-def test_a_bare_word_is_asked_back(talk: Talk) -> None:
-    """It may be an image, or just a word."""
+    for text in ("你好，在吗", "help", "，", "What is this?"):
+        assert "使用说明" in talk.say(text)
     assert talk.say("nginx").startswith("如需同步镜像 nginx，请发送 nginx:latest")
     assert talk.calls() == []
 
 
-ATTACKS = [
-    "$(reboot):1",
-    "--all x:1",
-    "a:1\n::set-output",
-    "../x:1",
-    "a" * 10_000,
-    "a:" * 5_000,
-    "a/" * 5_000,
-    "镜" * 10_000,
-    ",".join(["A:1"] * 2_500),
-    "https://" + "a" * 9_992,
-]
+ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
+ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
+ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
 
 
-@pytest.mark.parametrize("text", ATTACKS, ids=lambda text: f"{text[:12]!r} {len(text)}")
-def test_bad_input_changes_nothing_anywhere(talk: Talk, text: str) -> None:
+def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
     """One reply that fits; no commit, no run, no file, no message, no line of it in the log."""
-    before = sorted(talk.world.service.state_dir.iterdir())
-    images = talk.world.service.state_dir / "images.txt"
-    content = images.read_bytes() if images.exists() else b""
-    reply = talk.say(text)
-    assert reply and len(reply.encode()) <= 2048
-    time.sleep(0.1)
+    folder = talk.world.service.state_dir
+    images = folder / "images.txt"
+    images.touch()
+    before, content = sorted(folder.iterdir()), images.read_bytes()
+    for text in ATTACKS:
+        reply = talk.say(text)
+        assert reply and len(reply.encode()) <= 2048, text[:20]
+    time.sleep(0.2)
     assert talk.calls() == [] and talk.messages == []
-    assert (images.read_bytes() if images.exists() else b"") == content
-    assert sorted(talk.world.service.state_dir.iterdir()) == before
+    assert images.read_bytes() == content and sorted(folder.iterdir()) == before
     assert [line for line in talk.world.service.log.splitlines() if line.startswith("::")] == []
 
 
@@ -6255,15 +5440,14 @@ def test_status_tells_what_runs_what_waits_and_what_was(talk: Talk) -> None:
     talk.say("slow/status:1, b:1")
     talk.world.say("waits:1", "bob")
     assert wait_until(lambda: talk.inputs[1:])
-    status = talk.say("状态")
-    assert "slow/status:1" in status and "等待 1" in status and "0/2" in status
+    assert lacking(("slow/status:1", "等待 1", "0/2"), talk.say("状态")) == []
     talk.runner.go.set()
     assert talk.world.hear("waits:1")
 
 
 def test_the_list_shows_todays_images() -> None:
-    """Empty at first, then what was asked for, each line once."""
-    with fast_world() as world:
+    """Empty at first, then what was asked for, each line once; a long one goes on in messages."""
+    with quick() as world:
         assert "空" in world.say("列表")
         world.say("nginx, redis:7")
         world.hear("成功 2 / 2")
@@ -6271,12 +5455,8 @@ def test_the_list_shows_todays_images() -> None:
         world.hear(lambda message: message.user == "bob")
         lines = ["nginx:latest", "redis:7", "--platform=all nginx:1"]
         assert world.say("list").splitlines()[1:] == lines
-
-
-def test_a_reply_that_is_too_long_goes_on_in_messages() -> None:
-    """The passive reply first, the rest by message/send, split at line ends."""
     lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
-    with fast_world() as world:
+    with quick() as world:
         (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
         reply = world.say("列表")
         rest = world.hear(lines[-1])
@@ -6300,7 +5480,7 @@ EVENTS: dict[str, dict[str, str]] = {
     "enter_agent": {},
     "subscribe": {},
     "LOCATION": {"Latitude": "23.1", "Longitude": "113.3", "Precision": "119"},
-    "click": {},
+    "click": {"EventKey": "k"},
     "template_card_event": {"TaskId": "t", "ResponseCode": "r"},
 }
 KINDS: dict[str, dict[str, object]] = {
@@ -6316,10 +5496,9 @@ KINDS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("fmt", ["xml", "json"])
 def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) -> None:
     """No work, no repeat by WeCom; who sends a picture hears what is understood."""
-    replies = [
-        talk.client.post_event(talk.user, event, "k", fmt, **more) for event, more in EVENTS.items()
-    ]
-    assert [(reply.status, reply.raw) for reply in replies] == [(200, b"")] * len(replies)
+    for event, own in EVENTS.items():
+        reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, **own)
+        assert (reply.status, reply.raw) == (200, b""), event
     for kind, more in KINDS.items():
         assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **more).reply, kind
     assert talk.calls() == [] and talk.messages == []
@@ -6336,11 +5515,8 @@ def test_requests_queue_in_order(talk: Talk) -> None:
     assert (health["running"], health["queued"]) == (1, 2)
     talk.runner.go.set()
     talk.world.hear(lambda message: message.user == "q-carol")
-    assert [json.loads(i["images"]) for i in talk.inputs] == [
-        ["slow/queue:1"],
-        ["queue:1"],
-        ["queue:2"],
-    ]
+    images = [json.loads(inputs["images"]) for inputs in talk.inputs]
+    assert images == [["slow/queue:1"], ["queue:1"], ["queue:2"]]
     ends = {message.user: message.time for message in talk.wecom.messages}
     assert ends[talk.user] < ends["q-bob"] < ends["q-carol"]
     assert len(talk.messages) == 1
@@ -6350,7 +5526,7 @@ def test_requests_queue_in_order(talk: Talk) -> None:
 def test_a_full_queue_refuses(size: int) -> None:
     """QUEUE_SIZE counts those that wait; 0 refuses while one runs. Nothing of it is kept."""
     runner = SlowRunner()
-    with fast_world(runner, QUEUE_SIZE=str(size)) as world:
+    with quick(runner, QUEUE_SIZE=str(size)) as world:
         world.say("slow/full:1")
         for number in range(size):
             assert "已排队" in world.say(f"waits:{number}", "bob")
@@ -6365,13 +5541,13 @@ def test_a_full_queue_refuses(size: int) -> None:
 def test_a_run_that_takes_long_lets_the_next_one_start() -> None:
     """SYNC_TIMEOUT: what is done so far, the run's address, and the final result later."""
     runner = SlowRunner()
-    with fast_world(runner, SYNC_TIMEOUT="1") as world:
+    with quick(runner, SYNC_TIMEOUT="1") as world:
         world.say("slow/a:1, b:1, nosuch:1")
         runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
         world.say("next:1", "bob")
         late = world.hear("⏰")
-        assert "/actions/runs/" in late and f"docker pull {PREFIX}/b:1" in late
-        assert "1 / 3" in late and "nosuch:1" in late and "slow_a" not in late
+        parts = ("/actions/runs/", f"docker pull {PREFIX}/b:1", "1 / 3", "nosuch:1")
+        assert lacking(parts, late) == [] and "slow_a" not in late
         assert "成功 1 / 1" in world.hear(lambda message: message.user == "bob")
         assert "1" in re.findall(r"仍在跟踪.*?(\d)", world.say("状态"))
         runner.go.set()
@@ -6384,18 +5560,18 @@ def test_a_run_that_takes_long_lets_the_next_one_start() -> None:
 
 def test_one_connection_and_three_calls_before_polling() -> None:
     """GET and PUT of the list, the dispatch; then the run, and its jobs once."""
-    with fast_world(PlayedRunner(0.3)) as world:
+    with quick(PlayedRunner(0.3)) as world:
         world.say("nginx:1")
         world.hear("成功 1 / 1")
         api, run = f"/repos/{world.github.repo}", world.github.runs[0].id
-        calls = [(call.method, call.path.removeprefix(api)) for call in world.github.calls]
+        calls = [f"{c.method} {c.path.removeprefix(api)}" for c in world.github.calls]
         assert calls[:3] == [
-            ("GET", "/contents/images.txt"),
-            ("PUT", "/contents/images.txt"),
-            ("POST", "/actions/workflows/docker-image-sync.yml/dispatches"),
+            "GET /contents/images.txt",
+            "PUT /contents/images.txt",
+            "POST /actions/workflows/docker-image-sync.yml/dispatches",
         ]
-        assert set(calls[3:-1]) == {("GET", f"/actions/runs/{run}")}
-        assert calls[-1] == ("GET", f"/actions/runs/{run}/jobs")
+        assert set(calls[3:-1]) == {f"GET /actions/runs/{run}"}
+        assert calls[-1] == f"GET /actions/runs/{run}/jobs"
         assert world.github.connections == 1
         polls = [call for call in world.github.calls if call.path.endswith(f"/runs/{run}")]
         assert len(polls) > 2 and [p for p in polls[1:] if "if-none-match" not in p.headers] == []
@@ -6419,81 +5595,65 @@ def test_the_list_on_github_is_replaced(talk: Talk) -> None:
     assert b"by-hand" not in content and content.endswith(b"replaces:1\n")
 
 
-def test_a_github_that_does_not_know_return_run_details(talk: Talk) -> None:
-    """400 for the unknown field: asked again without it."""
-    body = b'{"message": "Invalid request.\\n\\n\\"return_run_details\\" is not a permitted key."}'
-    talk.github.fail("POST dispatches", (400, {}, body))
-    talk.github.old_dispatch = True
-    assert "成功 1 / 1" in talk.ask("enterprise:1")
-    bodies = [call.json() for call in talk.calls("POST dispatches")]
-    assert ["return_run_details" in body for body in bodies] == [True, False]
-    assert len(talk.inputs) == 1
+# Calls of GitHub that go wrong, how often, how -> how many GET, PUT and POST there are then.
+# GitHub itself redirects to its own new address: method and body stay. A list may lag: 0.15 s is
+# 7.5 s here. A dispatch that never arrived is made again after ten seconds, 0.2 s here.
+LIST = "/repos/octo/mirror/contents/images.txt"
+UNKNOWN_FIELD = 'Invalid request.\n\n"return_run_details" is not a permitted key.'
+MISHAPS: dict[str, tuple[str, int, str, tuple[int, int, int]]] = {
+    "an unknown field": ("POST dispatches", 1, f"400 {UNKNOWN_FIELD}", (1, 1, 2)),
+    "somebody else wrote": ("PUT", 2, "409 images.txt does not match 0123", (3, 3, 1)),
+    "somebody else began": ("PUT", 2, '422 "sha" wasn\'t supplied.', (3, 3, 1)),
+    "the commit's answer is lost": ("PUT", 1, "lost", (2, 2, 1)),
+    "the dispatch's answer is lost": ("POST dispatches", 1, "lost", (1, 1, 1)),
+    "the list lags as well": ("POST dispatches", 1, "lost", (1, 1, 1)),
+    "the dispatch never arrived": ("POST dispatches", 1, "reset", (1, 1, 2)),
+    "a new name, seen at GET": ("GET contents", 1, "301", (2, 1, 1)),
+    "a new name, seen at PUT": ("PUT", 1, "307", (1, 2, 1)),
+}
 
 
-CONFLICTS = [(409, "images.txt does not match 0123"), (422, '"sha" wasn\'t supplied.')]
+@pytest.mark.parametrize("name", MISHAPS)
+def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, name: str) -> None:
+    """It is read again, looked for, or made again: one commit, one run, one result."""
+    where, times, how, wanted = MISHAPS[name]
+    status, _, message = how.partition(" ")
+    body = json.dumps({"message": message}).encode()
+    what: What = (int(status), {"Location": LIST}, body) if status.isdigit() else how
+    talk.github.fail(where, what, times)
+    talk.github.list_lag = 0.15 if "lags" in name else 0.0
+    talk.github.old_dispatch = "field" in name
+    image = f"mishap-{list(MISHAPS).index(name)}:1"
+    assert "成功 1 / 1" in talk.ask(image)
+    counts = [len(talk.calls(call)) for call in ("GET contents", "PUT contents", "POST dispatches")]
+    assert tuple(counts) == wanted and len(talk.inputs) == len(talk.commits) == 1
+    posts = talk.calls("POST dispatches")
+    assert how != "reset" or posts[1].time - posts[0].time > 0.2
+    assert "field" not in name or "return_run_details" not in posts[1].json()
 
 
-@pytest.mark.parametrize(("status", "said"), CONFLICTS)
-def test_a_conflict_is_read_again_and_tried_again(talk: Talk, status: int, said: str) -> None:
-    """Somebody else wrote to the branch in the same moment."""
-    talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 2)
-    assert "成功 1 / 1" in talk.ask(f"conflict:{status}")
-    assert len(talk.calls("GET contents")) == len(talk.calls("PUT contents")) == 3
-    assert len(talk.commits) == 1
+# What GitHub says to a call ¦ parts of what the person reads.
+NO_ACCESS = "Resource not accessible by personal access token"
+DENIED = rows(f"""
+GET contents ¦ 401 ¦ Bad credentials ¦ GITHUB_TOKEN ¦ 过期
+PUT contents ¦ 403 ¦ {NO_ACCESS} ¦ Contents
+POST dispatches ¦ 403 ¦ {NO_ACCESS} ¦ Actions
+GET actions/runs/ ¦ 403 ¦ {NO_ACCESS} ¦ Actions
+PUT contents ¦ 404 ¦ Not Found ¦ octo/mirror ¦ main ¦ Contents
+POST dispatches ¦ 404 ¦ Not Found ¦ octo/mirror ¦ Actions
+POST dispatches ¦ 422 ¦ No ref found for: main ¦ No ref found for: main
+POST dispatches ¦ 422 ¦ Workflow does not have 'workflow_dispatch' trigger ¦ workflow_dispatch
+""")
 
 
-def test_a_lost_answer_to_the_commit_makes_no_second_one(talk: Talk) -> None:
-    """It was done: the list is read again and found equal."""
-    talk.github.fail("PUT", "lost")
-    assert "成功 1 / 1" in talk.ask("lost-commit:1")
-    assert len(talk.commits) == 1
-
-
-@pytest.mark.parametrize("lag", [0.0, 0.15])
-def test_a_lost_answer_to_the_dispatch_starts_no_second_run(talk: Talk, lag: float) -> None:
-    """The run is looked for, for as long as GitHub's list may lag (0.15 s is 7.5 s here)."""
-    talk.github.list_lag = lag
-    talk.github.fail("POST dispatches", "lost")
-    assert "成功 1 / 1" in talk.ask(f"lost-run:{lag}")
-    assert len(talk.inputs) == 1
-
-
-def test_a_dispatch_that_never_arrived_is_made_again(talk: Talk) -> None:
-    """But only after the run has been looked for, for ten seconds (0.2 s here)."""
-    talk.github.fail("POST dispatches", "reset")
-    assert "成功 1 / 1" in talk.ask("reset-run:1")
-    first, second_call = talk.calls("POST dispatches")
-    assert second_call.time - first.time > 0.2 and len(talk.inputs) == 1
-
-
-# what GitHub says to a call -> what the person reads
-DENIED: list[tuple[str, str, int, list[str]]] = [
-    ("GET contents", "Bad credentials", 401, ["GITHUB_TOKEN", "过期"]),
-    ("PUT contents", "Resource not accessible by personal access token", 403, ["Contents"]),
-    ("POST dispatches", "Resource not accessible by personal access token", 403, ["Actions"]),
-    ("GET actions/runs/", "Resource not accessible by personal access token", 403, ["Actions"]),
-    ("PUT contents", "Not Found", 404, ["octo/mirror", "main", "Contents"]),
-    ("POST dispatches", "Not Found", 404, ["octo/mirror", "Actions"]),
-    ("POST dispatches", "No ref found for: main", 422, ["No ref found for: main"]),
-    (
-        "POST dispatches",
-        "Workflow does not have 'workflow_dispatch' trigger",
-        422,
-        ["workflow_dispatch"],
-    ),
-]
-
-
-@pytest.mark.parametrize(("where", "said", "status", "wanted"), DENIED)
-def test_a_refusal_of_github_is_told_in_words(
-    talk: Talk, where: str, said: str, status: int, wanted: list[str]
-) -> None:
+@pytest.mark.parametrize("row", DENIED, ids=lambda row: " ".join(row[:2]))
+def test_a_refusal_of_github_is_told_in_words(talk: Talk, row: list[str]) -> None:
     """What it means for the user's token, and which permission is missing."""
-    talk.github.fail(where, (status, {}, json.dumps({"message": said}).encode()), 20)
+    where, status, said, *wanted = row
+    talk.github.fail(where, (int(status), {}, json.dumps({"message": said}).encode()), 20)
     result = talk.ask(f"denied-{status}:1")
     assert "❌" in result.splitlines()[0] and "成功 0 / 1" in result
-    assert [part for part in wanted if part not in result] == []
-    assert len(talk.messages) == 1
+    assert lacking(wanted, result) == [] and len(talk.messages) == 1
 
 
 LIMITS: dict[str, tuple[int, dict[str, str], bytes, float]] = {
@@ -6501,6 +5661,7 @@ LIMITS: dict[str, tuple[int, dict[str, str], bytes, float]] = {
     "a secondary limit": (403, {"Retry-After": "61"}, b"{}", 61),
     "in words only": (403, {}, b'{"message": "You have exceeded a secondary rate limit."}', 60),
     "429 alone": (429, {}, b"", 60),
+    "a used-up quota": (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "+90"}, b"", 90),
 }
 
 
@@ -6509,42 +5670,31 @@ LIMITS: dict[str, tuple[int, dict[str, str], bytes, float]] = {
 def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
     """For as long as it says, then the call is made again."""
     status, headers, body, seconds = LIMITS[name]
+    if "X-RateLimit-Reset" in headers:
+        headers = headers | {"X-RateLimit-Reset": str(int(time.time()) + 90)}
     desk.github.fail(f"{method} contents", (status, headers, body))
     assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
-    assert len(desk.pauses) == 1 and seconds - 1 < desk.pauses[0] <= seconds
+    assert len(desk.pauses) == 1 and seconds - 5 < desk.pauses[0] <= seconds + 5
+    assert desk.pauses[0] > seconds - 1 or "quota" in name
     assert len(desk.github.commits) == 1
 
 
-def test_a_used_up_quota_is_waited_for_until_its_reset(desk: Desk) -> None:
-    """x-ratelimit-remaining 0 and x-ratelimit-reset."""
-    reset = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": str(int(time.time()) + 90)}
-    desk.github.fail("GET contents", (403, reset, b'{"message": "API rate limit exceeded"}'))
-    assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
-    assert len(desk.pauses) == 1 and 85 < desk.pauses[0] < 95
-
-
-def test_a_quota_that_is_gone_for_an_hour_is_told() -> None:
-    """Nobody waits for that; the message says when to try again."""
-    with fast_world() as world:
-        world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
-        world.say("quota:1")
-        result = world.hear("成功 ")
-        assert "成功 0 / 1" in result and "分钟后再试" in result
-
-
-def test_nothing_is_asked_while_github_wants_quiet() -> None:
-    """A rate limit met while polling: not one call for that long, then the result."""
-    with fast_world(PlayedRunner(0.2)) as world:
+def test_github_wants_quiet() -> None:
+    """While polling: not one call for that long, then the result. For an hour: that is told."""
+    with quick(PlayedRunner(0.2)) as world:
         world.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
         world.say("nginx:1")
         assert "成功 1 / 1" in world.hear("成功 ")
         times = [call.time for call in world.github.calls_to("GET actions/runs/")]
         assert 0.95 < times[1] - times[0] < 2
+        world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
+        world.say("quota:1")
+        assert "分钟后再试" in world.hear("成功 0 / 1")
 
 
 def test_a_run_that_is_not_there_yet_is_waited_for() -> None:
     """GitHub may answer 404 for a moment after it has started a run."""
-    with fast_world() as world:
+    with quick() as world:
         world.github.run_lag = 0.2
         world.say("nginx:1")
         assert "成功 1 / 1" in world.hear("成功 ")
@@ -6568,44 +5718,6 @@ def test_no_redirect_takes_the_token_elsewhere(talk: Talk, where: str, status: i
         assert elsewhere.calls == []
 
 
-def test_a_renamed_repository_is_followed(talk: Talk) -> None:
-    """GitHub itself redirects to its own new address: method and body stay."""
-    path = f"/repos/{talk.github.repo}/contents/images.txt"
-    for method, status in (("GET", 301), ("PUT", 307)):
-        talk.github.fail(f"{method} contents", (status, {"Location": path}, b""))
-    assert "成功 1 / 1" in talk.ask("renamed:1")
-
-
-ODD_SERVERS: dict[str, Any] = {
-    "10 MB": "big",
-    "garbage": "garbage",
-    "a reset": "reset",
-    "a body cut off": "short",
-    "502": (502, {}, b"<html>bad gateway</html>"),
-    "no JSON": (200, {}, b"<html>welcome</html>"),
-    "an empty body": (200, {}, b""),
-    "a list": (200, {}, b"[1]"),
-    "null": (200, {}, b"null"),
-    "odd values": (200, {}, b'{"sha": 7, "workflow_run_id": "x", "status": [], "jobs": {}}'),
-    "a deep list": (200, {}, b"[" * 100_000),
-}
-
-
-@in_ci
-@pytest.mark.parametrize("name", ODD_SERVERS)
-def test_odd_answers_give_one_message_and_the_lane_goes_on(talk: Talk, name: str) -> None:
-    """To the dispatch and to every look for its run; the next request is served."""
-    for where in ("POST dispatches", "GET workflows runs"):
-        talk.github.fail(where, ODD_SERVERS[name], 60)
-    result = talk.ask("odd:1")
-    assert "❌" in result.splitlines()[0] and "成功 0 / 1" in result
-    assert wxsync.INTERNAL_ERROR not in result and len(result) < 400
-    talk.github.faults.clear()
-    talk.world.say("even:1", user := f"after-{talk.user}")
-    assert "成功 1 / 1" in talk.world.hear(lambda message: message.user == user)
-    assert len(talk.messages) == 1
-
-
 def all_letters(world: World, user: str) -> list[str]:
     """Return what a member got and what is on its way, in order."""
     letters = saved(world)["letters"]
@@ -6613,41 +5725,35 @@ def all_letters(world: World, user: str) -> list[str]:
     return list(dict.fromkeys([*world.wecom.messages_for(user), *waiting]))
 
 
-def many_failures(names: list[str], fate: Callable[[int], str]) -> list[str]:
-    """Ask for these images, of which each fails, and return all messages of the result."""
-    runner = PlayedRunner(0.0, {name: fate(number) for number, name in enumerate(names)})
-    with fast_world(runner) as world:
+NOT_FOUND = "wxsync: failed not-found manifest unknown"
+FATES: dict[str, tuple[int, Callable[[int], str]]] = {
+    "one cause": (256, lambda number: NOT_FOUND),
+    "many causes": (256, lambda number: f"wxsync: failed error trouble number {number}"),
+    "half of them": (255, lambda number: "" if number % 2 else "wxsync: failed timeout"),
+}
+
+
+@pytest.mark.parametrize("name", FATES)
+def test_256_failures_fit_in_ten_messages(name: str) -> None:
+    """All of one cause are named, before the first that worked; of many as many as ten hold."""
+    count, fate = FATES[name]
+    names = [f"registry.example.com/space/image-{number}:1" for number in range(count)]
+    with quick(PlayedRunner(0.0, {line: fate(n) for n, line in enumerate(names)})) as world:
         world.say("\n".join([*names, "x/fine:1"][:256]))
         world.hear("成功 ")
         letters = all_letters(world, "alice")
         assert world.broken() == [] and max(len(text.encode()) for text in letters) <= 2048
-        return letters
-
-
-def test_256_failures_fit_in_ten_messages() -> None:
-    """With one cause all of them are named."""
-    names = [f"registry.example.com/space/image-{number}:1" for number in range(256)]
-    letters = many_failures(names, lambda number: "wxsync: failed not-found manifest unknown")
-    told = re.findall(r"^❌ (registry\S+)$", "\n".join(letters), re.MULTILINE)
-    assert len(letters) <= 10 and "成功 0 / 256" in letters[0] and told == names
-
-
-def test_256_different_failures_are_cut_with_a_count() -> None:
-    """Ten messages cannot hold 256 stories; the run's address holds the rest."""
-    names = [f"registry.example.com/space/image-{number}:1" for number in range(256)]
-    letters = many_failures(names, lambda number: f"wxsync: failed error trouble number {number}")
-    assert len(letters) == 10 and "成功 0 / 256" in letters[0]
-    assert "/actions/runs/" in letters[0] and re.search(r"还有 \d+", letters[-1])
-
-
-def test_failures_come_first_and_whole() -> None:
-    """128 of 255 fail: every one is told before the first that worked."""
-    names = [f"registry.example.com/space/image-{number}:1" for number in range(255)]
-    fates = ("wxsync: failed timeout", "wxsync: copied sha256:" + HEX)
-    text = "\n".join(many_failures(names, lambda number: fates[number % 2]))
-    failed = [name for name in names[::2] if f"❌ {name}" in text]
-    assert len(failed) == 128 and "成功 128 / 256" in text
-    assert text.index(failed[-1]) < text.index("docker pull ")
+    text = "\n".join(letters)
+    told = re.findall(r"^❌ (registry\S+?)：?$", text, re.MULTILINE)
+    if name == "many causes":
+        assert len(letters) == 10 and "成功 0 / 256" in letters[0]
+        assert "/actions/runs/" in letters[0] and re.search(r"还有 \d+", letters[-1])
+    elif name == "one cause":
+        assert len(letters) <= 10 and "成功 0 / 256" in letters[0] and told == names
+    else:
+        failed = [line for line in names[::2] if f"❌ {line}" in text]
+        assert len(failed) == 128 and "成功 128 / 256" in text
+        assert text.index(failed[-1]) < text.index("docker pull ")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7895,7 +7001,6 @@ in_long_mode = pytest.mark.skipif(not LONG, reason="takes minutes: set WXSYNC_FU
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
 PART = 4 * MIB
 LENGTHS = ["known", "chunked", "close"]
-What = tuple[int, dict[str, str], bytes] | str  # goes wrong, see Fault
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8218,56 +7323,6 @@ def depot(shared_depot: Depot) -> Iterator[Depot]:
     assert shared_depot.broken() == [] and is_calm(shared_depot.log), shared_depot.log
     text = shared_depot.relay(shared_depot.source.add("/after.txt", body=b"the next task works"))
     assert read_result(text)["size"] == "19"
-
-
-# -- what only the sections below still use
-
-
-COUNTS: Counter[str] = Counter()
-
-
-def count_requests(world: World, accepted: int) -> None:
-    """Nothing is counted."""
-
-
-class Store(Peer):
-    """A QingStor that takes small objects."""
-
-    def handle(self, call: Call) -> Answer:
-        return Answer(201)
-
-
-class Website(Peer):
-    """Has one small file."""
-
-    def handle(self, call: Call) -> Answer:
-        return Answer(200, b"x" * 1000)
-
-
-def file_settings(store: Peer) -> dict[str, str]:
-    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID", "QINGSTOR_SECRET_ACCESS_KEY": "qingstor-secret"}
-    return keys | {"QINGSTOR_URL": store.url, "DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-
-
-class Held(Peer):
-    """Does the work of one call, then keeps the answer back until the test is over."""
-
-    hold = ""  # words as in Fault
-
-    def handle(self, call: Call) -> Answer:
-        answer = super().handle(call)
-        if self.hold and Fault(self.hold, "").hits(call):
-            self.hold = ""
-            self.stopping.wait(20)
-        return answer
-
-
-class HeldGitHub(Held, FakeGitHub):
-    pass
-
-
-class HeldWeCom(Held, FakeWeCom):
-    pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10577,9 +9632,9 @@ class Line:
 
     LIMIT = 1 << 20
 
-    def __init__(self, number: int, handler: PeerHandler) -> None:
-        self.number, self.handler = number, handler
-        self.guard, self.pongs = threading.Lock(), list[bytes]()
+    def __init__(self, handler: PeerHandler) -> None:
+        self.handler, self.guard = handler, threading.Lock()
+        self.pongs: list[bytes] = []
 
     def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
         """Send one frame; opcode -1 sends bare bytes."""
@@ -10745,7 +9800,7 @@ class FakeGateway(Peer):
             handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.flush()
-        line = Line(handler.number, handler)
+        line = Line(handler)
         try:
             while (text := line.read()) is not None:
                 self._take(line, text)
@@ -11795,6 +10850,12 @@ PREFIXES = (  # of requests that never end
 )
 
 
+def connected(world: World, stack: ExitStack, count: int = 1) -> list[socket.socket]:
+    """Return new connections to the service."""
+    address = ("127.0.0.1", world.service.port)
+    return [stack.enter_context(socket.create_connection(address, 5)) for _ in range(count)]
+
+
 def is_closed(connection: socket.socket) -> bool:
     """Tell whether the other side has closed a connection."""
     connection.setblocking(False)
@@ -11811,10 +10872,9 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
     """Silent, half-open and one-byte-a-second clients cost little, and /health still answers."""
     with World(SCRIPT) as world, ExitStack() as stack:
         before, begun, slowest = world.service.rss_bytes(), time.monotonic(), 0.0
-        address = ("127.0.0.1", world.service.port)
-        held = [stack.enter_context(socket.create_connection(address)) for _ in range(500)]
-        for number, connection in enumerate(held):
-            connection.sendall(PREFIXES[number % len(PREFIXES)])
+        held = connected(world, stack, 500)
+        for connection, prefix in zip(held, itertools.cycle(PREFIXES), strict=False):
+            connection.sendall(prefix)
         while time.monotonic() < begun + 8:
             for connection in held[::3]:
                 with suppress(OSError):
@@ -11823,40 +10883,33 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
             assert world.service.healthy() and world.client.verify_url()[0] == 200
             slowest = max(slowest, time.monotonic() - asked)
             time.sleep(1)
-        grown = world.service.rss_bytes() - before
-        assert slowest < 1 and grown < 32 * 2**20
+        assert slowest < 1 and world.service.rss_bytes() - before < 32 * 2**20
         assert wait_until(lambda: all(map(is_closed, held)), 5, 0.2), "held for over 13 s"
         assert is_calm(world.service.log)
-    COUNTS["held"] += len(held)
 
 
+@early
 def test_one_connection_too_many_costs_the_oldest() -> None:
-    """600 are held (400 on Windows, whose select takes no more); the next one in throws one out."""
+    """600 are held (400 on Windows, by its select); 1,500 shut out neither /health nor WeCom."""
     with World(SCRIPT) as world, ExitStack() as stack:
-        address = ("127.0.0.1", world.service.port)
-        most = 600 if os.name == "posix" else 400
-        held = [stack.enter_context(socket.create_connection(address)) for _ in range(most)]
+        held = connected(world, stack, 600 if os.name == "posix" else 400)
         time.sleep(0.3)
         assert not any(map(is_closed, held))
-        stack.enter_context(socket.create_connection(address))
-        assert wait_until(lambda: is_closed(held[0]), 3)
-        assert not any(map(is_closed, held[1:]))
-
-
-def test_more_connections_than_it_holds_shut_nobody_out() -> None:
-    """With 1,500 connections the oldest go; /health and callbacks get in at once."""
-    with World(SCRIPT) as world, ExitStack() as stack:
-        address = ("127.0.0.1", world.service.port)
-        for _ in range(1500):
-            stack.enter_context(socket.create_connection(address))
+        connected(world, stack)
+        assert wait_until(lambda: is_closed(held[0]), 3) and not any(map(is_closed, held[1:]))
+        connected(world, stack, 1499 - len(held))
         asked = time.monotonic()
         assert world.service.healthy() and world.say("帮助")
         assert time.monotonic() - asked < 1 and is_calm(world.service.log)
 
 
 def raw(world: World, data: bytes, half_close: bool = False) -> bytes:
-    """Send bytes, return all that comes back until the other side closes or is silent."""
-    with socket.create_connection(("127.0.0.1", world.service.port), 2) as connection:
+    """Send bytes, return all that comes back until the service closes or is silent."""
+    return exchange(world.service.port, data, half_close)
+
+
+def exchange(port: int, data: bytes, half_close: bool = False) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), 2) as connection:
         got = b""
         with suppress(OSError):
             connection.sendall(data)
@@ -11899,60 +10952,47 @@ MALFORMED = {
 }
 
 
-def test_malformed_requests_are_refused_with_the_right_status() -> None:
+def test_malformed_requests_are_refused_with_the_right_status(talk: Talk) -> None:
     """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500."""
-    with World(SCRIPT) as world:
-        for name, (data, status) in MALFORMED.items():
-            got = raw(world, data)
-            assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
-            assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
-        assert is_calm(world.service.log) and world.service.healthy()
+    for name, (data, status) in MALFORMED.items():
+        got = raw(talk.world, data)
+        assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
+        assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
 
 
-def test_a_client_that_sends_a_large_body_reads_its_413() -> None:
+def test_a_client_that_sends_a_large_body_reads_its_413(talk: Talk) -> None:
     """The refusal arrives although the client sends all of its body before it reads."""
-    with World(SCRIPT) as world:
-        for size in (65_537, 1_000_000, 10_000_000) * 5:
-            got = http_request("POST", world.service.callback_url, b"x" * size)
-            assert (got.status, got.body) == (413, b"")
+    for size in (65_537, 1_000_000, 10_000_000) * 5:
+        got = http_request("POST", talk.client.callback_url, b"x" * size)
+        assert (got.status, got.body) == (413, b"")
 
 
-def test_pipelined_requests_are_answered_in_order() -> None:
-    """Requests that come in one piece, or cut anywhere, get their answers in order."""
-    with World(SCRIPT) as world:
-        one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
-        last = one % (b"health", b"Connection: close\r\n")
-        got = raw(world, one % (b"health", b"") + one % (b"none", b"") + last)
-        assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
-        with socket.create_connection(("127.0.0.1", world.service.port), 5) as connection:
-            for byte in last:
-                connection.send(bytes([byte]))
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-
-
-def test_a_client_may_ask_before_it_sends_the_body() -> None:
-    """Expect: 100-continue, as curl says it."""
-    with World(SCRIPT) as world:
-        address = ("127.0.0.1", world.service.port)
-        with socket.create_connection(address, 5) as connection:
-            connection.sendall(head(5, "Expect: 100-continue"))
-            assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
-            connection.sendall(b"<xml>")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
+    """Several at once are answered in order, one cut anywhere is read, Expect: 100-continue too."""
+    one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+    last = one % (b"health", b"Connection: close\r\n")
+    got = raw(talk.world, one % (b"health", b"") + one % (b"none", b"") + last)
+    assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
+    with ExitStack() as stack:
+        byte_by_byte, polite = connected(talk.world, stack, 2)
+        for byte in last:
+            byte_by_byte.send(bytes([byte]))
+        assert byte_by_byte.recv(1000).startswith(b"HTTP/1.1 200")
+        for piece, status in ((head(5, "Expect: 100-continue"), 100), (b"<xml>", 400)):
+            polite.sendall(piece)
+            assert polite.recv(1000).startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_a_client_that_never_reads_costs_nothing() -> None:
     """Endless pipelined requests whose answers nobody reads do not fill the memory."""
-    with World(SCRIPT) as world:
+    with World(SCRIPT) as world, ExitStack() as stack:
         before, end = world.service.rss_bytes(), time.monotonic() + 2
-        with socket.create_connection(("127.0.0.1", world.service.port)) as connection:
-            connection.setblocking(False)
-            with suppress(ConnectionError):
-                while time.monotonic() < end:
-                    with suppress(BlockingIOError):
-                        connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
-        assert world.service.healthy()
-        assert world.service.rss_bytes() - before < 16 * 2**20
+        (connection,) = connected(world, stack)
+        connection.setblocking(False)
+        while time.monotonic() < end:
+            with suppress(BlockingIOError, ConnectionError):
+                connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
+        assert world.service.healthy() and world.service.rss_bytes() - before < 16 * 2**20
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12227,76 +11267,39 @@ def test_a_retry_that_is_sent_twice_runs_once() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_forged_and_stale_callbacks_are_403_with_an_empty_body() -> None:
-    """A wrong signature, another company, an old or a future time stamp."""
-    with World(SCRIPT, settings={"CALLBACK_MAX_AGE": "600"}) as world:
-        client, fields = world.client, world.client.text_fields("alice", "nginx:1")
-        right = client.build(fields)
-        other = WeComClient("AnotherToken", world.aes_key, client.corp_id, 1, client.callback_url)
-        alien = WeComClient(world.token, world.aes_key, "wwALIEN", 1, client.callback_url)
-        for post in (
-            Post(right.query | {"msg_signature": "0" * 40}, right.body, {}),
-            Post(right.query | {"nonce": "1"}, right.body, {}),
-            other.build(fields),
-            alien.build(fields),
-            client.build(fields, timestamp=int(time.time()) - 610),
-            client.build(fields, timestamp=int(time.time()) + 610),
-        ):
-            got = http_request("POST", f"{client.callback_url}?{urlencode(post.query)}", post.body)
-            assert (got.status, got.body) == (403, b"")
-        time.sleep(0.3)
-        assert world.service.health()["running"] == 0 and not world.github.calls
-
-
+@early
 def test_a_replayed_callback_starts_nothing() -> None:
-    """The same bytes again and again, also after a restart."""
-    with quick() as world:
+    """The same bytes again and again, after a restart, and after a thousand other messages."""
+    with quick(CALLBACK_MAX_AGE="600") as world:
         post = world.client.build(world.client.text_fields("alice", "nginx:1"))
         first = world.client.post(post).reply
         assert [world.client.post(post).reply for _ in range(5)] == [first] * 5
         world.service.restart()
         assert world.client.post(post).reply == first
-        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
-
-
-def test_the_verification_does_not_decrypt_messages() -> None:
-    """Who has recorded a message cannot have it read aloud by sending it as an echostr."""
-    with World(SCRIPT) as world:
-        client = world.client
-        encrypted = client.encrypt(json.dumps(client.text_fields("alice", "something private")))
-        query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
-        got = http_request("GET", f"{client.callback_url}?{query}")
-        assert b"private" not in got.body and got.status in (400, 403)
-
-
-def test_our_own_reply_is_no_message() -> None:
-    """A recorded passive reply, posted back, is not taken for something that a user typed."""
-    with World(SCRIPT) as world:
-        outer = wxsync.read_fields(world.client.post_text("alice", "状态").raw)[0]
-        query = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
-        body = wxsync.write_xml({"Encrypt": outer["encrypt"]}).encode()
-        assert world.client.post_raw(body, query | {"nonce": outer["nonce"]}).reply == ""
-
-
-def test_a_sender_is_one_person() -> None:
-    """What message/send would take for several people, or all, is no sender."""
-    with World(SCRIPT) as world:
-        for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
-            post = world.client.build(world.client.text_fields(sender, "nginx:1"), "json")
-            assert world.client.post(post).status == 400, sender
-        assert world.service.health()["running"] == 0
-
-
-@early
-def test_a_replay_is_known_after_a_thousand_other_messages() -> None:
-    """A busy day does not make an old message new again while its time stamp is valid."""
-    with quick(CALLBACK_MAX_AGE="600") as world:
-        post = world.client.build(world.client.text_fields("alice", "nginx:1"))
-        first = world.client.post(post).reply
         for _ in range(1100):
             world.say("帮助", "bob")
         assert world.client.post(post).reply == first
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
+
+
+def test_what_was_recorded_cannot_be_posted_as_something_else(talk: Talk) -> None:
+    """No message is read aloud as an echostr; our own reply is nothing that a user typed."""
+    client = talk.client
+    encrypted = client.encrypt(json.dumps(client.text_fields("alice", "something private")))
+    query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
+    got = http_request("GET", f"{client.callback_url}?{query}")
+    assert b"private" not in got.body and got.status in (400, 403)
+    outer = envelope_fields(client.post_text("alice", "状态").raw.decode())
+    again = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
+    body = xml_document({"Encrypt": outer["encrypt"]}).encode()
+    assert client.post_raw(body, again | {"nonce": outer["nonce"]}).reply == ""
+
+
+@pytest.mark.parametrize("sender", ["alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65])
+def test_a_sender_is_one_person(talk: Talk, sender: str) -> None:
+    """What message/send would take for several people, or all, is no sender."""
+    post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
+    assert talk.client.post(post).status == 400 and talk.calls() == []
 
 
 def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
@@ -12311,23 +11314,16 @@ def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
         assert "正在处理" in world.say("nginx:1", "aLICE")
 
 
-def surrogate_message(client: WeComClient, **fields: object) -> Post:
-    """Return a JSON message; json.dumps writes lone surrogates as the escapes that JSON allows."""
-    encrypted = client.encrypt(json.dumps(client.text_fields("alice", "nginx:1") | fields))
-    return Post(client.signed(encrypted), json.dumps({"encrypt": encrypted}).encode(), {})
-
-
 @pytest.mark.parametrize("name", ["MsgId", "Content", "FromUserName"])
 def test_half_characters_in_json_do_no_harm(name: str) -> None:
     """A lone surrogate is no text: it must neither show a bug nor poison the state."""
+    value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
     with quick() as world:
-        value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
-        assert world.client.post(surrogate_message(world.client, **{name: value})).status in (
-            200,
-            400,
-        )
-        assert "正在处理" in world.say("redis:7", "bob")
-        assert is_calm(world.service.log)
+        fields = world.client.text_fields("alice", "nginx:1") | {name: value}
+        encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
+        body = json.dumps({"encrypt": encrypted}).encode()
+        assert world.client.post_raw(body, world.client.signed(encrypted)).status in (200, 400)
+        assert "正在处理" in world.say("redis:7", "bob") and is_calm(world.service.log)
 
 
 def test_one_message_does_not_bring_dozens_of_messages() -> None:
@@ -12355,95 +11351,70 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
-class Fuzzer:
-    """Posts callbacks that are nearly right, on one connection, and counts the answers."""
+def nearly_right(client: WeComClient, chance: random.Random) -> tuple[str, bytes]:
+    """Return query and body of a callback that was changed at one stage of its making."""
+    kind = chance.choice(("message", "padding", "cipher", "envelope", "query"))
 
-    KINDS = ("message", "padding", "cipher", "envelope", "query")
+    def at(stage: str, data: bytes) -> bytes:
+        return mutate(data, chance) if stage == kind else data
 
-    def __init__(self, world: World, seed: int) -> None:
-        self.client, self.port, self.seed = world.client, world.service.port, seed
-        self.chance = random.Random(seed)
-        self.statuses: Counter[int] = Counter()
+    text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
+    fields = client.text_fields("alice", text, chance.getrandbits(60))
+    inner = at("message", chance.choice((json.dumps(fields), xml_document(fields))).encode())
+    plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + client.corp_id.encode()
+    pad = 32 - len(plain) % 32
+    plain = at("padding", plain + bytes([pad]) * pad)
+    plain += chance.choice((b"\0", b"\1")) * (-len(plain) % 16)
+    encrypted = at("cipher", client.seal(plain).encode())
+    query = urlencode(client.signed(encrypted.decode("latin-1"))).encode()
+    form = chance.choice((b"<xml><Encrypt><![CDATA[%s]]></Encrypt></xml>", b'{"encrypt": "%s"}'))
+    return quote(at("query", query), safe="=&%+"), at("envelope", form % encrypted)
 
-    def encrypt(self, plain: bytes) -> bytes:
-        cipher = AES.new(self.client.key, AES.MODE_CBC, self.client.key[:16])
-        return base64.b64encode(cipher.encrypt(plain))
 
-    def callback(self) -> tuple[str, bytes]:
-        """Return query and body of a callback that was mutated at one stage of its making."""
-        chance, kind, as_json = self.chance, self.chance.choice(self.KINDS), self.chance.random()
-        text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
-        fields = self.client.text_fields("alice", text, chance.getrandbits(60))
-        inner = json.dumps(fields).encode()
-        if as_json < 0.5:
-            rows = (f"<{name}><![CDATA[{value}]]></{name}>" for name, value in fields.items())
-            inner = f"<xml>{''.join(rows)}</xml>".encode()
-        inner = mutate(inner, chance) if kind == "message" else inner
-        plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + self.client.corp_id.encode()
-        pad = 32 - len(plain) % 32
-        plain += bytes([pad]) * pad
-        plain = mutate(plain, chance) if kind == "padding" else plain
-        if kind == "padding" and chance.random() < 0.5:
-            plain += b"\x01" * (-len(plain) % 32)
-        encrypted = self.encrypt(plain + b"\0" * (-len(plain) % 16))
-        encrypted = mutate(encrypted, chance) if kind == "cipher" else encrypted
-        query = self.client.signed(encrypted.decode("latin-1"))
-        body = b"<xml><Encrypt><![CDATA[" + encrypted + b"]]></Encrypt></xml>"
-        if chance.random() < 0.5:
-            body = b'{"encrypt": "' + encrypted + b'"}'
-        body = mutate(body, chance) if kind == "envelope" else body
-        asked = urlencode(query)
-        if kind == "query":
-            asked = quote(mutate(asked.encode(), chance), safe="=&%+")
-        return asked, body
-
-    def run(self, count: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+def fuzz(world: World, seed: int, count: int) -> Counter[int]:
+    """Post callbacks that are nearly right on one connection, count the statuses."""
+    chance, statuses = random.Random(seed), Counter[int]()
+    address = ("127.0.0.1", world.service.port)
+    with closing(http.client.HTTPConnection(*address, timeout=10)) as connection:
         for _ in range(count):
-            query, body = self.callback()
+            query, body = nearly_right(world.client, chance)
             connection.request("POST", f"/wechat/callback?{query}", body)
             response = connection.getresponse()
             answer = response.read()
-            self.statuses[response.status] += 1
-            assert response.status in (200, 400, 403, 413), f"seed {self.seed} {response.status}"
+            statuses[response.status] += 1
+            assert response.status in (200, 400, 403, 413), f"seed {seed} {response.status}"
             assert response.status == 200 or not answer
-        connection.close()
+    return statuses
 
 
 @early
 def test_10_000_mutated_callbacks_show_no_bug() -> None:
     """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
-    total = 200_000 if LONG else 10_000
-    runner = gated()
+    runner, total = gated(), 200_000 if LONG else 10_000
     with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
         threads, memory = world.service.threads(), world.service.rss_bytes()
-        fuzzers = [Fuzzer(world, secrets.randbits(32)) for _ in range(2)]
+        seeds = [secrets.randbits(32) for _ in range(2)]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda fuzzer: fuzzer.run(total // 2), fuzzers))
-        seeds = [fuzzer.seed for fuzzer in fuzzers]
-        statuses = sum((fuzzer.statuses for fuzzer in fuzzers), Counter[int]())
+            found = pool.map(lambda seed: fuzz(world, seed, total // 2), seeds)
+            statuses = sum(found, Counter[int]())
         assert is_calm(world.service.log), f"seeds {seeds}"
         assert min(statuses[200], statuses[400], statuses[403]) > total // 100, statuses
         assert wait_until(lambda: world.service.threads() == threads, 5), "threads left"
         assert world.service.rss_bytes() - memory < 64 * 2**20
         open_gate(runner)
         assert world.say("帮助") and world.service.healthy()
-        COUNTS["fuzzed"] += total
 
 
-def test_mutated_requests_show_no_bug() -> None:
+def test_mutated_requests_show_no_bug(talk: Talk) -> None:
     """The same below HTTP: broken request lines, heads and lengths on raw connections."""
     chance = random.Random(seed := secrets.randbits(32))
-    count = 20_000 if LONG else 500
-    with World(SCRIPT) as world:
-        for _ in range(count):
-            data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
-            got = raw(world, data, half_close=True)
-            assert b" 500 " not in got, f"seed {seed}: {data!r}"
-        assert is_calm(world.service.log) and world.service.healthy()
-    COUNTS["raw"] += count
+    for _ in range(20_000 if LONG else 500):
+        data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
+        got = raw(talk.world, data, half_close=True)
+        assert b" 500 " not in got, f"seed {seed}: {data!r}"
+    assert is_calm(talk.world.service.log) and talk.world.service.healthy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12460,15 +11431,14 @@ class ForwardProxy(Peer):
     def handle(self, call: Call) -> Answer:
         if call.headers.get("proxy-authorization") != f"Basic {self.login}":
             return Answer(407)
-        kept = {n: v for n, v in call.headers.items() if n not in ("proxy-authorization",)}
-        url = f"http://{call.headers['host']}{call.target}"
         if call.path == "/generate_204":
             return Answer(204)
+        kept = {n: v for n, v in call.headers.items() if n != "proxy-authorization"}
+        url = f"http://{call.headers['host']}{call.target}"
         got = http_request(call.method, url, call.body or None, kept)
-        dropped = ("content-length", "connection", "date", "server")
-        return Answer(
-            got.status, got.body, {n: v for n, v in got.headers.items() if n not in dropped}
-        )
+        for name in ("content-length", "connection", "date", "server"):
+            got.headers.pop(name, None)
+        return got
 
 
 def forms(secret: str) -> set[str]:
@@ -12492,19 +11462,18 @@ def written(world: World) -> Iterator[tuple[str, str]]:
         yield "a dispatch", json.dumps(dispatch.inputs)
     yield "/health", json.dumps(world.service.health())
     yield "the arguments", Path(f"/proc/{world.service.pid}/cmdline").read_text()
+    for words in (("check",), ("send", "状态")):
+        done = world.service.command(*words)
+        yield words[0], done.stdout + done.stderr
 
 
-def search(world: World, more: Mapping[str, str], hidden: list[str]) -> None:
+def search(world: World, hidden: Iterable[str]) -> None:
     """Assert that no secret is in what was written, in no form."""
-    hidden = [*hidden, *world.secret_values()]
-    for where, text in [*written(world), *more.items()]:
-        COUNTS["searched"] += 1
+    for where, text in written(world):
         assert not re.search(r"access_token=|corpsecret=|Bearer ", text), f"a query is in {where}"
-        for secret in hidden:
-            leaked = [form for form in forms(secret) if form in text]
-            assert not leaked, (
-                f"{leaked} is in {where}: …{text[max(0, text.find(leaked[0]) - 80) :][:200]}"
-            )
+        for form in set().union(*map(forms, [*hidden, *world.secret_values()])):
+            at = text.find(form)
+            assert at < 0, f"{form} is in {where}: …{text[max(0, at - 80) :][:200]}"
 
 
 @early
@@ -12522,27 +11491,26 @@ def test_no_secret_is_written_in_any_story() -> None:
             for what in (*faults, (200, {}, b"[]")):
                 wecom.fail("POST message/send", what)
                 github.fail("PUT", what)
-                COUNTS["faults"] += 2
             wecom.fail("GET gettoken", "reset")
             wecom.refuse(60020, "not allow to access from your ip, from ip: 203.0.113.7")
             for number, user in enumerate(("alice", "bob", "carol")):
                 world.say(f"app{number}:1", user)
             assert wait_until(lambda: len(wecom.calls_to("message/send")) >= 3)
             wecom.expire_tokens(40014)
-            github.fail("GET /contents", (401, {}, b'{"message": "Bad credentials"}'))
+            said = json.dumps({"message": f"bad token {github.token}"}).encode()
+            github.fail("GET /contents", (401, {}, said))
             github.fail("GET /contents", (302, {"Location": "http://evil.example/x"}, b""))
             for number, user in enumerate(("dave", "erin", "frank")):
                 world.say(f"site{number}:1", user)
             world.say("https://127.0.0.1/x", "grace")
             world.say("状态", "heidi")
             world.client.post_text("mallory", "x", timestamp=1)
+            assert wait_until(lambda: finals(world, "frank"), 20)
+            github.fail("POST /dispatches", (422, {}, said))
             proxy.stop()
             world.say("late:1", "ivan")
-            assert wait_until(lambda: finals(world, "ivan"), 20)
-            outputs = [world.service.command(*words) for words in (("check",), ("send", "状态"))]
-            more = {"check or send": "".join(got.stdout + got.stderr for got in outputs)}
-            search(world, more, [*keys.values(), "p@ss/Wörd-123456", "p%40ss%2FW%C3%B6rd-123456"])
-            search(world, {}, [proxy.login])
+            assert "bad token" in hear(world, "ivan", "成功 0 / 1")
+            search(world, [*keys.values(), "p@ss/Wörd-123456", proxy.url_login, proxy.login])
             assert is_calm(world.service.log)
 
 
@@ -12552,53 +11520,30 @@ def test_no_secret_is_written_when_it_is_wrong() -> None:
     with quick(**wrong, DOCKER_REGISTRY="127.0.0.1:9") as world:
         world.say("nginx:1")
         assert wait_until(lambda: "40001" in world.service.log)
-        got = world.service.command("check")
-        assert got.returncode == 1
-        search(world, {"check": got.stdout + got.stderr}, list(wrong.values()))
-
-
-def test_github_cannot_make_us_tell_the_token() -> None:
-    """An error message that repeats our token is not passed on to the chat."""
-    with quick() as world:
-        body = json.dumps({"message": f"bad token {world.github.token}"}).encode()
-        world.github.fail("POST /dispatches", (422, {}, body))
-        world.say("nginx:1")
-        world.hear("❌")
-        search(world, {}, [])
-
-
-MARKUP = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+        search(world, wrong.values())
 
 
 def test_users_cannot_forge_log_lines() -> None:
     """Newlines, escapes and direction marks in what users type stay inside their line."""
     with quick() as world:
-        forged = "2026-01-01 00:00:00 ERROR forged"
-        for evil in MARKUP:
-            for text in (
-                f"nginx:1{evil}{forged}",
-                f"https://example.com/{evil}{forged}",
-                evil + forged,
+        for mark in ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e"):
+            forged = f"{mark}2026-01-01 00:00:00 ERROR forged"
+            for user, text in (
+                ("alice", f"nginx:1{forged}"),
+                ("alice", f"https://example.com/{forged}"),
+                ("alice", forged),
+                (f"al{forged}", "nginx:1"),
             ):
-                fields = world.client.text_fields("alice", text)
-                world.client.post(world.client.build(fields, "json"))
-            with suppress(ValueError):
-                post = world.client.build(fields | {"FromUserName": f"al{evil}{forged}"}, "json")
-                world.client.post(post)
-            name = f"wxsync: failed error {evil}{forged}"
-            world.github.runner = PlayedRunner(0.0, {"nginx:2": name})
+                with suppress(ValueError):
+                    world.client.post_text(user, text, fmt="json")
+            world.github.runner = PlayedRunner(0.0, {"nginx:2": f"wxsync: failed error {forged}"})
             world.say("nginx:2", "bob")
-        assert wait_until(lambda: idle_lanes(world))
+        assert wait_until(lambda: not saved(world)["tasks"])
         log = world.service.log
-        assert log.splitlines() == log.split("\n")[:-1]
+        assert log.splitlines() == log.split("\n")[:-1] and is_calm(log)
         for line in log.splitlines():
             assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
             assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
-        assert is_calm(log)
-
-
-def idle_lanes(world: World) -> bool:
-    return not saved(world)["tasks"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12627,11 +11572,20 @@ def told_failed(talk: Talk) -> list[str]:
 
 
 @contextmanager
+def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, PlayedRunner]]:
+    """A service with a request of alice's that has outlived SYNC_TIMEOUT: its run waits."""
+    runner = gated()
+    with quick(runner, SYNC_TIMEOUT="1", **settings) as world:
+        world.say(said)
+        hear(world, "alice", "⏰")
+        yield world, runner
+
+
+@contextmanager
 def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
     """A service with a request of alice's: b:1 is done, slow/a:1 waits until its runner may go."""
-    world, runner = quick(**settings), SlowRunner()
-    world.github, world.wecom = HeldGitHub(runner=runner), HeldWeCom()
-    with world:
+    runner = SlowRunner()
+    with quick(runner, **settings) as world:
         world.say("slow/a:1, b:1")
         assert wait_until(
             lambda: [j for run in world.github.runs for j in run.jobs if j.conclusion == "success"]
@@ -12640,20 +11594,18 @@ def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
 
 
 def test_jobs_are_found_by_their_cut_names(talk: Talk) -> None:
-    """100 characters at most; where cut names are equal, the order of the ids tells them apart."""
+    """100 characters at most; where cut names are equal, the order of the ids tells them apart.
+    One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
     failed = [CUT[0], CUT[2], CUT[4], CUT[6]]
     talk.runner.outcomes |= dict.fromkeys(failed, "wxsync: failed timeout")
     talk.say("\n".join(CUT))
     assert f"成功 3 / {len(CUT)}" in talk.hear("成功 ") and told_failed(talk) == failed
-
-
-@pytest.mark.parametrize("missing", [0, 1])
-def test_a_cut_name_that_lacks_a_job_is_no_success(talk: Talk, missing: int) -> None:
-    """One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
-    lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
-    talk.runner.outcomes[lines[missing]] = "missing"
-    talk.say("\n".join(lines))
-    assert "成功 " in talk.hear("成功 ") and lines[missing] in told_failed(talk)
+    for missing in (0, 1):
+        lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
+        talk.runner.outcomes[lines[missing]] = "missing"
+        talk.say("\n".join(lines))
+        talk.hear(f"lack{missing}")
+        assert lines[missing] in told_failed(talk)
 
 
 @pytest.mark.parametrize("knob", [("jobs_shown", 100), ("jobs_lag", 0.3)], ids=str)
@@ -12714,7 +11666,7 @@ def test_a_step_name_may_be_cut_off_anywhere(talk: Talk) -> None:
 
 @early
 def test_a_rerun_is_followed_to_its_end() -> None:
-    """Somebody runs it again, under the same id, before its end was seen: its last attempt counts."""
+    """Run again under the same id before its end was seen: its last attempt counts."""
     runner = gated()
     runner.outcomes[PINNED[0]] = "wxsync: failed network refused"
     with quick(runner) as world:
@@ -12735,7 +11687,7 @@ def test_a_rerun_is_followed_to_its_end() -> None:
 
 
 def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
-    """204 without an id: by its title, whatever others are called; filtered lists lag by minutes."""
+    """204 without an id: by its title, whatever others are called; filtered lists lag."""
     talk.github.old_dispatch, talk.github.list_lag = True, 0.2
     for title in ("", "wxsync", "wxsync " + "0" * 16, "💥" * 300, "\x1b[2J\n<b>wxsync ${{ x }}"):
         talk.github.new_run({"images": "[]"}).display_title = title
@@ -12746,30 +11698,27 @@ def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
 
 @pytest.mark.parametrize("body", [NO_RIGHT, HTML], ids=["JSON", "HTML"])
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_one_odd_answer_does_not_end_a_run(talk: Talk, status: int, body: bytes) -> None:
-    """Refused or unknown once, for the run as for its jobs, and there again: nothing happened."""
+def test_a_refusal_counts_when_it_lasts(talk: Talk, status: int, body: bytes) -> None:
+    """Once, for the run as for its jobs, and there again: nothing happened. Else it is told with
+    its number, whatever the body."""
     for where in ("GET actions/runs/", "GET jobs"):
         talk.github.fail(where, (status, {}, body))
     assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
-
-
-@pytest.mark.parametrize("status", [403, 404])
-@pytest.mark.parametrize("where", ["PUT contents", "POST dispatches", "GET actions/runs/"])
-def test_the_status_counts_whatever_the_body(talk: Talk, where: str, status: int) -> None:
-    """A page of HTML with 403 or 404 is a refusal: told with its number, not unreachable."""
-    talk.github.fail(where, (status, {"Content-Type": "text/html"}, HTML), 100)
-    text = talk.ask("html:1")
-    assert "成功 0 / 1" in text and str(status) in text and "<" not in text
-    assert len(talk.calls("POST dispatches")) <= 1 and len(talk.messages) == 1
+    for number, where in enumerate(("PUT contents", "POST dispatches", "GET actions/runs/")):
+        talk.github.fail(where, (status, {"Content-Type": "text/html"}, body), 100)
+        dispatched = len(talk.calls("POST dispatches"))
+        talk.say(f"always-{len(body)}-{status}:{number}")
+        text = talk.hear("成功 0 / 1")
+        assert str(status) in text and "<" not in text
+        assert len(talk.calls("POST dispatches")) <= dispatched + 1
+        talk.github.faults.clear()
+        talk = Talk(talk.world, talk.runner)
 
 
 @early
 def test_a_deleted_run_is_told_soon() -> None:
     """While it is followed late: after some looks, with the true reason, not after six hours."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        world.say("gone:1")
-        hear(world, "alice", "⏰")
+    with late() as (world, _):
         world.github.runs.clear()
         before = len(world.github.calls)
         text = hear(world, "alice", "成功 0 / 1")
@@ -12787,7 +11736,7 @@ PROTECTED = [
 
 @pytest.mark.parametrize(("status", "said"), PROTECTED, ids=range(len(PROTECTED)))
 def test_a_protected_branch_is_told_at_once(talk: Talk, status: int, said: str) -> None:
-    """No second try will be taken: what it is, and what to do (BobAnkh/auto-generate-changelog#78)."""
+    """No second try will be taken: what it is, what to do (BobAnkh/auto-generate-changelog#78)."""
     talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 20)
     text = talk.ask(f"protected-{status}:1")
     assert re.search("保护|规则", text) and "main" in text and said[:20] in text
@@ -12815,10 +11764,10 @@ def test_a_limit_without_end_is_told() -> None:
 @early
 def test_the_waits_of_one_request_are_added_up() -> None:
     """For its commit and its dispatch together it waits ten minutes (3 s here), not for each."""
-    for limits, final, tries in (((2, 3), "成功 1 / 1", 4), ((4, 4), "成功 0 / 1", 3)):
+    for puts, posts, final, tries in ((2, 3, "成功 1 / 1", 4), (4, 4, "成功 0 / 1", 3)):
         with quick(SCALE="0.005") as world:
-            for where, times in zip(("PUT contents", "POST dispatches"), limits, strict=True):
-                world.github.fail(where, limit(100), times)
+            world.github.fail("PUT contents", limit(100), puts)
+            world.github.fail("POST dispatches", limit(100), posts)
             world.say("adds:1")
             assert final in world.hear("成功 ", 20)
             assert len(world.github.calls_to("POST dispatches")) <= tries
@@ -12844,10 +11793,7 @@ def test_midnight_does_not_hold_up_requests_for_ever() -> None:
 @early
 def test_the_longer_of_two_waits_holds() -> None:
     """A look at a late run is told to wait two minutes while a request waits for half a one."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        world.say("late:1")
-        hear(world, "alice", "⏰")
+    with late() as (world, _):
         world.github.fail("GET contents", limit(30))
         world.github.delay = 0.3
         world.say("next:1", "bob")
@@ -12983,17 +11929,12 @@ def check_cancel_kill(who: str, where: str, when: str, timeout: str) -> None:
     with half_done(SYNC_TIMEOUT=timeout) as (world, _):
         if timeout == "1":
             hear(world, "alice", "⏰")
-        peer = world.github if who == "github" else world.wecom
-        assert isinstance(peer, Held)
-        if when == "after":
-            peer.hold = where
-        else:
-            peer.fail(where, "hang")
+        peer: Peer = getattr(world, who)
+        peer.fail(where, "hang" if when == "before" else "mute")
         assert "slow/a:1" in world.say("取消")
-        assert wait_until(lambda: peer.calls_to(where) and not peer.hold), where
+        assert wait_until(lambda: not peer.faults), where
         world.service.restart()
         check_cancelled(world)
-    COUNTS["kill -9"] += 1
 
 
 @early
@@ -13046,14 +11987,12 @@ ODD_STEPS = {"sha": "a", "status": "completed", "workflow_run_id": True}
 ODD_STEPS |= {"jobs": [JOB | {"conclusion": {}, "steps": [5, {"name": {}, "conclusion": []}]}]}
 WRONG_TYPES = {"sha": 5, "content": [], "status": {}, "jobs": {}, "workflow_run_id": "1"}
 
-ODD: dict[str, What] = {
-    "null": (200, {}, b"null"),
-    "list": (200, {}, b"[1, [2]]"),
-    "number": (200, {}, b"5"),
-    "text": (200, {}, b'"sha"'),
-    "empty": (200, {}, b""),
+ODD: dict[str, What] = {kind: kind for kind in ("reset", "lost", "garbage", "short", "big")}
+ODD |= {
+    text: (200, {}, text.encode()) for text in ("null", "[1, [2]]", "5", '"sha"', "", "[" * 100_000)
+}
+ODD |= {
     "204": (204, {}, b""),
-    "nested": (200, {}, b"[" * 100_000),
     "not JSON": (200, {}, b"<html>\xff\xfe</html>"),
     "wrong types": (200, {}, json.dumps(WRONG_TYPES).encode()),
     "odd jobs": (200, {}, json.dumps(ODD_JOBS).encode()),
@@ -13066,65 +12005,37 @@ ODD: dict[str, What] = {
     "redirect to another host": (301, {"Location": "http://evil.example/"}, b""),
     "odd redirect": (302, {"Location": "http://[::1"}, b""),
     "odd message": (422, {}, b'{"message": {"a": [1]}}'),
-    "reset": "reset",
-    "lost": "lost",
-    "garbage": "garbage",
-    "short": "short",
-    "big": "big",
 }
 CALLS = {  # how often in a row: what is polled may fail for a while
     "GET /contents/": 6,
     "PUT /contents/": 6,
     "POST /dispatches": 3,
+    "/actions/workflows/": 60,  # the dispatch, and every look for its run
     "GET /actions/runs/": 2,
     "GET /jobs": 2,
 }
 
 
-def ask_oddly(world: World, where: str, name: str) -> str:
-    """Send one request while a call is answered oddly; return what is wrong with the outcome."""
-    number = world.service.log.count("accepted=")
-    image, user = f"app{number}:1", f"user{number}"
-    what = ODD[name]
-    if not isinstance(what, str):
-        what = (what[0], what[1], what[2].replace(b"IMAGE", image.encode()))
-    times = 1 if name == "lost" else CALLS[where]
-    world.github.fail(where, what, times)
-    COUNTS["faults"] += times
-    world.say(image, user)
-    wait_until(lambda: idle(world), 6)
-    world.github.faults.clear()
-    heard = world.wecom.messages_for(user)
-    wait_until(lambda: idle(world), 6)
-    said = finals(world, user)
-    if len(heard) != 1 or len(said) != 1 or said[0][0] not in "✅❌":
-        return f"{where} {name}: {heard}"
-    if wxsync.INTERNAL_ERROR in said[0]:
-        return f"{where} {name}: no clear message: {said[0]!r}"
-    return ""
-
-
-def still_works(world: World) -> bool:
-    """Tell whether an ordinary request ends well."""
-    world.say("nginx:latest", "zoe")
-    return wait_until(lambda: finals(world, "zoe"), 6) and "✅" in finals(world, "zoe")[0]
-
-
 def odd_answers(where: str) -> list[str]:
-    """Try every odd answer at one call, in a fresh world after one that did harm."""
+    """Try every odd answer at one call, return what was wrong with what came of it."""
     wrong: list[str] = []
-    names = list(ODD)
-    while names:
-        with quick(PlayedRunner(0.0)) as world:
-            while names:
-                trouble = ask_oddly(world, where, names.pop(0))
-                if trouble:
-                    wrong.append(trouble)
-                    break
-            else:
-                wrong += [] if is_calm(world.service.log) else [f"{where}: a traceback"]
-                wrong += [] if still_works(world) else [f"{where}: the lane is stuck"]
-            count_requests(world, world.service.log.count("accepted="))
+    with quick(PlayedRunner(0.0), SCALE="0.005") as world:
+        for number, (name, what) in enumerate(ODD.items()):
+            image, user = f"app{number}:1", f"user{number}"
+            if isinstance(what, tuple):
+                what = (what[0], what[1], what[2].replace(b"IMAGE", image.encode()))
+            world.github.fail(where, what, 1 if name == "lost" else CALLS[where])
+            world.say(image, user)
+            wait_until(lambda: idle(world), 6)
+            world.github.faults.clear()
+            wait_until(lambda: idle(world), 6)
+            said = world.wecom.messages_for(user)
+            clear = len(said) == 1 and re.match("[✅❌].*成功 ", said[0])
+            if not clear or wxsync.INTERNAL_ERROR in said[0] or len(said[0]) > 600:
+                wrong.append(f"{where} {name[:20]}: {said}")
+        world.say("nginx:latest", "zoe")
+        wrong += [] if "✅" in hear(world, "zoe", "成功 ") else [f"{where}: the lane is stuck"]
+        wrong += [] if is_calm(world.service.log) else [f"{where}: a traceback"]
     return wrong
 
 
@@ -13139,11 +12050,9 @@ def test_odd_answers_of_github_give_one_message_each() -> None:
 @early
 def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
     """Among the runs that are watched after SYNC_TIMEOUT one gets an odd answer."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        for user in ("alice", "bob"):
-            world.say(f"{user}:1", user)
-            hear(world, user, "⏰")
+    with late("alice:1") as (world, runner):
+        world.say("bob:1", "bob")
+        hear(world, "bob", "⏰")
         job = b'{"name": "alice:1", "status": "completed", "conclusion": "success", "steps": 5}'
         world.github.fail("GET /jobs", (200, {}, b'{"jobs": [%s]}' % job), 50)
         open_gate(runner)
@@ -13152,19 +12061,18 @@ def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
         for user in ("alice", "bob"):
             hear(world, user, "成功 ")
         assert is_calm(world.service.log)
-        count_requests(world, 2)
+
+
+CENTURIES = (
+    {"Retry-After": "9" * 400},
+    {"Retry-After": "99999999"},
+    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "253402300799"},
+    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 400},
+)
 
 
 @in_ci
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Retry-After": "9" * 400},
-        {"Retry-After": "99999999"},
-        {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "253402300799"},
-        {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 400},
-    ],
-)
+@pytest.mark.parametrize("headers", CENTURIES, ids=range(4))
 def test_a_rate_limit_of_centuries_is_not_believed(headers: dict[str, str]) -> None:
     """GitHub counts by the hour: nothing it says keeps us from asking again after that."""
     with quick() as world:
@@ -13175,7 +12083,6 @@ def test_a_rate_limit_of_centuries_is_not_believed(headers: dict[str, str]) -> N
             assert all(int(minutes) <= 61 for minutes in re.findall(r"(\d+) 分钟", text)), text
             assert wxsync.INTERNAL_ERROR not in text
         assert is_calm(world.service.log)
-        COUNTS["faults"] += 1
 
 
 class Garbling(FakeGitHub):
@@ -13188,102 +12095,75 @@ class Garbling(FakeGitHub):
         return Answer(200, self.said) if call.path.endswith("/dispatches") else answer
 
 
-@pytest.mark.parametrize("said", [b"", b"{}", b"[]", b"<html>", b'{"workflow_run_id": "7"}'])
-def test_a_run_whose_start_is_said_unintelligibly_is_found(said: bytes) -> None:
+def test_a_run_whose_start_is_said_unintelligibly_is_found() -> None:
     """A garbled answer is as good as a lost one: the run is looked for, not called a failure."""
     world = quick()
     world.github = github = Garbling(runner=PlayedRunner(0.01))
-    github.said = said
     with world:
-        world.say("nginx:1")
-        assert "✅" in hear(world, "alice", "成功 ")
-        assert len(github.dispatches) == 1 and is_calm(world.service.log)
-        COUNTS["faults"] += 1
-        count_requests(world, 1)
+        for github.said in (b"", b"{}", b"[]", b"<html>", b'{"workflow_run_id": "7"}'):
+            user = f"user{len(github.dispatches)}"
+            world.say("nginx:1", user)
+            assert "✅" in hear(world, user, "成功 "), github.said
+        assert len(github.dispatches) == 5 and is_calm(world.service.log)
 
 
 @early
 def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
     """The clock is set in the middle of a run: its result is told all the same, and only that."""
-    jump_in_a_run(-30)
-    jump_in_a_run(7)
-
-
-def jump_in_a_run(hours: int) -> None:
-    runner = gated()
-    with quick(runner) as world:
-        world.say("nginx:1")
-        assert wait_until(lambda: world.github.runs)
-        (world.service.state_dir / "clock").write_text(str(hours * 3600))
-        time.sleep(0.5)
-        open_gate(runner)
-        hear(world, "alice", "✅")
-        assert wait_until(lambda: idle(world))
-        assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
-        count_requests(world, 1)
+    for hours in (-30, 7):
+        with quick(runner := gated()) as world:
+            world.say("nginx:1")
+            assert wait_until(lambda: world.github.runs)
+            (world.service.state_dir / "clock").write_text(str(hours * 3600))
+            time.sleep(0.5)
+            open_gate(runner)
+            hear(world, "alice", "✅")
+            assert wait_until(lambda: idle(world))
+            assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
 
 
 def hang_once(where: str) -> None:
     """Let one call hang: after its deadline it is tried again, or the run is looked for."""
     with quick() as world:
-        what = "drip" if where.startswith("GET /jobs") else "hang"
-        world.github.fail(where, what)
+        world.github.fail(where, "drip" if where.startswith("GET /jobs") else "hang")
         begun = time.monotonic()
         world.say("nginx:1")
         assert "✅" in world.hear("成功 1 / 1", 35), where
-        assert time.monotonic() - begun > 5
+        assert time.monotonic() - begun > 5 and is_calm(world.service.log)
         assert len(world.github.dispatches) == len(world.github.commits) == 1
-        assert is_calm(world.service.log)
-        COUNTS["faults"] += 1
-        count_requests(world, 1)
 
 
 @early
 def test_calls_that_hang_have_a_deadline() -> None:
     """GitHub never answers one call, or for ever a byte at a time."""
-    with ThreadPoolExecutor(len(CALLS)) as pool:
-        list(pool.map(hang_once, CALLS))
+    calls = [where for where in CALLS if " " in where]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(hang_once, calls))
 
 
 @early
 def test_health_and_verification_answer_while_everything_hangs() -> None:
     """GitHub, WeCom and QingStor keep silent; both lanes are busy."""
-    with Store() as store, Website() as site, quick(**file_settings(store)) as world:
-        world.github.hang = world.wecom.hang = store.hang = True
+    with Depot() as world:
+        world.github.hang = world.wecom.hang = world.store.hang = True
         world.say("nginx:1")
-        world.say(f"{site.url}/a.bin")
-        assert wait_until(lambda: world.github.calls and store.calls)
-        slowest = 0.0
+        world.say(world.source.add("/a.bin", 1000))
+        assert wait_until(lambda: world.github.calls and world.store.calls)
         for _ in range(20):
             asked = time.monotonic()
-            assert world.service.healthy() and world.client.verify_url() == (
-                200,
-                "1616140317555161061",
-            )
-            assert "进行中" in world.say("状态")
-            slowest = max(slowest, time.monotonic() - asked)
+            assert world.service.healthy() and "进行中" in world.say("状态")
+            assert world.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
+            assert time.monotonic() - asked < 1
             time.sleep(0.1)
-        assert slowest < 1
-        COUNTS["faults"] += 3
 
 
-ROOT = Path(os.environ.get("WXSYNC_ROOT") or Path(__file__).parent)
-PROGRAM = ROOT / "wxsync.py"
+ROOT = SCRIPT.parent
 NO_REGISTRY = "127.0.0.1:9"  # nobody listens there
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such thing")
-IN_CI = os.environ.get("CI") == "true"
 
 # ---------------------------------------------------------------------------------------------
-# Tools: what is missing, and reading the documents
+# Tools: reading the documents
 # ---------------------------------------------------------------------------------------------
-
-
-def require(missing: str) -> None:
-    """Skip where `missing` names a component that is not there; in CI that is a failure."""
-    if missing and IN_CI:
-        pytest.fail(f"missing in CI: {missing}")
-    if missing:
-        pytest.skip(missing)
 
 
 @functools.cache
@@ -13324,142 +12204,42 @@ def table(text: str) -> dict[str, tuple[str, ...]]:
     lines = re.search(r"(?:^ *\|.*\n)+", text, re.MULTILINE)
     if not lines:
         pytest.fail(f"no table in {text[:80]!r}")
-    cell = re.compile(r"(?<!\\)\|")
-    rows = [
-        [part.strip() for part in cell.split(line.strip())[1:-1]] for line in lines[0].split("\n")
-    ]
-    return {row[0].strip("`"): tuple(row[1:]) for row in rows[2:] if row}
+    rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in lines[0].splitlines()[2:]]
+    return {row[0].strip("` "): tuple(cell.strip() for cell in row[1:]) for row in rows}
 
 
-def run_here(*words: str, folder: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
+def env_file(settings: Mapping[str, str]) -> str:
+    """Return settings as an .env file."""
+    return "".join(f"{name}='{value}'\n" for name, value in settings.items())
+
+
+def run_here(
+    *words: str, folder: Path = ROOT, settings: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a program with nothing of this process's settings in its environment."""
-    environment = clean_environment(folder, options.pop("settings", {}))
-    return subprocess.run(
-        words,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=60,
-        **options,
-    )
-
-
-def run_wxsync(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return run_here(sys.executable, str(PROGRAM), *words, folder=folder)
+    environment = clean_environment(folder, settings or {})
+    return run_command(words, cwd=folder, env=environment)
 
 
 # ---------------------------------------------------------------------------------------------
-# The story: eight seconds, so it is played beside the tests of check
+# check
 # ---------------------------------------------------------------------------------------------
 
 
-class Plays(NamedTuple):
-    """The sandbox in a process of its own, and the picture drawn by `picture`."""
-
-    process: subprocess.Popen[str]
-    drawn: Future[int]
-    file: Path
-
-
-@pytest.fixture(scope="module")
-def plays() -> Iterator[Plays]:
-    """Start both and let them go on."""
-    with temporary_folder("story") as name, ThreadPoolExecutor(1) as pool:
-        file = Path(name) / "chat.svg"
-        words = [sys.executable, inspect.getfile(sandbox), "--script", str(PROGRAM), "--played"]
-        environment = clean_environment(Path(name), {"PYTHONPATH": os.pathsep.join(sys.path)})
-        with subprocess.Popen(
-            words,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-        ) as process:
-            drawn = pool.submit(picture, ["--out", str(file)])
-            yield Plays(process, drawn, file)
-            process.kill()
-
-
-# ---------------------------------------------------------------------------------------------
-# check: the settings
-# ---------------------------------------------------------------------------------------------
-
-REQUIRED = [*OTHERS, ", ".join(ROBOT)]  # as an empty file is told
-
-
-def check_file(folder: Path, text: str) -> tuple[int, list[str]]:
-    """Run check with this .env in the current folder; return status and the names it blames."""
-    (folder / ".env").write_text(text, "utf-8")
-    done = run_wxsync("check", folder=folder)
-    return done.returncode, re.findall(r"^❌ ([A-Z_, ]+):", done.stderr, re.MULTILINE)
-
-
-ENV_FILES = {
-    "empty": ("", REQUIRED),
-    "as copied": ("env.example", REQUIRED),
-    "placeholders": ("".join(f"{n}=your_{n.lower()}\n" for n in ENOUGH | ROBOT), REQUIRED),
-    "half a callback": (
-        "CORP_ID=ww1\nAGENT_ID=1\nSECRET=s\nTOKEN=t\nDOCKER_REGISTRY=r.example.com\n",
-        ["GITHUB_TOKEN", "GITHUB_REPO", "DOCKER_NAMESPACE", "ENCODING_AES_KEY"],
-    ),
-    "half a robot": ("BOT_ID=aib1\n", [*OTHERS, "BOT_SECRET"]),
-}
-
-
-@pytest.mark.parametrize("kind", ENV_FILES)
-def test_check_of_an_unfinished_env_file_names_what_is_missing(
-    plays: Plays, tmp_path: Path, kind: str
-) -> None:
-    """All of it at once, nothing else, and exit status 1."""
-    text, missing = ENV_FILES[kind]
-    text = document(text) if text == "env.example" else text
-    assert check_file(tmp_path, text) == (1, missing)
-
-
-def test_check_without_any_env_file_says_how_to_begin(tmp_path: Path) -> None:
-    """Somebody who types `check` first is told what to copy."""
-    done = run_wxsync("check", folder=tmp_path)
-    assert done.returncode == 1
-    assert "cp env.example .env" in done.stderr
-
-
-WRONG_VALUES = {
-    "CORP_ID": "ww 1",
-    "AGENT_ID": "镜像同步",
-    "SECRET": "two words",
-    "TOKEN": "has-a-dash",
-    "ENCODING_AES_KEY": "much-too-short",
-    "GITHUB_REPO": "https://github.com/octo/mirror",
-    "GITHUB_TOKEN": "github pat",
-    "DOCKER_REGISTRY": "https://registry.cn-hangzhou.aliyuncs.com/",
-    "DOCKER_NAMESPACE": "My-Space",
-    "PORT": "99999",
-    "PROXY_URL": "proxy.example.com:8080",
-    "WECOM_API_URL": "qyapi.weixin.qq.com",
-    "BOT_URL": "ws://wecom.example.com",
-    "QUEUE_SIZE": "-1",
-    "LOG_LEVEL": "LOUD",
-}
-
-
-def test_check_names_every_wrong_value_and_repeats_none(tmp_path: Path) -> None:
-    """A value may be a secret in the wrong place, so the name and the rule have to do."""
-    (tmp_path / ".env").write_text(
-        "".join(f"{k}='{v}'\n" for k, v in WRONG_VALUES.items()), "utf-8"
-    )
-    done = run_wxsync("check", folder=tmp_path)
-    blamed = re.findall(r"^❌ ([A-Z_]+): .+", done.stderr, re.MULTILINE)
-    assert (done.returncode, sorted(blamed)) == (1, sorted(WRONG_VALUES))
-    assert not [value for value in WRONG_VALUES.values() if value in done.stderr + done.stdout]
-
-
-# ---------------------------------------------------------------------------------------------
-# check: every kind of trouble
-# ---------------------------------------------------------------------------------------------
+def test_check_of_unfinished_settings_names_all_that_is_missing_or_wrong(tmp_path: Path) -> None:
+    """And what to copy where there is no .env; no value is repeated: it may be a secret."""
+    done = run_script("check", folder=tmp_path)
+    assert (done.returncode, "cp env.example .env" in done.stderr) == (1, True)
+    wrong = dict(WRONG)
+    for text, names in (
+        (document("env.example"), [*OTHERS, ", ".join(ROBOT)]),
+        (env_file(ENOUGH | wrong), [*wrong]),
+    ):
+        (tmp_path / ".env").write_text(text, "utf-8")
+        done = run_script("check", folder=tmp_path)
+        blamed = re.findall(r"^❌ ([A-Z_, ]+): .+", done.stderr, re.MULTILINE)
+        assert (done.returncode, done.stdout, sorted(blamed)) == (1, "", sorted(names))
+    assert [v for v in wrong.values() if len(v) > 8 and v in done.stderr] == []
 
 
 class Found(NamedTuple):
@@ -13477,13 +12257,23 @@ def findings(output: str) -> list[Found]:
     return [Found(match[1], match[2], match[3]) for match in found if match]
 
 
+class Patient(World):
+    """A world with QingStor in which only the target registry does not answer."""
+
+    def prepare(self) -> Self:
+        self.store = self._stack.enter_context(FakeQingStor())
+        self.store.public = True
+        self.extra = {"DOCKER_REGISTRY": NO_REGISTRY, **self.store.settings, **self.extra}
+        return super().prepare()
+
+
 def checked(world: World, **changed: str) -> list[Found]:
     """Run check with the settings of a world in an .env file; nothing secret may be printed."""
     settings = world.service.settings | changed
     file = world.service.folder / ".env"
     if not file.exists():
         file.touch(mode=0o600)
-    file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()), "utf-8")
+    file.write_text(env_file(settings), "utf-8")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = wxsync.main(["--env", str(file), "check"], {})
@@ -13495,235 +12285,120 @@ def checked(world: World, **changed: str) -> list[Found]:
 
 
 @pytest.fixture(scope="module")
-def all_well() -> Iterator[World]:
-    """A world in which only the target registry does not answer."""
-    world = World(PROGRAM, None, {"DOCKER_REGISTRY": NO_REGISTRY})
-    with contextlib.closing(world.prepare()):
+def patient() -> Iterator[Patient]:
+    with closing(Patient(SCRIPT).prepare()) as world:
         yield world
 
 
 @pytest.fixture
-def healthy(all_well: World) -> Iterator[World]:
-    """That world again for each test: what a test switches is switched back."""
-    before = [(peer, dict(vars(peer))) for peer in (all_well.wecom, all_well.github)]
-    yield all_well
+def healthy(patient: Patient) -> Iterator[Patient]:
+    """The same world for each test: what a test switches is switched back."""
+    before = [(p, dict(vars(p))) for p in (patient.wecom, patient.github, patient.store)]
+    yield patient
     for peer, switches in before:
         vars(peer).clear()
         vars(peer).update(switches)
-    (all_well.service.folder / ".env").unlink(missing_ok=True)
+    (patient.service.folder / ".env").unlink(missing_ok=True)
 
 
-class Trouble(NamedTuple):
-    """What is changed in a healthy world, the line that must come of it and words of its cure."""
-
-    line: str
-    cure: tuple[str, ...]
-    settings: Mapping[str, str] = {}
-    wecom: Mapping[str, object] = {}
-    github: Mapping[str, object] = {}
-
-
-READ_ONLY = {"admin": False, "push": False, "pull": True}
-THREE = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME"}
-CHECK_TROUBLES = {
-    "wrong SECRET": Trouble(
-        "❌ 企业微信", ("SECRET", "应用详情页"), {"SECRET": "secret-of-another-app"}
-    ),
-    "wrong CORP_ID": Trouble("❌ 企业微信", ("CORP_ID", "我的企业"), {"CORP_ID": "wwother"}),
-    "wrong AGENT_ID": Trouble("❌ 企业微信", ("AGENT_ID", "应用详情页"), {"AGENT_ID": "1000099"}),
-    "untrusted IP": Trouble(
-        "❌ 企业微信", ("60020", "企业可信IP", "203.0.113.7"), wecom={"trusted": False}
-    ),
-    "wrong GitHub token": Trouble(
-        "❌ GitHub", ("GITHUB_TOKEN", "换一个新的"), {"GITHUB_TOKEN": "github_pat_wrong"}
-    ),
-    "no such repository": Trouble(
-        "❌ GitHub", ("octo/other", "核对仓库名"), {"GITHUB_REPO": "octo/other"}
-    ),
-    "no such branch": Trouble(
-        "❌ GitHub 上的 wxsync.py", ("master", "分支"), {"GITHUB_BRANCH": "master"}
-    ),
-    "no push right": Trouble(
-        "❌ GitHub 仓库", ("Contents: Read and write",), github={"permissions": READ_ONLY}
-    ),
-    "archived": Trouble("❌ GitHub 仓库", ("已归档", "Unarchive"), github={"archived": True}),
-    "token may not read contents": Trouble(
-        "❌ GitHub 上的 wxsync.py",
-        ("缺少权限 Contents: Read and write",),
-        github={"denied": {"contents=read"}},
-    ),
-    "token may not read Actions": Trouble(
-        "❌ GitHub 工作流",
-        ("缺少权限 Actions: Read and write",),
-        github={"denied": {"actions=read"}},
-    ),
-    "token may see nothing": Trouble(
-        "❌ GitHub", ("缺少权限 Metadata: Read",), github={"denied": {"metadata=read"}}
-    ),
-    "token may not write contents": Trouble(
-        "❌ GitHub 仓库", ("Contents: Read and write",), github={"denied": {"contents=write"}}
-    ),
-    "token may not start workflows": Trouble(
-        "❌ GitHub 工作流", ("Actions: Read and write",), github={"denied": {"actions=write"}}
-    ),
-    "Actions disabled": Trouble(
-        "❌ GitHub Actions", ("Settings → Actions",), github={"actions_enabled": False}
-    ),
-    "workflow missing": Trouble(
-        "❌ GitHub 工作流", ("docker-image-sync.yml",), github={"WORKFLOW": "other.yml"}
-    ),
-    "workflow disabled": Trouble(
-        "❌ GitHub 工作流", ("Enable workflow",), github={"workflow_state": "disabled_manually"}
-    ),
-    "another wxsync.py there": Trouble(
-        "⚠️ GitHub 上的 wxsync.py", ("更新到同一版本",), github={"files": {"wxsync.py": b"old"}}
-    ),
-    "no wxsync.py there": Trouble(
-        "❌ GitHub 上的 wxsync.py", ("main", "读不到"), github={"files": {}}
-    ),
-    "a Secret missing": Trouble(
-        "❌ GitHub Secrets",
-        ("缺少 DOCKER_PASSWORD：", "Secrets and variables → Actions"),
-        github={"secrets": THREE},
-    ),
-    "Secrets cannot be listed": Trouble(
-        "⚠️ GitHub Secrets",
-        ("DOCKER_PASSWORD", "自行确认"),
-        github={"denied": {"secrets=read"}},
-    ),
-    "token expires": Trouble(
-        "⚠️ GitHub 令牌",
-        ("2027-10-12 09:00:00 UTC", "更换 GITHUB_TOKEN"),
-        github={"token_expires": "2027-10-12 09:00:00 UTC"},
-    ),
-    "proxy down": Trouble(
-        "❌ 代理",
-        ("127.0.0.1:9", "核对地址和密码", "PROXY_TEST_URL"),
-        {"PROXY_URL": "http://user:not-told@127.0.0.1:9"},
-    ),
-    "WeCom unreachable": Trouble(
-        "❌ 企业微信", ("WECOM_API_URL",), {"WECOM_API_URL": "http://127.0.0.1:9"}
-    ),
-    "GitHub unreachable": Trouble(
-        "❌ GitHub", ("PROXY_URL", "GITHUB_API_URL"), {"GITHUB_API_URL": "http://127.0.0.1:9"}
-    ),
-}
+CHECK = table("""
+| what is the matter | the line | words in it | what is changed: a setting, or a switch of a fake |
+|---|---|---|---|
+| wrong SECRET | ❌ 企业微信 | SECRET; 应用详情页 | SECRET=secret-of-another-app |
+| wrong CORP_ID | ❌ 企业微信 | CORP_ID; 我的企业 | CORP_ID=wwother |
+| wrong AGENT_ID | ❌ 企业微信 | AGENT_ID; 应用详情页 | AGENT_ID=1000099 |
+| untrusted IP | ❌ 企业微信 | 60020; 企业可信IP; 203.0.113.7 | wecom.trusted=False |
+| no WeCom | ❌ 企业微信 | WECOM_API_URL | WECOM_API_URL=http://127.0.0.1:9 |
+| wrong token | ❌ GitHub | GITHUB_TOKEN; 换一个新的 | GITHUB_TOKEN=github_pat_wrong |
+| no repository | ❌ GitHub | octo/other; 核对仓库名 | GITHUB_REPO=octo/other |
+| no GitHub | ❌ GitHub | PROXY_URL; GITHUB_API_URL | GITHUB_API_URL=http://127.0.0.1:9 |
+| sees nothing | ❌ GitHub | 缺少权限 Metadata: Read | github.denied={'metadata=read'} |
+| no branch | ❌ GitHub 上的 wxsync.py | master; 分支 | GITHUB_BRANCH=master |
+| no program | ❌ GitHub 上的 wxsync.py | main; 读不到 | github.files={} |
+| no reading | ❌ GitHub 上的 wxsync.py | 权限 Contents: Read | github.denied={'contents=read'} |
+| another | ⚠️ GitHub 上的 wxsync.py | 更新到同一版本 | github.files={'wxsync.py': b'old'} |
+| no push | ❌ GitHub 仓库 | Contents: Read and write | github.permissions={'pull': True} |
+| no writing | ❌ GitHub 仓库 | Contents: Read and write | github.denied={'contents=write'} |
+| archived | ❌ GitHub 仓库 | 已归档; Unarchive | github.archived=True |
+| no Actions | ❌ GitHub 工作流 | 权限 Actions: Read and write | github.denied={'actions=read'} |
+| no starting | ❌ GitHub 工作流 | Actions: Read and write | github.denied={'actions=write'} |
+| no workflow | ❌ GitHub 工作流 | docker-image-sync.yml | github.WORKFLOW='other.yml' |
+| disabled | ❌ GitHub 工作流 | Enable workflow | github.workflow_state='disabled' |
+| Actions off | ❌ GitHub Actions | Settings → Actions | github.actions_enabled=False |
+| Secret | ❌ GitHub Secrets | 缺少 DOCKER_USERNAME： | github.secrets=secrets-{'DOCKER_USERNAME'} |
+| where | ❌ GitHub Secrets | Secrets and variables → Actions | github.secrets=set() |
+| Secrets unseen | ⚠️ GitHub Secrets | DOCKER_PASSWORD; 自行确认 | github.denied={'secrets=read'} |
+| expires | ⚠️ GitHub 令牌 | 09:00 UTC; 更换 | github.token_expires='2027-10-12 09:00 UTC' |
+| proxy | ❌ 代理 | 127.0.0.1:9; 核对地址; PROXY_TEST | PROXY_URL=http://u:not-told@127.0.0.1:9 |
+| clock | ❌ 时钟 | 秒：timedatectl | wecom.skew=-3600.0; github.skew=-3600.0 |
+| QingStor's clock | ❌ 时钟 | 秒：timedatectl | store.skew=3600.0 |
+| bucket | ✅ QingStor | tmp; 密钥正确 | LOG_LEVEL=INFO |
+| closed links | ❌ QingStor 链接 | QINGSTOR_LINK_SECONDS=86400 | store.public=False |
+| signed links | ✅ QingStor 链接 | 600 秒 | store.public=False; QINGSTOR_LINK_SECONDS=600 |
+| wrong key | ❌ QingStor | QINGSTOR_SECRET_ACCESS_KEY | QINGSTOR_SECRET_ACCESS_KEY=not-the-key |
+| no bucket | ❌ QingStor | QINGSTOR_BUCKET | store.bucket_missing=True |
+| no QingStor | ❌ QingStor | QINGSTOR_URL | QINGSTOR_URL=http://127.0.0.1:9 |
+| a file | ❌ STATE_DIR | TMP/file | STATE_DIR=TMP/file |
+| in a file | ❌ STATE_DIR | TMP/file/state | STATE_DIR=TMP/file/state |
+| to be made | ✅ STATE_DIR | TMP/a/b | STATE_DIR=TMP/a/b |
+""")
 
 
-def test_check_of_a_healthy_world_has_one_complaint(healthy: World) -> None:
-    """The registry that does not answer: it is named, and the setting to look at."""
-    wrong = [found for found in checked(healthy) if found.mark != "✅"]
-    assert [(found.mark, found.name) for found in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
-    assert NO_REGISTRY.partition(":")[0] in wrong[1].text
-    assert "DOCKER_REGISTRY" in wrong[1].text
-
-
-@pytest.mark.parametrize("kind", CHECK_TROUBLES)
-def test_check_tells_a_trouble_and_its_cure(healthy: World, kind: str) -> None:
+@pytest.mark.parametrize("kind", CHECK)
+def test_check_tells_a_trouble_and_its_cure(healthy: Patient, tmp_path: Path, kind: str) -> None:
     """One trouble, one line that says what to click or to type, and no other complaint."""
-    trouble = CHECK_TROUBLES[kind]
-    for peer, changes in ((healthy.wecom, trouble.wecom), (healthy.github, trouble.github)):
-        for name, value in changes.items():
-            setattr(peer, name, value)
-    found = [line for line in checked(healthy, **trouble.settings) if line.mark != "✅"]
-    told = {f"{line.mark} {line.name}": line.text for line in found if line.name != "目标仓库"}
-    assert list(told) == [trouble.line]
-    assert [word for word in trouble.cure if word not in told[trouble.line]] == []
+    (tmp_path / "file").touch()
+    line, words, changes = (cell.replace("TMP", str(tmp_path)) for cell in CHECK[kind])
+    settings: dict[str, str] = {}
+    for name, value in (change.split("=", 1) for change in changes.split("; ")):
+        place, _, switch = name.rpartition(".")
+        if place:
+            peer = getattr(healthy, place)
+            setattr(peer, switch, eval(value, dict(vars(peer))))
+        else:
+            settings[name] = value
+    found = [found for found in checked(healthy, **settings) if found.name != "目标仓库"]
+    told = {f"{mark} {name}": text for mark, name, text in found}
+    assert [name for name in told if name[0] != "✅"] == ([] if line[0] == "✅" else [line])
+    assert [word for word in words.split("; ") if word not in told[line]] == []
 
 
-def test_check_changes_nothing(healthy: World) -> None:
-    """Rights to write are found out without a commit, a run or a message."""
-    checked(healthy)
+def test_check_of_a_healthy_world_changes_nothing(healthy: Patient) -> None:
+    """One complaint: the registry that does not answer. No commit, no run, no message, no file.
+    Administration: Read is optional; a token without it hears nothing of it."""
+    assert [found for found in checked(healthy) if found.name == "GitHub Actions"]
+    healthy.github.denied = {"administration=read"}
+    every = checked(healthy)
+    wrong = [found for found in every if found.mark != "✅"]
+    assert not [found for found in every if found.name == "GitHub Actions"]
+    assert [(found.mark, found.name) for found in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
+    assert "127.0.0.1" in wrong[1].text and "DOCKER_REGISTRY" in wrong[1].text
     assert (healthy.github.commits, healthy.github.runs, healthy.wecom.messages) == ([], [], [])
     assert not list(healthy.service.state_dir.iterdir())
 
 
-def test_check_without_actions_enabled_to_see_is_no_complaint(healthy: World) -> None:
-    """Administration: Read is optional; a token without it hears nothing of it."""
-    healthy.github.denied = {"administration=read"}
-    assert not [line for line in checked(healthy) if line.name == "GitHub Actions"]
-
-
 @POSIX
-def test_check_warns_of_an_env_file_that_others_can_read(healthy: World) -> None:
+def test_check_warns_of_an_env_file_that_others_can_read(healthy: Patient) -> None:
     """The line to type is given."""
     file = healthy.service.folder / ".env"
-    file.touch()
-    file.chmod(0o644)
+    file.touch(mode=0o644)
     told = {line.name: line for line in checked(healthy)}[".env"]
     assert (told.mark, f"chmod 600 {file}" in told.text) == ("⚠️", True)
 
 
-def unusable_folder(folder: Path, kind: str) -> Path:
-    """Return a STATE_DIR in which nothing can be written, whoever runs it."""
-    (folder / "file").touch()
-    return folder / "file" if kind == "a file" else folder / "file" / "state"
-
-
-@pytest.mark.parametrize("kind", ["a file", "inside a file"])
-def test_check_tells_a_state_dir_that_cannot_be_used(
-    healthy: World, tmp_path: Path, kind: str
-) -> None:
-    """What serve would refuse, check must not call writable."""
-    place = unusable_folder(tmp_path, kind)
-    told = {line.name: line for line in checked(healthy, STATE_DIR=str(place))}["STATE_DIR"]
-    assert (told.mark, str(place) in told.text) == ("❌", True)
-
-
-def test_check_accepts_a_state_dir_that_serve_will_make(healthy: World, tmp_path: Path) -> None:
-    """serve makes the whole path, so check must not refuse it."""
-    told = {line.name: line for line in checked(healthy, STATE_DIR=str(tmp_path / "a" / "b"))}
-    assert told["STATE_DIR"].mark == "✅"
-
-
 @POSIX
-def test_check_tells_a_state_dir_of_somebody_else(healthy: World, tmp_path: Path) -> None:
+def test_check_tells_a_state_dir_of_somebody_else(healthy: Patient, tmp_path: Path) -> None:
     """Run without root's right to write anywhere."""
     place = tmp_path / "state"
     place.mkdir(mode=0o555)
-    words = [sys.executable, str(PROGRAM), "check"]
+    words = [sys.executable, str(SCRIPT), "check"]
     if os.geteuid() == 0:
-        require(missing_program("setpriv"))
+        needs(missing_program("setpriv"))
         words = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *words]
     settings = healthy.service.settings | {"STATE_DIR": str(place)}
     done = run_here(*words, folder=healthy.service.folder, settings=settings)
     told = {line.name: line for line in findings(done.stdout)}["STATE_DIR"]
     assert (told.mark, str(place) in told.text, "chown" in told.text) == ("❌", True, True)
-
-
-QINGSTOR_TROUBLES: dict[str, tuple[str, tuple[str, ...], dict[str, str], dict[str, object]]] = {
-    "all well": ("✅ QingStor", ("tmp", "密钥正确"), {}, {"public": True}),
-    "links closed": ("❌ QingStor 链接", ("QINGSTOR_LINK_SECONDS=86400",), {}, {}),
-    "signed links": ("✅ QingStor 链接", ("600 秒",), {"QINGSTOR_LINK_SECONDS": "600"}, {}),
-    "wrong key": (
-        "❌ QingStor",
-        ("QINGSTOR_SECRET_ACCESS_KEY",),
-        {"QINGSTOR_SECRET_ACCESS_KEY": "not-the-key"},
-        {},
-    ),
-    "no bucket": ("❌ QingStor", ("QINGSTOR_BUCKET",), {}, {"bucket_missing": True}),
-    "clock wrong": ("❌ 时钟", ("秒：timedatectl",), {}, {"skew": 3600.0}),
-    "unreachable": ("❌ QingStor", ("QINGSTOR_URL",), {"QINGSTOR_URL": "http://127.0.0.1:9"}, {}),
-}
-
-
-@pytest.mark.parametrize("kind", QINGSTOR_TROUBLES)
-def test_check_of_qingstor(healthy: World, kind: str) -> None:
-    """Bucket, key, links and clock, each with its cure."""
-    line, words, settings, switches = QINGSTOR_TROUBLES[kind]
-    with FakeQingStor() as store:
-        for name, value in switches.items():
-            setattr(store, name, value)
-        found = checked(healthy, **(store.settings | settings))
-    told = {f"{line.mark} {line.name}": line.text for line in found}
-    assert line in told
-    assert [word for word in words if word not in told[line]] == []
-
-
-def test_check_compares_the_clock_where_no_registry_answers(healthy: World) -> None:
-    """A clock that is wrong breaks WeCom's callbacks; WeCom and GitHub tell the time, too."""
-    healthy.wecom.skew = healthy.github.skew = -3600.0
-    assert ("❌", "时钟") in [(line.mark, line.name) for line in checked(healthy)]
 
 
 class Registries(NamedTuple):
@@ -13735,7 +12410,7 @@ class Registries(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tls_registry() -> Iterator[Registries]:
-    require(missing_program("openssl"))
+    needs(missing_program("openssl"))
     with temporary_folder("tls") as name:
         tls, certificate = make_tls(Path(name), "127.0.0.1")
         with Source(tls=tls) as peer:
@@ -13744,78 +12419,55 @@ def tls_registry() -> Iterator[Registries]:
             yield Registries(peer, target)
 
 
-REGISTRY_TROUBLES: dict[str, tuple[dict[str, str], int, float, tuple[str, ...]]] = {
-    "all well": ({}, 200, 0.0, ()),
-    "clock wrong": (
-        {},
-        200,
-        -3600.0,
-        (
-            "时钟",
-            "秒：timedatectl",
-        ),
-    ),
-    "not a registry": ({}, 404, 0.0, ("目标仓库", "HTTP 404", "核对 DOCKER_REGISTRY")),
-    "strange certificate": ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, ("目标仓库", "证书")),
+REGISTRY_TROUBLES: dict[str, tuple[dict[str, str], int, float, str]] = {
+    "all well": ({}, 200, 0.0, ""),
+    "clock wrong": ({}, 200, -3600.0, "时钟：.* 秒：timedatectl"),
+    "not a registry": ({}, 404, 0.0, "目标仓库：.* HTTP 404.*核对 DOCKER_REGISTRY"),
+    "strange certificate": ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, "目标仓库：.*证书"),
 }
 
 
 @pytest.mark.parametrize("kind", REGISTRY_TROUBLES)
 def test_check_of_a_registry_with_tls(tls_registry: Registries, kind: str) -> None:
-    """Exit status 0 where everything is right, at last; else one ❌."""
+    """Exit status 0 where everything is right, at last; else one ❌. --json has the same lines."""
     settings, status, skew, words = REGISTRY_TROUBLES[kind]
     tls_registry.peer.files["/v2/"].status, tls_registry.peer.skew = status, skew
-    world = World(PROGRAM, None, tls_registry.settings | settings)
-    with contextlib.closing(world.prepare()):
-        done = world.service.command("check")
-    wrong = [f"{line.name} {line.text}" for line in findings(done.stdout) if line.mark == "❌"]
-    assert (done.returncode, len(wrong)) == ((1, 1) if words else (0, 0))
-    assert [word for word in words if word not in wrong[0]] == []
-
-
-def test_check_for_machines(healthy: World) -> None:
-    """--json is one array of mark, name and text: the lines of the plain answer."""
-    plain, as_json = (healthy.service.command("check", *more) for more in ((), ("--json",)))
+    with closing(World(SCRIPT, None, tls_registry.settings | settings).prepare()) as world:
+        plain, as_json = (world.service.command("check", *more) for more in ((), ("--json",)))
+    wrong = [f"{line.name}：{line.text}" for line in findings(plain.stdout) if line.mark == "❌"]
+    assert plain.returncode == as_json.returncode == len(wrong) == int(bool(words))
+    assert not words or re.match(words, wrong[0])
     rows = json.loads(as_json.stdout)
     assert {frozenset(row) for row in rows} == {frozenset(("mark", "name", "text"))}
     lines = [(line.mark, line.name) for line in findings(plain.stdout)]
     assert [(row["mark"], row["name"]) for row in rows] == lines
-    assert as_json.returncode == plain.returncode == 1
 
 
 # The real check with less patience: what is tested is that it keeps to its patience.
-IMPATIENT = """
-import os, sys
-sys.path.insert(0, {folder!r})
+IMPATIENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
 import wxsync
-wxsync.CHECK_SECONDS = float(sys.argv[1])
+wxsync.CHECK_SECONDS = 1.5
 sys.exit(wxsync.main(["check"]))
 """
 
 
 def test_check_takes_seconds_while_every_server_hangs() -> None:
     """Side by side, so that the slowest one decides; each says that it did not answer."""
-    assert wxsync.CHECK_SECONDS <= 15
-    patience = 1.5
-    with contextlib.ExitStack() as stack:
-        store, proxy, silent = FakeQingStor(), Source(), socket.create_server(("127.0.0.1", 0))
-        registry = f"127.0.0.1:{stack.enter_context(silent).getsockname()[1]}"
-        stack.enter_context(store)
-        stack.enter_context(proxy)
-        more = store.settings | {"PROXY_URL": proxy.url, "DOCKER_REGISTRY": registry}
-        more |= {"NO_PROXY_DOMAINS": "nobody.example.com"}
-        world = stack.enter_context(contextlib.closing(World(PROGRAM, None, more).prepare()))
-        hanging: list[Peer] = [world.wecom, world.github, store, proxy]
-        for peer in hanging:
-            peer.hang = True
-        begun = time.monotonic()
-        code = IMPATIENT.format(folder=str(ROOT))
-        words = (sys.executable, "-c", code, str(patience))
-        done = run_here(*words, folder=world.service.folder, settings=world.service.settings)
-        taken = time.monotonic() - begun
-    silent_ones = [line.name for line in findings(done.stdout) if line.mark == "❌"]
-    assert (done.returncode, taken < patience + 1) == (1, True)
-    assert sorted(silent_ones) == sorted(["代理", "企业微信", "GitHub", "目标仓库", "QingStor"])
+    with socket.create_server(("127.0.0.1", 0)) as silent, Source() as proxy:
+        more = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "nobody.example.com"}
+        more |= {"DOCKER_REGISTRY": f"127.0.0.1:{silent.getsockname()[1]}"}
+        with closing(Patient(SCRIPT, None, more).prepare()) as world:
+            for peer in (world.wecom, world.github, world.store, proxy):
+                peer.hang = True
+            begun, service = time.monotonic(), world.service
+            words = (sys.executable, "-c", IMPATIENT)
+            done = run_here(*words, folder=service.folder, settings=service.settings)
+            taken = time.monotonic() - begun
+    wrong = sorted(line.name for line in findings(done.stdout) if line.mark == "❌")
+    assert (done.returncode, taken < 2.5, wxsync.CHECK_SECONDS <= 15) == (1, True, True)
+    assert wrong == sorted(["代理", "企业微信", "GitHub", "目标仓库", "QingStor"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13828,113 +12480,83 @@ SHOWN = {"DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com", "DOCKER_NAMESPA
 @pytest.fixture(scope="module")
 def running() -> Iterator[World]:
     """A service for two users, whose first image request runs until the gate is opened."""
-    runner = PlayedRunner(0.01)
-    runner.gate = threading.Event()
-    with World(PROGRAM, runner, SHOWN | {"ALLOWED_USERS": "boss,alice"}) as world:
+    with World(SCRIPT, runner := gated(), SHOWN | {"ALLOWED_USERS": "boss,alice"}) as world:
         yield world
-        runner.gate.set()
+        open_gate(runner)
 
 
-def test_send_prints_the_reply(running: World) -> None:
+SENDS = [  # words; settings that are others than the service's; exit status, what is printed
+    ("nginx", {}, 0, r"如需同步镜像 nginx，请发送 nginx:latest\n"),
+    ("帮助 --user alice", {}, 0, "📖"),
+    ("帮助 --user mallory", {}, 0, "抱歉，您没有使用权限"),
+    ("nginx", {"TOKEN": "Another"}, 1, r"(?s).*403.*设置"),
+    ("nginx", {"PORT": "1"}, 1, r"(?s).*127\.0\.0\.1:1\b.*服务在运行吗"),
+]
+
+
+@pytest.mark.parametrize(("words", "changed", "status", "said"), SENDS, ids=range(len(SENDS)))
+def test_send_prints_the_reply_or_the_trouble(
+    running: World, words: str, changed: dict[str, str], status: int, said: str
+) -> None:
     """As the first of ALLOWED_USERS unless another is named; accepted is exit status 0."""
-    done = running.service.command("send", "nginx")
-    assert (done.returncode, done.stderr) == (0, "")
-    asked_back = done.stdout.splitlines()[0]
-    assert asked_back == "如需同步镜像 nginx，请发送 nginx:latest"
-    assert f"“{asked_back}”" in section("怎么用")
-
-
-SENDERS = {"alice": "📖", "mallory": "您没有使用权限"}
-
-
-@pytest.mark.parametrize("user", SENDERS)
-def test_send_as_somebody(running: World, user: str) -> None:
-    """--user is who wxsync takes it from: a stranger is refused, in words."""
-    done = running.service.command("send", "帮助", "--user", user)
-    assert (done.returncode, SENDERS[user] in done.stdout) == (0, True)
-
-
-def test_send_to_a_service_with_other_settings(running: World) -> None:
-    """Changed .env, old service: exit status 1 and what to look at."""
-    settings = running.service.settings | {"TOKEN": "Another"}
-    words = (sys.executable, str(PROGRAM), "send", "nginx")
-    done = run_here(*words, folder=running.service.folder, settings=settings)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "403" in done.stderr
-    assert "设置" in done.stderr
-
-
-def test_send_to_nobody(healthy: World) -> None:
-    """The address that was tried, and the likely reason."""
-    done = healthy.service.command("send", "nginx")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"127.0.0.1:{healthy.service.port}" in done.stderr
-    assert "服务在运行吗" in done.stderr
+    settings = running.service.settings | changed
+    command = (sys.executable, str(SCRIPT), "send", *words.split())
+    done = run_here(*command, folder=running.service.folder, settings=settings)
+    printed, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+    assert (done.returncode, silent) == (status, "") and re.match(said, printed)
 
 
 def readme_text(first: str) -> str:
     """Return the block of README.md that begins with these words."""
-    found = [block for block in code_blocks(section("怎么用"), "text") if block.startswith(first)]
-    assert len(found) == 1, first
-    return found[0].rstrip("\n")
+    blocks = code_blocks(section("怎么用"), "text")
+    (found,) = [block for block in blocks if block.startswith(first)]
+    return found.rstrip("\n")
 
 
 def test_readme_shows_the_confirmation_the_queue_and_the_correction(running: World) -> None:
-    """In the order in which a user would meet them."""
+    """In the order in which a user would meet them, and what is asked back."""
     assert running.say("nginx:latest\nredis:7.0") == readme_text("🔄 正在处理")
-    busy = running.say("alpine:3.20").partition("\n")[0]
-    assert f"“{busy}”" in section("怎么用")
+    for text in ("alpine:3.20", "nginx"):
+        assert f"“{running.say(text).splitlines()[0]}”" in section("怎么用")
     assert running.say("Nginx:latest") == readme_text("❌ 没有开始")
 
 
-def outcomes(nginx: str, redis: str) -> list[wxsync.Outcome]:
-    """Return what came of two images; where a tag is missing, near ones are there."""
-    near = {"not-found": ("nginx:1.25.33", ("1.25.3", "1.25.2"))}
-    line, names = near.get(nginx, ("nginx:latest", ()))
-    return [
-        wxsync.Outcome(line, nginx, "", "", names),
-        wxsync.Outcome("redis:7.0", redis, "", ""),
-    ]
-
-
-RESULTS = {"✅ 镜像": ("copied", "unchanged"), "❌ 镜像": ("not-found", "copied")}
-
-
-@pytest.mark.parametrize("first", RESULTS)
-def test_readme_shows_the_results(first: str) -> None:
-    """To the letter."""
+def test_readme_shows_the_results() -> None:
+    """To the letter: two that were copied, one that failed, and a message that lives."""
     prefix, run = "/".join(SHOWN.values()), "https://github.com/你的账号/wxsync/actions/runs/1"
-    text = wxsync.result_text(outcomes(*RESULTS[first]), prefix, 41, run)
-    assert wxsync.Channel().render(text) == readme_text(first)
-
-
-def test_readme_shows_a_message_that_lives() -> None:
-    """To the letter, as markdown looks when one of two images is done."""
+    done = wxsync.Outcome("nginx:latest", "copied", "", "")
+    near = wxsync.Outcome("nginx:1.25.33", "not-found", "", "", ("1.25.3", "1.25.2"))
+    same = wxsync.Outcome("redis:7.0", "unchanged", "", "")
+    for first, outcomes in (
+        ("✅ 镜像", [done, same]),
+        ("❌ 镜像", [near, same._replace(code="copied")]),
+    ):
+        text = wxsync.result_text(outcomes, prefix, 41, run)
+        assert wxsync.Channel().render(text) == readme_text(first)
     task = wxsync.Task("id", "images", "alice robot", ("nginx:latest", "redis:7.0"), 0.0)
     progress = wxsync.Progress()
-    progress.of(task).outcomes[0] = outcomes("copied", "running")[0]
+    progress.of(task).outcomes[0] = done
     assert wxsync.living_text(task, progress).replace("`", "") == readme_text("🔄 正在同步")
 
 
 def test_readme_shows_the_file_result() -> None:
     """To the letter, but for the address of the store and the object's own name."""
-    with FakeQingStor() as store, Source() as source:
-        store.public = True
-        settings = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        with World(PROGRAM, None, settings) as world:
-            world.say(source.add("/file.pdf", body=b"x" * 102400))
-            text = world.hear("文件上传成功")
+    with (
+        Source() as source,
+        Patient(SCRIPT, None, {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}) as world,
+    ):
+        world.say(source.add("/file.pdf", body=b"x" * 102400))
+        text = world.hear("文件上传成功")
     link = r"https?://\S+/(?:<uuid>|[0-9a-f-]{36})\.pdf"
     assert re.sub(link, "LINK", text) == re.sub(link, "LINK", readme_text("✅ 文件"))
 
 
 def test_readme_shows_the_answer_of_health(running: World) -> None:
     """Somebody compares this text with what a browser shows."""
-    answer = json.dumps(running.service.health())
-    assert '"status": "ok"' in document("README.md")
-    assert '"status": "ok"' in answer
+    health = running.service.health()
+    assert health["status"] == "ok" and '"status": "ok"' in document("README.md")
     named = set(re.findall(r"`([a-z_]+)`", section("按日志").rpartition("GET /health")[2]))
-    assert set(running.service.health()) == named - {"ok", "degraded", "off", "up", "down"}
+    assert set(health) == named - {"ok", "degraded", "off", "up", "down"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13942,17 +12564,14 @@ def test_readme_shows_the_answer_of_health(running: World) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def written_default(value: object) -> str:
-    """Return a default as README.md and env.example write it."""
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
 def settings_of_code() -> dict[str, str | None]:
-    """Return each setting's default, None where there is none or the setting is part of a way in."""
-    return {
-        entry.name: None if entry.name in ENOUGH | ROBOT else written_default(entry.default)
-        for entry in fields(wxsync.Settings)
-    }
+    """Return each setting's default, None where there is none or it is part of a way in."""
+
+    def written(value: object) -> str:
+        return ",".join(value) if isinstance(value, tuple) else str(value)
+
+    entries = fields(wxsync.Settings)
+    return {e.name: None if e.name in ENOUGH | ROBOT else written(e.default) for e in entries}
 
 
 def test_readme_lists_every_setting_with_its_default() -> None:
@@ -13967,6 +12586,13 @@ def test_readme_lists_every_setting_with_its_default() -> None:
         assert [name for name, row in rows.items() if row[0] == word] == [*names]
 
 
+def test_env_example_lists_every_setting_with_its_default() -> None:
+    """Required ones are empty, the others stand behind # with their default; each is explained."""
+    found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.MULTILINE)
+    assert settings_of_code() == {name: v if mark else None for _, mark, name, v in found}
+    assert [name for _, mark, name, value in found if value and not mark] == []
+
+
 def test_readme_is_read_in_one_sitting() -> None:
     """450 lines that are seen; the rest is folded. Commands are short enough to be typed."""
     shown = re.sub(r"(?ms)^<details>$.*?^</details>$", "", document("README.md"))
@@ -13974,24 +12600,14 @@ def test_readme_is_read_in_one_sitting() -> None:
     assert max(map(len, code_blocks(shown, "sh")[:2])) <= 40
 
 
-def test_env_example_lists_every_setting_with_its_default() -> None:
-    """Required ones are empty, the others stand behind # with their default; each is explained."""
-    found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.MULTILINE)
-    shown = {name: value if mark else None for _, mark, name, value in found}
-    assert shown == settings_of_code()
-    assert [name for _, mark, name, value in found if value and not mark] == []
-
-
 def test_compose_uses_settings_and_their_defaults() -> None:
     """What docker-compose.yml publishes is what the code listens on."""
-    services = document_yaml("docker-compose.yml")["services"]
-    assert list(services) == ["image-sync"]
-    code = settings_of_code()
+    services, code = document_yaml("docker-compose.yml")["services"], settings_of_code()
     used = re.findall(r"\$\{(\w+):-([^}]*)\}", document("docker-compose.yml"))
     assert dict(used) == {n: code[n] for n in ("HOST", "PORT")}
     assert set(services["image-sync"]["environment"]) <= set(code)
     named = re.findall(r"docker compose (?:run --rm|exec) (\S+)", document("README.md"))
-    assert set(named) == {"image-sync"}
+    assert set(named) == set(services) == {"image-sync"}
 
 
 def inline_script() -> dict[str, Any]:
@@ -14005,11 +12621,9 @@ def test_dependencies_stand_once() -> None:
     """Everything else installs from the block in wxsync.py or names its packages in words."""
     named = [re.split("[<>=]", item)[0] for item in inline_script()["dependencies"]]
     assert [name for name in named if f"`{name}`" not in section("审计与核对")] == []
+    wanted = r'(-\S+ |--no-cache-dir )*("pip>=26"|--requirements-from-script (test_)?wxsync\.py)'
     for name in ("Dockerfile", "README.md", ".github/workflows/ci.yml"):
         installs = re.findall(r"pip\S* install (.+?)(?:;| &&|$)", document(name), re.MULTILINE)
-        wanted = (
-            r'(-\S+ |--no-cache-dir )*("pip>=26"|--requirements-from-script (test_)?wxsync\.py)'
-        )
         assert [words for words in installs if not re.match(wanted, words)] == []
 
 
@@ -14026,21 +12640,19 @@ def test_python_versions_agree() -> None:
     assert matrix["python"][0] == oldest
     assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "windows"}
     image = re.fullmatch(r"python:(\d+)\.(\d+)-slim", base_image())
-    assert image
-    assert (int(image[1]), int(image[2])) >= tuple(map(int, oldest.split(".")))
+    assert image and (int(image[1]), int(image[2])) >= tuple(map(int, oldest.split(".")))
 
 
 @POSIX
 def test_ci_runs_the_first_two_commands_of_readme() -> None:
-    """Each stands alone and near the top; .ci/run cuts them out, ci.yml has them for all systems."""
+    """Each stands alone and near the top; .ci/run cuts them out, ci.yml has them everywhere."""
     commands = ["python3 test_wxsync.py\n", "python3 test_wxsync.py test\n"]
     assert code_blocks("\n".join(document("README.md").split("\n")[:17]), "sh") == commands
     (cut,) = re.findall(r"^readme\(\) .+$", document(".ci/run"), re.MULTILINE)
     assert [run_here("bash", "-c", f"{cut}; readme {n}").stdout for n in (1, 2)] == commands
     steps = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["steps"]
-    assert [
-        f"{step['run']}\n" for step in steps if {"run", "if"} & set(step) == {"run"}
-    ] == commands
+    plain = [step for step in steps if {"run", "if"} & set(step) == {"run"}]
+    assert [f"{step['run']}\n" for step in plain] == commands
 
 
 README_LIMITS = {
@@ -14062,57 +12674,46 @@ README_LIMITS = {
 }
 
 
-@pytest.mark.parametrize("what", README_LIMITS)
-def test_readme_states_the_true_limits(what: str) -> None:
-    """The numbers are those of the code."""
-    assert README_LIMITS[what] in table(section("限制"))[what][0]
-
-
-def test_readme_states_other_true_numbers() -> None:
-    """Those that stand outside of the table of limits."""
-    assert int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
+def test_readme_states_the_true_numbers() -> None:
+    """Those of the table of limits, and those that stand elsewhere."""
+    limits = table(section("限制"))
+    assert [what for what, text in README_LIMITS.items() if text not in limits[what][0]] == []
+    workflow = document_yaml(".github/workflows/docker-image-sync.yml")
+    minutes = workflow["jobs"]["copy"]["timeout-minutes"]
+    for title, text in (
+        ("限制", f"任务 {minutes} 分钟"),
+        ("限制", f"分块 {wxsync.PART_BYTES // 2**20} MiB"),
+        ("限制", "5 分半钟"),
+        ("怎么用", f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时"),
+        ("按日志", "两小时内不再尝试"),
+        ("按日志", "10 分钟后再试"),
+        ("按日志", "最多等 10 分钟"),
+        ("审计与核对", f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写"),
+    ):
+        assert text in section(title)
+    assert minutes * 60 > wxsync.COPY_SECONDS and int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
     for buckets, count in (((wxsync.ROBOT_PACE, 60), 28), ((wxsync.HOURLY_PACE, 3600), 950)):
         (burst, seconds), window = buckets
         assert burst + window / seconds == count
-    assert f"分块 {wxsync.PART_BYTES // 2**20} MiB" in section("限制")
-    assert f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时" in section("怎么用")
-    assert wxsync.WECOM_ERRORS[40001][1] == 7200
-    assert "两小时内不再尝试" in section("按日志")
+    assert (wxsync.ROBOT_STREAM_SECONDS, wxsync.WECOM_ERRORS[40001][1]) == (330, 7200)
     assert wxsync.TAKEOVER_SECONDS == wxsync.GITHUB_WAIT_SECONDS == 600
-    assert all(text in section("按日志") for text in ("10 分钟后再试", "最多等 10 分钟"))
-    assert (wxsync.ROBOT_STREAM_SECONDS, "5 分半钟" in section("限制")) == (330, True)
-    assert f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写" in section("审计与核对")
-    workflow = document_yaml(".github/workflows/docker-image-sync.yml")
-    minutes = workflow["jobs"]["copy"]["timeout-minutes"]
-    assert f"任务 {minutes} 分钟" in section("限制")
-    assert minutes * 60 > wxsync.COPY_SECONDS
 
 
-def test_readme_explains_every_code() -> None:
-    """The table of codes is that of the code, and the causes are the same."""
+def test_readme_explains_what_people_look_up() -> None:
+    """Every code of a failure, lines of the log and texts of the chat to the letter, or WeCom's."""
+    source, theirs = document("wxsync.py"), {"可使用的成员", "自动创建仓库", "域名主体校验未通过"}
     assert set(table(section("按失败代码"))) == set(wxsync.COPY_REASONS)
-
-
-def test_readme_explains_words_that_the_log_really_has() -> None:
-    """Whoever looks a line of the log up finds it, to the letter."""
-    source = document("wxsync.py")
-    numbers = set(map(str, wxsync.WECOM_ERRORS))
     for phrase in (first.partition("`")[0] for first in table(section("按日志"))):
         lane, words = re.fullmatch(r"(?:(\w+): )?(.*)", phrase, re.DOTALL).groups()  # type: ignore[union-attr]
         assert lane is None or lane in source, phrase
         pieces = re.split(r"…|(?<==)\d+| (?=done=|of=|key=|bytes=|run=)", words)
         for piece in filter(None, map(str.strip, pieces)):
             wecom = re.fullmatch(r"企业微信 (\d+)", piece)
-            assert wecom[1] in numbers if wecom else piece in source, phrase
-
-
-def test_readme_explains_what_a_user_reads_in_chat() -> None:
-    """Each text in “…” of the table of symptoms occurs in the program, or is of WeCom."""
-    theirs = {"openapi 回调地址请求不通过", "域名主体校验未通过", "自动创建仓库", "可使用的成员"}
-    texts = [re.findall("“([^”]+)”", row) for row in table(section("按现象"))]
-    for text in set(itertools.chain(*texts)) - theirs:
+            assert int(wecom[1]) in wxsync.WECOM_ERRORS if wecom else piece in source, phrase
+    texts = re.findall("“([^”]+)”", "\n".join(table(section("按现象"))))
+    for text in set(texts) - theirs - {"openapi 回调地址请求不通过"}:
         pieces = [piece.strip() for piece in text.split("…")]
-        assert [piece for piece in pieces if piece not in document("wxsync.py")] == [], text
+        assert [piece for piece in pieces if piece not in source] == [], text
 
 
 def test_links_within_readme_lead_somewhere() -> None:
@@ -14124,60 +12725,14 @@ def test_links_within_readme_lead_somewhere() -> None:
     assert [t for t in targets if not t.startswith("#") and not (ROOT / t).exists()] == []
 
 
-def test_the_frp_example_leads_to_the_service() -> None:
-    """It is TOML, and its port is the one wxsync listens on."""
+def test_the_examples_in_other_notations_are_right() -> None:
+    """FRP's is TOML and leads to the service's port; the Secret's is JSON that skopeo reads."""
     (block,) = code_blocks(section("没有公网地址：FRP"), "toml")
     (proxy,) = tomllib.loads(block)["proxies"]
     assert str(proxy["localPort"]) == settings_of_code()["PORT"]
     assert f"http://frp.example.com:{proxy['remotePort']}/wechat/callback" in document("README.md")
-
-
-def test_the_secrets_example_is_a_docker_config() -> None:
-    """It is JSON of the form that skopeo reads."""
     (block,) = code_blocks(section("第二步：GitHub"), "json")
     assert all(set(login) == {"auth"} for login in json.loads(block)["auths"].values())
-
-
-# ---------------------------------------------------------------------------------------------
-# The systemd unit
-# ---------------------------------------------------------------------------------------------
-
-
-def unit_of_readme() -> tuple[str, configparser.SectionProxy]:
-    """Return the unit that README.md shows, and its part about the service."""
-    (text,) = code_blocks(section("systemd"), "ini")
-    parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read_string(text)
-    return text, parser["Service"]
-
-
-@pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """The unit of README.md, with the programs of this machine."""
-    text, service = unit_of_readme()
-    file = tmp_path / "wxsync.service"
-    program = service["ExecStart"].split()[0]
-    here = text.replace(program, sys.executable).replace(service["WorkingDirectory"], str(ROOT))
-    file.write_text(here, "utf-8")
-    require(missing_program("systemd-analyze"))
-    return file
-
-
-def test_the_systemd_unit_is_right(unit: Path) -> None:
-    """systemd has nothing to say about it."""
-    done = run_here("systemd-analyze", "verify", str(unit))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_the_systemd_unit_is_as_safe_as_readme_says(unit: Path) -> None:
-    """systemd's own score; versions of systemd differ by some tenths."""
-    done = run_here("systemd-analyze", "security", "--offline=true", str(unit))
-    score = re.search(r"Overall exposure level for wxsync\.service: ([\d.]+)", done.stdout)
-    told = re.search(r"暴露分是 ([\d.]+)", section("systemd"))
-    assert score, done.stderr
-    assert told
-    assert abs(float(score[1]) - float(told[1])) <= 0.3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14185,48 +12740,52 @@ def test_the_systemd_unit_is_as_safe_as_readme_says(unit: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def unit_of_readme() -> tuple[str, configparser.SectionProxy]:
+    """Return the systemd unit that README.md shows, and its part about the service."""
+    (text,) = code_blocks(section("systemd"), "ini")
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(text)
+    return text, parser["Service"]
+
+
+def test_the_systemd_unit_is_right_and_as_safe_as_readme_says(tmp_path: Path) -> None:
+    """systemd has nothing to say about it; its scores differ by some tenths between versions."""
+    needs(missing_program("systemd-analyze"))
+    text, service = unit_of_readme()
+    file, program = tmp_path / "wxsync.service", service["ExecStart"].split()[0]
+    here = text.replace(program, sys.executable).replace(service["WorkingDirectory"], str(ROOT))
+    file.write_text(here, "utf-8")
+    done = run_here("systemd-analyze", "verify", str(file))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run_here("systemd-analyze", "security", "--offline=true", str(file))
+    scores = re.findall(r"Overall exposure level for wxsync\.service: ([\d.]+)", done.stdout)
+    scores += re.findall(r"暴露分是 ([\d.]+)", section("systemd"))
+    assert abs(float(scores[0]) - float(scores[1])) <= 0.3, done.stderr
+
+
 def test_help_names_the_commands_of_readme() -> None:
-    """The table of commands is what the program knows."""
+    """The table of commands is what the program knows, and what it shows can be typed."""
     shown = table(section("设置").partition("\n命令：\n")[2])
     named = {re.split("[` ]", name.rpartition("… ")[2])[0] for name in shown}
-    done = run_wxsync("--help")
-    assert done.returncode == 0
+    done = run_script("--help")
+    assert (done.returncode, "--env" in done.stdout) == (0, True)
     assert set(re.findall(r"^    (\w+) +\S", done.stdout, re.MULTILINE)) == named
-
-
-EXAMPLES = ("check --json", "send TEXT [--user ID]", "plan [FILE]", "copy LINE")
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_help_of_a_command_knows_its_words(example: str) -> None:
-    """What the table shows can be typed."""
-    command, *words = re.sub(r"[\[\]]", "", example).split()
-    text = run_wxsync(command, "--help").stdout
-    assert [word for word in words if word not in text] == []
-
-
-def test_version_is_the_checksum_of_the_file() -> None:
-    """`--version` and `sha256sum wxsync.py` agree, as README.md says they do."""
-    version = run_wxsync("--version").stdout
-    found = re.fullmatch(r"wxsync (\S+) sha256:([0-9a-f]{12})\n", version)
-    assert found
-    assert found[1] == wxsync.VERSION
-    assert hashlib.sha256(PROGRAM.read_bytes()).hexdigest().startswith(found[2])
-    if shutil.which("sha256sum"):
-        assert run_here("sha256sum", "wxsync.py").stdout.startswith(found[2])
+    for example in ("check --json", "send TEXT [--user ID]", "plan [FILE]", "copy LINE"):
+        command, *words = re.sub(r"[\[\]]", "", example).split()
+        text = run_script(command, "--help").stdout
+        assert [word for word in words if word not in text] == []
 
 
 @POSIX
 def test_the_audit_commands_show_what_readme_says() -> None:
     """The first lists the sections, the second leads to the one place that starts processes."""
-    sections, processes = code_blocks(section("审计与核对"), "sh")[0].splitlines()[:2]
-    listed = run_here("sh", "-c", sections).stdout.splitlines()
+    commands = code_blocks(section("审计与核对"), "sh")[0].splitlines()[:2]
+    listed, hits = (run_here("sh", "-c", text).stdout.splitlines() for text in commands)
     starts = {int(line.split(":")[0]): line for line in listed}
-    hits = [int(line.split(":")[0]) for line in run_here("sh", "-c", processes).stdout.splitlines()]
-    where = {starts[max(start for start in starts if start < hit)] for hit in hits}
+    places = {max(start for start in starts if start < int(hit.split(":")[0])) for hit in hits}
     assert len(starts) >= 15
-    assert len(where) == 1
-    assert "Copying an image" in where.pop()
+    assert ["Copying an image" in starts[place] for place in places] == [True]
 
 
 @POSIX
@@ -14281,9 +12840,8 @@ WHO_TYPES = {  # how each block of commands of README.md begins: what runs it as
 def test_every_block_of_commands_is_run_as_it_stands() -> None:
     """Or it is said why that cannot be."""
     blocks = code_blocks(document("README.md"), "(?:sh|powershell)")
-    assert [next((b for b in WHO_TYPES if block.startswith(b)), block) for block in blocks] == [
-        *WHO_TYPES
-    ]
+    begun = [next((b for b in WHO_TYPES if block.startswith(b)), block) for block in blocks]
+    assert begun == [*WHO_TYPES]
     others = [who for who in WHO_TYPES.values() if not who.startswith((".ci/run", "nothing: "))]
     assert [who for who in others if who not in globals()] == []
 
@@ -14335,11 +12893,6 @@ class Newcomer:
         return printed
 
 
-def env_file(settings: Mapping[str, str]) -> str:
-    """Return settings as an .env file."""
-    return "".join(f"{name}='{value}'\n" for name, value in settings.items())
-
-
 @pytest.fixture(scope="module")
 def settled() -> Iterator[Newcomer]:
     """Somebody who has typed the first block of step four."""
@@ -14355,8 +12908,7 @@ def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: R
     """Checking, starting, sending, upgrading and the audit, with nothing changed but .env."""
     _, start = code_blocks(section("第四步：填设置，检查，启动"), "sh")
     (send,) = code_blocks(section("另一条路：自建应用的回调"), "sh")
-    world = World(PROGRAM, None, tls_registry.settings)
-    with contextlib.closing(world.prepare()):
+    with closing(World(SCRIPT, None, tls_registry.settings).prepare()) as world:
         settled.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
         (settled.place / ".env").write_text(env_file(world.service.settings), "utf-8")
         with settled.starts(start, settled.place) as process:
@@ -14390,11 +12942,11 @@ exec {ExecStart}
 @POSIX
 def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Registries) -> None:
     """The installation and the check of the section, then the unit's own line in its folder."""
-    require(namespace_missing())
+    needs(namespace_missing())
     install, check, _ = code_blocks(section("systemd"), "sh")
     script = AS_THE_UNIT_DOES.format(install=install, check=check, **unit_of_readme()[1])
-    world = World(PROGRAM, None, tls_registry.settings)
-    with temporary_folder("unit") as name, contextlib.closing(world.prepare()):
+    world = World(SCRIPT, None, tls_registry.settings)
+    with temporary_folder("unit") as name, closing(world.prepare()):
         newcomer, own = Newcomer(Path(name)), dict(world.service.settings)
         newcomer.environment["SSL_CERT_FILE"] = own.pop("SSL_CERT_FILE")
         (newcomer.home / "env").write_text(env_file(own | {"STATE_DIR": "."}), "utf-8")
@@ -14406,10 +12958,12 @@ def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Registries
     assert re.search(r"^wxsync\.cpython-\d+\.pyc$", printed, re.MULTILINE), printed
 
 
-def test_the_sandbox_plays_its_story(plays: Plays) -> None:
+@early
+def test_the_sandbox_plays_its_story() -> None:
     """Without a terminal it ends by itself; exit status 0 says that every answer was right."""
-    output, _ = plays.process.communicate(timeout=60)
-    assert (plays.process.returncode, "✅ 故事演完" in output) == (0, True), output[-2000:]
+    words = (sys.executable, inspect.getfile(sandbox), "--played")
+    done = run_here(*words, settings={"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (done.returncode, "✅ 故事演完" in done.stdout) == (0, True), done.stdout[-2000:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14419,58 +12973,39 @@ def test_the_sandbox_plays_its_story(plays: Plays) -> None:
 WORKFLOWS = (".github/workflows/docker-image-sync.yml", ".github/workflows/ci.yml")
 
 
-def steps_of(name: str) -> list[dict[str, Any]]:
-    """Return every step of every job of a workflow."""
-    jobs = document_yaml(name)["jobs"].values()
-    return [step for job in jobs for step in job["steps"]]
-
-
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_workflows_have_no_rights_but_to_read(name: str) -> None:
-    """Nothing by default, contents: read for each job, and no token left in the checkout."""
+def test_workflows_have_few_rights_and_pinned_actions(name: str) -> None:
+    """contents: read for each job, no token left in the checkout, every action by commit; no
+    `${{ }}` inside run:, which would let a line be read as a command."""
     workflow = document_yaml(name)
     assert workflow["permissions"] == {}
     for job in workflow["jobs"].values():
-        assert job["permissions"] == {"contents": "read"}
-        assert job["timeout-minutes"] <= 60
-    checkouts = [step for step in steps_of(name) if "checkout" in step.get("uses", "")]
-    assert checkouts
-    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+        assert job["permissions"] == {"contents": "read"} and job["timeout-minutes"] <= 60
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    used = {step["uses"]: step.get("with", {}) for step in steps if "uses" in step}
+    assert [name for name in used if not re.fullmatch(r"actions/\S+@[0-9a-f]{40}", name)] == []
+    kept = {w.get("persist-credentials") for name, w in used.items() if "/checkout@" in name}
+    assert kept == {False}
+    assert [step for step in steps if "${{" in step.get("run", "")] == []
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_actions_are_pinned_and_shells_get_no_expressions(name: str) -> None:
-    """By commit; and `${{ }}` inside run: would let a line be read as a command."""
-    used = [step["uses"] for step in steps_of(name) if "uses" in step]
-    assert [
-        action for action in used if not re.fullmatch(r"actions/\S+@[0-9a-f]{40}", action)
-    ] == []
-    assert [step for step in steps_of(name) if "${{" in step.get("run", "")] == []
-
-
-def test_secrets_reach_one_step() -> None:
-    """The five that README.md names, in the environment of the step that copies."""
-    name = WORKFLOWS[0]
-    (step,) = (step for step in steps_of(name) if "secrets." in json.dumps(step))
+def test_the_workflow_does_what_the_service_relies_on() -> None:
+    """One job an image, none stops the others; the five Secrets that README.md names reach the
+    environment of the one step that copies."""
+    workflow = document_yaml(WORKFLOWS[0])
+    copy, on = workflow["jobs"]["copy"], workflow[True]
+    assert (copy["strategy"]["fail-fast"], copy["runs-on"]) == (False, "ubuntu-24.04")
+    assert set(on) == {"workflow_dispatch", "push"} and WORKFLOWS[0].endswith(wxsync.WORKFLOW)
+    optional = {n: not value["required"] for n, value in on["workflow_dispatch"]["inputs"].items()}
+    assert optional == {"images": True, "request": True, "target": True}
+    assert copy["steps"][-1]["if"] == "always()"
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    (step,) = (step for step in steps if "secrets." in json.dumps(step))
     assert "wxsync.py copy" in step["run"]
     from_secrets = {key for key, value in step["env"].items() if "secrets." in value}
     assert from_secrets == set(table(section("第二步：GitHub")))
-    assert document(name).count("secrets.") == len(from_secrets)
+    assert document(WORKFLOWS[0]).count("secrets.") == len(from_secrets)
     assert set(step["env"]) - from_secrets == {"WXSYNC_TARGET", "LINE"}
-
-
-def test_one_job_an_image_and_none_stops_the_others() -> None:
-    """The parts of contract 7 that the service relies on."""
-    workflow = document_yaml(WORKFLOWS[0])
-    copy = workflow["jobs"]["copy"]
-    assert (copy["strategy"]["fail-fast"], copy["runs-on"]) == (False, "ubuntu-24.04")
-    assert set(workflow[True]) == {"workflow_dispatch", "push"}
-    inputs = workflow[True]["workflow_dispatch"]["inputs"]
-    assert {name: value["required"] for name, value in inputs.items()} == dict.fromkeys(
-        ("images", "request", "target"), False
-    )
-    assert WORKFLOWS[0].endswith(wxsync.WORKFLOW)
-    assert copy["steps"][-1]["if"] == "always()"
 
 
 def test_dependabot_looks_after_actions_and_the_base_image() -> None:
@@ -14483,129 +13018,65 @@ def test_dependabot_looks_after_actions_and_the_base_image() -> None:
 # The picture of a chat
 # ---------------------------------------------------------------------------------------------
 
-WIDTH, FONT, LINE_HEIGHT = 420, 13, 18
-BUBBLE_EMS = 24.0  # the widest line of a bubble
+WIDTH, LINE_HEIGHT, COLUMN = 420, 18, 7  # pixels
+MOST_COLUMNS = 46  # of a bubble
 STYLE = """
 text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
 sans-serif;fill:#191919;white-space:pre}
-.page{fill:#ededed;stroke:#c8c8c8}.bar{fill:#f7f7f7}.rule{stroke:#d9d9d9}.dots{fill:#191919}
-.back{fill:none;stroke:#191919;stroke-width:2}.head{font-size:15px;font-weight:600}
-.head,.time,.face{text-anchor:middle}.time{font-size:11px;fill:#8a8a8a}.face{fill:#fff}
-.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}.robot{fill:#2f6feb}.user{fill:#7d8590}
-@media (prefers-color-scheme:dark){
-text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}.bar{fill:#191919}.rule{stroke:#2c2c2c}
-.dots{fill:#d5d5d5}.back{stroke:#d5d5d5}.time{fill:#7a7a7a}.face{fill:#fff}
+.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
+@media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}
 .wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine{fill:#06120b}.link{fill:#7d90c9}}
 """
 
 
-def ems(text: str) -> float:
-    """Estimate how wide a text is, in times of its font size; rather too wide."""
-    wide = columns(text) - len(text)
-    pictures = sum(c > "\u2600" and not "\u3000" <= c <= "\uffef" for c in text)
-    return wide + 0.3 * pictures + 0.55 * (len(text) - wide)
-
-
-def cut_at(line: str, most: int) -> int:
-    """Return where a line of which `most` characters fit is cut: after a word if there is one."""
-    for signs, least in ((" /", 0.4), (".-，；", 0.5)):
-        soft = max(line.rfind(sign, 0, most) + 1 for sign in signs)
-        if soft > least * most:
-            return soft
-    return most
-
-
-def wrapped(line: str, limit: float = BUBBLE_EMS) -> list[str]:
-    """Cut a line into pieces that fit; nothing is lost."""
+def wrapped(line: str) -> list[str]:
+    """Cut a line into pieces that fit, after a word if there is one; nothing is lost."""
     pieces = []
-    while ems(line) > limit:
-        at = cut_at(line, next(n for n in range(len(line), 0, -1) if ems(line[:n]) <= limit))
-        pieces.append(line[:at])
-        line = line[at:]
+    while columns(line) > MOST_COLUMNS:
+        most = next(n for n in range(len(line), 0, -1) if columns(line[:n]) <= MOST_COLUMNS)
+        soft = max(line.rfind(sign, most // 2, most) + 1 for sign in " /.-，；") or most
+        pieces.append(line[:soft])
+        line = line[soft:]
     return [*pieces, line]
 
 
-class Bubble(NamedTuple):
-    """Something that was said, by the member or by wxsync."""
-
-    mine: bool
-    text: str
-
-
 class Recorder(Transcript):
-    """Keeps what the two say, with nothing in it that differs from time to time."""
+    """Keeps what the member (True) and wxsync say, with nothing in it that differs each time."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world, io.StringIO(), False)
-        self.said: list[Bubble] = []
+        self.said: list[tuple[bool, str]] = []
 
     def show(self, who: str, text: str, note: str = "") -> None:
-        if who not in ("你", "wxsync"):
-            return
-        text = re.sub(r"用时 .+", "用时 41 秒", text)
-        text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
-        self.said.append(Bubble(who == "你", re.sub(r"（#\w+）", "", text).strip()))
+        if who in ("你", "wxsync"):
+            text = re.sub(r"用时 .+", "用时 41 秒", text)
+            text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
+            self.said.append((who == "你", re.sub(r"（#\w+）", "", text).strip()))
 
 
-def tell_story(script: Path) -> tuple[list[Bubble], list[str]]:
-    """Play the sandbox's story; return what was said and what was wrong."""
-    stage = Stage(script, True, lambda text: None)
-    with stage.stack:
-        world = stage.world()
-        recorder = Recorder(world)
-        wrong = Story(stage, world, recorder).play()
-    return recorder.said, wrong
-
-
-def draw_bubble(bubble: Bubble, y: int) -> tuple[str, int]:
-    """Return the drawing of a bubble that begins at y, and its height."""
-    lines = [wrapped(line) for line in bubble.text.split("\n")]
-    width = round(max(ems(piece) for pieces in lines for piece in pieces) * FONT) + 24
-    height = sum(map(len, lines)) * LINE_HEIGHT + 17
-    x = WIDTH - 58 - width if bubble.mine else 58
-    kind, face, name = ("me", "user", "我") if bubble.mine else ("wxsync", "robot", "wx")
-    at, side = (WIDTH - 48, WIDTH - 58) if bubble.mine else (12, 58)
-    tip = side + (6 if bubble.mine else -6)
-    parts = [
-        "<g>",
-        f'<rect class="{face}" x="{at}" y="{y}" width="36" height="36" rx="5"/>',
-        f'<text class="face" x="{at + 18}" y="{y + 23}">{name}</text>',
-        f'<path class="{kind}" d="M{side} {y + 12}L{tip} {y + 18}L{side} {y + 24}z"/>',
-        f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="6"/>',
-    ]
-    top = y + 22
-    for pieces in lines:
-        link = "link" if pieces[0].startswith("http") else "mine" if bubble.mine else "theirs"
-        spans = [
-            f'<tspan x="{x + 12}" y="{top + n * LINE_HEIGHT}">{escape(piece, quote=False)}</tspan>'
-            for n, piece in enumerate(pieces)
-        ]
-        parts += [f'<text class="{link}">{"".join(spans)}</text>'] if any(pieces) else []
-        top += len(pieces) * LINE_HEIGHT
-    return "\n".join([*parts, "</g>"]), height
-
-
-def draw_chat(said: Sequence[Bubble]) -> str:
+def draw_chat(said: Sequence[tuple[bool, str]]) -> str:
     """Return a chat as an SVG picture of a phone's screen."""
-    middle = WIDTH // 2
-    parts, y = [f'<text class="time" x="{middle}" y="72">上午 10:24</text>'], 86
-    for bubble in said:
-        drawn, height = draw_bubble(bubble, y)
-        parts.append(drawn)
-        y += max(height, 36) + 13
-    frame = f'width="{WIDTH - 1}" height="{y - 1}" rx="14"'
+    parts, y = [f'<text x="{WIDTH // 2}" y="28" text-anchor="middle">镜像同步</text>'], 46
+    for mine, text in said:
+        lines = [wrapped(line) for line in text.split("\n")]
+        width = max(columns(piece) for pieces in lines for piece in pieces) * COLUMN + 24
+        size = f'width="{width}" height="{sum(map(len, lines)) * LINE_HEIGHT + 17}"'
+        x, kind = (WIDTH - 14 - width, "me") if mine else (14, "wxsync")
+        parts.append(f'<rect class="{kind}" x="{x}" y="{y}" {size} rx="6"/>')
+        y += 22
+        for pieces in lines:
+            kind = "link" if pieces[0].startswith("http") else "mine" if mine else "theirs"
+            for piece in pieces:
+                place = f'class="{kind}" x="{x + 12}" y="{y}"'
+                parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
+                y += LINE_HEIGHT
+        y += 8
     head = [
         '<svg xmlns="http://www.w3.org/2000/svg" role="img"',
         f' width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">',
         "<title>企业微信里的一次对话：发镜像名，收到结果</title>",
         f"<style>{STYLE.strip()}</style>",
-        f'<clipPath id="screen"><rect x=".5" y=".5" {frame}/></clipPath>',
-        f'<rect class="page" x=".5" y=".5" {frame}/>',
-        f'<path class="bar" clip-path="url(#screen)" d="M1 1h{WIDTH - 2}v46h-{WIDTH - 2}z"/>',
-        f'<path class="rule" d="M1 47.5h{WIDTH - 2}"/>',
-        f'<text class="head" x="{middle}" y="30">镜像同步</text>',
-        '<path class="back" d="M25 17l-7 7l7 7"/>',
-        *(f'<circle class="dots" cx="{WIDTH - x}" cy="24" r="1.8"/>' for x in (19, 26, 33)),
+        f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1}" rx="14"/>',
     ]
     return "\n".join([*head, *parts, "</svg>", ""])
 
@@ -14615,53 +13086,46 @@ def picture(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py picture", description="演一遍沙盒的故事，把对话画成 .github/chat.svg"
     )
-    parser.add_argument("--script", type=Path, default=PROGRAM, help="wxsync.py 的位置")
     parser.add_argument("--out", type=Path, default=ROOT / ".github" / "chat.svg")
     options = parser.parse_args(argv)
-    said, wrong = tell_story(options.script.resolve())
+    stage = Stage(SCRIPT, True, lambda text: None)
+    with stage.stack:
+        world = stage.world()
+        recorder = Recorder(world)
+        wrong = Story(stage, world, recorder).play()
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
-    options.out.write_text(draw_chat(said), "utf-8", newline="\n")
+    options.out.write_text(draw_chat(recorder.said), "utf-8", newline="\n")
     print(options.out)
     return 0
 
 
-def picture_lines(file: Path) -> list[str]:
-    """Return the lines of text in a picture, put together again where they were wrapped."""
-    name = "{http://www.w3.org/2000/svg}text"
-    return ["".join(text.itertext()) for text in ET.parse(file).iter(name)]
-
-
-def test_the_picture_shows_what_the_program_says_now(plays: Plays) -> None:
-    """Run `python test_wxsync.py picture` when this fails: a text has changed since."""
-    shown = picture_lines(ROOT / ".github" / "chat.svg")
-    assert [line for line in wxsync.HELP.splitlines() if line and line not in shown] == []
-    assert "🔄 正在处理镜像同步请求..." in shown
-    assert "✅ 镜像同步完成，成功 1 / 1" in shown
-    assert plays.drawn.result(60) == 0
-    assert picture_lines(plays.file) == shown
-    assert plays.file.read_text("utf-8") == document(".github/chat.svg")
+@early
+def test_the_picture_shows_what_the_program_says_now() -> None:
+    """Run `python3 test_wxsync.py picture` when this fails: a text has changed since."""
+    with temporary_folder("picture") as name:
+        file = Path(name, "chat.svg")
+        assert picture(["--out", str(file)]) == 0
+        drawn = file.read_text("utf-8")
+    assert drawn.splitlines() == document(".github/chat.svg").splitlines()
+    text = "".join(part.text or "" for part in ET.fromstring(drawn).iter())
+    assert [line for line in wxsync.HELP.splitlines() if line not in text] == []
+    assert "🔄 正在处理镜像同步请求..." in text and "✅ 镜像同步完成，成功 1 / 1" in text
 
 
 def test_the_picture_fits_a_page_and_loads_nothing() -> None:
     """GitHub shows it as an image: no scripts, no fonts or pictures from elsewhere."""
     text = document(".github/chat.svg")
-    root = ET.fromstring(text)
-    assert root.get("width") == str(WIDTH)
-    assert len(text) < 30_000
+    assert ET.fromstring(text).get("width") == str(WIDTH) and len(text) < 30_000
     assert not re.search(r"<script|<image|<foreignObject|href|url\((?!#)|@import", text)
-
-
-def test_a_line_is_wrapped_without_loss() -> None:
-    """Whatever it holds: a long address, Chinese, nothing."""
     for line in ("", "docker pull " + "a/" * 60, "镜像" * 40, "x" * 200, STORY[1].text):
-        assert "".join(wrapped(line)) == line
-        assert max(map(ems, wrapped(line))) <= BUBBLE_EMS
+        assert "".join(wrapped(line)) == line  # nothing of it is lost
+        assert max(map(columns, wrapped(line))) <= MOST_COLUMNS
 
 
 # ---------------------------------------------------------------------------------------------
-# The container, for real: dockerd, a registry in place of Docker Hub, docker compose
+# The container, for real: dockerd, docker compose
 # ---------------------------------------------------------------------------------------------
 
 TOOLS = ["sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true"]
@@ -14670,57 +13134,11 @@ LEFT_OUT = re.compile(
     r"|dist-packages|ensurepip)/|\.(a|pyc)$|EXTERNALLY-MANAGED$"
 )
 ABOUT_PYTHON = """
-import json, os, ssl, sys, sysconfig
+import json, os, sys, sysconfig
 paths = sysconfig.get_paths()
 print(json.dumps([os.path.realpath(sys.executable), paths["stdlib"], paths["purelib"]]))
 """
-
-
-class Root:
-    """A root file system under construction: everything keeps the path it has on this machine."""
-
-    def __init__(self, archive: tarfile.TarFile) -> None:
-        self.archive = archive
-        self.seen: set[str] = set()
-        for name in ("bin", "sbin", "lib", "lib64"):
-            self.link(f"/{name}", f"usr/{name}")  # so that /lib/… and /usr/lib/… are the same
-
-    def _entry(self, name: str, mode: int) -> tarfile.TarInfo | None:
-        name = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", name).lstrip("/")
-        if name in self.seen:
-            return None
-        self.seen.add(name)
-        entry = tarfile.TarInfo(name)
-        entry.mode = mode
-        return entry
-
-    def folder(self, name: str, mode: int = 0o755) -> None:
-        if entry := self._entry(name, mode):
-            entry.type = tarfile.DIRTYPE
-            self.archive.addfile(entry)
-
-    def link(self, name: str, target: str) -> None:
-        if entry := self._entry(name, 0o777):
-            entry.type, entry.linkname = tarfile.SYMTYPE, target
-            self.archive.addfile(entry)
-
-    def file(self, name: str, data: bytes, mode: int = 0o644) -> None:
-        if entry := self._entry(name, mode):
-            for parent in reversed(Path("/", entry.name).parents[:-1]):
-                self.folder(str(parent))
-            entry.size = len(data)
-            self.archive.addfile(entry, io.BytesIO(data))
-
-    def copy(self, *files: str) -> None:
-        for name in files:
-            executable = os.access(name, os.X_OK)
-            self.file(name, Path(name).read_bytes(), 0o755 if executable else 0o644)
-
-    def tree(self, folder: str) -> None:
-        for place, _, names in os.walk(folder):
-            for name in (os.path.join(place, name) for name in names):
-                if not LEFT_OUT.search(name) and os.path.exists(name):
-                    self.copy(name)
+TRUST = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def libraries(files: Sequence[str]) -> set[str]:
@@ -14732,57 +13150,53 @@ def libraries(files: Sequence[str]) -> set[str]:
     return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
 
 
-def fill_root(root: Root) -> None:
-    """Put into a root file system what an image named python:3.X-slim has."""
+def fill_root(archive: tarfile.TarFile) -> None:
+    """Put in what an image named python:3.X-slim has: this machine's files, at their paths."""
+    seen: set[str] = set()
+
+    def put(
+        name: str, data: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, to: str = ""
+    ) -> None:
+        name = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", name).strip("/")
+        if not name or name in seen:
+            return
+        put(os.path.dirname(name), b"", 0o755, tarfile.DIRTYPE)
+        seen.add(name)
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode, entry.type, entry.linkname = len(data), mode, kind, to
+        archive.addfile(entry, io.BytesIO(data))
+
     found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
     prefix, major, minor = found.stdout.split()[:3]
     base = f"{prefix}/bin/python{major}.{minor}"
     program, stdlib, packages = json.loads(run_here(base, "-I", "-c", ABOUT_PYTHON).stdout)
+    for name in ("bin", "sbin", "lib", "lib64"):  # so that /lib/… and /usr/lib/… are the same
+        put(f"/{name}", b"", 0o777, tarfile.SYMTYPE, f"usr/{name}")
+    for name, mode in (("/tmp", 0o1777), ("/var/tmp", 0o1777), ("/proc", 0o755), ("/sys", 0o755)):
+        put(name, b"", mode, tarfile.DIRTYPE)
+    for name in ("root", "dev", "etc"):
+        put(name, b"", 0o755, tarfile.DIRTYPE)
     tools = [path for path in map(shutil.which, TOOLS) if path]
     extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
-    for name in ("/tmp", "/var/tmp"):
-        root.folder(name, 0o1777)
-    for name in ("/root", "/proc", "/sys", "/dev", "/etc"):
-        root.folder(name)
-    root.copy(program, *sorted({*tools, *libraries([program, *extensions, *tools])}))
-    root.tree(stdlib)
-    root.tree("/usr/share/zoneinfo")
+    files = [program, *sorted({*tools, *libraries([program, *extensions, *tools])})]
+    for tree in (stdlib, "/usr/share/zoneinfo"):
+        files += [os.path.join(place, name) for place, _, names in os.walk(tree) for name in names]
+    for name in files:
+        if os.path.exists(name) and (name == program or not LEFT_OUT.search(name)):
+            put(name, Path(name).read_bytes(), 0o755 if os.access(name, os.X_OK) else 0o644)
     for name in ("python", "python3"):
-        root.link(f"/usr/local/bin/{name}", program)
+        put(f"/usr/local/bin/{name}", b"", 0o777, tarfile.SYMTYPE, program)
     wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
     wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
     with zipfile.ZipFile(wheels[0]) as wheel:
         for name in wheel.namelist():
-            root.file(f"{packages}/{name}", wheel.read(name))
-    root.file("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
-    root.file("/etc/group", b"root:x:0:\n")
-    root.file("/etc/nsswitch.conf", b"hosts: files dns\n")
+            put(f"{packages}/{name}", wheel.read(name))
+    put("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+    put("/etc/group", b"root:x:0:\n")
+    put("/etc/nsswitch.conf", b"hosts: files dns\n")
     # The package index is reached as this machine reaches it.
-    trusted = ssl.get_default_verify_paths().cafile
-    if trusted:
-        root.file("/etc/ssl/certs/ca-certificates.crt", Path(trusted).read_bytes())
-
-
-def make_base(folder: Path, tag: str) -> None:
-    """Make a stand-in for python:3.X-slim of this machine's own files: no network, no root."""
-    raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as archive:
-        fill_root(Root(archive))
-    plain = raw.getvalue()
-    layout, kind = ImageLayout(folder), "application/vnd.oci.image."
-    layer = layout.blob(gzip.compress(plain, 1, mtime=0), kind + "layer.v1.tar+gzip")
-    trust = "/etc/ssl/certs/ca-certificates.crt"
-    values = [f"PIP_CERT={trust}", f"SSL_CERT_FILE={trust}", "LANG=C.UTF-8"]
-    values += ["PATH=/usr/local/bin:/usr/bin:/bin"]
-    config = {
-        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, ""),
-        "os": "linux",
-        "config": {"Env": values, "Cmd": ["python3"]},
-        "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(plain).hexdigest()]},
-    }
-    about = layout.blob(json.dumps(config).encode(), kind + "config.v1+json")
-    manifest = {"config": about, "layers": [layer]}
-    layout.finish(tag, layout.document(manifest, kind + "manifest.v1+json"))
+    if trusted := ssl.get_default_verify_paths().cafile:
+        put(TRUST, Path(trusted).read_bytes())
 
 
 def compose_program() -> str:
@@ -14793,8 +13207,39 @@ def compose_program() -> str:
     inside = Path(script).parent.parent.glob("lib/python*/site-packages/compose/docker-compose")
     if script:
         return str(next(inside, script))
-    plugins = Path("/usr").glob("lib*/docker/cli-plugins/docker-compose")
-    return str(next(plugins, ""))
+    return str(next(Path("/usr").glob("lib*/docker/cli-plugins/docker-compose"), ""))
+
+
+@contextmanager
+def dockerd(folder: Path) -> Iterator[str]:
+    """Run a dockerd that has never seen anything, without a bridge or iptables; yield its address.
+
+    Where it does not come up the test is skipped, and the reason is its log.
+    """
+    address, log = f"unix://{folder}/docker.sock", folder / "dockerd.log"
+    words = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "-H", address]
+    words += ["--ip-forward=false", "--ip-masq=false", f"--data-root={folder}/data"]
+    words += [f"--exec-root={folder}/exec", f"--pidfile={folder}/dockerd.pid"]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file)
+
+    def answers() -> bool:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address.removeprefix("unix://"))
+            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            return b" 200 " in connection.recv(100)
+        return False
+
+    try:
+        wait_until(lambda: answers() or process.poll() is not None, 20, 0.05)
+        if not answers():
+            pytest.skip("dockerd does not come up: " + log.read_text()[-300:])
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+        for mount in (folder / "exec" / "netns").glob("*"):  # dockerd leaves it behind
+            run_here("umount", str(mount))
 
 
 # Without a bridge or iptables, so that it runs wherever dockerd does.
@@ -14811,37 +13256,30 @@ services:
 
 
 class Engine:
-    """A dockerd of its own with nothing in it, and a project that is built and run by it."""
+    """A project beside a dockerd of its own, by which it is built and run."""
 
-    def __init__(self, folder: Path, mirror: str) -> None:
+    def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.project = folder, folder / "wxsync"
-        self.address = f"unix://{folder}/docker.sock"
-        self.log = folder / "dockerd.log"
         plugin = folder / ".docker/cli-plugins/docker-compose"
         plugin.parent.mkdir(parents=True)
         plugin.symlink_to(compose_program())
+        self.project.mkdir()
+        names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
+        for name in (*names, "env.example"):
+            shutil.copy(ROOT / name, self.project / name)
+        (self.project / "over.yml").write_text(OVERRIDE)
         self.lines = "\n".join(code_blocks(section("Docker Compose"), "sh")).splitlines()
-        words = ["dockerd", f"--registry-mirror={mirror}", "--iptables=false", "--bridge=none"]
-        words += ["--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "-H", self.address]
-        words += [f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
-        words += [f"--pidfile={folder}/dockerd.pid"]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(words, stdout=log, stderr=log)
-
-    def is_up(self) -> bool:
-        return self.docker("version").returncode == 0
+        kept = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+        self.settings = {name: os.environ[name] for name in kept if name in os.environ}
+        self.settings |= {"DOCKER_HOST": address, "DOCKER_BUILDKIT": "0"}
+        self.settings |= {"DOCKER_CONFIG": f"{folder}/.docker"}
+        self.settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
+        # /usr/bin first: another docker on PATH may be too new for this dockerd
+        self.settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run something beside the project's files, for which `docker` means this engine."""
-        names = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-        settings = {name: os.environ[name] for name in names if name in os.environ}
-        settings |= {"DOCKER_HOST": self.address, "DOCKER_BUILDKIT": "0"}
-        settings |= {"DOCKER_CONFIG": str(self.folder / ".docker")}
-        settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
-        # /usr/bin first: another docker on PATH may be too new for this dockerd
-        settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
-        folder = self.project if self.project.exists() else self.folder
-        return run_here(*words, folder=folder, settings=settings)
+        return run_here(*words, folder=self.project, settings=self.settings)
 
     def docker(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.run("docker", *words)
@@ -14857,57 +13295,43 @@ class Engine:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-        for mount in (self.folder / "exec" / "netns").glob("*"):  # dockerd leaves it behind
-            run_here("umount", str(mount))
+
+def build_engine(stack: ExitStack) -> Engine:
+    """Return a dockerd with the project built, until the stack is closed."""
+    needs("" if os.name == "posix" and os.geteuid() == 0 else "dockerd needs root")
+    needs(missing_program("dockerd", "docker", "ldd"))
+    needs("" if compose_program() else "docker compose not installed")
+    folder = Path(stack.enter_context(temporary_folder("docker")))
+    engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
+    with tarfile.open(base, "w") as archive:
+        fill_root(archive)
+    values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
+    words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
+    assert engine.docker(*words).returncode == 0
+    engine.types("cp env.example .env")
+    built = engine.types("docker compose build")
+    if "NewConnectionError" in built.stdout + built.stderr:
+        needs("no package index can be reached")
+    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    return engine
 
 
-def no_docker() -> str:
-    """Return why no container can be run here, "" where one can."""
-    missing = Registry.missing() or missing_program("dockerd", "docker", "ldd")
-    if not missing and not compose_program():
-        missing = "docker compose not installed"
-    return missing or ("" if os.geteuid() == 0 else "dockerd needs root")
+@pytest.fixture(scope="module", autouse=True)
+def building(request: pytest.FixtureRequest) -> Iterator[Future[Engine]]:
+    """Begin with it before the first test, where one that was chosen wants it: it takes long."""
+    wanted = any("engine" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        yield pool.submit(build_engine, stack) if wanted else Future()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    """dockerd with the project built; where it does not come up the reason is its log."""
-    require(no_docker() if os.name == "posix" else "no dockerd on Windows")
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(temporary_folder("docker")))
-        hub = stack.enter_context(Registry())
-        engine = Engine(folder, f"http://{hub.host}")
-        stack.callback(engine.stop)
-        if not wait_until(lambda: engine.process.poll() is not None or engine.is_up(), 15, 0.1):
-            pytest.skip("dockerd does not answer")
-        if engine.process.poll() is not None:
-            pytest.skip("dockerd does not come up: " + engine.log.read_text()[-300:])
-        copy_project(engine.project)
-        image, tag = base_image().split(":")
-        make_base(folder / "base", tag)
-        push_image(folder / "base", tag, hub, f"library/{image}")
-        engine.types("cp env.example .env")
-        (engine.project / "over.yml").write_text(OVERRIDE)
-        built = engine.types("docker compose build")
-        if "NewConnectionError" in built.stdout + built.stderr:
-            require("no package index can be reached")
-        assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
-        yield engine
-
-
-def copy_project(folder: Path) -> None:
-    """Copy what is needed to build and run the image."""
-    folder.mkdir()
-    names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
-    for name in (*names, "env.example"):
-        shutil.copy(ROOT / name, folder / name)
+def engine(building: Future[Engine]) -> Engine:
+    return building.result()
 
 
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
-    """No .env, no pip, no root; what it runs is the file beside the Dockerfile, compiled for good."""
+    """No .env, no pip, no root, no more megabytes than README says; its program is compiled for
+    good. New versions of packages come, so some megabytes more or less are as well."""
     made = engine.docker("create", "wxsync").stdout.strip()
     engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
     engine.docker("rm", made)
@@ -14916,21 +13340,16 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
         own = sorted(n for n in names if n.startswith("app/") and not n.endswith("__"))
         text = {name: image.extractfile(name) for name in own}
         _, code, program = (file.read() if file else b"" for file in text.values())
-    assert program == PROGRAM.read_bytes()
+    assert program == SCRIPT.read_bytes()
     assert code[4:8] == b"\1\0\0\0"  # by hash, which nobody compares: PEP 552
     shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
     assert re.fullmatch(shape, " ".join(own))
     assert [n for n in names if n.endswith(".env") or re.search("/pip(-[^/]*)?$", n)] == []
     assert engine.inspect("wxsync", ".Config.User") == "10001:10001"
     assert "TZ=Asia/Shanghai" in engine.inspect("wxsync", ".Config.Env")
-
-
-def test_the_image_is_as_small_as_readme_says(engine: Engine) -> None:
-    """What it adds to its base, within some megabytes: new versions of packages come."""
     added = engine.inspect("wxsync", ".Size") - engine.inspect(base_image(), ".Size")
-    told = re.search(r"增加约 (\d+) MB", section("Docker Compose"))
-    assert told
-    assert abs(added / 1e6 - int(told[1])) < 6
+    (told,) = re.findall(r"增加约 (\d+) MB", section("Docker Compose"))
+    assert abs(added / 1e6 - int(told)) < 6
 
 
 @pytest.mark.parametrize("command", ["--version", "plan -", "check"])
@@ -14940,6 +13359,16 @@ def test_commands_run_in_the_image(engine: Engine, command: str) -> None:
     words += ["--security-opt", "no-new-privileges", "wxsync", "python", "wxsync.py"]
     done = engine.docker(*words, *command.split())
     assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
+
+
+def test_the_compose_file_is_valid(engine: Engine) -> None:
+    """As docker compose itself reads it, the ports published as .env says."""
+    done = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    service = json.loads(done.stdout)["services"]["image-sync"]
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
+    assert service["environment"]["STATE_DIR"] == "/data"
 
 
 class Contained(NamedTuple):
@@ -14957,35 +13386,19 @@ class Contained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def contained(engine: Engine) -> Iterator[Contained]:
-    world = World(PROGRAM, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
-    with contextlib.closing(world.prepare()):
+    """Started, and healthy by the health check of the image."""
+    world = World(SCRIPT, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
+    with closing(world.prepare()):
         settings = world.service.settings | {"HOST": "127.0.0.1", "STATE_DIR": "."}
         (engine.project / ".env").write_text(env_file(settings))
         started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
         name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
+        state = functools.partial(engine.inspect, name, ".State.Health.Status")
+        healthy = wait_until(lambda: state() == "healthy", 15, 0.2)
+        assert healthy and world.service.healthy(), engine.docker("compose", "logs").stdout
         yield Contained(engine, world, name)
-        engine.docker("compose", "down", "-v", "-t", "2")
-
-
-def test_the_compose_file_is_valid(engine: Engine) -> None:
-    """As docker compose itself reads it, the ports published as .env says."""
-    words = ("compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    done = engine.docker(*words)
-    assert done.returncode == 0, done.stderr
-    service = json.loads(done.stdout)["services"]["image-sync"]
-    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
-    assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
-    assert service["environment"]["STATE_DIR"] == "/data"
-
-
-def test_compose_up_becomes_healthy(contained: Contained) -> None:
-    """By the health check of the image."""
-    state = ".State.Health.Status"
-    assert wait_until(
-        lambda: contained.engine.inspect(contained.name, state) == "healthy", 15, 0.2
-    ), contained.engine.docker("compose", "logs").stdout
-    assert contained.world.service.healthy()
+        engine.docker("compose", "down", "-v", "-t", "1")
 
 
 def test_check_in_the_container_as_readme_shows_it(contained: Contained) -> None:
@@ -15003,30 +13416,26 @@ def test_the_container_may_write_only_its_volume(contained: Contained) -> None:
     assert int(contained.python(code), 16) == 0
 
 
-def test_a_message_sent_to_the_container_gets_its_reply(contained: Contained) -> None:
-    """From the callback to the result, and the list is on the volume."""
-    assert contained.world.say("nginx:latest").startswith("🔄")
-    assert "docker pull" in contained.world.hear("成功 1 / 1", 30)
+def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Contained) -> None:
+    """From callback to result, the list on the volume; SIGTERM is heard; what it knew it knows."""
+    engine, world = contained.engine, contained.world
+    assert world.say("nginx:latest").startswith("🔄")
+    assert "docker pull" in world.hear("成功 1 / 1", 30)
     shown = re.findall(r"`(docker compose exec .+?)`", section("Docker Compose"))[0]
-    done = contained.engine.run("bash", "-c", shown)
+    done = engine.run("bash", "-c", shown)
     assert (done.returncode, done.stdout.startswith("如需同步镜像 nginx")) == (0, True)
-    assert contained.world.broken() == []
-    (mount,) = contained.engine.inspect(contained.name, ".Mounts")
+    (mount,) = engine.inspect(contained.name, ".Mounts")
     assert (mount["Type"], mount["Destination"]) == ("volume", "/data")
     assert Path(mount["Source"], "images.txt").read_text() == "nginx:latest\n"
     assert Path(mount["Source"], "wxsync.state").exists()
-
-
-def test_the_container_stops_cleanly_and_keeps_its_state(contained: Contained) -> None:
-    """SIGTERM reaches the program: exit status 0 at once; what was known is known afterwards."""
     begun = time.monotonic()
-    assert contained.engine.docker("compose", "stop").returncode == 0
+    assert engine.docker("compose", "stop").returncode == 0
     assert time.monotonic() - begun < 5
-    assert contained.engine.inspect(contained.name, ".State.ExitCode") == 0
-    assert "已停止" in contained.engine.types("docker compose logs", 3).stdout
-    assert contained.engine.docker("compose", "start").returncode == 0
-    assert wait_until(contained.world.service.healthy, 10)
-    assert "nginx:latest" in contained.world.say("列表")
+    assert engine.inspect(contained.name, ".State.ExitCode") == 0
+    assert "已停止" in engine.types("docker compose logs", 1.5).stdout
+    assert engine.docker("compose", "start").returncode == 0
+    assert wait_until(world.service.healthy, 10)
+    assert "nginx:latest" in world.say("列表") and world.broken() == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15040,57 +13449,46 @@ IMPORTS = "import http.server, ssl"  # the least that any service of this kind l
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
 
 
-class Skip(Exception):
-    """Why a row cannot be measured here."""
-
-
-@dataclass
-class Measured:
-    """What a row found; `reached` is None where there is no target to reach."""
+class Measured(NamedTuple):
+    """What a row found; `reached` is None where there is no target to reach, or no figure."""
 
     text: str
     reached: bool | None
-    figures: dict[str, float] = field(default_factory=dict)
-    skipped: bool = False
+    figures: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class BenchRow:
-    """One line of the table. Rows that only wait are measured side by side, to save time."""
+class BenchRow(NamedTuple):
+    """A line of the table. Rows that only wait are measured side by side, to save time."""
 
-    name: str
     what: str
     target: str
-    measure: Callable[[Benchmark], Measured]
-    waits: bool = False
+    text: str  # with the names of the figures
+    wants: str  # programs and modules
+    waits: bool
+    measure: Measure
 
 
-class Relayed(NamedTuple):
-    """What bringing one file from a source into the bucket took."""
-
-    seconds: float
-    cpu: float  # seconds, of the service
-    peers: float  # seconds, of source and bucket together
-    before: int  # bytes of memory, as `peak` and `after`
-    peak: int
-    after: int
+BENCH_ROWS: dict[str, BenchRow] = {}
+Measure = Callable[["Benchmark"], Sequence[Any]]
 
 
-class Load(NamedTuple):
-    """What wrk saw."""
+def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
+    """Make a line of the table of a function whose docstring has what is measured, the target, and
+    the text. It returns whether the target is reached (None: there is none), then the figures."""
 
-    per_second: float
-    p50: float
-    p99: float
-    errors: int
-    cpu: float  # seconds of the server per 1,000 answers
+    def add(measure: Measure) -> None:
+        name = measure.__name__.removeprefix("measure_").replace("_", "-")
+        what, target, *text = (inspect.getdoc(measure) or "").split("\n")
+        BENCH_ROWS[name] = BenchRow(what, target, "".join(text), wants, waits, measure)
+
+    return add
 
 
 class Benchmark:
-    """One run of the benchmark: its options, and what several rows need."""
+    """One run of the benchmark: quick or not, and what several rows need."""
 
-    def __init__(self, script: Path, quick: bool) -> None:
-        self.script, self.quick = script, quick
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
         self.begun = time.monotonic()
         self.stack = ExitStack()
         self.relay_size = (128 if quick else 1024) * MIB
@@ -15103,19 +13501,10 @@ class Benchmark:
     def times(self, usual: int, quick: int) -> int:
         return quick if self.quick else usual
 
-    def world(
-        self,
-        settings: Mapping[str, str | None] | None = None,
-        runner: Runner | None = None,
-    ) -> World:
-        """Return a world that logs as users do, not as tests do."""
-        return World(self.script, runner, {"LOG_LEVEL": None} | dict(settings or {}))
-
     @functools.cached_property
     def source(self) -> Registry:
         """The registry that images are copied from."""
-        if why := Registry.missing():
-            raise Skip(why)
+        needs(Registry.missing())
         return self.stack.enter_context(Registry())
 
     @functools.cached_property
@@ -15126,96 +13515,76 @@ class Benchmark:
         return "big:1"
 
     @functools.cached_property
-    def small_images(self) -> list[str]:
-        """20 images of 5 MB, as lines for `copy`."""
-        names = [f"small{number}" for number in range(20)]
-        for name in names:
-            publish(self.source, f"library/{name}", "1", sizes=[2_500_000] * 2)
-        return [f"{name}:1" for name in names]
-
-    @functools.cached_property
     def fast_relays(self) -> list[Relayed]:
-        return [relay(self, self.relay_size) for _ in range(self.times(3, 1))]
+        return [relay(self.relay_size) for _ in range(self.times(3, 1))]
 
 
-def middle(values: Sequence[float], share: float = 0.5) -> float:
+def calm_world(settings: Mapping[str, str] | None = None, runner: Runner | None = None) -> World:
+    """Return a world that logs as users do, not as tests do."""
+    return World(SCRIPT, runner, {"LOG_LEVEL": None} | dict(settings or {}))
+
+
+def middle(values: Iterable[float], share: float = 0.5) -> float:
     """Return the value below which this share of the values lies."""
+    ordered = sorted(values)
     if share == 0.5:
-        return statistics.median(values)
-    return sorted(values)[math.ceil(len(values) * share) - 1]
+        return statistics.median(ordered)
+    return ordered[math.ceil(len(ordered) * share) - 1]
 
 
-def need_proc() -> None:
-    if not Path("/proc/self/status").exists():
-        raise Skip("no /proc")
-
-
-def need_programs(*names: str) -> None:
-    if why := missing_program(*names):
-        raise Skip(why)
-
-
-def need_modules(*names: str) -> None:
-    absent = [name for name in names if not importlib.util.find_spec(name)]
-    if absent:
-        raise Skip(f"{', '.join(absent)} not installed")
-
-
-def python(words: Sequence[str], environment: Mapping[str, str]) -> str:
+def python(code: str, environment: Mapping[str, str]) -> str:
     """Run Python code in a process of its own, return what it prints."""
-    command = [sys.executable, "-c", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
+    return run_command([sys.executable, "-c", code], env=environment, check=True).stdout
+
+
+def timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: start, memory, rest
+# Benchmark: start and memory
 # ---------------------------------------------------------------------------------------------
 
 
 def is_up(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 5) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            return connection.recv(100).startswith(b"HTTP/1.1 200")
-    except ConnectionError:
-        return False
+    with suppress(OSError):
+        answer = exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return answer.startswith(b"HTTP/1.1 200")
+    return False
 
 
-def start_seconds(service: Service) -> float:
-    """Start the service, return the seconds from before the process to the first 200."""
-    begun = time.perf_counter()
+def start_up(service: Service) -> None:
+    """Start the service, wait for the first 200."""
     service.launch()
     if not wait_until(lambda: is_up(service.port), 15, 0.0005):
         raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
-    seconds = time.perf_counter() - begun
-    service.kill()
-    return seconds
 
 
-def measure_start(bench: Benchmark) -> Measured:
-    took: dict[str, list[float]] = {"seconds": [], "by_hand_seconds": [], "imports_seconds": []}
-    with bench.world() as world:
-        world.service.kill()  # once started: the libraries' bytecode is written, as on any machine
-        ways = {"seconds": world.service.compile(), "by_hand_seconds": world.service.words}
+@row()
+def measure_start(bench: Benchmark) -> Sequence[Any]:
+    """启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200
+    ≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍
+    {ms:.0f} ms，{ratio:.2f} 倍（import {imports_ms:.0f} ms）；
+    手动 `python wxsync.py` {by_hand_ms:.0f} ms"""
+    with calm_world() as world:
+        service = world.service
+        service.kill()  # once started: the libraries' bytecode is written, as on any machine
+        took: list[list[float]] = [[], [], []]
+        ways = (service.compile(), service.words)
         for _ in range(bench.times(15, 5)):
-            for name, world.service.words in ways.items():
-                took[name].append(start_seconds(world.service))
-            begun = time.perf_counter()
-            python([IMPORTS], world.service.environment)
-            took["imports_seconds"].append(time.perf_counter() - begun)
-    start, by_hand, bare = (middle(took[name]) for name in took)
-    return Measured(
-        f"{start * 1000:.0f} ms，{start / bare:.2f} 倍（import {bare * 1000:.0f} ms）；"
-        f"手动 `python wxsync.py` {by_hand * 1000:.0f} ms",
-        start <= 0.07 or start <= 1.5 * bare,
-        {"seconds": start, "by_hand_seconds": by_hand, "imports_seconds": bare},
-    )
+            for way, service.words in enumerate(ways):
+                took[way].append(timed(lambda: start_up(service)) * 1000)
+                service.kill()
+            took[2].append(timed(lambda: python(IMPORTS, service.environment)) * 1000)
+    ms, by_hand, bare = map(middle, took)
+    return ms <= 70 or ms <= 1.5 * bare, ms, ms / bare, bare, by_hand
 
 
-def rest_mib(bench: Benchmark, compiled: bool) -> float:
+def rest_mib(compiled: bool) -> float:
     """Return the memory of a service with QingStor set and unused."""
-    with FakeQingStor() as store, bench.world(store.settings) as world:
+    with FakeQingStor() as store, calm_world(store.settings) as world:
         if compiled:
             world.service.words = world.service.compile()
             world.service.restart()
@@ -15223,41 +13592,18 @@ def rest_mib(bench: Benchmark, compiled: bool) -> float:
         return world.service.rss_bytes() / MIB
 
 
-def measure_memory(bench: Benchmark) -> Measured:
-    need_proc()
-    need_modules("qingstor")
+@row()
+def measure_memory(bench: Benchmark) -> Sequence[Any]:
+    """内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后
+    ≤ 26 MiB / 多 ≤ 48 MiB
+    {mib:.1f} MiB（手动 {by_hand_mib:.1f}；只 import http.server、ssl 的 Python
+    {imports_mib:.1f}）；之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"""
     times = range(bench.times(3, 1))
-    rest, by_hand = (middle([rest_mib(bench, how) for _ in times]) for how in (True, False))
-    bare = int(python([OWN_RSS], dict(os.environ))) / 1024
-    relays = bench.fast_relays
-    after = middle([relayed.after - relayed.before for relayed in relays]) / MIB
-    peak = middle([relayed.peak - relayed.before for relayed in relays]) / MIB
-    figures = {"rest_mib": rest, "by_hand_mib": by_hand, "imports_mib": bare}
-    return Measured(
-        f"{rest:.1f} MiB（手动 {by_hand:.1f}；只 import http.server、ssl 的 Python {bare:.1f}）；"
-        f"之后多 {after:.1f} MiB，最高时多 {peak:.1f}",
-        rest <= 26 and max(after, peak) <= 48,
-        figures | {"after_mib": after, "peak_mib": peak},
-    )
-
-
-def measure_rest(bench: Benchmark) -> Measured:
-    need_proc()
-    seconds = bench.times(60, 10)
-    with bench.world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
-        world.say("nginx:latest")  # at rest after work, with connections and threads in use
-        world.hear("成功 1 / 1")
-        time.sleep(3)
-        cpu, wakeups = world.service.cpu_seconds(), world.service.wakeups()
-        time.sleep(seconds)
-        cpu = world.service.cpu_seconds() - cpu
-        woken = (world.service.wakeups() - wakeups) / seconds
-        threads = world.service.threads()
-    return Measured(
-        f"{seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）",
-        cpu == 0 and woken <= 1,
-        {"cpu_seconds": cpu, "wakeups_per_second": woken, "threads": threads},
-    )
+    rest, by_hand = (middle(rest_mib(how) for _ in times) for how in (True, False))
+    after = middle(relayed.after / MIB for relayed in bench.fast_relays)
+    peak = middle(relayed.peak / MIB for relayed in bench.fast_relays)
+    good = rest <= 26 and max(after, peak) <= 48
+    return good, rest, by_hand, int(python(OWN_RSS, dict(os.environ))) / 1024, after, peak
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15265,128 +13611,73 @@ def measure_rest(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-def request_bytes(post: Post) -> bytes:
+def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
     """Return a callback as it goes over the wire."""
+    post = client.build(client.text_fields(user, text))
     lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
-    lines += [f"{name}: {value}" for name, value in post.headers.items()]
-    lines += [f"Content-Length: {len(post.body)}", "", ""]
+    lines += [f"Content-Length: {len(post.body)}", f"Connection: {connection}", "", ""]
     return "\r\n".join(lines).encode() + post.body
 
 
-WHOLE_HEAD = re.compile(rb"content-length: *(\d+)\r\n(?:.*?\r\n)??\r\n", re.I | re.S)
-
-
-def exchange(port: int, request: bytes) -> bytes:
-    """Send a request on a connection of its own, return the body of the answer, a 200."""
-    with socket.create_connection(("127.0.0.1", port), 10) as connection:
-        connection.sendall(request)
-        answer = b""
-        while not (found := WHOLE_HEAD.search(answer)):
-            answer += receive(connection)
-        while len(answer) < found.end() + int(found[1]):
-            answer += receive(connection)
-    if not answer.startswith(b"HTTP/1.1 200"):
+def reply_to(client: WeComClient, answer: bytes) -> str:
+    """Return what an answer says, which must be a 200."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(answer[:200].decode(errors="replace"))
-    return answer[found.end() :]
-
-
-def receive(connection: socket.socket) -> bytes:
-    piece = connection.recv(65536)
-    if not piece:
-        raise ConnectionError("closed before the answer was whole")
-    return piece
-
-
-def built(client: WeComClient, user: str, text: str) -> bytes:
-    return request_bytes(client.build(client.text_fields(user, text)))
+    return client.open_reply(body.decode())["content"]
 
 
 def latencies(world: World, texts: Sequence[str]) -> list[float]:
-    """Post the messages one at a time, return the seconds that each took; replies are checked."""
-    requests = [built(world.client, "alice", text) for text in texts]
-    seconds, bodies = [], []
-    for request in requests:
+    """Post the messages one at a time, return the ms that each took; replies are checked."""
+    milliseconds = []
+    for request in [built(world.client, "alice", text) for text in texts]:
         begun = time.perf_counter()
-        bodies.append(exchange(world.service.port, request))
-        seconds.append(time.perf_counter() - begun)
-    if not all(world.client.open_reply(body.decode())["content"] for body in bodies):
-        raise RuntimeError("an empty reply")
-    return seconds
+        answer = exchange(world.service.port, request)
+        milliseconds.append((time.perf_counter() - begun) * 1000)
+        assert reply_to(world.client, answer)
+    return milliseconds
 
 
-def measure_callback(bench: Benchmark) -> Measured:
-    runner = PlayedRunner()
-    runner.gate = threading.Event()  # nothing moves on while the requests are taken
-    with bench.world({"QUEUE_SIZE": "100"}, runner) as world:
+@row()
+def measure_callback(bench: Benchmark) -> Sequence[Any]:
+    """回调：密文消息到密文回复，逐条，每条一个连接
+    p50 < 1.5 ms，p99 < 8 ms
+    p50 {p50_ms:.2f} ms，p99 {p99_ms:.2f} ms（要先落盘的镜像请求 p50 {image_p50_ms:.1f} ms）"""
+    # nothing moves on while the requests are taken
+    with calm_world({"QUEUE_SIZE": "100"}, runner := gated()) as world:
         latencies(world, ["help"] * 100)
         rounds = [latencies(world, ["help"] * bench.times(2000, 500)) for _ in range(3)]
         images = latencies(world, [f"nginx:{number}" for number in range(bench.times(60, 30))])
-        runner.gate.set()
-    p50 = middle([middle(found) for found in rounds]) * 1000
-    p99 = middle([middle(found, 0.99) for found in rounds]) * 1000
-    stored = middle(images) * 1000
-    return Measured(
-        f"p50 {p50:.2f} ms，p99 {p99:.2f} ms（要先落盘的镜像请求 p50 {stored:.1f} ms）",
-        p50 < 1.5 and p99 < 8,
-        {"p50_ms": p50, "p99_ms": p99, "image_request_p50_ms": stored},
-    )
+        open_gate(runner)
+    p50, p99 = (middle(middle(found, share) for found in rounds) for share in (0.5, 0.99))
+    return p50 < 1.5 and p99 < 8, p50, p99, middle(images)
 
 
 # What a short answer to the same task looks like: the usual framework, the same crypto.
 FLASK_APP = """
-import base64, hashlib, hmac, os, secrets, struct, time
+import hmac, os, time
 import xml.etree.ElementTree as ET
-
-from Crypto.Cipher import AES
 from flask import Flask, Response, abort, request
+from test_wxsync import WeComClient, xml_document
 
-KEY = base64.b64decode(os.environ["ENCODING_AES_KEY"] + "=")
-TOKEN, CORP_ID, REPLY = os.environ["TOKEN"], os.environ["CORP_ID"].encode(), os.environ["REPLY"]
+wanted = ("TOKEN", "ENCODING_AES_KEY", "CORP_ID")
+client = WeComClient(*(os.environ[name] for name in wanted), 1, "")
 app = Flask(__name__)
-
-
-def sign(*parts):
-    return hashlib.sha1("".join(sorted([TOKEN, *parts])).encode()).hexdigest()
-
-
-def decrypt(encrypted):
-    plain = AES.new(KEY, AES.MODE_CBC, KEY[:16]).decrypt(base64.b64decode(encrypted))
-    plain = plain[: -plain[-1]]
-    (size,) = struct.unpack(">I", plain[16:20])
-    if plain[20 + size :] != CORP_ID:
-        abort(403)
-    return plain[20 : 20 + size].decode()
-
-
-def encrypt(text):
-    raw = text.encode()
-    plain = os.urandom(16) + struct.pack(">I", len(raw)) + raw + CORP_ID
-    pad = 32 - len(plain) % 32
-    cipher = AES.new(KEY, AES.MODE_CBC, KEY[:16])
-    return base64.b64encode(cipher.encrypt(plain + bytes([pad]) * pad)).decode()
-
 
 @app.post("/wechat/callback")
 def callback():
-    encrypted = ET.fromstring(request.get_data()).findtext("Encrypt")
-    wanted = sign(request.args["timestamp"], request.args["nonce"], encrypted)
-    if not hmac.compare_digest(wanted, request.args["msg_signature"]):
+    encrypted, query = ET.fromstring(request.get_data()).findtext("Encrypt"), request.args
+    signature = client.signature(query["timestamp"], query["nonce"], encrypted)
+    if not hmac.compare_digest(signature, query["msg_signature"]):
         abort(403)
-    message = ET.fromstring(decrypt(encrypted))
-    inner = encrypt(
-        f"<xml><ToUserName><![CDATA[{message.findtext('FromUserName')}]]></ToUserName>"
-        f"<FromUserName><![CDATA[{message.findtext('ToUserName')}]]></FromUserName>"
-        f"<CreateTime>{int(time.time())}</CreateTime><MsgType><![CDATA[text]]></MsgType>"
-        f"<Content><![CDATA[{REPLY}]]></Content></xml>"
-    )
-    stamp, nonce = str(int(time.time())), secrets.token_hex(8)
-    return Response(
-        f"<xml><Encrypt><![CDATA[{inner}]]></Encrypt>"
-        f"<MsgSignature><![CDATA[{sign(stamp, nonce, inner)}]]></MsgSignature>"
-        f"<TimeStamp>{stamp}</TimeStamp><Nonce><![CDATA[{nonce}]]></Nonce></xml>",
-        mimetype="text/xml",
-    )
-
+    message = ET.fromstring(client.decrypt(encrypted))
+    user, company = message.findtext("FromUserName"), message.findtext("ToUserName")
+    inner = {"ToUserName": user, "FromUserName": company, "CreateTime": int(time.time())}
+    inner |= {"MsgType": "text", "Content": os.environ["REPLY"]}
+    reply = {"Encrypt": client.encrypt(xml_document(inner))}
+    signed = client.signed(reply["Encrypt"])
+    reply |= {"MsgSignature": signed["msg_signature"], "TimeStamp": signed["timestamp"]}
+    return Response(xml_document(reply | {"Nonce": signed["nonce"]}), mimetype="text/xml")
 
 @app.get("/health")
 def health():
@@ -15409,137 +13700,77 @@ function request()
 end
 function done(summary, latency)
   local e = summary.errors
-  io.write(string.format("RESULT %f %f %f %d %d\\n",
-    summary.requests / summary.duration * 1e6, latency:percentile(50) / 1e6,
-    latency:percentile(99) / 1e6, e.connect + e.read + e.write + e.status + e.timeout,
+  io.write(string.format("RESULT %f %f %d %d\\n", summary.requests / summary.duration * 1e6,
+    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout,
     summary.requests))
 end
 """
 
 
-@contextmanager
-def flask_service(world: World, folder: Path) -> Iterator[tuple[int, int]]:
-    """Run the Flask app under gunicorn, yield its port and process id."""
-    (folder / "app.py").write_text(FLASK_APP, encoding="utf-8")
-    port = free_port()
-    settings = world.service.settings | {"REPLY": world.say("help")}
-    command = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8"]
-    command += ["-b", f"127.0.0.1:{port}", "--log-level", "error", "app:app"]
-    environment = clean_environment(folder, settings)
-    with subprocess.Popen(command, cwd=folder, env=environment) as process:
-        try:
-            if not wait_until(lambda: is_up(port), 20):
-                raise RuntimeError("gunicorn did not start")
-            yield port, process.pid
-        finally:
-            process.terminate()
-
-
 def family_cpu(pid: int) -> float:
     """Return the CPU seconds of a process and its children so far."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     ticks = 0
-    for member in (str(pid), *children):
+    for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
         fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def put_load(server: tuple[int, int], script: Path, seconds: int) -> Load:
-    """Post from 100 connections at once, as fast as answers come from a port of a process."""
+def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]:
+    """Post from 100 connections at once, as fast as answers come from a port of a process.
+
+    Return answers a second, p99 in ms, µs of CPU an answer, and the number of errors.
+    """
     port, pid = server
     command = ["wrk", "-t1", "-c100", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
     command.append(f"http://127.0.0.1:{port}/wechat/callback")
     cpu = family_cpu(pid)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_command(command, check=True)
     cpu = family_cpu(pid) - cpu
-    found = re.search(r"RESULT (\S+) (\S+) (\S+) (\d+) (\d+)", done.stdout)
+    found = re.search(r"RESULT (\S+) (\S+) (\d+) (\d+)", done.stdout)
     if not found:
         raise RuntimeError(done.stdout + done.stderr)
-    per_second, p50, p99 = (float(found[number]) for number in (1, 2, 3))
-    return Load(per_second, p50, p99, int(found[4]), cpu * 1000 / int(found[5]))
+    return [float(found[1]), float(found[2]), cpu * 1e6 / int(found[4]), int(found[3])]
 
 
-def write_requests(world: World, folder: Path, count: int) -> Path:
-    """Write the messages and the script that posts them; no two have the same MsgId."""
-    with open(folder / "requests", "wb") as file:
-        for number in range(count):
-            request = built(world.client, f"user{number % 500}", "help")
-            file.write(b"%d\n" % len(request) + request)
-    script = folder / "post.lua"
-    script.write_text(WRK_SCRIPT.replace("REQUESTS", str(folder / "requests")))
-    return script
-
-
-def check_reply(client: WeComClient, port: int) -> None:
-    body = exchange(port, built(client, "alice", "help"))
-    if "wxsync" not in client.open_reply(body.decode())["content"]:
-        raise RuntimeError(f"no help on port {port}")
-
-
-def compared_loads(bench: Benchmark) -> tuple[list[Load], list[Load]]:
-    """Return what wrk saw of the service, and of Flask, in turns."""
-    ours, theirs = [], []
-    with temporary_folder("load") as name, bench.world() as world:
-        folder = Path(name)
-        script = write_requests(world, folder, bench.times(60_000, 20_000))
-        with flask_service(world, folder) as flask:
-            service = (world.service.port, world.service.pid)
-            for server in (service, flask):
-                check_reply(world.client, server[0])
-                put_load(server, script, 1)
-            for _ in range(bench.times(2, 1)):
-                ours.append(put_load(service, script, bench.times(20, 4)))
-                theirs.append(put_load(flask, script, bench.times(20, 4)))
-    return ours, theirs
-
-
-def measure_load(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("wrk")
-    need_modules("flask", "gunicorn")
-    ours, theirs = compared_loads(bench)
-    here = middle([found.per_second for found in ours])
-    there = middle([found.per_second for found in theirs])
-    p99, slow = (middle([found.p99 for found in group]) for group in (ours, theirs))
-    cpu, more = (middle([found.cpu for found in group]) for group in (ours, theirs))
-    errors = sum(found.errors for found in ours)
-    return Measured(
-        f"每秒 {here:.0f} 条，{here / there:.2f} 倍（Flask {there:.0f} 条）；错误 {errors} 个；"
-        f"p99 {p99 * 1000:.0f} ms（Flask {slow * 1000:.0f}）；"
-        f"每条 CPU {cpu * 1000:.0f} µs（Flask {more * 1000:.0f}）",
-        here >= 1.2 * there and not errors and p99 < 0.15,
-        {
-            "per_second": here,
-            "flask_per_second": there,
-            "p99_seconds": p99,
-            "flask_p99_seconds": slow,
-            "errors": errors,
-            "cpu_seconds_per_1000": cpu,
-            "flask_cpu_seconds_per_1000": more,
-            "flask_errors": sum(found.errors for found in theirs),
-        },
-    )
-
-
-def measure_messages(bench: Benchmark) -> Measured:
-    need_proc()
-    total = bench.times(10_000, 2_000)
-    texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
-    with bench.world() as world:
-        path, sizes, memory = world.service.state_dir / "wxsync.state", [], []
-        for number in range(1, total + 1):
-            text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
-            exchange(world.service.port, built(world.client, f"user{number % 300}", text))
-            if number in (total // 10, total):
-                memory.append(world.service.rss_bytes() / MIB)
-                sizes.append(path.stat().st_size / 1024)
-    return Measured(
-        f"{total // 10} 条时 {memory[0]:.1f} MiB，{total} 条时 {memory[1]:.1f} MiB；"
-        f"状态文件 {sizes[0]:.0f} → {sizes[1]:.0f} KiB",
-        memory[1] - memory[0] < 5 and sizes[1] < 1024,
-        {"grown_mib": memory[1] - memory[0], "rss_mib": memory[1], "state_kib": sizes[1]},
-    )
+@row("wrk flask gunicorn")
+def measure_load(bench: Benchmark) -> Sequence[Any]:
+    """回调：100 个连接同时，20 秒
+    ≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms
+    每秒 {per_second:.0f} 条，{ratio:.2f} 倍（Flask {flask_per_second:.0f} 条）；
+    错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；
+    每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"""
+    seen: list[list[list[float]]] = [[], []]
+    with temporary_folder("load") as name, calm_world() as world:
+        script, port = Path(name, "post.lua"), free_port()
+        script.write_text(WRK_SCRIPT.replace("REQUESTS", f"{name}/requests"))
+        with open(Path(name, "requests"), "wb") as file:
+            for number in range(bench.times(60_000, 20_000)):  # each with a MsgId of its own
+                request = built(world.client, f"user{number % 500}", "help", "keep-alive")
+                file.write(b"%d\n" % len(request) + request)
+        Path(name, "app.py").write_text(FLASK_APP, encoding="utf-8")
+        settings = world.service.settings | {"REPLY": world.say("help"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8"]
+        command += ["-b", f"127.0.0.1:{port}", "--log-level", "error", "app:app"]
+        environment = clean_environment(Path(name), settings)
+        with subprocess.Popen(command, cwd=name, env=environment) as flask:
+            try:
+                if not wait_until(lambda: is_up(port), 20):
+                    raise RuntimeError("gunicorn did not start")
+                servers = ((world.service.port, world.service.pid), (port, flask.pid))
+                for server in servers:
+                    answer = exchange(server[0], built(world.client, "alice", "help"))
+                    assert "wxsync" in reply_to(world.client, answer)
+                    put_load(server, script, 1)
+                for _ in range(bench.times(2, 1)):  # in turns
+                    for server, loads in zip(servers, seen, strict=True):
+                        loads.append(put_load(server, script, bench.times(20, 4)))
+            finally:
+                flask.terminate()
+    here, there = ([middle(column) for column in zip(*loads, strict=True)] for loads in seen)
+    errors = sum(load[3] for load in seen[0])
+    good = here[0] >= 1.2 * there[0] and not errors and here[1] < 150
+    return good, here[0], here[0] / there[0], there[0], errors, here[1], there[1], here[2], there[2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15548,142 +13779,75 @@ def measure_messages(bench: Benchmark) -> Measured:
 
 
 class FarServer(PeerServer):
-    """TLS, and a handshake that takes as long as it does to a server far away."""
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
-        if isinstance(self.peer, MeasuredGitHub) and self.peer.tls:
-            connection = self.peer.tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
-        return connection, address
+    """A handshake that takes as long as it does to a server far away."""
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         time.sleep(2 * self.peer.delay)  # TCP's round trip and TLS 1.3's
         super().process_request_thread(request, client_address)
 
 
-class MeasuredGitHub(FakeGitHub):
-    """Remembers the status of each answer; with `tls` it is far away and speaks https."""
-
-    def __init__(self, runner: Runner, tls: ssl.SSLContext | None = None) -> None:
-        super().__init__(runner=runner)
-        self.tls = tls
-        self.answers: list[tuple[Call, int]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}"
-
-    def start(self) -> MeasuredGitHub:
-        if not self.tls:
-            return super().start()
-        self.stopping.clear()
-        self.delay = ROUND_TRIP
-        self._server = FarServer(self.port, self)
-        self.port = self._server.server_port
-        serve = self._server.serve_forever
-        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
-        return self
-
-    def handle(self, call: Call) -> Answer:
-        answer = super().handle(call)
-        with self.lock:
-            self.answers.append((call, answer.status))
-        return answer
-
-
-class Dispatched(NamedTuple):
-    """One request on its way to the dispatch, and the connections until its result was told."""
-
-    seconds: float
-    calls: int
-    connections: int
-
-
-def dispatch_one(world: World, image: str) -> Dispatched:
-    """Ask for an image, see how it gets to the dispatch, wait until its result is told."""
+def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
+    """Ask for an image and wait until its result is told; return the seconds and calls until the
+    dispatch, and the connections until the result."""
     github, told = world.github, len(world.wecom.messages)
     calls, connections, runs = len(github.calls), github.connections, len(github.dispatches)
     begun = time.time()
     world.say(image)
     if not wait_until(lambda: len(github.dispatches) > runs, 30, 0.002):
         raise RuntimeError("no dispatch\n" + world.service.log[-2000:])
-    until = [c for c in github.calls[calls:] if c.time <= github.dispatches[runs].time]
+    dispatched = github.dispatches[runs].time
+    until = [call for call in github.calls[calls:] if call.time <= dispatched]
     world.wecom.wait_message("成功 1 / 1", 60, told)
-    opened = github.connections - connections
-    return Dispatched(github.dispatches[runs].time - begun, len(until), opened)
+    return dispatched - begun, len(until), github.connections - connections
 
 
-def measure_dispatch(bench: Benchmark) -> Measured:
-    need_programs("openssl")
+@row("openssl", waits=True)
+def measure_dispatch(bench: Benchmark) -> Sequence[Any]:
+    """消息到启动工作流，GitHub 往返 200 ms（TLS）
+    每个请求 ≤ 3 次调用、≤ 1 个连接
+    {calls} 次调用；新连接 {first}、{second}、{third} 个（第三个请求前空闲 {pause} 秒）；
+    首次 {first_seconds:.2f} s，其后 {warm_seconds:.2f} s"""
     pause = bench.times(45, 5)
     with temporary_folder("tls") as name:
         context, certificate = make_tls(Path(name), "127.0.0.1")
-        world = bench.world({"SSL_CERT_FILE": str(certificate)})
-        world.github = MeasuredGitHub(PlayedRunner(), context)
+        world = calm_world({"SSL_CERT_FILE": str(certificate)})
+        world.github.tls, world.github.delay = context, ROUND_TRIP
+        world.github.SERVER = FarServer
         with world:
-            first, second = dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")
+            found = [dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")]
             time.sleep(pause)
-            third = dispatch_one(world, "nginx:3")
-    found = (first, second, third)
-    calls = max(one.calls for one in found)
-    opened = [one.connections for one in found]
-    warm = (second.seconds + third.seconds) / 2
-    return Measured(
-        f"{calls} 次调用；新连接 {opened[0]}、{opened[1]}、{opened[2]} 个"
-        f"（第三个请求前空闲 {pause} 秒）；首次 {first.seconds:.2f} s，其后 {warm:.2f} s",
-        calls <= 3 and max(opened) <= 1,
-        {
-            "calls": calls,
-            "connections": max(opened),
-            "first_seconds": first.seconds,
-            "warm_seconds": warm,
-        },
-    )
+            found.append(dispatch_one(world, "nginx:3"))
+    seconds, calls, opened = zip(*found, strict=True)
+    good = max(calls) <= 3 and max(opened) <= 1
+    warm = (seconds[1] + seconds[2]) / 2
+    return good, max(calls), *opened, pause, seconds[0], warm
 
 
-class WatchedRun(NamedTuple):
-    """How one run was waited for."""
-
-    late: float  # seconds from the run's end to the message
-    per_minute: float
-    unchanged: float  # share of 304
-
-
-def watch_run(bench: Benchmark, seconds: float) -> WatchedRun:
-    """Ask for an image whose run takes so long, see how it is waited for."""
-    world = bench.world()
-    world.github = github = MeasuredGitHub(PlayedRunner(seconds))
-    with world:
+def watch_run(seconds: float) -> tuple[float, float, float]:
+    """Ask for an image whose run takes so long. Return the seconds from its end to the message,
+    GitHub's calls a minute, and the share of them that were answered by 304, which is free."""
+    with calm_world(runner=PlayedRunner(seconds)) as world:
         world.say("nginx:latest")
         world.hear("成功 1 / 1", seconds + 30)
-        message: Message = world.wecom.messages[-1]
+        github, told = world.github, world.wecom.messages[-1].time
         begun, ended = github.dispatches[0].time, github.runs[0].completed or 0.0
-        waiting = [status for call, status in github.answers if call.time > begun]
-    minutes = (message.time - begun) / 60
-    share = waiting.count(304) / len(waiting)
-    return WatchedRun(message.time - ended, len(waiting) / minutes, share)
+        waiting = sum(call.time > begun for call in github.calls)
+        free = len(github.calls) - (5000 - github.rate_remaining)
+    return told - ended, waiting * 60 / (told - begun), free / waiting
 
 
-def measure_finished(bench: Benchmark) -> Measured:
+@row(waits=True)
+def measure_finished(bench: Benchmark) -> Sequence[Any]:
+    """运行结束到消息发出
+    < 5 s；等待时每分钟 ≤ 25 次调用，多数为 304
+    {seconds:.1f} s，最多 {most_seconds:.1f} s；每分钟 {calls_per_minute:.0f} 次，
+    其中 304 占 {unchanged_share:.0%}"""
     # Ends that lie differently between two looks at the run.
     lengths = [bench.times(55, 25) + 0.7 * step for step in range(bench.times(5, 3))]
     with ThreadPoolExecutor(len(lengths)) as pool:
-        found = list(pool.map(lambda seconds: watch_run(bench, seconds), lengths))
-    late, latest = middle([one.late for one in found]), max(one.late for one in found)
-    calls = max(one.per_minute for one in found)
-    unchanged = min(one.unchanged for one in found)
-    return Measured(
-        f"{late:.1f} s，最多 {latest:.1f} s；每分钟 {calls:.0f} 次，其中 304 占 {unchanged:.0%}",
-        latest < 5 and calls <= 25 and unchanged > 0.5,
-        {
-            "seconds": late,
-            "most_seconds": latest,
-            "calls_per_minute": calls,
-            "unchanged_share": unchanged,
-        },
-    )
+        late, calls, unchanged = zip(*pool.map(watch_run, lengths), strict=True)
+    good = max(late) < 5 and max(calls) <= 25 and min(unchanged) > 0.5
+    return good, middle(late), max(late), max(calls), min(unchanged)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15691,19 +13855,17 @@ def measure_finished(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-class Lane:
+class Lane(Closing):
     """A fresh target registry, and the ways to bring an image from the source into it.
 
     Fresh each time, port included: skopeo remembers per registry which layers it has seen there
     (as root not under HOME), and would only mount what an earlier measurement has brought.
     """
 
-    def __init__(self, bench: Benchmark, source: str = "") -> None:
-        self.bench = bench
-        self.stack = ExitStack()
-        self.source = source or bench.source.host
+    def __init__(self, source: str) -> None:
+        self.source, self.stack = source, ExitStack()
 
-    def __enter__(self) -> Lane:
+    def start(self) -> Self:
         self.target = self.stack.enter_context(Registry("robot", "bench-password"))
         self.home = Path(self.stack.enter_context(temporary_folder("home")))
         hosts = {"docker.io": self.source, self.target.host: self.target.host}
@@ -15713,169 +13875,118 @@ class Lane:
             os.sync()  # or this one would pay for what the one before left to be written
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.stack.close()
 
-    def run(self, command: Sequence[str], settings: Mapping[str, str]) -> str:
-        environment = clean_environment(self.home, settings)
-        done = subprocess.run(
-            command, env=environment, cwd=self.home, capture_output=True, text=True, check=False
-        )
+    def run(self, *command: str, **settings: str) -> str:
+        done = run_here(*command, folder=self.home, settings=settings)
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stdout[-500:]}{done.stderr[-1500:]}")
         return done.stdout
 
     def copy(self, line: str, wanted: str = "copied") -> None:
         """Copy as a job of the workflow does."""
-        settings = {
-            "CONTAINERS_REGISTRIES_CONF": str(self.conf),
-            "DOCKER_REGISTRY": self.target.host,
-            "DOCKER_NAMESPACE": "mirror",
-            "DOCKER_USERNAME": self.target.user,
-            "DOCKER_PASSWORD": self.target.password,
-        }
-        printed = self.run([sys.executable, str(self.bench.script), "copy", line], settings)
+        printed = self.run(
+            *(sys.executable, str(SCRIPT), "copy", line),
+            CONTAINERS_REGISTRIES_CONF=str(self.conf),
+            DOCKER_REGISTRY=self.target.host,
+            DOCKER_NAMESPACE="mirror",
+            DOCKER_USERNAME=self.target.user,
+            DOCKER_PASSWORD=self.target.password,
+        )
         if not printed.startswith(f"wxsync: {wanted}"):
             raise RuntimeError(printed)
 
     def skopeo(self, line: str) -> None:
         """Copy with one bare command."""
-        command = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
-        command += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
-        self.run([*command, f"docker://{self.target.host}/mirror/{line}"], {})
+        words = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
+        words += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
+        self.run(*words, f"docker://{self.target.host}/mirror/{line}")
 
     def docker(self, line: str, engine: str) -> None:
         """Pull, tag and push."""
         program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
-        source = f"{self.source}/library/{line}"
-        target = f"{self.target.host}/mirror/{line}"
-        settings = {"DOCKER_HOST": engine, "DOCKER_CONFIG": str(self.home)}
+        source, target = f"{self.source}/library/{line}", f"{self.target.host}/mirror/{line}"
         for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
-            self.run([program, *words], settings)
+            self.run(program, *words, DOCKER_HOST=engine, DOCKER_CONFIG=str(self.home))
 
 
-def timed(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-@contextmanager
-def docker_engine() -> Iterator[str]:
-    """Run a dockerd that has never seen anything, yield its address."""
-    with temporary_folder("docker") as name:
-        folder = Path(name)
-        address = f"unix://{folder}/docker.sock"
-        command = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none"]
-        command += ["--ip-forward=false", "--ip-masq=false", f"--data-root={folder}/data"]
-        command += [f"--exec-root={folder}/exec", f"--pidfile={folder}/pid", "-H", address]
-        with open(folder / "log", "wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            up = wait_until(lambda: engine_answers(folder) or process.poll() is not None, 20, 0.05)
-            if not up or process.poll() is not None:
-                raise Skip("dockerd does not come up")
-            yield address
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def engine_answers(folder: Path) -> bool:
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(folder / "docker.sock"))
-            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            return b" 200 " in connection.recv(100)
-    except OSError:
-        return False
+def copy_seconds(bench: Benchmark, way: Callable[[Lane, str], object] = Lane.copy) -> float:
+    """Return what it takes to bring the big image into a fresh registry."""
+    image = bench.big_image
+    with Lane(bench.source.host) as lane:
+        return timed(lambda: way(lane, image))
 
 
 def docker_seconds(bench: Benchmark) -> float:
-    with docker_engine() as engine, Lane(bench) as lane:
-        return timed(lambda: lane.docker(bench.big_image, engine))
+    with temporary_folder("docker") as name, dockerd(Path(name)) as engine:
+        return copy_seconds(bench, lambda lane, image: lane.docker(image, engine))
 
 
-def copy_seconds(bench: Benchmark) -> float:
-    with Lane(bench) as lane:
-        return timed(lambda: lane.copy(bench.big_image))
+def compared(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
+    """Measure two ways in turns, return the middle of each and how many times the other ours is."""
+    took = [(ours(), theirs()) for _ in range(rounds)]
+    here, there = map(middle, zip(*took, strict=True))
+    return [here, there, here / there]
 
 
-def skopeo_seconds(bench: Benchmark) -> float:
-    with Lane(bench) as lane:
-        return timed(lambda: lane.skopeo(bench.big_image))
-
-
-def measure_docker(bench: Benchmark) -> Measured:
-    need_programs("dockerd", "docker")
-    copies, dockers = [], []
-    for _ in range(bench.times(2, 1)):
-        dockers.append(docker_seconds(bench))
-        copies.append(copy_seconds(bench))
-    ours, theirs = middle(copies), middle(dockers)
-    return Measured(
-        f"{ours:.2f} s，快 {theirs / ours:.1f} 倍（docker {theirs:.2f} s）",
-        theirs >= 4 * ours,
-        {"seconds": ours, "docker_seconds": theirs},
+@row("dockerd docker")
+def measure_docker(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：200 MB、多层、首次，对 docker pull + tag + push
+    快 ≥ 4 倍
+    {seconds:.2f} s，快 {ratio:.1f} 倍（docker {docker_seconds:.2f} s）"""
+    theirs, ours, ratio = compared(
+        bench.times(2, 1), lambda: docker_seconds(bench), lambda: copy_seconds(bench)
     )
+    return ratio >= 4, ours, ratio, theirs
 
 
-def measure_copy(bench: Benchmark) -> Measured:
-    ours, theirs = [], []
-    for _ in range(bench.times(5, 2)):
-        ours.append(copy_seconds(bench))
-        theirs.append(skopeo_seconds(bench))
-    here, there = middle(ours), middle(theirs)
-    return Measured(
-        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
-        here <= 1.25 * there,
-        {"seconds": here, "skopeo_seconds": there},
+@row()
+def measure_copy(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：同一镜像，对单独的 `skopeo copy`
+    ≤ 1.25 倍
+    {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
+    ours, theirs, ratio = compared(
+        bench.times(5, 2), lambda: copy_seconds(bench), lambda: copy_seconds(bench, Lane.skopeo)
     )
+    return ratio <= 1.25, ours, ratio, theirs
 
 
-def layers_read(bench: Benchmark) -> int:
-    """Return how many layers the source is asked for when nothing has changed."""
-    manifest = bench.source.manifest("library/big", "1")
-    layers = {layer["digest"] for layer in manifest["layers"]}
-    with PickyRegistry(bench.source, picky=False) as door, Lane(bench, door.host) as lane:
-        lane.copy(bench.big_image)
+@row()
+def measure_unchanged(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：没有变化
+    < 0.5 s，不读任何层
+    {seconds:.2f} s，读了 {layers} 层"""
+    image = bench.big_image
+    layers = {one["digest"] for one in bench.source.manifest("library/big", "1")["layers"]}
+    with Lane(bench.source.host) as lane:
+        lane.copy(image)
+        took = [timed(lambda: lane.copy(image, "unchanged")) for _ in range(bench.times(9, 3))]
+    with PickyRegistry(bench.source, picky=False) as door, Lane(door.host) as lane:
+        lane.copy(image)
         copied = len(door.layer_reads)
-        lane.copy(bench.big_image, "unchanged")
-        return sum(call.path.rpartition("/")[2] in layers for call in door.layer_reads[copied:])
+        lane.copy(image, "unchanged")
+        read = sum(c.path.rpartition("/")[2] in layers for c in door.layer_reads[copied:])
+    return middle(took) < 0.5 and not read, middle(took), read
 
 
-def measure_unchanged(bench: Benchmark) -> Measured:
-    with Lane(bench) as lane:
-        lane.copy(bench.big_image)
-        found = [
-            timed(lambda: lane.copy(bench.big_image, "unchanged")) for _ in range(bench.times(9, 3))
-        ]
-    seconds, layers = middle(found), layers_read(bench)
-    return Measured(
-        f"{seconds:.2f} s，读了 {layers} 层",
-        seconds < 0.5 and not layers,
-        {"seconds": seconds, "layers_read": layers},
+@row()
+def measure_many(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：20 个 5 MB 的镜像，4 个并行
+    ≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍
+    {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
+    lines = [f"small{number}:1" for number in range(20)]
+    for line in lines:
+        publish(bench.source, f"library/{line[:-2]}", "1", sizes=[2_500_000] * 2)
+
+    def four_at_once(way: Callable[[Lane, str], object]) -> float:
+        with Lane(bench.source.host) as lane, ThreadPoolExecutor(4) as pool:
+            return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
+
+    ours, theirs, ratio = compared(
+        bench.times(5, 1), lambda: four_at_once(Lane.copy), lambda: four_at_once(Lane.skopeo)
     )
-
-
-def four_at_once(work: Callable[[str], None], lines: Sequence[str]) -> float:
-    with ThreadPoolExecutor(4) as pool:
-        return timed(lambda: list(pool.map(work, lines)))
-
-
-def measure_many(bench: Benchmark) -> Measured:
-    lines, ours, theirs = bench.small_images, [], []
-    for _ in range(bench.times(5, 1)):
-        with Lane(bench) as lane:
-            ours.append(four_at_once(lane.copy, lines))
-        with Lane(bench) as lane:
-            theirs.append(four_at_once(lane.skopeo, lines))
-    here, there = middle(ours), middle(theirs)
-    return Measured(
-        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
-        here <= 1.5 * there,
-        {"seconds": here, "skopeo_seconds": there},
-    )
+    return ratio <= 1.5, ours, ratio, theirs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15883,203 +13994,149 @@ def measure_many(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-def relay(bench: Benchmark, size: int, rate: float = 0.0) -> Relayed:
+class Relayed(NamedTuple):
+    """What bringing one file from a source into the bucket took."""
+
+    seconds: float
+    cpu: float  # seconds, of the service
+    peers: float  # seconds, of source and bucket together
+    peak: int  # bytes of memory more than before
+    after: int
+
+
+def relay(size: int, rate: float = 0.0) -> Relayed:
     """Send the link of a file to the service, wait until it is in the bucket, check it."""
     with FakeQingStor() as store, Source() as source:
         store.rate_bytes_per_second = rate
         link = source.add("/big.bin", size, rate=rate)
         settings = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        with bench.world(settings) as world:
+        with calm_world(settings) as world:
             time.sleep(1)
             service, peers = world.service, time.process_time()
             cpu = service.cpu_seconds()
             with PeakMemory(service.pid, 0.02) as memory:
-                seconds = timed(lambda: finish_file(world, link))
+                begun = time.perf_counter()
+                world.say(link)
+                told = world.hear("文件", 300)
+                seconds = time.perf_counter() - begun
             cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
             time.sleep(1)
-            after = service.rss_bytes()
-        stored = list(store.objects.values())
-        if len(stored) != 1 or stored[0].sha256 != source.sha256("/big.bin"):
-            raise RuntimeError("the file in the bucket is another one")
-    return Relayed(seconds, cpu, peers, memory.base, memory.peak, after)
+            after = service.rss_bytes() - memory.base
+        sums = [stored.sha256 for stored in store.objects.values()]
+        if "文件上传成功" not in told or sums != [source.sha256("/big.bin")]:
+            raise RuntimeError(f"another file is in the bucket: {told}")
+    return Relayed(seconds, cpu, peers, memory.added, after)
 
 
-def finish_file(world: World, link: str) -> None:
-    world.say(link)
-    told = world.hear("文件", 300)
-    if "文件上传成功" not in told:
-        raise RuntimeError(told)
+def curl(*words: str) -> float:
+    """Run curl, return the seconds that it took."""
+    command = ["curl", "-sS", "-f", *words]
+    return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 
 
-def curl(*words: str) -> None:
-    subprocess.run(["curl", "-sS", "-f", *words], check=True, stdout=subprocess.DEVNULL)
-
-
-def curl_down(size: int, rate: float, to: Path) -> float:
+def curl_down(size: int, rate: float, to: str) -> float:
     with Source() as source:
-        link = source.add("/big.bin", size, rate=rate)
-        return timed(lambda: curl("-o", str(to), link))
+        return curl("-o", to, source.add("/big.bin", size, rate=rate))
 
 
-def curl_up(file: Path) -> float:
+def curl_up(file: str) -> float:
     with FakeQingStor() as store:
         date = formatdate(usegmt=True)
         signature = sign_qingstor(store.secret, "PUT", f"/{store.bucket}/big.bin", date)
         login = f"Authorization: QS {store.access_key}:{signature}"
         address = f"{store.url}/{store.bucket}/big.bin"
-        return timed(lambda: curl("-T", str(file), "-H", f"Date: {date}", "-H", login, address))
+        return curl("-T", file, "-H", f"Date: {date}", "-H", login, address)
 
 
-def measure_slow_relay(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("curl")
-    need_modules("qingstor")
-    relayed = relay(bench, bench.relay_size, RATE)
+@row("curl", waits=True)
+def measure_relay_slow(bench: Benchmark) -> Sequence[Any]:
+    """中转 1 GiB，来源和目标各限 20 MB/s
+    ≤ 单向时间的 1.15 倍
+    {seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {cpu_seconds:.1f} s"""
+    relayed = relay(bench.relay_size, RATE)
     # The limit makes the time grow evenly: an eighth of the file tells one direction.
-    one_way = 8 * curl_down(bench.relay_size // 8, RATE, Path(os.devnull))
-    ratio = relayed.seconds / one_way
-    return Measured(
-        f"{relayed.seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {relayed.cpu:.1f} s",
-        ratio <= 1.15,
-        {"seconds": relayed.seconds, "one_way_seconds": one_way, "cpu_seconds": relayed.cpu},
-    )
+    one_way = 8 * curl_down(bench.relay_size // 8, RATE, os.devnull)
+    good = relayed.seconds <= 1.15 * one_way
+    return good, relayed.seconds, relayed.seconds / one_way, one_way, relayed.cpu
 
 
-def measure_fast_relay(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("curl")
-    need_modules("qingstor")
-    downs, ups = [], []
+@row("curl")
+def measure_relay_fast(bench: Benchmark) -> Sequence[Any]:
+    """中转 1 GiB，本机回环，对 curl 下载 + 上传
+    报告
+    {seconds:.2f} s，{ratio:.2f} 倍（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；
+    CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核"""
     with temporary_folder("curl") as name:
-        file = Path(name) / "big.bin"
-        for _ in bench.fast_relays:
-            downs.append(curl_down(bench.relay_size, 0, file))
-            ups.append(curl_up(file))
-    relays = bench.fast_relays
-    seconds, down, up = middle([r.seconds for r in relays]), middle(downs), middle(ups)
-    cpu, peers = middle([r.cpu for r in relays]), middle([r.peers for r in relays])
-    cores = (cpu + peers) / seconds
-    return Measured(
-        f"{seconds:.2f} s，{seconds / (down + up):.2f} 倍"
-        f"（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；"
-        f"CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核",
-        None,
-        {
-            "seconds": seconds,
-            "curl_down_seconds": down,
-            "curl_up_seconds": up,
-            "cpu_seconds": cpu,
-            "peers_cpu_seconds": peers,
-        },
-    )
+        file = f"{name}/big.bin"
+        plain = [(curl_down(bench.relay_size, 0, file), curl_up(file)) for _ in bench.fast_relays]
+    down, up = map(middle, zip(*plain, strict=True))
+    seconds, cpu, peers, _, _ = map(middle, zip(*bench.fast_relays, strict=True))
+    return None, seconds, seconds / (down + up), down, up, cpu, peers, (cpu + peers) / seconds
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: the table
+# Benchmark: rest, and the table
 # ---------------------------------------------------------------------------------------------
 
-BENCH_ROWS = (
-    BenchRow(
-        "start",
-        "启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200",
-        '≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
-        measure_start,
-    ),
-    BenchRow(
-        "memory",
-        "内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后",
-        "≤ 26 MiB / 多 ≤ 48 MiB",
-        measure_memory,
-    ),
-    BenchRow(
-        "callback",
-        "回调：密文消息到密文回复，逐条，每条一个连接",
-        "p50 < 1.5 ms，p99 < 8 ms",
-        measure_callback,
-    ),
-    BenchRow(
-        "load",
-        "回调：100 个连接同时，20 秒",
-        "≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms",
-        measure_load,
-    ),
-    BenchRow(
-        "dispatch",
-        "消息到启动工作流，GitHub 往返 200 ms（TLS）",
-        "每个请求 ≤ 3 次调用、≤ 1 个连接",
-        measure_dispatch,
-        True,
-    ),
-    BenchRow(
-        "finished",
-        "运行结束到消息发出",
-        "< 5 s；等待时每分钟 ≤ 25 次调用，多数为 304",
-        measure_finished,
-        True,
-    ),
-    BenchRow(
-        "docker",
-        "`copy`：200 MB、多层、首次，对 docker pull + tag + push",
-        "快 ≥ 4 倍",
-        measure_docker,
-    ),
-    BenchRow("copy", "`copy`：同一镜像，对单独的 `skopeo copy`", "≤ 1.25 倍", measure_copy),
-    BenchRow("unchanged", "`copy`：没有变化", "< 0.5 s，不读任何层", measure_unchanged),
-    BenchRow(
-        "many",
-        "`copy`：20 个 5 MB 的镜像，4 个并行",
-        "≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍",
-        measure_many,
-    ),
-    BenchRow(
-        "relay-slow",
-        "中转 1 GiB，来源和目标各限 20 MB/s",
-        "≤ 单向时间的 1.15 倍",
-        measure_slow_relay,
-        True,
-    ),
-    BenchRow(
-        "relay-fast",
-        "中转 1 GiB，本机回环，对 curl 下载 + 上传",
-        "报告",
-        measure_fast_relay,
-    ),
-    BenchRow("rest", "空闲 60 秒", "CPU 0.00 s；每秒唤醒 ≤ 1 次", measure_rest, True),
-    BenchRow(
-        "messages",
-        "同一进程 10,000 条消息",
-        "第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界",
-        measure_messages,
-    ),
-)
+
+@row(waits=True)
+def measure_rest(bench: Benchmark) -> Sequence[Any]:
+    """空闲 60 秒
+    CPU 0.00 s；每秒唤醒 ≤ 1 次
+    {seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）"""
+    seconds = bench.times(60, 10)
+    with calm_world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
+        world.say("nginx:latest")  # at rest after work, with connections and threads in use
+        world.hear("成功 1 / 1")
+        time.sleep(3)
+        cpu, wakeups = world.service.cpu_seconds(), world.service.wakeups()
+        time.sleep(seconds)
+        cpu = world.service.cpu_seconds() - cpu
+        woken = (world.service.wakeups() - wakeups) / seconds
+        threads = world.service.threads()
+    return cpu == 0 and woken <= 1, seconds, cpu, woken, threads
 
 
-def measure_row(bench: Benchmark, row: BenchRow) -> Measured:
+@row()
+def measure_messages(bench: Benchmark) -> Sequence[Any]:
+    """同一进程 10,000 条消息
+    第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界
+    {first} 条时 {first_mib:.1f} MiB，{total} 条时 {mib:.1f} MiB；
+    状态文件 {first_kib:.0f} → {kib:.0f} KiB"""
+    total = bench.times(10_000, 2_000)
+    texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
+    with calm_world() as world:
+        path, sizes, mib = world.service.state_dir / "wxsync.state", [], []
+        for number in range(1, total + 1):
+            text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
+            answer = exchange(world.service.port, built(world.client, f"user{number % 300}", text))
+            assert reply_to(world.client, answer)
+            if number in (total // 10, total):
+                mib.append(world.service.rss_bytes() / MIB)
+                sizes.append(path.stat().st_size / 1024)
+    good = mib[1] - mib[0] < 5 and sizes[1] < 1024
+    return good, total // 10, mib[0], total, mib[1], sizes[0], sizes[1]
+
+
+def measure_row(bench: Benchmark, name: str) -> Measured:
     """Measure one row; what goes wrong in it costs that row only."""
-    bench.tell(f"{row.name} …")
+    bench.tell(f"{name} …")
+    text, wants = BENCH_ROWS[name].text, BENCH_ROWS[name].wants.split()
     try:
-        measured = row.measure(bench)
-    except Skip as why:
-        measured = Measured(f"跳过：{why}", None, skipped=True)
+        modules = {word for word in wants if importlib.util.find_spec(word)}
+        needs(missing_program(*(word for word in wants if word not in modules)))
+        reached, *figures = BENCH_ROWS[name].measure(bench)
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field]
+        named = dict(zip(fields, figures, strict=True))
+        found = Measured(text.format(**named), reached, named)
+    except (pytest.skip.Exception, pytest.fail.Exception) as why:
+        found = Measured(f"跳过：{why}", None, {})
     except Exception as error:  # one broken row must not cost the others
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        measured = Measured(f"出错：{lines[-1]}", False)
-    bench.tell(f"{row.name}: {measured.text}")
-    return measured
-
-
-def measure_rows(bench: Benchmark, rows: Sequence[BenchRow]) -> list[Measured]:
-    """Measure the rows that only wait side by side, then the others, each alone."""
-    found: dict[str, Measured] = {}
-    waiting = [row for row in rows if row.waits]
-    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
-        results = pool.map(lambda row: measure_row(bench, row), waiting)
-        found |= dict(zip((row.name for row in waiting), results, strict=True))
-    for row in rows:
-        if not row.waits:
-            found[row.name] = measure_row(bench, row)
-    return [found[row.name] for row in rows]
+        found = Measured(f"出错：{lines[-1]}", False, {})
+    bench.tell(f"{name}: {found.text}")
+    return found
 
 
 def machine() -> dict[str, object]:
@@ -16088,59 +14145,48 @@ def machine() -> dict[str, object]:
     if (info := Path("/proc/cpuinfo")).exists():
         models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
         processor = models[0] if models else processor
-    return {
-        "cores": os.cpu_count(),
-        "cpu": processor,
-        "python": platform.python_version(),
-        "kernel": f"{platform.system()} {platform.release()}",
-    }
+    kernel = f"{platform.system()} {platform.release()}"
+    version = platform.python_version()
+    return {"cores": os.cpu_count(), "cpu": processor, "python": version, "kernel": kernel}
 
 
-def print_table(rows: Sequence[BenchRow], found: Sequence[Measured], quick: bool) -> None:
-    here = machine()
+def print_table(found: Mapping[str, Measured], quick: bool) -> None:
     note = "；--quick：次数和大小都较小，只供参考" if quick else ""
     print(
-        f"{here['cores']} 核 {here['cpu']}，Python {here['python']}，{here['kernel']}；"
-        f"各行为多次测量的中位数，对照在同一次运行中测得{note}\n"
+        "{cores} 核 {cpu}，Python {python}，{kernel}".format(**machine()),
+        f"；各行为多次测量的中位数，对照在同一次运行中测得{note}\n",
+        sep="",
     )
     print("| 项目 | 目标 | 实测 | 达到 |\n|---|---|---|---|")
-    for row, measured in zip(rows, found, strict=True):
-        mark = {True: "✅", False: "❌", None: "—"}[measured.reached]
-        print(f"| {row.what} | {row.target} | {measured.text} | {mark} |")
-
-
-def print_json(
-    rows: Sequence[BenchRow], found: Sequence[Measured], seconds: float, quick: bool
-) -> None:
-    table = [
-        {"name": row.name, "what": row.what, "target": row.target} | asdict(measured)
-        for row, measured in zip(rows, found, strict=True)
-    ]
-    report = {"machine": machine(), "quick": quick, "seconds": round(seconds, 1), "rows": table}
-    print(json.dumps(report, ensure_ascii=False, indent=2))
+    for name, (text, reached, _) in found.items():
+        mark = {True: "✅", False: "❌", None: "—"}[reached]
+        print(f"| {BENCH_ROWS[name].what} | {BENCH_ROWS[name].target} | {text} | {mark} |")
 
 
 def bench(argv: Sequence[str]) -> int:
     """Measure, print the table; return 1 when a row could not be measured for an error."""
     parser = argparse.ArgumentParser(prog="test_wxsync.py bench", description="性能测试")
-    here = Path(__file__).resolve().with_name("wxsync.py")
-    names = [row.name for row in BENCH_ROWS]
-    parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
     parser.add_argument("--json", action="store_true", help="给程序读的输出")
     parser.add_argument("--quick", action="store_true", help="一分钟左右的粗测")
-    parser.add_argument("--only", action="append", choices=names, help="只测这一行，可多次")
+    parser.add_argument("--only", action="append", choices=BENCH_ROWS, help="只测这一行，可多次")
     options = parser.parse_args(argv)
-    rows = [row for row in BENCH_ROWS if row.name in (options.only or names)]
-    run = Benchmark(options.script.resolve(), options.quick)
+    run, names = Benchmark(options.quick), options.only or [*BENCH_ROWS]
+    measure = functools.partial(measure_row, run)
+    waiting = [name for name in names if BENCH_ROWS[name].waits]
     with run.stack:
-        found = measure_rows(run, rows)
-    seconds = time.monotonic() - run.begun
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+            found = dict(zip(waiting, pool.map(measure, waiting), strict=True))
+        for name in names:
+            found[name] = found.get(name) or measure(name)
     run.tell("end")
+    found = {name: found[name] for name in names}
     if options.json:
-        print_json(rows, found, seconds, options.quick)
+        rows = [{"name": name} | one._asdict() for name, one in found.items()]
+        about = {"machine": machine(), "quick": options.quick, "rows": rows}
+        print(json.dumps(about, ensure_ascii=False, indent=2))
     else:
-        print_table(rows, found, options.quick)
-    return int(any(measured.text.startswith("出错") for measured in found))
+        print_table(found, options.quick)
+    return int(any(one.text.startswith("出错") for one in found.values()))
 
 
 def run_tests(words: Sequence[str]) -> int:
