@@ -5981,8 +5981,7 @@ PASSWORD = "target-pass-5b1e93c7"  # no substring of anything else: tests look f
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
 
-@dataclass(frozen=True)
-class Copied:
+class Copied(NamedTuple):
     """What one `wxsync.py copy LINE` did."""
 
     status: int
@@ -6109,12 +6108,10 @@ class Space:
 
     def digest(self, name: str) -> str:
         """Return the digest of NAME:TAG in this namespace, "" if there is none."""
-        repo, _, tag = name.partition(":")
-        return self.mirror.target.digest(f"{self.namespace}/{repo}", tag)
+        return self.mirror.target.digest(*f"{self.namespace}/{name}".split(":"))
 
     def manifest(self, name: str) -> dict[str, Any]:
-        repo, _, tag = name.partition(":")
-        return self.mirror.target.manifest(f"{self.namespace}/{repo}", tag)
+        return self.mirror.target.manifest(*f"{self.namespace}/{name}".split(":"))
 
     def tags(self) -> list[str]:
         target = self.mirror.target
@@ -8771,10 +8768,8 @@ class Nights:
         elif word == "=":
             assert self.images.read_text().split() == value.split()
         elif word == "pushed":
-            commits = [commit.content.decode() for commit in self.github.commits]
-            assert [content.split() for content in commits if content] == [
-                [v] for v in value.split()
-            ]
+            pushed = [commit.content.decode().strip() for commit in self.github.commits]
+            assert list(filter(None, pushed)) == value.split()
         elif word == "GitHub":
             {"goes": self.github.stop, "comes": self.github.start}[value]()
         elif word == "has":
@@ -8786,16 +8781,17 @@ class Nights:
         else:
             when, _, wait = text.partition(" → ")
             self.begin(self.seconds(when if when.startswith("2") else f"2026-{when}"))
-            assert 0 < self.end() <= float(wait or 86_400)
+            least, most = map(float, (wait or "0-86400").split("-"))
+            assert least <= self.end() <= most
 
 
-# promise: times at which the work is done (→ how long it waits at most then), lines that are added,
-# what is on the list (=) and what was pushed
+# promise: times at which the work is done (→ how long it waits then), lines that are added, what is
+# on the list (=) and what was pushed
 NIGHTS = """
-the list of the first start is today's: + nginx:1, 05-05 12:00 → 60, = nginx:1, pushed
+the list of the first start is today's: + nginx:1, 05-05 12:00 → 60-60, = nginx:1, pushed
 a missed midnight is made up for, once: 05-05 12:00, + nginx:1, restart, 05-09 09:00, =,
  pushed nginx:1, 05-09 09:00, =, pushed nginx:1
-nothing is emptied before it is uploaded: 05-05 12:00, + nginx:1, GitHub goes, 05-06 00:00 → 3600,
+nothing is emptied before it is uploaded: 05-05 12:00, + nginx:1, GitHub goes, 05-06 00:00 → 60-3600,
  = nginx:1, GitHub comes, 05-06 00:10, =, pushed nginx:1
 equal content gives no commit: 05-05 12:00, + nginx:1, has nginx:1, 05-06 00:00, =, pushed
 a jump of a year and back: 05-05 12:00, 2027-05-05 12:00, 05-05 12:01, + nginx:1,
@@ -9003,27 +8999,26 @@ def test_killed_at_any_step_everything_happens_once() -> None:
 @contextmanager
 def watched(world: Quick) -> Iterator[list[str]]:
     """Read the files of STATE_DIR all the time; what is returned fills with what is not whole."""
-    over, wrong, lines = threading.Event(), list[str](), list[str]()
+    over, wrong, seen = threading.Event(), list[str](), [""]
 
     def watch() -> None:
         while not over.wait(0.002):
             with suppress(FileNotFoundError):
-                text = world.images.read_text()
-                whole = not text or text.endswith("\n")
-                wrong.extend([] if whole and text.splitlines()[: len(lines)] == lines else [text])
-                lines[:] = text.splitlines()
+                seen.append(world.images.read_text())
+                whole = seen[-1].startswith(seen.pop(0)) and seen[-1][-1:] in ("", "\n")
+                wrong.extend([] if whole else seen)
                 try:
                     saved(world)
                 except ValueError as error:
                     wrong.append(f"wxsync.state: {error}")
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield wrong
-    finally:
-        over.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            yield wrong
+        finally:
+            over.set()
+    watching.result()
 
 
 def spoil(world: World, chance: random.Random) -> None:
@@ -9639,11 +9634,10 @@ class Line:
     def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
         """Send one frame; opcode -1 sends bare bytes."""
         size = len(data)
-        length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(8, "big")[-2:]
-        length = b"\x7f" + size.to_bytes(8, "big") if size > 0xFFFF else length
+        kind, form = (size, "") if size < 126 else (126, "H") if size <= 0xFFFF else (127, "Q")
+        start = struct.pack(f">BB{form}", opcode & 15 | fin << 7, kind, *[size] * len(form))
         with self.guard:
-            head = bytes([opcode | fin << 7]) + length if opcode >= 0 else b""
-            self.handler.connection.sendall(head + data)
+            self.handler.connection.sendall(start * (opcode >= 0) + data)
 
     def tell(self, value: object) -> None:
         """Send JSON to a client that may be gone."""
@@ -9655,10 +9649,9 @@ class Line:
             self.handler.connection.shutdown(socket.SHUT_RDWR)
 
     def _exactly(self, size: int) -> bytes:
-        data = self.handler.rfile.read(size)
-        if len(data) < size:
+        if len(data := self.handler.rfile.read(size)) < size:
             raise ConnectionResetError
-        return data
+        return bytes(data)
 
     def _frame(self) -> tuple[int, bool, bytes]:
         """Read one frame; raise Broken for whatever a client may not send."""
@@ -9775,21 +9768,17 @@ class FakeGateway(Peer):
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
         """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
-        headers = call.headers
-        wanted = headers.get("upgrade", "").lower() == "websocket"
-        if not wanted or self.hang or any(fault.hits(call) for fault in self.faults):
+        heads = [call.headers.get(name, "").lower() for name in HANDSHAKE]
+        if heads[0] != "websocket" or self.hang or any(fault.hits(call) for fault in self.faults):
             super().serve(call, handler)
             return
         with self.lock:
             self.calls.append(call)
         handler.close_connection = True
-        key = headers.get("sec-websocket-key", "")
-        right = "upgrade" in headers.get("connection", "").lower()
-        right = right and headers.get("sec-websocket-version") == "13"
-        if right and re.fullmatch(r"[\w+/]{22}==", key):
-            self._converse(key, handler)
+        if re.fullmatch(r"websocket .*upgrade.* 13 [\w+/]{22}==", " ".join(heads)):
+            self._converse(call.headers["sec-websocket-key"], handler)
         else:
-            self.violations.append(f"a handshake with {headers}")
+            self.violations.append(f"a handshake with {call.headers}")
             handler.send(Answer(400))
 
     def _converse(self, key: str, handler: PeerHandler) -> None:
@@ -10021,6 +10010,7 @@ class FakeGateway(Peer):
 
 
 UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
+HANDSHAKE = ("upgrade", "connection", "sec-websocket-version", "sec-websocket-key")
 # Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
 SDK_CLIENT = """
 const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
