@@ -976,7 +976,7 @@ class PlayedRunner:
     `outcomes` maps a line to the name of its job's last step ("wxsync: failed …" fails the job),
     to a bare conclusion (failure, cancelled, timed_out, skipped: "no result" then, as in the
     workflow), to "CONCLUSION|NAME OF THE STEP", or to "missing" (no job of that name). "cancelled
-    after 60" has taken 60 minutes. While `gate` is set to an event, jobs wait for it.
+    after 60" has taken 60 minutes.
     """
 
     def __init__(
@@ -987,7 +987,6 @@ class PlayedRunner:
     ) -> None:
         self.seconds_per_job, self.concurrent = seconds_per_job, concurrent
         self.outcomes = dict(outcomes or {})
-        self.gate: threading.Event | None = None
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
         run.begin()
@@ -1003,8 +1002,6 @@ class PlayedRunner:
             return
         job.start()
         job.step("Set up job")
-        if self.gate:
-            job.run.wait(self.gate)
         job.run.stop.wait(self.seconds_per_job)
         outcome = self.outcomes.get(job.name) or self.copied(job.name)
         if job.run.stop.is_set():
@@ -3228,15 +3225,15 @@ def lacking(parts: Iterable[str], text: str) -> list[str]:
 
 
 class SlowRunner(PlayedRunner):
-    """A runner whose jobs for images named slow/… wait until `go` is set."""
+    """A runner whose jobs for images with `slow` in their name wait until `go` is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow: str = "slow/") -> None:
         super().__init__(0.01)
-        self.go = threading.Event()
+        self.slow, self.go = slow, threading.Event()
         GATES.append(self.go)
 
     def play(self, job: Job) -> None:
-        if "slow/" in job.name:
+        if self.slow in job.name:
             job.start()
             job.run.wait(self.go)
         super().play(job)
@@ -7101,8 +7098,6 @@ class Quick(World):
         return self
 
     def open(self) -> None:
-        if isinstance(self.github.runner, PlayedRunner) and self.github.runner.gate:
-            self.github.runner.gate.set()
         if isinstance(self.github.runner, SlowRunner):
             self.github.runner.go.set()
 
@@ -7208,19 +7203,6 @@ def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
 
 
 GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests would wait for ever
-
-
-def gated() -> PlayedRunner:
-    """Return a runner whose jobs wait until `gate` is set."""
-    runner = PlayedRunner(0.01)
-    runner.gate = threading.Event()
-    GATES.append(runner.gate)
-    return runner
-
-
-def open_gate(runner: PlayedRunner) -> None:
-    if runner.gate:
-        runner.gate.set()
 
 
 def last_state(journal: bytes) -> dict[str, Any]:
@@ -7774,7 +7756,7 @@ def test_a_message_may_hold_20_links(depot: Depot) -> None:
 
 def test_files_run_beside_images() -> None:
     """Files have a queue of their own, in which one waits for the other."""
-    with Depot(gated(), QUEUE_SIZE="1") as depot:
+    with Depot(SlowRunner(""), QUEUE_SIZE="1") as depot:
         slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
         quick = depot.source.add("/quick.bin", 1000)
         both, second = depot.ask(f"nginx:latest\n{slow}"), depot.user()
@@ -8623,7 +8605,7 @@ def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
 
 def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
     """A second a sync, 20 messages at once: all within 4 s, each safe before; looking is quick."""
-    with quick(gated(), BAD_DISK, QUEUE_SIZE="100") as world, ThreadPoolExecutor(20) as pool:
+    with quick(SlowRunner(""), BAD_DISK, QUEUE_SIZE="100") as world, ThreadPoolExecutor(20) as pool:
         disk_is(world, seconds=1)
 
         def ask(number: int) -> float:
@@ -8684,7 +8666,7 @@ def test_a_file_that_a_scanner_holds_is_tried_again() -> None:
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: bool) -> None:
     """It goes on from memory and is told once, though told again later; then all is written."""
-    with quick(gated()) as world:
+    with quick(SlowRunner("")) as world:
         for number, user in enumerate(("alice", "bob")):
             world.say(f"app{number}:1", user)
         assert wait_until(lambda: world.github.runs)
@@ -8873,7 +8855,7 @@ def test_midnight_waits_for_the_request_that_runs() -> None:
     """The day ends in the middle of a run: only after it the list is emptied."""
     east = 86400 - 60 - time.time() % 86400  # where it is 23:59 now
     zone = f"TST-{int(east // 3600)}:{int(east // 60 % 60):02}:{int(east % 60):02}"
-    with quick(gated(), TZ=zone) as world:
+    with quick(SlowRunner(""), TZ=zone) as world:
         assert wait_until(world.state_file.exists)
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
@@ -9088,7 +9070,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
 def test_a_request_is_on_disk_before_it_is_answered() -> None:
     """Right after the 200 the state file has the request, and so it survives kill -9. QUEUE_SIZE
     requests wait, each is told its place, and they run one by one, in order."""
-    with quick(gated(), QUEUE_SIZE="7") as world:
+    with quick(SlowRunner(""), QUEUE_SIZE="7") as world:
         for number in range(8):
             reply = world.say(f"app{number}:1", f"user{number}")
             assert f"app{number}:1 →" in reply and f"还有 {number} 个" in f"{reply}还有 0 个"
@@ -9110,7 +9092,7 @@ def test_a_request_is_on_disk_before_it_is_answered() -> None:
 def test_a_run_that_outlives_sync_timeout_is_told_after_a_restart() -> None:
     """⏰ names the images first, then the next request may start; the result follows although the
     service died."""
-    with quick(gated(), SYNC_TIMEOUT="1") as world:
+    with quick(SlowRunner(""), SYNC_TIMEOUT="1") as world:
         world.say("a/first:1, b/second:2")
         told = world.hear("⏰")
         assert all(part in told for part in ("完成 0 / 2", "/actions/runs/", "a/first:1"))
@@ -9443,7 +9425,7 @@ def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
 
 def test_status_shows_each_person_what_is_theirs() -> None:
     """Of another's link the host, of one's own no query; one's own place, one's own last result."""
-    with Depot(gated()) as world:
+    with Depot(SlowRunner("")) as world:
         link = world.source.add("/private/salary.pdf", 3_000_000, rate=2_000_000.0)
         world.say("app1:1", "bob")
         world.say(f"app2:1\n{link}?token=hunter2", "alice")
@@ -9540,7 +9522,7 @@ def test_every_bad_item_that_fits_is_named(talk: Talk) -> None:
 
 def test_a_full_queue_is_named_and_said_once() -> None:
     """Of images and links in one message the one that has room is done."""
-    with Depot(gated(), QUEUE_SIZE="0") as world:
+    with Depot(SlowRunner(""), QUEUE_SIZE="0") as world:
         link = world.source.add("/slow.bin", 20_000_000, rate=1_000_000.0)
         world.say("app0:1", "alice")
         reply = world.say(f"app1:1\n{link}", "bob")
@@ -11380,7 +11362,7 @@ def fuzz(world: World, seed: int, count: int) -> Counter[int]:
 @early
 def test_10_000_mutated_callbacks_show_no_bug() -> None:
     """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
-    runner, total = gated(), 200_000 if LONG else 10_000
+    runner, total = SlowRunner(""), 200_000 if LONG else 10_000
     with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
@@ -11393,7 +11375,7 @@ def test_10_000_mutated_callbacks_show_no_bug() -> None:
         assert min(statuses[200], statuses[400], statuses[403]) > total // 100, statuses
         assert wait_until(lambda: world.service.threads() == threads, 5), "threads left"
         assert world.service.rss_bytes() - memory < 64 * 2**20
-        open_gate(runner)
+        runner.go.set()
         assert world.say("帮助") and world.service.healthy()
 
 
@@ -11564,7 +11546,7 @@ def told_failed(talk: Talk) -> list[str]:
 @contextmanager
 def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, PlayedRunner]]:
     """A service with a request of alice's that has outlived SYNC_TIMEOUT: its run waits."""
-    runner = gated()
+    runner = SlowRunner("")
     with quick(runner, SYNC_TIMEOUT="1", **settings) as world:
         world.say(said)
         hear(world, "alice", "⏰")
@@ -11657,21 +11639,21 @@ def test_a_step_name_may_be_cut_off_anywhere(talk: Talk) -> None:
 @early
 def test_a_rerun_is_followed_to_its_end() -> None:
     """Run again under the same id before its end was seen: its last attempt counts."""
-    runner = gated()
+    runner = SlowRunner("")
     runner.outcomes[PINNED[0]] = "wxsync: failed network refused"
     with quick(runner) as world:
         world.say("\n".join(PINNED[:2]))
         assert wait_until(lambda: world.github.runs)
         world.service.kill()
-        open_gate(runner)
+        runner.go.set()
         assert wait_until(lambda: world.github.runs[0].status == "completed")
         runner.outcomes.clear()
-        runner.gate = gated().gate
+        runner.go.clear()
         world.github.rerun(world.github.runs[0])
         world.service.start()
         time.sleep(0.5)
         assert finals(world, "alice") == []
-        open_gate(runner)
+        runner.go.set()
         hear(world, "alice", "成功 2 / 2")
         assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
 
@@ -12045,7 +12027,7 @@ def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
         hear(world, "bob", "⏰")
         job = b'{"name": "alice:1", "status": "completed", "conclusion": "success", "steps": 5}'
         world.github.fail("GET /jobs", (200, {}, b'{"jobs": [%s]}' % job), 50)
-        open_gate(runner)
+        runner.go.set()
         time.sleep(1)
         world.github.faults.clear()
         for user in ("alice", "bob"):
@@ -12101,12 +12083,12 @@ def test_a_run_whose_start_is_said_unintelligibly_is_found() -> None:
 def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
     """The clock is set in the middle of a run: its result is told all the same, and only that."""
     for hours in (-30, 7):
-        with quick(runner := gated()) as world:
+        with quick(runner := SlowRunner("")) as world:
             world.say("nginx:1")
             assert wait_until(lambda: world.github.runs)
             (world.service.state_dir / "clock").write_text(str(hours * 3600))
             time.sleep(0.5)
-            open_gate(runner)
+            runner.go.set()
             hear(world, "alice", "✅")
             assert wait_until(lambda: idle(world))
             assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
@@ -12470,9 +12452,9 @@ SHOWN = {"DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com", "DOCKER_NAMESPA
 @pytest.fixture(scope="module")
 def running() -> Iterator[World]:
     """A service for two users, whose first image request runs until the gate is opened."""
-    with World(SCRIPT, runner := gated(), SHOWN | {"ALLOWED_USERS": "boss,alice"}) as world:
+    with World(SCRIPT, runner := SlowRunner(""), SHOWN | {"ALLOWED_USERS": "boss,alice"}) as world:
         yield world
-        open_gate(runner)
+        runner.go.set()
 
 
 SENDS = [  # words; settings that are others than the service's; exit status, what is printed
@@ -13634,11 +13616,11 @@ def measure_callback(bench: Benchmark) -> Sequence[Any]:
     p50 < 1.5 ms，p99 < 8 ms
     p50 {p50_ms:.2f} ms，p99 {p99_ms:.2f} ms（要先落盘的镜像请求 p50 {image_p50_ms:.1f} ms）"""
     # nothing moves on while the requests are taken
-    with calm_world({"QUEUE_SIZE": "100"}, runner := gated()) as world:
+    with calm_world({"QUEUE_SIZE": "100"}, runner := SlowRunner("")) as world:
         latencies(world, ["help"] * 100)
         rounds = [latencies(world, ["help"] * bench.times(2000, 500)) for _ in range(3)]
         images = latencies(world, [f"nginx:{number}" for number in range(bench.times(60, 30))])
-        open_gate(runner)
+        runner.go.set()
     p50, p99 = (middle(middle(found, share) for found in rounds) for share in (0.5, 0.99))
     return p50 < 1.5 and p99 < 8, p50, p99, middle(images)
 
