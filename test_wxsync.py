@@ -11544,7 +11544,7 @@ def told_failed(talk: Talk) -> list[str]:
 
 
 @contextmanager
-def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, PlayedRunner]]:
+def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, SlowRunner]]:
     """A service with a request of alice's that has outlived SYNC_TIMEOUT: its run waits."""
     runner = SlowRunner("")
     with quick(runner, SYNC_TIMEOUT="1", **settings) as world:
