@@ -48,6 +48,20 @@ Promises, each with the test that holds it (in test_wxsync.py).
 
 What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
+What a crash leaves of a request, and what the next start does about it:
+    queued          the request: it begins, after a look for a run that a full disk kept quiet
+    committed       the list's commit: a run is started
+    dispatching     perhaps a run: looked for by the request's id, and started if there is none
+    running, late   a run: it is followed to its end
+    a file's upload what was stored whole is told, anything else aborted and begun again
+    finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
+
+Threads. The main one holds every HTTP connection and waits for nothing; one alone writes the state.
+Each lane (images, files) is one; late runs, orphans, midnight, the proxy and living messages have
+one each that looks now and then; letters go out by one for WeCom and four for the robot, whose line
+is read by one. What waits for the disk, a message to the robot and a download have their own while
+they last. Locks may be held together in this order only: App.list_lock, ImageList's; a Client's,
+Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All others are held alone.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
 Robot -> Chat.answer -> read_message -> State.accept; then in the thread of a lane sync_images or
@@ -73,7 +87,6 @@ import ipaddress
 import itertools
 import json
 import os
-import queue
 import re
 import secrets
 import select
@@ -88,6 +101,7 @@ import time
 import traceback
 import urllib.parse
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -3381,26 +3395,32 @@ MARKS = tuple(
     re.compile("".join(parts), re.IGNORECASE)
     for parts in (
         # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
+        #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
         (
             r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?""",
             r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
         ),
-        # in one line: {image: x, …}, "image":"x", also with \" around it
+        # in one line, also with \" around it
+        #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25"}]}
         (
             r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
             r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
         ),
         # Dockerfile, also as a build shows it
+        #     FROM --platform=linux/arm64 golang:1.22 AS build        >>> FROM node:20
         (
             r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)",
             r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
         ),
         # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
+        #     Failed to pull image "nginx:1.25": rpc error: …        PullImage \"nginx:1.25\" failed
         (
             r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|",
             r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
         ),
         # … and without; docker leaves the tag out behind "denied for"
+        #     pull access denied for team/app, repository does not exist or may require …
+        #     manifest for nginx:9 not found        metadata for docker.io/library/nginx:1.25
         (r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",),
         (
             r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to ",
@@ -3420,14 +3440,17 @@ ALONE = re.compile(
     r"-[ditPq]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|"
     r"no-healthcheck)|.*=.*"
 )
+# REPOSITORY   TAG   IMAGE ID …        CONTAINER   REPOSITORY   TAG …        IMAGE   ID   DISK USAGE
 TABLE = re.compile(
     r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|"
     r"(?P<one>IMAGE)\s+ID\s+D"
 )
+# a chart's values: registry, repository and tag on lines near each other
 PARTS = re.compile(
     r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
     r"""["']?([^\s"',}#{&]*)"""
 )
+# what stands at a mark and is none: ids, numbers, YAML's own signs, platforms, files
 NO_IMAGE = re.compile(
     r"(?:sha256:)?[0-9a-f]{12,}|[\d.:/]+|null|~|[|>][-+]?|[&*].*|data:.*|(?:linux|windows)/\w+|"
     r"/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
@@ -4002,7 +4025,7 @@ class Channel:
         return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
 
     def letters(self, address: str, text: str, mark: str) -> list[Letter]:
-        """Return the messages for a text, each unlike any other ever sent (`mark` is unique)."""
+        """Return the messages for a text; with a unique mark each is unlike any other ever sent."""
         pieces = split_text(self.render(text), self.limit_bytes - 64, MAX_RESULT_MESSAGES)
         short = hashlib.sha256(mark.encode()).hexdigest()[:6]
         address, letters = self.home(address), []
@@ -4031,16 +4054,6 @@ def is_begun(facts: Facts, task: Task) -> bool:
     """Tell whether work on a task has begun or is about to."""
     first = facts.lane(task.lane)[:1]
     return task.stage != "queued" or bool(task.upload) or task in first
-
-
-def with_cancelled(facts: Facts, tasks: Sequence[Task]) -> Facts:
-    """Return Facts in which waiting tasks are gone and begun ones marked as cancelled."""
-    for task in tasks:
-        if is_begun(facts, task):
-            facts = replace(facts, cancelled=(*facts.cancelled, task.id))
-        else:
-            facts = facts.without_task(task)
-    return facts
 
 
 Saying = str | Callable[[], str]  # words, or what gives them when the disk has been waited for
@@ -4244,10 +4257,14 @@ class Chat:
                 raise Failure("⏹ 正在停止，请稍候" if own else nothing)
             lines = ["⏹ 已取消您的请求："]
             for task in left:
-                how = "正在停止" if is_begun(facts, task) else "不再排队"
-                lines.append(f"{how}：{title(task, True)}")
+                if is_begun(facts, task):
+                    lines.append(f"正在停止：{title(task, True)}")
+                    facts = replace(facts, cancelled=(*facts.cancelled, task.id))
+                else:
+                    lines.append(f"不再排队：{title(task, True)}")
+                    facts = facts.without_task(task)
             lines.append("已经完成的镜像不会撤回，结果照常通知")
-            return with_cancelled(facts, left), "\n".join(lines), ()
+            return facts, "\n".join(lines), ()
 
         return self._accept(message, channel, plan)
 
@@ -4516,6 +4533,15 @@ class Cancelled(Exception):
     """Its person does not want the request any more."""
 
 
+def drop_upload(app: App, task: Task) -> None:
+    """Leave nothing in the bucket; what cannot be dropped now becomes an orphan."""
+    current = app.state.facts.task(task.id, task.lane)
+    if current and current.upload and app.store:
+        with contextlib.suppress(Failure):
+            app.store.drop(Upload(*current.upload))
+            app.state.change(lambda facts: facts.with_task(task, upload=()))
+
+
 def finish(
     app: App,
     task: Task,
@@ -4552,8 +4578,12 @@ def finish(
         rest = replace(current, items=tuple(items), upload=(), deaths=0)
         return replace(facts, tasks=(*others, rest))
 
-    app.state.change(change)
-    app.progress.end(task)
+    try:
+        if not is_stored:
+            drop_upload(app, task)
+    finally:  # whatever the store says
+        app.state.change(change)
+        app.progress.end(task)
 
 
 def advance(app: App, task: Task, **changes: Any) -> Task:
@@ -4575,22 +4605,6 @@ def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
     finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
 
 
-def drop_orphans(app: App) -> None:
-    """Drop what uploads that failed have left behind; what cannot be dropped now waits."""
-    for orphan in app.state.facts.orphans:
-        try:
-            if app.store:
-                app.store.drop(orphan)
-        except Failure as failure:
-            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
-            continue
-
-        def change(facts: Facts, gone: Upload = orphan) -> Facts:
-            return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
-
-        app.state.change(change)
-
-
 def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the first link failed; leave nothing in the bucket."""
     link = task.items[0]
@@ -4598,7 +4612,6 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
     retry = f"；{RETRY}" if can_retry else ""
     text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
     finish(app, task, text, number, "文件：失败", (link,), item=link)
-    drop_orphans(app)
 
 
 def cancel(app: App, task: Task) -> None:
@@ -4609,7 +4622,6 @@ def cancel(app: App, task: Task) -> None:
     head = "已取消上传" if is_file else "已取消，没有开始" if is_surely_idle else "已取消"
     what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
     finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
-    drop_orphans(app)
 
 
 def attempt(app: App, task: Task, step: Callable[[], object]) -> None:
@@ -4898,11 +4910,22 @@ def relay_file(app: App, task: Task) -> None:
 
 
 def keep_settling(app: App) -> None:
-    """Look after orphaned uploads every minute while there are any."""
+    """Drop what uploads that failed have left behind, trying every minute while there is any."""
     with app.state.changed:
-        while not app.state.facts.orphans:
+        while not (orphans := app.state.facts.orphans):
             app.state.changed.wait()
-    drop_orphans(app)
+    for orphan in orphans:
+        try:
+            if app.store:
+                app.store.drop(orphan)
+        except Failure as failure:
+            app.log.warning(f"files: 清理未完成的上传失败，稍后再试：{failure}")
+            continue
+
+        def change(facts: Facts, gone: Upload = orphan) -> Facts:
+            return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
+
+        app.state.change(change)
     app.sleep(CLOCK_LOOK_SECONDS)
 
 
@@ -5061,8 +5084,9 @@ class Connection:
 class Server:
     """One thread that holds every connection and answers whole requests as they come.
 
-    An answer takes a millisecond, so slow or silent clients cost a buffer each and nothing else;
-    what waits for the disk does so in a thread of its own. Number and time of both are bounded.
+    An answer takes a millisecond (the longest paste half a second), so slow or silent clients cost
+    a buffer each and nothing else; what waits for the disk does so in a thread of its own. Number
+    and time of both are bounded.
     """
 
     def __init__(
@@ -5084,7 +5108,7 @@ class Server:
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._open: dict[socket.socket, Connection] = {}  # the oldest deadline first
         self._waiting = 0  # for the disk, a thread each
-        self._replies: queue.SimpleQueue[tuple[Connection, Head, Reply]] = queue.SimpleQueue()
+        self._replies: deque[tuple[Connection, Head, Reply]] = deque()
 
     def stop_on_signals(self) -> None:
         """Make SIGTERM and SIGINT end `run`."""
@@ -5175,7 +5199,7 @@ class Server:
         """Have a reply made in a thread; what the disk takes is not the client's time."""
 
         def wait() -> None:
-            self._replies.put((connection, head, answer()))
+            self._replies.append((connection, head, answer()))
             with contextlib.suppress(OSError):  # full: it wakes up anyhow
                 self._waker.send(b"\0")
 
@@ -5187,8 +5211,8 @@ class Server:
         self._waiting += 1
 
     def _send_waiting(self) -> None:
-        while not self._replies.empty():
-            connection, head, reply = self._replies.get()
+        while self._replies:
+            connection, head, reply = self._replies.popleft()
             self._waiting -= 1
             self._hold(connection)
             try:
