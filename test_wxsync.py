@@ -1190,17 +1190,9 @@ class FakeGitHub(Peer):
 
     def _small_repository(self) -> dict[str, object]:
         """Return the repository as runs carry it."""
-        owner, name = self.repo.split("/")
         links = {f"{link}_url": f"{self.api}/{link}" for link in REPOSITORY_LINKS.split()}
-        return links | {
-            "id": 7,
-            "name": name,
-            "full_name": self.repo,
-            "private": False,
-            "owner": {"login": owner, "id": 1, "type": "User", "html_url": self.web},
-            "html_url": self.web,
-            "url": self.api,
-        }
+        plain = {"id": 7, "full_name": self.repo, "url": self.api, "html_url": self.web}
+        return links | plain | {"owner": {"login": self.repo.split("/")[0], "type": "User"}}
 
     def _repository(self, call: Call) -> Answer:
         own = {"default_branch": "main", "archived": self.archived, "permissions": self.permissions}
@@ -1314,29 +1306,17 @@ class FakeGitHub(Peer):
                 run.finish("failure")
 
     def _run_json(self, run: Run) -> dict[str, object]:
-        address = f"{self.api}/actions/runs/{run.id}"
+        path = f"/actions/runs/{run.id}"
         names = ("jobs", "logs", "artifacts", "cancel", "rerun", "check_suite", "previous_attempt")
+        links = {f"{name}_url": f"{self.api}{path}/{name}" for name in names}
+        links |= {"url": self.api + path, "html_url": self.web + path}
+        same = ("id", "display_title", "status", "conclusion", "head_sha")
+        repository = dict.fromkeys(("repository", "head_repository"), self._small_repository())
         with run.lock:
-            return {f"{name}_url": f"{address}/{name}" for name in names} | {
-                "id": run.id,
-                "name": self.WORKFLOW.removesuffix(".yml"),
-                "display_title": run.display_title,
-                "run_number": run.number,
-                "run_attempt": run.attempt,
-                "event": "workflow_dispatch",
-                "status": run.status,
-                "conclusion": run.conclusion,
-                "head_branch": run.ref,
-                "head_sha": run.head_sha,
-                "path": f".github/workflows/{self.WORKFLOW}",
-                "workflow_id": 161335,
-                "url": address,
-                "html_url": f"{self.web}/actions/runs/{run.id}",
-                "created_at": iso(run.created),
-                "run_started_at": iso(run.created),
-                "repository": self._small_repository(),
-                "head_repository": self._small_repository(),
-            }
+            told = {name: getattr(run, name) for name in same}
+            told |= {"run_number": run.number, "run_attempt": run.attempt, "head_branch": run.ref}
+        told |= dict.fromkeys(("created_at", "run_started_at"), iso(run.created))
+        return links | told | {"event": "workflow_dispatch"} | repository
 
     def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
         if name != self.WORKFLOW:
@@ -1381,23 +1361,19 @@ class FakeGitHub(Peer):
         steps = [step for step in job.steps if step.started <= seen]
         if is_over and steps:  # the runner's own, behind ours
             steps.append(Step("Complete job", "success", steps[-1].started, job.completed))
-        web, address = f"{self.web}/actions/runs/{job.run.id}", f"{self.api}/actions/jobs/{job.id}"
         return {
             "id": job.id,
             "run_id": job.run.id,
             "run_attempt": job.attempt,
-            "workflow_name": self.WORKFLOW.removesuffix(".yml"),
-            "head_sha": job.run.head_sha,
             "name": job.name if len(job.name) <= 100 else job.name[:97] + "...",
             "status": "in_progress" if job.completed and not is_over else job.status,
             "conclusion": job.conclusion if is_over else None,
             "created_at": iso(job.created),
             "started_at": iso(job.started or job.created),
             "completed_at": iso(job.completed) if job.completed and is_over else None,
-            "url": address,
-            "html_url": f"{web}/job/{job.id}",
+            "url": f"{self.api}/actions/jobs/{job.id}",
+            "html_url": f"{self.web}/actions/runs/{job.run.id}/job/{job.id}",
             "labels": ["ubuntu-24.04"],
-            "runner_name": "GitHub Actions 1",
             "steps": [self._step_json(n, step) for n, step in enumerate(steps, 1)],
         }
 
@@ -3133,24 +3109,12 @@ FORBIDDEN: list[tuple[str, str]] = [
     for host in hosts.split()
     for scheme in ("http", "https")
 ]
-FORBIDDEN += [
-    (url, "no http address")
-    for url in (
-        "file:///etc/passwd",
-        "ftp://example.com/",
-        "gopher://127.0.0.1:6379/_INFO",
-        "//127.0.0.1/",
-        "http:///etc/passwd",
-        "http:127.0.0.1",
-        "http://",
-        "http://?",
-        "https:",
-        "http://127.0.0.1 .example.com/",
-        "http://127.0.0.1\t/",
-        "http://exa\nmple.com/",
-        "http://example.com/\r\nX: y",
-    )
-]
+NO_HTTP = (
+    "file:///etc/passwd¦ftp://example.com/¦gopher://127.0.0.1:6379/_INFO¦//127.0.0.1/¦http:127.0.0.1"
+    "¦http:///etc/passwd¦http://¦http://?¦https:¦http://127.0.0.1 .example.com/¦http://127.0.0.1\t/"
+    "¦http://exa\nmple.com/¦http://example.com/\r\nX: y"
+)
+FORBIDDEN += [(url, "no http address") for url in NO_HTTP.split("¦")]
 
 _ALLOWED = (
     "1.1.1.1 8.8.8.8 223.5.5.5 114.114.114.114 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.1"
@@ -3159,7 +3123,7 @@ _ALLOWED = (
     " 198.51.99.1 203.0.112.1 223.255.255.255 ::ffff:8.8.8.8 2400:3200::1 2606:4700:4700::1111"
     " 2001:4860:4860::8888 240e:4c:4008::1"
 )
-ALLOWED: list[str] = _ALLOWED.split()
+ALLOWED = _ALLOWED.split()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3842,7 +3806,7 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
 # names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
 # lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
-# may start. A line that ends in ⤶ goes on in the next; HEX is 64 hexadecimal digits.
+# may start. ⏎ is a new line, a line that ends in ⤶ goes on in the next; HEX is 64 digits.
 PASTES_FOUND = r"""
 === compose, repository
 services:
@@ -4180,16 +4144,13 @@ dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handle
 在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
 no matching manifest for linux/arm64/v8 in the manifest list entries
 === docker, thread
-$ docker run hello-world
-Unable to find image 'hello-world:latest' locally
+$ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
 docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
 manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
-%3Apull&service=registry.docker.io": context deadline exceeded.
-See 'docker run --help'.
+%3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
 → hello-world:latest
 === docker compose, thread
-➜ docker compose up
-[+] Running 1/1
+➜ docker compose up⏎[+] Running 1/1
  ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
 Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
 → wgportal/wg-portal:v2
@@ -4235,12 +4196,8 @@ docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILI
 → --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
 ✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
 === shell, repository
-list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"
-for i in $list
-do
-	docker pull kalid/$i
-	docker tag kalid/$i k8s.gcr.io/$i
-done
+list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"⏎for i in $list⏎do
+	docker pull kalid/$i⏎	docker tag kalid/$i k8s.gcr.io/$i⏎done
 ✗ kalid/$i
 === shell, repository
 docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
@@ -4256,13 +4213,11 @@ podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
 git pull origin main && helm pull bitnami/redis --version 19.0.1
 → rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
 === shell, page
-`crictl pull {{image:tag}}`
-docker pull <path to GCR image>
+`crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
 === shell, quoted in chat
-「张三：docker pull ghcr.io/open-webui/open-webui:main」
-- - - - - - - - - - - - - - -
+「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
 这个一直拉不下来，帮忙弄一下
 → ghcr.io/open-webui/open-webui:main
 === shell on Windows, thread
@@ -4271,12 +4226,9 @@ Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/
 PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
 → xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
 === docker run, page
-docker run -d \
-  --name open-webui -p 3000:8080 \
-  --add-host=host.docker.internal:host-gateway \
-  -v open-webui:/app/backend/data \
-  --restart always \
-  ghcr.io/open-webui/open-webui:main
+docker run -d \⏎  --name open-webui -p 3000:8080 \
+  --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
+  --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
 === docker run, page
 $ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
@@ -4346,22 +4298,13 @@ Registry. k8s. io/kube apiserver: v1.27.3
 Registry. k8s. io/pause: 3.9
 === kubectl describe pod, thread
 Node:                 node1/10.3.147.253
-Annotations:          scheduler.alpha.kubernetes.io/critical-pod:
-Init Containers:
-  upgrade-ipam:
-    Image:         calico/cni:v3.10.3
-    Image ID:
-    Port:          <none>
-    Command:
-      /opt/cni/bin/calico-ipam
-  calico-node:
-    Image:          calico/node:v3.10.3
-    Image ID:       docker-pullable://calico/node@sha256:HEX
-    State:          Waiting
+Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
+    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
+      /opt/cni/bin/calico-ipam⏎  calico-node:⏎    Image:          calico/node:v3.10.3
+    Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
 → calico/cni:v3.10.3, calico/node:v3.10.3
 === kubectl describe pod, thread
-Events:
-  Type     Reason     Age    From               Message
+Events:⏎  Type     Reason     Age    From               Message
   ----     ------     ----   ----               -------
   Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
   Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
@@ -4512,7 +4455,7 @@ class Paste(NamedTuple):
 def read_pastes(found: str) -> list[Paste]:
     """Take PASTES_FOUND apart."""
     pastes = []
-    for block in unfold(found).removeprefix("=== ").split("\n=== "):
+    for block in unfold(found).replace("⏎", "\n").removeprefix("=== ").split("\n=== "):
         kind, *lines = block.split("\n")
         wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
         while lines[-1][:1] in wanted:
@@ -5107,23 +5050,200 @@ def test_one_image(talk: Talk) -> None:
     assert talk.messages == ["\n".join(result)]
 
 
-def test_three_images_of_which_one_does_not_exist(talk: Talk) -> None:
-    """The failure first, with reason and cure, then those that worked; unchanged ones marked."""
-    talk.runner.outcomes |= {
-        "nosuch:1": "wxsync: failed not-found manifest unknown",
-        "same:1": "wxsync: unchanged sha256:" + HEX,
-    }
-    assert "共 3 个镜像" in talk.say("fresh:1，nosuch:1、same:1")
-    result = talk.hear("成功 ")
-    lines = result.splitlines()
-    assert "❌" in lines[0] and "成功 2 / 3" in lines[0]
-    assert result.index("nosuch:1") < result.index("docker pull")
-    assert "不存在" in result and f"docker pull {PREFIX}/nosuch:1" not in result
-    assert f"docker pull {PREFIX}/fresh:1" in lines
-    same, tag = [line for line in lines if "same:1" in line]
-    assert tag == f"docker tag {PREFIX}/same:1 same:1"
-    assert same.startswith(f"docker pull {PREFIX}/same:1") and "已是最新" in same
-    assert talk.commits == ["wxsync: fresh:1 (+2) [skip ci]"]
+# `bob> text` is typed by bob; `bob< text` must be in a message that reaches bob. Below either, what
+# else its reply or message holds (+), does not hold (-), or is found by a regular expression (~).
+# `* …` is what happens beside, see `Play`. Images named slow/… wait for `* go`; nosuch:1 does not
+# exist, same:1 has not changed.
+TRANSCRIPTS = r"""
+=== One of three images does not exist: it is told first, then the others, ready to copy
+alice> fresh:1，nosuch:1、same:1
++共 3 个镜像
+alice< 成功 2 / 3
+~^❌
+~(?s)nosuch:1.*不存在.*docker pull
+~(?m)^docker pull PREFIX/fresh:1$
+~(?m)^docker pull PREFIX/same:1.*已是最新.*\ndocker tag PREFIX/same:1 same:1$
+-docker pull PREFIX/nosuch:1
+* commits wxsync: fresh:1 (+2) [skip ci]
+=== Talk gets the help, a bare word is asked back, and nothing else happens
+alice> 你好，在吗
++使用说明
+alice> help
++使用说明
+alice> ，
++使用说明
+alice> What is this?
++使用说明
+alice> nginx
+~^如需同步镜像 nginx，请发送 nginx:latest
+* calls 0
+* told
+=== The status tells the last result, then what runs and what waits
+alice> before:1
+alice< 成功 1 / 1
+alice> 状态
++空闲
++before:1
+alice> slow/status:1, b:1
+bob> waits:1
+* runs 2
+alice> status
++slow/status:1
++等待 1
++0/2
+* go
+bob< waits:1
+=== The list is empty at first, then has each line of today once
+alice> 列表
++空
+alice> nginx, redis:7
+alice< 成功 2 / 2
+bob> redis:7, --platform=all nginx:1
+bob< 成功 2 / 2
+alice> list
+~^[^\n]*\nnginx:latest\nredis:7\n--platform=all nginx:1$
+=== Requests queue: each is told how many are before it, and its targets; one runs after the other
+alice> slow/queue:1
+bob> queue:1
+~^⏳ 已有任务正在处理中，已排队，前面还有 1 个
++queue:1 → PREFIX/queue:1
+carol> queue:2
+~^⏳ 已有任务正在处理中，已排队，前面还有 2 个
++queue:2 → PREFIX/queue:2
+* health 1 2
+* go
+carol< 成功 1 / 1
+* images slow/queue:1 | queue:1 | queue:2
+* told alice bob carol
+=== Without a queue a request is refused while another runs, and nothing of it is kept; QUEUE_SIZE=0
+alice> slow/full:1
+carol> refused:1
+~^⏳ 已有任务正在处理中，请稍后再试$
+* go
+alice< slow_full
+* health 0 0
+dave> again:1
++🔄
+dave< 成功 1 / 1
+* list slow/full:1 again:1
+* images slow/full:1 | again:1
+=== A queue is full; QUEUE_SIZE=1
+alice> slow/full:1
+bob> waits:1
++已排队
+carol> refused:1
+~^⏳ 已有任务正在处理中，请稍后再试$
+* go
+bob< 成功 1 / 1
+* list slow/full:1 waits:1
+* images slow/full:1 | waits:1
+=== A run that takes long: what is done so far, then the next one starts; SYNC_TIMEOUT=1
+alice> slow/a:1, b:1, nosuch:1
+bob> next:1
+alice< ⏰
++/actions/runs/
++docker pull PREFIX/b:1
++1 / 3
++nosuch:1
+-slow_a
+bob< 成功 1 / 1
+alice> 状态
+~仍在跟踪\D*1
+* go
+alice< 成功 2 / 3
++docker pull PREFIX/slow_a:1
+* told alice bob alice
+* images slow/a:1 b:1 nosuch:1 | next:1
+=== The same request again makes no second commit, but a run
+alice> twice:1
+alice< 成功 1 / 1
+alice> twice:1
+* runs 2
+* health 0 0
+* commits wxsync: twice:1 [skip ci]
+=== The list on GitHub is replaced: what was pushed by hand has run, and stays in the history
+* by-hand by-hand:1
+alice> replaces:1
+alice< 成功 1 / 1
+* list replaces:1
+=== GitHub may answer 404 for a moment after it has started a run
+* lag 0.2
+alice> nginx:1
+alice< 成功 1 / 1
+"""
+
+
+class Play:
+    """Plays a transcript in a world of its own."""
+
+    def __init__(self, world: World, runner: SlowRunner) -> None:
+        self.world, self.github, self.runner = world, world.github, runner
+        self.heard = ""
+
+    def line(self, line: str) -> None:
+        found = re.fullmatch(r"(\w*)([><+~*-]) ?(.*)", line)
+        assert found, line
+        who, mark, text = found.groups()
+        if mark == ">":
+            self.heard = self.world.say(text, who)
+        elif mark == "<":
+            self.heard = self.world.hear(lambda m: m.user == who and text in m.text)
+        elif mark == "*":
+            assert wait_until(lambda: self.happens(*text.partition(" ")[::2])), line
+        else:
+            is_there = re.search(text, self.heard) if mark == "~" else text in self.heard
+            assert bool(is_there) == (mark != "-"), f"{line}\n\n{self.heard}"
+
+    def happens(self, what: str, rest: str) -> bool:
+        """Do what a line with * says, or tell whether it holds."""
+        inputs = [dispatch.inputs for dispatch in self.github.dispatches]
+        images = [" ".join(json.loads(given["images"])) for given in inputs]
+        messages, health = self.world.wecom.messages, self.world.service.health()
+        if what == "go":
+            self.runner.go.set()
+        elif what == "lag":
+            self.github.run_lag = float(rest)
+        elif what == "by-hand":
+            self.github.commit("images.txt", f"{rest}\n".encode(), "by hand")
+        seen = {
+            "calls": str(len(self.github.calls)),
+            "runs": str(len({given["request"] for given in inputs})),
+            "images": " | ".join(images),
+            "commits": " | ".join(commit.message for commit in self.github.commits),
+            "list": " ".join(self.github.files.get("images.txt", b"").decode().split()),
+            "told": " ".join(message.user for message in messages),
+            "health": f"{health['running']} {health['queued']}",
+        }
+        return seen.get(what, rest) == rest
+
+
+@pytest.mark.parametrize(
+    "story",
+    unfold(TRANSCRIPTS).removeprefix("=== ").split("\n=== "),
+    ids=lambda s: s.split("\n")[0],
+)
+def test_a_story(story: str) -> None:
+    """What is typed, what is seen."""
+    title, *lines = story.replace("PREFIX", PREFIX).split("\n")
+    runner = SlowRunner()
+    runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
+    runner.outcomes["same:1"] = "wxsync: unchanged sha256:" + HEX
+    with quick(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
+        play = Play(world, runner)
+        for line in lines:
+            play.line(line)
+        assert world.broken() == []
+
+
+def test_a_list_that_is_too_long_goes_on_in_messages() -> None:
+    """The passive reply first, the rest by message/send, split at line ends."""
+    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
+    with quick() as world:
+        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
+        reply = world.say("列表")
+        rest = world.hear(lines[-1])
+        told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
+        assert told == lines and len(reply.encode()) <= 2048 and world.broken() == []
 
 
 # What became of a line's job ¦ a part of what is said of it.
@@ -5163,14 +5283,6 @@ def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
     assert lacking([part for _, part in NOT_DONE], told) == []
 
 
-def test_nonsense_gets_the_help_and_a_bare_word_is_asked_back(talk: Talk) -> None:
-    """At once, and nothing else happens."""
-    for text in ("你好，在吗", "help", "，", "What is this?"):
-        assert "使用说明" in talk.say(text)
-    assert talk.say("nginx").startswith("如需同步镜像 nginx，请发送 nginx:latest")
-    assert talk.calls() == []
-
-
 ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
 ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
 ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
@@ -5189,37 +5301,6 @@ def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
     assert talk.calls() == [] and talk.messages == []
     assert images.read_bytes() == content and sorted(folder.iterdir()) == before
     assert [line for line in talk.world.service.log.splitlines() if line.startswith("::")] == []
-
-
-def test_status_tells_what_runs_what_waits_and_what_was(talk: Talk) -> None:
-    """Idle with the last result, then running with one behind it."""
-    talk.ask("before:1")
-    assert "空闲" in talk.say("状态") and "before:1" in talk.say("status")
-    talk.say("slow/status:1, b:1")
-    talk.world.say("waits:1", "bob")
-    assert wait_until(lambda: talk.inputs[1:])
-    assert lacking(("slow/status:1", "等待 1", "0/2"), talk.say("状态")) == []
-    talk.runner.go.set()
-    assert talk.world.hear("waits:1")
-
-
-def test_the_list_shows_todays_images() -> None:
-    """Empty at first, then what was asked for, each line once; a long one goes on in messages."""
-    with quick() as world:
-        assert "空" in world.say("列表")
-        world.say("nginx, redis:7")
-        world.hear("成功 2 / 2")
-        world.say("redis:7, --platform=all nginx:1", "bob")
-        world.hear(lambda message: message.user == "bob")
-        lines = ["nginx:latest", "redis:7", "--platform=all nginx:1"]
-        assert world.say("list").splitlines()[1:] == lines
-    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
-    with quick() as world:
-        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
-        reply = world.say("列表")
-        rest = world.hear(lines[-1])
-        told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
-        assert told == lines and len(reply.encode()) <= 2048 and world.broken() == []
 
 
 def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None:
@@ -5262,57 +5343,6 @@ def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) ->
     assert talk.calls() == [] and talk.messages == []
 
 
-def test_requests_queue_in_order(talk: Talk) -> None:
-    """Each is told how many are before it, and its targets; one runs after the other."""
-    talk.say("slow/queue:1")
-    for ahead, user in ((1, "q-bob"), (2, "q-carol")):
-        reply = talk.world.say(f"queue:{ahead}", user)
-        assert reply.startswith(f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个")
-        assert f"queue:{ahead} → {PREFIX}/queue:{ahead}" in reply
-    health = talk.world.service.health()
-    assert (health["running"], health["queued"]) == (1, 2)
-    talk.runner.go.set()
-    talk.world.hear(lambda message: message.user == "q-carol")
-    images = [json.loads(inputs["images"]) for inputs in talk.inputs]
-    assert images == [["slow/queue:1"], ["queue:1"], ["queue:2"]]
-    ends = {message.user: message.time for message in talk.wecom.messages}
-    assert ends[talk.user] < ends["q-bob"] < ends["q-carol"]
-    assert len(talk.messages) == 1
-
-
-@pytest.mark.parametrize("size", [0, 1])
-def test_a_full_queue_refuses(size: int) -> None:
-    """QUEUE_SIZE counts those that wait; 0 refuses while one runs. Nothing of it is kept."""
-    runner = SlowRunner()
-    with quick(runner, QUEUE_SIZE=str(size)) as world:
-        world.say("slow/full:1")
-        for number in range(size):
-            assert "已排队" in world.say(f"waits:{number}", "bob")
-        assert world.say("refused:1", "carol") == "⏳ 已有任务正在处理中，请稍后再试"
-        runner.go.set()
-        world.hear("slow_full")
-        assert wait_until(lambda: world.service.health()["queued"] == 0)
-        assert "🔄" in world.say("again:1", "dave") or size
-        assert b"refused" not in world.github.files["images.txt"]
-
-
-def test_a_run_that_takes_long_lets_the_next_one_start() -> None:
-    """SYNC_TIMEOUT: what is done so far, the run's address, and the final result later."""
-    runner = SlowRunner()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        world.say("slow/a:1, b:1, nosuch:1")
-        runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
-        world.say("next:1", "bob")
-        late = world.hear("⏰")
-        parts = ("/actions/runs/", f"docker pull {PREFIX}/b:1", "1 / 3", "nosuch:1")
-        assert lacking(parts, late) == [] and "slow_a" not in late
-        assert "成功 1 / 1" in world.hear(lambda message: message.user == "bob")
-        assert "1" in re.findall(r"仍在跟踪.*?(\d)", world.say("状态"))
-        runner.go.set()
-        assert f"docker pull {PREFIX}/slow_a:1" in world.hear("成功 2 / 3")
-        assert len(world.wecom.messages_for("alice")) == 2 and len(world.github.dispatches) == 2
-
-
 # -- GitHub as it is
 
 
@@ -5334,23 +5364,6 @@ def test_one_connection_and_three_calls_before_polling() -> None:
         polls = [call for call in world.github.calls if call.path.endswith(f"/runs/{run}")]
         assert len(polls) > 2 and [p for p in polls[1:] if "if-none-match" not in p.headers] == []
         assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
-
-
-def test_the_same_request_again_makes_no_second_commit(talk: Talk) -> None:
-    """The list has its line already; the run is made all the same."""
-    talk.ask("twice:1")
-    talk.say("twice:1")
-    assert wait_until(lambda: len(talk.inputs) == 2 and talk.idle())
-    assert talk.commits == ["wxsync: twice:1 [skip ci]"]
-    assert talk.inputs[0]["request"] != talk.inputs[1]["request"]
-
-
-def test_the_list_on_github_is_replaced(talk: Talk) -> None:
-    """What somebody pushed by hand has run already, and stays in the history."""
-    talk.github.commit("images.txt", b"by-hand:1\n", "by hand")
-    talk.ask("replaces:1")
-    content = talk.github.files["images.txt"]
-    assert b"by-hand" not in content and content.endswith(b"replaces:1\n")
 
 
 # Calls of GitHub that go wrong, how often, how -> how many GET, PUT and POST there are then.
@@ -5448,14 +5461,6 @@ def test_github_wants_quiet() -> None:
         world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
         world.say("quota:1")
         assert "分钟后再试" in world.hear("成功 0 / 1")
-
-
-def test_a_run_that_is_not_there_yet_is_waited_for() -> None:
-    """GitHub may answer 404 for a moment after it has started a run."""
-    with quick() as world:
-        world.github.run_lag = 0.2
-        world.say("nginx:1")
-        assert "成功 1 / 1" in world.hear("成功 ")
 
 
 class Elsewhere(Peer):
