@@ -67,13 +67,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from email.utils import formatdate, parsedate_to_datetime
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo
@@ -272,7 +271,7 @@ class Fault(NamedTuple):
 
     `what` is an answer (status, headers, body), or one of: "reset" (the connection breaks before
     anything is done), "lost" (the work is done, then the connection breaks), "hang" (never any
-    answer), "garbage" (not HTTP), "short" (a body cut off), "big" (10 MB), "drip" (a byte now
+    answer), "mute" (the work is done, but never any answer), "garbage" (not HTTP), "short" (a body cut off), "big" (10 MB), "drip" (a byte now
     and then, for ever).
     """
 
@@ -340,7 +339,7 @@ class PeerHandler(BaseHTTPRequestHandler):
     def misbehave(self, what: str) -> None:
         """Do what a Fault of this name says."""
         self.close_connection = True
-        if what == "hang":
+        if what in ("hang", "mute"):
             self.hold()
         elif what in ("reset", "lost"):  # with RST, not with a polite FIN
             form = "hh" if os.name == "nt" else "ii"
@@ -498,11 +497,11 @@ class Peer(Closing):
         what = "hang" if self.hang else fault.what if fault else None
         if isinstance(what, tuple):
             handler.send(Answer(what[0], what[2], what[1]))
-        elif what and what != "lost":
+        elif what and what not in ("lost", "mute"):
             handler.misbehave(what)
         else:
             answer = self.handle(call)  # a bug in it ends in handle_error and breaks the connection
-            handler.misbehave("lost") if what else handler.send(answer)
+            handler.misbehave(what) if what else handler.send(answer)
 
     def handle(self, call: Call) -> Answer:
         raise NotImplementedError
@@ -977,7 +976,7 @@ class PlayedRunner:
     `outcomes` maps a line to the name of its job's last step ("wxsync: failed …" fails the job),
     to a bare conclusion (failure, cancelled, timed_out, skipped: "no result" then, as in the
     workflow), to "CONCLUSION|NAME OF THE STEP", or to "missing" (no job of that name). "cancelled
-    after 60" has taken 60 minutes. While `gate` is set to an event, jobs wait for it.
+    after 60" has taken 60 minutes.
     """
 
     def __init__(
@@ -988,7 +987,6 @@ class PlayedRunner:
     ) -> None:
         self.seconds_per_job, self.concurrent = seconds_per_job, concurrent
         self.outcomes = dict(outcomes or {})
-        self.gate: threading.Event | None = None
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
         run.begin()
@@ -1004,8 +1002,6 @@ class PlayedRunner:
             return
         job.start()
         job.step("Set up job")
-        if self.gate:
-            job.run.wait(self.gate)
         job.run.stop.wait(self.seconds_per_job)
         outcome = self.outcomes.get(job.name) or self.copied(job.name)
         if job.run.stop.is_set():
@@ -3154,15 +3150,15 @@ def lacking(parts: Iterable[str], text: str) -> list[str]:
 
 
 class SlowRunner(PlayedRunner):
-    """A runner whose jobs for images named slow/… wait until `go` is set."""
+    """A runner whose jobs for images with `slow` in their name wait until `go` is set."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow: str = "slow/") -> None:
         super().__init__(0.01)
-        self.go = threading.Event()
+        self.slow, self.go = slow, threading.Event()
         GATES.append(self.go)
 
     def play(self, job: Job) -> None:
-        if "slow/" in job.name:
+        if self.slow in job.name:
             job.start()
             job.run.wait(self.go)
         super().play(job)
@@ -4787,6 +4783,7 @@ UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
     "a wrong signature": ({"msg_signature": "0" * 40}, 403),
     "a signature in capitals": ({"msg_signature": "é"}, 403),
     "an old time": ({"timestamp": "1409659589"}, 403),
+    "another nonce": ({"nonce": "1"}, 403),
     "no signature": ({"msg_signature": ""}, 400),
     "no time": ({"timestamp": ""}, 400),
     "a time that is none": ({"timestamp": "soon"}, 400),
@@ -4877,7 +4874,7 @@ def test_a_message_goes_out_as_wecom_wants_it(desk: Desk) -> None:
     assert sent["enable_duplicate_check"] == 1 and sent["duplicate_check_interval"] >= 1800
 
 
-@pytest.mark.parametrize("code", [42001, 40014])
+@pytest.mark.parametrize("code", [42001, 40014, 41001, 42007, 42009])  # as Tencent's client does
 def test_one_token_serves_all_and_is_renewed_once_when_it_is_refused(desk: Desk, code: int) -> None:
     """Also side by side; the message that met the refusal arrives, without a pause, and once."""
     desk.send_many("first", 40)
@@ -5066,7 +5063,7 @@ bob> redis:7, --platform=all nginx:1
 bob< 成功 2 / 2
 alice> list
 ~^[^\n]*\nnginx:latest\nredis:7\n--platform=all nginx:1$
-=== Requests queue: each is told how many are before it, and its targets; one runs after the other
+=== Requests queue: each is told how many are before it, and its targets; one by one, after kill -9
 alice> slow/queue:1
 bob> queue:1
 ~^⏳ 已有任务正在处理中，已排队，前面还有 1 个
@@ -5074,6 +5071,8 @@ bob> queue:1
 carol> queue:2
 ~^⏳ 已有任务正在处理中，已排队，前面还有 2 个
 +queue:2 → PREFIX/queue:2
+* health 1 2
+* restart
 * health 1 2
 * go
 carol< 成功 1 / 1
@@ -5101,7 +5100,7 @@ carol> refused:1
 bob< 成功 1 / 1
 * list slow/full:1 waits:1
 * images slow/full:1 | waits:1
-=== A run that takes long: what is done so far, then the next one starts; SYNC_TIMEOUT=1
+=== A run that takes long: what is done so far, the next one starts, kill -9; SYNC_TIMEOUT=1
 alice> slow/a:1, b:1, nosuch:1
 bob> next:1
 alice< ⏰
@@ -5113,6 +5112,7 @@ alice< ⏰
 bob< 成功 1 / 1
 alice> 状态
 ~仍在跟踪\D*1
+* restart
 * go
 alice< 成功 2 / 3
 +docker pull PREFIX/slow_a:1
@@ -5165,6 +5165,8 @@ class Play:
         messages, health = self.world.wecom.messages, self.world.service.health()
         if what == "go":
             self.runner.go.set()
+        elif what == "restart":
+            self.world.service.restart()  # after kill -9
         elif what == "lag":
             self.github.run_lag = float(rest)
         elif what == "by-hand":
@@ -5491,14 +5493,19 @@ SOURCE = SCRIPT.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 
 
+def needs(reason: str) -> None:
+    """Skip the test where `reason` names a missing component; in CI nothing may be missing."""
+    if reason and os.environ.get("CI"):
+        pytest.fail(f"missing in CI: {reason}")
+    if reason:
+        pytest.skip(reason)
+
+
 def names_defined_by(node: ast.stmt) -> set[str]:
-    """Return the names that a statement at the top of the file defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return {node.name}
-    found = {
-        n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    }
-    return found if isinstance(node, ast.Assign | ast.AnnAssign) else set()
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return {n.id for n in names} if isinstance(node, ast.Assign | ast.AnnAssign) else set()
 
 
 def global_names(table: symtable.SymbolTable) -> set[str]:
@@ -5508,7 +5515,8 @@ def global_names(table: symtable.SymbolTable) -> set[str]:
 
 
 def test_the_file_reads_from_top_to_bottom() -> None:
-    """Functions and classes use only what stands above them, or themselves."""
+    """Functions and classes use only what stands above them; no line is wider than 100 columns (a
+    Chinese character is two), no function longer than 45 lines; none changes a global name."""
     lines = {name: node.lineno for node in TREE.body for name in names_defined_by(node)}
     tables = symtable.symtable(SOURCE, "wxsync.py", "exec").get_children()
     below = [
@@ -5518,11 +5526,13 @@ def test_the_file_reads_from_top_to_bottom() -> None:
         if name != table.get_name() and lines[name] > lines.get(table.get_name(), 0)
     ]
     assert below == []
-
-
-def test_nothing_is_global() -> None:
-    """No function changes a name of the module."""
-    assert [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Global)] == []
+    assert [n for n, line in enumerate(SOURCE.splitlines(), 1) if columns(line) > 100] == []
+    nodes = list(ast.walk(TREE))
+    sizes = {
+        f.name: (f.end_lineno or 0) - f.lineno + 1 for f in nodes if isinstance(f, ast.FunctionDef)
+    }
+    assert {name: size for name, size in sizes.items() if size > 45} == {}
+    assert [node.lineno for node in nodes if isinstance(node, ast.Global)] == []
 
 
 def test_each_promise_of_the_header_has_its_tests() -> None:
@@ -5540,43 +5550,28 @@ def test_the_job_uses_nothing_of_the_service() -> None:
     assert names["read_list"]("nginx:1\n") == (["nginx:1"], []) and callable(names["run_copy"])
 
 
-CLAIMS: list[tuple[list[tuple[int, int]], list[int | None]]] = [
-    ([(7, 1)], [7]),
-    ([(7, 1), (9, 2)], [9]),  # run again
-    ([(7, 1), (9, 1)], [None]),  # one too many: which one is meant?
+# (job, attempt) of one name -> the job that its line claims
+CLAIMS: list[tuple[list[tuple[int, int]], int | None]] = [
+    ([(7, 1)], 7),
+    ([(7, 1), (9, 2)], 9),  # run again
+    ([(7, 1), (9, 1)], None),  # one too many: which one is meant?
 ]
 
 
 @pytest.mark.parametrize(("jobs", "wanted"), CLAIMS)
 def test_a_line_claims_a_job_only_when_it_is_sure(
-    jobs: list[tuple[int, int]], wanted: list[int | None]
+    jobs: list[tuple[int, int]], wanted: int | None
 ) -> None:
     """Of two jobs of one name in one attempt neither tells a success."""
     named = [{"id": number, "name": "nginx:1", "run_attempt": attempt} for number, attempt in jobs]
-    found = wxsync.match_jobs(["nginx:1"], named)
-    assert [job and job["id"] for job in found] == wanted
+    (found,) = wxsync.match_jobs(["nginx:1"], named)
+    assert (found and found["id"]) == wanted
 
 
 @pytest.mark.parametrize("text", ["# redis:6\nnginx:1", "#redis:6\nnginx:1", "// x:1\nnginx:1"])
 def test_comments_start_nothing(text: str) -> None:
     """A list that is sent with its comments is the list."""
     assert [image.line for image in wxsync.read_message(text, PREFIX).images] == ["nginx:1"]
-
-
-MENTIONED = {
-    "@bot nginx:1": "nginx:1",
-    "@my bot 2 状态": "状态",
-    "@bot https://example.com/a": "https://example.com/a",
-    "@bot 请不要同步 nginx:1": "请不要同步 nginx:1",
-    "@张三 下午看 docs/readme": "下午看 docs/readme",
-    "nginx:1": "nginx:1",
-}
-
-
-@pytest.mark.parametrize("text", MENTIONED)
-def test_a_mention_is_no_part_of_the_text(text: str) -> None:
-    """The name goes, also with spaces; talk behind it stays talk."""
-    assert wxsync.without_mention(text) == MENTIONED[text]
 
 
 class Toy(wxsync.Channel):
@@ -5613,23 +5608,6 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
         assert world.wecom.messages == []
 
 
-def test_no_line_is_wider_than_100_columns() -> None:
-    """A Chinese character is two columns wide."""
-    wide = [
-        f"{n}: {columns(line)}"
-        for n, line in enumerate(SOURCE.splitlines(), 1)
-        if columns(line) > 100
-    ]
-    assert wide == []
-
-
-def test_no_function_is_longer_than_45_lines() -> None:
-    """So that each fits a screen."""
-    functions = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
-    sizes = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions}
-    assert {name: size for name, size in sizes.items() if size > 45} == {}
-
-
 IMPORT = """
 import os, sys, threading, time
 sys.pycache_prefix = {cache!r}
@@ -5644,36 +5622,16 @@ print(seconds)
 
 def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
     """Under 0.2 s once it is compiled; no thread, no file, not a word."""
-    here = tmp_path / "here"
+    here, seconds = tmp_path / "here", []
     here.mkdir()
     code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(SCRIPT.parent))
-    command, seconds = [sys.executable, "-S", "-c", code], []
+    command = [sys.executable, "-S", "-c", code]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     for _ in range(4):
-        done = subprocess.run(
-            command,
-            cwd=here,
-            env=environ,
-            capture_output=True,
-            encoding="utf-8",
-            check=True,
-            timeout=20,
-        )
-        assert done.stderr == "" and len(done.stdout.splitlines()) == 1
+        done = subprocess.run(command, cwd=here, env=environ, capture_output=True, check=True)
+        assert done.stderr == b"" and len(done.stdout.splitlines()) == 1
         seconds.append(float(done.stdout))
     assert min(seconds) < 0.2
-
-
-PASSWORD = "target-pass-5b1e93c7"  # no substring of anything else: tests look for it everywhere
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-
-
-def need(reason: str) -> None:
-    """Skip the test where `reason` names a missing component; in CI nothing may be missing."""
-    if reason and os.environ.get("CI"):
-        pytest.fail(reason)
-    if reason:
-        pytest.skip(reason)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5681,83 +5639,78 @@ def need(reason: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def plan(text: bytes, file: str = "-", folder: Path | None = None) -> tuple[int, str, str]:
-    """Run `wxsync.py plan FILE`; return exit status, stdout and stderr."""
-    command = [sys.executable, str(SCRIPT), "plan", file]
-    done = subprocess.run(command, input=text, capture_output=True, cwd=folder, check=False)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+def plan(text: str, *file: str, folder: Path | None = None) -> tuple[int, str, str]:
+    """Run `wxsync.py plan FILE` (`-` unless given); return exit status, stdout and stderr."""
+    done = run_script("plan", *(file or "-"), text=text, folder=folder)
+    return done.returncode, done.stdout, done.stderr
 
 
-LISTS = {
-    "an empty file": ("", []),
-    "only comments": ("# nginx:latest\n\n   # more\n", []),
-    "canonical lines, each once": (
-        "nginx\ndocker.io/library/nginx:latest\nbitnami/redis:7.0",
-        ["nginx:latest", "bitnami/redis:7.0"],
-    ),
-    "platforms": (
-        "--platform linux/arm64 nginx:1\nnginx:1 --platform=all\n",
-        ["--platform=linux/arm64 nginx:1", "--platform=all nginx:1"],
-    ),
-    "a name of one's own": (
-        "registry.k8s.io/pause:3.9   =>   pause:3.9\n",
-        ["registry.k8s.io/pause:3.9 => pause:3.9"],
-    ),
-    "saved by Windows' Notepad": ("\ufeffnginx:1\r\nredis:7\r\n", ["nginx:1", "redis:7"]),
+# a list -> the canonical lines
+LISTS: dict[str, list[str]] = {
+    "": [],
+    "# nginx:latest\n\n   # more\n": [],
+    "nginx\ndocker.io/library/nginx:latest\nx/redis:7.0": ["nginx:latest", "x/redis:7.0"],
+    "--platform linux/arm64 a:1\na:1 --platform=all\n": [
+        "--platform=linux/arm64 a:1",
+        "--platform=all a:1",
+    ],
+    "k8s.io/pause:3.9   =>   pause:3.9\n": ["k8s.io/pause:3.9 => pause:3.9"],
+    "\ufeffnginx:1\r\ndocker pull redis:7\r\n": ["nginx:1", "redis:7"],  # saved by Windows' Notepad
+    "\n".join(f"app{n % 256}:1" for n in range(257)): [f"app{n}:1" for n in range(256)],
 }
 
 
-@pytest.mark.parametrize("name", LISTS)
-def test_plan_prints_canonical_lines_as_one_json_array(name: str) -> None:
+@pytest.mark.parametrize("text", LISTS, ids=lambda text: repr(text[:20]))
+def test_plan_prints_canonical_lines_as_one_json_array(text: str) -> None:
     """The workflow's matrix is made of this: one line of JSON on stdout, nothing else."""
-    text, lines = LISTS[name]
-    status, out, errors = plan(text.encode())
-    assert (status, json.loads(out), errors) == (0, lines, "")
-    assert out.count("\n") == 1
+    status, out, errors = plan(text)
+    assert (status, json.loads(out), errors, out.count("\n")) == (0, LISTS[text], "", 1)
 
 
 def test_plan_reads_images_txt_where_no_file_is_named(tmp_path: Path) -> None:
-    """`plan` and `plan FILE` are the same for images.txt in the current folder."""
+    """In the current folder; that of the project has nothing to do. What cannot be read is an
+    error, not an empty list: no file, a folder, another encoding."""
     (tmp_path / "images.txt").write_text("nginx:1\n")
-    command = [sys.executable, str(SCRIPT), "plan"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == ["nginx:1"]
-    assert plan(b"", "images.txt", tmp_path) == (0, '["nginx:1"]\n', "")
+    done = run_script("plan", folder=tmp_path)
+    assert done.stdout == '["nginx:1"]\n'
+    assert plan("", "images.txt", folder=tmp_path) == (0, done.stdout, "")
+    assert plan("", str(SCRIPT.with_name("images.txt"))) == (0, "[]\n", "")
+    (tmp_path / "gbk.txt").write_bytes("镜像:1\n".encode("gbk"))
+    for file in ("absent.txt", ".", "gbk.txt"):
+        status, out, errors = plan("", file, folder=tmp_path)
+        assert (status, out, len(errors.splitlines())) == (2, "", 1)
 
 
-def test_plan_reads_the_images_txt_of_the_project() -> None:
-    """A fresh copy of the project has a list with nothing to do."""
-    assert plan(b"", str(SCRIPT.with_name("images.txt"))) == (0, "[]\n", "")
+# a list that is not done -> what is named of it
+IMPOSSIBLE = {
+    "a:1\nNginx:2\n# ok\n$(id):1\n::set-output x": ("2", "Nginx:2", "4", "$(id):1", "5"),
+    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
+    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
+    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
+    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
+    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
+}
 
 
-def test_plan_names_every_bad_line() -> None:
-    """One bad line stops the whole list: nothing on stdout, one error per bad line."""
-    status, out, errors = plan(b"nginx:1\nNginx:latest\n# ok\n$(reboot):1\nredis:7\n")
-    assert (status, out) == (2, "")
-    second, fourth = errors.splitlines()
-    assert "2" in second and "Nginx:latest" in second
-    assert "4" in fourth and "$(reboot):1" in fourth
-
-
-@pytest.mark.parametrize("file", ["absent.txt", "."])
-def test_plan_of_a_file_that_cannot_be_read(file: str, tmp_path: Path) -> None:
-    """An unreadable list is an error, not an empty list."""
-    status, out, errors = plan(b"", file, tmp_path)
-    assert (status, out, len(errors.splitlines())) == (2, "", 1)
-
-
-def test_plan_refuses_what_is_no_utf8() -> None:
-    """Half a list in the wrong encoding would be a wrong list."""
-    assert plan("镜像:1\n".encode("gbk"))[:2] == (2, "")
+@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
+def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
+    """By name, before a job is started: a bad line stops the whole list, a matrix holds 256, and
+    two jobs cannot write one tag."""
+    status, out, errors = plan(text)
+    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
+    assert "Nginx" not in text or len(errors.splitlines()) == 3
+    assert not [line for line in errors.splitlines() if line.startswith("::")]
 
 
 # ---------------------------------------------------------------------------------------------
 # Two registries, and `copy` between them
 # ---------------------------------------------------------------------------------------------
 
+PASSWORD = "target-pass-5b1e93c7"  # no substring of anything else: tests look for it everywhere
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
-@dataclass(frozen=True)
-class Copied:
+
+class Copied(NamedTuple):
     """What one `wxsync.py copy LINE` did."""
 
     status: int
@@ -5774,7 +5727,6 @@ class Copied:
 
     @property
     def digest(self) -> str:
-        """Return the digest that the result names."""
         return self.out.split()[-1] if self.status == 0 else ""
 
 
@@ -5797,14 +5749,19 @@ def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRI
     return Copied(done.returncode, done.stdout, done.stderr, output.read_text("utf-8"), left)
 
 
-IMAGES: dict[str, tuple[tuple[str, ...], bool]] = {
-    "library/app:one": (("amd64",), False),
-    "library/app:arm": (("arm64",), False),
-    "library/app:multi": (("amd64", "arm64/v8", "arm/v7"), False),
-    "library/app:attested": (("amd64", "arm64"), True),
-    "library/app:buildx": (("amd64",), True),  # what `docker buildx build --push` makes by default
-    "acme/team/app:1": (("amd64",), False),
-}
+IMAGES = """
+library/app:one amd64
+library/app:arm arm64
+library/app:multi amd64 arm64/v8 arm/v7
+library/app:attested amd64 arm64 +
+library/app:buildx amd64 +
+acme/team/app:1 amd64
+""".strip().splitlines()  # +: with attestations, as `docker buildx build --push` makes by default
+
+
+def put_manifest(registry: Registry, repo: str, tag: str, body: bytes, kind: str) -> None:
+    url = f"http://{registry.host}/v2/{repo}/manifests/{tag}"
+    assert http_request("PUT", url, body, {"Content-Type": kind}).status == 201
 
 
 class Mirror:
@@ -5821,30 +5778,21 @@ class Mirror:
         self.conf = registries_conf(folder / "registries.conf", names | own)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(self.publish, IMAGES))
-        self._docker_format()
-        self._bare_index()
-        self.numbers = itertools.count(1)
-
-    def publish(self, image: str) -> None:
-        """Push one of IMAGES into the source."""
-        archs, attestation = IMAGES[image]
-        repo, _, tag = image.partition(":")
-        publish(self.source, repo, tag, archs, (30_000, 20_000), attestation)
-
-    def _docker_format(self) -> None:
-        """Add app:docker, which is app:multi with docker's own manifests, not OCI's."""
+        # app:docker is app:multi with docker's own manifests, not OCI's.
         repo = f"docker://{self.source.host}/library/app"
         command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2"]
         command += ["--src-tls-verify=false", "--dest-tls-verify=false"]
         subprocess.run([*command, f"{repo}:multi", f"{repo}:docker"], check=True)
-
-    def _bare_index(self) -> None:
-        """Add app:bare, an index without the mediaType that OCI leaves optional."""
+        # app:bare is an index without the mediaType that OCI leaves optional.
         index = self.source.manifest("library/app", "attested")
         body = json.dumps({"schemaVersion": 2, "manifests": index["manifests"]}).encode()
-        url = f"http://{self.source.host}/v2/library/app/manifests/bare"
-        put = http_request("PUT", url, body, {"Content-Type": OCI_INDEX})
-        assert put.status == 201, put.body
+        put_manifest(self.source, "library/app", "bare", body, OCI_INDEX)
+        self.numbers = itertools.count(1)
+
+    def publish(self, image: str) -> None:
+        name, *archs = image.replace(" +", "").split()
+        repo, _, tag = name.partition(":")
+        publish(self.source, repo, tag, archs, (30_000, 20_000), "+" in image)
 
     def entries(self, tag: str) -> list[dict[str, Any]]:
         """Return the entries of an index in the source, attestations left out."""
@@ -5858,11 +5806,9 @@ class Mirror:
         if not arch:
             return self.source.digest("library/app", tag)
         name, _, variant = arch.partition("/")
-        wanted = (name, variant or None)
-        for entry in self.entries(tag):
-            if (entry["platform"]["architecture"], entry["platform"].get("variant")) == wanted:
-                return str(entry["digest"])
-        raise KeyError(arch)
+        wanted = {"os": "linux", "architecture": name} | ({"variant": variant} if variant else {})
+        (digest,) = [e["digest"] for e in self.entries(tag) if e["platform"] == wanted]
+        return str(digest)
 
 
 class Space:
@@ -5880,161 +5826,147 @@ class Space:
         }
 
     def copy(self, line: str, **changed: str) -> Copied:
-        """Run `copy LINE` into this namespace."""
         return copy(line, self.home, self.settings | changed)
 
-    def lead(self, *hosts: str, hub: str = "") -> str:
-        """Return a registries.conf in which docker.io leads to `hub`, else past the front."""
+    def lead(self, *hosts: str, hub: str = "") -> dict[str, str]:
+        """Return the setting by which docker.io leads to `hub`, else past the front."""
         plain = {host: host for host in (*hosts, self.mirror.target.host) if host}
         names = {"docker.io": hub or self.mirror.source.host} | plain
-        return str(registries_conf(self.home / "other.conf", names))
+        path = registries_conf(self.home / "other.conf", names)
+        return {"CONTAINERS_REGISTRIES_CONF": str(path)}
 
     def digest(self, name: str) -> str:
         """Return the digest of NAME:TAG in this namespace, "" if there is none."""
-        repo, _, tag = name.partition(":")
-        return self.mirror.target.digest(f"{self.namespace}/{repo}", tag)
+        return self.mirror.target.digest(*f"{self.namespace}/{name}".split(":"))
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """Return the manifest or index of NAME:TAG in this namespace."""
-        repo, _, tag = name.partition(":")
-        return self.mirror.target.manifest(f"{self.namespace}/{repo}", tag)
+        return self.mirror.target.manifest(*f"{self.namespace}/{name}".split(":"))
+
+    def tags(self) -> list[str]:
+        target = self.mirror.target
+        url = f"http://{target.host}/v2/{self.namespace}/app/tags/list"
+        return http_request("GET", url, headers=target.headers).json().get("tags") or []
 
 
 @pytest.fixture(scope="session")
 def mirror() -> Iterator[Mirror]:
-    """Start the registries, once for all tests."""
-    need(Registry.missing())
+    needs(Registry.missing())
     with ExitStack() as stack:
         yield Mirror(stack)
 
 
+Told = dict[str, "Future[None]"]  # what became of the stories, see `early`
 Met = dict[tuple[str, str], "Future[Copied]"]  # (trouble, side) -> what `copy` makes of it
 
 
 @pytest.fixture
-def space(mirror: Mirror, met: Met, tmp_path: Path) -> Space:
-    """Return a namespace of the test's own; the slow failures (`met`) come about meanwhile."""
+def space(mirror: Mirror, met: Met, told: Told, tmp_path: Path) -> Space:
+    """Return a namespace of the test's own; failures and stories (`met`, `told`) come meanwhile."""
     return Space(mirror, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------
-# copy: what arrives, and under which name
-# ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def front(space: Space) -> Iterator[PickyRegistry]:
+    """What stands before the source, to go wrong in one test."""
+    space.mirror.front.calls.clear()
+    yield space.mirror.front
+    space.mirror.front.faults.clear()
+    space.mirror.front.delay = 0
 
 
-def test_copy_then_unchanged(space: Space) -> None:
-    """The digest stays the source's; a second run finds it there and reads no layer."""
-    front, whole = space.mirror.front, space.mirror.source.manifest("library/app", "one")
-    layers = {f"/v2/library/app/blobs/{layer['digest']}" for layer in whole["layers"]}
-
-    front.calls.clear()
+def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
+    """The digest stays the source's; a second run finds it there and reads no layer, of an index
+    no blob at all. A tag that moved is copied again. A reset and a bad gateway on the way are no
+    reason to bother anybody."""
+    front.fail("GET /v2/library/app/manifests/one", (502, {}, b"bad gateway"))
+    front.fail("GET /v2/library/app/blobs/", "reset")
+    layers = space.mirror.source.manifest("library/app", "one")["layers"]
+    paths = {f"/v2/library/app/blobs/{layer['digest']}" for layer in layers}
     first = space.copy("app:one")
     assert (first.status, first.code, first.digest) == (0, "copied", space.mirror.digest("one"))
-    assert space.digest("app:one") == space.mirror.digest("one")
-    assert layers <= {call.path for call in front.layer_reads}
-
+    assert space.digest("app:one") == first.digest
+    assert paths <= {call.path for call in front.layer_reads} and front.faults == []
     front.calls.clear()
     second = space.copy("app:one")
     assert (second.status, second.code, second.digest) == (0, "unchanged", first.digest)
-    assert not layers & {call.path for call in front.layer_reads}
+    assert not paths & {call.path for call in front.layer_reads}
+    for line in ("app:multi", "--platform=all app:attested"):
+        assert space.copy(line).code == "copied"
+        front.calls.clear()
+        assert space.copy(line).code == "unchanged" and front.layer_reads == []
+    assert space.copy("app:multi => app:one").code == "copied"
+    assert space.digest("app:one") == space.mirror.digest("multi", "amd64")
 
 
-@pytest.mark.parametrize("line", ["app:multi", "--platform=all app:attested"])
-def test_unchanged_index_reads_no_blob_at_all(space: Space, line: str) -> None:
-    """An index names its platforms, so a second look needs neither layers nor configs."""
-    assert space.copy(line).code == "copied"
-    space.mirror.front.calls.clear()
-    assert space.copy(line).code == "unchanged"
-    assert space.mirror.front.layer_reads == []
+# line | what stands in the target ("" = the same) | which digest of the source it has
+COPIES = """
+app:one | | one
+docker.io/library/app:one | app:one | one
+acme/team/app:1 | acme_team_app:1 | acme
+{host}/acme/team/app:1 | {host_}_acme_team_app:1 | acme
+app:one => renamed | renamed:one | one
+app:one => renamed:2.0 | renamed:2.0 | one
+app:multi | | multi amd64
+app:buildx | | buildx amd64
+app:docker | | docker amd64
+app:bare | | bare amd64
+--platform=linux/amd64 app:multi | app:multi | multi amd64
+--platform=linux/arm64 app:multi | app:multi-arm64 | multi arm64/v8
+--platform=linux/arm64/v8 app:multi | app:multi-arm64-v8 | multi arm64/v8
+--platform=linux/arm64/v8 app:attested | app:attested-arm64-v8 | attested arm64
+--platform=linux/arm/v7 app:multi | app:multi-arm-v7 | multi arm/v7
+--platform=linux/arm64 app:multi => app:mine | app:mine | multi arm64/v8
+--platform=linux/arm64 app:arm | app:arm-arm64 | arm
+--platform=all app:multi | app:multi | multi
+--platform=all app:docker | app:docker | docker
+--platform=all app:one | app:one | one
+--platform=all app:arm | app:arm | arm
+--platform=linux/amd64+linux/arm64+linux/arm/v7 app:multi | app:multi | multi
+--platform=linux/arm/v7+linux/arm64+linux/amd64 app:multi | app:multi | multi
+app@{one} | app:sha256-{one12} | one
+app:9.9@{one} | app:9.9 | one
+app@{multi} | app:sha256-{multi12} | multi amd64
+--platform=all app@{multi} | app:sha256-{multi12} | multi
+"""
 
 
-def test_a_tag_that_moved_is_copied_again(space: Space) -> None:
-    """The target follows the source, also when its tag exists already."""
-    assert space.copy("app:one => app:1").code == "copied"
-    assert space.copy("app:multi => app:1").code == "copied"
-    assert space.digest("app:1") == space.mirror.digest("multi", "amd64")
-
-
-# line ({…} is filled in below) -> what stands in the target -> which digest of the source it has
-COPIES = [
-    ("app:one", "app:one", "one"),
-    ("docker.io/library/app:one", "app:one", "one"),
-    ("acme/team/app:1", "acme_team_app:1", "acme"),
-    ("{host}/acme/team/app:1", "{host_}_acme_team_app:1", "acme"),
-    ("app:one => renamed", "renamed:one", "one"),
-    ("app:one => renamed:2.0", "renamed:2.0", "one"),
-    # One platform of an index: its own manifest, by its own digest.
-    ("app:multi", "app:multi", "multi amd64"),
-    ("app:buildx", "app:buildx", "buildx amd64"),
-    ("app:docker", "app:docker", "docker amd64"),
-    ("app:bare", "app:bare", "bare amd64"),
-    ("--platform=linux/amd64 app:multi", "app:multi", "multi amd64"),
-    ("--platform=linux/arm64 app:multi", "app:multi-arm64", "multi arm64/v8"),
-    ("--platform=linux/arm64/v8 app:multi", "app:multi-arm64-v8", "multi arm64/v8"),
-    ("--platform=linux/arm64/v8 app:attested", "app:attested-arm64-v8", "attested arm64"),
-    ("--platform=linux/arm/v7 app:multi", "app:multi-arm-v7", "multi arm/v7"),
-    ("--platform=linux/arm64 app:multi => app:mine", "app:mine", "multi arm64/v8"),
-    ("--platform=linux/arm64 app:arm", "app:arm-arm64", "arm"),
-    # Several platforms that are all there are: the very index of the source.
-    ("--platform=all app:multi", "app:multi", "multi"),
-    ("--platform=all app:docker", "app:docker", "docker"),
-    ("--platform=all app:one", "app:one", "one"),
-    ("--platform=all app:arm", "app:arm", "arm"),
-    ("--platform=linux/amd64+linux/arm64+linux/arm/v7 app:multi", "app:multi", "multi"),
-    ("--platform=linux/arm/v7+linux/arm64+linux/amd64 app:multi", "app:multi", "multi"),
-    # A digest is exact; a tag beside it only names the target.
-    ("app@{one}", "app:sha256-{one12}", "one"),
-    ("app:9.9@{one}", "app:9.9", "one"),
-    ("app@{multi}", "app:sha256-{multi12}", "multi amd64"),
-    ("--platform=all app@{multi}", "app:sha256-{multi12}", "multi"),
-]
-
-
-@pytest.mark.parametrize(("line", "target", "wanted"), COPIES)
-def test_what_a_line_copies(space: Space, line: str, target: str, wanted: str) -> None:
-    """Each kind of line, the name it gets in the target, and the digest it keeps."""
+@pytest.mark.parametrize("case", COPIES.strip().splitlines())
+def test_what_a_line_copies(space: Space, case: str) -> None:
+    """Each kind of line, the name it gets in the target, and the digest it keeps: of one platform
+    its own, of all there are that of the source's index, byte for byte; a digest is exact."""
     mirror = space.mirror
     host, one, multi = mirror.source.host, mirror.digest("one"), mirror.digest("multi")
     words = {"host": host, "host_": host.replace(":", "-"), "one": one, "multi": multi}
     words |= {"one12": one[7:19], "multi12": multi[7:19]}
-    digest = mirror.digest(*wanted.split())
-    done = space.copy(line.format(**words))
+    line, target, wanted = (part.strip() for part in case.format(**words).split("|"))
+    digest, done = mirror.digest(*wanted.split()), space.copy(line)
     assert (done.status, done.code, done.digest) == (0, "copied", digest), done
-    assert space.digest(target.format(**words)) == digest
+    assert space.digest(target or line) == digest
 
 
-def test_an_index_that_loses_nothing_is_the_same_byte_for_byte(space: Space) -> None:
-    """Whoever has pinned the source's digest, or signed it, can use the mirror's."""
-    space.copy("--platform=all app:multi")
-    mirror, repo = space.mirror, f"{space.namespace}/app"
-    copied = mirror.target.fetch(repo, "multi")
-    assert copied.body == mirror.source.fetch("library/app", "multi").body
+FILTERED = """
+--platform=all app:attested | amd64 arm64
+--platform=all app:bare | amd64 arm64
+--platform=all app:buildx | amd64
+--platform=linux/amd64+linux/arm64 app:attested | amd64 arm64
+--platform=linux/amd64+linux/arm64 app:multi | amd64 arm64/v8
+--platform=linux/amd64+linux/arm64 app:docker | amd64 arm64/v8
+--platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi | amd64 arm64/v8
+"""
 
 
-FILTERED = [
-    ("--platform=all app:attested", ["amd64", "arm64"]),
-    ("--platform=all app:bare", ["amd64", "arm64"]),
-    ("--platform=all app:buildx", ["amd64"]),
-    ("--platform=linux/amd64+linux/arm64 app:attested", ["amd64", "arm64"]),
-    ("--platform=linux/amd64+linux/arm64 app:multi", ["amd64", "arm64/v8"]),
-    ("--platform=linux/amd64+linux/arm64 app:docker", ["amd64", "arm64/v8"]),
-    ("--platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi", ["amd64", "arm64/v8"]),
-]
-
-
-@pytest.mark.parametrize(("line", "archs"), FILTERED)
-def test_an_index_holds_just_what_was_wanted(space: Space, line: str, archs: list[str]) -> None:
+@pytest.mark.parametrize("case", FILTERED.strip().splitlines())
+def test_an_index_holds_just_what_was_wanted(space: Space, case: str) -> None:
     """Several platforms into a registry that refuses attestations, as ACR does."""
+    line, _, archs = case.partition(" | ")
     acr, tag = space.mirror.acr, line.rpartition(":")[2]
     refused = acr.refused
     done = space.copy(line, DOCKER_REGISTRY=acr.host)
     assert (done.status, done.code) == (0, "copied"), done
     assert (done.digest, acr.refused) == (space.digest(f"app:{tag}"), refused)
-    entries = space.manifest(f"app:{tag}")["manifests"]
-    found = {entry["digest"]: entry["platform"] for entry in entries}
-    assert len(found) == len(entries)
-    assert set(found) == {space.mirror.digest(tag, arch) for arch in archs}
-    for digest in found:
+    entries = [entry["digest"] for entry in space.manifest(f"app:{tag}")["manifests"]]
+    assert sorted(entries) == sorted(space.mirror.digest(tag, arch) for arch in archs.split())
+    for digest in entries:
         assert space.mirror.target.fetch(f"{space.namespace}/app", digest).status == 200
     assert space.copy(line, DOCKER_REGISTRY=acr.host).code == "unchanged"
 
@@ -6050,142 +5982,107 @@ def test_the_refusing_registry_refuses(space: Space) -> None:
     assert done.returncode and "unknown manifest class" in done.stderr
 
 
-NO_PLATFORM = [
-    "app:arm",
-    "--platform=linux/arm64 app:one",
-    "--platform=linux/s390x app:multi",
-    "--platform=linux/arm/v6 app:multi",
-    "--platform=linux/amd64+linux/s390x app:multi",
-    "--platform=linux/amd64+linux/arm64 app:one",
-]
+NO_PLATFORM = """
+app:arm
+--platform=linux/arm64 app:one
+--platform=linux/s390x app:multi
+--platform=linux/arm/v6 app:multi
+--platform=linux/amd64+linux/s390x app:multi
+--platform=linux/amd64+linux/arm64 app:one
+"""
 
 
-@pytest.mark.parametrize("line", NO_PLATFORM)
-def test_a_platform_that_the_image_has_not(space: Space, line: str) -> None:
-    """Better no image than one that does not run: skopeo alone would copy it in silence."""
-    done = space.copy(line)
-    assert (done.status, done.code) == (1, "no-platform"), done
-    repo = f"http://{space.mirror.target.host}/v2/{space.namespace}/app/tags/list"
-    assert http_request("GET", repo, headers=space.mirror.target.headers).status == 404
+def test_a_platform_that_the_image_has_not(space: Space) -> None:
+    """Better no image than one that does not run: skopeo alone would copy it in silence. Those
+    there are are named in words that can be sent, without attestations."""
+    for line in NO_PLATFORM.strip().splitlines():
+        done = space.copy(line)
+        assert (done.status, done.code, space.tags()) == (1, "no-platform", []), done
+    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
+    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
+    for line in ("app:some", "--platform=linux/amd64+linux/arm64 app:some"):
+        done = space.copy(line)
+        assert done.code == "no-platform" and done.out.endswith("; has linux/arm64 linux/arm/v7\n")
 
 
-def test_a_broken_line_is_tried_again(space: Space) -> None:
-    """One reset and one bad gateway are no reason to bother anybody."""
-    front = space.mirror.front
-    front.fail("GET /v2/library/app/manifests/one", (502, {}, b"bad gateway"))
-    front.fail("GET /v2/library/app/blobs/", "reset")
-    assert space.copy("app:one").code == "copied"
-    assert front.faults == []
-
-
-# ---------------------------------------------------------------------------------------------
-# copy: what it says, and to whom
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("line", ["app:one", "app:absent"])
-def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space, line: str) -> None:
-    """The workflow makes a step name of it; progress goes to stderr."""
-    done = space.copy(line)
-    assert done.out.startswith("wxsync: ") and done.out.count("\n") == 1
-    assert done.output == f"result={done.out}"
-    assert line in done.log
-
-
-def test_github_output_is_appended_to(space: Space) -> None:
-    """Whatever earlier commands of the step wrote stays."""
+def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> None:
+    """The workflow makes a step name of it, whatever earlier commands of the step wrote stays;
+    progress goes to stderr. On another machine than a workflow's it is only printed."""
+    for line in ("app:one", "app:absent"):
+        done = space.copy(line)
+        assert done.out.startswith("wxsync: ") and done.out.count("\n") == 1
+        assert done.output == f"result={done.out}" and line in done.log
     output = space.home / "mine"
     output.write_text("before=1\n")
     done = space.copy("app:one", GITHUB_OUTPUT=str(output))
     assert output.read_text() == f"before=1\nresult={done.out}"
+    assert space.copy("app:one => b", GITHUB_OUTPUT="").out.startswith("wxsync: copied sha256:")
 
 
-def test_without_github_output_the_result_is_only_printed(space: Space) -> None:
-    """`copy` works on any machine, not only in a workflow."""
-    assert space.copy("app:one", GITHUB_OUTPUT="").out.startswith("wxsync: copied sha256:")
-
-
-def test_a_hostile_registry_cannot_forge_a_result(space: Space) -> None:
+def test_a_hostile_registry_cannot_forge_a_result(space: Space, front: PickyRegistry) -> None:
     """What a registry says ends up in one printable line, cut short."""
     forged = "no\nresult=wxsync: copied sha256:0\n::error::x \x1b[31m 镜像 " + "x" * 9999
     body = json.dumps({"errors": [{"code": "DENIED", "message": forged}]}).encode()
-    space.mirror.front.fail("/manifests/one", (403, {"Content-Type": "application/json"}, body))
+    front.fail("/manifests/one", (403, {"Content-Type": "application/json"}, body))
     done = space.copy("app:one")
     assert (done.status, done.code) == (1, "source-denied")
     assert done.output == f"result={done.out}" and done.out.count("\n") == 1
     assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
 
 
-class Watched(NamedTuple):
-    """What could be seen of a copy from outside while it ran."""
-
-    arguments: set[str]
-    modes: dict[str, int]  # of every file in its folder for temporary files
-
-
-def watch(process: subprocess.Popen[bytes], temporary: Path) -> Watched:
-    """Look at the arguments of all processes, and at the copy's files, until it ends."""
-    seen = Watched(set(), {})
+def watch(process: subprocess.Popen[bytes], temporary: Path) -> tuple[set[str], set[int]]:
+    """Return the arguments of all processes, and the modes of the copy's files, until it ends."""
+    arguments, modes = set[str](), set[int]()
     while process.poll() is None:
         for place in itertools.chain(Path("/proc").glob("[0-9]*/cmdline"), temporary.rglob("*")):
-            try:
+            with suppress(OSError):  # it ended meanwhile
                 if place.name == "cmdline":
-                    seen.arguments.add(place.read_text(errors="replace"))
+                    arguments.add(place.read_text(errors="replace"))
                 elif place.is_file():
-                    seen.modes[place.name] = place.stat().st_mode & 0o777
-            except OSError:
-                pass  # it ended meanwhile
+                    modes.add(place.stat().st_mode & 0o777)
         time.sleep(0.005)
-    return seen
+    return arguments, modes
 
 
-def test_passwords_are_in_no_argument_and_in_private_files(space: Space) -> None:
+def test_passwords_are_in_no_argument_and_in_private_files(
+    space: Space, front: PickyRegistry
+) -> None:
     """Anybody on the machine can read arguments; the auth files are for the owner, and go."""
-    need("" if Path("/proc/self/cmdline").exists() else "/proc not there")
+    needs("" if Path("/proc/self/cmdline").exists() else "/proc not there")
     temporary = space.home / "tmp"
     temporary.mkdir()
-    auth = base64.b64encode(f"robot:{PASSWORD}".encode()).decode()
-    source = {"auths": {"private.example.com": {"auth": auth}}}
-    settings = space.settings | {"SOURCE_AUTH": json.dumps(source), "TMPDIR": str(temporary)}
+    source = login("private.example.com", "robot", PASSWORD)
+    settings = space.settings | {"SOURCE_AUTH": source, "TMPDIR": str(temporary)}
+    command = [sys.executable, str(SCRIPT), "copy", "app:multi"]
+    front.delay, quiet = 0.1, subprocess.DEVNULL
     environment = clean_environment(space.home, settings)
-    space.mirror.front.delay = 0.1
-    with subprocess.Popen(
-        [sys.executable, str(SCRIPT), "copy", "app:multi"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        seen = watch(process, temporary)
-    space.mirror.front.delay = 0
-
+    with subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as process:
+        arguments, modes = watch(process, temporary)
     assert process.returncode == 0
-    assert any("skopeo\0" in words and "\0copy\0" in words for words in seen.arguments)
-    assert not [words for words in seen.arguments if PASSWORD in words or auth in words]
-    assert seen.modes and set(seen.modes.values()) == {0o600}
-    assert list(temporary.iterdir()) == []
+    assert any("skopeo\0" in words and "\0copy\0" in words for words in arguments)
+    auth = json.loads(source)["auths"]["private.example.com"]["auth"]
+    assert not [words for words in arguments if PASSWORD in words or auth in words]
+    assert modes == {0o600} and list(temporary.iterdir()) == []
 
 
-LEAKS = {
-    "copied": {},
-    "wrong password": {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
-    "source login is no JSON": {"SOURCE_AUTH": f"robot:{PASSWORD}"},
-    "source login is not base64": {
-        "SOURCE_AUTH": json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}})
-    },
-}
+LEAKS: list[dict[str, str]] = [
+    {},
+    {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
+    {"SOURCE_AUTH": f"robot:{PASSWORD}"},
+    {"SOURCE_AUTH": json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}})},
+]
 
 
-@pytest.mark.parametrize("name", LEAKS)
-def test_passwords_are_never_printed_and_nothing_is_left(space: Space, name: str) -> None:
-    """Also not when the copy fails because of them."""
-    done = space.copy("app:one", **LEAKS[name])
-    assert PASSWORD not in done.out + done.log + done.output
-    assert done.left == []
-    assert "Traceback" not in done.log
+def test_passwords_are_never_printed_and_nothing_is_left(space: Space) -> None:
+    """Also not when the copy fails because of them: a wrong one, no JSON, no base64."""
+    for changed in LEAKS:
+        done = space.copy("app:one", **changed)
+        assert PASSWORD not in done.out + done.log + done.output
+        assert done.left == [] and "Traceback" not in done.log
 
 
 # ---------------------------------------------------------------------------------------------
-# copy: what it refuses before anything runs
+# copy: what it refuses before anything runs, and logins
 # ---------------------------------------------------------------------------------------------
 
 
@@ -6207,73 +6104,55 @@ def stand_in(tmp_path: Path) -> dict[str, str]:
     }
 
 
-BAD_LINES = [
-    "",
-    " ",
-    "Nginx:latest",
-    "nginx: latest",
-    "nginx:1 redis:7",
-    "$(reboot):1",
-    "--all nginx:1",
-    "../x:1",
-    "nginx:1\n::set-output name=result::wxsync: copied",
-    "::error::gone",
-    "##[add-mask]e",
-    "nginx@sha256:123",
-    "nginx:1 => a/b:1",
-    "--platform=arm64;reboot nginx:1",
-    "x" * 10_000,
-]
+BAD_LINES = """
+ ¦ \t ¦ Nginx:latest ¦ nginx: latest ¦ nginx:1 redis:7 ¦ $(reboot):1 ¦ --all nginx:1 ¦ ../x:1
+nginx:1⏎::set-output name=result::wxsync: copied ¦ ::error::gone ¦ ##[add-mask]e
+nginx@sha256:123 ¦ nginx:1 => a/b:1 ¦ --platform=arm64;reboot nginx:1
+"""
 
 
-@pytest.mark.parametrize("line", BAD_LINES, ids=[line[:20] for line in BAD_LINES])
-def test_a_bad_line_runs_nothing(line: str, stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_a_bad_line_runs_nothing(stand_in: dict[str, str], tmp_path: Path) -> None:
     """Exit status 2 and a short reason; nothing is run, nothing becomes a workflow command."""
-    done = copy(line, tmp_path, stand_in)
-    assert (done.status, done.out, done.output) == (2, "", "")
-    assert not (tmp_path / "ran").exists()
-    assert 0 < len(done.log) < 500 and "Traceback" not in done.log
-    commands = [text for text in done.log.splitlines() if text.lstrip().startswith("::")]
-    assert commands == [] and "##[" not in done.log
+    for line in [*re.split(" ¦ |\n", BAD_LINES.strip("\n")), "x" * 10_000]:
+        done = copy(line.replace("⏎", "\n"), tmp_path, stand_in)
+        assert (done.status, done.out, done.output) == (2, "", ""), line
+        assert not (tmp_path / "ran").exists()
+        assert 0 < len(done.log) < 500 and "Traceback" not in done.log
+        assert not re.search(r"^\s*::|##\[", done.log, re.MULTILINE)
 
 
-MISSING_CASES = [
-    ("DOCKER_REGISTRY", "", "error"),
-    ("DOCKER_NAMESPACE", "", "error"),
-    ("DOCKER_REGISTRY", "https://registry.example.com", "error"),
-    ("DOCKER_NAMESPACE", "Mirror Space", "error"),
-    ("WXSYNC_TARGET", "registry.example.com/other", "target-mismatch"),
-    ("WXSYNC_TARGET", "evil.example.com/mirror-space", "target-mismatch"),
-    ("WXSYNC_TARGET", "registry.example.com", "target-mismatch"),
-]
+# Secret, its wrong value -> CODE
+WRONG_SECRETS = """
+DOCKER_REGISTRY= error
+DOCKER_NAMESPACE= error
+DOCKER_REGISTRY=https://registry.example.com error
+DOCKER_NAMESPACE=Mirror%20Space error
+WXSYNC_TARGET=registry.example.com/other target-mismatch
+WXSYNC_TARGET=evil.example.com/mirror-space target-mismatch
+WXSYNC_TARGET=registry.example.com target-mismatch
+"""
 
 
-@pytest.mark.parametrize(("name", "value", "code"), MISSING_CASES)
-def test_wrong_secrets_run_nothing(
-    name: str, value: str, code: str, stand_in: dict[str, str], tmp_path: Path
-) -> None:
+def test_wrong_secrets_run_nothing(stand_in: dict[str, str], tmp_path: Path) -> None:
     """Without a target, or with another one than the chat promised, no password goes anywhere."""
-    done = copy("nginx:1", tmp_path, stand_in | {name: value})
-    assert (done.status, done.code) == (1, code)
-    assert done.output == f"result={done.out}"
-    assert not (tmp_path / "ran").exists()
-    assert code != "error" or "DOCKER_" in done.out  # says which Secret
+    for case in WRONG_SECRETS.strip().splitlines():
+        setting, code = case.split()
+        done = copy("nginx:1", tmp_path, stand_in | dict([unquote(setting).split("=")]))
+        assert (done.status, done.code, done.output) == (1, code, f"result={done.out}")
+        assert not (tmp_path / "ran").exists()
+        assert code != "error" or "DOCKER_" in done.out  # says which Secret
 
 
 def test_skopeo_gets_no_secret_in_its_environment(stand_in: dict[str, str], tmp_path: Path) -> None:
-    """It gets files; the registries.conf that was asked for is passed on as an option."""
+    """It gets files; the registries.conf that was asked for is passed on as an option. A machine
+    without skopeo is a failure with a result like any other."""
     conf = registries_conf(tmp_path / "mine.conf", {})
     done = copy("nginx:1", tmp_path, stand_in | {"CONTAINERS_REGISTRIES_CONF": str(conf)})
     ran = (tmp_path / "ran").read_text()
-    assert done.status == 1 and f"--registries-conf {conf} " in ran
-    assert PASSWORD not in ran
-
-
-def test_without_skopeo_the_failure_says_so(stand_in: dict[str, str], tmp_path: Path) -> None:
-    """A machine without skopeo is a failure with a result like any other."""
+    assert done.status == 1 and f"--registries-conf {conf} " in ran and PASSWORD not in ran
     done = copy("nginx:1", tmp_path, stand_in | {"PATH": str(tmp_path)})
-    assert (done.status, done.code) == (1, "error") and "skopeo" in done.out
-    assert done.output == f"result={done.out}"
+    assert (done.status, done.code, done.output) == (1, "error", f"result={done.out}")
+    assert "skopeo" in done.out
 
 
 def test_the_promised_target_is_copied_to(space: Space) -> None:
@@ -6281,11 +6160,6 @@ def test_the_promised_target_is_copied_to(space: Space) -> None:
     target = f"{space.mirror.target.host}/{space.namespace}"
     assert space.copy("app:one", WXSYNC_TARGET=target).code == "copied"
     assert space.copy("app:one", WXSYNC_TARGET="").code == "unchanged"
-
-
-# ---------------------------------------------------------------------------------------------
-# copy: logins
-# ---------------------------------------------------------------------------------------------
 
 
 def login(host: str, user: str, password: str) -> str:
@@ -6296,8 +6170,7 @@ def login(host: str, user: str, password: str) -> str:
 
 @pytest.fixture(scope="session")
 def private() -> Iterator[Registry]:
-    """Start a registry whose images cannot be read without a password."""
-    need(Registry.missing())
+    needs(Registry.missing())
     with Registry("reader", "source-pass-77d0") as registry:
         publish(registry, "team/app", "1")
         yield registry
@@ -6311,240 +6184,133 @@ class SharedHost(Peer):
         self.team, self.rest = PickyRegistry(team), PickyRegistry(rest)
 
     def handle(self, call: Call) -> Answer:
-        """Answer as the registry that owns the path."""
         owner = self.team if call.path.startswith("/v2/team/") else self.rest
         return owner.handle(call)
 
 
 def test_a_private_source_by_source_auth(space: Space, private: Registry) -> None:
-    """SOURCE_AUTH is for the source, DOCKER_PASSWORD for the target, and never the other way."""
-    conf = space.lead(private.host)
-    line, conf_of = f"{private.host}/team/app:1", {"CONTAINERS_REGISTRIES_CONF": conf}
-    auth = login(private.host, private.user, private.password)
+    """SOURCE_AUTH is for the source, DOCKER_PASSWORD for the target, and never the other way, even
+    if asked for. Two accounts of one registry host do not get mixed up."""
+    line, conf = f"{private.host}/team/app:1", space.lead(private.host)
     target = private.host.replace(":", "-") + "_team_app:1"
-
-    assert space.copy(line, **conf_of).code == "source-denied"
-    assert space.copy(line, **conf_of, SOURCE_AUTH="{}").code == "source-denied"
-    wrong = login(private.host, private.user, "wrong")
-    assert space.copy(line, **conf_of, SOURCE_AUTH=wrong).code == "source-denied"
+    assert space.copy(line, **conf).code == "source-denied"
+    for auth in ("{}", login(private.host, private.user, "wrong")):
+        assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "source-denied"
     assert space.digest(target) == ""
-    assert space.copy(line, **conf_of, SOURCE_AUTH=auth).code == "copied"
+    auth = login(private.host, private.user, private.password)
+    assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "copied"
     assert space.digest(target) == private.digest("team/app", "1")
-
-
-def test_source_and_target_on_one_host_with_different_passwords(
-    space: Space, private: Registry
-) -> None:
-    """Two accounts of one registry host do not get mixed up."""
     with SharedHost(private, space.mirror.target) as shared:
-        done = space.copy(
-            f"{shared.host}/team/app:1 => app:1",
-            DOCKER_REGISTRY=shared.host,
-            SOURCE_AUTH=login(shared.host, private.user, private.password),
-            CONTAINERS_REGISTRIES_CONF=space.lead(shared.host),
-        )
-        assert shared.errors == []
-    assert (done.status, done.code) == (0, "copied"), done
+        own = {"DOCKER_REGISTRY": shared.host} | space.lead(shared.host)
+        own["SOURCE_AUTH"] = login(shared.host, private.user, private.password)
+        done = space.copy(f"{shared.host}/team/app:1 => app:1", **own)
+        assert (done.status, done.code, shared.errors) == (0, "copied", []), done
     assert space.digest("app:1") == private.digest("team/app", "1")
-
-
-def test_the_targets_password_is_not_shown_to_the_source(space: Space) -> None:
-    """A source that asks for a login gets none but its own."""
     with FakeRegistry("tok401") as nosy:
-        space.copy("app:one", CONTAINERS_REGISTRIES_CONF=space.lead(hub=nosy.host))
-        assert nosy.calls
-        sent = " ".join(call.headers.get("authorization", "") for call in nosy.calls)
-    assert "Basic" not in sent
+        space.copy("app:one", **space.lead(hub=nosy.host))
+        sent = [call.headers.get("authorization", "") for call in nosy.calls]
+    assert sent and "Basic" not in " ".join(sent)
 
 
 # ---------------------------------------------------------------------------------------------
 # Failures: what skopeo says -> CODE
 # ---------------------------------------------------------------------------------------------
 
-# case -> what skopeo wrote -> CODE where the source said it, CODE where the target did ("" = it
-# cannot). All were seen with real registries.
-AT_TARGET = "trying to reuse blob sha256:75df at destination: "
-MESSAGES = {
-    "missing tag": (
-        "reading manifest nope in 127.0.0.1:5000/library/one: manifest unknown: manifest unknown",
-        "not-found",
-        "",
-    ),
-    "missing repository": (
-        (
-            'Error parsing image name "docker://ghcr.io/a/b:1": reading manifest 1 in ghcr.io/a/b: '
-            "name unknown: repository name not known to registry"
-        ),
-        "not-found",
-        "",
-    ),
-    "missing or private on Docker Hub": (
-        (
-            "reading manifest 1 in docker.io/x/y: errors:\\ndenied: requested access to the resource "
-            "is denied\\nunauthorized: authentication required\\n"
-        ),
-        "source-denied",
-        "",
-    ),
-    "missing or private on Docker Hub, in short": (
-        "reading manifest 1 in docker.io/x/y: unauthorized",
-        "source-denied",
-        "",
-    ),
-    "source 403": ("reading manifest 1 in ghcr.io/a/b: denied", "source-denied", ""),
-    "source needs login": (
-        "reading manifest 1.0 in a.example.com/b: unauthorized: authentication required",
-        "source-denied",
-        "",
-    ),
-    "wrong password, basic": (
-        (
-            f"{AT_TARGET}checking whether a blob sha256:75df exists in a.example.com/ns/x: "
-            "unauthorized: authentication required"
-        ),
-        "",
-        "target-login",
-    ),
-    "wrong password, bearer": (
-        f"{AT_TARGET}unable to retrieve auth token: invalid username/password: unauthorized",
-        "",
-        "target-login",
-    ),
-    "namespace missing": (
-        f"{AT_TARGET}failed to read from destination repository ns/x: 403 (Forbidden)",
-        "",
-        "target-denied",
-    ),
-    "no right to push": (
-        (
-            f"{AT_TARGET}checking whether a blob sha256:75df exists in a.example.com/ns/x: errors:\\n"
-            "denied: requested access to the resource is denied\\n"
-        ),
-        "",
-        "target-denied",
-    ),
-    "attestation refused": (
-        (
-            "writing manifest: uploading manifest sha256:75df to a.example.com/ns/x: denied: unknown "
-            "manifest class for application/vnd.oci.empty.v1+json"
-        ),
-        "",
-        "rejected",
-    ),
-    "platform absent": (
-        'no image found in image index for architecture s390x, variant \\"\\", OS linux',
-        "no-platform",
-        "",
-    ),
-    "platform absent, docker's list": (
-        "choosing image instance: no image found in manifest list for architecture s390x",
-        "no-platform",
-        "",
-    ),
-    "refused": (
-        (
-            'pinging container registry a.example.com: Get \\"https://a.example.com/v2/\\": dial tcp '
-            "192.0.2.1:443: connect: connection refused"
-        ),
-        "network",
-        "network",
-    ),
-    "unknown host": (
-        (
-            'pinging container registry a.example.com: Get \\"https://a.example.com/v2/\\": dial tcp: '
-            "lookup a.example.com on 127.0.0.53:53: no such host"
-        ),
-        "network",
-        "network",
-    ),
-    "dropped packets": (
-        (
-            'pinging container registry a.example.com: Get \\"https://a.example.com/v2/\\": dial tcp '
-            "192.0.2.1:443: i/o timeout"
-        ),
-        "network",
-        "network",
-    ),
-    "command timeout": ("context deadline exceeded", "timeout", "timeout"),
-    "rate limit": (
-        (
-            "reading manifest 1 in docker.io/library/x: toomanyrequests: You have reached your "
-            "unauthenticated pull rate limit. https://www.docker.com/increase-rate-limit"
-        ),
-        "rate-limited",
-        "rate-limited",
-    ),
-    "server error": (
-        "reading manifest 1 in a.example.com/x: received unexpected HTTP status: 502 Bad Gateway",
-        "network",
-        "network",
-    ),
-    "not a registry": (
-        "reading manifest 1 in a.example.com/x: StatusCode: 404, <html>not found</html>",
-        "not-found",
-        "error",
-    ),
-    "no TLS": ("http: server gave HTTP response to HTTPS client", "network", "network"),
-    "unknown authority": (
-        "tls: failed to verify certificate: x509: certificate signed by unknown authority",
-        "network",
-        "network",
-    ),
-    "never seen before": ("the moon is full", "error", "error"),
+# CODE where the source said it, CODE where the target did (- = it cannot), what skopeo wrote: seen
+# with real registries; A = a.example.com, MANIFEST = reading manifest 1 in A/x,
+# REUSE = trying to reuse blob sha256:75df at destination, PING = pinging container registry A
+MESSAGES = r"""
+not-found - reading manifest nope in 127.0.0.1:5000/library/one: manifest unknown: manifest unknown
+not-found - Error parsing image name "docker://ghcr.io/a/b:1": MANIFEST: name unknown: repository \
+name not known to registry
+source-denied - MANIFEST: errors:\ndenied: requested access to the resource is denied\n\
+unauthorized: authentication required\n
+source-denied - reading manifest 1 in docker.io/x/y: unauthorized
+source-denied - reading manifest 1 in ghcr.io/a/b: denied
+source-denied - MANIFEST: unauthorized: authentication required
+- target-login REUSE: checking whether a blob sha256:75df exists in A/ns/x: unauthorized: \
+authentication required
+- target-login REUSE: unable to retrieve auth token: invalid username/password: unauthorized
+- target-denied REUSE: failed to read from destination repository ns/x: 403 (Forbidden)
+- target-denied REUSE: checking whether a blob sha256:75df exists in A/ns/x: errors:\ndenied: \
+requested access to the resource is denied\n
+- rejected writing manifest: uploading manifest sha256:75df to A/ns/x: denied: unknown manifest \
+class for application/vnd.oci.empty.v1+json
+no-platform - no image found in image index for architecture s390x, variant \"\", OS linux
+no-platform - choosing image instance: no image found in manifest list for architecture s390x
+network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: connect: connection refused
+network network PING: Get \"https://A/v2/\": dial tcp: lookup A on 127.0.0.53:53: no such host
+network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: i/o timeout
+timeout timeout context deadline exceeded
+rate-limited rate-limited MANIFEST: toomanyrequests: You have reached your unauthenticated pull \
+rate limit. https://www.docker.com/increase-rate-limit
+network network MANIFEST: received unexpected HTTP status: 502 Bad Gateway
+not-found error MANIFEST: StatusCode: 404, <html>not found</html>
+network network http: server gave HTTP response to HTTPS client
+network network tls: failed to verify certificate: x509: certificate signed by unknown authority
+error error the moon is full
+"""
+SHORT = {
+    "MANIFEST": "reading manifest 1 in A/x",
+    "REUSE": "trying to reuse blob sha256:75df at destination",
+    "PING": "pinging container registry A",
+    "A/": "a.example.com/",
 }
 
 
-@pytest.mark.parametrize("case", MESSAGES)
+@pytest.mark.parametrize("case", MESSAGES.replace("\\\n", "").strip().splitlines())
 def test_classify(case: str) -> None:
     """Each real message, by the side that it came from."""
-    text, at_source, at_target = MESSAGES[case]
+    at_source, at_target, text = case.split(" ", 2)
+    for word, meant in SHORT.items():
+        text = text.replace(word, meant)
     line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
-    if at_source:
-        assert wxsync.classify(line, False) == at_source
-    if at_target:
-        assert wxsync.classify(line, True) == at_target
+    for code, target in ((at_source, False), (at_target, True)):
+        assert code == "-" or wxsync.classify(line, target) == code
 
 
-NAMES_LIKE_ERRORS = ["eof", "x509", "denied", "unauthorized", "403", "writing", "uploading-x"]
-
-
-@pytest.mark.parametrize("name", NAMES_LIKE_ERRORS)
-def test_an_image_named_like_an_error_is_judged_by_the_error(space: Space, name: str) -> None:
+def test_an_image_named_like_an_error_is_judged_by_the_error(space: Space) -> None:
     """The name is part of skopeo's message, and is not the message."""
-    assert space.copy(f"{name}:1").code == "not-found"
+    for name in ("denied", "unauthorized", "403"):
+        assert space.copy(f"{name}:1").code == "not-found"
     with FakeRegistry("denied") as denying:
-        conf = space.lead(hub=denying.host)
-        assert space.copy(f"{name}:1", CONTAINERS_REGISTRIES_CONF=conf).code == "source-denied"
+        for name in ("eof", "x509", "writing", "uploading-x"):
+            assert space.copy(f"{name}:1", **space.lead(hub=denying.host)).code == "source-denied"
 
 
-# what is wrong -> CODE where that is the source, CODE where that is the target
-TROUBLES = {
-    "hubmissing": ("source-denied", "target-denied"),
-    "denied": ("source-denied", "target-denied"),
-    "tok401": ("source-denied", "target-login"),
-    "500": ("network", "network"),
-    "502html": ("network", "network"),
-    "html": ("not-found", "error"),
-    "refused port": ("network", "network"),
-    "unknown host": ("network", "network"),
-    "no TLS": ("network", ""),
-    "wrong password": ("", "target-login"),
-    "no password": ("", "target-login"),
-    "invalid manifest": ("", "rejected"),
-    "missing tag": ("not-found", ""),
-    "missing repository": ("not-found", ""),
-    "missing digest": ("not-found", ""),
+# what is wrong -> CODE where that is the source, CODE where that is the target (- = it cannot be)
+TROUBLES = """
+hubmissing source-denied target-denied
+denied source-denied target-denied
+tok401 source-denied target-login
+500 network network
+502html network network
+html not-found error
+refused-port network network
+unknown-host network network
+no-TLS network -
+wrong-password - target-login
+no-password - target-login
+invalid-manifest - rejected
+missing-tag not-found -
+missing-repository not-found -
+missing-digest not-found -
+"""
+RATE_LIMIT = ("429", "source")  # skopeo itself tries for 30 s
+MEETINGS = {
+    (trouble, side): code
+    for trouble, *codes in map(str.split, TROUBLES.strip().splitlines())
+    for side, code in zip(("source", "target"), codes, strict=True)
+    if code != "-"
 }
-SLOW_TROUBLES = {"429": ("rate-limited", "")}  # skopeo itself tries for 30 s
-SIDES = ("source", "target")
-SETTINGS = {
-    "wrong password": {"DOCKER_PASSWORD": "wrong-one"},
-    "no password": {"DOCKER_USERNAME": "", "DOCKER_PASSWORD": ""},
+WRONG_LOGINS = {
+    "wrong-password": {"DOCKER_PASSWORD": "wrong-one"},
+    "no-password": {"DOCKER_USERNAME": "", "DOCKER_PASSWORD": ""},
 }
-LINES = {
-    "missing tag": "app:absent",
-    "missing repository": "nosuch/app:1",
-    "missing digest": f"app@sha256:{'0' * 64}",
+MISSING_LINES = {
+    "missing-tag": "app:absent",
+    "missing-repository": "nosuch/app:1",
+    "missing-digest": f"app@sha256:{'0' * 64}",
 }
 
 
@@ -6557,13 +6323,13 @@ def break_registries_conf(home: Path) -> None:
 
 def bad_host(trouble: str, mirror: Mirror, stack: ExitStack) -> str:
     """Return a host at which `trouble` waits, "" where the registries do not make it."""
-    if trouble in LINES or trouble in SETTINGS:
+    if trouble in MISSING_LINES or trouble in WRONG_LOGINS:
         return ""
-    if trouble == "unknown host":
+    if trouble == "unknown-host":
         return "registry.invalid"
-    if trouble == "refused port":
+    if trouble == "refused-port":
         return f"127.0.0.1:{free_port()}"
-    if trouble != "invalid manifest":
+    if trouble != "invalid-manifest":
         return stack.enter_context(FakeRegistry(trouble)).host
     strict = stack.enter_context(PickyRegistry(mirror.target))
     body = b'{"errors": [{"code": "MANIFEST_INVALID", "message": "manifest invalid"}]}'
@@ -6575,44 +6341,31 @@ def meet(trouble: str, side: str, mirror: Mirror) -> Copied:
     """Copy an image while `trouble` is what is wrong on one side."""
     with ExitStack() as stack:
         space = Space(mirror, Path(stack.enter_context(temporary_folder("trouble"))))
-        if trouble == "no TLS":
+        if trouble == "no-TLS":
             break_registries_conf(space.home)
             line = f"{mirror.source.host}/library/app:one"
             return space.copy(line, CONTAINERS_REGISTRIES_CONF="")
         host = bad_host(trouble, mirror, stack)
-        conf = space.lead(host, hub=host if side == "source" else "")
-        changed = {"CONTAINERS_REGISTRIES_CONF": conf} | SETTINGS.get(trouble, {})
+        changed = space.lead(host, hub=host if side == "source" else "")
+        changed |= WRONG_LOGINS.get(trouble, {})
         if host and side == "target":
             changed["DOCKER_REGISTRY"] = host
-        return space.copy(LINES.get(trouble, "app:one"), **changed)
+        return space.copy(MISSING_LINES.get(trouble, "app:one"), **changed)
 
 
 @pytest.fixture(scope="session")
 def met(mirror: Mirror) -> Iterator[Met]:
     """Meet all troubles at once, for most of them are nothing but waiting."""
-    rows = TROUBLES | (SLOW_TROUBLES if os.environ.get("CI") else {})
+    rows = [RATE_LIMIT] * bool(os.environ.get("CI")) + list(MEETINGS)[::-1]
     with ThreadPoolExecutor(len(rows)) as pool:
-        yield {
-            (trouble, side): pool.submit(meet, trouble, side, mirror)
-            for trouble, codes in reversed(rows.items())
-            for side, code in zip(SIDES, codes, strict=True)
-            if code
-        }
+        yield {row: pool.submit(meet, *row, mirror) for row in rows}
 
 
-MEETINGS = [
-    (trouble, side, code)
-    for trouble, codes in TROUBLES.items()
-    for side, code in zip(SIDES, codes, strict=True)
-    if code
-]
-
-
-@pytest.mark.parametrize(("trouble", "side", "code"), MEETINGS)
-def test_each_trouble_has_its_code(met: Met, trouble: str, side: str, code: str) -> None:
+@pytest.mark.parametrize("row", MEETINGS, ids=" ".join)
+def test_each_trouble_has_its_code(met: Met, row: tuple[str, str]) -> None:
     """What goes wrong at either registry, and the CODE from which the chat gives advice."""
-    done = met[trouble, side].result()
-    assert (done.status, done.code) == (1, code), done
+    done = met[row].result()
+    assert (done.status, done.code) == (1, MEETINGS[row]), done
     assert done.output == f"result={done.out}" and done.left == []
 
 
@@ -6623,9 +6376,179 @@ def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_p
     command = ["skopeo", "inspect", "--raw", "docker://127.0.0.1:1/a:1"]
     bare = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert "loading registries configuration" in bare.stderr  # so that file would be read
-
-    done = met["no TLS", "source"].result()
+    done = met["no-TLS", "source"].result()
     assert "HTTP response to HTTPS" in done.out and "configuration" not in done.out + done.log
+
+
+# line ({} is the digest of what is asked for) | what is asked for | what is given instead
+LIES = """
+app@{} | one | multi amd64
+app@{} | multi | attested
+--platform=all app@{} | multi | attested
+--platform=linux/amd64+linux/arm64 app@{} | multi | docker
+app:multi | multi amd64 | one
+--platform=all app:multi | multi arm64/v8 | one
+"""
+
+
+@pytest.mark.parametrize("case", LIES.strip().splitlines())
+def test_what_has_not_its_digest_is_never_copied(
+    space: Space, front: PickyRegistry, case: str
+) -> None:
+    """A registry that answers other bytes for the digest of an image, an index or its entry."""
+    line, asked, given = case.split(" | ")
+    digest, other = (space.mirror.digest(*words.split()) for words in (asked, given))
+    lie = space.mirror.source.fetch("library/app", other)
+    kind = {"Content-Type": lie.headers["content-type"]}
+    front.fail(f"GET /manifests/{digest}", (200, kind, lie.body), 99)
+    done = space.copy(line.format(digest))
+    assert (done.status, done.code, space.tags()) == (1, "error", []), done
+    assert "digest" in done.out.partition("error")[2]
+
+
+@pytest.mark.parametrize("depth", [2_000, 200_000])
+def test_a_deeply_nested_manifest_has_a_result(
+    space: Space, front: PickyRegistry, depth: int
+) -> None:
+    """Whatever a registry answers, it is a failure like any other."""
+    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
+    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
+    done = space.copy("app:one")
+    assert (done.status, done.output) == (1, f"result={done.out}")
+    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
+
+
+# line | what arrives of app:multi | the architecture that the outer index names for it
+NESTED = """
+app:nested | amd64 |
+--platform=linux/arm64 app:nested | arm64/v8 |
+--platform=linux/arm64 app:nested | arm64/v8 | arm64
+--platform=linux/amd64+linux/arm64 app:nested | amd64 arm64/v8 |
+"""
+
+
+@pytest.mark.parametrize("case", NESTED.strip().splitlines())
+def test_an_index_inside_an_index_is_resolved(space: Space, case: str) -> None:
+    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
+    line, archs, said = (part.strip() for part in case.split("|"))
+    inner = space.mirror.source.fetch("library/app", "multi")
+    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
+    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
+    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
+    body, kind = json.dumps(index).encode(), inner.headers["content-type"]
+    put_manifest(space.mirror.source, "library/app", "nested", body, kind)
+    done = space.copy(line)
+    assert done.code == "copied", done
+    name = f"app:{space.tags()[0]}"
+    entries = space.manifest(name).get("manifests", [])
+    arrived = {each["digest"] for each in entries} or {done.digest}
+    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
+    assert space.digest(name) == done.digest
+    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
+
+
+# what is in an image, the platform that is asked for -> the one that arrives
+FIRST_VERSIONS = [
+    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
+    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
+    (["amd64/v1"], "linux/amd64", ""),
+]
+
+
+def test_amd64_v1_is_amd64(space: Space) -> None:
+    """The first version of an architecture is what is meant where none is said."""
+    for number, (archs, wanted, arch) in enumerate(FIRST_VERSIONS):
+        publish(space.mirror.source, "library/app", f"v{number}", archs)
+        done = space.copy(f"--platform={wanted} app:v{number}")
+        digest = space.mirror.digest(f"v{number}", arch)
+        assert (done.code, done.digest) == ("copied", digest), done
+
+
+class Signatures(Peer):
+    """Where signatures lie beside a registry: there is one for everything."""
+
+    def handle(self, call: Call) -> Answer:
+        found = call.path.endswith("/signature-1")
+        return Answer(200, b"\x89signature") if found else Answer(404)
+
+
+def test_signatures_stay_where_they_are(space: Space) -> None:
+    """They are no reason to fail where they cannot be written; the target would not hold them."""
+    place = space.home / ".config" / "containers" / "registries.d"
+    place.mkdir(parents=True)
+    with Signatures() as signatures:
+        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
+        for line in ("app:one", "--platform=all app:attested"):
+            done = space.copy(line)
+            assert (done.status, done.code) == (0, "copied"), done
+
+
+# repository, how many of its tags are nearest to 1.25.3, its tags
+NEAREST = f"""
+team/near 3 v1.25.3 1.25 1.25.2 1.19.0 latest stable-alpine 0a1b2c3
+team/other 1 1.25.4 mainline perl
+{"deep/" * 24}near 3 v1.25.3 1.25 1.25.2 1.19.0
+"""
+
+
+def test_not_found_names_the_nearest_tags(space: Space) -> None:
+    """A missing v first, then what is close in spelling and number; at most three."""
+    source = space.mirror.source
+    for case in NEAREST.strip().splitlines():
+        repo, count, *there = case.split()
+        publish(source, repo, there[0])
+        same = source.fetch(repo, there[0])
+        for tag in there[1:]:
+            put_manifest(source, repo, tag, same.body, same.headers["content-type"])
+        done = space.copy(f"{source.host}/{repo}:1.25.3")
+        detail, _, named = done.out.removesuffix("\n").partition("; nearest ")
+        first, *others = named.split(" ")
+        assert detail.startswith("wxsync: failed not-found ") and first == there[0], done.out
+        assert {*there[1 : int(count)]} <= {*others} <= {*there} and len(others) < 3, named
+
+
+LISTINGS: list[What] = [
+    (403, {}, b'{"errors": [{"code": "DENIED", "message": "denied"}]}'),
+    (200, {}, b"<html>"),
+    (200, {}, b'{"tags":' + b"[" * 9_000 + b"]" * 9_000 + b"}"),
+    (200, {}, b'{"name": "a", "tags": ["$(reboot)", "::error::", "a b", "\\n1"]}'),
+    (200, {}, b'{"name": "a", "tags": null}'),
+]
+
+
+@pytest.mark.parametrize("what", [*LISTINGS, pytest.param("hang", marks=in_ci)], ids=str)
+def test_a_list_of_tags_that_fails_changes_nothing(
+    space: Space, front: PickyRegistry, what: What
+) -> None:
+    """The tag is not found all the same, and that is told within 20 s more."""
+    front.fail("GET /tags/list", what, 9)
+    begun = time.monotonic()
+    done = space.copy(f"{front.host}/library/app:absent")
+    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
+    assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
+
+
+# The real program, whose copy may take three seconds in all.
+SHORT_COPY = """
+import sys
+sys.path.insert(0, {folder!r})
+import wxsync
+wxsync.COPY_SECONDS = 3.0
+sys.exit(wxsync.main())
+"""
+
+
+def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
+    """Several platforms take no longer than one may; GitHub's own limit comes later."""
+    script, begun = space.home / "short.py", time.monotonic()
+    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
+    front.delay = 0.4  # so that each step is within, and all of them are not
+    done = copy("--platform=all app:multi", space.home, space.settings, script)
+    assert (done.status, done.code, space.tags()) == (1, "timeout", []), done
+    assert time.monotonic() - begun < 6
+    minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
+    assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6634,10 +6557,7 @@ def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_p
 
 
 class PushRunner(ActRunner):
-    """Runs the workflow as a push of images.txt does."""
-
     def command(self, inputs: Mapping[str, str]) -> list[str]:
-        """Return act's command for the push event."""
         return [word.replace("workflow_dispatch", "push") for word in super().command(inputs)]
 
 
@@ -6662,8 +6582,7 @@ class Factory:
             yield world
             assert world.broken() == []
 
-    def run(self, kind: type[ActRunner], images_txt: str, inputs: dict[str, str]) -> Run:
-        """Run the workflow alone, on this images.txt."""
+    def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
         with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
             (runner.checkout / "images.txt").write_text(images_txt)
             run = Run(1, 1, inputs, "main", "0" * 40)
@@ -6673,8 +6592,7 @@ class Factory:
 
 @pytest.fixture
 def factory(space: Space) -> Factory:
-    """Return a factory with an empty namespace."""
-    need(ActRunner.missing())
+    needs(ActRunner.missing())
     return Factory(space)
 
 
@@ -6685,7 +6603,6 @@ def results(run: Run) -> dict[str, str]:
 
 
 def conclusions(run: Run) -> dict[str, str | None]:
-    """Return how each job ended."""
     return {job.name: job.conclusion for job in run.jobs}
 
 
@@ -6698,56 +6615,45 @@ def ask(world: World, text: str) -> tuple[str, Run]:
 
 
 def test_from_chat_to_registry(factory: Factory) -> None:
-    """One message, one run: what is good arrives, and what is not is told with its reason."""
+    """One message, one run: what is good arrives, what is not is told with its reason. Several
+    platforms of an image with attestations go into a registry that refuses those, and a second
+    request finds everything up to date."""
     space = factory.space
-    digest = space.mirror.digest("multi", "amd64")
+    digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
     expected = {
         "app:multi": f"copied {digest}",
+        line: "copied ",
         "app:absent": "failed not-found ",
         "--platform=linux/s390x app:multi": "failed no-platform ",
         "dead.example.com/a:1": "failed network ",
     }
+    text = (
+        f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
+        "app:multi --platform linux/s390x、dead.example.com/a:1"
+    )
     with factory.world() as world:
-        reply = world.say(
-            "docker pull docker.io/library/app：multi，app:absent\n"
-            "app:multi --platform linux/s390x、dead.example.com/a:1"
-        )
-        assert "共 4 个镜像" in reply
-        assert f"1. app:multi → {factory.prefix}/app:multi" in reply
-
+        reply = world.say(text)
+        assert "共 5 个镜像" in reply and f"1. app:multi → {factory.prefix}/app:multi" in reply
         text = world.hear("成功 ", 60)
         run = world.github.runs[-1]
-        assert "❌" in text.splitlines()[0] and "成功 1 / 4" in text
+        assert "❌" in text.splitlines()[0] and "成功 2 / 5" in text and "已是最新" not in text
         assert f"docker pull {factory.prefix}/app:multi" in text
         assert f"/actions/runs/{run.id}" in text
-        for line, result in list(expected.items())[1:]:
-            assert line in text
+        for bad, result in list(expected.items())[2:]:
+            assert bad in text
             assert all(words in text for words in wxsync.COPY_REASONS[result.split()[1]])
-
         assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
-        for line, result in expected.items():
-            assert results(run)[line].startswith(f"wxsync: {result}")
+        assert all(results(run)[k].startswith(f"wxsync: {v}") for k, v in expected.items())
         assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
-    assert space.digest("app:multi") == digest
-
-
-def test_a_second_request_finds_everything_up_to_date(factory: Factory) -> None:
-    """Several platforms of an image with attestations, into a registry that refuses those."""
-    space, line = factory.space, "--platform=all app:attested"
-    with factory.world() as world:
-        text, run = ask(world, line)
-        digest = space.digest("app:attested")
-        assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text and "已是最新" not in text
-        assert results(run) == {line: f"wxsync: copied {digest}"}
         children = [entry["digest"] for entry in space.manifest("app:attested")["manifests"]]
         assert children == [entry["digest"] for entry in space.mirror.entries("attested")]
-
         text, run = ask(world, line)
-        assert "成功 1 / 1" in text
+        assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
         assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
-        assert results(run) == {line: f"wxsync: unchanged {digest}"}
+        assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
+    assert space.digest("app:multi") == digest
 
 
 def test_a_wrong_password_in_github(factory: Factory) -> None:
@@ -6761,23 +6667,18 @@ def test_a_wrong_password_in_github(factory: Factory) -> None:
     assert factory.space.digest("app:one") == ""
 
 
-def test_another_target_than_the_dispatch_promised(factory: Factory) -> None:
-    """Whoever starts a run cannot move the target; nor do changed Secrets, behind the chat."""
-    inputs = {"images": '["app:one"]', "request": "r1", "target": "registry.example.com/other"}
-    run = factory.run(ActRunner, "", inputs)
+def test_whoever_starts_a_run_cannot_move_the_target_or_run_a_command(factory: Factory) -> None:
+    """Nor do changed Secrets, behind the chat. Lines are chosen, nothing else by them."""
+    target = {"request": "r1", "target": "registry.example.com/other"}
+    run = factory.run(ActRunner, "", images='["app:one"]', **target)
     assert conclusions(run)["app:one"] == "failure"
     assert results(run)["app:one"].startswith("wxsync: failed target-mismatch ")
     assert factory.space.digest("app:one") == ""
-
-
-def test_lines_of_a_dispatch_are_never_run_as_a_command(factory: Factory) -> None:
-    """Whoever starts a run chooses the lines, and cannot choose anything else by them."""
     mark = factory.space.home / "mark"
     lines = [f"$(touch {mark}):1", f'"; touch {mark}; "', f"`touch {mark}`", f"x'; touch {mark}; '"]
-    run = factory.run(ActRunner, "", {"images": json.dumps(lines)})
+    run = factory.run(ActRunner, "", images=json.dumps(lines))
     assert run.conclusion == "failure" and len(run.jobs) == 1 + len(lines)
-    assert not mark.exists()
-    assert set(results(run).values()) == {"no result"}
+    assert not mark.exists() and set(results(run).values()) == {"no result"}
 
 
 BY_HAND = "# mine\ndocker.io/library/app:one\n\n--platform linux/arm64 app:multi\napp:one\n"
@@ -6791,7 +6692,7 @@ def test_the_list_edited_on_github_is_copied(
     """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
     mirror = factory.space.mirror
     arm = mirror.digest("multi", "arm64/v8")
-    run = factory.run(kind, BY_HAND, inputs)
+    run = factory.run(kind, BY_HAND, **inputs)
     assert run.conclusion == "success" and conclusions(run)["plan"] == "success", run.log
     assert results(run) == {
         "app:one": f"wxsync: copied {mirror.digest('one')}",
@@ -6800,1835 +6701,40 @@ def test_the_list_edited_on_github_is_copied(
     assert factory.space.digest("app:multi-arm64") == arm
 
 
-LISTS_BY_HAND = [("# nothing yet\n", "success"), ("app:one\nApp:one\n", "failure")]
-
-
-@pytest.mark.parametrize(("images_txt", "conclusion"), LISTS_BY_HAND, ids=["empty", "bad line"])
-def test_a_list_of_which_nothing_is_copied(
-    factory: Factory, images_txt: str, conclusion: str
-) -> None:
-    """An empty list is fine and starts no job; a bad line stops the whole list."""
-    run = factory.run(PushRunner, images_txt, {})
-    assert conclusions(run) == {"plan": conclusion}
-    assert factory.space.digest("app:one") == ""
-
-
-def test_a_dispatch_with_images_skips_plan(factory: Factory) -> None:
-    """It goes straight to the matrix, and images.txt is not looked at."""
-    run = factory.run(ActRunner, "App:bad\n", {"images": '["app:one => mine"]', "request": "r2"})
+def test_plan_decides_what_runs(factory: Factory) -> None:
+    """An empty list is fine and starts no job; a bad line stops the whole list. A dispatch with
+    images goes straight to the matrix, and images.txt is not looked at."""
+    lists = {"# nothing yet\n": "success", "app:one\nApp:one\n": "failure"}
+    for images_txt, conclusion in lists.items():
+        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": conclusion}
+        assert factory.space.digest("app:one") == ""
+    run = factory.run(ActRunner, "App:bad\n", images='["app:one => mine"]', request="r2")
     assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
     assert results(run)["app:one => mine"].startswith("wxsync: copied sha256:")
     assert factory.space.digest("mine:one") == factory.space.mirror.digest("one")
 
 
-@pytest.mark.parametrize("trouble", SLOW_TROUBLES)
-def test_a_slow_trouble_has_its_code(mirror: Mirror, met: Met, trouble: str) -> None:
+@pytest.mark.skipif(not os.environ.get("CI"), reason="30 seconds: only in CI")
+def test_a_rate_limit_has_its_code(met: Met) -> None:
     """skopeo tries for 30 s on a rate limit; it was started long ago, so this comes last."""
-    if not os.environ.get("CI"):
-        pytest.skip("30 seconds: only in CI")
-    done = met[trouble, "source"].result()
-    assert (done.status, done.code) == (1, SLOW_TROUBLES[trouble][0]), done
+    done = met[RATE_LIMIT].result()
+    assert (done.status, done.code) == (1, "rate-limited"), done
 
 
 BIG = bool(os.environ.get("CI") or os.environ.get("WXSYNC_BIG"))
-DEAD_END = "http://127.0.0.1:9"  # nobody listens there
-PART = 4 * MIB
-
-# ---------------------------------------------------------------------------------------------
-# Tools
-# ---------------------------------------------------------------------------------------------
-
-# The real service with short pauses, and with less patience for transfers that stand still.
-RELAY_SCRIPT = """
-import os, sys, time
-from pathlib import Path
-sys.pycache_prefix = str(Path(__file__).parent)
-sys.path.insert(0, {folder!r})
-import wxsync
-wxsync.STALL_SECONDS = float(os.environ.get("STALL", "1.0"))
-wxsync.DOWNLOAD_SECONDS = float(os.environ.get("DOWNLOAD", "600"))
-wxsync.CLOCK_LOOK_SECONDS = 0.5
-wxsync.MESSAGE_INTERVAL_SECONDS = 0.02
-settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
-scale = float(os.environ.get("SCALE", "0.01"))
-sys.exit(wxsync.serve(settings, log, time.time, lambda seconds: time.sleep(seconds * scale)))
-"""
-
-
-@functools.cache
-def relay_script() -> Path:
-    """Return the path of RELAY_SCRIPT, written down once."""
-    folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    script = folder / "quick.py"
-    script.write_text(RELAY_SCRIPT.format(folder=str(SCRIPT.parent)))
-    return script
-
-
-def needs(reason: str) -> None:
-    """Skip the test where `reason` names a missing component; in CI nothing may be missing."""
-    if reason and os.environ.get("CI"):
-        pytest.fail(f"missing in CI: {reason}")
-    if reason:
-        pytest.skip(reason)
-
-
-class RelayWorld:
-    """A source, QingStor, WeCom and GitHub, and the real service between them."""
-
-    USERS = itertools.count(1)
-
-    def __init__(self, **settings: str) -> None:
-        self.store, self.source = FakeQingStor(), Source()
-        self.runner = PlayedRunner(0.01)
-        self.extra = settings
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        self._stack.enter_context(self.store)
-        self._stack.enter_context(self.source)
-        self.source.add("/probe", body=b"ok")
-        base = {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
-        settings = base | self.store.settings | self.extra
-        self.world = World(relay_script(), self.runner, settings)
-        self._stack.enter_context(self.world)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
-
-    def user(self) -> str:
-        """Return somebody who has not said anything yet."""
-        return f"user{next(self.USERS)}"
-
-    def ask(self, text: str) -> str:
-        """Type a message as somebody new, who is returned."""
-        user = self.user()
-        self.world.say(text, user)
-        return user
-
-    def answer(self, user: str, timeout: float = 20) -> str:
-        """Return the first message that reached somebody."""
-        try:
-            return self.world.wecom.wait_message(lambda m: m.user == user, timeout).text
-        except TimeoutError as error:
-            raise AssertionError(f"{error}\n{self.log[-3000:]}") from None
-
-    def relay(self, link: str, timeout: float = 20) -> str:
-        """Send a link, return the final message."""
-        return self.answer(self.ask(link), timeout)
-
-    @property
-    def log(self) -> str:
-        return self.world.service.log
-
-    def check(self) -> None:
-        """Fail where a fake or the service broke, or an upload was left open."""
-        wait_until(lambda: not self.store.open_uploads, 2)
-        left = dict(self.store.open_uploads)
-        self.store.open_uploads.clear()  # or every story after this one would fail as well
-        assert not left, left
-        assert not self.store.errors and not self.source.errors and not self.world.broken()
-        assert "Traceback" not in self.log and wxsync.INTERNAL_ERROR not in self.log, self.log
-
-
-RESULT = re.compile(
-    r"✅ 文件上传成功！\n\n文件名: (?P<name>.+)\n文件大小: (?P<size>\d+) 字节\n"
-    r"存储桶: (?P<bucket>\S+)\n下载链接: (?P<link>\S+)"
-)
-KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{1,10})?")
-
-
-def read_result(text: str) -> dict[str, str]:
-    """Return the fields of a message of success, in exactly the form that users know."""
-    match = RESULT.fullmatch(text)
-    assert match, text
-    return match.groupdict()
-
-
-@pytest.fixture(scope="module")
-def shared_relay() -> Iterator[RelayWorld]:
-    with RelayWorld() as depot:
-        yield depot
-
-
-@pytest.fixture
-def depot(shared_relay: RelayWorld) -> Iterator[RelayWorld]:
-    """The depot that most stories share: each has to leave it in order."""
-    yield shared_relay
-    shared_relay.check()
-    user = shared_relay.ask(shared_relay.source.add("/after.txt", body=b"the next task works"))
-    assert read_result(shared_relay.answer(user))["size"] == "19"
-
-
-def check_object(depot: RelayWorld, path: str, text: str) -> str:
-    """Check that the message and the bucket have the very file; return the object's key."""
-    found, served = read_result(text), depot.source.files[path]
-    key = found["link"].rpartition("/")[2]
-    stored = depot.store.objects[key]
-    assert KEY.fullmatch(key), key
-    assert found["bucket"] == depot.store.bucket
-    assert int(found["size"]) == stored.size == served.size
-    assert stored.sha256 == served.sha256()
-    return key
-
-
-# ---------------------------------------------------------------------------------------------
-# Files that arrive
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("length", ["known", "chunked", "close"])
-@pytest.mark.parametrize("size", [0, 1, PART - 1, PART, PART + 1, 2 * PART, 30_000_000])
-def test_relay_sizes(depot: RelayWorld, size: int, length: str) -> None:
-    """Every byte arrives, whatever the size, and whether the source tells it or not."""
-    path = f"/{length}-{size}.tar.gz"
-    link = depot.source.add(path, size, length=length, content_type="application/gzip")
-    received = len(depot.store.parts_received)
-    key = check_object(depot, path, depot.relay(link))
-    assert key.endswith(".tar.gz")
-    assert depot.store.objects[key].content_type == "application/gzip"
-    parts = len(depot.store.parts_received) - received
-    assert parts == (0 if size < PART else -(-size // PART))
-
-
-def test_every_upload_is_checked_by_md5(depot: RelayWorld) -> None:
-    """The body of each object and part is covered by a checksum."""
-    link = depot.source.add("/md5.bin", 5 * MIB)
-    first = len(depot.store.calls)
-    check_object(depot, "/md5.bin", depot.relay(link))
-    puts = [call for call in depot.store.calls[first:] if call.method == "PUT"]
-    assert puts and all("content-md5" in call.headers for call in puts)
-
-
-NAMES = [
-    ('attachment; filename="report.pdf"', "report.pdf"),
-    ("attachment; filename=report.pdf", "report.pdf"),
-    ("attachment;filename=report.pdf;size=3", "report.pdf"),
-    ('attachment; FileName = "two words.txt"', "two words.txt"),
-    ("attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename=\"x.pdf\"", "文档.pdf"),
-    ("attachment; filename=\"x.pdf\"; filename*=utf-8'zh'%E6%96%87.pdf", "文.pdf"),
-    ("attachment; filename*=ISO-8859-1''na%EFve.txt", "naïve.txt"),
-    ("attachment; filename*=GBK''%CE%C4.txt", "文.txt"),
-    ("attachment; filename*=bogus''%41.txt; filename=ok.txt", "ok.txt"),
-    (r'attachment; filename="a\"b.txt"', 'a"b.txt'),
-    ('attachment; filename="文档.pdf"', "文档.pdf"),
-    ('attachment; filename="../../etc/passwd"', "passwd"),
-    (r'attachment; filename="..\\..\\boot.ini"', "boot.ini"),
-    ("attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd", "passwd"),
-    ("attachment; filename*=UTF-8''a%00b%0A%0Dc.txt", "abc.txt"),
-    ("attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe", "evilfdp.exe"),
-    ('attachment; filename="...hidden"', "hidden"),
-    ('attachment; filename="\x1b[31mred.txt"', "[31mred.txt"),
-    ('attachment; filename=""', "page.html"),
-    ('attachment; filename="/"', "page.html"),
-    ('attachment; filename="..."', "page.html"),
-    ("attachment", "page.html"),
-    ("inline", "page.html"),
-    ("", "page.html"),
-    ('attachment; xfilename="evil.exe"; filename="ok.txt"', "ok.txt"),
-    ("attachment; filename=\"a; filename*=UTF-8''b.exe\"", "a; filename*=UTF-8''b.exe"),
-]
-
-
-@pytest.mark.parametrize(("disposition", "name"), NAMES)
-def test_name_of_disposition(disposition: str, name: str) -> None:
-    """The name is the one of RFC 6266, without anything that could harm."""
-    url = wxsync.parse_url("https://example.com/a/page.html?x=y.zip")
-    assert wxsync.read_file_name(disposition, url) == name
-
-
-@pytest.mark.parametrize(
-    ("links", "name"),
-    [
-        (["https://example.com/a/%E6%96%87.zip?x=1"], "文.zip"),
-        (["https://cdn.example.com/0a1b2c", "https://example.com/v1/tool.tar.gz"], "tool.tar.gz"),
-        (["https://cdn.example.com/real.zip", "https://example.com/latest"], "real.zip"),
-        (["https://example.com/download"], "download"),
-        (["https://example.com/"], "download"),
-        (["https://example.com/a%2Fb.txt"], "b.txt"),
-        (["https://example.com/%00%0A"], "download"),
-    ],
-)
-def test_name_of_address(links: list[str], name: str) -> None:
-    """Without a disposition the addresses name the file, one with an extension first."""
-    assert wxsync.read_file_name("", *map(wxsync.parse_url, links)) == name
-
-
-def test_long_name_is_cut() -> None:
-    url = wxsync.parse_url("https://example.com/")
-    name = wxsync.read_file_name(f'attachment; filename="{"长" * 500}.tar.gz"', url)
-    assert len(name) <= 150 and name.endswith(".tar.gz")
-
-
-@pytest.mark.parametrize(
-    ("charset", "disposition", "name", "extension"),
-    [
-        ("utf-8", 'attachment; filename="年度报告.PDF"', "年度报告.PDF", ".pdf"),
-        ("gbk", 'attachment; filename="年度报告.pdf"', "年度报告.pdf", ".pdf"),
-        ("utf-8", "attachment; filename*=UTF-8''%E5%B9%B4.tar.gz", "年.tar.gz", ".tar.gz"),
-        ("utf-8", 'attachment; filename="../../x.p;df"', "x.p;df", ""),
-        ("utf-8", 'attachment; filename="x.%2e%2e"', "x.%2e%2e", ""),
-        ("utf-8", 'attachment; filename="X.TAR.GZ"', "X.TAR.GZ", ".tar.gz"),
-    ],
-)
-def test_relay_names(
-    depot: RelayWorld, charset: str, disposition: str, name: str, extension: str
-) -> None:
-    """The name that is shown may be any, the key never is."""
-    link = depot.source.add("/named", body=b"x", disposition=disposition, charset=charset)
-    text = depot.relay(link)
-    assert read_result(text)["name"] == name
-    key = check_object(depot, "/named", text)
-    assert key[36:] == extension
-
-
-def test_chinese_address(depot: RelayWorld) -> None:
-    """A link with Chinese letters and spaces as %20 works as it is typed."""
-    depot.source.add("/下载/文 件.txt", body="内容".encode())
-    text = depot.relay(f"{depot.source.url}/下载/文%20件.txt")
-    assert read_result(text)["name"] == "文 件.txt"
-    check_object(depot, "/下载/文 件.txt", text)
-
-
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_redirects(depot: RelayWorld, status: int) -> None:
-    """Absolute, relative and other redirects lead to the file, which may be named by the first."""
-    source = depot.source
-    source.add("/to/0a1b", body=b"moved")
-    source.add("/to/step", status=status, location="0a1b")
-    source.add("/to/second", status=status, location=f"{source.url}/to/step")
-    link = source.add("/to/first.zip", status=status, location="/to/second")
-    text = depot.relay(link)
-    assert read_result(text)["name"] == "first.zip"
-    check_object(depot, "/to/0a1b", text)
-
-
-@pytest.mark.parametrize("length", ["known", "chunked", "close"])
-def test_compressed_although_not_asked(depot: RelayWorld, length: str) -> None:
-    """What arrives is the file, not its compression; nothing else was asked for."""
-    link = depot.source.add("/packed.bin", 6_000_000, gzip=True, length=length)
-    check_object(depot, "/packed.bin", depot.relay(link))
-    asked = depot.source.calls_to("GET /packed.bin")[-1]
-    assert asked.headers["accept-encoding"] == "identity"
-
-
-DAY = "Tue, 24 Nov 2026 08:00:00 GMT"
-
-
-@pytest.mark.parametrize("cuts", [[1], [100_000], [5_000_000, 3_000_000], [PART, PART, 1]])
-@pytest.mark.parametrize("validator", [{"etag": '"v1"'}, {"modified": DAY}])
-def test_resume(depot: RelayWorld, validator: dict[str, str], cuts: list[int]) -> None:
-    """A download that breaks goes on where it was, if it is the same file still."""
-    path = "/resumed.iso"
-    options: dict[str, Any] = validator | {"cut_after": cuts, "ranges": "good"}
-    link = depot.source.add(path, 12_000_000, **options)
-    first = len(depot.source.calls)
-    check_object(depot, path, depot.relay(link))
-    calls = [call for call in depot.source.calls[first:] if call.path == path]
-    assert len(calls) == len(cuts) + 1
-    wanted = next(iter(validator.values()))
-    assert [call.headers.get("if-range") for call in calls] == [None, *[wanted] * len(cuts)]
-
-
-def test_resume_after_stall(depot: RelayWorld) -> None:
-    """A source that stands still is left and asked again."""
-    options: dict[str, Any] = {"etag": '"s"', "ranges": "good", "stall_after": 5_000_000}
-    link = depot.source.add("/stalled.iso", 9_000_000, **options)
-    check_object(depot, "/stalled.iso", depot.relay(link))
-
-
-def test_resume_after_restart_of_the_source(depot: RelayWorld) -> None:
-    """A source that is gone for a moment is found again."""
-    options: dict[str, Any] = {"etag": '"s"', "ranges": "good", "rate": 8_000_000.0}
-    link = depot.source.add("/restarted.iso", 12_000_000, **options)
-    received = len(depot.store.parts_received)
-    user = depot.ask(link)
-    assert wait_until(lambda: len(depot.store.parts_received) > received)
-    depot.source.restart()
-    check_object(depot, "/restarted.iso", depot.answer(user))
-
-
-def test_resume_when_the_first_try_breaks(depot: RelayWorld) -> None:
-    """Asking for the rest is tried again: a source or proxy that ends may break that, too."""
-    options: dict[str, Any] = {"etag": '"s"', "ranges": "good", "rate": 8_000_000.0}
-    link = depot.source.add("/twice-cut.iso", 9_000_000, **options)
-    received = len(depot.store.parts_received)
-    user = depot.ask(link)
-    assert wait_until(lambda: len(depot.store.parts_received) > received)
-    depot.source.fail("GET /twice-cut.iso", "reset")
-    depot.source.cut()
-    check_object(depot, "/twice-cut.iso", depot.answer(user))
-
-
-# ---------------------------------------------------------------------------------------------
-# Files that do not arrive
-# ---------------------------------------------------------------------------------------------
-
-SENTENCE = re.compile(r"❌ 文件上传失败\n(?P<why>[^\n]+)\n\n(?P<link>\S+)\n（#[0-9a-f]{6}）")
-CUT_ALWAYS = {"cut_after": [5_000_000] * 20}
-SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
-    "not found": ({"status": 404}, "文件不存在（HTTP 404）"),
-    "gone": ({"status": 410}, "文件已删除"),
-    "login": ({"status": 401}, "需要登录"),
-    "forbidden": ({"status": 403}, "HTTP 403"),
-    "too many": ({"status": 429}, "HTTP 429"),
-    "broken": ({"status": 500}, "来源出错（HTTP 500）"),
-    "busy": ({"status": 503}, "来源出错（HTTP 503）"),
-    "teapot": ({"status": 418}, "来源拒绝（HTTP 418）"),
-    "empty": ({"status": 204}, "HTTP 204"),
-    "no http": ({"garbage": True}, "不是正常的 HTTP"),
-    "loop": ({"status": 302, "location": "/trouble"}, "不停地重定向"),
-    "to ftp": ({"status": 302, "location": "ftp://example.com/x"}, "格式不正确"),
-    "to a file": ({"status": 302, "location": "file:///etc/passwd"}, "格式不正确"),
-    "to login": ({"status": 302, "location": "http://u:p@example.com/"}, "格式不正确"),
-    "nowhere": ({"status": 302, "location": f"{DEAD_END}/"}, "连接被拒绝"),
-    "no validator": (CUT_ALWAYS, "来源不支持续传"),
-    "weak validator": (CUT_ALWAYS | {"etag": 'W/"1"', "ranges": "good"}, "来源不支持续传"),
-    "no ranges": (CUT_ALWAYS | {"etag": '"1"'}, "来源文件已变化或不支持续传"),
-    "ignored": (CUT_ALWAYS | {"etag": '"1"', "ranges": "ignored"}, "已变化或不支持续传"),
-    "wrong start": (CUT_ALWAYS | {"etag": '"1"', "ranges": "wrong"}, "已变化或不支持续传"),
-    "changed": (CUT_ALWAYS | {"etag": '"1"', "ranges": "good", "change": True}, "已变化"),
-    "416": (CUT_ALWAYS | {"etag": '"1"', "ranges": "416"}, "HTTP 416"),
-    "always cut": (
-        {"etag": '"1"', "ranges": "good", "cut_after": [5_000_000] + [1] * 20},
-        "下载中断：连接中断",
-    ),
-    "stalls": ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
-    "stalls at once": ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
-    "drips": ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
-    "short chunks": ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
-    "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
-    "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
-    "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
-}
-
-
-@in_ci
-@pytest.mark.parametrize("trouble", SOURCE_TROUBLES)
-def test_bad_sources(depot: RelayWorld, trouble: str) -> None:
-    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    options, why = SOURCE_TROUBLES[trouble]
-    before = set(depot.store.objects)
-    link = depot.source.add("/trouble", **({"size": 12_000_000} | options))
-    user = depot.ask(link)
-    text = depot.answer(user)
-    match = SENTENCE.fullmatch(text)
-    assert match and why in match["why"] and match["link"] == link, text
-    assert set(depot.store.objects) == before
-    assert len(depot.world.wecom.messages_for(user)) == 1
-
-
-@pytest.mark.parametrize("length", ["known", "chunked", "close"])
-def test_the_limit_is_exact(length: str) -> None:
-    """A file of just MAX_FILE_MB passes; with one byte more it is refused and nothing is left."""
-    with RelayWorld(MAX_FILE_MB="5") as depot:
-        fits = depot.source.add("/fits.bin", 5 * MIB, length=length)
-        check_object(depot, "/fits.bin", depot.relay(fits))
-        text = depot.relay(depot.source.add("/over.bin", 5 * MIB + 1, length=length))
-        assert (match := SENTENCE.fullmatch(text)), text
-        assert match["why"].startswith("文件超过上限 5 MB（MAX_FILE_MB）")
-        assert len(depot.store.objects) == 1
-        depot.check()
-
-
-def test_bomb_is_refused(depot: RelayWorld) -> None:
-    """What a small compressed body becomes counts, not what it is."""
-    link = depot.source.add("/bomb", body=bytes(80 * MIB), gzip=True)
-    assert "文件超过上限 64 MB" in depot.relay(link)
-
-
-@pytest.mark.parametrize(
-    ("link", "why"),
-    [
-        ("http://no-such-host.invalid/x", "域名解析失败"),
-        (f"{DEAD_END}/x", "连接被拒绝"),
-    ],
-)
-def test_no_source(depot: RelayWorld, link: str, why: str) -> None:
-    text = depot.relay(link)
-    assert (match := SENTENCE.fullmatch(text)) and why in match["why"], text
-
-
-# ---------------------------------------------------------------------------------------------
-# QingStor that does not do
-# ---------------------------------------------------------------------------------------------
-
-
-@in_ci
-@pytest.mark.parametrize("how", [500, 503, "reset", "lost", "hang"])
-@pytest.mark.parametrize("number", [0, 2])
-def test_part_fails_once(depot: RelayWorld, how: int | str, number: int) -> None:
-    """A part that fails is sent again, and nothing is lost or doubled."""
-    depot.store.fail_part(number, 2 if isinstance(how, int) else 1, how)
-    path = f"/once-{how}-{number}.bin"
-    check_object(depot, path, depot.relay(depot.source.add(path, 13_000_000)))
-    assert not depot.store.faults
-
-
-@pytest.mark.parametrize(
-    ("how", "why"),
-    [
-        (500, "QingStor 暂时不可用（HTTP 500），请稍后再试"),
-        (503, "QingStor 暂时不可用（HTTP 503），请稍后再试"),
-        ("reset", "连接 QingStor 失败"),
-        (403, "没有权限写入存储桶"),
-    ],
-)
-def test_part_fails_always(depot: RelayWorld, how: int | str, why: str) -> None:
-    """A part that cannot be sent ends the upload, which is taken back."""
-    before, aborted = set(depot.store.objects), len(depot.store.aborted)
-    depot.store.fail_part(1, 3, how)
-    text = depot.relay(depot.source.add("/always.bin", 30_000_000))
-    depot.store.faults.clear()
-    assert (match := SENTENCE.fullmatch(text)) and why in match["why"], text
-    assert set(depot.store.objects) == before
-    assert len(depot.store.aborted) == aborted + 1
-
-
-@pytest.mark.parametrize("where", ["POST uploads", "POST upload_id", "PUT /tmp/"])
-@pytest.mark.parametrize("how", ["reset", "lost"])
-def test_lost_answers(depot: RelayWorld, where: str, how: str) -> None:
-    """A call whose answer got lost is not an upload that failed, nor one left open."""
-    path = f"/lost-{how}.bin"
-    size = 100_000 if "PUT" in where else 9_000_000
-    depot.store.fail(where, how)
-    check_object(depot, path, depot.relay(depot.source.add(path, size)))
-    assert not depot.store.faults
-
-
-TEMPERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bucket missing": ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
-    "bucket full": ({"bucket_full": True}, "存储空间已满"),
-    "no right": ({"forbidden": True}, "没有权限写入存储桶"),
-    "wrong secret": ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "wrong key": ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "clock early": ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
-    "clock late": ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
-}
-
-
-@pytest.mark.parametrize("size", [100, 9_000_000])
-@pytest.mark.parametrize("temper", TEMPERS)
-def test_refusals_of_qingstor(depot: RelayWorld, temper: str, size: int) -> None:
-    """Each refusal is told with what to do about it, for small files and for big ones."""
-    changes, why = TEMPERS[temper]
-    before = {name: getattr(depot.store, name) for name in changes}
-    vars(depot.store).update(changes)
-    try:
-        text = depot.relay(depot.source.add("/refused.bin", size))
-    finally:
-        vars(depot.store).update(before)
-    assert (match := SENTENCE.fullmatch(text)) and why in match["why"], text
-
-
-def test_bucket_fills_up_while_uploading(depot: RelayWorld) -> None:
-    """An upload that is refused in its middle is taken back."""
-    link = depot.source.add("/filling.bin", 20_000_000, rate=10_000_000.0)
-    user = depot.ask(link)
-    assert wait_until(lambda: depot.store.open_uploads and depot.store.parts_received)
-    depot.store.bucket_full = True
-    text = depot.answer(user)
-    depot.store.bucket_full = False
-    assert "存储空间已满" in text
-
-
-@in_ci
-def test_qingstor_goes_and_comes_back() -> None:
-    """An upload that could not be taken back is, as soon as QingStor is there again."""
-    with RelayWorld() as depot:
-        link = depot.source.add("/down.bin", 20_000_000, rate=20_000_000.0)
-        user = depot.ask(link)
-        assert wait_until(lambda: len(depot.store.parts_received) >= 2)
-        depot.store.stop()
-        assert "连接 QingStor 失败" in depot.answer(user)
-        assert len(depot.store.open_uploads) == 1
-        depot.store.start()
-        depot.check()
-        assert len(depot.store.aborted) == 1
-        check_object(depot, "/down.bin", depot.relay(link))
-        assert len(depot.world.wecom.messages_for(user)) == 1
-
-
-@in_ci
-@pytest.mark.parametrize("away", [False, True])
-def test_killed_while_uploading(away: bool) -> None:
-    """After a kill the next start undoes the upload and does it again; told once."""
-    with RelayWorld() as depot:
-        link = depot.source.add("/killed.bin", 20_000_000, rate=10_000_000.0)
-        user = depot.ask(link)
-        assert wait_until(lambda: len(depot.store.parts_received) >= 2)
-        depot.world.service.kill()
-        (old,) = depot.store.open_uploads
-        depot.source.files["/killed.bin"].rate = 0
-        if away:  # the orphan cannot be settled at once
-            depot.store.stop()
-        depot.world.service.start()
-        text = depot.answer(user)
-        if away:
-            assert "连接 QingStor 失败" in text
-            depot.store.start()
-        else:
-            check_object(depot, "/killed.bin", text)
-        depot.check()
-        assert depot.store.aborted == [old]
-        depot.world.service.restart()
-        time.sleep(0.3)
-        assert depot.world.wecom.messages_for(user) == [text]
-
-
-@in_ci
-def test_killed_again_and_again() -> None:
-    """Wherever it is killed, one file is in the bucket in the end, and one message is sent."""
-    with RelayWorld() as depot:
-        for pause in (0.0, 0.1, 0.3, 0.6):
-            objects = len(depot.store.objects)
-            link = depot.source.add("/again.bin", 9_000_000, rate=15_000_000.0)
-            user = depot.ask(link)
-            time.sleep(pause)
-            depot.world.service.restart()
-            text = depot.answer(user)
-            assert read_result(text)["size"] == "9000000"
-            depot.check()
-            assert wait_until(lambda: depot.world.service.health()["running"] == 0)
-            # The very same text may be sent twice: WeCom's duplicate check is what drops it.
-            assert set(depot.world.wecom.messages_for(user)) == {text}
-            assert len(depot.store.objects) - objects == 1
-
-
-# ---------------------------------------------------------------------------------------------
-# Links, status, several at once
-# ---------------------------------------------------------------------------------------------
-
-
-def test_signed_links() -> None:
-    """A signed link opens a private object until it expires, and only unchanged."""
-    with RelayWorld(QINGSTOR_LINK_SECONDS="600") as depot:
-        body = "你好".encode()
-        link = depot.source.add("/签名.txt", body=body)
-        found = read_result(depot.relay(link))["link"]
-        assert http_request("GET", found).body == body
-        assert http_request("GET", found.replace("expires=1", "expires=2")).status == 401
-        assert http_request("GET", found.partition("?")[0]).status == 401
-        depot.store.clock = lambda: time.time() + 595
-        assert http_request("GET", found).status == 200
-        depot.store.clock = lambda: time.time() + 605
-        assert http_request("GET", found).status == 403
-
-
-def test_plain_links(depot: RelayWorld) -> None:
-    """A plain link opens an object of a bucket that everybody may read."""
-    link = depot.source.add("/plain.txt", body=b"open")
-    found = read_result(depot.relay(link))["link"]
-    depot.store.public = True
-    got = http_request("GET", found)
-    depot.store.public = False
-    assert (got.status, got.body) == (200, b"open")
-    assert http_request("GET", found).status == 401
-
-
-@pytest.mark.parametrize(
-    ("seconds", "form"),
-    [
-        ("0", r"https://tmp\.pek3a\.qingstor\.com/[0-9a-f-]{36}\.pdf"),
-        ("60", r"https://pek3a\.qingstor\.com/tmp/[0-9a-f-]{36}\.pdf\?.*expires=\d+.*"),
-    ],
-)
-def test_form_of_links(seconds: str, form: str) -> None:
-    """At QingStor itself, the bucket and the zone stand before the host."""
-    settings = load(QINGSTOR_LINK_SECONDS=seconds)
-    store = wxsync.QingStor(
-        settings, network(settings), wxsync.Log("ERROR", [], sys.stderr), time.sleep
-    )
-    assert re.fullmatch(form, store.link(wxsync.make_key("a.pdf"), time.time()))
-
-
-def test_status_shows_how_far(depot: RelayWorld) -> None:
-    """状态 tells bytes, percentage and speed while a file is on its way."""
-    link = depot.source.add("/watched.bin", 20_000_000, rate=20_000_000.0)
-    received = len(depot.store.parts_received)
-    user = depot.ask(link)
-    assert wait_until(lambda: len(depot.store.parts_received) >= received + 3)
-    time.sleep(0.05)
-    text = depot.world.say("状态", depot.user())
-    found = re.search(r"文件：进行中.*\n　▓+░* (\d+)%，([\d.]+) / 20\.0 MB，([\d.]+) MB/s", text)
-    assert found and 40 <= int(found[1]) <= 100 and float(found[2]) >= 8, text
-    check_object(depot, "/watched.bin", depot.answer(user))
-    assert "文件：空闲" in depot.world.say("状态", depot.user())
-
-
-@pytest.mark.parametrize(
-    ("page", "image"),
-    [
-        ("https://hub.docker.com/_/nginx", "nginx:latest"),
-        ("https://hub.docker.com/r/bitnami/redis", "bitnami/redis:latest"),
-        ("https://hub.docker.com/r/bitnami/redis/tags", "bitnami/redis:latest"),
-        ("https://hub.docker.com/r/bitnami/redis/?a=b", "bitnami/redis:latest"),
-    ],
-)
-def test_page_of_a_registry_is_asked_back(depot: RelayWorld, page: str, image: str) -> None:
-    """The page of an image is most likely not what is wanted."""
-    reply = depot.world.say(page, depot.user())
-    assert image in reply and "❓" in reply
-
-
-def test_several_links(depot: RelayWorld) -> None:
-    """Several links are several messages; a bad one does not harm the others."""
-    good = [depot.source.add(f"/many-{n}.bin", 1000 + n) for n in range(3)]
-    bad = f"{depot.source.url}/no-such-file"
-    user = depot.ask("\n".join([good[0], bad, *good[1:]]))
-    assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 4)
-    texts = depot.world.wecom.messages_for(user)
-    assert [read_result(t)["size"] for t in (texts[0], *texts[2:])] == ["1000", "1001", "1002"]
-    assert bad in texts[1] and "404" in texts[1]
-
-
-def test_a_message_may_hold_20_links(depot: RelayWorld) -> None:
-    """All of them arrive; with one more nothing is begun, and the reply names the limit."""
-    links = [depot.source.add(f"/row-{n}.bin", 1000 + n) for n in range(21)]
-    reply = depot.world.say("\n".join(links), depot.user())
-    assert reply.startswith("❌") and "20 个链接" in reply
-    user = depot.ask("\n".join(links[:20]))
-    assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 20, 20)
-    sizes = [read_result(text)["size"] for text in depot.world.wecom.messages_for(user)]
-    assert sizes == [str(1000 + n) for n in range(20)] and not depot.source.hits["/row-20.bin"]
-
-
-def test_the_same_link_twice(depot: RelayWorld) -> None:
-    """Two equal links in one message are one upload and one answer."""
-    link = depot.source.add("/twice.bin", 1000)
-    user = depot.user()
-    assert "共 1 个文件" in depot.world.say(f"{link}\n{link}", user)
-    assert read_result(depot.answer(user))["size"] == "1000"
-    assert wait_until(lambda: depot.world.service.health()["running"] == 0)
-    assert depot.source.hits["/twice.bin"] == len(depot.world.wecom.messages_for(user)) == 1
-
-
-def test_files_run_beside_images() -> None:
-    """Files have a queue of their own, in which one waits for the other."""
-    with RelayWorld(QUEUE_SIZE="1") as depot:
-        depot.runner.gate = threading.Event()
-        images = depot.ask("nginx:latest")
-        slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
-        quick = depot.source.add("/quick.bin", 1000)
-        first = depot.ask(slow)
-        assert wait_until(lambda: depot.source.hits["/slow.bin"])
-        second = depot.user()
-        assert "已排队，前面还有 1 个" in depot.world.say(quick, second)
-        assert "请稍后再试" in depot.world.say(quick, depot.user())
-        check_object(depot, "/slow.bin", depot.answer(first))
-        check_object(depot, "/quick.bin", depot.answer(second))
-        assert not depot.world.wecom.messages_for(images)
-        depot.runner.gate.set()
-        assert "成功 1 / 1" in depot.answer(images)
-        depot.check()
-
-
-def test_links_and_images_in_one_message() -> None:
-    """A message may hold both; both are done."""
-    with RelayWorld() as depot:
-        link = depot.source.add("/both.bin", 1000)
-        user = depot.ask(f"nginx:latest\n{link}")
-        assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 2)
-        texts = depot.world.wecom.messages_for(user)
-        assert sum("成功 1 / 1" in text for text in texts) == 1
-        assert sum("文件上传成功" in text for text in texts) == 1
-
-
-def test_without_qingstor() -> None:
-    """Where files are off a link is refused at once."""
-    with RelayWorld(QINGSTOR_ACCESS_KEY_ID="", QINGSTOR_SECRET_ACCESS_KEY="") as depot:
-        reply = depot.world.say(depot.source.add("/off.bin", 1), depot.user())
-        assert "没有启用" in reply and "QINGSTOR_ACCESS_KEY_ID" in reply
-
-
-# ---------------------------------------------------------------------------------------------
-# Only the outside world
-# ---------------------------------------------------------------------------------------------
-
-
-def load(**settings: str) -> wxsync.Settings:
-    """Return valid settings with these among them."""
-    base = {
-        "CORP_ID": "ww0123456789abcdef",
-        "AGENT_ID": "1000002",
-        "SECRET": "s",
-        "TOKEN": "t",
-        "ENCODING_AES_KEY": "a" * 43,
-        "GITHUB_TOKEN": "g",
-        "GITHUB_REPO": "o/r",
-        "DOCKER_REGISTRY": "registry.example.com",
-        "DOCKER_NAMESPACE": "n",
-        "QINGSTOR_ACCESS_KEY_ID": "k",
-        "QINGSTOR_SECRET_ACCESS_KEY": "s",
-    }
-    return wxsync.load_settings(base | settings)
-
-
-def network(settings: wxsync.Settings) -> wxsync.Network:
-    return wxsync.Network(settings, wxsync.Log("ERROR", [], sys.stderr))
-
-
-@pytest.mark.parametrize(("link", "why"), FORBIDDEN)
-def test_forbidden_addresses(link: str, why: str) -> None:
-    """No disguise leads inside, neither directly nor by way of a proxy."""
-    try:
-        url = wxsync.parse_url(link)
-    except wxsync.Failure:
-        return
-    with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
-        wxsync.refuse_inside(url.host, 3)
-    with pytest.raises((wxsync.Failure, OSError)) as caught:
-        wxsync.dial(url.host, 9, 3, True).close()
-    # A name may also just not resolve here; an address must be refused, not tried.
-    literal = not re.search(r"[g-z]", url.host.removeprefix("0x"))
-    kinds = (wxsync.Failure,) if literal else (wxsync.Failure, socket.gaierror)
-    assert isinstance(caught.value, kinds), caught.value
-
-
-@pytest.mark.parametrize("address", ALLOWED)
-def test_allowed_addresses(address: str) -> None:
-    """The neighbours of what is refused are not."""
-    assert wxsync.is_outside(address)
-    wxsync.refuse_inside(address, 3)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "example.com",
-        "local.example.com",
-        "localhost.example.com",
-        "internal.example.com",
-        "1.2.3.4.example.com",
-    ],
-)
-def test_allowed_names(name: str) -> None:
-    wxsync.refuse_inside(name, 3)
-
-
-@pytest.mark.parametrize(
-    ("link", "form"),
-    [
-        ("http://EXAMPLE.com", "http://example.com/"),
-        (
-            "https://例子.测试/文 件".replace(" ", ""),
-            "https://xn--fsqu00a.xn--0zwm56d/%E6%96%87%E4%BB%B6",
-        ),
-        ("https://example.com:443/a?b=c#d", "https://example.com/a?b=c"),
-        ("http://example.com:8080/a%20b?q=%2F&r=1", "http://example.com:8080/a%20b?q=%2F&r=1"),
-        ("http://example.com./", "http://example.com/"),
-        ("https://[2400:3200::1]:8443/x", "https://[2400:3200::1]:8443/x"),
-        ("https://example.com?x=1", "https://example.com/?x=1"),
-    ],
-)
-def test_form_of_addresses(link: str, form: str) -> None:
-    assert str(wxsync.parse_url(link)) == form
-
-
-INSIDE = """
-import json, socket, sys, threading
-sys.path[:0] = {paths!r}
-import test_wxsync as t, wxsync
-from test_wxsync import FORBIDDEN, NameServer, Source
-
-touched = []
-
-def listen(port):
-    # Whoever connects to any address that is not meant to be reached is seen here.
-    server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    def serve():
-        while True:
-            connection, address = server.accept()
-            touched.append([port, connection.getsockname()[0]])
-            connection.close()
-    threading.Thread(target=serve, daemon=True).start()
-
-def fetch(link):
-    try:
-        source = wxsync.Download(network, link, True, 2**30, lambda: False)
-        try:
-            return b"".join(source.parts()).decode()
-        finally:
-            source.close()
-    except wxsync.Failure as failure:
-        return str(failure)
-
-outside = Source("8.8.4.4")
-outside.port = 8000
-outside.start()
-outside.add("/file", body=b"content")
-network = t.network(t.load())
-answers = {{}}
-"""
-
-
-def run_inside(program: str, **hosts: list[str]) -> Any:
-    """Run a program after INSIDE in a net of its own; return what it puts into `answers`."""
-    needs(namespace_missing())
-    paths = [str(Path(__file__).parent), str(SCRIPT.parent)]
-    names = {name.replace("_", "."): addresses for name, addresses in hosts.items()}
-    inner = ["10.0.0.1", "169.254.169.254", "100.100.100.200", "192.168.0.1", "172.16.0.1"]
-    text = INSIDE.format(paths=paths) + program + "\nprint(json.dumps(answers))\n"
-    done = in_namespace(text, names, ["8.8.4.4", "2400:3200::1", *inner])
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-REDIRECTED = """
-listen(80), listen(443)
-answers["plain"] = fetch("http://files.example.com:8000/file")
-answers["address"] = fetch("http://8.8.4.4:8000/file")
-for link, why in FORBIDDEN:
-    if link.isprintable():
-        outside.add("/go", status=302, location=link)
-        answers[link] = fetch("http://files.example.com:8000/go")
-answers["touched"] = touched
-"""
-
-
-def test_redirects_to_the_inside() -> None:
-    """A public address that leads inside is not followed, whatever the disguise."""
-    answers = run_inside(REDIRECTED, files_example_com=["8.8.4.4"])
-    assert answers.pop("plain") == answers.pop("address") == "content"
-    assert answers.pop("touched") == []
-    # What has no host, like "http://", is relative: it leads back to where it came from.
-    wrong = {
-        link: text
-        for link, text in answers.items()
-        if not re.search("不允许访问内网地址|格式不正确|域名解析失败|HTTP 404|不停地重定向", text)
-    }
-    assert not wrong
-    assert sum("不允许访问内网地址" in text for text in answers.values()) > 100
-
-
-MIXED = """
-listen(8001)
-for name in ("mixed.example.com", "mixed6.example.com", "inner.example.com"):
-    answers[name] = fetch(f"http://{name}:8001/file")
-answers["touched"] = touched
-"""
-
-
-def test_names_with_an_inside_address() -> None:
-    """A name that has an inside address among others is refused as a whole."""
-    answers = run_inside(
-        MIXED,
-        mixed_example_com=["8.8.4.4", "127.0.0.1"],
-        mixed6_example_com=["8.8.4.4", "::1"],
-        inner_example_com=["10.0.0.1"],
-    )
-    assert answers.pop("touched") == []
-    assert all("不允许访问内网地址" in text for text in answers.values()), answers
-
-
-CHANGING = """
-listen(8001)
-names = NameServer(["8.8.4.4", "127.0.0.1"])
-answers["first"] = fetch("http://rebind.example.org:8000/file")
-answers["asked"] = names.asked
-answers["second"] = fetch("http://rebind.example.org:8000/file")
-names.asked = 0
-outside.add("/again", status=302, location="http://rebind.example.org:8001/file")
-answers["redirected"] = fetch("http://rebind.example.org:8000/again")
-answers["touched"] = touched
-answers["host"] = outside.calls[0].headers["host"]
-"""
-
-
-def test_names_that_change_their_answer() -> None:
-    """A name is looked up once a connection, and what is checked is what is connected to."""
-    answers = run_inside(CHANGING)
-    assert answers["first"] == "content" and answers["asked"] == 1
-    assert answers["host"] == "rebind.example.org:8000"
-    assert "不允许访问内网地址" in answers["second"]
-    assert "不允许访问内网地址" in answers["redirected"]
-    assert answers["touched"] == []
-
-
-WHOLE_FILE = """
-outside.add("/inside", status=302, location="http://169.254.169.254/latest/meta-data/")
-with t.RelayWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-    answers["good"] = depot.relay("http://files.example.com:8000/file")
-    answers["redirected"] = depot.relay("http://files.example.com:8000/inside")
-    answers["direct"] = depot.relay(depot.source.add("/secret", body=b"secret"))
-    answers["hits"] = depot.source.hits["/secret"]
-"""
-
-
-def test_the_whole_service_keeps_outside() -> None:
-    """Unless it is allowed on purpose, people in the chat reach nothing inside."""
-    answers = run_inside(WHOLE_FILE, files_example_com=["8.8.4.4"])
-    assert read_result(answers["good"])["size"] == "7"
-    for name in ("redirected", "direct"):
-        match = SENTENCE.fullmatch(answers[name])
-        assert match and "不允许访问内网地址" in match["why"], answers[name]
-    assert answers["hits"] == 0
-
-
-# ---------------------------------------------------------------------------------------------
-# Hostile origins and registries
-# ---------------------------------------------------------------------------------------------
-
-FIRST, SECOND = (random.Random(seed).randbytes(90_000) for seed in (1, 2))
-PACKED = gzip.compress(FIRST, mtime=0)  # as good as any .tar.gz
-MEMBERS = PACKED + gzip.compress(b"") + gzip.compress(SECOND)
-CHUNKED = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked"
-
-
-def coded(body: bytes, coding: str = "gzip", **options: Any) -> dict[str, Any]:
-    """Return the options of a Served whose head says that its body is coded."""
-    return {"body": body, "headers": {"Content-Encoding": coding}} | options
-
-
-def wire(head: str, body: bytes = b"", again: bytes = b"") -> dict[str, Any]:
-    """Return the options of a Served that is sent as it stands here."""
-    return {"raw": head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body, "again": again}
-
-
-def in_chunks(data: bytes, size: int) -> bytes:
-    pieces = [data[at : at + size] for at in range(0, len(data), size)]
-    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
-
-
-@pytest.fixture(scope="module")
-def shared_hasty() -> Iterator[RelayWorld]:
-    with RelayWorld(STALL="1", DOWNLOAD="3", MAX_FILE_MB="1") as depot:
-        yield depot
-
-
-@pytest.fixture
-def impatient(shared_hasty: RelayWorld) -> Iterator[RelayWorld]:
-    """A depot without patience or room; whatever a test did to its lane, the next link works."""
-    yield shared_hasty
-    shared_hasty.source.files.clear()
-    shared_hasty.source.cut()
-    after = shared_hasty.source.add("/after.txt", body=b"the next task works")
-    assert read_result(shared_hasty.relay(after))["size"] == "19"
-    assert not shared_hasty.source.errors + shared_hasty.store.errors + shared_hasty.world.broken()
-
-
-def fetched(depot: RelayWorld, path: str = "/a.bin", **options: Any) -> bytes | None:
-    """Relay a file that is served like this; return what is stored, None where it is refused."""
-    before = set(depot.store.objects)
-    text = depot.relay(depot.source.add(path, **options))
-    assert wxsync.INTERNAL_ERROR not in text
-    if SENTENCE.fullmatch(text):
-        assert set(depot.store.objects) == before
-        return None
-    return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
-
-
-# how a file is served -> what may be stored (None: it is refused, in words)
-ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
-    "members": (coded(MEMBERS), [FIRST + SECOND]),
-    "members, in small chunks": (
-        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
-        [FIRST + SECOND],
-    ),
-    "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
-    "no member behind the end": (coded(PACKED + b"more"), [None]),
-    "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
-    # Many servers label a packed file with its packing; its checksum is that of what is sent.
-    "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
-    "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
-    "gzip is its type, in members": (
-        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
-        [MEMBERS],
-    ),
-    "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
-    "compressed twice": (
-        wire("HTTP/1.1 200 OK" + "\nContent-Encoding: gzip" * 2, gzip.compress(PACKED)),
-        [FIRST, None],
-    ),
-    "a part, not asked for": (
-        wire("HTTP/1.1 206 OK\nContent-Range: bytes 0-4/9\nContent-Length: 5", b"01234"),
-        [None],
-    ),
-    "a part, chunked": (
-        wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
-        [None],
-    ),
-    "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
-    "early hints": (
-        wire(
-            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
-            "HTTP/1.1 200 OK\nContent-Length: 4",
-            b"body",
-        ),
-        [b"body"],
-    ),
-}
-for line in ("3\nContent-Length: 9", "9x", "-9", "+9"):
-    ORIGINS[f"length: {line!r}"] = (
-        wire(f"HTTP/1.1 200 OK\nContent-Length: {line}", b"x" * 9),
-        [None],
-    )
-ORIGINS["a blank before the colon"] = wire("HTTP/1.1 200 OK\nContent-Length : 9", b"x"), [None]
-for line in (
-    "gzip, chunked",
-    "gzip",
-    "chunked, chunked",
-    "identity",
-    "gzip\nTransfer-Encoding: chunked",
-    "chunked\nTransfer-Encoding: gzip",
-):
-    answer = wire(f"HTTP/1.1 200 OK\nTransfer-Encoding: {line}", in_chunks(PACKED, 999))
-    ORIGINS[f"transfer: {line!r}"] = (answer, [None])
-
-
-@pytest.mark.parametrize("name", ORIGINS)
-def test_a_file_is_stored_as_its_origin_means_it(impatient: RelayWorld, name: str) -> None:
-    """What is told as success is the very file, its checksum valid; in doubt it is refused."""
-    options, wanted = ORIGINS[name]
-    got = fetched(impatient, **options)
-    assert got in wanted, f"{len(got or b'')} bytes are stored"
-
-
-def test_bytes_behind_the_end_take_no_memory(impatient: RelayWorld) -> None:
-    """What comes on the wire counts against MAX_FILE_MB, not only what becomes of it."""
-    body = gzip.compress(b"ok") + bytes(64 * MIB)
-    with PeakMemory(impatient.world.service.pid) as memory:
-        assert fetched(impatient, **coded(body, length="chunked")) is None
-    assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
-
-
-@pytest.mark.parametrize("extended", ["idna''%ff", "punycode''%ff", "undefined''%41", "a\0''%41"])
-def test_a_name_in_an_odd_charset_is_no_name(impatient: RelayWorld, extended: str) -> None:
-    """What cannot be read leaves the name to the address."""
-    disposition = f"attachment; filename*={extended}"
-    text = impatient.relay(impatient.source.add("/named.bin", body=b"x", disposition=disposition))
-    assert read_result(text)["name"] == "named.bin"
-
-
-HELD: dict[str, dict[str, Any]] = {
-    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
-    "just above the floor": wire("HTTP/1.1 200 OK\nContent-Length: 900000", again=b"x" * 2000),
-    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
-    "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
-    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
-    "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
-    "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
-    "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
-}
-
-
-@pytest.mark.parametrize("name", HELD if BIG else [*HELD][:2])  # of 3 s each, so the rest is for CI
-def test_nobody_holds_the_lane(impatient: RelayWorld, name: str) -> None:
-    """Every read has the deadline of the whole transfer, whatever is being read."""
-    text = impatient.relay(impatient.source.add("/held.bin", **HELD[name]), timeout=7)
-    assert SENTENCE.fullmatch(text), text
-
-
-@pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_an_expired_address_is_asked_for_again_at_the_link(
-    impatient: RelayWorld, status: int
-) -> None:
-    """A link leads to a signed address, which has expired when the download is resumed."""
-    source, first = impatient.source, len(impatient.source.calls)
-    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
-    for turn in (1, 2, 3):
-        source.add(f"/signed?t={turn}", 900_000, expired=status, **options)
-    link = source.add("/signed.iso", status=302, location="/signed?t={turn}")
-    check_object(impatient, "/signed?t=1", impatient.relay(link))
-    calls = [call.headers for call in source.calls[first:] if call.path == "/signed.iso"]
-    asked = [(call.get("range"), call.get("if-range")) for call in calls]
-    assert asked == [(None, None), ("bytes=300000-", '"v"'), ("bytes=600000-", '"v"')]
-
-
-def test_a_link_that_is_refused_when_resumed_is_given_up(impatient: RelayWorld) -> None:
-    """There is nowhere to begin again: it ends, after a few requests."""
-    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [9_000]}
-    assert fetched(impatient, "/refused.bin", size=900_000, expired=403, **options) is None
-    assert impatient.source.hits["/refused.bin"] <= 6
-
-
-@pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
-def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
-    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
-    with RelayWorld() as depot:
-        link = depot.source.add("/deadly.bin", 2_000_000, rate=5e5)
-        user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
-        for turn in (1, 2):
-            assert wait_until(lambda: depot.source.hits["/deadly.bin"] == turn)  # noqa: B023 - at once
-            time.sleep(1.4)  # it is under way
-            getattr(depot.world.service, end)()
-            depot.world.service.start()
-        assert wait_until(lambda: len(depot.world.wecom.messages_for(user)) == 2)
-        told, following = depot.world.wecom.messages_for(user)
-        assert depot.source.hits["/deadly.bin"] == tries, told
-        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and "deadly.bin" in told
-        check_object(depot, "/next.bin", following)
-        depot.check()
-
-
-# What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
-HIDDEN_INSIDE = {
-    "loop": "127.0.0.1",
-    "private": "10.0.0.1",
-    "mixed": "8.8.4.4 10.0.0.1",
-    "six": "::1",
-}
-HIDDEN_INSIDE |= {"metadata": "169.254.169.254", "azure": "168.63.129.16"}
-OUTER = {"files": "8.8.4.4", "poisoned": "1.1.1.1"}
-PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blocked"]]
-HIDDEN_INSIDE_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
-HIDDEN_INSIDE_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
-HIDDEN_INSIDE_LINKS += ["https://private.example.com:8000/secret"]
-
-
-def ask_for_names() -> dict[str, dict[str, str]]:
-    """In a net of its own: send the links with each kind of proxy and none; return the answers."""
-    answers: dict[str, dict[str, str]] = {}
-    outside = Source("0.0.0.0")
-    outside.port = 8000
-    with outside, temporary_folder("hosts") as folder:
-        outside.add("/file", body=b"content")
-        outside.add("/secret", body=b"secret")
-        for name, link in zip(HIDDEN_INSIDE, HIDDEN_INSIDE_LINKS, strict=False):
-            outside.add(f"/to-{name}", status=302, location=link)
-        hosts = Path(folder, "hosts")
-        names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
-        hosts.write_text(f"{names}8.8.4.4 blocked.example.com\n")
-        for proxy in (TinyProxy(), MicroSocks()):
-            enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
-            proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
-            with proxy, ProxyRelayWorld(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-                assert wait_until(lambda: UP in depot.log)
-                links = HIDDEN_INSIDE_LINKS + PUBLIC_LINKS
-                answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
-        with RelayWorld(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
-            answers["direct"] = {link: direct.relay(link) for link in HIDDEN_INSIDE_LINKS}
-        answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
-    return answers
-
-
-def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
-    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
-    needs(namespace_missing() or TinyProxy.missing() or MicroSocks.missing())
-    program = "import json, test_wxsync as t\nprint(json.dumps(t.ask_for_names()))\n"
-    names = {f"{name}.example.com": text.split() for name, text in (HIDDEN_INSIDE | OUTER).items()}
-    own = ["8.8.4.4", "10.0.0.1", "169.254.169.254", "168.63.129.16"]
-    done = in_namespace(program, names, own)
-    assert done.returncode == 0, done.stderr
-    wrong = []
-    for way, texts in json.loads(done.stdout.splitlines()[-1]).items():
-        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
-        for link, text in texts.items():
-            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
-            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
-    assert not wrong, "\n".join(wrong)
-
-
-# -- registries
-
-
-def put_manifest(registry: Registry, repo: str, tag: str, manifest: Answer) -> None:
-    """Give a repository another tag."""
-    url = f"http://{registry.host}/v2/{repo}/manifests/{tag}"
-    kind = {"Content-Type": manifest.headers["content-type"]}
-    assert http_request("PUT", url, manifest.body, kind).status == 201
-
-
-def tags(space: Space) -> list[str]:
-    """Return the tags of `app` in the target."""
-    registry = space.mirror.target
-    url = f"http://{registry.host}/v2/{space.namespace}/app/tags/list"
-    return http_request("GET", url, headers=registry.headers).json().get("tags") or []
-
-
-@pytest.fixture
-def front(space: Space) -> Iterator[PickyRegistry]:
-    """What stands before the source, to go wrong in one test."""
-    space.mirror.front.calls.clear()
-    yield space.mirror.front
-    space.mirror.front.faults.clear()
-    space.mirror.front.delay = 0
-
-
-# line ({} is the digest of what is asked for) -> what is asked for, what is given instead
-LIES = [
-    ("app@{}", "one", "multi amd64"),
-    ("app@{}", "multi", "attested"),
-    ("--platform=all app@{}", "multi", "attested"),
-    ("--platform=linux/amd64+linux/arm64 app@{}", "multi", "docker"),
-    ("app:multi", "multi amd64", "one"),
-    ("--platform=all app:multi", "multi arm64/v8", "one"),
-]
-
-
-@pytest.mark.parametrize(("line", "asked", "given"), LIES)
-def test_what_has_not_its_digest_is_never_copied(
-    space: Space, front: PickyRegistry, line: str, asked: str, given: str
-) -> None:
-    """A registry that answers other bytes for the digest of an image, an index or its entry."""
-    mirror, digest = space.mirror, space.mirror.digest(*asked.split())
-    other = mirror.source.fetch("library/app", mirror.digest(*given.split()))
-    kind = {"Content-Type": other.headers["content-type"]}
-    front.fail(f"GET /manifests/{digest}", (200, kind, other.body), 99)
-    done = space.copy(line.format(digest))
-    assert (done.status, done.code, tags(space)) == (1, "error", []), done
-    assert "digest" in done.out.partition("error")[2]
-
-
-@pytest.mark.parametrize("depth", [2_000, 200_000])
-def test_a_deeply_nested_manifest_has_a_result(
-    space: Space, front: PickyRegistry, depth: int
-) -> None:
-    """Whatever a registry answers, it is a failure like any other."""
-    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
-    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
-    done = space.copy("app:one")
-    assert (done.status, done.output) == (1, f"result={done.out}")
-    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
-
-
-# the architecture that an index names for the index inside it, line -> what arrives of app:multi
-NESTED = [
-    ("", "app:nested", "amd64"),
-    ("", "--platform=linux/arm64 app:nested", "arm64/v8"),
-    ("arm64", "--platform=linux/arm64 app:nested", "arm64/v8"),
-    ("", "--platform=linux/amd64+linux/arm64 app:nested", "amd64 arm64/v8"),
-]
-
-
-@pytest.mark.parametrize(("said", "line", "archs"), NESTED)
-def test_an_index_inside_an_index_is_resolved(
-    space: Space, said: str, line: str, archs: str
-) -> None:
-    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
-    source, inner = space.mirror.source, space.mirror.source.fetch("library/app", "multi")
-    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
-    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
-    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
-    put_manifest(source, "library/app", "nested", replace(inner, body=json.dumps(index).encode()))
-    done = space.copy(line)
-    assert done.code == "copied", done
-    manifest = space.manifest(f"app:{tags(space)[0]}")
-    arrived = {each["digest"] for each in manifest.get("manifests", [])} or {done.digest}
-    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
-    assert space.digest(f"app:{tags(space)[0]}") == done.digest
-    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
-
-
-# what is in an image, the platform that is asked for -> the one that arrives
-FIRST_VERSIONS = [
-    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
-    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
-    (["amd64/v1"], "linux/amd64", ""),
-]
-
-
-@pytest.mark.parametrize(("archs", "platform", "arch"), FIRST_VERSIONS)
-def test_amd64_v1_is_amd64(space: Space, archs: list[str], platform: str, arch: str) -> None:
-    """The first version of an architecture is what is meant where none is said."""
-    publish(space.mirror.source, "library/app", "v1", archs)
-    done = space.copy(f"--platform={platform} app:v1")
-    assert (done.code, done.digest) == ("copied", space.mirror.digest("v1", arch)), done
-
-
-class Signatures(Peer):
-    """Where signatures lie beside a registry: there is one for everything."""
-
-    def handle(self, call: Call) -> Answer:
-        found = call.path.endswith("/signature-1")
-        return Answer(200, b"\x89signature") if found else Answer(404)
-
-
-@pytest.mark.parametrize("line", ["app:one", "--platform=all app:attested"])
-def test_signatures_stay_where_they_are(space: Space, line: str) -> None:
-    """They are no reason to fail where they cannot be written; the target would not hold them."""
-    place = space.home / ".config" / "containers" / "registries.d"
-    place.mkdir(parents=True)
-    with Signatures() as signatures:
-        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
-        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
-        done = space.copy(line)
-    assert (done.status, done.code) == (0, "copied"), done
-
-
-@pytest.mark.parametrize("line", ["app:some", "--platform=linux/amd64+linux/arm64 app:some"])
-def test_no_platform_names_those_there_are(space: Space, line: str) -> None:
-    """In words that can be sent, without attestations; a single image has its own."""
-    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
-    done = space.copy(line)
-    assert done.code == "no-platform"
-    assert done.out.endswith("; has linux/arm64 linux/arm/v7\n"), done.out
-    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
-
-
-# repository -> its tags, of which those are named first that are nearest to 1.25.3
-NEAREST = {
-    "team/near": ("v1.25.3 1.25 1.25.2 1.19.0 latest stable-alpine 0a1b2c3", 3),
-    "team/other": ("1.25.4 mainline perl", 1),
-    f"{'deep/' * 24}near": ("v1.25.3 1.25 1.25.2 1.19.0", 3),
-}
-
-
-@pytest.mark.parametrize("repo", NEAREST)
-def test_not_found_names_the_nearest_tags(space: Space, repo: str) -> None:
-    """A missing v first, then what is close in spelling and number; at most three."""
-    source, there = space.mirror.source, NEAREST[repo][0].split()
-    publish(source, repo, there[0])
-    for tag in there[1:]:
-        put_manifest(source, repo, tag, source.fetch(repo, there[0]))
-    done = space.copy(f"{source.host}/{repo}:1.25.3")
-    detail, _, named = done.out.removesuffix("\n").partition("; nearest ")
-    first, *others = named.split(" ")
-    assert detail.startswith("wxsync: failed not-found ") and first == there[0], done.out
-    assert {*there[1 : NEAREST[repo][1]]} <= {*others} <= {*there} and len(others) < 3, named
-
-
-LISTINGS: dict[str, What] = {
-    "denied": (403, {}, b'{"errors": [{"code": "DENIED", "message": "denied"}]}'),
-    "no JSON": (200, {}, b"<html>"),
-    "nested": (200, {}, b'{"tags":' + b"[" * 9_000 + b"]" * 9_000 + b"}"),
-    "no tags": (200, {}, b'{"name": "a", "tags": ["$(reboot)", "::error::", "a b", "\\n1"]}'),
-    "none": (200, {}, b'{"name": "a", "tags": null}'),
-    "no answer": "hang",
-}
-
-
-@pytest.mark.parametrize("name", LISTINGS)
-def test_a_list_of_tags_that_fails_changes_nothing(
-    space: Space, front: PickyRegistry, name: str
-) -> None:
-    """The tag is not found all the same, and that is told within 20 s more."""
-    if name == "no answer" and not os.environ.get("CI"):
-        pytest.skip("20 seconds: only in CI")
-    front.fail("GET /tags/list", LISTINGS[name], 9)
-    begun = time.monotonic()
-    done = space.copy(f"{front.host}/library/app:absent")
-    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
-    assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
-
-
-# The real program, whose copy may take three seconds in all.
-SHORT_COPY = """
-import sys
-sys.path.insert(0, {folder!r})
-import wxsync
-wxsync.COPY_SECONDS = 3.0
-sys.exit(wxsync.main())
-"""
-
-
-def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
-    """Several platforms take no longer than one may; GitHub's own limit comes later."""
-    script, begun = space.home / "short.py", time.monotonic()
-    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
-    front.delay = 0.4  # so that each step is within, and all of them are not
-    done = copy("--platform=all app:multi", space.home, space.settings, script)
-    assert (done.status, done.code, tags(space)) == (1, "timeout", []), done
-    assert time.monotonic() - begun < 6
-    minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
-    assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
-
-
-# a list that no run can do -> what is named of it
-IMPOSSIBLE = {
-    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
-    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
-    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
-    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
-    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
-}
-
-
-@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
-def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
-    """By name, before a job is started: a matrix holds 256, and two jobs cannot write one tag."""
-    status, out, errors = plan(text.encode())
-    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
-
-
-def test_plan_takes_what_a_run_can_do() -> None:
-    """256 lines, and one of them twice."""
-    lines = [f"app{number}:1" for number in range(256)]
-    status, out, errors = plan("\n".join([*lines, lines[0]]).encode())
-    assert (status, json.loads(out), errors) == (0, lines, "")
-
-
-# ---------------------------------------------------------------------------------------------
-# Proxies
-# ---------------------------------------------------------------------------------------------
-
-PROXIES: list[tuple[type[ProxyProcess], str, str]] = [
-    (TinyProxy, "", ""),
-    (TinyProxy, "user", "pass-word.1"),
-    (MicroSocks, "", ""),
-    (MicroSocks, "us:er", "p@ss/w#rd %"),
-]
-UP, DOWN = "✅ 代理可用: ", "⚠️  代理连接失败: "
-
-
-class ProxyRelayWorld(RelayWorld):
-    """A depot whose service is to use a proxy for everything but WeCom and QingStor."""
-
-    def __init__(self, proxy: ProxyProcess, **settings: str) -> None:
-        dead = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy"), DEAD_END)
-        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com"}
-        super().__init__(**(dead | own | settings))
-        self.proxy = proxy
-
-    def __enter__(self) -> Self:
-        self.source.port = self.source.port or free_port()
-        self.extra.setdefault("PROXY_TEST_URL", f"{self.source.url}/probe")
-        return super().__enter__()
-
-    def asked(self) -> dict[str, bool]:
-        """Tell of each server whether the proxy was asked for it."""
-        servers = {"source": self.source, "github": self.world.github}
-        servers |= {"wecom": self.world.wecom, "qingstor": self.store}
-        return {name: self.proxy.asked_for(peer.port) for name, peer in servers.items()}
-
-
-@pytest.mark.parametrize(
-    ("kind", "user", "password"), PROXIES, ids=lambda value: getattr(value, "__name__", value)
-)
-def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> None:
-    """GitHub and downloads go through the proxy; WeCom and QingStor never do."""
-    needs(kind.missing())
-    with kind(user, password) as proxy, ProxyRelayWorld(proxy) as depot:
-        assert wait_until(lambda: depot.world.service.health()["proxy"] == "up"), depot.log
-        link = depot.source.add("/through.bin", 9_000_000)
-        images = depot.ask("nginx:latest")
-        check_object(depot, "/through.bin", depot.relay(link))
-        assert "成功 1 / 1" in depot.answer(images)
-        depot.check()
-        asked = depot.asked()
-        assert asked == {"source": True, "github": True, "wecom": False, "qingstor": False}
-        masked = f"{kind.SCHEME}://{'***:***@' if user else ''}127.0.0.1:{proxy.port}"
-        assert [line for line in said(depot) if "代理" in line or "直连" in line] == [
-            f"🌐 检测到代理配置: {masked}",
-            "   直连域名: qingstor.com",
-            f"✅ 代理可用: {masked}",
-            "🔗 GitHub API 使用代理",
-        ]
-        assert not password or (password not in depot.log and user + ":" not in depot.log)
-
-
-def said(depot: RelayWorld) -> list[str]:
-    """Return the log's lines without time and level."""
-    return [re.sub(r"^\S+ \S+ (?:[A-Z]+ )?", "", line, count=1) for line in depot.log.splitlines()]
-
-
-def test_tls_through_a_proxy(tmp_path: Path) -> None:
-    """https goes through an http proxy by CONNECT, with the certificate checked."""
-    needs(TinyProxy.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, TinyProxy("user", "secret") as proxy:
-        link = source.add("/tls.bin", 9_000_000)
-        source.add("/probe", body=b"ok")
-        trust = {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": f"{source.url}/probe"}
-        with ProxyRelayWorld(proxy, **trust) as depot:
-            assert wait_until(lambda: depot.world.service.health()["proxy"] == "up"), depot.log
-            depot.source.files |= source.files
-            check_object(depot, "/tls.bin", depot.relay(link))
-            assert f"CONNECT 127.0.0.1:{source.port}" in proxy.log
-        with ProxyRelayWorld(proxy, **trust | {"SSL_CERT_FILE": "/dev/null"}) as depot:
-            assert wait_until(lambda: DOWN in depot.log)
-            assert "TLS 证书不可信" in depot.log
-            assert "TLS 证书不可信" in depot.relay(link)
-
-
-@pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
-def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> None:
-    """A proxy that does not let us in is told of and done without."""
-    needs(kind.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, kind("user", "right") as proxy:
-        source.add("/probe", body=b"ok")
-        settings = {
-            "PROXY_URL": proxy.url.replace(":right@", ":wrong-one@"),
-            "PROXY_TEST_URL": f"{source.url}/probe",
-            "SSL_CERT_FILE": str(certificate),
-        }
-        with ProxyRelayWorld(proxy, **settings) as depot:
-            assert wait_until(lambda: DOWN in depot.log)
-            assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in said(depot)
-            assert "   将使用非代理模式继续运行" in said(depot)
-            assert depot.world.service.health()["proxy"] == "down"
-            assert "wrong-one" not in depot.log
-            link = depot.source.add("/direct.bin", 1000)
-            check_object(depot, "/direct.bin", depot.relay(link))
-            assert "成功 1 / 1" in depot.answer(depot.ask("nginx:latest"))
-
-
-@pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
-def test_proxy_killed_and_started_again(kind: type[ProxyProcess]) -> None:
-    """A proxy that dies in a task does not end it; when it is back it is used again."""
-    needs(kind.missing())
-    with kind() as proxy, ProxyRelayWorld(proxy, SCALE="0.005") as depot:
-        assert wait_until(lambda: UP in depot.log)
-        options: dict[str, Any] = {"etag": '"1"', "ranges": "good", "rate": 10_000_000.0}
-        link = depot.source.add("/cut.bin", 12_000_000, **options)
-        user = depot.ask(link)
-        assert wait_until(lambda: depot.store.parts_received)
-        images = depot.ask("nginx:latest")
-        proxy.kill()
-        check_object(depot, "/cut.bin", depot.answer(user))
-        assert "成功 1 / 1" in depot.answer(images)
-        assert DOWN in depot.log and "   将使用非代理模式继续运行" in said(depot)
-        assert depot.log.count(DOWN) == 1
-        proxy.start()
-        assert wait_until(lambda: depot.log.count(UP) == 2), depot.log[-2000:]
-        assert depot.world.service.health()["proxy"] == "up"
-        before = len(proxy.log)
-        check_object(depot, "/after.bin", depot.relay(depot.source.add("/after.bin", 1000)))
-        assert f":{depot.source.port}" in proxy.log[before:]
-        depot.check()
-
-
-def test_everything_down_at_the_start() -> None:
-    """The service starts and answers with proxy, GitHub and QingStor all away."""
-    away = {"GITHUB_API_URL": DEAD_END, "QINGSTOR_URL": DEAD_END}
-    with RelayWorld(PROXY_URL=DEAD_END, NO_PROXY_DOMAINS="qingstor.com", **away) as depot:
-        assert depot.world.client.verify_url() == (200, "1616140317555161061")
-        assert wait_until(lambda: DOWN in depot.log)
-        text = depot.relay(depot.source.add("/down.bin", 1000))
-        assert "连接 QingStor 失败" in text
-
-
-@pytest.mark.parametrize(
-    ("host", "direct"),
-    [
-        ("qingstor.com", True),
-        ("pek3a.qingstor.com", True),
-        ("tmp.pek3a.qingstor.com", True),
-        ("evilqingstor.com", False),
-        ("qingstor.com.evil.com", False),
-        ("qingstor.co", False),
-        ("localhost", True),
-        ("127.0.0.1", True),
-        ("127.0.0.10", False),
-        ("7.0.0.1", False),
-        ("27.0.0.1", False),
-        ("0.0.1", True),
-        ("10.0.0.1", False),
-        ("192.168.0.7", False),
-        ("api.github.com", False),
-    ],
-)
-def test_direct_domains(host: str, direct: bool) -> None:
-    """A name of NO_PROXY_DOMAINS means itself and what is below it, digits mean only themselves."""
-    domains = "localhost,127.0.0.1,qingstor.com,0.0.1,7"
-    settings = load(PROXY_URL=DEAD_END, NO_PROXY_DOMAINS=domains)
-    assert network(settings).is_direct(host) is direct
-
-
-def test_direct_domains_are_direct() -> None:
-    """What NO_PROXY_DOMAINS names does not go through the proxy."""
-    needs(TinyProxy.missing())
-    with TinyProxy() as proxy, ProxyRelayWorld(proxy, NO_PROXY_DOMAINS="127.0.0.1") as depot:
-        assert wait_until(lambda: UP in depot.log)
-        before = proxy.log
-        check_object(depot, "/near.bin", depot.relay(depot.source.add("/near.bin", 1000)))
-        assert proxy.log == before
-
-
-def test_inside_addresses_through_a_proxy() -> None:
-    """A proxy is not a way inside: it would resolve the name, so local ones are refused."""
-    needs(TinyProxy.missing())
-    with TinyProxy() as proxy, ProxyRelayWorld(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-        assert wait_until(lambda: UP in depot.log)
-        port = depot.source.port
-        depot.source.add("/secret", body=b"secret")
-        for host in (
-            "127.0.0.1",
-            "localhost",
-            "0x7f000001",
-            "127.1",
-            "１２７.0.0.1",
-            "nas.lan",
-        ):
-            text = depot.relay(f"http://{host}:{port}/secret")
-            assert "不允许访问内网地址" in text, text
-        assert not depot.source.hits["/secret"]
-
-
-class HiddenWeCom(FakeWeCom):
-    """WeCom behind somebody's own reverse proxy, which passes on what comes below a secret path."""
-
-    @property
-    def url(self) -> str:
-        return f"{super().url}/long-and-random"
-
-    def handle(self, call: Call) -> Answer:
-        _, hidden, path = call.path.partition("/long-and-random")
-        return super().handle(replace(call, path=path)) if hidden else Answer(404, b"no")
-
-
-def test_wecom_behind_a_reverse_proxy() -> None:
-    """WECOM_API_URL may have a path: every call goes below it, and no line of the log shows it."""
-    world = quick()
-    world.wecom = HiddenWeCom()
-    with world:
-        world.say("nginx:latest")
-        assert "成功 1 / 1" in world.hear("成功 ")
-        assert "long-and-random" not in world.service.log
-        assert all(call.path.startswith("/long-and-random/cgi-bin/") for call in world.wecom.calls)
-
-
-@pytest.mark.parametrize("proxied", [False, True])
-def test_proxies_of_the_environment(proxied: bool) -> None:
-    """Whatever the environment says about proxies, nothing goes there."""
-    names = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    dead = dict.fromkeys([*names, *map(str.lower, names)], DEAD_END)
-    with ExitStack() as stack:
-        if proxied:
-            needs(MicroSocks.missing())
-            proxy = stack.enter_context(MicroSocks())
-            depot: RelayWorld = stack.enter_context(ProxyRelayWorld(proxy, **dead))
-        else:
-            depot = stack.enter_context(RelayWorld(**dead))
-        images = depot.ask("nginx:latest")
-        link = depot.source.add("/env.bin", 5_000_000)
-        check_object(depot, "/env.bin", depot.relay(link))
-        assert "成功 1 / 1" in depot.answer(images)
-
-
-# ---------------------------------------------------------------------------------------------
-# Memory and time
-# ---------------------------------------------------------------------------------------------
-
-
-def big_files(pid: int) -> set[str]:
-    """Return the regular files of over 1 MiB that a process has open."""
-    found = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            if link.is_file() and link.stat().st_size > MIB:
-                found.add(os.readlink(link))
-        except OSError:
-            pass  # closed meanwhile
-    return found
-
-
-def watched_relay(depot: RelayWorld, path: str, timeout: float) -> tuple[int, float]:
-    """Relay a file; return the added memory and the seconds, and see that no file was written."""
-    service = depot.world.service
-    opened: set[str] = set()
-    with PeakMemory(service.pid) as memory:
-        begun = time.monotonic()
-        user = depot.ask(depot.source.url + path)
-        while not depot.world.wecom.messages_for(user) and time.monotonic() < begun + timeout:
-            opened |= big_files(service.pid)
-            time.sleep(0.02)
-        seconds = time.monotonic() - begun
-    check_object(depot, path, depot.answer(user, 1))
-    sizes = [file.stat().st_size for file in service.folder.rglob("*") if file.is_file()]
-    assert not opened and sum(sizes) < 4 * MIB
-    return memory.added, seconds
-
-
-@in_ci
-def test_memory_does_not_grow() -> None:
-    """A file takes a few parts of memory, whatever its size; the SDK is in the figure."""
-    with RelayWorld(MAX_FILE_MB="2048") as depot:
-        depot.source.add("/medium.bin", 200 * MIB, length="chunked")
-        added, _ = watched_relay(depot, "/medium.bin", 60)
-        assert added < 64 * MIB, f"{added / MIB:.0f} MiB"
-        depot.source.add("/small.bin", 8 * MIB)
-        again, _ = watched_relay(depot, "/small.bin", 60)
-        assert again < 16 * MIB, f"{again / MIB:.0f} MiB more for a second file"
-
-
-def plain_download(url: str) -> float:
-    """Return the seconds that it takes to read a file and do nothing with it."""
-    parts = urlsplit(url)
-    begun = time.monotonic()
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, blocksize=256 * 1024)
-    connection.request("GET", parts.path)
-    response = connection.getresponse()
-    while response.read(256 * 1024):
-        pass
-    connection.close()
-    return time.monotonic() - begun
-
-
-class PlainUpload:
-    """Uploads made-up parts to a FakeQingStor, with signatures of its own."""
-
-    def __init__(self, store: FakeQingStor) -> None:
-        self.store = store
-        self.connection = http.client.HTTPConnection("127.0.0.1", store.port)
-
-    def call(self, method: str, target: str, body: bytes = b"") -> bytes:
-        date = formatdate(usegmt=True)
-        signature = sign_qingstor(self.store.secret, method, target, date)
-        authorization = f"QS {self.store.access_key}:{signature}"
-        headers = {"Date": date, "Authorization": authorization}
-        self.connection.request(method, target, body, headers)
-        response = self.connection.getresponse()
-        data = response.read()
-        assert response.status < 300, data
-        return data
-
-    def run(self, size: int) -> float:
-        """Return the seconds that it takes to upload so many bytes."""
-        body, path = os.urandom(PART), f"/{self.store.bucket}/plain"
-        begun = time.monotonic()
-        upload_id = json.loads(self.call("POST", f"{path}?uploads"))["upload_id"]
-        for number in range(size // PART):
-            self.call("PUT", f"{path}?part_number={number}&upload_id={upload_id}", body)
-        parts = [{"part_number": number} for number in range(size // PART)]
-        done = json.dumps({"object_parts": parts}).encode()
-        self.call("POST", f"{path}?upload_id={upload_id}", done)
-        return time.monotonic() - begun
-
-
-def relay_in_time(size: int, rate: float) -> dict[str, float]:
-    """Relay a file between limited lines; return what it took and what each side takes alone."""
-    with RelayWorld(MAX_FILE_MB="2048", STALL="30") as depot:
-        depot.relay(depot.source.add("/warm.bin", 10))  # the SDK is loaded then
-        link = depot.source.add("/big.bin", size, rate=rate)
-        depot.store.rate_bytes_per_second = rate
-        down, up = plain_download(link), PlainUpload(depot.store).run(size)
-        added, seconds = watched_relay(depot, "/big.bin", 20 * max(down, up))
-        depot.check()
-    return {"down": down, "up": up, "relay": seconds, "ratio": seconds / max(down, up)} | {
-        "added MiB": added / MIB
-    }
-
-
-@in_ci
-def test_download_and_upload_overlap() -> None:
-    """The whole takes little longer than the slower side."""
-    figures = relay_in_time(48 * MIB, 40e6)
-    assert figures["ratio"] <= 1.25, figures
-
-
-@pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
-def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
-    """1 GiB arrives unchanged, in little memory, without a file, in the time of the slower side."""
-    figures = relay_in_time(1024 * MIB, 100e6)
-    with capsys.disabled():
-        print("\n1 GiB:", ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-    assert figures["added MiB"] < 64 and figures["ratio"] <= 1.25, figures
-
-
 LONG = os.environ.get("WXSYNC_FUZZ") == "long"
-
-
 in_long_mode = pytest.mark.skipif(not LONG, reason="takes minutes: set WXSYNC_FUZZ=long")
-
-
 NOWHERE = "http://127.0.0.1:9"  # nobody listens there
-COUNTS: Counter[str] = Counter()  # what the run has proved, printed at its end
+PART = 4 * MIB
+LENGTHS = ["known", "chunked", "close"]
 
 
 # ---------------------------------------------------------------------------------------------
-# Tools: a quick service, stories that wait side by side, counting
+# Tools: services that do not dawdle, stories that wait side by side
 # ---------------------------------------------------------------------------------------------
 
-# The real service with pauses of a fiftieth, and a clock that is off by what STATE_DIR/clock says.
+# The real service with short pauses, a clock that is off by what STATE_DIR/clock says, and the
+# patience that the environment gives.
 QUICK = """
 import os, sys, time
 from pathlib import Path
@@ -8638,6 +6744,9 @@ import wxsync
 sys.dont_write_bytecode = True  # a full disk would leave half of a .pyc
 if sys.argv[1:]:
     sys.exit(wxsync.main())
+for name in os.environ:
+    if name.endswith("_SECONDS") and hasattr(wxsync, name):
+        setattr(wxsync, name, float(os.environ[name]))
 settings = wxsync.load_settings(os.environ)
 log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
 clock = Path(settings.STATE_DIR, "clock")
@@ -8646,8 +6755,6 @@ def now():
 scale = float(os.environ.get("SCALE", "0.02"))
 sys.exit(wxsync.serve(settings, log, now, lambda seconds: time.sleep(seconds * scale)))
 """
-
-
 # Before QUICK: a disk as the file `disk` of the working folder says: the seconds that a sync takes,
 # the errno that it ends with for a file and for a folder, how likely, and until when a scanner
 # keeps files from being replaced. The file `safe` is the state that a power cut would leave.
@@ -8698,27 +6805,118 @@ def quick_script(before: str = "") -> Path:
     return script
 
 
-def quick(runner: PlayedRunner | None = None, /, **settings: str) -> World:
-    """Return a world whose service does not dawdle."""
-    return World(quick_script(), runner or PlayedRunner(0.01), settings)
+def is_calm(log: str) -> bool:
+    return "Traceback" not in log and wxsync.INTERNAL_ERROR not in log
 
 
-def bad_disk(runner: PlayedRunner | None = None, /, **settings: str) -> World:
-    """Return a quick world whose disk does what `disk_is` says."""
-    return World(quick_script(BAD_DISK), runner or PlayedRunner(0.01), settings)
+class Quick(World):
+    """A world whose service does not dawdle. `state` is its state file at the start.
+
+    Leaving it checks that no fake saw anything wrong and that the log shows no bug.
+    """
+
+    def __init__(
+        self, runner: Runner | None = None, before: str = "", state: bytes = b"", /, **more: str
+    ) -> None:
+        super().__init__(quick_script(before), runner or PlayedRunner(0.01), more)
+        self.state = state
+
+    def prepare(self) -> Self:
+        super().prepare()
+        folder = self.service.state_dir
+        self.images, self.state_file = folder / "images.txt", folder / "wxsync.state"
+        if self.state:
+            self.state_file.write_bytes(self.state)
+        return self
+
+    def open(self) -> None:
+        if isinstance(self.github.runner, SlowRunner):
+            self.github.runner.go.set()
+
+    def is_idle(self) -> bool:
+        health = self.service.health()
+        return bool(health["running"] == health["queued"] == 0)
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self.open()
+        log, wrong = self.service.log, [] if kind else self.broken()
+        super().__exit__(kind, value, trace)
+        assert kind or (wrong == [] and is_calm(log)), f"{wrong} {log[-3000:]}"
+
+
+quick = Quick
+
+
+class Depot(Quick):
+    """A quick world with files: a source, and QingStor."""
+
+    USERS = itertools.count(1)
+
+    def __init__(self, *before: Any, **more: str) -> None:
+        patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "0.5", "SCALE": "0.01"}
+        patience |= {"MESSAGE_INTERVAL_SECONDS": "0.02", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
+        patience |= {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
+        super().__init__(*before, **patience | more)
+        self.store, self.source = FakeQingStor(), Source()
+
+    def defaults(self) -> dict[str, str]:
+        return super().defaults() | self.store.settings
+
+    def prepare(self) -> Self:
+        self._stack.enter_context(self.store)
+        self._stack.enter_context(self.source)
+        self.source.add("/probe", body=b"ok")
+        return super().prepare()
+
+    def user(self) -> str:
+        return f"user{next(self.USERS)}"
+
+    def ask(self, text: str) -> str:
+        """Type a message as somebody new, who is returned."""
+        user = self.user()
+        self.say(text, user)
+        return user
+
+    def begin(self, link: str, parts: int = 1) -> str:
+        """Send a link as somebody new, and wait until so many parts of it are stored."""
+        before, user = len(self.store.parts_received), self.ask(link)
+        assert wait_until(lambda: len(self.store.parts_received) >= before + parts)
+        return user
+
+    def answers(self, user: str, count: int) -> list[str]:
+        """Return so many messages that reached somebody, who hears no more for now."""
+        assert wait_until(lambda: len(self.wecom.messages_for(user)) >= count, 20), self.log
+        assert wait_until(self.is_idle)
+        return self.wecom.messages_for(user)
+
+    def answer(self, user: str, timeout: float = 20) -> str:
+        try:
+            return self.wecom.wait_message(lambda m: m.user == user, timeout).text
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.log[-3000:]}") from None
+
+    def relay(self, link: str, timeout: float = 20) -> str:
+        return self.answer(self.ask(link), timeout)
+
+    @property
+    def log(self) -> str:
+        return self.service.log
+
+    def broken(self) -> list[str]:
+        """Return what went wrong, uploads that were left open included."""
+        wait_until(lambda: not self.store.open_uploads, 2)
+        left = list(self.store.open_uploads)
+        self.store.open_uploads.clear()  # or every story after this one would fail as well
+        return super().broken() + self.store.errors + self.source.errors + left
 
 
 def disk_is(
     world: World, seconds: float = 0, file: int = 0, folder: int = 0, chance: float = 1
 ) -> None:
-    """Let each sync take seconds, and fail with an errno by chance."""
-    write_atomically(world.service.folder / "disk", json.dumps([seconds, file, folder, chance, 0]))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    new = path.with_name("new")
-    new.write_text(text)
-    os.replace(new, path)
+    """Let each sync of a BAD_DISK take seconds, and fail with an errno by chance."""
+    new = world.service.folder / "new"
+    new.write_text(json.dumps([seconds, file, folder, chance, 0]))
+    new.replace(new.with_name("disk"))
 
 
 def room(world: World, file_bytes: int = -1) -> None:
@@ -8728,30 +6926,15 @@ def room(world: World, file_bytes: int = -1) -> None:
     resource.prlimit(world.service.pid, resource.RLIMIT_FSIZE, (file_bytes, -1))
 
 
-def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> World:
-    """Return a world, not started, in which a minute takes a second, with unsent messages."""
+def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
+    """Return a world in which a minute takes a second, with unsent messages."""
     fast = {"SPEED": "60", "SCALE": "1", "TZ": "UTC0", "CALLBACK_MAX_AGE": "0"} | settings
-    world = World(quick_script(HASTY), PlayedRunner(0.01), fast).prepare()
+    world = Quick(None, HASTY, state_file(letters=letters), **fast)
     world.wecom.speed = 60.0
-    if letters:
-        (world.service.state_dir / "wxsync.state").write_bytes(state_file(letters=letters))
     return world
 
 
 GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests would wait for ever
-
-
-def gated() -> PlayedRunner:
-    """Return a runner whose jobs wait until `gate` is set."""
-    runner = PlayedRunner(0.01)
-    runner.gate = threading.Event()
-    GATES.append(runner.gate)
-    return runner
-
-
-def open_gate(runner: PlayedRunner) -> None:
-    if runner.gate:
-        runner.gate.set()
 
 
 def last_state(journal: bytes) -> dict[str, Any]:
@@ -8764,18 +6947,15 @@ def last_state(journal: bytes) -> dict[str, Any]:
 
 
 def saved(world: World) -> dict[str, Any]:
-    """Return the state that is on disk now."""
     return last_state((world.service.state_dir / "wxsync.state").read_bytes())
 
 
 def idle(world: World) -> bool:
-    """Tell whether nothing is left to do: no task, no message."""
     state = saved(world)
     return not state["tasks"] and not state["letters"]
 
 
 def finals(world: World, user: str) -> list[str]:
-    """Return the final messages that reached a user."""
     return [text for text in world.wecom.messages_for(user) if "成功 " in text]
 
 
@@ -8784,20 +6964,15 @@ def hear(world: World, user: str, wanted: str) -> str:
     return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 6).text
 
 
-def is_calm(log: str) -> bool:
-    """Tell whether a log shows no bug."""
-    return "Traceback" not in log and wxsync.INTERNAL_ERROR not in log
-
-
 STORIES: dict[str, Callable[[], None]] = {}
 
 
-def early(story: Callable[[], None]) -> Callable[[dict[str, Future[None]]], None]:
+def early(story: Callable[[], None]) -> Callable[[Told], None]:
     """Make a test of a story that mostly waits: all of them start together and run side by side."""
     name = story.__name__
     STORIES[name] = story
 
-    def test(told: dict[str, Future[None]]) -> None:
+    def test(told: Told) -> None:
         told[name].result()
 
     test.__doc__ = story.__doc__
@@ -8805,7 +6980,7 @@ def early(story: Callable[[], None]) -> Callable[[dict[str, Future[None]]], None
 
 
 @pytest.fixture(scope="module")
-def told(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+def told(request: pytest.FixtureRequest) -> Iterator[Told]:
     """Start the stories of the tests that were chosen."""
     names = [item.name for item in request.session.items if item.name in STORIES]
     with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
@@ -8814,70 +6989,1161 @@ def told(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
         gate.set()
 
 
-class Summary:
-    """Prints COUNTS after the last test, one line a topic."""
-
-    LINES: ClassVar[dict[str, str]] = {
-        "kills survived": "kill -9",
-        "lines cut": "cut",
-        "told twice, an acknowledgement being lost": "doubled",
-        "requests accepted": "accepted",
-        "final messages delivered": "delivered",
-        "callbacks fuzzed": "fuzzed",
-        "raw requests fuzzed": "raw",
-        "connections held": "held",
-        "faults injected": "faults",
-        "damaged state files": "damaged",
-        "reads of files being replaced": "reads",
-        "midnights": "midnights",
-        "texts searched for secrets": "searched",
-    }
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        terminalreporter.section("nothing lost, nobody in")
-        for name, key in self.LINES.items():
-            terminalreporter.write_line(f"{name}: {COUNTS[key]}")
+RESULT = re.compile(
+    r"✅ 文件上传成功！\n\n文件名: (?P<name>.+)\n文件大小: (?P<size>\d+) 字节\n"
+    r"存储桶: (?P<bucket>\S+)\n下载链接: (?P<link>\S+)"
+)
+SENTENCE = re.compile(r"❌ 文件上传失败\n(?P<why>[^\n]+)\n\n(?P<link>\S+)\n（#[0-9a-f]{6}）")
+KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{1,10})?")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def summary(request: pytest.FixtureRequest) -> None:
-    request.config.pluginmanager.register(Summary())
+def read_result(text: str) -> dict[str, str]:
+    """Return the fields of a message of success, in exactly the form that users know."""
+    match = RESULT.fullmatch(text)
+    assert match, text
+    return match.groupdict()
 
 
-def count_requests(world: World, accepted: int) -> None:
-    """Count accepted requests and the final messages that came of them."""
-    COUNTS["accepted"] += accepted
-    COUNTS["delivered"] += sum("成功 " in message.text for message in world.wecom.messages)
+def check_refusal(text: str, why: str, link: str = "") -> None:
+    """Check that a message is one sentence with what to do, and names the link."""
+    match = SENTENCE.fullmatch(text)
+    assert match and why in match["why"] and link in match["link"], text
 
 
-class Store(Peer):
-    """A QingStor that takes small objects."""
+def check_object(depot: Depot, path: str, text: str) -> str:
+    """Check that the message and the bucket have the very file; return the object's key."""
+    found, served = read_result(text), depot.source.files[path]
+    key = found["link"].rpartition("/")[2]
+    stored = depot.store.objects[key]
+    assert KEY.fullmatch(key) and found["bucket"] == depot.store.bucket
+    assert int(found["size"]) == stored.size == served.size
+    assert stored.sha256 == served.sha256()
+    return key
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.objects: dict[str, int] = {}
+
+@pytest.fixture(scope="module")
+def shared_depot() -> Iterator[Depot]:
+    with Depot() as depot:
+        yield depot
+
+
+@pytest.fixture
+def depot(shared_depot: Depot) -> Iterator[Depot]:
+    """The depot that most stories share: each has to leave it in order."""
+    yield shared_depot
+    assert shared_depot.broken() == [] and is_calm(shared_depot.log), shared_depot.log
+    text = shared_depot.relay(shared_depot.source.add("/after.txt", body=b"the next task works"))
+    assert read_result(text)["size"] == "19"
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that arrive
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_byte_arrives(depot: Depot, length: str) -> None:
+    """Whatever the size, told or not; each call is covered by a checksum. What comes compressed
+    although nothing else than the file was asked for is stored as the file."""
+    kind, first = "application/gzip", len(depot.store.calls)
+    for size in (0, 1, PART - 1, PART, PART + 1, 2 * PART, 30_000_000):
+        path, before = f"/{length}-{size}.tar.gz", len(depot.store.parts_received)
+        link = depot.source.add(path, size, length=length, content_type=kind)
+        key = check_object(depot, path, depot.relay(link))
+        assert key.endswith(".tar.gz") and depot.store.objects[key].content_type == kind
+        parts = len(depot.store.parts_received) - before
+        assert parts == (0 if size < PART else -(-size // PART))
+    puts = [call for call in depot.store.calls[first:] if call.method == "PUT"]
+    assert len(puts) > 12 and all("content-md5" in call.headers for call in puts if call.body)
+    link = depot.source.add("/packed.bin", 6_000_000, gzip=True, length=length)
+    check_object(depot, "/packed.bin", depot.relay(link))
+    asked = depot.source.calls_to("GET /packed.bin")[-1]
+    assert asked.headers["accept-encoding"] == "identity"
+
+
+# what Content-Disposition says of http://…/page.html -> the name
+NAMES = """
+attachment; filename="report.pdf" -> report.pdf
+attachment; filename=report.pdf -> report.pdf
+attachment;filename=report.pdf;size=3 -> report.pdf
+attachment; FileName = "two words.txt" -> two words.txt
+attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" -> 文档.pdf
+attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf -> 文.pdf
+attachment; filename*=ISO-8859-1''na%EFve.txt -> naïve.txt
+attachment; filename*=GBK''%CE%C4.txt -> 文.txt
+attachment; filename*=bogus''%41.txt; filename=ok.txt -> ok.txt
+attachment; filename="a\\"b.txt" -> a"b.txt
+attachment; filename="文档.pdf" -> 文档.pdf
+attachment; filename="../../etc/passwd" -> passwd
+attachment; filename="..\\\\..\\\\boot.ini" -> boot.ini
+attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd -> passwd
+attachment; filename*=UTF-8''a%00b%0A%0Dc.txt -> abc.txt
+attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe -> evilfdp.exe
+attachment; filename="...hidden" -> hidden
+attachment; filename="\x1b[31mred.txt" -> [31mred.txt
+attachment; filename="" -> page.html
+attachment; filename="/" -> page.html
+attachment; filename="..." -> page.html
+attachment; filename*=idna''%ff -> page.html
+attachment; filename*=punycode''%ff -> page.html
+attachment; filename*=undefined''%41 -> page.html
+attachment; filename*=a\0''%41 -> page.html
+attachment -> page.html
+inline -> page.html
+ -> page.html
+attachment; xfilename="evil.exe"; filename="ok.txt" -> ok.txt
+attachment; filename="a; filename*=UTF-8''b.exe" -> a; filename*=UTF-8''b.exe
+"""
+
+
+@pytest.mark.parametrize("line", NAMES.strip("\n").split("\n"))
+def test_name_of_disposition(line: str) -> None:
+    """The name is the one of RFC 6266, without anything that could harm."""
+    disposition, _, name = line.partition(" -> ")
+    url = wxsync.parse_url("https://example.com/a/page.html?x=y.zip")
+    assert wxsync.read_file_name(disposition, url) == name
+
+
+# the addresses, the last one first -> the name
+ADDRESSES = """
+example.com/a/%E6%96%87.zip?x=1 -> 文.zip
+cdn.example.com/0a1b2c example.com/v1/tool.tar.gz -> tool.tar.gz
+cdn.example.com/real.zip example.com/latest -> real.zip
+example.com/download -> download
+example.com/ -> download
+example.com/a%2Fb.txt -> b.txt
+example.com/%00%0A -> download
+"""
+
+
+@pytest.mark.parametrize("line", ADDRESSES.strip().splitlines())
+def test_name_of_address(line: str) -> None:
+    """Without a disposition the addresses name the file, one with an extension first."""
+    *links, _, name = line.split()
+    urls = [wxsync.parse_url(f"https://{link}") for link in links]
+    assert wxsync.read_file_name("", *urls) == name
+    long = wxsync.read_file_name(f'attachment; filename="{"长" * 500}.tar.gz"', *urls)
+    assert len(long) <= 150 and long.endswith(".tar.gz")
+
+
+# charset, what the head says of the name -> the name that is shown, the extension of the key
+SHOWN_NAMES = """
+utf-8 filename="年度报告.PDF" -> 年度报告.PDF .pdf
+gbk filename="年度报告.pdf" -> 年度报告.pdf .pdf
+utf-8 filename*=UTF-8''%E5%B9%B4.tar.gz -> 年.tar.gz .tar.gz
+utf-8 filename="../../x.p;df" -> x.p;df
+utf-8 filename="x.%2e%2e" -> x.%2e%2e
+utf-8 filename="X.TAR.GZ" -> X.TAR.GZ .tar.gz
+"""
+
+
+def test_the_name_that_is_shown_may_be_any_the_key_never_is(depot: Depot) -> None:
+    """Of the name, only a cleaned extension is in the key. A Chinese address works as typed."""
+    for line in SHOWN_NAMES.strip().splitlines():
+        charset, said, _, name, *extension = line.split(" ")
+        more: dict[str, Any] = {"disposition": f"attachment; {said}", "charset": charset}
+        text = depot.relay(depot.source.add("/named", body=b"x", **more))
+        assert read_result(text)["name"] == name
+        assert check_object(depot, "/named", text)[36:] == "".join(extension)
+    depot.source.add("/下载/文 件.txt", body="内容".encode())
+    text = depot.relay(f"{depot.source.url}/下载/文%20件.txt")
+    assert read_result(text)["name"] == "文 件.txt"
+    check_object(depot, "/下载/文 件.txt", text)
+
+
+def test_redirects(depot: Depot) -> None:
+    """Absolute, relative and other redirects lead to the file, which may be named by the first."""
+    source = depot.source
+    source.add("/to/0a1b", body=b"moved")
+    for status in (301, 302, 303, 307, 308):
+        source.add("/to/step", status=status, location="0a1b")
+        source.add("/to/second", status=status, location=f"{source.url}/to/step")
+        text = depot.relay(source.add("/to/first.zip", status=status, location="/to/second"))
+        assert read_result(text)["name"] == "first.zip"
+        check_object(depot, "/to/0a1b", text)
+
+
+VALIDATORS = ({"etag": '"v1"'}, {"modified": "Tue, 24 Nov 2026 08:00:00 GMT"})
+
+
+@pytest.mark.parametrize("cuts", [[1], [100_000], [5_000_000, 3_000_000], [PART, PART, 1]])
+def test_resume(depot: Depot, cuts: list[int]) -> None:
+    """A download that breaks goes on where it was, if it is the same file still."""
+    for validator in VALIDATORS:
+        options: dict[str, Any] = validator | {"cut_after": cuts, "ranges": "good"}
+        link = depot.source.add("/resumed.iso", 12_000_000, **options)
+        first, wanted = len(depot.source.calls), [*validator.values()]
+        check_object(depot, "/resumed.iso", depot.relay(link))
+        calls = [call for call in depot.source.calls[first:] if call.path == "/resumed.iso"]
+        assert [call.headers.get("if-range") for call in calls] == [None, *wanted * len(cuts)]
+
+
+@pytest.mark.parametrize("how", ["stalls", "restarts", "breaks-twice"])
+def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
+    """Stands still, is gone for a moment, or breaks the next try, too: the rest is asked for."""
+    path, options = f"/{how}.iso", dict[str, Any](etag='"s"', ranges="good")
+    options |= {"stall_after": 5_000_000} if how == "stalls" else {"rate": 8_000_000}
+    user = depot.begin(depot.source.add(path, 9_000_000, **options))
+    if how == "restarts":
+        depot.source.restart()
+    elif how == "breaks-twice":
+        depot.source.fail(f"GET {path}", "reset")
+        depot.source.cut()
+    check_object(depot, path, depot.answer(user))
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that do not arrive
+# ---------------------------------------------------------------------------------------------
+
+CUT_ALWAYS = {"cut_after": [5_000_000] * 20}
+CUT_GOOD: dict[str, Any] = CUT_ALWAYS | {"etag": '"1"', "ranges": "good"}
+SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
+    "not found": ({"status": 404}, "文件不存在（HTTP 404）"),
+    "gone": ({"status": 410}, "文件已删除"),
+    "login": ({"status": 401}, "需要登录"),
+    "forbidden": ({"status": 403}, "HTTP 403"),
+    "too many": ({"status": 429}, "HTTP 429"),
+    "broken": ({"status": 500}, "来源拒绝或出错（HTTP 500）"),
+    "busy": ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
+    "teapot": ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
+    "empty": ({"status": 204}, "HTTP 204"),
+    "no http": ({"garbage": True}, "不是正常的 HTTP"),
+    "loop": ({"status": 302, "location": "/loop"}, "不停地重定向"),
+    "to ftp": ({"status": 302, "location": "ftp://example.com/x"}, "格式不正确"),
+    "to a file": ({"status": 302, "location": "file:///etc/passwd"}, "格式不正确"),
+    "to login": ({"status": 302, "location": "http://u:p@example.com/"}, "格式不正确"),
+    "nowhere": ({"status": 302, "location": f"{NOWHERE}/"}, "连接被拒绝"),
+    "no name": ({"status": 302, "location": "http://no-such-host.invalid/"}, "域名解析失败"),
+    "no validator": (CUT_ALWAYS, "来源不支持续传"),
+    "weak validator": (CUT_GOOD | {"etag": 'W/"1"'}, "来源不支持续传"),
+    "no ranges": (CUT_GOOD | {"ranges": ""}, "来源文件已变化或不支持续传"),
+    "ignored": (CUT_GOOD | {"ranges": "ignored"}, "已变化或不支持续传"),
+    "wrong start": (CUT_GOOD | {"ranges": "wrong"}, "已变化或不支持续传"),
+    "changed": (CUT_GOOD | {"change": True}, "已变化"),
+    "416": (CUT_GOOD | {"ranges": "416"}, "HTTP 416"),
+    "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
+    "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
+}
+SLOW_SOURCES: dict[str, tuple[dict[str, Any], str]] = {  # which are asked again and again
+    "always cut": (CUT_GOOD | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
+    "stalls": ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
+    "stalls at once": ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
+    "drips": ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
+    "short chunks": ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
+    "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
+}
+
+
+def check_sources(depot: Depot, troubles: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
+    before, asked = set(depot.store.objects), dict[str, str]()
+    for name, (options, _) in troubles.items():
+        path = f"/{name.replace(' ', '-')}"
+        asked[name] = depot.ask(depot.source.add(path, **({"size": 12_000_000} | options)))
+    for name, user in asked.items():
+        check_refusal(depot.answer(user, 60), troubles[name][1], name.replace(" ", "-"))
+    assert set(depot.store.objects) == before
+    assert all(len(depot.wecom.messages_for(user)) == 1 for user in asked.values())
+
+
+def test_bad_sources(depot: Depot) -> None:
+    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
+    check_sources(depot, SOURCE_TROUBLES)
+    check_refusal(depot.relay("http://no-such-host.invalid/x"), "域名解析失败")
+    check_refusal(depot.relay(f"{NOWHERE}/x"), "连接被拒绝")
+    bomb = depot.source.add("/bomb", **coded(gzip.compress(bytes(80 * MIB), 1)))
+    check_refusal(depot.relay(bomb), "文件超过上限 64 MB")
+
+
+@in_ci
+def test_bad_sources_that_are_tried_again(depot: Depot) -> None:
+    """A source that breaks or stands still each time ends as each trouble does."""
+    check_sources(depot, SLOW_SOURCES)
+
+
+def test_the_limit_is_exact() -> None:
+    """A file of just MAX_FILE_MB passes; with one byte more it is refused and nothing is left."""
+    with Depot(MAX_FILE_MB="5") as depot:
+        for length in LENGTHS:
+            fits = depot.source.add("/fits.bin", 5 * MIB, length=length)
+            check_object(depot, "/fits.bin", depot.relay(fits))
+            text = depot.relay(depot.source.add("/over.bin", 5 * MIB + 1, length=length))
+            check_refusal(text, "文件超过上限 5 MB（MAX_FILE_MB）")
+        assert len(depot.store.objects) == len(LENGTHS)
+
+
+@pytest.mark.parametrize("how", [500, 503, "reset", "lost", pytest.param("hang", marks=in_ci)])
+def test_part_fails_once(depot: Depot, how: int | str) -> None:
+    """A part that fails is sent again, and nothing is lost or doubled."""
+    for number in (0, 2):
+        depot.store.fail_part(number, 2 if isinstance(how, int) else 1, how)
+        path = f"/once-{how}-{number}.bin"
+        check_object(depot, path, depot.relay(depot.source.add(path, 13_000_000)))
+        assert not depot.store.faults
+
+
+PART_FAILS: dict[int | str, str] = {
+    500: "QingStor 暂时不可用（HTTP 500），请稍后再试",
+    503: "QingStor 暂时不可用（HTTP 503），请稍后再试",
+    "reset": "连接 QingStor 失败",
+    403: "没有权限写入存储桶",
+}
+
+
+@pytest.mark.parametrize("how", PART_FAILS)
+def test_part_fails_always(depot: Depot, how: int | str) -> None:
+    """A part that cannot be sent ends the upload, which is taken back."""
+    before, aborted = set(depot.store.objects), len(depot.store.aborted)
+    depot.store.fail_part(1, 3, how)
+    text = depot.relay(depot.source.add("/always.bin", 30_000_000))
+    depot.store.faults.clear()
+    check_refusal(text, PART_FAILS[how])
+    assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + 1
+
+
+def test_lost_answers(depot: Depot) -> None:
+    """A call whose answer got lost is not an upload that failed, nor one left open."""
+    for where, how in itertools.product(
+        ("POST uploads", "POST upload_id", "PUT /tmp/"), ("reset", "lost")
+    ):
+        depot.store.fail(where, how)
+        size = 100_000 if "PUT" in where else 9_000_000
+        check_object(depot, "/lost.bin", depot.relay(depot.source.add("/lost.bin", size)))
+        assert not depot.store.faults
+
+
+TEMPERS: dict[str, tuple[dict[str, Any], str]] = {
+    "bucket missing": ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
+    "bucket full": ({"bucket_full": True}, "存储空间已满"),
+    "no right": ({"forbidden": True}, "没有权限写入存储桶"),
+    "wrong secret": ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    "wrong key": ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    "clock early": ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
+    "clock late": ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
+}
+
+
+@pytest.mark.parametrize("temper", TEMPERS)
+def test_refusals_of_qingstor(depot: Depot, temper: str) -> None:
+    """Each refusal is told with what to do about it, for small files and for big ones."""
+    changes, why = TEMPERS[temper]
+    before = {name: getattr(depot.store, name) for name in changes}
+    vars(depot.store).update(changes)
+    try:
+        texts = [depot.relay(depot.source.add("/refused", size)) for size in (100, 9_000_000)]
+    finally:
+        vars(depot.store).update(before)
+    for text in texts:
+        check_refusal(text, why)
+
+
+def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
+    """An upload that is refused in its middle is taken back."""
+    user = depot.begin(depot.source.add("/filling.bin", 20_000_000, rate=10_000_000.0))
+    depot.store.bucket_full = True
+    text = depot.answer(user)
+    depot.store.bucket_full = False
+    assert "存储空间已满" in text
+
+
+@in_ci
+def test_qingstor_goes_and_comes_back() -> None:
+    """An upload that could not be taken back is, as soon as QingStor is there again."""
+    with Depot() as depot:
+        link = depot.source.add("/down.bin", 20_000_000, rate=20_000_000.0)
+        user = depot.begin(link, 2)
+        depot.store.stop()
+        assert "连接 QingStor 失败" in depot.answer(user) and len(depot.store.open_uploads) == 1
+        depot.store.start()
+        assert wait_until(lambda: len(depot.store.aborted) == 1)
+        check_object(depot, "/down.bin", depot.relay(link))
+        assert len(depot.wecom.messages_for(user)) == 1
+
+
+@in_ci
+@pytest.mark.parametrize("away", [False, True])
+def test_killed_while_uploading(away: bool) -> None:
+    """After a kill the next start undoes the upload and does it again; told once."""
+    with Depot() as depot:
+        user = depot.begin(depot.source.add("/killed.bin", 20_000_000, rate=10_000_000.0), 2)
+        depot.service.kill()
+        (old,) = depot.store.open_uploads
+        depot.source.files["/killed.bin"].rate = 0
+        if away:  # the orphan cannot be settled at once
+            depot.store.stop()
+        depot.service.start()
+        text = depot.answer(user)
+        if away:
+            assert "连接 QingStor 失败" in text
+            depot.store.start()
+        else:
+            check_object(depot, "/killed.bin", text)
+        assert wait_until(lambda: depot.store.aborted == [old])
+        depot.service.restart()
+        time.sleep(0.3)
+        assert depot.wecom.messages_for(user) == [text]
+
+
+@in_ci
+def test_killed_again_and_again() -> None:
+    """Wherever it is killed, one file is in the bucket in the end, and one message is sent."""
+    with Depot() as depot:
+        for turn, pause in enumerate((0.0, 0.1, 0.3, 0.6), 1):
+            user = depot.ask(depot.source.add("/again.bin", 9_000_000, rate=15_000_000.0))
+            time.sleep(pause)
+            depot.service.restart()
+            text = depot.answer(user)
+            assert read_result(text)["size"] == "9000000" and depot.broken() == []
+            assert wait_until(depot.is_idle) and len(depot.store.objects) == turn
+            # The very same text may be sent twice: WeCom's duplicate check is what drops it.
+            assert set(depot.wecom.messages_for(user)) == {text}
+
+
+@pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
+def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
+    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
+    with Depot() as depot:
+        path = "/deadly.bin"
+        link = depot.source.add(path, 2_000_000, rate=5e5)
+        user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
+        for turn in (1, 2):
+            assert wait_until(lambda: depot.source.hits[path] == turn)  # noqa: B023 - at once
+            time.sleep(1.4)  # it is under way
+            getattr(depot.service, end)()
+            depot.service.start()
+        told, following = depot.answers(user, 2)
+        assert depot.source.hits[path] == tries, told
+        assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and path[1:] in told
+        check_object(depot, "/next.bin", following)
+
+
+# ---------------------------------------------------------------------------------------------
+# Links, status, several at once
+# ---------------------------------------------------------------------------------------------
+
+
+def test_signed_links() -> None:
+    """A signed link opens a private object until it expires, and only unchanged."""
+    with Depot(QINGSTOR_LINK_SECONDS="600") as depot:
+        link = depot.source.add("/签名.txt", body="你好".encode())
+        found = read_result(depot.relay(link))["link"]
+        assert http_request("GET", found).body == "你好".encode()
+        for changed in (found.replace("expires=1", "expires=2"), found.partition("?")[0]):
+            assert http_request("GET", changed).status == 401
+        for later, status in ((595, 200), (605, 403)):
+            depot.store.clock = lambda later=later: time.time() + later  # type: ignore[misc]
+            assert http_request("GET", found).status == status
+
+
+def test_plain_links(depot: Depot) -> None:
+    """A plain link opens an object of a bucket that everybody may read."""
+    found = read_result(depot.relay(depot.source.add("/plain.txt", body=b"open")))["link"]
+    depot.store.public = True
+    got = http_request("GET", found)
+    depot.store.public = False
+    assert (got.status, got.body) == (200, b"open") and http_request("GET", found).status == 401
+
+
+LINK_FORMS = {
+    "0": r"https://tmp\.pek3a\.qingstor\.com/[0-9a-f-]{36}\.pdf",
+    "60": r"https://pek3a\.qingstor\.com/tmp/[0-9a-f-]{36}\.pdf\?.*expires=\d+.*",
+}
+
+
+@pytest.mark.parametrize("seconds", LINK_FORMS)
+def test_form_of_links(seconds: str) -> None:
+    """At QingStor itself, the bucket and the zone stand before the host."""
+    settings = load(QINGSTOR_LINK_SECONDS=seconds)
+    log = wxsync.Log("ERROR", [], sys.stderr)
+    store = wxsync.QingStor(settings, network(settings), log, time.sleep)
+    assert re.fullmatch(LINK_FORMS[seconds], store.link(wxsync.make_key("a.pdf"), time.time()))
+
+
+def test_status_shows_how_far(depot: Depot) -> None:
+    """状态 tells bytes, percentage and speed while a file is on its way."""
+    user = depot.begin(depot.source.add("/watched.bin", 20_000_000, rate=20_000_000.0), 3)
+    time.sleep(0.05)
+    text = depot.say("状态", depot.user())
+    found = re.search(r"文件：进行中.*\n　▓+░* (\d+)%，([\d.]+) / 20\.0 MB，([\d.]+) MB/s", text)
+    assert found and 40 <= int(found[1]) <= 100 and float(found[2]) >= 8, text
+    check_object(depot, "/watched.bin", depot.answer(user))
+    assert "文件：空闲" in depot.say("状态", depot.user())
+
+
+def test_a_message_may_hold_20_links(depot: Depot) -> None:
+    """All of them are answered in order, a bad one harms no other, equal ones are one; with one
+    more nothing is begun, and the reply names the limit."""
+    links = [depot.source.add(f"/row-{n}.bin", 1000 + n) for n in range(21)]
+    reply = depot.say("\n".join(links), depot.user())
+    assert reply.startswith("❌") and "20 个链接" in reply
+    links[1] = f"{depot.source.url}/no-such-file"
+    user = depot.ask("\n".join([*links[:20], links[0]]))
+    texts = depot.answers(user, 20)
+    assert links[1] in texts[1] and "404" in texts.pop(1)
+    sizes = [int(read_result(text)["size"]) for text in texts]
+    assert sizes == [1000, *range(1002, 1020)]
+    assert (depot.source.hits["/row-0.bin"], depot.source.hits["/row-20.bin"]) == (1, 0)
+
+
+def test_files_run_beside_images() -> None:
+    """Files have a queue of their own, in which one waits for the other."""
+    with Depot(SlowRunner(""), QUEUE_SIZE="1") as depot:
+        slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
+        quick = depot.source.add("/quick.bin", 1000)
+        both, second = depot.ask(f"nginx:latest\n{slow}"), depot.user()
+        assert wait_until(lambda: depot.source.hits["/slow.bin"])
+        assert "已排队，前面还有 1 个" in depot.say(quick, second)
+        assert "请稍后再试" in depot.say(quick, depot.user())
+        check_object(depot, "/slow.bin", depot.answer(both))
+        check_object(depot, "/quick.bin", depot.answer(second))
+        assert len(depot.wecom.messages_for(both)) == 1
+        depot.open()
+        assert "成功 1 / 1" in depot.answers(both, 2)[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Only the outside world
+# ---------------------------------------------------------------------------------------------
+
+
+def load(**settings: str) -> wxsync.Settings:
+    files = {"QINGSTOR_ACCESS_KEY_ID": "k", "QINGSTOR_SECRET_ACCESS_KEY": "s"}
+    return wxsync.load_settings(ENOUGH | files | settings)
+
+
+def network(settings: wxsync.Settings) -> wxsync.Network:
+    return wxsync.Network(settings, wxsync.Log("ERROR", [], sys.stderr))
+
+
+@pytest.mark.parametrize(("link", "why"), FORBIDDEN)
+def test_forbidden_addresses(link: str, why: str) -> None:
+    """No disguise leads inside, neither directly nor by way of a proxy."""
+    try:
+        url = wxsync.parse_url(link)
+    except wxsync.Failure:
+        return
+    with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
+        wxsync.refuse_inside(url.host, 3)
+    with pytest.raises((wxsync.Failure, OSError)) as caught:
+        wxsync.dial(url.host, 9, 3, True).close()
+    # A name may also just not resolve here; an address must be refused, not tried.
+    literal = not re.search(r"[g-z]", url.host.removeprefix("0x"))
+    kinds = (wxsync.Failure,) if literal else (wxsync.Failure, socket.gaierror)
+    assert isinstance(caught.value, kinds), caught.value
+
+
+def test_allowed_addresses() -> None:
+    """The neighbours of what is refused are not, nor are names that only look like it."""
+    for address in ALLOWED:
+        assert wxsync.is_outside(address)
+        wxsync.refuse_inside(address, 3)
+    for name in ("local.", "localhost.", "internal.", "1.2.3.4.", ""):
+        wxsync.refuse_inside(f"{name}example.com", 3)
+
+
+ADDRESS_FORMS = """
+http://EXAMPLE.com http://example.com/
+https://例子.测试/文件 https://xn--fsqu00a.xn--0zwm56d/%E6%96%87%E4%BB%B6
+https://example.com:443/a?b=c#d https://example.com/a?b=c
+http://example.com:8080/a%20b?q=%2F&r=1 http://example.com:8080/a%20b?q=%2F&r=1
+http://example.com./ http://example.com/
+https://[2400:3200::1]:8443/x https://[2400:3200::1]:8443/x
+https://example.com?x=1 https://example.com/?x=1
+"""
+
+
+@pytest.mark.parametrize("line", ADDRESS_FORMS.strip().splitlines())
+def test_form_of_addresses(line: str) -> None:
+    """What is typed becomes what is asked for."""
+    typed, asked = line.split()
+    assert str(wxsync.parse_url(typed)) == asked
+
+
+# In a net of its own: whoever connects to an address that is not meant to be reached is seen.
+INSIDE = """
+import json, socket, sys, threading
+sys.path[:0] = {paths!r}
+import test_wxsync as t, wxsync
+
+touched, answers, network = [], {{}}, t.network(t.load())
+
+def listen(port):
+    server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    def serve():
+        while True:
+            connection, address = server.accept()
+            touched.append([port, connection.getsockname()[0]])
+            connection.close()
+    threading.Thread(target=serve, daemon=True).start()
+
+def fetch(link):
+    try:
+        source = wxsync.Download(network, link, True, 2**30, lambda: False)
+        try:
+            return b"".join(source.parts()).decode()
+        finally:
+            source.close()
+    except wxsync.Failure as failure:
+        return str(failure)
+
+outside = t.Source("8.8.4.4")
+outside.port = 8000
+outside.start()
+outside.add("/file", body=b"content")
+"""
+
+
+def run_inside(program: str, **hosts: str) -> Any:
+    """Run a program after INSIDE in a net of its own; return what it puts into `answers`."""
+    needs(namespace_missing())
+    paths = [str(Path(__file__).parent), str(SCRIPT.parent)]
+    names = {f"{name}.example.com": addresses.split() for name, addresses in hosts.items()}
+    inner = ["10.0.0.1", "169.254.169.254", "100.100.100.200", "192.168.0.1", "172.16.0.1"]
+    text = INSIDE.format(paths=paths) + program + "\nprint(json.dumps(answers))\n"
+    done = in_namespace(text, names, ["8.8.4.4", "2400:3200::1", "168.63.129.16", *inner])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+REDIRECTED = """
+listen(80), listen(443)
+answers["plain"] = fetch("http://files.example.com:8000/file")
+answers["address"] = fetch("http://8.8.4.4:8000/file")
+for link, why in t.FORBIDDEN:
+    if link.isprintable():
+        outside.add("/go", status=302, location=link)
+        answers[link] = fetch("http://files.example.com:8000/go")
+answers["touched"] = touched
+"""
+
+
+def test_redirects_to_the_inside() -> None:
+    """A public address that leads inside is not followed, whatever the disguise."""
+    answers = run_inside(REDIRECTED, files="8.8.4.4")
+    assert answers.pop("plain") == answers.pop("address") == "content"
+    assert answers.pop("touched") == []
+    # What has no host, like "http://", is relative: it leads back to where it came from.
+    fine = re.compile("不允许访问内网地址|格式不正确|域名解析失败|HTTP 404|不停地重定向")
+    assert {link: text for link, text in answers.items() if not fine.search(text)} == {}
+    assert sum("不允许访问内网地址" in text for text in answers.values()) > 100
+
+
+MIXED = """
+listen(8001)
+for name in ("mixed", "mixed6", "inner"):
+    answers[name] = fetch(f"http://{name}.example.com:8001/file")
+names = t.NameServer(["8.8.4.4", "127.0.0.1"])
+good = fetch("http://rebind.example.org:8000/file"), names.asked, outside.calls[0].headers["host"]
+answers["second"] = fetch("http://rebind.example.org:8000/file")
+names.asked = 0
+outside.add("/again", status=302, location="http://rebind.example.org:8001/file")
+answers["redirected"] = fetch("http://rebind.example.org:8000/again")
+answers |= {"good": good, "touched": touched}
+"""
+
+
+def test_names_with_an_inside_address() -> None:
+    """A name that has an inside address among others is refused as a whole. It is looked up once
+    a connection, and what is checked is what is connected to."""
+    answers = run_inside(MIXED, mixed="8.8.4.4 127.0.0.1", mixed6="8.8.4.4 ::1", inner="10.0.0.1")
+    assert answers.pop("good") == ["content", 1, "rebind.example.org:8000"]
+    assert answers.pop("touched") == []
+    assert all("不允许访问内网地址" in text for text in answers.values()), answers
+
+
+WHOLE_FILE = """
+outside.add("/inside", status=302, location="http://169.254.169.254/latest/meta-data/")
+with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+    answers["good"] = depot.relay("http://files.example.com:8000/file")
+    answers["redirected"] = depot.relay("http://files.example.com:8000/inside")
+    answers["direct"] = depot.relay(depot.source.add("/secret", body=b"secret"))
+    answers["hits"] = depot.source.hits["/secret"]
+"""
+
+
+def test_the_whole_service_keeps_outside() -> None:
+    """Unless it is allowed on purpose, people in the chat reach nothing inside."""
+    answers = run_inside(WHOLE_FILE, files="8.8.4.4")
+    assert read_result(answers["good"])["size"] == "7" and answers["hits"] == 0
+    for name in ("redirected", "direct"):
+        check_refusal(answers[name], "不允许访问内网地址")
+
+
+# ---------------------------------------------------------------------------------------------
+# Hostile origins
+# ---------------------------------------------------------------------------------------------
+
+FIRST, SECOND = (random.Random(seed).randbytes(90_000) for seed in (1, 2))
+PACKED = gzip.compress(FIRST, mtime=0)  # as good as any .tar.gz
+MEMBERS = PACKED + gzip.compress(b"") + gzip.compress(SECOND)
+OK, CHUNKED = "HTTP/1.1 200 OK\n", "HTTP/1.1 200 OK\nTransfer-Encoding: chunked"
+
+
+def coded(body: bytes, coding: str = "gzip", **options: Any) -> dict[str, Any]:
+    """Return the options of a Served whose head says that its body is coded."""
+    return {"body": body, "headers": {"Content-Encoding": coding}} | options
+
+
+def wire(head: str, body: bytes = b"", again: bytes = b"") -> dict[str, Any]:
+    """Return the options of a Served that is sent as it stands here."""
+    return {"raw": head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body, "again": again}
+
+
+def in_chunks(data: bytes, size: int) -> bytes:
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+
+
+@pytest.fixture(scope="module")
+def shared_hasty() -> Iterator[Depot]:
+    with Depot(STALL_SECONDS="1", DOWNLOAD_SECONDS="3", MAX_FILE_MB="1") as depot:
+        yield depot
+
+
+@pytest.fixture
+def impatient(shared_hasty: Depot) -> Iterator[Depot]:
+    """A depot without patience or room; whatever a test did to its lane, the next link works."""
+    yield shared_hasty
+    shared_hasty.source.files.clear()
+    shared_hasty.source.cut()
+    after = shared_hasty.source.add("/after.txt", body=b"the next task works")
+    assert read_result(shared_hasty.relay(after))["size"] == "19" and not shared_hasty.broken()
+
+
+def fetched(depot: Depot, path: str = "/a.bin", **options: Any) -> bytes | None:
+    """Relay a file that is served like this; return what is stored, None where it is refused."""
+    before = set(depot.store.objects)
+    text = depot.relay(depot.source.add(path, **options))
+    assert wxsync.INTERNAL_ERROR not in text
+    if SENTENCE.fullmatch(text):
+        assert set(depot.store.objects) == before
+        return None
+    return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
+
+
+# how a file is served -> what may be stored (None: it is refused, in words)
+ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
+    "members": (coded(MEMBERS), [FIRST + SECOND]),
+    "members, in small chunks": (
+        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
+        [FIRST + SECOND],
+    ),
+    "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
+    "no member behind the end": (coded(PACKED + b"more"), [None]),
+    "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
+    # Many servers label a packed file with its packing; its checksum is that of what is sent.
+    "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
+    "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
+    "gzip is its type, in members": (
+        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
+        [MEMBERS],
+    ),
+    "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
+    "compressed twice": (
+        wire(OK + "Content-Encoding: gzip\nContent-Encoding: gzip", gzip.compress(PACKED)),
+        [FIRST, None],
+    ),
+    "a part, not asked for": (
+        wire("HTTP/1.1 206 OK\nContent-Range: bytes 0-4/9\nContent-Length: 5", b"01234"),
+        [None],
+    ),
+    "a part, chunked": (
+        wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
+        [None],
+    ),
+    "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
+    "early hints": (
+        wire(
+            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
+            f"{OK}Content-Length: 4",
+            b"body",
+        ),
+        [b"body"],
+    ),
+}
+for line in (": 3\nContent-Length: 9", ": 9x", ": -9", ": +9", " : 9"):
+    ORIGINS[f"length{line!r}"] = (wire(f"{OK}Content-Length{line}", b"x" * 9), [None])
+CODINGS = "gzip, chunked|gzip|chunked, chunked|identity|gzip\n: chunked|chunked\n: gzip"
+for line in CODINGS.split("|"):
+    said = f"{OK}\n: {line}".replace("\n\n", "\n").replace("\n: ", "\nTransfer-Encoding: ")
+    ORIGINS[f"transfer: {line!r}"] = (wire(said, in_chunks(PACKED, 999)), [None])
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_a_file_is_stored_as_its_origin_means_it(impatient: Depot, name: str) -> None:
+    """What is told as success is the very file, its checksum valid; in doubt it is refused."""
+    options, wanted = ORIGINS[name]
+    got = fetched(impatient, **options)
+    assert got in wanted, f"{len(got or b'')} bytes are stored"
+
+
+def test_bytes_behind_the_end_take_no_memory(impatient: Depot) -> None:
+    """What comes on the wire counts against MAX_FILE_MB, not only what becomes of it."""
+    body = gzip.compress(b"ok") + bytes(64 * MIB)
+    with PeakMemory(impatient.service.pid) as memory:
+        assert fetched(impatient, **coded(body, length="chunked")) is None
+    assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
+
+
+HELD: dict[str, dict[str, Any]] = {
+    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
+    "just above the floor": wire(f"{OK}Content-Length: 900000", again=b"x" * 2000),
+    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
+    "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
+    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
+    "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
+    "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", HELD if BIG else [*HELD][:2])  # of 3 s each, so the rest is for CI
+def test_nobody_holds_the_lane(impatient: Depot, name: str) -> None:
+    """Every read has the deadline of the whole transfer, whatever is being read."""
+    check_refusal(impatient.relay(impatient.source.add("/held.bin", **HELD[name]), timeout=7), "")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_an_expired_address_is_asked_for_again_at_the_link(impatient: Depot, status: int) -> None:
+    """A link leads to a signed address, which has expired when the download is resumed. Where
+    there is nowhere to begin again it ends, after a few requests."""
+    source, first = impatient.source, len(impatient.source.calls)
+    options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
+    options |= {"expired": status}
+    for turn in (1, 2, 3):
+        source.add(f"/signed?t={turn}", 900_000, **options)
+    link = source.add("/signed.iso", status=302, location="/signed?t={turn}")
+    check_object(impatient, "/signed?t=1", impatient.relay(link))
+    calls = [call.headers for call in source.calls[first:] if call.path == "/signed.iso"]
+    asked = [(call.get("range"), call.get("if-range")) for call in calls]
+    assert asked == [(None, None), ("bytes=300000-", '"v"'), ("bytes=600000-", '"v"')]
+    assert fetched(impatient, f"/refused-{status}.bin", size=900_000, **options) is None
+    assert source.hits[f"/refused-{status}.bin"] <= 6
+
+
+# What these names of example.com mean here; to the proxy, `poisoned` and `blocked` are 8.8.4.4.
+HIDDEN_INSIDE = {
+    "loop": "127.0.0.1",
+    "private": "10.0.0.1",
+    "mixed": "8.8.4.4 10.0.0.1",
+    "six": "::1",
+    "metadata": "169.254.169.254",
+    "azure": "168.63.129.16",
+}
+OUTER = {"files": "8.8.4.4", "poisoned": "1.1.1.1"}
+PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blocked"]]
+HIDDEN_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
+HIDDEN_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
+HIDDEN_LINKS += ["https://private.example.com:8000/secret"]
+# In a net of its own: the links are sent with each kind of proxy and with none.
+BY_NAME = """
+from pathlib import Path
+outside.stop()
+outside = t.Source("0.0.0.0")
+outside.port = 8000
+outside.start()
+outside.add("/file", body=b"content")
+outside.add("/secret", body=b"secret")
+for name, link in zip(t.HIDDEN_INSIDE, t.HIDDEN_LINKS):
+    outside.add(f"/to-{name}", status=302, location=link)
+with t.temporary_folder("hosts") as folder:
+    hosts = Path(folder, "hosts")
+    names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
+    hosts.write_text(f"{names}8.8.4.4 blocked.example.com\\n")
+    for proxy in (t.TinyProxy(), t.MicroSocks()):
+        enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
+        proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
+        with proxy, t.ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+            assert t.wait_until(lambda: t.UP in depot.log)
+            links = t.HIDDEN_LINKS + t.PUBLIC_LINKS
+            answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
+with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
+    answers["direct"] = {link: direct.relay(link) for link in t.HIDDEN_LINKS}
+answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
+"""
+
+
+def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
+    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
+    needs(TinyProxy.missing() or MicroSocks.missing())
+    wrong = []
+    for way, texts in run_inside(BY_NAME, **HIDDEN_INSIDE | OUTER).items():
+        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
+        for link, text in texts.items():
+            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
+            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
+    assert not wrong, "\n".join(wrong)
+
+
+# ---------------------------------------------------------------------------------------------
+# Proxies in use
+# ---------------------------------------------------------------------------------------------
+
+UP, DOWN = "✅ 代理可用: ", "⚠️  代理连接失败: "
+DEAD_PROXIES = [f"{scheme}_PROXY" for scheme in ("HTTP", "HTTPS", "ALL")]
+DEAD_PROXIES += [name.lower() for name in DEAD_PROXIES]
+
+
+class ProxyDepot(Depot):
+    """A depot whose service is to use a proxy for everything but WeCom and QingStor, whatever the
+    environment says about proxies."""
+
+    def __init__(self, proxy: ProxyProcess, **settings: str) -> None:
+        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com"}
+        super().__init__(**dict.fromkeys(DEAD_PROXIES, NOWHERE) | own | settings)
+        self.proxy = proxy
+        self.source.port = free_port()
+        self.extra.setdefault("PROXY_TEST_URL", f"{self.source.url}/probe")
+
+    def said(self) -> list[str]:
+        return [re.sub(r"^\S+ \S+ (?:[A-Z]+ )?", "", line) for line in self.log.splitlines()]
+
+    def proxy_is(self, state: str) -> bool:
+        return wait_until(lambda: self.service.health()["proxy"] == state)
+
+
+PROXIES: list[tuple[type[ProxyProcess], str, str]] = [
+    (TinyProxy, "", ""),
+    (TinyProxy, "user", "pass-word.1"),
+    (MicroSocks, "", ""),
+    (MicroSocks, "us:er", "p@ss/w#rd %"),
+]
+
+
+@pytest.mark.parametrize(("kind", "user", "password"), PROXIES)
+def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> None:
+    """GitHub and downloads go through the proxy; WeCom and QingStor never do."""
+    needs(kind.missing())
+    with kind(user, password) as proxy, ProxyDepot(proxy) as depot:
+        assert depot.proxy_is("up"), depot.log
+        images = depot.ask("nginx:latest")
+        link = depot.source.add("/through.bin", 9_000_000)
+        check_object(depot, "/through.bin", depot.relay(link))
+        assert "成功 1 / 1" in depot.answer(images)
+        peers = (depot.source, depot.github, depot.wecom, depot.store)
+        assert [proxy.asked_for(peer.port) for peer in peers] == [True, True, False, False]
+        masked = f"{kind.SCHEME}://{'***:***@' if user else ''}127.0.0.1:{proxy.port}"
+        assert [line for line in depot.said() if "代理" in line or "直连" in line] == [
+            f"🌐 检测到代理配置: {masked}",
+            "   直连域名: qingstor.com",
+            f"✅ 代理可用: {masked}",
+            "🔗 GitHub API 使用代理",
+        ]
+        assert not password or (password not in depot.log and user + ":" not in depot.log)
+
+
+def test_tls_through_a_proxy(tmp_path: Path) -> None:
+    """https goes through an http proxy by CONNECT, with the certificate checked."""
+    needs(TinyProxy.missing() or missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    with Source(tls=context) as source, TinyProxy("user", "secret") as proxy:
+        link = source.add("/tls.bin", 9_000_000)
+        source.add("/probe", body=b"ok")
+        trust = {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": f"{source.url}/probe"}
+        with ProxyDepot(proxy, **trust) as depot:
+            assert depot.proxy_is("up"), depot.log
+            depot.source.files |= source.files
+            check_object(depot, "/tls.bin", depot.relay(link))
+            assert f"CONNECT 127.0.0.1:{source.port}" in proxy.log
+        with ProxyDepot(proxy, **trust | {"SSL_CERT_FILE": "/dev/null"}) as depot:
+            assert wait_until(lambda: DOWN in depot.log) and "TLS 证书不可信" in depot.log
+            assert "TLS 证书不可信" in depot.relay(link)
+
+
+@pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
+def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> None:
+    """A proxy that does not let us in is told of and done without."""
+    needs(kind.missing() or missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    with Source(tls=context) as source, kind("user", "right") as proxy:
+        source.add("/probe", body=b"ok")
+        settings = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
+        settings |= {"PROXY_TEST_URL": f"{source.url}/probe", "SSL_CERT_FILE": str(certificate)}
+        with ProxyDepot(proxy, **settings) as depot:
+            assert wait_until(lambda: DOWN in depot.log) and depot.proxy_is("down")
+            assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in depot.said()
+            assert "   将使用非代理模式继续运行" in depot.said() and "wrong-one" not in depot.log
+            check_object(depot, "/a.bin", depot.relay(depot.source.add("/a.bin", 1000)))
+            assert "成功 1 / 1" in depot.answer(depot.ask("nginx:latest"))
+
+
+@pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
+def test_proxy_killed_and_started_again(kind: type[ProxyProcess]) -> None:
+    """A proxy that dies in a task does not end it; when it is back it is used again."""
+    needs(kind.missing())
+    with kind() as proxy, ProxyDepot(proxy, SCALE="0.005") as depot:
+        assert wait_until(lambda: UP in depot.log)
+        options: dict[str, Any] = {"etag": '"1"', "ranges": "good", "rate": 10_000_000.0}
+        user = depot.begin(depot.source.add("/cut.bin", 12_000_000, **options))
+        images = depot.ask("nginx:latest")
+        proxy.kill()
+        check_object(depot, "/cut.bin", depot.answer(user))
+        assert "成功 1 / 1" in depot.answer(images)
+        assert "   将使用非代理模式继续运行" in depot.said() and depot.log.count(DOWN) == 1
+        proxy.start()
+        assert wait_until(lambda: depot.log.count(UP) == 2), depot.log[-2000:]
+        assert depot.proxy_is("up")
+        before = len(proxy.log)
+        check_object(depot, "/after.bin", depot.relay(depot.source.add("/after.bin", 1000)))
+        assert f":{depot.source.port}" in proxy.log[before:]
+
+
+def test_everything_down_at_the_start() -> None:
+    """The service starts and answers with proxy, GitHub and QingStor all away."""
+    away = {"GITHUB_API_URL": NOWHERE, "QINGSTOR_URL": NOWHERE}
+    with Depot(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS="qingstor.com", **away) as depot:
+        assert depot.client.verify_url() == (200, "1616140317555161061")
+        assert wait_until(lambda: DOWN in depot.log)
+        assert "连接 QingStor 失败" in depot.relay(depot.source.add("/down.bin", 1000))
+
+
+DIRECT = "qingstor.com pek3a.qingstor.com tmp.pek3a.qingstor.com localhost 127.0.0.1 0.0.1"
+NOT_DIRECT = "evilqingstor.com qingstor.com.evil.com qingstor.co 127.0.0.10 7.0.0.1 27.0.0.1"
+NOT_DIRECT += " 10.0.0.1 192.168.0.7 api.github.com"
+
+
+def test_direct_domains() -> None:
+    """A name of NO_PROXY_DOMAINS means itself and what is below it, digits mean only themselves."""
+    domains = "localhost,127.0.0.1,qingstor.com,0.0.1,7"
+    net = network(load(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS=domains))
+    assert [host for host in DIRECT.split() if not net.is_direct(host)] == []
+    assert [host for host in NOT_DIRECT.split() if net.is_direct(host)] == []
+
+
+INNER_HOSTS = "127.0.0.1 localhost 0x7f000001 127.1 １２７.0.0.1 nas.lan"
+
+
+def test_a_proxy_is_not_a_way_inside_nor_for_direct_domains() -> None:
+    """It would resolve the name, so local ones are refused; what is direct goes past it."""
+    needs(TinyProxy.missing())
+    with TinyProxy() as proxy:
+        with ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+            assert wait_until(lambda: UP in depot.log)
+            depot.source.add("/secret", body=b"secret")
+            for host in INNER_HOSTS.split():
+                text = depot.relay(f"http://{host}:{depot.source.port}/secret")
+                assert "不允许访问内网地址" in text, text
+            assert not depot.source.hits["/secret"]
+        with ProxyDepot(proxy, NO_PROXY_DOMAINS="127.0.0.1") as depot:
+            assert wait_until(lambda: UP in depot.log)
+            before = proxy.log
+            check_object(depot, "/near.bin", depot.relay(depot.source.add("/near.bin", 1000)))
+            assert proxy.log == before
+
+
+def test_proxies_of_the_environment() -> None:
+    """Whatever the environment says about proxies, nothing goes there (with PROXY_URL neither:
+    every ProxyDepot has them)."""
+    with Depot(**dict.fromkeys(DEAD_PROXIES, NOWHERE)) as depot:
+        images = depot.ask("nginx:latest")
+        check_object(depot, "/env.bin", depot.relay(depot.source.add("/env.bin", 5_000_000)))
+        assert "成功 1 / 1" in depot.answer(images)
+
+
+class HiddenWeCom(FakeWeCom):
+    """WeCom behind somebody's own reverse proxy, which passes on what comes below a secret path."""
+
+    @property
+    def url(self) -> str:
+        return f"{super().url}/long-and-random"
 
     def handle(self, call: Call) -> Answer:
-        if call.method == "HEAD":
-            size = self.objects.get(call.path)
-            return Answer(404) if size is None else Answer(200, b"", {"Content-Length": str(size)})
-        if call.method == "PUT":
-            self.objects[call.path] = len(call.body)
-        if call.method == "DELETE":
-            self.objects.pop(call.path, None)
-        return Answer(201)
+        _, hidden, path = call.path.partition("/long-and-random")
+        return super().handle(replace(call, path=path)) if hidden else Answer(404, b"no")
 
 
-class Website(Peer):
-    """Has one small file."""
+def test_wecom_behind_a_reverse_proxy() -> None:
+    """WECOM_API_URL may have a path: every call goes below it, and no line of the log shows it."""
+    world = quick()
+    world.wecom = HiddenWeCom()
+    with world:
+        world.say("nginx:latest")
+        assert "成功 1 / 1" in world.hear("成功 ")
+        assert "long-and-random" not in world.service.log
+        assert all(call.path.startswith("/long-and-random/cgi-bin/") for call in world.wecom.calls)
 
-    def handle(self, call: Call) -> Answer:
-        return Answer(200, b"x" * 1000)
+
+# ---------------------------------------------------------------------------------------------
+# Memory and time
+# ---------------------------------------------------------------------------------------------
 
 
-def file_settings(store: Peer) -> dict[str, str]:
-    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID", "QINGSTOR_SECRET_ACCESS_KEY": "qingstor-secret"}
-    return keys | {"QINGSTOR_URL": store.url, "DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
+def big_files(pid: int) -> set[str]:
+    found = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if link.is_file() and link.stat().st_size > MIB:
+                found.add(os.readlink(link))
+    return found
+
+
+def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
+    """Relay a file; return the added memory and the seconds, and see that no file was written."""
+    opened: set[str] = set()
+    with PeakMemory(depot.service.pid) as memory:
+        begun = time.monotonic()
+        user = depot.ask(depot.source.url + path)
+        while not depot.wecom.messages_for(user) and time.monotonic() < begun + timeout:
+            opened |= big_files(depot.service.pid)
+            time.sleep(0.02)
+        seconds = time.monotonic() - begun
+    check_object(depot, path, depot.answer(user, 1))
+    files = [file for file in depot.service.folder.rglob("*") if file.is_file()]
+    assert not opened and sum(file.stat().st_size for file in files) < 4 * MIB
+    return memory.added, seconds
+
+
+def plain_download(url: str) -> float:
+    """Return the seconds that it takes to read a file and do nothing with it."""
+    parts, begun = urlsplit(url), time.monotonic()
+    with closing(http.client.HTTPConnection(parts.netloc, blocksize=256 * 1024)) as connection:
+        connection.request("GET", parts.path)
+        response = connection.getresponse()
+        while response.read(256 * 1024):
+            pass
+    return time.monotonic() - begun
+
+
+def plain_upload(store: FakeQingStor, size: int) -> float:
+    """Return the seconds that it takes to upload so many bytes in parts, by other means."""
+    connection, body = http.client.HTTPConnection(store.host), os.urandom(PART)
+
+    def call(method: str, target: str, body: bytes = b"") -> bytes:
+        date, path = formatdate(usegmt=True), f"/{store.bucket}/plain?{target}"
+        signature = sign_qingstor(store.secret, method, path, date)
+        headers = {"Date": date, "Authorization": f"QS {store.access_key}:{signature}"}
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        data = response.read()
+        assert response.status < 300, data
+        return data
+
+    begun = time.monotonic()
+    upload_id = json.loads(call("POST", "uploads"))["upload_id"]
+    for number in range(size // PART):
+        call("PUT", f"part_number={number}&upload_id={upload_id}", body)
+    parts = [{"part_number": number} for number in range(size // PART)]
+    call("POST", f"upload_id={upload_id}", json.dumps({"object_parts": parts}).encode())
+    return time.monotonic() - begun
+
+
+@pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
+def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
+    """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
+    few parts, the SDK included; a second file takes hardly more."""
+    rate = 100e6
+    with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
+        link = depot.source.add("/big.bin", 1024 * MIB, rate=rate, length="chunked")
+        depot.store.rate_bytes_per_second = rate
+        alone = max(plain_download(link), plain_upload(depot.store, 1024 * MIB))
+        added, seconds = watched_relay(depot, "/big.bin", 20 * alone)
+        depot.source.add("/small.bin", 8 * MIB)
+        again, _ = watched_relay(depot, "/small.bin", 60)
+    with capsys.disabled():
+        print(f"\n1 GiB: {seconds:.2f} s, one side alone {alone:.2f} s, {added / MIB:.0f} MiB")
+    assert (added < 64 * MIB, again < 16 * MIB) == (True, True), (added, again)
+    assert seconds <= 1.25 * alone
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8886,13 +8152,8 @@ def file_settings(store: Peer) -> dict[str, str]:
 
 WHOLE: dict[str, Any] = {"version": 1, "tasks": [], "letters": [], "orphans": [], "seen": {}}
 WHOLE |= {"midnight": time.strftime("%Y-%m-%d"), "last": ""}
-TASK: dict[str, Any] = {
-    "id": "0123456789abcdef",
-    "lane": "images",
-    "user": "alice",
-    "items": ["nginx:1"],
-}
-TASK |= {"accepted": 1.0}
+TASK: dict[str, Any] = {"id": "0123456789abcdef", "lane": "images", "user": "alice"}
+TASK |= {"items": ["nginx:1"], "accepted": 1.0}
 OTHER_TASK = TASK | {"id": "fedcba9876543210", "user": "carol", "items": ["redis:7"]}
 
 
@@ -8930,101 +8191,93 @@ DAMAGED = {
     "huge number": state_file(seen={"1": [10**400, "x"]}),
     "new keys odd": state_file(finished=5, cancelled={"a": 1}, tries="x"),
 }
-BAD_TASKS: dict[str, dict[str, Any]] = {
-    "items text": {"items": "nginx:1"},
-    "items numbers": {"items": [1]},
-    "no items": {"items": []},
-    "no file items": {"lane": "files", "items": []},
-    "odd upload": {"lane": "files", "items": ["http://127.0.0.1/"], "upload": [1]},
-    "no image": {"items": ["rm -rf / \n# evil"]},
-    "unknown lane": {"lane": "trains"},
-    "unknown stage": {"stage": "waiting for a train"},
-    "late odd": {"stage": "late", "items": [1], "run_id": 1},
-}
+BAD_TASKS: list[dict[str, Any]] = [
+    {"items": "nginx:1"},
+    {"items": [1]},
+    {"items": []},
+    {"lane": "files", "items": []},
+    {"lane": "files", "items": ["http://127.0.0.1/"], "upload": [1]},
+    {"items": ["rm -rf / \n# evil"]},
+    {"lane": "trains"},
+    {"stage": "waiting for a train"},
+    {"stage": "late", "items": [1], "run_id": 1},
+]
 
 
-@pytest.mark.usefixtures("told")  # the first test here: from now on the stories run beside it
-@pytest.mark.parametrize("name", TOLERATED)
-def test_a_state_file_is_taken_up(name: str) -> None:
+@early
+def test_a_state_file_is_taken_up() -> None:
     """What is unknown, missing or torn harms nothing: the request is done, nothing set aside."""
-    world = quick().prepare()
-    with closing(world):
-        path = world.service.state_dir / "wxsync.state"
-        path.write_bytes(TOLERATED[name])
-        world.service.start()
-        assert "✅" in hear(world, "alice", "成功 1 / 1") and "damaged" not in world.service.log
-        assert len(world.github.dispatches) == 1 and not list(path.parent.glob("*damaged*"))
-        assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o600
-
-
-def start_damaged(data: bytes) -> World:
-    """Start a service on this state file and see that it is set aside, told, and no hindrance."""
-    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID", "QINGSTOR_SECRET_ACCESS_KEY": "qingstor-secret"}
-    world = quick(**keys, QINGSTOR_URL=NOWHERE).prepare()
-    with ExitStack() as undo:
-        undo.callback(world.close)
-        folder = world.service.state_dir
-        (folder / "wxsync.state").write_bytes(data)
-        (folder / "images.txt").write_text("redis:6\n")
-        world.service.start()
-        world.say("nginx:latest", "bob")
-        assert wait_until(lambda: finals(world, "bob"), 3), "the lane is stuck"
-        (aside,) = [path for path in folder.iterdir() if "damaged" in path.name]
-        assert aside.read_bytes() == data
-        assert os.name == "nt" or aside.stat().st_mode & 0o777 == 0o600
-        assert re.search(r"ERROR ❌ .*damaged", world.service.log) and is_calm(world.service.log)
-        assert (folder / "images.txt").read_text().startswith("redis:6\n")
-        undo.pop_all()
-    COUNTS["damaged"] += 1
-    return world
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_state_file_is_set_aside(name: str) -> None:
-    """The service starts, says it loudly, keeps the file and images.txt, and does the next task."""
-    start_damaged(DAMAGED[name]).close()
-
-
-@pytest.mark.parametrize("name", BAD_TASKS)
-def test_of_a_bad_task_its_person_is_told_and_the_rest_lives_on(name: str) -> None:
-    """One odd entry is one request lost, and not unheard; what stands beside it is not lost."""
-    tasks, letters = [TASK | BAD_TASKS[name], OTHER_TASK], [("dave", "hello")]
-    with closing(start_damaged(state_file(tasks=tasks, letters=letters))) as world:
-        assert "✅" in hear(world, "carol", "成功 1 / 1") and hear(world, "dave", "hello")
-        assert "❌" in hear(world, "alice", "重发") and wait_until(lambda: idle(world))
-        assert len(world.wecom.messages) == 4
-
-
-def test_an_images_txt_of_foreign_bytes_is_kept() -> None:
-    """Somebody has put binary rubbish into the list: it is shown, kept and added to."""
     with quick() as world:
-        images = world.service.state_dir / "images.txt"
-        images.write_bytes(b"\xff\xfe\x00rubbish\xed\xa0\x80")
+        for number, data in enumerate(TOLERATED.values()):
+            world.service.kill()
+            own = data.replace(b'"alice"', b'"user%d"' % number)  # whom GitHub has no run of yet
+            world.state_file.write_bytes(own.replace(b"0123456789abcdef", b"%016d" % number))
+            world.service.start()
+            assert "✅" in hear(world, f"user{number}", "成功 1 / 1")
+            assert wait_until(lambda: idle(world))
+        assert "damaged" not in world.service.log
+        assert len(world.github.dispatches) == len(TOLERATED)
+        assert not list(world.service.state_dir.glob("*damaged*"))
+        assert os.name == "nt" or world.state_file.stat().st_mode & 0o777 == 0o600
+
+
+def check_set_aside(world: Quick, data: bytes) -> None:
+    """Start on this state file, and see that it is set aside, told, and no hindrance."""
+    world.service.kill()
+    world.state_file.write_bytes(data)
+    world.images.write_text("redis:6\n")
+    before = len(world.service.log)
+    world.service.start()
+    user = f"bob{before}"
+    world.say("nginx:latest", user)
+    assert wait_until(lambda: finals(world, user), 3), f"the lane is stuck: {data[:99]!r}"
+    (aside,) = world.service.state_dir.glob("*damaged*")
+    assert aside.read_bytes() == data and world.images.read_text().startswith("redis:6\n")
+    assert os.name == "nt" or aside.stat().st_mode & 0o777 == 0o600
+    assert re.search(r"ERROR ❌ .*damaged", world.service.log[before:]), data
+    aside.unlink()
+
+
+@early
+def test_a_damaged_state_file_is_set_aside() -> None:
+    """The service starts, says it loudly, keeps the file and images.txt, and does the next task."""
+    with Depot(QINGSTOR_URL=NOWHERE) as world:
+        for data in DAMAGED.values():
+            check_set_aside(world, data)
+
+
+@early
+def test_of_a_bad_task_its_person_is_told_and_the_rest_lives_on() -> None:
+    """One odd entry is one request lost, and not unheard; what stands beside it is not lost."""
+    tasks = [TASK | {"id": f"{n:016}", "user": f"user{n}"} | bad for n, bad in enumerate(BAD_TASKS)]
+    with Depot(QINGSTOR_URL=NOWHERE) as world:
+        check_set_aside(world, state_file(tasks=[*tasks, OTHER_TASK], letters=[("dave", "hello")]))
+        assert "✅" in hear(world, "carol", "成功 1 / 1") and hear(world, "dave", "hello")
+        assert all("❌" in hear(world, str(task["user"]), "重发") for task in tasks)
+        assert wait_until(lambda: idle(world)) and len(world.wecom.messages) == len(tasks) + 3
+
+
+def test_an_odd_images_txt_is_kept_or_told() -> None:
+    """Binary rubbish is shown, kept and added to; of a folder of that name one message tells."""
+    with quick() as world:
+        world.images.write_bytes(b"\xff\xfe\x00rubbish\xed\xa0\x80")
         assert "rubbish" in world.say("列表")
         world.say("nginx:latest")
         hear(world, "alice", "✅")
-        assert images.read_bytes() == b"\xff\xfe\x00rubbish\xed\xa0\x80\nnginx:latest\n"
-        assert is_calm(world.service.log)
-
-
-def test_an_images_txt_that_cannot_be_read_is_told() -> None:
-    """A folder of that name is in the way: one message says so, and /health still answers."""
-    with quick() as world:
-        (world.service.state_dir / "images.txt").mkdir()
-        world.say("nginx:latest")
-        assert "images.txt" in hear(world, "alice", "❌")
-        assert world.say("列表") and is_calm(world.service.log)
+        assert world.images.read_bytes() == b"\xff\xfe\x00rubbish\xed\xa0\x80\nnginx:latest\n"
+        world.images.unlink()
+        world.images.mkdir()
+        world.say("nginx:latest", "bob")
+        assert "images.txt" in hear(world, "bob", "❌") and world.say("列表")
 
 
 @contextmanager
-def small_disk(kilobytes: int = 256) -> Iterator[Path]:
-    """Mount a file system of this size for a while; skip the test where that is not allowed."""
+def small_disk() -> Iterator[Path]:
+    """Mount a file system of 256 kB for a while; skip the test where that is not allowed."""
     folder = Path(tempfile.mkdtemp(prefix="wxsync-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
-    if (
-        not shutil.which("mount")
-        or subprocess.run(command, capture_output=True, check=False).returncode
-    ):
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    mount = shutil.which("mount")
+    if not mount or subprocess.run(command, capture_output=True, check=False).returncode:
         folder.rmdir()
         pytest.skip("cannot mount a small file system here (needs root)")
     try:
@@ -9032,39 +8285,6 @@ def small_disk(kilobytes: int = 256) -> Iterator[Path]:
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
         folder.rmdir()
-
-
-def fill(folder: Path) -> Path:
-    """Take the last byte of a file system; deleting the returned file gives it back."""
-    filler = folder / "filler"
-    with open(filler, "wb", 0) as file, suppress(OSError):
-        while True:
-            file.write(b"x" * 512)
-    return filler
-
-
-@pytest.mark.parametrize("log_is_there_too", [False, True])
-def test_a_full_disk_is_told_and_nothing_is_accepted(log_is_there_too: bool) -> None:
-    """The refusal comes as the reply, even when the log cannot be written either."""
-    with small_disk() as disk:
-        world = quick(STATE_DIR=str(disk)).prepare()
-        with closing(world):
-            if log_is_there_too:
-                world.service.log_path = disk / "log"
-                world.service.log_path.touch()
-            world.service.start()
-            world.say("列表")
-            filler = fill(disk)
-            while log_is_there_too and disk_takes_log(world):
-                pass
-            assert "无法保存" in world.say("nginx:latest")
-            assert "无法保存" in world.say("redis:7")
-            assert world.service.health()["running"] == 0, "accepted all the same"
-            filler.unlink()
-            world.say("alpine:3", "bob")
-            world.hear("✅")
-            assert [d.inputs["images"] for d in world.github.dispatches] == ['["alpine:3"]']
-            assert saved(world)["tasks"] == []
 
 
 def disk_takes_log(world: World) -> bool:
@@ -9075,6 +8295,30 @@ def disk_takes_log(world: World) -> bool:
     return world.service.log_path.stat().st_size > before
 
 
+@pytest.mark.parametrize("log_is_there_too", [False, True])
+def test_a_full_disk_is_told_and_nothing_is_accepted(log_is_there_too: bool) -> None:
+    """The refusal comes as the reply, even when the log cannot be written either."""
+    with small_disk() as disk, closing(quick(STATE_DIR=str(disk)).prepare()) as world:
+        if log_is_there_too:
+            world.service.log_path = disk / "log"
+            world.service.log_path.touch()
+        world.service.start()
+        world.say("列表")
+        with open(disk / "filler", "wb", 0) as filler, suppress(OSError):
+            while filler.write(b"x" * 512):  # up to the last byte
+                pass
+        while log_is_there_too and disk_takes_log(world):
+            pass
+        for text in ("nginx:latest", "redis:7"):
+            assert "无法保存" in world.say(text)
+        assert world.service.health()["running"] == 0, "accepted all the same"
+        (disk / "filler").unlink()
+        world.say("alpine:3", "bob")
+        world.hear("✅")
+        assert [d.inputs["images"] for d in world.github.dispatches] == ['["alpine:3"]']
+        assert saved(world)["tasks"] == []
+
+
 def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
     """The folder becomes read-only under the running service."""
     with small_disk() as disk, quick(STATE_DIR=str(disk)) as world:
@@ -9082,8 +8326,8 @@ def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
         try:
             subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
             assert "无法保存" in world.say("nginx:latest")
-            assert world.service.health()["status"] == "degraded"
-            assert world.service.health()["running"] == 0
+            health = world.service.health()
+            assert (health["status"], health["running"]) == ("degraded", 0)
         finally:
             subprocess.run(["umount", str(disk)], check=True)
         world.say("redis:7")
@@ -9091,623 +8335,9 @@ def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
         assert len(world.github.dispatches) == 1
 
 
-# ---------------------------------------------------------------------------------------------
-# Nothing lost: midnight
-# ---------------------------------------------------------------------------------------------
-
-# Reads a moment a line, does midnight's work at it, prints what `keep_midnight` returned.
-MIDNIGHT = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import wxsync
-settings = wxsync.load_settings(os.environ)
-log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
-moment = [0.0]
-app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
-app.state.load()
-for line in sys.stdin:
-    moment[0] = float(line)
-    print(wxsync.keep_midnight(app), flush=True)
-"""
-
-
-class Nights:
-    """Midnight's work of one STATE_DIR at moments of the test's choice."""
-
-    def __init__(self, github: FakeGitHub, zone: str, folder: Path) -> None:
-        self.github, self.zone, self.folder = github, zone, folder
-        self.images = folder / "images.txt"
-        world = World(SCRIPT)
-        settings = world.defaults() | {"GITHUB_API_URL": github.url, "WECOM_API_URL": NOWHERE}
-        settings["STATE_DIR"] = str(folder)
-        self.environment = clean_environment(folder, settings) | {"TZ": zone}
-        self.log = folder / "log"
-        self.start()
-
-    def start(self) -> None:
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-B", "-c", MIDNIGHT, str(SCRIPT.parent)],
-                env=self.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-
-    def restart(self) -> None:
-        self.process.kill()
-        self.process.communicate()
-        self.start()
-
-    def begin(self, moment: float) -> None:
-        """Start midnight's work and do not wait for it."""
-        assert self.process.stdin
-        print(moment, file=self.process.stdin, flush=True)
-
-    def end(self) -> float:
-        """Return the seconds that the work begun wants to wait."""
-        assert self.process.stdout
-        return float(self.process.stdout.readline())
-
-    def seconds(self, when: str, fold: int = 0) -> float:
-        """Return a local time in seconds since 1970."""
-        local = datetime.fromisoformat(when).replace(tzinfo=ZoneInfo(self.zone), fold=fold)
-        return local.timestamp()
-
-    def at(self, when: str, fold: int = 0) -> float:
-        """Do the work at a local time, return the seconds to wait."""
-        self.begin(self.seconds(when, fold))
-        return self.end()
-
-    def ask(self, *lines: str) -> None:
-        """Put lines on the list, as requests do."""
-        with open(self.images, "a") as file:
-            file.writelines(f"{line}\n" for line in lines)
-
-    @property
-    def pushed(self) -> list[str]:
-        """What each commit made of images.txt."""
-        return [commit.content.decode() for commit in self.github.commits]
-
-
-@pytest.fixture
-def nights(tmp_path: Path) -> Iterator[Callable[[str], Nights]]:
-    with FakeGitHub() as github, ExitStack() as stack:
-
-        def begin(zone: str) -> Nights:
-            made = Nights(github, zone, tmp_path)
-            stack.callback(made.process.kill)
-            COUNTS["midnights"] += 1
-            return made
-
-        yield begin
-
-
-def test_the_first_start_empties_nothing(nights: Callable[[str], Nights]) -> None:
-    """A list that is there already is today's."""
-    berlin = nights("Europe/Berlin")
-    berlin.ask("nginx:1")
-    assert berlin.at("2026-05-05 12:00") == 60
-    assert (berlin.images.read_text(), berlin.pushed) == ("nginx:1\n", [])
-
-
-@pytest.mark.parametrize(
-    ("zone", "eve"),
-    [
-        ("Asia/Shanghai", "2026-05-05"),
-        ("Europe/Berlin", "2026-03-29"),  # has 23 hours
-        ("Europe/Berlin", "2026-10-25"),  # has 25
-        ("Africa/Cairo", "2026-04-23"),  # the next day begins at 01:00
-        ("Asia/Beirut", "2026-10-24"),  # 23:00 to 24:00 comes twice
-    ],
-)
-def test_midnight_comes_once_a_day(zone: str, eve: str, nights: Callable[[str], Nights]) -> None:
-    """Going where it sends us, from noon on: the list is emptied within a second of 00:00:00."""
-    place = nights(zone)
-    place.ask("nginx:1")
-    place.at(f"{eve} 00:30")
-    moment, last = place.seconds(f"{eve} 22:00"), 0.0
-    while not place.pushed:
-        last = moment
-        place.begin(moment)
-        wait = place.end()
-        assert wait > 0, "a busy loop"
-        moment += wait
-        assert moment < place.seconds(f"{eve} 22:00") + 5 * 3600, "no midnight"
-    local = [datetime.fromtimestamp(last - ago, ZoneInfo(zone)) for ago in (0, 1)]
-    assert local[0].date() > local[1].date() and str(local[1].date()) == eve
-    assert (place.images.read_text(), place.pushed) == ("", ["nginx:1\n"])
-
-
-def test_a_missed_midnight_is_made_up_for(nights: Callable[[str], Nights]) -> None:
-    """The service was down for days: at its next start the old list goes, once."""
-    berlin = nights("Europe/Berlin")
-    berlin.at("2026-05-05 12:00")
-    berlin.ask("nginx:1")
-    berlin.restart()
-    for _ in range(2):
-        berlin.at("2026-05-09 09:00")
-        assert (berlin.images.read_text(), berlin.pushed) == ("", ["nginx:1\n"])
-
-
-def test_github_is_down_at_midnight(nights: Callable[[str], Nights]) -> None:
-    """Nothing is emptied until the upload has succeeded; it is tried again in a while."""
-    berlin = nights("Europe/Berlin")
-    berlin.at("2026-05-05 12:00")
-    berlin.ask("nginx:1")
-    berlin.github.stop()
-    assert 60 <= berlin.at("2026-05-06 00:00") <= 3600
-    assert berlin.images.read_text() == "nginx:1\n"
-    berlin.github.start()
-    berlin.at("2026-05-06 00:10")
-    assert (berlin.images.read_text(), berlin.pushed) == ("", ["nginx:1\n"])
-
-
-def test_equal_content_gives_no_commit(nights: Callable[[str], Nights]) -> None:
-    """What GitHub has already is not pushed again, but the local list is emptied."""
-    berlin = nights("Europe/Berlin")
-    berlin.at("2026-05-05 12:00")
-    berlin.ask("nginx:1")
-    berlin.github.files["images.txt"] = b"nginx:1\n"
-    berlin.at("2026-05-06 00:00")
-    assert (berlin.images.read_text(), berlin.pushed) == ("", [])
-
-
-def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights]) -> None:
-    """The list grows while GitHub takes its time."""
-    berlin = nights("Europe/Berlin")
-    berlin.at("2026-05-05 12:00")
-    berlin.ask("nginx:1", "# 说明")
-    berlin.github.delay = 0.3
-    berlin.begin(berlin.seconds("2026-05-06 00:00"))
-    assert wait_until(lambda: berlin.github.calls_to("PUT"))
-    berlin.ask("redis:7")
-    berlin.end()
-    assert (berlin.images.read_text(), berlin.pushed) == ("redis:7\n", ["nginx:1\n# 说明\n"])
-
-
-def test_the_clock_jumps_a_year_ahead_and_back(nights: Callable[[str], Nights]) -> None:
-    """The days after the jump are days again."""
-    berlin = nights("Europe/Berlin")
-    berlin.at("2026-05-05 12:00")
-    berlin.at("2027-05-05 12:00")
-    berlin.at("2026-05-05 12:01")
-    berlin.ask("nginx:1")
-    berlin.at("2026-05-05 23:59:59")
-    assert berlin.images.read_text() == "nginx:1\n"
-    berlin.at("2026-05-06 00:00")
-    assert (berlin.images.read_text(), berlin.pushed[-1]) == ("", "nginx:1\n")
-
-
-def test_the_clock_jumps_a_day_ahead_and_back(nights: Callable[[str], Nights]) -> None:
-    """A small jump must not cost a midnight either."""
-    berlin = nights("Europe/Berlin")
-    berlin.at("2026-05-05 12:00")
-    berlin.at("2026-05-06 12:00")
-    berlin.at("2026-05-05 12:01")
-    berlin.ask("nginx:1")
-    berlin.at("2026-05-06 00:00")
-    assert berlin.images.read_text() == ""
-
-
-def test_the_clock_jumps_back(nights: Callable[[str], Nights]) -> None:
-    """The list of today stays while yesterday is lived again."""
-    berlin = nights("Europe/Berlin")
-    berlin.at("2026-05-06 00:05")
-    berlin.ask("nginx:1")
-    berlin.at("2026-05-05 23:50")
-    assert (berlin.images.read_text(), berlin.pushed) == ("nginx:1\n", [])
-
-
-@early
-def test_midnight_waits_for_the_request_that_runs() -> None:
-    """The day ends in the middle of a run: only after it the list is emptied."""
-    runner = gated()
-    east = 86400 - 60 - time.time() % 86400  # where it is 23:59 now
-    zone = f"TST-{int(east // 3600)}:{int(east // 60 % 60):02}:{int(east % 60):02}"
-    with quick(runner, TZ=zone) as world:
-        images = world.service.state_dir / "images.txt"
-        assert wait_until(lambda: (world.service.state_dir / "wxsync.state").exists())
-        world.say("nginx:1")
-        assert wait_until(lambda: world.github.runs)
-        (world.service.state_dir / "clock").write_text("120")
-        time.sleep(2)  # more than a look at the clock takes here
-        assert images.read_text() == "nginx:1\n" and len(world.github.commits) == 1
-        open_gate(runner)
-        world.hear("成功 1 / 1")
-        assert wait_until(lambda: images.read_text() == "")
-        assert len(world.github.commits) == 1, "equal content was committed"
-        count_requests(world, 1)
-    COUNTS["midnights"] += 1
-
-
-# ---------------------------------------------------------------------------------------------
-# Nothing lost: the lock and the end
-# ---------------------------------------------------------------------------------------------
-
-
-def second(world: World) -> Service:
-    """Return another service on the same STATE_DIR, not started."""
-    settings = {k: v for k, v in world.service.settings.items() if k != "PORT"}
-    return Service(world.service.script, settings)
-
-
-def test_a_second_service_says_so_and_exits() -> None:
-    """One STATE_DIR has one owner; the lock dies with it, and no stale file is in the way."""
-    with World(SCRIPT) as world:
-        other = second(world)
-        got = other.command()
-        assert got.returncode == 1 and "另一个 wxsync" in got.stderr
-        world.service.kill()
-        assert (world.service.state_dir / "wxsync.lock").exists()
-        with other:
-            assert other.healthy()
-
-
-# What Windows has in place of fcntl, made of what Linux has in place of it.
-MSVCRT = """
-import os
-LK_NBLCK = 2
-def locking(fd, mode, count):
-    assert mode == LK_NBLCK and os.lseek(fd, 0, os.SEEK_CUR) == 0
-    os.lockf(fd, os.F_TLOCK, count)
-"""
-
-
-def test_the_lock_of_windows(tmp_path: Path) -> None:
-    """Without fcntl the lock is msvcrt's, and does the same."""
-    (tmp_path / "msvcrt.py").write_text(MSVCRT)
-    (tmp_path / "windows.py").write_text(
-        f"import sys\nsys.path[:0] = [{str(tmp_path)!r}, {str(SCRIPT.parent)!r}]\n"
-        'sys.modules["fcntl"] = None  # some Pythons have it built in\n'
-        "import wxsync\nassert wxsync.fcntl is None\nsys.exit(wxsync.main())\n"
-    )
-    with World(tmp_path / "windows.py") as world:
-        got = second(world).command()
-        assert got.returncode == 1 and "另一个 wxsync" in got.stderr
-        world.service.restart()  # the lock died with its process
-        assert world.service.terminate()[0] == 0
-
-
-def test_sigterm_ends_it_within_2_seconds_while_everything_hangs() -> None:
-    """Exit 0, nothing lost: the next start does the rest."""
-    with quick() as world:
-        world.github.hang = world.wecom.hang = True
-        world.say("nginx:latest")
-        assert wait_until(lambda: world.github.calls)
-        code, seconds = world.service.terminate()
-        assert code == 0 and seconds < 2
-        world.github.hang = world.wecom.hang = False
-        world.service.start()
-        assert "✅" in world.hear("成功 1 / 1")
-        assert is_calm(world.service.log) and len(world.github.commits) == 1
-        count_requests(world, 1)
-
-
-@pytest.mark.parametrize("trouble", ["drip", "hang"])
-def test_sigterm_ends_it_within_2_seconds_in_a_download(trouble: str) -> None:
-    """A source that drips or hangs does not keep the process, and the file is fetched later."""
-    with Store() as store, Website() as site, quick(**file_settings(store)) as world:
-        site.fail("GET /a.bin", trouble)
-        world.say(f"{site.url}/a.bin")
-        assert wait_until(lambda: site.calls)
-        time.sleep(0.3)
-        code, seconds = world.service.terminate(5)
-        assert (code, seconds < 2) == (0, True), f"{code} after {seconds:.1f} s"
-        world.service.start()
-        assert "文件大小: 1000 字节" in world.hear("文件上传成功")
-
-
-def test_sigterm_in_an_upload_that_hangs() -> None:
-    """QingStor keeps silent while it ends."""
-    with Store() as store, Website() as site, quick(**file_settings(store)) as world:
-        store.hang = True
-        world.say(f"{site.url}/a.bin")
-        assert wait_until(lambda: store.calls)
-        code, seconds = world.service.terminate(5)
-        assert (code, seconds < 2) == (0, True), f"{code} after {seconds:.1f} s"
-
-
-# ---------------------------------------------------------------------------------------------
-# Nothing lost: kill -9
-# ---------------------------------------------------------------------------------------------
-
-
-class Held(Peer):
-    """Does the work of one call, then keeps the answer back until the test is over."""
-
-    hold = ""  # words as in Fault
-
-    def handle(self, call: Call) -> Answer:
-        answer = super().handle(call)
-        if self.hold and Fault(self.hold, "").hits(call):
-            self.hold = ""
-            self.stopping.wait(20)
-        return answer
-
-
-class HeldGitHub(Held, FakeGitHub):
-    pass
-
-
-class HeldWeCom(Held, FakeWeCom):
-    pass
-
-
-KILLS = (  # who is asked, what, and whether the work is done when the service dies
-    ("github", "GET /contents/", "before"),
-    ("github", "PUT /contents/", "before"),
-    ("github", "PUT /contents/", "after"),
-    ("github", "POST /dispatches", "before"),
-    ("github", "POST /dispatches", "after"),
-    ("github", "GET /actions/runs/", "before"),
-    ("github", "GET /jobs", "after"),
-    ("wecom", "GET /gettoken", "before"),
-    ("wecom", "POST /message/send", "before"),
-    ("wecom", "POST /message/send", "after"),
-)
-
-
-def kill_at(who: str, where: str, when: str) -> World:
-    """Kill the service at this call of an image request, start it again, return the world."""
-    world = quick()
-    world.github, world.wecom = HeldGitHub(runner=PlayedRunner(0.01)), HeldWeCom()
-    world.prepare().service.start()
-    peer = world.github if who == "github" else world.wecom
-    if when == "after":
-        assert isinstance(peer, Held)
-        peer.hold = where
-    else:
-        peer.fail(where, "hang")
-    assert "共 1 个镜像" in world.say("nginx:latest")
-    assert wait_until(lambda: peer.calls_to(where))
-    if when == "after":
-        assert wait_until(lambda: isinstance(peer, Held) and not peer.hold)
-    world.service.restart()
-    return world
-
-
-def check_kill(step: tuple[str, str, str]) -> None:
-    world = kill_at(*step)
-    with closing(world):
-        assert wait_until(lambda: idle(world)), f"{step}: {saved(world)}"
-        assert len(finals(world, "alice")) == 1, f"{step}: {world.wecom.messages}"
-        assert "✅" in finals(world, "alice")[0]
-        assert len(world.github.commits) == 1, f"{step}: {world.github.commits}"
-        assert len(world.github.dispatches) == 1, f"{step}: {world.github.dispatches}"
-        assert is_calm(world.service.log) and not world.broken()
-        COUNTS["kill -9"] += 1
-        count_requests(world, 1)
-
-
-@early
-def test_killed_at_any_step_everything_happens_once() -> None:
-    """One commit, one run and one final message, wherever kill -9 interrupts a request."""
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(check_kill, KILLS))
-
-
-class HeldStore(Held, Store):
-    pass
-
-
-FILE_KILLS = (
-    ("site", "GET /a.bin", "before"),
-    ("store", "PUT /tmp/", "before"),
-    ("store", "PUT /tmp/", "after"),
-    ("wecom", "POST /message/send", "after"),
-)
-
-
-def check_file_kill(step: tuple[str, str, str]) -> None:
-    """Kill the service at this call of a file request, and see that the link comes once."""
-    who, where, when = step
-    with HeldStore() as store, Website() as site:
-        world = quick(**file_settings(store))
-        world.wecom = wecom = HeldWeCom()
-        with world:
-            peer = {"site": site, "store": store, "wecom": wecom}[who]
-            if isinstance(peer, Held) and when == "after":
-                peer.hold = where
-            else:
-                peer.fail(where, "hang")
-            assert "共 1 个文件" in world.say(f"{site.url}/a.bin")
-            assert wait_until(lambda: peer.calls_to(where)), step
-            assert wait_until(lambda: not isinstance(peer, Held) or not peer.hold)
-            world.service.restart()
-            world.hear("文件大小: 1000 字节")
-            assert wait_until(lambda: idle(world)) and len(world.wecom.messages) == 1, step
-            assert len(store.objects) == 1 and is_calm(world.service.log), step
-    COUNTS["kill -9"] += 1
-
-
-@early
-def test_killed_at_any_step_a_file_arrives_once() -> None:
-    """One object and one link, wherever kill -9 interrupts the transfer of a small file."""
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(check_file_kill, FILE_KILLS))
-
-
-class Watcher:
-    """Reads the files of STATE_DIR all the time and notes whatever is not whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.over, self.wrong = folder, threading.Event(), list[str]()
-        self.lines: list[str] = []
-        self.thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.002):
-            with suppress(FileNotFoundError):
-                self._look()
-                COUNTS["reads"] += 2
-
-    def _look(self) -> None:
-        text = (self.folder / "images.txt").read_text()
-        lines = text.splitlines()
-        if lines[: len(self.lines)] != self.lines or (text and not text.endswith("\n")):
-            self.wrong.append(f"images.txt: {text!r}")
-        self.lines = lines
-        try:
-            last_state((self.folder / "wxsync.state").read_bytes())
-        except ValueError as error:
-            self.wrong.append(f"wxsync.state: {error}")
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-
-
-def spoil(world: World, chance: random.Random) -> None:
-    """Make the disk slow, failing or full; as often let it be as it should."""
-    how = chance.choice(("fine", "fine", "fine", "slow", "failing", "full"))
-    errors = {"failing": chance.choice(((errno.EIO, 0), (errno.ENOSPC, 0), (0, errno.EIO)))}
-    disk_is(world, 0.2 * chance.random() * (how == "slow"), *errors.get(how, (0, 0)), 0.5)
-    room(world, chance.choice((0, chance.randrange(30_000))) if how == "full" else -1)
-
-
-def live(world: World, chance: random.Random, life: int, text: str) -> bool:
-    """Say something, also again as WeCom does, and kill the service; tell whether it was taken."""
-    kill = threading.Timer(chance.uniform(0, 0.5), world.service.kill)
-    kill.start()
-    replies: list[str] = []
-    spoilt_after = chance.choice((0, 1))
-    while len(replies) < 2 and not any("无法保存" in reply for reply in replies):
-        try:
-            if len(replies) == spoilt_after:
-                spoil(world, chance)
-            replies.append(world.client.post_text(f"user{life}", text, msg_id=1000 + life).reply)
-        except (OSError, http.client.HTTPException):
-            kill.join()
-            world.service.start()
-    kill.join()
-    disk_is(world)
-    if not world.service.alive():
-        world.service.start()
-    room(world)
-    assert len(set(replies)) == 1 and (text in replies[0] or "无法保存" in replies[0]), replies
-    return text in replies[0]
-
-
-def kill_at_random(seed: int, lives: int) -> None:
-    chance = random.Random(seed)
-    with ExitStack() as stack:
-        store, site = stack.enter_context(Store()), stack.enter_context(Website())
-        world = stack.enter_context(bad_disk(QUEUE_SIZE="1000", **file_settings(store)))
-        world.say(f"{site.url}/first.bin")  # Python keeps what it compiled, if only half of it fits
-        world.hear("文件上传成功")
-        watcher = stack.enter_context(Watcher(world.service.state_dir))
-        texts = [f"{site.url}/{n}.bin" if n % 3 == 2 else f"app{n}:1" for n in range(lives)]
-        taken = [live(world, chance, life, text) for life, text in enumerate(texts)]
-        assert wait_until(lambda: idle(world), 30), f"seed {seed}: {saved(world)}"
-        commits = Counter(commit.message for commit in world.github.commits)
-        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
-        for life, text in enumerate(texts):
-            heard = world.wecom.messages_for(f"user{life}")
-            told = ["✅" in text or "异常退出" in text for text in heard]  # killed in it twice
-            assert told == [True] * taken[life], f"{seed} {life}: {heard}"
-            if life % 3 != 2:
-                assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
-                assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
-        given_up = sum("异常退出" in message.text for message in world.wecom.messages)
-        # What is given up may have been stored by a life that could not write it down.
-        over = len(store.objects) - (1 + sum(taken[2::3]) - given_up)
-        assert 0 <= over <= given_up, f"seed {seed}: {over}"
-        assert not watcher.wrong and not world.broken(), f"seed {seed}"
-        assert is_calm(world.service.log), world.service.log
-        COUNTS["accepted"] += sum(taken)
-        COUNTS["delivered"] += sum(taken)
-    COUNTS["kill -9"] += lives
-
-
-@early
-def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
-    """What is taken ends in one commit, one run or object, one true message, what is refused in
-    none, also with a disk that is full, slow or failing half of the time; files stay whole."""
-    with ThreadPoolExecutor(2) as pool:
-        seeds = [secrets.randbits(32), secrets.randbits(32)]
-        list(pool.map(kill_at_random, seeds, [250 if LONG else 20] * 2))
-
-
-def test_a_request_is_on_disk_before_it_is_answered() -> None:
-    """Right after the 200 the state file has the request."""
-    runner = gated()
-    with quick(runner, QUEUE_SIZE="20") as world:
-        for number in range(20):
-            world.say(f"app{number}:1")
-            assert f"app{number}:1" in [item for t in saved(world)["tasks"] for item in t["items"]]
-        world.service.kill()  # and so it survives
-        assert len(saved(world)["tasks"]) == 20
-        open_gate(runner)
-
-
-def test_the_queue_survives_kills_in_order() -> None:
-    """QUEUE_SIZE requests wait, each told its place; after kill -9 they run one by one."""
-    runner = gated()
-    with quick(runner, QUEUE_SIZE="3") as world:
-        assert "正在处理" in world.say("app0:1", "user0")
-        for place in (1, 2, 3):
-            reply = world.say(f"app{place}:1", f"user{place}")
-            assert f"已排队，前面还有 {place} 个" in reply and f"app{place}:1 →" in reply
-        assert "请稍后再试" in world.say("app4:1", "user4")
-        world.service.restart()
-        assert (world.service.health()["running"], world.service.health()["queued"]) == (1, 3)
-        assert "请稍后再试" in world.say("app5:1", "user5")
-        open_gate(runner)
-        assert wait_until(lambda: idle(world))
-        order = [dispatch.inputs["images"] for dispatch in world.github.dispatches]
-        assert order == [f'["app{number}:1"]' for number in range(4)]
-        assert [len(finals(world, f"user{number}")) for number in range(6)] == [1, 1, 1, 1, 0, 0]
-        count_requests(world, 4)
-    COUNTS["kill -9"] += 1
-
-
-@early
-def test_a_run_that_outlives_sync_timeout_is_told_after_a_restart() -> None:
-    """⏰ first, then the next request may start; the result follows although the service died."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        world.say("nginx:latest")
-        early_word = world.hear("⏰")
-        assert "完成 0 / 1" in early_word and "/actions/runs/" in early_word
-        world.service.restart()
-        assert "正在处理" in world.say("redis:7", "bob")
-        open_gate(runner)
-        assert "✅" in hear(world, "alice", "成功 1 / 1")
-        assert "✅" in hear(world, "bob", "成功 1 / 1")
-        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 2
-        count_requests(world, 2)
-    COUNTS["kill -9"] += 1
-
-
-@pytest.mark.parametrize("text", ["nginx:latest", "Nginx:latest", "帮助", "nginx"])
-def test_repeats_get_the_same_reply_and_start_nothing(text: str) -> None:
-    """The same MsgId again, as XML or JSON, before and after kill -9."""
-    with quick() as world:
-        first = world.client.post_text("alice", text, msg_id=4711).reply
-        for fmt in ("xml", "json"):
-            assert world.client.post_text("alice", text, msg_id=4711, fmt=fmt).reply == first
-        world.service.restart()
-        for fmt in ("xml", "json"):
-            assert world.client.post_text("alice", text, msg_id=4711, fmt=fmt).reply == first
-        assert wait_until(lambda: text != "nginx:latest" or idle(world))
-        assert len(world.github.dispatches) == (text == "nginx:latest")
-        assert not world.wecom.duplicates
-
-
-# ---------------------------------------------------------------------------------------------
-# The disk, the state and what is said
-# ---------------------------------------------------------------------------------------------
-
-
 def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
     """A second a sync, 20 messages at once: all within 4 s, each safe before; looking is quick."""
-    with bad_disk(gated(), QUEUE_SIZE="100") as world, ThreadPoolExecutor(20) as pool:
+    with quick(SlowRunner(""), BAD_DISK, QUEUE_SIZE="100") as world, ThreadPoolExecutor(20) as pool:
         disk_is(world, seconds=1)
 
         def ask(number: int) -> float:
@@ -9741,7 +8371,7 @@ SYNC_FAILS = {
 @pytest.mark.parametrize("name", SYNC_FAILS)
 def test_what_is_refused_never_runs_and_what_is_taken_does(name: str) -> None:
     """A sync that fails leaves nothing half; a folder that can never be synced fails nothing."""
-    with bad_disk() as world:
+    with quick(None, BAD_DISK) as world:
         disk_is(world, **SYNC_FAILS[name])
         reply = world.say("app1:1")
         lasting = name in ("no folders here", "not supported")
@@ -9756,16 +8386,24 @@ def test_what_is_refused_never_runs_and_what_is_taken_does(name: str) -> None:
         assert lasting <= (world.service.health()["status"] == "ok")
 
 
+@early
+def test_a_file_that_a_scanner_holds_is_tried_again() -> None:
+    """On Windows os.replace fails while somebody reads the file: a second is waited."""
+    with quick(None, BAD_DISK) as world:
+        held = [0, 0, 0, 0, time.time() + 0.7]
+        (world.service.folder / "disk").write_text(json.dumps(held))
+        assert "正在处理" in world.say("nginx:1") and "✅" in world.hear("成功 1 / 1")
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: bool) -> None:
     """It goes on from memory and is told once, though told again later; then all is written."""
-    runner = gated()
-    with quick(runner) as world:
+    with quick(SlowRunner("")) as world:
         for number, user in enumerate(("alice", "bob")):
             world.say(f"app{number}:1", user)
         assert wait_until(lambda: world.github.runs)
         room(world, 0)
-        open_gate(runner)
+        world.open()
         for user in ("alice", "bob"):
             assert "✅" in hear(world, user, "成功 1 / 1")
         assert "无法保存" in world.say("app2:1", "carol")
@@ -9776,17 +8414,422 @@ def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: boo
         room(world)
         assert wait_until(lambda: idle(world)), "not written by itself"
         assert wait_until(lambda: world.service.health()["status"] == "ok")
-        images = world.service.state_dir / "images.txt"
-        assert wait_until(lambda: images.read_text() == "app0:1\napp1:1\n"), images.read_text()
+        assert wait_until(lambda: world.images.read_text() == "app0:1\napp1:1\n")
         world.service.restart()
         assert world.say("app3:1", "dave") and hear(world, "dave", "✅")
         assert len(world.wecom.messages) == len(world.github.dispatches) == 3
 
 
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: midnight
+# ---------------------------------------------------------------------------------------------
+
+# Reads a moment a line, does midnight's work at it, prints what `keep_midnight` returned.
+MIDNIGHT = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import wxsync
+settings = wxsync.load_settings(os.environ)
+log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
+moment = [0.0]
+app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
+app.state.load()
+for line in sys.stdin:
+    moment[0] = float(line)
+    print(wxsync.keep_midnight(app), flush=True)
+"""
+
+
+class Nights:
+    """Midnight's work of one STATE_DIR at moments of the test's choice."""
+
+    def __init__(self, github: FakeGitHub, zone: str, folder: Path) -> None:
+        self.github, self.zone, self.images = github, zone, folder / "images.txt"
+        self.images.touch()
+        settings = World(SCRIPT).defaults() | {"GITHUB_API_URL": github.url, "TZ": zone}
+        settings |= {"WECOM_API_URL": NOWHERE, "STATE_DIR": str(folder)}
+        self.environment = clean_environment(folder, settings)
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-B", "-c", MIDNIGHT, str(SCRIPT.parent)],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def seconds(self, when: str) -> float:
+        return datetime.fromisoformat(when).replace(tzinfo=ZoneInfo(self.zone)).timestamp()
+
+    def begin(self, moment: float) -> None:
+        assert self.process.stdin
+        print(moment, file=self.process.stdin, flush=True)
+
+    def end(self) -> float:
+        assert self.process.stdout
+        return float(self.process.stdout.readline())
+
+    def ask(self, line: str) -> None:
+        with open(self.images, "a") as file:
+            file.write(f"{line}\n")
+
+    def step(self, text: str) -> None:
+        word, _, value = text.partition(" ")
+        if word == "+":
+            self.ask(value)
+        elif word == "=":
+            assert self.images.read_text().split() == value.split()
+        elif word == "pushed":
+            pushed = [commit.content.decode().strip() for commit in self.github.commits]
+            assert list(filter(None, pushed)) == value.split()
+        elif word == "GitHub":
+            {"goes": self.github.stop, "comes": self.github.start}[value]()
+        elif word == "has":
+            self.github.files["images.txt"] = f"{value}\n".encode()
+        elif word == "restart":
+            self.process.kill()
+            self.process.communicate()
+            self.start()
+        else:
+            when, _, wait = text.partition(" → ")
+            self.begin(self.seconds(when if when.startswith("2") else f"2026-{when}"))
+            least, most = map(float, (wait or "0-86400").split("-"))
+            assert least <= self.end() <= most
+
+
+# promise: times at which the work is done (→ how long it waits then), lines that are added, what is
+# on the list (=) and what was pushed
+NIGHTS = """
+the list of the first start is today's: + nginx:1, 05-05 12:00 → 60-60, = nginx:1, pushed
+a missed midnight is made up for, once: 05-05 12:00, + nginx:1, restart, 05-09 09:00, =,
+ pushed nginx:1, 05-09 09:00, =, pushed nginx:1
+nothing is emptied before it is uploaded: 05-05 12:00, + nginx:1, GitHub goes, 05-06 00:00 → 60-3600,
+ = nginx:1, GitHub comes, 05-06 00:10, =, pushed nginx:1
+equal content gives no commit: 05-05 12:00, + nginx:1, has nginx:1, 05-06 00:00, =, pushed
+a jump of a year and back: 05-05 12:00, 2027-05-05 12:00, 05-05 12:01, + nginx:1,
+ 05-05 23:59:59, = nginx:1, 05-06 00:00, =, pushed nginx:1
+a jump of a day and back costs no midnight: 05-05 12:00, 05-06 12:00, 05-05 12:01, + nginx:1,
+ 05-06 00:00, =
+yesterday is lived again: 05-06 00:05, + nginx:1, 05-05 23:50, = nginx:1, pushed
+"""
+
+
+@pytest.fixture
+def nights(tmp_path: Path) -> Iterator[Callable[[str], Nights]]:
+    with FakeGitHub() as github, ExitStack() as stack:
+
+        def begin(zone: str) -> Nights:
+            made = Nights(github, zone, tmp_path)
+            stack.callback(lambda: made.process.kill())  # noqa: PLW0108 - it may be another by then
+            return made
+
+        yield begin
+
+
+@pytest.mark.parametrize("story", NIGHTS.replace("\n ", " ").strip().splitlines())
+def test_the_list_goes_at_midnight_only(story: str, nights: Callable[[str], Nights]) -> None:
+    """Whatever GitHub and the clock do, a day's list is pushed and emptied once, at its end."""
+    place = nights("Europe/Berlin")
+    for step in story.partition(": ")[2].split(", "):
+        place.step(step)
+
+
+EVES = """
+Asia/Shanghai 2026-05-05
+Europe/Berlin 2026-03-29 has 23 hours
+Europe/Berlin 2026-10-25 has 25
+Africa/Cairo 2026-04-23 the next day begins at 01:00
+Asia/Beirut 2026-10-24 23:00 to 24:00 comes twice
+"""
+
+
+@pytest.mark.parametrize("line", EVES.strip().splitlines())
+def test_midnight_comes_once_a_day(line: str, nights: Callable[[str], Nights]) -> None:
+    """Going where it sends us, from noon on: the list is emptied within a second of 00:00:00."""
+    zone, eve, *_ = line.split()
+    place = nights(zone)
+    place.ask("nginx:1")
+    place.step(f"{eve} 00:30")
+    moment, last = place.seconds(f"{eve} 22:00"), 0.0
+    while not place.github.commits:
+        last = moment
+        place.begin(moment)
+        wait = place.end()
+        assert wait > 0, "a busy loop"
+        moment += wait
+        assert moment < place.seconds(f"{eve} 22:00") + 5 * 3600, "no midnight"
+    local = [datetime.fromtimestamp(last - ago, ZoneInfo(zone)) for ago in (0, 1)]
+    assert local[0].date() > local[1].date() and str(local[1].date()) == eve
+    place.step("=")
+    place.step("pushed nginx:1")
+
+
+def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights]) -> None:
+    """The list grows while GitHub takes its time."""
+    berlin = nights("Europe/Berlin")
+    berlin.step("05-05 12:00")
+    berlin.ask("nginx:1\n# 说明")
+    berlin.github.delay = 0.3
+    berlin.begin(berlin.seconds("2026-05-06 00:00"))
+    assert wait_until(lambda: berlin.github.calls_to("PUT"))
+    berlin.ask("redis:7")
+    berlin.end()
+    (commit,) = berlin.github.commits
+    assert (
+        commit.content.decode() == "nginx:1\n# 说明\n" and berlin.images.read_text() == "redis:7\n"
+    )
+
+
+@early
+def test_midnight_waits_for_the_request_that_runs() -> None:
+    """The day ends in the middle of a run: only after it the list is emptied."""
+    east = 86400 - 60 - time.time() % 86400  # where it is 23:59 now
+    zone = f"TST-{int(east // 3600)}:{int(east // 60 % 60):02}:{int(east % 60):02}"
+    with quick(SlowRunner(""), TZ=zone) as world:
+        assert wait_until(world.state_file.exists)
+        world.say("nginx:1")
+        assert wait_until(lambda: world.github.runs)
+        (world.service.state_dir / "clock").write_text("120")
+        time.sleep(2)  # more than a look at the clock takes here
+        assert world.images.read_text() == "nginx:1\n" and len(world.github.commits) == 1
+        world.open()
+        world.hear("成功 1 / 1")
+        assert wait_until(lambda: world.images.read_text() == "")
+        assert len(world.github.commits) == 1, "equal content was committed"
+
+
+# What Windows has in place of fcntl, made of what Linux has in place of it.
+MSVCRT = """
+import os
+LK_NBLCK = 2
+def locking(fd, mode, count):
+    assert mode == LK_NBLCK and os.lseek(fd, 0, os.SEEK_CUR) == 0
+    os.lockf(fd, os.F_TLOCK, count)
+"""
+WINDOWS = """
+import sys
+sys.path[:0] = [{folder!r}, {source!r}]
+sys.modules["fcntl"] = None  # some Pythons have it built in
+import wxsync
+assert wxsync.fcntl is None
+sys.exit(wxsync.main())
+"""
+
+
+@pytest.mark.parametrize("system", ["Linux", "Windows"])
+def test_a_second_service_says_so_and_exits(tmp_path: Path, system: str) -> None:
+    """One STATE_DIR has one owner; the lock, without fcntl that of msvcrt, dies with it."""
+    (tmp_path / "msvcrt.py").write_text(MSVCRT)
+    script = tmp_path / "windows.py"
+    script.write_text(WINDOWS.format(folder=str(tmp_path), source=str(SCRIPT.parent)))
+    with World(SCRIPT if system == "Linux" else script) as world:
+        settings = {k: v for k, v in world.service.settings.items() if k != "PORT"}
+        other = Service(world.service.script, settings)
+        got = other.command()
+        assert got.returncode == 1 and "另一个 wxsync" in got.stderr
+        world.service.kill()
+        assert (world.service.state_dir / "wxsync.lock").exists()
+        with other:
+            assert other.healthy() and other.terminate()[0] == 0
+
+
+@pytest.mark.parametrize("what", ["github", "store", "source drip", "source hang"])
+def test_sigterm_ends_it_within_2_seconds_while_everything_hangs(what: str) -> None:
+    """Exit 0, nothing lost: the next start does the rest."""
+    with Depot(STALL_SECONDS="30") as world:
+        link, (who, *fault) = world.source.add("/a.bin", 1000), what.split()
+        peer: Peer = getattr(world, who)
+        if fault:
+            peer.fail("GET /a.bin", fault[0])
+        else:
+            peer.hang = world.wecom.hang = True
+        world.say("nginx:latest" if who == "github" else link)
+        assert wait_until(lambda: peer.calls)
+        time.sleep(0.3)
+        code, seconds = world.service.terminate(5)
+        assert (code, seconds < 2) == (0, True), f"{code} after {seconds:.1f} s"
+        peer.hang = world.wecom.hang = False
+        world.service.start()
+        assert "成功" in world.hear("✅") and len(world.github.commits) == (who == "github")
+
+
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: kill -9
+# ---------------------------------------------------------------------------------------------
+
+# what is asked for, who is called for it, how; it dies before the work of this call is done (hang)
+# or after it (mute)
+KILLS = """
+image github GET /contents/ hang
+image github PUT /contents/ hang
+image github PUT /contents/ mute
+image github POST /dispatches hang
+image github POST /dispatches mute
+image github GET /actions/runs/ hang
+image github GET /jobs mute
+image wecom GET /gettoken hang
+image wecom POST /message/send hang
+image wecom POST /message/send mute
+file source GET /a.bin hang
+file store PUT /tmp/ hang
+file store PUT /tmp/ mute
+file wecom POST /message/send mute
+""".strip().splitlines()
+
+
+def kill_at(world: Any, step: str, say: Callable[[str], object]) -> None:
+    """Kill the service at a step of KILLS, and start it again."""
+    kind, who, method, path, how = step.split()
+    peer: Peer = getattr(world, who)
+    peer.fail(f"{method} {path}", how)
+    say("nginx:latest" if kind == "image" else f"{world.source.url}/a.bin")
+    assert wait_until(lambda: not peer.faults), step
+    time.sleep(0.05)  # the work of this call
+    world.service.restart()
+
+
+def check_kill(step: str) -> None:
+    """Everything happens once: one commit and one run, or one object, and one message."""
+    with Depot() as world:
+        world.source.add("/a.bin", 1000)
+        kill_at(world, step, world.say)
+        assert wait_until(lambda: idle(world)), f"{step}: {saved(world)}"
+        (told,) = world.wecom.messages_for("alice")
+        assert told[0] == "✅" and "成功" in told, step
+        image = step.startswith("image")
+        assert len(world.github.commits) == len(world.github.dispatches) == image, step
+        assert len(world.store.objects) == (not image), step
+
+
+@early
+def test_killed_at_any_step_everything_happens_once() -> None:
+    """One commit, one run or one object, one final message, wherever kill -9 interrupts."""
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(check_kill, KILLS))
+
+
+@contextmanager
+def watched(world: Quick) -> Iterator[list[str]]:
+    """Read the files of STATE_DIR all the time; what is returned fills with what is not whole."""
+    over, wrong, seen = threading.Event(), list[str](), [""]
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            with suppress(FileNotFoundError):
+                seen.append(world.images.read_text())
+                whole = seen[-1].startswith(seen.pop(0)) and seen[-1][-1:] in ("", "\n")
+                wrong.extend([] if whole else seen)
+                try:
+                    saved(world)
+                except ValueError as error:
+                    wrong.append(f"wxsync.state: {error}")
+
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(watch)
+        try:
+            yield wrong
+        finally:
+            over.set()
+    watching.result()
+
+
+def spoil(world: World, chance: random.Random) -> None:
+    how = chance.choice(("fine", "fine", "fine", "slow", "failing", "full"))
+    errors = {"failing": chance.choice(((errno.EIO, 0), (errno.ENOSPC, 0), (0, errno.EIO)))}
+    disk_is(world, 0.2 * chance.random() * (how == "slow"), *errors.get(how, (0, 0)), 0.5)
+    room(world, chance.choice((0, chance.randrange(30_000))) if how == "full" else -1)
+
+
+def live(world: World, chance: random.Random, life: int, text: str) -> bool:
+    """Say something, also again as WeCom does, and kill the service; tell whether it was taken."""
+    kill = threading.Timer(chance.uniform(0, 0.5), world.service.kill)
+    kill.start()
+    replies: list[str] = []
+    spoilt_after = chance.choice((0, 1))
+    while len(replies) < 2 and not any("无法保存" in reply for reply in replies):
+        try:
+            if len(replies) == spoilt_after:
+                spoil(world, chance)
+            replies.append(world.client.post_text(f"user{life}", text, msg_id=1000 + life).reply)
+        except (OSError, http.client.HTTPException):
+            kill.join()
+            world.service.start()
+    kill.join()
+    disk_is(world)
+    if not world.service.alive():
+        world.service.start()
+    room(world)
+    assert len(set(replies)) == 1 and (text in replies[0] or "无法保存" in replies[0]), replies
+    return text in replies[0]
+
+
+def kill_at_random(seed: int, lives: int) -> None:
+    chance = random.Random(seed)
+    with Depot(None, BAD_DISK) as world:
+        links = [world.source.add(f"/{n}.bin", 1000) for n in range(lives + 1)]
+        world.say(links.pop())  # Python keeps what it compiled, if only half of it fits
+        world.hear("文件上传成功")
+        texts = [link if n % 3 == 2 else f"app{n}:1" for n, link in enumerate(links)]
+        with watched(world) as wrong:
+            taken = [live(world, chance, life, text) for life, text in enumerate(texts)]
+            assert wait_until(lambda: idle(world), 30), f"seed {seed}: {saved(world)}"
+        commits = Counter(commit.message for commit in world.github.commits)
+        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
+        for life, text in enumerate(texts):
+            heard = world.wecom.messages_for(f"user{life}")
+            told = ["✅" in text or "异常退出" in text for text in heard]  # killed in it twice
+            assert told == [True] * taken[life], f"{seed} {life}: {heard}"
+            if life % 3 != 2:
+                assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
+                assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
+        given_up = sum("异常退出" in message.text for message in world.wecom.messages)
+        # What is given up may have been stored by a life that could not write it down.
+        over = len(world.store.objects) - (1 + sum(taken[2::3]) - given_up)
+        assert 0 <= over <= given_up and wrong == [], f"seed {seed}: {over} {wrong}"
+
+
+@early
+def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
+    """What is taken ends in one commit, one run or object, one true message, what is refused in
+    none, also with a disk that is full, slow or failing half of the time; files stay whole."""
+    with ThreadPoolExecutor(2) as pool:
+        seeds = [secrets.randbits(32), secrets.randbits(32)]
+        list(pool.map(kill_at_random, seeds, [250 if LONG else 20] * 2))
+
+
+def test_a_request_is_on_disk_before_it_is_answered() -> None:
+    """Right after the 200 the state file has the request, and so it survives kill -9."""
+    with quick(SlowRunner(""), QUEUE_SIZE="20") as world:
+        for number in range(20):
+            world.say(f"app{number}:1")
+            assert [f"app{number}:1"] in [task["items"] for task in saved(world)["tasks"]]
+        world.service.kill()
+        assert len(saved(world)["tasks"]) == 20
+
+
+def test_repeats_get_the_same_reply_and_start_nothing() -> None:
+    """The same MsgId again, as XML or JSON, before and after kill -9."""
+    texts = ("nginx:latest", "Nginx:latest", "帮助", "nginx")
+    with quick() as world:
+
+        def replies(fmt: str) -> list[str]:
+            asked = enumerate(texts)
+            return [world.client.post_text("alice", t, msg_id=n, fmt=fmt).reply for n, t in asked]
+
+        first = replies("xml")
+        assert replies("xml") == replies("json") == first
+        world.service.restart()
+        assert replies("xml") == replies("json") == first
+        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
+        assert not world.wecom.duplicates
+
+
 def test_the_state_is_a_journal_that_stays_small() -> None:
     """A line a change, at most about 1 MiB of them; one line after a start and after a stop."""
     with quick(QUEUE_SIZE="100") as world:
-        path = world.service.state_dir / "wxsync.state"
+        path = world.state_file
         world.wecom.stop()
         for number in range(3):
             world.say(f"app{number}:1")
@@ -9806,43 +8849,44 @@ def test_the_state_is_a_journal_that_stays_small() -> None:
         assert os.name == "nt" or path.stat().st_mode & 0o777 == 0o600
 
 
-# State files as version 1.0.0 left them when it was killed.
-OLD_END = '"letters": [], "orphans": [], "seen": {}, "midnight": "2026-11-24", "last": ""}'
-OLD_STATES = {
-    "running and queued": '{"version": 1, "tasks": [{"id": "f3899d7f267dc1a4", "lane": "images", '
-    '"user": "alice", "items": ["nginx:latest"], "accepted": 1795531212.5072997, '
-    '"stage": "running", "run_id": 30000000001, '
-    '"run_url": "https://github.com/octo/mirror/actions/runs/30000000001", '
-    '"started": 1795531212.520788, "upload": [], "done": 0, "total": 0, "since": 1119.217606035}, '
-    '{"id": "24745e1319561a99", "lane": "images", "user": "bob", "items": ["bitnami/redis:7", '
-    '"--platform=linux/arm64 alpine:3.20"], "accepted": 1795531212.5330973, "stage": "queued", '
-    '"run_id": 0, "run_url": "", "started": 0.0, "upload": [], "done": 0, "total": 0, '
-    '"since": 0.0}], "letters": [], "orphans": [], "seen": {"4711": [1795531212.5369852, '
-    '"⏳ 已有任务正在处理中，已排队，前面还有 1 个\\n共 2 个镜像：\\n1. bitnami/redis:7"]}, '
-    '"midnight": "2026-11-24", "last": ""}',
-    "dispatching": '{"version": 1, "tasks": [{"id": "458bc427bd353d10", "lane": "images", '
-    '"user": "alice", "items": ["nginx:latest"], "accepted": 1795531212.6928372, '
-    '"stage": "dispatching", "run_id": 0, "run_url": "", "started": 0.0, "upload": [], "done": 0, '
-    '"total": 0, "since": 1119.390051876}], ' + OLD_END,
-    "late": '{"version": 1, "tasks": [{"id": "519a5f70ed590ee5", "lane": "images", '
-    '"user": "alice", "items": ["nginx:latest"], "accepted": 1795531212.8874679, "stage": "late", '
-    '"run_id": 30000000001, "run_url": "https://github.com/octo/mirror/actions/runs/30000000001", '
-    '"started": 1795531212.8965948, "upload": [], "done": 0, "total": 0, '
-    '"since": 1119.593522199}], ' + OLD_END,
-    "upload on its way": '{"version": 1, "tasks": [{"id": "0069c8f768fb5895", "lane": "files", '
-    '"user": "alice", "items": ["http://127.0.0.1:42935/big.bin"], "accepted": 1795531214.4335988, '
-    '"stage": "queued", "run_id": 0, "run_url": "", "started": 0.0, '
-    '"upload": ["b58fddec-a74f-4467-8305-d81887fa1440.bin", "e939cdc4bc61568bf52f268c3ba041ef", '
-    '"big.bin"], "done": 0, "total": 9000000, "since": 1121.131099336}], ' + OLD_END,
-    "unsent": '{"version": 1, "tasks": [], "letters": [["alice", "✅ 镜像同步完成，成功 1 / 1\\n'
-    "用时 0 秒\\nhttps://github.com/octo/mirror/actions/runs/30000000001\\n\\ndocker pull "
-    'registry.cn-hangzhou.aliyuncs.com/mirror-space/app0:1"], ["bob", '
-    '"✅ 镜像同步完成，成功 1 / 1\\n用时 0 秒\\n'
-    'https://github.com/octo/mirror/actions/runs/30000000002"]], '
-    '"orphans": [], "seen": {}, "midnight": "2026-11-24", '
-    '"last": "11-24 14:40 镜像 app1:1：成功 1 / 1"}',
-}
 OLD_FIELDS = "id lane user items accepted stage run_id run_url started upload done total since"
+
+
+def old_task(number: int, user: str, stage: str, *items: str, **more: object) -> dict[str, Any]:
+    """Return a task as version 1.0.0 wrote it down."""
+    url = f"https://github.com/octo/mirror/actions/runs/{number}" if number else ""
+    values = [secrets.token_hex(8), "images", user, list(items), time.time(), stage, number, url]
+    values += [time.time() if number else 0.0, [], 0, 0, 1119.217606035]
+    return dict(zip(OLD_FIELDS.split(), values, strict=True)) | more
+
+
+# State files as version 1.0.0 left them when it was killed.
+FIRST_RUN, KEY_ID = 30000000001, "b58fddec-a74f-4467-8305-d81887fa1440.bin"
+PROMISED = "⏳ 已有任务正在处理中，已排队，前面还有 1 个\n共 2 个镜像：\n1. bitnami/redis:7"
+OLD_STATES: dict[str, dict[str, Any]] = {
+    "running and queued": {
+        "tasks": [
+            old_task(FIRST_RUN, "alice", "running", "nginx:latest"),
+            old_task(0, "bob", "queued", "bitnami/redis:7", "--platform=linux/arm64 alpine:3.20"),
+        ],
+        "seen": {"4711": [time.time(), PROMISED]},
+    },
+    "dispatching": {"tasks": [old_task(0, "alice", "dispatching", "nginx:latest")]},
+    "late": {"tasks": [old_task(FIRST_RUN, "alice", "late", "nginx:latest")]},
+    "upload on its way": {
+        "tasks": [
+            old_task(0, "alice", "queued", "http://SOURCE/big.bin", lane="files", total=9000000)
+            | {"upload": [KEY_ID, "e939cdc4bc61568bf52f268c3ba041ef", "big.bin"]}
+        ]
+    },
+    "unsent": {
+        "letters": [
+            ["alice", f"✅ 镜像同步完成，成功 1 / 1\n用时 0 秒\n\ndocker pull {PREFIX}/app0:1"],
+            ["bob", "✅ 镜像同步完成，成功 1 / 1\n用时 0 秒\nhttps://github.com/octo/mirror"],
+        ],
+        "last": "11-24 14:40 镜像 app1:1：成功 1 / 1",
+    },
+}
 
 
 def check_old_form(data: bytes) -> None:
@@ -9850,7 +8894,7 @@ def check_old_form(data: bytes) -> None:
     state = json.loads(data)
     assert state["version"] == 1 and state.keys() >= WHOLE.keys()
     for task in state["tasks"]:
-        assert task.keys() <= set(OLD_FIELDS.split()) and task.keys() >= TASK.keys()
+        assert set(OLD_FIELDS.split()) >= task.keys() >= TASK.keys()
         assert task["lane"] in ("images", "files") and len(task.get("upload", [])) in (0, 3)
         assert task["stage"] in ("queued", "committed", "dispatching", "running", "late")
         assert all(isinstance(task.get(name, 0), int | float) for name in OLD_FIELDS.split()[-3:])
@@ -9859,95 +8903,72 @@ def check_old_form(data: bytes) -> None:
     assert all(isinstance(at, float) and reply for at, reply in state["seen"].values())
 
 
-@pytest.mark.parametrize("name", OLD_STATES)
-def test_an_upgrade_and_a_rollback_lose_nothing(name: str) -> None:
+def upgrade(name: str) -> None:
+    state = WHOLE | OLD_STATES[name]
+    with closing(Depot().prepare()) as world:
+        world.source.add("/big.bin", 9_000_000)
+        for task in state["tasks"]:
+            if task["stage"] != "queued":
+                inputs = {"images": json.dumps(task["items"]), "request": task["id"]}
+                world.github.new_run(inputs)
+            if task["upload"]:
+                world.store.open_uploads[task["upload"][1]] = OpenUpload(task["upload"][0], "")
+        world.state_file.write_text(json.dumps(state).replace("SOURCE", world.source.host))
+        world.service.start()
+        seen = state["seen"].get("4711", ("", ""))[1]
+        assert not seen or world.client.post_text("bob", "x", msg_id=4711).reply == seen
+        assert world.service.terminate()[0] == 0
+        check_old_form(world.state_file.read_bytes())
+        world.service.start()
+        assert wait_until(lambda: idle(world)), saved(world)
+        told = sorted((message.user, message.text[0]) for message in world.wecom.messages)
+        assert told == [("alice", "✅"), ("bob", "✅")][: len(state["tasks"] + state["letters"])]
+        assert len(world.github.dispatches) == (name == "running and queued")
+        assert len(world.store.objects) == (name == "upload on its way") and not world.broken()
+
+
+@early
+def test_an_upgrade_and_a_rollback_lose_nothing() -> None:
     """What version 1.0.0 had begun is ended, told once; what we leave behind it can read."""
-    with FakeQingStor() as store, Source() as source:
-        source.add("/big.bin", 9_000_000)
-        text = OLD_STATES[name].replace("127.0.0.1:42935", source.host)
-        text = re.sub(r"17955312\d\d\.\d+", str(time.time()), text)
-        state = json.loads(text)
-        world = quick(**store.settings, DANGEROUSLY_ALLOW_PRIVATE_URLS="1").prepare()
-        with closing(world):
-            for task in state["tasks"]:
-                if task["stage"] != "queued":
-                    inputs = {"images": json.dumps(task["items"]), "request": task["id"]}
-                    world.github.new_run(inputs)
-                if task["upload"]:
-                    store.open_uploads[task["upload"][1]] = OpenUpload(task["upload"][0], "")
-            path = world.service.state_dir / "wxsync.state"
-            path.write_text(text)
-            world.service.start()
-            seen = state["seen"].get("4711", ("", ""))[1]
-            assert not seen or world.client.post_text("bob", "x", msg_id=4711).reply == seen
-            assert world.service.terminate()[0] == 0
-            check_old_form(path.read_bytes())
-            world.service.start()
-            assert wait_until(lambda: idle(world)), saved(world)
-            told = sorted((message.user, message.text[0]) for message in world.wecom.messages)
-            both = [("alice", "✅"), ("bob", "✅")]
-            assert told == both[: len(state["tasks"] + state["letters"])]
-            assert len(world.github.dispatches) == (name == "running and queued")
-            assert not store.open_uploads and len(store.objects) == (name == "upload on its way")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(upgrade, OLD_STATES))
 
 
 def test_a_state_of_a_later_version_is_left_alone() -> None:
     """Nobody knows what it means: exit 1, why, and not a byte of it changed."""
-    world = quick().prepare()
-    with closing(world):
-        path = world.service.state_dir / "wxsync.state"
-        path.write_bytes(state_file(version=2, tasks=[TASK]))
+    later = state_file(version=2, tasks=[TASK])
+    with closing(quick(None, "", later).prepare()) as world:
         done = world.service.command(timeout=5)
         assert done.returncode == 1 and re.search("version|版本", done.stderr)
-        assert path.read_bytes() == state_file(version=2, tasks=[TASK])
+        assert world.state_file.read_bytes() == later
 
 
+@early
 def test_orphans_are_dropped_at_once_however_busy_it_is() -> None:
     """What an upload left behind goes at the start, also the second time that it is tried."""
-    with FakeQingStor() as store:
-        store.open_uploads["an-upload"] = OpenUpload("a-key.bin", "")
-        store.fail("DELETE", (503, {}, b"{}"))
-        world = quick(**store.settings).prepare()
-        with closing(world):
-            state = state_file(orphans=[["a-key.bin", "an-upload", "a.bin"]])
-            (world.service.state_dir / "wxsync.state").write_bytes(state)
-            world.service.start()
-            for number in range(20):
-                world.say(f"app{number}:1", f"user{number}")
-                time.sleep(0.2 * bool(store.open_uploads))
-            assert not store.open_uploads and wait_until(lambda: not saved(world)["orphans"])
+    orphaned = state_file(orphans=[["a-key.bin", "an-upload", "a.bin"]])
+    with closing(Depot(None, "", orphaned)) as world:
+        world.store.open_uploads["an-upload"] = OpenUpload("a-key.bin", "")
+        world.store.fail("DELETE", (503, {}, b"{}"))
+        world.prepare().service.start()
+        for number in range(20):
+            world.say(f"app{number}:1", f"user{number}")
+            time.sleep(0.2 * bool(world.store.open_uploads))
+        assert not world.store.open_uploads and wait_until(lambda: not saved(world)["orphans"])
 
 
-def test_a_file_that_a_scanner_holds_is_tried_again() -> None:
-    """On Windows os.replace fails while somebody reads the file: a second is waited."""
-    with bad_disk() as world:
-        held = [0, 0, 0, 0, time.time() + 0.7]
-        (world.service.folder / "disk").write_text(json.dumps(held))
-        assert "正在处理" in world.say("nginx:1")
-        assert "✅" in world.hear("成功 1 / 1")
-
-
-# -- messages that wait
-
-
-@pytest.mark.parametrize("code", [41001, 42007, 42009])
-def test_codes_on_which_tencents_client_renews_its_token(code: int) -> None:
-    """The result comes at once and once, with a new token."""
-    with quick() as world:
-        world.say("app1:1")
-        hear(world, "alice", "app1")
-        world.wecom.expire_tokens(code)
-        world.say("app2:1", "bob")
-        assert world.wecom.wait_message("app2", 3) and world.wecom.token_calls == 2
+# ---------------------------------------------------------------------------------------------
+# Nothing lost: messages
+# ---------------------------------------------------------------------------------------------
 
 
 @early
 def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
     """Kept for hours, tried ever less often, no one else waits; who writes again hears at once."""
-    minutes, world = 180 if LONG else 10, hasty([("alice", "first"), ("bob", "second")])
-    with closing(world):
-        world.wecom.refused["alice"] = 90500
-        world.service.start()
+    letters = [("alice", "first"), ("carol", "other"), ("bob", "second")]
+    minutes, world = 180 if LONG else 10, hasty(letters)
+    world.wecom.refused |= {"alice": 90500, "carol": 40003}
+    with world:
         hear(world, "bob", "second")
         time.sleep(minutes)
         tries = [c for c in world.wecom.calls_to("message/send") if b'"alice"' in c.body]
@@ -9955,13 +8976,13 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         world.wecom.refused.clear()
         world.say("帮助", "alice")
         world.wecom.wait_message("first", 1)
-        assert world.service.health()["dropped"] == 0
+        assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
 
 
 @early
 def test_after_an_outage_the_oldest_messages_come_first_and_soon() -> None:
     """WeCom was away for ten minutes: all is there within two more, in the order of the queue."""
-    world = hasty([(f"user{number}", f"text {number}") for number in range(5)])
+    world = hasty([(f"user{number}", f"text {number}") for number in range(5)]).prepare()
     with closing(world):
         world.wecom.stop()
         world.service.start()
@@ -9987,12 +9008,12 @@ def test_messages_that_are_given_up_are_counted() -> None:
         assert wait_until(lambda: world.service.health()["dropped"] == 2)
 
 
+@early
 def test_lists_give_way_to_results_and_to_newer_lists() -> None:
     """列表 40 times while WeCom is away: then the result, then one list, in whole messages."""
     lines = [f"registry.example.com/a/rather/long/name-{number}:1" for number in range(256)]
-    with closing(hasty()) as world:
-        world.service.start()
-        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
+    with hasty() as world:
+        world.images.write_text("\n".join(lines) + "\n")
         world.wecom.stop()
         reply = [world.say("列表") for _ in range(40)][-1]
         world.say("app:1")
@@ -10001,7 +9022,7 @@ def test_lists_give_way_to_results_and_to_newer_lists() -> None:
         world.wecom.wait_message(lines[-1])
         time.sleep(1)
         texts = [reply, *(message.text for message in world.wecom.messages)]
-        assert "成功 1 / 1" in texts.pop(1) and not world.broken()
+        assert "成功 1 / 1" in texts.pop(1)
         assert [w for w in "\n".join(texts).split() if w.startswith("registry")] == lines
         assert len(texts) <= -(-len("\n".join(lines)) // 1900)
 
@@ -10009,218 +9030,10 @@ def test_lists_give_way_to_results_and_to_newer_lists() -> None:
 @in_long_mode
 def test_at_most_950_messages_an_hour_go_to_a_person() -> None:
     """Of more than 1,000 WeCom would drop the rest and say ok."""
-    with closing(hasty([("alice", f"text {number}") for number in range(1100)])) as world:
-        world.service.start()
+    with hasty([("alice", f"text {number}") for number in range(1100)]) as world:
         assert wait_until(lambda: len(world.wecom.messages) == 1100, 120), world.wecom.dropped
         times = [message.time for message in world.wecom.messages]
         assert min(b - a for a, b in zip(times, times[951:], strict=False)) > 59
-
-
-# -- what is said, and to whom
-
-
-def test_status_shows_each_person_what_is_theirs() -> None:
-    """Of another's link the host, of one's own no query; one's own place, one's own last result."""
-    runner = gated()
-    with FakeQingStor() as store, Source() as source:
-        link = source.add("/private/salary.pdf", 3_000_000, rate=2_000_000.0) + "?token=hunter2"
-        with quick(runner, **store.settings, DANGEROUSLY_ALLOW_PRIVATE_URLS="1") as world:
-            world.say("app1:1", "bob")
-            world.say(f"app2:1\n{link}", "alice")
-            assert wait_until(lambda: source.hits["/private/salary.pdf"])
-            his, hers = world.say("状态", "bob"), world.say("状态", "alice")
-            assert "127.0.0.1" in his and not re.search("private|salary|hunter2", his)
-            assert "salary.pdf" in hers and "hunter2" not in hers
-            assert re.search(r"app2:1.*\n?.*前面还有 1 个", hers) and "前面还有" not in his
-            hear(world, "alice", "文件上传成功")
-            world.service.restart()
-            his, hers = world.say("状态", "bob"), world.say("状态", "alice")
-            assert "salary.pdf" in hers and not re.search("salary|hunter2", his)
-            assert "还没有" in his
-            open_gate(runner)
-
-
-@early
-def test_status_counts_what_is_done_now() -> None:
-    """Four of five are done: 状态 says so within 10 s."""
-    runner = SlowRunner()
-    with quick(runner) as world:
-        world.say("slow/count:1, c1:1, c2:1, c3:1, c4:1")
-        assert wait_until(lambda: world.github.runs)
-        assert wait_until(lambda: "4/5" in world.say("状态"), 12, 0.5), world.say("状态")
-        runner.go.set()
-
-
-@early
-def test_waiting_for_github_before_the_run_is_told() -> None:
-    """SYNC_TIMEOUT counts from the start of the work: ⏰ with the image, trouble is shown."""
-    with quick(SCALE="1", SYNC_TIMEOUT="1") as world:
-        world.github.fail("GET contents", (429, {"Retry-After": "6"}, b"{}"))
-        world.say("nginx:1.25")
-        assert "nginx:1.25" in hear(world, "alice", "⏰")
-        assert world.service.health()["status"] == "degraded" and "⚠️" in world.say("状态")
-        assert "✅" in world.hear("成功 1 / 1", 20)
-        assert len(world.wecom.messages) == 2
-
-
-def test_a_late_run_names_its_images() -> None:
-    """Who has several requests knows which one is meant."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        world.say("a/first:1, b/second:2")
-        assert "a/first:1" in world.hear("⏰")
-        open_gate(runner)
-
-
-SMALL_TALK = (
-    *("12:30", "会议改到 14:30", "9:00-10:30", "明天 9:00 或 10:00", "2026-11-24 10:00:00", "42"),
-    *("3/4", "24/7", "3.14", "1,2", "and/or", "yes/no", "localhost", "localhost:3000", "10.0.0.1"),
-    *("192.168.1.1:8080", "key: value", "name: alice", "👍:ok", "alice@example.com", "/etc/hosts"),
-    *("C:\\Users\\me", "~/src/app", "./run.sh", "进度 50%", "好的: 谢谢", "注意：不要发"),
-    "Traceback (most recent call last):\n  File \"a.py\", line 1, in <module>\nKeyError: 'nginx'",
-)
-
-
-@pytest.mark.parametrize("text", SMALL_TALK)
-def test_talk_starts_nothing_and_gets_the_help(talk: Talk, text: str) -> None:
-    """Times, fractions, numbers, addresses, paths: no image, no refusal, nothing to send."""
-    reply = talk.say(text)
-    assert wxsync.Channel().render(wxsync.HELP) in reply
-    assert not re.search("❌|请发送|您是不是要", reply)
-    assert talk.calls() == []
-
-
-# what is typed -> what the reply must hold, and must not
-ANSWERED: list[tuple[str, list[str], list[str]]] = [
-    ("Nginx", ["如需同步镜像 nginx，请发送 nginx:latest"], []),
-    ("hi,there", ["请发送", "hi:latest", "there:latest"], ["❌", "🔄"]),
-    ("my-app，other-app", ["my-app:latest", "other-app:latest"], ["🔄"]),
-    ("docker run nginx:1", ["nginx:1"], ["docker:latest", "run:latest", "🔄"]),
-    ("please sync nginx:1", ["nginx:1"], ["please:latest", "sync:latest", "🔄"]),
-    ("请同步 nginx:1", ["nginx:1"], ["🔄"]),
-    ("看看 https://example.com/a.pdf 谢谢", ["链接要独占一行"], [":latest", "🔄"]),
-    ("下载https://example.com/a.pdf", ["链接要独占一行"], [":latest", "🔄"]),
-    *((word, ["当前状态"], []) for word in ("状态。", "/状态", "状态？", "“状态”", "Status!")),
-    *((text, ["镜像列表"], []) for text in ("列表!", "/列表", "【列表】", "LIST.", "列表～")),
-]
-
-
-@pytest.mark.parametrize(("text", "parts", "never"), ANSWERED)
-def test_near_misses_are_answered(
-    talk: Talk, text: str, parts: list[str], never: list[str]
-) -> None:
-    """The line to send, and no other; the words of command with whatever stands around them."""
-    reply = talk.say(text)
-    assert [part for part in parts if part not in reply] == [], reply
-    assert [part for part in never if part in reply] == [] and talk.calls() == [], reply
-
-
-WELL_KNOWN = "alpine busybox debian elasticsearch golang haproxy httpd mariadb memcached mongo"
-WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tomcat traefik ubuntu"
-
-
-@pytest.mark.parametrize("name", WELL_KNOWN.split())
-def test_a_well_known_name_makes_a_list(name: str) -> None:
-    """Two names are a list where one of them is an official image."""
-    images = wxsync.read_message(f"my-own-app, {name}", PREFIX).images
-    assert [image.line for image in images] == ["my-own-app:latest", f"{name}:latest"]
-
-
-def test_every_bad_item_that_fits_is_named(talk: Talk) -> None:
-    """Then a count of the others."""
-    reply = talk.say(",".join(f"Bad{number}:1" for number in range(40)))
-    left = re.search(r"还有 (\d+) ", reply)
-    assert reply.count("• ") + int(left[1] if left else 0) == 40
-    assert (1800 if left else 0) < len(reply.encode()) <= 2048
-
-
-def test_a_full_queue_is_named_and_said_once() -> None:
-    """Of images and links in one message the one that has room is done."""
-    runner = gated()
-    with FakeQingStor() as store, Source() as source:
-        link = source.add("/slow.bin", 20_000_000, rate=1_000_000.0)
-        more = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1", "QUEUE_SIZE": "0"}
-        with quick(runner, **more) as world:
-            world.say("app0:1", "alice")
-            reply = world.say(f"app1:1\n{link}", "bob")
-            (line,) = [line for line in reply.splitlines() if "请稍后再试" in line]
-            assert "镜像" in line and "共 1 个文件" in reply
-            assert world.say(f"app1:1\n{link}", "carol").count("请稍后再试") == 1
-            open_gate(runner)
-
-
-@pytest.mark.parametrize("token", ["docker", "wxsync"])
-def test_a_short_secret_masks_no_word_of_ours(token: str) -> None:
-    """Only what is quoted from others is masked; the start and `check` warn of such a secret."""
-    world = quick(runner := PlayedRunner(0.01), DOCKER_REGISTRY=NO_REGISTRY)
-    world.token, world.github.repo = token, "octo/wxsync"
-    runner.outcomes["bad:1"] = f"wxsync: failed error it said {world.wecom.secret}"
-    with world:
-        world.say("nginx:1, bad:1")
-        text = world.hear("成功 1 / 2")
-        assert f"docker pull {NO_REGISTRY}/mirror-space/nginx:1" in text
-        assert "https://github.com/octo/wxsync/actions/runs/" in text and "it said ***" in text
-        assert re.search(r"WARNING .*\bTOKEN\b.*8", world.service.log)
-        assert re.search(r"^⚠️.*\bTOKEN\b.*8", world.service.command("check").stdout, re.MULTILINE)
-
-
-def test_what_holds_a_password_does_not_show_it() -> None:
-    """In no repr, for reprs end in logs."""
-    for kind in vars(wxsync).values():
-        names = getattr(kind, "__annotations__", {}) if isinstance(kind, type) else {}
-        if "password" in names:
-            assert "<password>" not in repr(kind(**{name: f"<{name}>" for name in names}))
-
-
-# -- the command line and the server
-
-
-def test_without_pycryptodome_it_does_not_start(tmp_path: Path) -> None:
-    """Every callback would be a 500: exit 1, and what to install."""
-    settings = ENOUGH | {"STATE_DIR": str(tmp_path), "PORT": str(free_port()), "HOST": "127.0.0.1"}
-    done = run_script("serve", settings=settings)
-    assert done.returncode == 1 and "pip install" in done.stderr and "pycryptodome" in done.stderr
-
-
-SENT: list[tuple[list[str], str]] = [
-    (["x" * 70_000, "--user", "alice"], "413.*(太长|过长|64)"),
-    (["nginx", "--user", "a b"], "400.*(用户|--user)|(用户|--user).*400"),
-]
-
-
-@pytest.mark.parametrize(("words", "why"), SENT)
-def test_send_says_what_is_wrong(words: list[str], why: str) -> None:
-    """Each refusal has its own cause; nobody is written to who does not exist."""
-    with quick() as world:
-        done = world.service.command("send", *words)
-    assert (done.returncode, done.stdout) == (1, "") and re.search(why, done.stderr), done.stderr
-    assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
-
-
-def test_send_says_whom_it_speaks_for() -> None:
-    """Without --user and ALLOWED_USERS the default user is said: later messages go there."""
-    with quick() as world:
-        done = world.service.command("send", "nginx")
-        assert done.returncode == 0 and re.search("wxsync.*--user", done.stderr)
-
-
-HEADS = {
-    "an empty line before": b"\r\nGET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
-    "bare line feeds": b"GET /health HTTP/1.1\nHost: x\nConnection: close\n\n",
-}
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_heads_of_old_clients_are_answered_at_once(shared: World, name: str) -> None:
-    """RFC 9112, 2.2: one empty line is skipped; bare line feeds are a line end, or a 400."""
-    begun = time.monotonic()
-    wanted = rb"HTTP/1.1 200 " if "empty" in name else rb"HTTP/1.1 (200|400) "
-    assert re.match(wanted, raw(shared, HEADS[name])) and time.monotonic() - begun < 1
-
-
-# ---------------------------------------------------------------------------------------------
-# Nothing lost: messages
-# ---------------------------------------------------------------------------------------------
 
 
 @early
@@ -10238,27 +9051,12 @@ def test_messages_wait_for_wecom_in_order_and_not_too_fast() -> None:
         time.sleep(1)
         world.wecom.start()
         assert wait_until(lambda: idle(world), 30), saved(world)
-        texts = finals(world, "alice")
-        assert [re.findall(r"app\d", text)[-1] for text in texts] == [f"app{n}" for n in range(4)]
+        told = [re.findall(r"app\d", text)[-1] for text in finals(world, "alice")]
+        assert told == [f"app{n}" for n in range(4)]
         times = [message.time for message in world.wecom.messages if message.user == "alice"]
         assert min(b - a for a, b in itertools.pairwise(times)) >= 2
         assert len(finals(world, "bob")) == 1 and not world.wecom.dropped
         assert world.service.health()["status"] == "ok"
-        count_requests(world, 5)
-
-
-@early
-def test_45009_is_waited_for() -> None:
-    """After "too frequent" the message is kept and WeCom is left alone for a minute."""
-    with World(SCRIPT) as world:
-        world.wecom.refuse(45009)
-        world.say("nginx:latest")
-        assert wait_until(lambda: "45009" in world.service.log, 20)
-        time.sleep(5)
-        assert len(world.wecom.calls_to("message/send")) == 1 and len(saved(world)["letters"]) == 1
-        world.service.restart()
-        world.hear("✅")
-        count_requests(world, 1)
 
 
 @in_long_mode
@@ -10286,77 +9084,195 @@ def test_days_without_wecom_do_not_break_the_post() -> None:
         assert wait_until(lambda: world.service.log.count("秒后重试") > 1100, 60, 0.5)
         world.wecom.start()
         world.hear("✅")
-        assert is_calm(world.service.log)
 
 
-ODD_WECOM: dict[str, What] = {
-    "null": (200, {}, b"null"),
-    "list": (200, {}, b"[]"),
-    "text": (200, {}, b'"ok"'),
-    "nested": (200, {}, b"[" * 100_000),
-    "not JSON": (200, {}, b"<html>\xff</html>"),
-    "errcode text": (200, {}, b'{"errcode": "x"}'),
-    "errcode null": (200, {}, b'{"errcode": null}'),
-    "errcode list": (200, {}, b'{"errcode": []}'),
-    "errcode infinite": (200, {}, b'{"errcode": 1e999}'),
-    "errcode NaN": (200, {}, b'{"errcode": NaN}'),
-    "unknown errcode": (200, {}, b'{"errcode": 123456789, "errmsg": {}}'),
-    "500": (500, {}, b""),
-    "redirect": (302, {"Location": "http://evil.example/"}, b""),
-    "reset": "reset",
-    "lost": "lost",
-    "garbage": "garbage",
-    "short": "short",
-    "big": "big",
-}
-ODD_TOKENS = [
-    b"{}",
-    b'{"errcode": 0}',
-    b'{"access_token": 5}',
-    b'{"access_token": ""}',
-    b'{"access_token": "x y\\n\\ud800"}',
-    b'{"access_token": "x", "expires_in": "7200"}',
-    b'{"access_token": "x", "expires_in": null}',
-    b'{"access_token": "x", "expires_in": -5}',
-    b'{"access_token": "x", "expires_in": 1%s}' % (b"0" * 400),
+ODD_WECOM: list[What] = [
+    *((200, {}, body) for body in (b"null", b"[]", b'"ok"', b"[" * 100_000, b"<html>\xff</html>")),
+    *((200, {}, b'{"errcode": %b}' % code) for code in (b'"x"', b"null", b"[]", b"1e999", b"NaN")),
+    (200, {}, b'{"errcode": 123456789, "errmsg": {}}'),
+    (500, {}, b""),
+    (302, {"Location": "http://evil.example/"}, b""),
+    *("reset", "lost", "garbage", "short", "big"),
 ]
+ODD_TOKENS = (
+    b"""
+{}
+{"errcode": 0}
+{"access_token": 5}
+{"access_token": ""}
+{"access_token": "x y\\n\\ud800"}
+{"access_token": "x", "expires_in": "7200"}
+{"access_token": "x", "expires_in": null}
+{"access_token": "x", "expires_in": -5}
+{"access_token": "x", "expires_in": 1%b}
+""".strip()
+    % (b"0" * 400)
+)
 
 
-@early
-def test_odd_answers_of_wecom_lose_no_message() -> None:
+def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
     """Whatever is wrong with one answer, the message arrives in the end, once."""
-    with quick() as world:
-        for number, (name, what) in enumerate(ODD_WECOM.items()):
-            world.wecom.fail("POST message/send", what)
-            world.say(f"app{number}:1", f"user{number}")
-            assert wait_until(lambda: idle(world), 6), f"{name}: {world.service.log[-500:]}"
-            assert len(finals(world, f"user{number}")) == 1, name
-            assert is_calm(world.service.log), name
-        for number, body in enumerate(ODD_TOKENS):
-            world.wecom.fail("GET gettoken", (200, {}, body))
-            world.wecom.expire_tokens(40014)
-            world.say(f"site{number}:1", f"guest{number}")
-            assert wait_until(lambda: idle(world), 6), f"{body!r}: {world.service.log[-500:]}"
-            assert len(finals(world, f"guest{number}")) == 1, body
-            assert is_calm(world.service.log), body
-        assert not world.broken()
-        COUNTS["faults"] += len(ODD_WECOM) + len(ODD_TOKENS)
-        count_requests(world, len(ODD_WECOM) + len(ODD_TOKENS))
-
-
-@early
-def test_one_person_wecom_refuses_does_not_keep_others_waiting() -> None:
-    """An errcode that concerns one person only is no reason for silence to everybody."""
-    with quick() as world:
-        world.wecom.refused["alice"] = 40003
-        world.say("app1:1", "alice")
-        assert wait_until(lambda: world.wecom.calls_to("message/send"))
-        world.say("app2:1", "bob")
-        assert wait_until(lambda: finals(world, "bob"), 5), "bob hears nothing"
+    faults: list[tuple[str, What]] = [("POST message/send", what) for what in ODD_WECOM]
+    faults += [("GET gettoken", (200, {}, body)) for body in ODD_TOKENS.splitlines()]
+    for number, (where, what) in enumerate(faults, 1):
+        desk.wecom.fail(where, what)
+        desk.wecom.expire_tokens(40014 if "token" in where else 0)
+        desk.send(f"app{number}")
+        assert len(desk.wecom.messages) == number and not desk.wecom.faults, what
+    assert is_calm(desk.written.getvalue()) and not desk.wecom.errors + desk.wecom.violations
 
 
 # ---------------------------------------------------------------------------------------------
-# The robot
+# What is said, and to whom
+# ---------------------------------------------------------------------------------------------
+
+
+def test_status_shows_each_person_what_is_theirs() -> None:
+    """Of another's link the host, of one's own no query; one's own place, one's own last result."""
+    with Depot(SlowRunner("")) as world:
+        link = world.source.add("/private/salary.pdf", 3_000_000, rate=2_000_000.0)
+        world.say("app1:1", "bob")
+        world.say(f"app2:1\n{link}?token=hunter2", "alice")
+        assert wait_until(lambda: world.source.hits["/private/salary.pdf"])
+        his, hers = world.say("状态", "bob"), world.say("状态", "alice")
+        assert "127.0.0.1" in his and not re.search("private|salary|hunter2", his)
+        assert "salary.pdf" in hers and "hunter2" not in hers
+        assert re.search(r"app2:1.*\n?.*前面还有 1 个", hers) and "前面还有" not in his
+        hear(world, "alice", "文件上传成功")
+        world.service.restart()
+        his, hers = world.say("状态", "bob"), world.say("状态", "alice")
+        assert "salary.pdf" in hers and not re.search("salary|hunter2", his) and "还没有" in his
+
+
+@early
+def test_status_counts_what_is_done_now() -> None:
+    """Four of five are done: 状态 says so within 10 s."""
+    with quick(SlowRunner()) as world:
+        world.say("slow/count:1, c1:1, c2:1, c3:1, c4:1")
+        assert wait_until(lambda: world.github.runs)
+        assert wait_until(lambda: "4/5" in world.say("状态"), 12, 0.5), world.say("状态")
+
+
+SMALL_TALK = """
+会议改到 14:30 ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 24/7
+yes/no ¦ localhost ¦ 192.168.1.1:8080 ¦ name: alice ¦ 👍:ok ¦ alice@example.com
+/etc/hosts ¦ C:\\Users\\me ¦ ~/src/app
+进度 50% ¦ 好的: 谢谢 ¦ 注意：不要发
+Traceback (most recent call last):\\n  File "a.py"\\nKeyError: 'nginx'
+"""
+# what is typed -> what the reply must hold; what it must not
+ANSWERED = """
+Nginx -> 如需同步镜像 nginx，请发送 nginx:latest
+hi,there -> 请发送 hi:latest there:latest; ❌ 🔄
+my-app，other-app -> my-app:latest other-app:latest; 🔄
+docker run nginx:1 -> nginx:1; docker:latest run:latest 🔄
+请同步 nginx:1 -> nginx:1; 🔄
+看看 https://example.com/a.pdf 谢谢 -> 链接要独占一行; :latest 🔄
+下载https://example.com/a.pdf -> 链接要独占一行; :latest 🔄
+https://example.com/a.pdf -> 没有启用 QINGSTOR_ACCESS_KEY_ID; 🔄
+"""
+
+
+STATUS_WORDS = "状态。 /状态 状态？ “状态” Status!"
+LIST_WORDS = "列表! /列表 【列表】 LIST. 列表～"
+
+
+def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
+    """Times, addresses, paths get the help, near misses the line to send and no other; words of
+    command count with whatever stands around them; where files are off a link is refused."""
+    for text in re.split(" ¦ |\n", SMALL_TALK.strip()):
+        reply = talk.say(text.replace("\\n", "\n"))
+        assert wxsync.Channel().render(wxsync.HELP) in reply, text
+        assert not re.search("❌|请发送|您是不是要", reply), text
+    for line in ANSWERED.strip().splitlines():
+        text, _, rest = line.partition(" -> ")
+        (reply, (wanted, _, never)) = talk.say(text), rest.partition("; ")
+        assert [part for part in wanted.split() if part not in reply] == [], reply
+        assert [part for part in never.split() if part in reply] == [], reply
+    for wanted, words in {"当前状态": STATUS_WORDS, "镜像列表": LIST_WORDS}.items():
+        assert [word for word in words.split() if wanted not in talk.say(word)] == []
+    assert talk.calls() == []
+
+
+WELL_KNOWN = "alpine busybox debian elasticsearch golang haproxy httpd mariadb memcached mongo"
+WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tomcat traefik ubuntu"
+
+
+def test_a_well_known_name_makes_a_list() -> None:
+    """Two names are a list where one of them is an official image."""
+    for name in WELL_KNOWN.split():
+        images = wxsync.read_message(f"my-own-app, {name}", PREFIX).images
+        assert [image.line for image in images] == ["my-own-app:latest", f"{name}:latest"]
+
+
+def test_every_bad_item_that_fits_is_named(talk: Talk) -> None:
+    """Then a count of the others."""
+    reply = talk.say(",".join(f"Bad{number}:1" for number in range(40)))
+    left = re.search(r"还有 (\d+) ", reply)
+    assert reply.count("• ") + int(left[1] if left else 0) == 40
+    assert (1800 if left else 0) < len(reply.encode()) <= 2048
+
+
+def test_a_full_queue_is_named_and_said_once() -> None:
+    """Of images and links in one message the one that has room is done."""
+    with Depot(SlowRunner(""), QUEUE_SIZE="0") as world:
+        link = world.source.add("/slow.bin", 20_000_000, rate=1_000_000.0)
+        world.say("app0:1", "alice")
+        reply = world.say(f"app1:1\n{link}", "bob")
+        (line,) = [line for line in reply.splitlines() if "请稍后再试" in line]
+        assert "镜像" in line and "共 1 个文件" in reply
+        assert world.say(f"app1:1\n{link}", "carol").count("请稍后再试") == 1
+        world.say("取消", "bob")
+
+
+@pytest.mark.parametrize("token", ["docker", "wxsync"])
+def test_a_short_secret_masks_no_word_of_ours(token: str) -> None:
+    """Only what is quoted from others is masked; the start and `check` warn of such a secret."""
+    world = quick(runner := PlayedRunner(0.01), DOCKER_REGISTRY=NO_REGISTRY)
+    world.token, world.github.repo = token, "octo/wxsync"
+    runner.outcomes["bad:1"] = f"wxsync: failed error it said {world.wecom.secret}"
+    with world:
+        world.say("nginx:1, bad:1")
+        text = world.hear("成功 1 / 2")
+        assert f"docker pull {NO_REGISTRY}/mirror-space/nginx:1" in text
+        assert "https://github.com/octo/wxsync/actions/runs/" in text and "it said ***" in text
+        assert re.search(r"WARNING .*\bTOKEN\b.*8", world.service.log)
+        assert re.search(r"^⚠️.*\bTOKEN\b.*8", world.service.command("check").stdout, re.MULTILINE)
+
+
+def test_what_holds_a_password_does_not_show_it() -> None:
+    """In no repr, for reprs end in logs."""
+    for kind in vars(wxsync).values():
+        names = getattr(kind, "__annotations__", {}) if isinstance(kind, type) else {}
+        if "password" in names:
+            assert "<password>" not in repr(kind(**{name: f"<{name}>" for name in names}))
+
+
+def test_without_pycryptodome_it_does_not_start(tmp_path: Path) -> None:
+    """Every callback would be a 500: exit 1, and what to install."""
+    settings = ENOUGH | {"STATE_DIR": str(tmp_path), "PORT": str(free_port()), "HOST": "127.0.0.1"}
+    done = run_script("serve", settings=settings)
+    assert done.returncode == 1 and "pip install" in done.stderr and "pycryptodome" in done.stderr
+
+
+def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
+    """Each refusal has its own cause. Without --user the default user is said: later messages go
+    there; nobody is written to who does not exist."""
+    refusals = [
+        (["x" * 70_000, "--user", "alice"], "413.*(太长|过长|64)"),
+        (["nginx", "--user", "a b"], "400.*(用户|--user)|(用户|--user).*400"),
+    ]
+    with quick() as world:
+        for words, why in refusals:
+            done = world.service.command("send", *words)
+            assert (done.returncode, done.stdout) == (1, "") and re.search(why, done.stderr)
+            assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
+        done = world.service.command("send", "nginx")
+        assert done.returncode == 0 and re.search("wxsync.*--user", done.stderr)
+
+
+# ---------------------------------------------------------------------------------------------
+# The robot's gateway
 # ---------------------------------------------------------------------------------------------
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
@@ -10372,18 +9288,17 @@ class Line:
 
     LIMIT = 1 << 20
 
-    def __init__(self, number: int, handler: PeerHandler) -> None:
-        self.number, self.handler = number, handler
-        self.guard, self.pongs = threading.Lock(), list[bytes]()
+    def __init__(self, handler: PeerHandler) -> None:
+        self.handler, self.guard = handler, threading.Lock()
+        self.pongs: list[bytes] = []
 
     def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
         """Send one frame; opcode -1 sends bare bytes."""
         size = len(data)
-        length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(8, "big")[-2:]
-        length = b"\x7f" + size.to_bytes(8, "big") if size > 0xFFFF else length
+        kind, form = (size, "") if size < 126 else (126, "H") if size <= 0xFFFF else (127, "Q")
+        start = struct.pack(f">BB{form}", opcode & 15 | fin << 7, kind, *[size] * len(form))
         with self.guard:
-            head = bytes([opcode | fin << 7]) + length if opcode >= 0 else b""
-            self.handler.connection.sendall(head + data)
+            self.handler.connection.sendall(start * (opcode >= 0) + data)
 
     def tell(self, value: object) -> None:
         """Send JSON to a client that may be gone."""
@@ -10395,10 +9310,9 @@ class Line:
             self.handler.connection.shutdown(socket.SHUT_RDWR)
 
     def _exactly(self, size: int) -> bytes:
-        data = self.handler.rfile.read(size)
-        if len(data) < size:
+        if len(data := self.handler.rfile.read(size)) < size:
             raise ConnectionResetError
-        return data
+        return bytes(data)
 
     def _frame(self) -> tuple[int, bool, bytes]:
         """Read one frame; raise Broken for whatever a client may not send."""
@@ -10441,8 +9355,6 @@ class Line:
 
 
 class Frame(NamedTuple):
-    """A command as it arrived."""
-
     time: float
     cmd: str
     req_id: str
@@ -10475,14 +9387,16 @@ class ChatMessage:
 
 
 class FakeGateway(Peer):
-    """openws.work.weixin.qq.com for one robot, as far as documents, code and threads know it.
+    """openws.work.weixin.qq.com for one robot: `frames` came, people see `messages`.
 
-    It keeps `frames` (what came), `messages` (what people see), `violations` (what the real one
-    would drop, cut or punish). It limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a
-    chat (what is over is dropped although it is acknowledged), 6 minutes a stream, 5 s a welcome,
-    5 minutes a file, one connection. The req_ids of earlier connections are forgotten. Its JSON
-    has control characters. Its clock is `ahead` of the true one by seconds that a test may change.
-    Unkindness: `fail` for the handshake as for every Peer, `unkind` for frames, `write`.
+    What the real one does, by WeCom's document 101463 and @wecom/aibot-node-sdk 1.0.7:
+    - limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a chat (what is over is dropped
+      although it is acknowledged), 6 minutes a stream, 5 s a welcome, 5 minutes a file; one
+      connection: the newer throws the older out; it pushes only to who has written before
+    - forgets the req_ids of earlier connections (846605; reported by users)
+    - sends control characters inside its JSON, pieces with pings in between (`fragments`)
+    - what a test makes happen: `fail` (the handshake), `unkind` (frames), `write`, `ahead` (time)
+    `violations` are what the real one would drop, cut or punish.
     """
 
     KINDS: ClassVar = {
@@ -10493,10 +9407,9 @@ class FakeGateway(Peer):
     LIMIT, PER_MINUTE, PER_HOUR = 20_480, 30, 1000
     STREAM_SECONDS, WELCOME_SECONDS, FILE_SECONDS = 360, 5, 300
 
-    def __init__(self, bot_id: str = "aibFakeRobot0123456789", secret: str = "") -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.bot_id, self.secret = bot_id, secret or "bot-secret-" + secrets.token_hex(8)
-        self.ahead = 0.0
+        self.bot_id, self.secret = "aibFakeRobot0123456789", "bot-secret-" + secrets.token_hex(8)
         self.line: Line | None = None  # the one that is subscribed
         self.frames: list[Frame] = []
         self.messages: list[ChatMessage] = []
@@ -10504,7 +9417,7 @@ class FakeGateway(Peer):
         self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
         self.moods: list[tuple[str, Mood]] = []
         self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
-        self.fragments = False  # send each callback in pieces, with pings in between
+        self.fragments = False
         self.chats: dict[str, int] = {}  # who has written so far -> chat_type
         self._unsure: set[float] = set()  # times of frames whose acknowledgement was kept back
         self._ended: dict[Line, float] = {}
@@ -10512,44 +9425,32 @@ class FakeGateway(Peer):
         self._counted: dict[str, list[float]] = {}
         self._files: dict[str, tuple[float, Answer]] = {}
 
-    @property
-    def ws_url(self) -> str:
-        return f"ws://{self.host}"
-
-    def now(self) -> float:
-        return time.time() + self.ahead
-
     # -- the wire
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
         """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
-        headers = call.headers
-        wanted = headers.get("upgrade", "").lower() == "websocket"
-        if not wanted or self.hang or any(fault.hits(call) for fault in self.faults):
+        heads = [call.headers.get(name, "").lower() for name in HANDSHAKE]
+        if heads[0] != "websocket" or self.hang or any(fault.hits(call) for fault in self.faults):
             super().serve(call, handler)
             return
         with self.lock:
             self.calls.append(call)
         handler.close_connection = True
-        key = headers.get("sec-websocket-key", "")
-        right = "upgrade" in headers.get("connection", "").lower()
-        right = right and headers.get("sec-websocket-version") == "13"
-        if right and re.fullmatch(r"[\w+/]{22}==", key):
-            self._converse(key, handler)
+        if re.fullmatch(r"websocket .*upgrade.* 13 [\w+/]{22}==", " ".join(heads)):
+            self._converse(call.headers["sec-websocket-key"], handler)
         else:
-            self.violations.append(f"a handshake with {headers}")
+            self.violations.append(f"a handshake with {call.headers}")
             handler.send(Answer(400))
 
     def _converse(self, key: str, handler: PeerHandler) -> None:
-        """Accept a handshake, then read frames until the line ends."""
         digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
         handler.send_response(101)
-        for name, value in (("Upgrade", "websocket"), ("Connection", "Upgrade")):
+        accept = base64.b64encode(digest).decode()
+        for name, value in UPGRADE.items() | {"Sec-WebSocket-Accept": accept}.items():
             handler.send_header(name, value)
-        handler.send_header("Sec-WebSocket-Accept", base64.b64encode(digest).decode())
         handler.end_headers()
         handler.wfile.flush()
-        line = Line(self.connections, handler)
+        line = Line(handler)
         try:
             while (text := line.read()) is not None:
                 self._take(line, text)
@@ -10558,13 +9459,12 @@ class FakeGateway(Peer):
         finally:
             with self.changed:
                 self.line = None if self.line is line else self.line
-                self._ended[line] = self.now()
+                self._ended[line] = time.time()
                 self.changed.notify_all()
 
     def handle(self, call: Call) -> Answer:
-        """Answer the download of a file that was sent."""
         until, answer = self._files.get(call.path, (0.0, Answer(404)))
-        return answer if self.now() < until else Answer(404, b"expired")
+        return answer if time.time() < until else Answer(404, b"expired")
 
     def wait_line(self) -> Line:
         """Return the line that is subscribed, at once or in 10 s; raise ConnectionError."""
@@ -10575,7 +9475,6 @@ class FakeGateway(Peer):
             return self.line
 
     def write(self, data: bytes, opcode: int = TEXT, fin: bool = True) -> None:
-        """Send the subscribed client a frame, right or wrong; see Line.write."""
         self.wait_line().write(opcode, data, fin)
 
     def cut(self) -> None:
@@ -10596,7 +9495,6 @@ class FakeGateway(Peer):
             self.moods += [(where, what)] * times
 
     def next_mood(self, text: str) -> Mood:
-        """Return what shall go wrong with this frame."""
         for number, (where, what) in enumerate(self.moods):
             if all(word in text for word in where.split()):
                 del self.moods[number]
@@ -10615,20 +9513,13 @@ class FakeGateway(Peer):
         inside = {"content": said} if isinstance(said, str) else said
         body: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
         body |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
-        return self._call_back("aibot_msg_callback", body | {kind: inside}, user, group)
-
-    def event(self, kind: str, user: str = "alice") -> str:
-        """Let an event happen (enter_chat, …), return its req_id."""
-        body: dict[str, object] = {"msgid": secrets.token_hex(12), "msgtype": "event"}
-        body |= {"event": {"eventtype": kind}}
-        return self._call_back("aibot_event_callback", body, user, "")
-
-    def _call_back(self, cmd: str, body: dict[str, object], user: str, group: str) -> str:
-        req_id, now = secrets.token_hex(12), self.now()
-        body |= {"aibotid": self.bot_id, "create_time": int(now), "from": {"userid": user}}
+        cmd = "aibot_event_callback" if kind == "event" else "aibot_msg_callback"
+        body |= {kind: inside, "aibotid": self.bot_id, "create_time": int(time.time())}
+        req_id = secrets.token_hex(12)
         with self.changed:
             self.chats[group or user] = 2 if group else 1
-            self._origins[req_id] = Origin(self.wait_line(), group or user, cmd, now)
+            self._origins[req_id] = Origin(self.wait_line(), group or user, cmd, time.time())
+        body |= {"from": {"userid": user}}
         frame = {"cmd": cmd, "headers": {"req_id": req_id}, "body": body}
         data = json.dumps(frame, ensure_ascii=False).encode()
         data = data.replace(b'"body"', b'\x07"body\x0b"', 1)
@@ -10640,13 +9531,16 @@ class FakeGateway(Peer):
                 self.write(b"between", PING)
         return req_id
 
+    def event(self, kind: str, user: str = "alice") -> str:
+        return self.say({"eventtype": kind}, user, kind="event")
+
     def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
         """Return the inside of a message of kind "file" for a file of this content."""
         key, pad = os.urandom(32), 32 - len(data) % 32
         sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
         path = f"/file/{secrets.token_hex(8)}"
         named = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
-        self._files[path] = (self.now() + self.FILE_SECONDS, Answer(200, sealed, named))
+        self._files[path] = (time.time() + self.FILE_SECONDS, Answer(200, sealed, named))
         return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
 
     def throw_out(self) -> None:
@@ -10669,8 +9563,6 @@ class FakeGateway(Peer):
     def hear(
         self, wanted: Callable[[ChatMessage], object], chat: str = "alice", timeout: float = 20
     ) -> ChatMessage:
-        """Return the first message in a chat for which `wanted` comes true."""
-
         def found() -> ChatMessage | None:
             return next((message for message in self.all_of(chat) if wanted(message)), None)
 
@@ -10691,7 +9583,7 @@ class FakeGateway(Peer):
         """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
         value = json.loads(text)
         req_id, body = value["headers"]["req_id"], value.get("body") or {}
-        frame = Frame(self.now(), value["cmd"], req_id, body)
+        frame = Frame(time.time(), value["cmd"], req_id, body)
         with self.changed:
             self.frames.append(frame)
             origin = self._origins.get(req_id)
@@ -10714,7 +9606,6 @@ class FakeGateway(Peer):
             line.tell(ack)
 
     def _do(self, line: Line, frame: Frame, origin: Origin | None) -> int:
-        """Return the errcode that a command ends with."""
         if frame.cmd == "aibot_subscribe":
             return self._subscribe(line, frame)
         if line is not self.line:
@@ -10754,32 +9645,33 @@ class FakeGateway(Peer):
 
     def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
         """Let a chat see a new message, or a stream's new content in place of its last one."""
-        stream, text = inside.get("id", ""), inside["content"]
-        same = [
-            m for m in self.messages if stream and (m.stream, m.req_id) == (stream, frame.req_id)
-        ]
+        stream, text, now = inside.get("id", ""), inside["content"], frame.time
+        answers = [m for m in self.messages if m.req_id == frame.req_id]
+        same = [m for m in answers if stream and m.stream == stream]
         if same and same[0].finished:
             self.violations.append(f"a finished stream goes on: {text!r}")
-        if same and (same[0].finished or frame.time > same[0].shown[0][0] + self.STREAM_SECONDS):
+        if same and (same[0].finished or now > same[0].shown[0][0] + self.STREAM_SECONDS):
             return 846608
         if not text.strip() or len(text.encode()) > self.LIMIT:
             self.violations.append(f"a text of {len(text.encode())} bytes: {text[:60]!r}")
             return 45002
         times = self._counted.setdefault(chat, [])
-        minute, hour = (sum(t > frame.time - seconds for t in times) for seconds in (60, 3600))
+        minute, hour = (sum(t > now - seconds for t in times) for seconds in (60, 3600))
         if minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
             self.violations.append(f"{minute} a minute, {hour} an hour to {chat}: {text[:60]!r}")
             return 0  # and nobody sees it
-        times.append(frame.time)
+        times.append(now)
         if not same:
             req_id = "" if frame.cmd == "aibot_send_msg" else frame.req_id
             same = [ChatMessage(chat, line, [], req_id, stream)]
             self.messages += same
-        same[0].shown.append((frame.time, text))
+        same[0].shown.append((now, text))
         same[0].finished = inside.get("finish", not stream)
         return 0
 
 
+UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
+HANDSHAKE = ("upgrade", "connection", "sec-websocket-version", "sec-websocket-key")
 # Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
 SDK_CLIENT = """
 const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
@@ -10817,8 +9709,9 @@ def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool
     """Subscribe Tencent's own client; give what tells whether it comes to say a thing."""
     folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
     there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
-    need(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
-    words = ["sdk", folder, gateway.bot_id, secret or gateway.secret, gateway.ws_url]
+    needs(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
+    address = f"ws://{gateway.host}"
+    words = ["sdk", folder, gateway.bot_id, secret or gateway.secret, address]
     command = ["node", "-e", SDK_CLIENT, *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
 
@@ -10870,40 +9763,27 @@ def test_tencents_client_meets_an_unkind_gateway() -> None:
             assert tells("error", "Unexpected server response: 502")
 
 
-# -- stories: what is typed, what is seen
+# ---------------------------------------------------------------------------------------------
+# The robot: what is typed, what is seen
+# ---------------------------------------------------------------------------------------------
 
 CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
 PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
-SCALED = """
-for name in os.environ:
-    if name.endswith("_SECONDS") and hasattr(wxsync, name):
-        setattr(wxsync, name, float(os.environ[name]))
-settings ="""
 
 
-@functools.cache
-def robot_script() -> Path:
-    """Return the path of QUICK, in which the environment may also shorten the robot's patience."""
-    script = quick_script().with_name("robot.py")
-    script.write_text(quick_script().read_text().replace("\nsettings =", SCALED, 1))
-    return script
-
-
-class RobotWorld(World):
-    """A world whose chat is the robot's. `both` leaves the callback's settings in.
-
-    Leaving it checks that no fake saw anything wrong, that the log is calm and tells no secret.
-    """
+class RobotWorld(Quick):
+    """A quick world whose chat is the robot's. `both` leaves the callback's settings in."""
 
     def __init__(
         self, runner: Runner | None = None, both: bool = False, /, **settings: str
     ) -> None:
-        super().__init__(robot_script(), runner or PlayedRunner(0.01), PATIENCE | settings)
+        super().__init__(runner, **PATIENCE | settings)
         self.both, self.gateway = both, FakeGateway()
 
     def defaults(self) -> dict[str, str]:
         gateway, common = self.gateway, super().defaults()
-        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret, "BOT_URL": gateway.ws_url}
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
+        own |= {"BOT_URL": f"ws://{gateway.host}"}
         return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
 
     def prepare(self) -> Self:
@@ -10916,7 +9796,6 @@ class RobotWorld(World):
         return self.gateway.hear(lambda m: m.req_id == req_id, group or user)
 
     def result(self, wanted: str = "成功 1 / 1", chat: str = "alice") -> ChatMessage:
-        """Return the first finished message in a chat that holds `wanted`."""
         return self.gateway.hear(lambda m: m.finished and wanted in m.text, chat)
 
     def pushed(self, wanted: str = "成功 1 / 1", chat: str = "alice") -> ChatMessage:
@@ -10925,31 +9804,17 @@ class RobotWorld(World):
     def is_up(self) -> bool:
         return bool(self.service.health()["bot"] == "up")
 
-    def is_idle(self) -> bool:
-        health = self.service.health()
-        return bool(health["running"] == health["queued"] == 0)
-
-    def count_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
+    def check_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
         """See that a result is there, and twice only where an acknowledgement was lost."""
         copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
         assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
         sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
         assert not sure, f"{chat} got it again: {sure}"
-        COUNTS["accepted"] += 1
-        COUNTS["delivered"] += 1
-        COUNTS["doubled"] += len(copies) - 1
 
     def broken(self) -> list[str]:
-        return super().broken() + self.gateway.errors + self.gateway.violations
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        log = self.service.log
-        if isinstance(self.github.runner, SlowRunner):
-            self.github.runner.go.set()
-        super().__exit__(kind, value, trace)
-        if not kind:
-            assert self.broken() == [] and is_calm(log)
-            assert self.service.settings["BOT_SECRET"] not in log
+        shown = self.service.settings["BOT_SECRET"] in self.service.log
+        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
+        return super().broken() + own
 
 
 def code_and_rest(text: str) -> tuple[str, str]:
@@ -10977,7 +9842,7 @@ PEOPLE = (f"person{number}" for number in itertools.count())
 
 @pytest.fixture
 def robot(shared_robot: RobotWorld) -> Iterator[RobotWorld]:
-    """A world that many tests use: each with a person of its own (`next(PEOPLE)`)."""
+    """A world that many tests use: each with people of its own (`next(PEOPLE)`)."""
     yield shared_robot
     assert wait_until(shared_robot.is_idle) and wait_until(shared_robot.is_up)
 
@@ -10990,7 +9855,7 @@ def test_one_message_that_lives() -> None:
 
         def look(frame: str) -> None:
             if "aibot_respond_msg" in frame:
-                on_disk.append("nosuch:1" in (world.service.state_dir / "wxsync.state").read_text())
+                on_disk.append("nosuch:1" in world.state_file.read_text())
 
         world.gateway.mood, begun = look, time.monotonic()
         message = world.ask("a:1, b:1, nosuch:1, slow/c:1, slow/d:1")
@@ -11003,7 +9868,7 @@ def test_one_message_that_lives() -> None:
         frames = len(world.gateway.frames)
         time.sleep(1)  # five times REFRESH_SECONDS
         assert len(world.gateway.frames) == frames and not message.finished
-        runner.go.set()
+        world.open()
         assert world.result("成功 4 / 5") is message
         assert f"docker pull {PREFIX}/a:1" in message.text.split("```")[1].splitlines()
         assert "nosuch:1" in code_and_rest(message.text)[0]
@@ -11011,31 +9876,9 @@ def test_one_message_that_lives() -> None:
         assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
 
 
-def test_refreshes_keep_their_distance() -> None:
-    """However fast jobs end, a message is refreshed once in REFRESH_SECONDS, and when changed."""
-    with RobotWorld(PlayedRunner(0.1, concurrent=1), REFRESH_SECONDS="0.5") as world:
-        message = world.ask(", ".join(f"app{number}:1" for number in range(20)))
-        world.result("成功 20 / 20")
-        times, texts = zip(*message.shown, strict=True)
-        assert all(b - a > 0.4 for a, b in itertools.pairwise(times[1:-1])), times
-        assert len(times) >= 4 and all(a != b for a, b in itertools.pairwise(texts))
-
-
 AT_ONCE = (
     "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1 在吗>使用说明"
 )
-
-
-@pytest.mark.parametrize("case", AT_ONCE.split())
-def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld, case: str) -> None:
-    """Commands, talk and refusals: said once, for good."""
-    user, (text, wanted) = next(PEOPLE), case.split(">")
-    message = robot.ask(text, user)
-    time.sleep(0.1)
-    assert message.finished and wanted in message.text and len(message.shown) == 1
-    assert robot.gateway.all_of(user) == [message]
-
-
 TYPED = (
     "[evil](http://evil.example):1",
     "[evil]: http://evil.example",
@@ -11050,13 +9893,26 @@ TYPED = (
 )
 
 
-@pytest.mark.parametrize("text", TYPED)
-def test_nothing_typed_becomes_markdown(robot: RobotWorld, text: str) -> None:
+def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
+    """Commands, talk and refusals: said once, for good."""
+    asked = {next(PEOPLE): case.split(">") for case in AT_ONCE.split()}
+    for user, (text, wanted) in asked.items():
+        assert wanted in robot.ask(text, user).text
+    time.sleep(0.1)
+    for user, case in asked.items():
+        (message,) = robot.gateway.all_of(user)
+        assert message.finished and len(message.shown) == 1, case
+
+
+def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
     """What a person typed is code or is left out: no link, no mention, no heading."""
-    user = next(PEOPLE)
-    robot.ask(text, user)
-    assert wait_until(lambda: all(message.finished for message in robot.gateway.all_of(user)))
-    shown = [text for message in robot.gateway.all_of(user) for _, text in message.shown]
+    people = [next(PEOPLE) for _ in TYPED]
+    for user, text in zip(people, TYPED, strict=True):
+        robot.ask(text, user)
+    assert wait_until(robot.is_idle)
+    messages = [message for user in people for message in robot.gateway.all_of(user)]
+    assert wait_until(lambda: all(message.finished for message in messages))
+    shown = [text for message in messages for _, text in message.shown]
     assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
 
 
@@ -11064,9 +9920,8 @@ def test_what_a_run_says_is_no_markdown_and_fits() -> None:
     """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link."""
     names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
     runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
-    runner.outcomes["x:1"] = (
-        "wxsync: failed error `[evil](http://evil.example) ``` <@evil> **evil**"
-    )
+    evil = "`[evil](http://evil.example) ``` <@evil> **evil**"
+    runner.outcomes["x:1"] = f"wxsync: failed error {evil}"
     with RobotWorld(runner) as world:
         world.ask("\n".join([*names, "x:1"]))
         world.result("成功 0 / 251")
@@ -11075,34 +9930,37 @@ def test_what_a_run_says_is_no_markdown_and_fits() -> None:
         assert [m for m in world.gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
 
 
-MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1|@a docker pull g6:1"
+MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1"
+MENTIONS += "|@a docker pull g6:1"
 
 
-@pytest.mark.parametrize("text", MENTIONS.split("|"))
-def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld, text: str) -> None:
+def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld) -> None:
     """The robot's name is no part of the text; the result names in its first line who asked."""
-    user, group = next(PEOPLE), f"group-{next(PEOPLE)}"
-    robot.ask(text, user, group)
-    result = robot.result(chat=group)
-    assert user in result.text.splitlines()[0] and robot.gateway.all_of(user) == []
-    assert f'["{text[-4:]}"]' == robot.github.dispatches[-1].inputs["images"]
-    for word, wanted in (("状态", "状态"), ("help", "使用说明")):
+    for text in MENTIONS.split("|"):
+        user, group = next(PEOPLE), f"group-{next(PEOPLE)}"
+        robot.ask(text, user, group)
+        result = robot.result(chat=group)
+        assert user in result.text.splitlines()[0] and robot.gateway.all_of(user) == []
+        assert f'["{text[-4:]}"]' == robot.github.dispatches[-1].inputs["images"]
+    for word, wanted in (("状态", "状态"), ("2 状态", "状态"), ("help", "使用说明")):
         assert wanted in robot.ask(f"@Mirror Bot {word}", user, group).text
+    for talk in ("请不要同步 nginx:1", "@张三 下午看 docs/readme"):
+        assert "🔄" not in robot.ask(f"@Bot {talk}", user, group).text
 
 
 @pytest.mark.parametrize("limit", ["SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"])
 def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
     """⏰ ends it with what is done so far, also while it waits; the result is a new message."""
-    runner = SlowRunner()
-    with RobotWorld(runner, **{limit: "1"}) as world:
+    with RobotWorld(SlowRunner(), **{limit: "1"}) as world:
         message, other = world.ask("slow/a:1, b:1", group="G1"), world.ask("slow/c:1", "bob")
         assert wait_until(lambda: message.finished and other.finished, 5)
         assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
-        runner.go.set()
+        world.open()
         assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
         assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
 
 
+@early
 def test_a_long_message_ends_in_time() -> None:
     """⏰ fits, too, whatever has failed by then; and it is pushed where it is not acknowledged."""
     names, runner = [f"x/{'long-' * 30}{number}:1" for number in range(200)], SlowRunner()
@@ -11129,16 +9987,16 @@ FRAMES = {  # of one person's request: how the first one of a kind is known
 @early
 def test_what_is_not_acknowledged_is_pushed() -> None:
     """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
+    cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
+    wanted = dict.fromkeys(cases, "成功 1 / 1")
     with RobotWorld(QUEUE_SIZE="100") as world:
-        cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
         for user, (frame, mood) in cases.items():
             world.gateway.unkind(f"{user} {FRAMES[frame]}", mood)
             if frame == "push":
                 world.gateway.unkind(f'{user} "finish":true', "ignore")
+            elif frame == "help":
+                wanted[user] = "使用说明"
             world.gateway.say("help" if frame == "help" else f"{user}:1", user)
-        wanted = {
-            user: "使用说明" if case[0] == "help" else "成功 1 / 1" for user, case in cases.items()
-        }
         for user, (frame, _) in cases.items():
             if frame == "confirmation":
                 world.gateway.hear(lambda m: "共 1 个镜像" in str(m.shown), user)
@@ -11147,8 +10005,7 @@ def test_what_is_not_acknowledged_is_pushed() -> None:
                 world.pushed(wanted[user], user)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
         for user in cases:
-            world.count_copies(user, wanted[user])
-        COUNTS["faults"] += len(cases)
+            world.check_copies(user, wanted[user])
 
 
 @early
@@ -11162,48 +10019,38 @@ def test_the_line_may_break_at_every_frame() -> None:
             world.gateway.say(f"{user}:1", user)
             world.result(chat=user)
             assert wait_until(world.is_idle)
-            COUNTS["cut"] += len(wrong)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
         for user in {message.chat for message in world.gateway.messages}:
-            world.count_copies(user)
+            world.check_copies(user)
 
 
-ROBOT_KILLS = [step for step in KILLS if step[0] == "github"]
-ROBOT_KILLS += [("gateway", str(frame), when) for frame in (0, 1) for when in ("before", "after")]
+ROBOT_KILLS = [step for step in KILLS if "github" in step] + ["0 cut", "1 cut", "0 lost", "1 lost"]
 
 
-def check_robot_kill(step: tuple[str, str, str]) -> None:
+def check_robot_kill(step: str) -> None:
     """Kill the service at this call or frame of an image request, and start it again."""
-    who, where, when = step
-    world, frames = RobotWorld(), itertools.count()
-    world.github = github = HeldGitHub(runner=PlayedRunner(0.01))
+    frames = itertools.count()
 
     def mood(frame: str) -> Mood:
-        if next(frames) != int(where):
+        if next(frames) != int(step[0]):
             return None
         world.service.kill()
-        return "cut" if when == "before" else "lost"
+        return step[2:]
 
-    with world:
+    with RobotWorld() as world:
         assert wait_until(world.is_up)
-        if who == "gateway":
+        if "github" in step:
+            kill_at(world, step, world.gateway.say)
+        else:
             world.gateway.mood = mood
-        elif when == "after":
-            github.hold = where
-        else:
-            github.fail(where, "hang")
-        world.gateway.say("nginx:latest")
-        if who == "gateway":
+            world.gateway.say("nginx:latest")
             assert wait_until(lambda: not world.service.alive()), step
-        else:
-            assert wait_until(lambda: github.calls_to(where) and not github.hold), step
-        world.service.restart()
+            world.service.start()
         world.result()
         assert wait_until(world.is_idle), step
         time.sleep(0.2)
-        world.count_copies("alice")
-        assert (len(github.commits), len(github.dispatches)) == (1, 1), step
-    COUNTS["kill -9"] += 1
+        world.check_copies("alice")
+        assert (len(world.github.commits), len(world.github.dispatches)) == (1, 1), step
 
 
 @early
@@ -11242,25 +10089,22 @@ def test_random_kills_and_cuts_lose_nothing() -> None:
             gateway.hear(lambda m: "成功 1 / 1" in m.text, f"user{life}", 60)
         time.sleep(2)  # what ACK_SECONDS may bring once more
         for life in range(lives):
-            world.count_copies(f"user{life}")
+            world.check_copies(f"user{life}")
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
         assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
-    COUNTS["kill -9"] += lives // 2
-    COUNTS["cut"] += lives // 2
 
 
 @early
 def test_a_gateway_that_is_away_for_a_while() -> None:
     """Closed or silent, in a run and at a start: /health says so, and all arrives later."""
     for silent in (False, True):
-        runner = SlowRunner()
-        with RobotWorld(runner) as world:
+        with RobotWorld(SlowRunner()) as world:
             gateway = world.gateway
             world.ask("slow/a:1")
             gateway.hang = silent
             (gateway.cut if silent else gateway.stop)()
             assert wait_until(lambda: not world.is_up())
-            runner.go.set()
+            world.open()
             assert wait_until(lambda: world.github.runs and world.github.runs[0].completed)
             time.sleep(0.5)
             world.service.restart()
@@ -11303,13 +10147,12 @@ def test_a_wrong_secret_is_told_and_tried_again() -> None:
 @early
 def test_another_program_takes_the_robot_over() -> None:
     """Said in the log and in /health; tried again after 10 minutes, and then all arrives."""
-    runner = SlowRunner()
-    with RobotWorld(runner, SCALE="0.004") as world:
+    with RobotWorld(SlowRunner(), SCALE="0.004") as world:
         world.ask("slow/a:1")
-        world.gateway.subscriptions[0] = (world.gateway.now(), 0)
+        world.gateway.subscriptions[0] = (time.time(), 0)
         world.gateway.throw_out()
         assert wait_until(lambda: not world.is_up()) and "另一个" in world.service.log
-        runner.go.set()
+        world.open()
         waits(world, [600])
         world.pushed()
 
@@ -11329,40 +10172,37 @@ def test_sigterm_ends_it_with_the_line_open() -> None:
 # -- other messages and events
 
 
-def test_whoever_enters_is_welcomed(robot: RobotWorld) -> None:
-    """With the help, in time; other events are met with silence."""
-    user = next(PEOPLE)
-    req_id = robot.gateway.event("enter_chat", user)
-    for event in ("template_card_event", "feedback_event", "of_tomorrow"):
-        robot.gateway.event(event, user)
-    welcome = robot.gateway.hear(lambda m: m.req_id == req_id and "使用说明" in m.text, user, 5)
-    time.sleep(0.2)
-    assert robot.gateway.all_of(user) == [welcome]
-
-
 PICTURE = {"msgtype": "image", "image": {"url": "http://127.0.0.1:1/a", "aeskey": "x"}}
-WORDS_OF_MIXED = {"msgtype": "text", "text": {"content": "mixed:1"}}
-OTHER_KINDS: dict[str, tuple[str, dict[str, object], str]] = {
-    "voice": ("voice", {"content": "voice:1"}, "共 1 个镜像"),
-    "voice, a command": ("voice", {"content": "状态。"}, "状态"),
-    "mixed": ("mixed", {"msg_item": [PICTURE, WORDS_OF_MIXED]}, "共 1 个镜像"),
-    "mixed, no text": ("mixed", {"msg_item": [PICTURE]}, ""),
-    "mixed, odd": ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
-    "image": ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
-    "unknown": ("of_tomorrow", {"content": "nginx:1"}, ""),
-}
+WORDS = {"msgtype": "text", "text": {"content": "mixed:1"}}
+OTHER_KINDS: list[tuple[str, dict[str, object], str]] = [
+    ("voice", {"content": "voice:1"}, "共 1 个镜像"),
+    ("voice", {"content": "状态。"}, "状态"),
+    ("mixed", {"msg_item": [PICTURE, WORDS]}, "共 1 个镜像"),
+    ("mixed", {"msg_item": [PICTURE]}, ""),
+    ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
+    ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
+    ("of_tomorrow", {"content": "nginx:1"}, ""),
+]
 
 
-@pytest.mark.parametrize("name", OTHER_KINDS)
-def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld, name: str) -> None:
-    """A picture, a film: one finished stream about what is understood, and nothing happens."""
-    user, (kind, body, wanted), before = next(PEOPLE), OTHER_KINDS[name], len(robot.github.calls)
-    robot.gateway.say(body, user, kind=kind)
-    message = robot.gateway.hear(lambda m: wanted in m.shown[0][1], user)
-    if wanted.startswith("共"):
-        robot.result(chat=user)
-    else:
-        assert message.finished and len(robot.github.calls) == before
+def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld) -> None:
+    """A picture, a film: one finished stream about what is understood, and nothing happens. Who
+    enters is welcomed with the help, in time; other events are met with silence."""
+    guest = next(PEOPLE)
+    req_id = robot.gateway.event("enter_chat", guest)
+    for event in ("template_card_event", "feedback_event", "of_tomorrow"):
+        robot.gateway.event(event, guest)
+    welcome = robot.gateway.hear(lambda m: "使用说明" in m.text, guest, 5)
+    for kind, body, wanted in OTHER_KINDS:
+        user, before = next(PEOPLE), len(robot.github.calls)
+        robot.gateway.say(body, user, kind=kind)
+        message = robot.gateway.hear(lambda m: m.shown, user)
+        assert wanted in message.shown[0][1]
+        if wanted.startswith("共"):
+            robot.result(chat=user)
+        else:
+            assert message.finished and len(robot.github.calls) == before
+    assert welcome.req_id == req_id and robot.gateway.all_of(guest) == [welcome]
 
 
 FULL = 256 << 10
@@ -11436,17 +10276,8 @@ def test_a_stranger_gets_one_refusal_in_chat_and_group() -> None:
 
 @early
 def test_a_burst_breaks_no_limit_and_each_is_answered() -> None:
-    """40 messages from one person, as fast as the chat may be answered (to the end in long mode)."""
-    with RobotWorld() as world:
-        asked = {world.gateway.say("状态") for _ in range(40)}
-        assert wait_until(lambda: len(world.gateway.messages) >= (40 if LONG else 12), 150)
-        time.sleep(1)  # what comes too fast comes now
-        assert {message.req_id for message in world.gateway.messages} <= asked | {""}
-
-
-@early
-def test_many_at_once_are_answered_although_acknowledgements_dawdle() -> None:
-    """50 people, and a gateway that takes half a second for each answer."""
+    """40 messages from one person, as fast as the chat may be answered (in long mode to the end);
+    50 people, although a gateway takes half a second for each answer."""
     with RobotWorld() as world:
         world.gateway.mood = lambda frame: 0.5 if "aibot_respond_msg" in frame else None
         people = [next(PEOPLE) for _ in range(50)]
@@ -11454,25 +10285,34 @@ def test_many_at_once_are_answered_although_acknowledgements_dawdle() -> None:
             world.gateway.say("help", user)
         for user in people:
             world.result("使用说明", user)
+        world.gateway.mood, before = world.gateway.next_mood, len(world.gateway.messages)
+        asked = {world.gateway.say("状态") for _ in range(40)}
+        enough = before + (40 if LONG else 12)
+        assert wait_until(lambda: len(world.gateway.messages) >= enough, 150)
+        time.sleep(1)  # what comes too fast comes now
+        assert {message.req_id for message in world.gateway.all_of()} <= asked | {""}
 
 
 @early
-def test_refreshes_give_way() -> None:
-    """A message that changes all the time leaves room for answers and for its own result."""
-    with RobotWorld(PlayedRunner(0.05, concurrent=1), REFRESH_SECONDS="0.01") as world:
-        world.ask(", ".join(f"app{number}:1" for number in range(80)))
+def test_refreshes_keep_their_distance_and_give_way() -> None:
+    """A message that changes all the time is refreshed once in REFRESH_SECONDS, and when changed;
+    it leaves room for answers and for its own result."""
+    with RobotWorld(PlayedRunner(0.05, concurrent=1), REFRESH_SECONDS="0.1") as world:
+        message = world.ask(", ".join(f"app{number}:1" for number in range(80)))
         time.sleep(3)
         asked = time.time()
         assert world.ask("状态").shown[0][0] < asked + 1
-        result = world.result("成功 80 / 80")
-        assert result.shown[-1][0] < (world.github.runs[0].completed or 0) + 2
+        assert world.result("成功 80 / 80") is message
+        times, texts = zip(*message.shown, strict=True)
+        assert all(b - a > 0.08 for a, b in itertools.pairwise(times[1:-1])), times
+        assert len(times) >= 4 and all(a != b for a, b in itertools.pairwise(texts))
+        assert times[-1] < (world.github.runs[0].completed or 0) + 2
 
 
 # -- garbage
 
 
 def odd_message(**more: object) -> bytes:
-    """Return a message in which something is odd."""
     body: dict[str, object] = {"msgid": "odd", "chattype": "single", "msgtype": "text"}
     body |= {"from": {"userid": "odd"}, "text": {"content": "nginx:1"}} | more
     frame = {"cmd": "aibot_msg_callback", "headers": {"req_id": "odd"}, "body": body}
@@ -11480,23 +10320,22 @@ def odd_message(**more: object) -> bytes:
 
 
 LARGE = b"\0\x7f" + struct.pack(">Q", 1 << 16) + bytes(1 << 16)  # a fragment of 64 KiB
-HARMLESS: dict[str, tuple[bytes, int]] = {
-    **{repr(data[:12]): (data, TEXT) for data in (b"", b"junk", b"null", b"[1]", b'"x"')},
-    "deep": (b"[" * 100_000, TEXT),
-    "unknown command": (b'{"cmd": "aibot_of_tomorrow", "headers": {}, "body": 5}', TEXT),
-    "command is a number": (b'{"cmd": 5, "headers": [], "errcode": {}}', TEXT),
-    "nothing inside": (b'{"cmd": "aibot_msg_callback"}', TEXT),
-    "event without event": (b'{"cmd": "aibot_event_callback", "headers": {}, "body": {}}', TEXT),
-    "a stray answer": (b'{"headers": {"req_id": "x"}, "errcode": 1e999}', TEXT),
-    "nobody": (odd_message(**{"from": None}), TEXT),
-    "somebody odd": (odd_message(**{"from": {"userid": "../x\n" * 9000}}), TEXT),
-    "half a character": (odd_message(text={"content": "\ud800:1"}), TEXT),
-    "text is a list": (odd_message(text=["nginx:1"]), TEXT),
-    "no id": (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
-    "binary": (b"\0\1\2", BINARY),
-    "ping": (b"x" * 125, PING),
-    "pong": (b"x", PONG),
-}
+HARMLESS: list[tuple[bytes, int]] = [
+    *((data, TEXT) for data in (b"", b"junk", b"null", b"[1]", b'"x"', b"[" * 100_000)),
+    (b'{"cmd": "aibot_of_tomorrow", "headers": {}, "body": 5}', TEXT),
+    (b'{"cmd": 5, "headers": [], "errcode": {}}', TEXT),
+    (b'{"cmd": "aibot_msg_callback"}', TEXT),
+    (b'{"cmd": "aibot_event_callback", "headers": {}, "body": {}}', TEXT),
+    (b'{"headers": {"req_id": "x"}, "errcode": 1e999}', TEXT),
+    (odd_message(**{"from": None}), TEXT),
+    (odd_message(**{"from": {"userid": "../x\n" * 9000}}), TEXT),
+    (odd_message(text={"content": "\ud800:1"}), TEXT),
+    (odd_message(text=["nginx:1"]), TEXT),
+    (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    (b"\0\1\2", BINARY),
+    (b"x" * 125, PING),
+    (b"x", PONG),
+]
 HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
     "no UTF-8": (b"\xff", TEXT),
     "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
@@ -11513,30 +10352,29 @@ HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
     "half a close": (b"\x88\x01x", -1),
     "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
 }
-ODD_HANDSHAKES: dict[str, What] = {
-    "502": (502, {}, b"<html>"),
-    "redirect": (302, {"Location": "http://evil.example/"}, b""),
-    "wrong key": (101, {"Upgrade": "websocket", "Connection": "Upgrade"}, b""),
-    "200": (200, {}, b"x" * 100_000),
-    **{name: name for name in ("reset", "garbage", "drip", "big")},
-}
+ODD_HANDSHAKES: list[What] = [
+    (502, {}, b"<html>"),
+    (302, {"Location": "http://evil.example/"}, b""),
+    (101, UPGRADE, b""),
+    (200, {}, b"x" * 100_000),
+    *("reset", "garbage", "drip", "big"),
+]
 
 
-def test_harmless_frames_leave_the_line_open() -> None:
-    """Odd JSON, unknown commands, binary: passed over. Then a message in pieces, with pings."""
+def test_garbage_does_not_end_the_service() -> None:
+    """Odd JSON, unknown commands, binary are passed over, then a message in pieces, with pings, is
+    answered; after broken frames and handshakes the next message is, on a new line."""
     with RobotWorld() as world:
         world.gateway.chats["odd"] = 1
-        for data, opcode in HARMLESS.values():
+        for data, opcode in HARMLESS:
             world.gateway.write(data, opcode)
         world.gateway.fragments = True
         assert "使用说明" in world.ask("帮助：这是什么？").text
         assert len(world.gateway.subscriptions) == 1 and world.gateway.line
-        assert world.gateway.line.pongs[:2] == [HARMLESS["ping"][0], b"between"]
-
-
-def test_garbage_does_not_end_the_service() -> None:
-    """Broken frames and handshakes: the next message is answered, on a new line."""
-    with RobotWorld() as world:
+        assert world.gateway.line.pongs[:2] == [b"x" * 125, b"between"]
+        world.gateway.fragments = False
+        assert wait_until(world.is_idle)
+        begun = len(world.github.dispatches)
         for name, (data, opcode) in HARMFUL.items():
             line = world.gateway.wait_line()
             with suppress(OSError):  # it may hang up before it has all
@@ -11547,12 +10385,11 @@ def test_garbage_does_not_end_the_service() -> None:
             time.sleep(0.05)
             world.gateway.cut()  # so that what comes next meets a line that is whole
             assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
-        for name, what in ODD_HANDSHAKES.items():
+        for what in ODD_HANDSHAKES:
             world.gateway.fail("GET /", what)
             world.gateway.cut()
-            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
-        assert world.service.healthy() and not world.github.dispatches
-        COUNTS["faults"] += len(HARMLESS) + len(HARMFUL) + len(ODD_HANDSHAKES)
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, what
+        assert world.service.healthy() and len(world.github.dispatches) == begun
 
 
 class Liar(Peer):
@@ -11561,8 +10398,8 @@ class Liar(Peer):
     told = b"?"
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        upgrade = {"Upgrade": "websocket", "Connection": "Upgrade", "Content-Length": "0"}
-        handler.send(Answer(101, b"", upgrade | {"Sec-WebSocket-Accept": "x" * 27 + "="}))
+        accept = {"Sec-WebSocket-Accept": "x" * 27 + "=", "Content-Length": "0"}
+        handler.send(Answer(101, b"", UPGRADE | accept))
         self.told = handler.rfile.read(1)
         handler.close_connection = True
 
@@ -11585,25 +10422,20 @@ def test_with_the_robot_alone_http_serves_health_only(robot: RobotWorld) -> None
 
 
 def test_both_entrances_side_by_side() -> None:
-    """Each is answered where it came in."""
-    with RobotWorld(None, True) as world:
+    """Each is answered where it came in; a proxy that is down holds GitHub up, not the robot."""
+    with RobotWorld(None, True, HTTPS_PROXY=NOWHERE) as world:
         assert "共 1 个镜像" in world.say("a:1", "bob")
         world.ask("b:1")
         assert "a:1" in hear(world, "bob", "成功 1 / 1") and "b:1" in world.result().text
         assert world.gateway.all_of("bob") == [] and world.wecom.messages_for("alice") == []
-
-
-def test_the_robot_goes_past_every_proxy() -> None:
-    """A proxy that is down holds GitHub up, not the robot."""
-    dead = "http://127.0.0.1:1"
-    with RobotWorld(PROXY_URL=dead, NO_PROXY_DOMAINS="x.example", HTTPS_PROXY=dead) as world:
+    with RobotWorld(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS="x.example") as world:
         assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_the_gateways_certificate_is_checked(tmp_path: Path, known: bool) -> None:
     """An unknown one is shown nothing, not even the handshake."""
-    need(missing_program("openssl"))
+    needs(missing_program("openssl"))
     context, certificate = make_tls(tmp_path, "127.0.0.1")
     trust = {"SSL_CERT_FILE": str(certificate)} if known else {}
     with Source(tls=context) as server:
@@ -11615,7 +10447,7 @@ def test_the_gateways_certificate_is_checked(tmp_path: Path, known: bool) -> Non
 
 def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
     """A second connection would throw the first out: beside a service it asks /health."""
-    with closing(RobotWorld(DOCKER_REGISTRY="127.0.0.1:1").prepare()) as world:
+    with closing(RobotWorld(DOCKER_REGISTRY=NO_REGISTRY).prepare()) as world:
         settings, logins = world.service.settings, world.gateway.subscriptions
         for secret, mark in (("wrong-secret-1f2e", "❌"), (world.gateway.secret, "✅")):
             settings["BOT_SECRET"] = secret
@@ -11630,31 +10462,27 @@ def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
 
 ROBOT = {"BOT_ID": "aib0123456789", "BOT_SECRET": "bot-secret-0123456789"}
 OTHERS = {name: value for name, value in ENOUGH.items() if name not in CALLBACK}
-GROUPS: dict[str, tuple[dict[str, str], set[str]]] = {
-    "robot": (ROBOT, set()),
-    "callback": (ENOUGH, set()),
-    "both": (ENOUGH | ROBOT, set()),
-    "half a robot": ({"BOT_ID": "aib0123456789"}, {"BOT_SECRET"}),
-    "half a callback": ({"CORP_ID": "ww0123456789abcdef"}, set(CALLBACK) - {"CORP_ID"}),
-    "robot and half a callback": (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
-    "callback and half a robot": (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
-    "a placeholder": (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
-    "ws to a stranger": (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
-    "https": (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
-    "wss": (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
-    "ws to itself": (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
-}
+# what is set beside GitHub's and the registry's -> what is named
+GROUPS: list[tuple[dict[str, str], set[str]]] = [
+    (ROBOT, set()),
+    (ENOUGH, set()),
+    (ENOUGH | ROBOT, set()),
+    ({"BOT_ID": "aib0123456789"}, {"BOT_SECRET"}),
+    ({"CORP_ID": "ww0123456789abcdef"}, set(CALLBACK) - {"CORP_ID"}),
+    (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
+    (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
+    (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
+    (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
+    (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
+    (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
+    (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
+]
 
 
-@pytest.mark.parametrize("name", GROUPS)
-def test_either_entrance_is_enough_and_a_begun_one_must_be_whole(name: str) -> None:
-    """What is missing of a begun group is named, nothing else."""
-    settings, wanted = GROUPS[name]
-    assert set(names_in(problems_of(OTHERS | settings))) == wanted
-
-
-def test_without_an_entrance_both_are_offered() -> None:
-    """All seven names."""
+def test_either_entrance_is_enough_and_a_begun_one_must_be_whole() -> None:
+    """What is missing of a begun group is named, nothing else; with none both are offered."""
+    for settings, wanted in GROUPS:
+        assert set(names_in(problems_of(OTHERS | settings))) == wanted
     said = "\n".join(problems_of(OTHERS))
     assert [name for name in (*ROBOT, *CALLBACK) if name not in said] == []
 
@@ -11673,6 +10501,12 @@ PREFIXES = (  # of requests that never end
 )
 
 
+def connected(world: World, stack: ExitStack, count: int = 1) -> list[socket.socket]:
+    """Return new connections to the service."""
+    address = ("127.0.0.1", world.service.port)
+    return [stack.enter_context(socket.create_connection(address, 5)) for _ in range(count)]
+
+
 def is_closed(connection: socket.socket) -> bool:
     """Tell whether the other side has closed a connection."""
     connection.setblocking(False)
@@ -11689,10 +10523,9 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
     """Silent, half-open and one-byte-a-second clients cost little, and /health still answers."""
     with World(SCRIPT) as world, ExitStack() as stack:
         before, begun, slowest = world.service.rss_bytes(), time.monotonic(), 0.0
-        address = ("127.0.0.1", world.service.port)
-        held = [stack.enter_context(socket.create_connection(address)) for _ in range(500)]
-        for number, connection in enumerate(held):
-            connection.sendall(PREFIXES[number % len(PREFIXES)])
+        held = connected(world, stack, 500)
+        for connection, prefix in zip(held, itertools.cycle(PREFIXES), strict=False):
+            connection.sendall(prefix)
         while time.monotonic() < begun + 8:
             for connection in held[::3]:
                 with suppress(OSError):
@@ -11701,40 +10534,33 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
             assert world.service.healthy() and world.client.verify_url()[0] == 200
             slowest = max(slowest, time.monotonic() - asked)
             time.sleep(1)
-        grown = world.service.rss_bytes() - before
-        assert slowest < 1 and grown < 32 * 2**20
+        assert slowest < 1 and world.service.rss_bytes() - before < 32 * 2**20
         assert wait_until(lambda: all(map(is_closed, held)), 5, 0.2), "held for over 13 s"
         assert is_calm(world.service.log)
-    COUNTS["held"] += len(held)
 
 
+@early
 def test_one_connection_too_many_costs_the_oldest() -> None:
-    """600 are held (400 on Windows, whose select takes no more); the next one in throws one out."""
+    """600 are held (400 on Windows, by its select); 1,500 shut out neither /health nor WeCom."""
     with World(SCRIPT) as world, ExitStack() as stack:
-        address = ("127.0.0.1", world.service.port)
-        most = 600 if os.name == "posix" else 400
-        held = [stack.enter_context(socket.create_connection(address)) for _ in range(most)]
+        held = connected(world, stack, 600 if os.name == "posix" else 400)
         time.sleep(0.3)
         assert not any(map(is_closed, held))
-        stack.enter_context(socket.create_connection(address))
-        assert wait_until(lambda: is_closed(held[0]), 3)
-        assert not any(map(is_closed, held[1:]))
-
-
-def test_more_connections_than_it_holds_shut_nobody_out() -> None:
-    """With 1,500 connections the oldest go; /health and callbacks get in at once."""
-    with World(SCRIPT) as world, ExitStack() as stack:
-        address = ("127.0.0.1", world.service.port)
-        for _ in range(1500):
-            stack.enter_context(socket.create_connection(address))
+        connected(world, stack)
+        assert wait_until(lambda: is_closed(held[0]), 3) and not any(map(is_closed, held[1:]))
+        connected(world, stack, 1499 - len(held))
         asked = time.monotonic()
         assert world.service.healthy() and world.say("帮助")
         assert time.monotonic() - asked < 1 and is_calm(world.service.log)
 
 
 def raw(world: World, data: bytes, half_close: bool = False) -> bytes:
-    """Send bytes, return all that comes back until the other side closes or is silent."""
-    with socket.create_connection(("127.0.0.1", world.service.port), 2) as connection:
+    """Send bytes, return all that comes back until the service closes or is silent."""
+    return exchange(world.service.port, data, half_close)
+
+
+def exchange(port: int, data: bytes, half_close: bool = False) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), 2) as connection:
         got = b""
         with suppress(OSError):
             connection.sendall(data)
@@ -11753,6 +10579,7 @@ def head(length: object, *more: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
+CHOKING = ("m/x; boundary*=idna''x", "text/x; charset*=undefined''x", "m/x; boundary*=\0''x")
 MALFORMED = {
     "oversized": (head(65537), 413),
     "far oversized": (head(10**15), 413),
@@ -11775,97 +10602,69 @@ MALFORMED = {
     "no XML": (head(8) + b"\xff\xfe\x00<xml>", 400),
     "entities": (head(30) + b'<!DOCTYPE x [<!ENTITY a "aaa">', 400),
 }
+MALFORMED |= {kind: (head(5, f"Content-Type: {kind}") + b"<xml>", 400) for kind in CHOKING}
 
 
-def test_malformed_requests_are_refused_with_the_right_status() -> None:
+def test_malformed_requests_are_refused_with_the_right_status(talk: Talk) -> None:
     """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500."""
-    with World(SCRIPT) as world:
-        for name, (data, status) in MALFORMED.items():
-            got = raw(world, data)
-            assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
-            assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
-        assert is_calm(world.service.log) and world.service.healthy()
+    for name, (data, status) in MALFORMED.items():
+        got = raw(talk.world, data)
+        assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
+        assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
 
 
-def test_a_client_that_sends_a_large_body_reads_its_413() -> None:
+def test_a_client_that_sends_a_large_body_reads_its_413(talk: Talk) -> None:
     """The refusal arrives although the client sends all of its body before it reads."""
-    with World(SCRIPT) as world:
-        for size in (65_537, 1_000_000, 10_000_000) * 5:
-            got = http_request("POST", world.service.callback_url, b"x" * size)
-            assert (got.status, got.body) == (413, b"")
+    for size in (65_537, 1_000_000, 10_000_000) * 5:
+        got = http_request("POST", talk.client.callback_url, b"x" * size)
+        assert (got.status, got.body) == (413, b"")
 
 
-def test_pipelined_requests_are_answered_in_order() -> None:
-    """Requests that come in one piece, or cut anywhere, get their answers in order."""
-    with World(SCRIPT) as world:
-        one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
-        last = one % (b"health", b"Connection: close\r\n")
-        got = raw(world, one % (b"health", b"") + one % (b"none", b"") + last)
-        assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
-        with socket.create_connection(("127.0.0.1", world.service.port), 5) as connection:
-            for byte in last:
-                connection.send(bytes([byte]))
-            assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-
-
-def test_a_client_may_ask_before_it_sends_the_body() -> None:
-    """Expect: 100-continue, as curl says it."""
-    with World(SCRIPT) as world:
-        address = ("127.0.0.1", world.service.port)
-        with socket.create_connection(address, 5) as connection:
-            connection.sendall(head(5, "Expect: 100-continue"))
-            assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
-            connection.sendall(b"<xml>")
-            assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
+def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
+    """Several at once are answered in order, one cut anywhere is read, Expect: 100-continue too."""
+    one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+    last = one % (b"health", b"Connection: close\r\n")
+    got = raw(talk.world, one % (b"health", b"") + one % (b"none", b"") + last)
+    assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
+    for old in (b"\r\n" + last, last.replace(b"\r\n", b"\n")):  # RFC 9112, 2.2
+        assert raw(talk.world, old).startswith(b"HTTP/1.1 200 ")
+    with ExitStack() as stack:
+        byte_by_byte, polite = connected(talk.world, stack, 2)
+        for byte in last:
+            byte_by_byte.send(bytes([byte]))
+        assert byte_by_byte.recv(1000).startswith(b"HTTP/1.1 200")
+        for piece, status in ((head(5, "Expect: 100-continue"), 100), (b"<xml>", 400)):
+            polite.sendall(piece)
+            assert polite.recv(1000).startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_a_client_that_never_reads_costs_nothing() -> None:
     """Endless pipelined requests whose answers nobody reads do not fill the memory."""
-    with World(SCRIPT) as world:
+    with World(SCRIPT) as world, ExitStack() as stack:
         before, end = world.service.rss_bytes(), time.monotonic() + 2
-        with socket.create_connection(("127.0.0.1", world.service.port)) as connection:
-            connection.setblocking(False)
-            with suppress(ConnectionError):
-                while time.monotonic() < end:
-                    with suppress(BlockingIOError):
-                        connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
-        assert world.service.healthy()
-        assert world.service.rss_bytes() - before < 16 * 2**20
+        (connection,) = connected(world, stack)
+        connection.setblocking(False)
+        while time.monotonic() < end:
+            with suppress(BlockingIOError, ConnectionError):
+                connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
+        assert world.service.healthy() and world.service.rss_bytes() - before < 16 * 2**20
 
 
 # ---------------------------------------------------------------------------------------------
 # What a fresh reader of the program found
 # ---------------------------------------------------------------------------------------------
 
-CHOKING = (
-    "multipart/x; boundary*=idna''x",
-    "text/x; charset*=undefined''x",
-    "m/x; boundary*=\0''x",
-)
+CHOKING_HEAD = {"Content-Type": CHOKING[0], "Date": "Mon, 01 Jan 99999999999999 00:00:00 GMT"}
 
 
-@pytest.mark.parametrize("kind", CHOKING, ids=range(3))
-def test_a_header_that_chokes_the_parser_ends_nothing(kind: str) -> None:
-    """Python's email parser raises what is no HTTPException: here it is a malformed request."""
-    request = f"GET /health HTTP/1.1\r\nConnection: close\r\nContent-Type: {kind}\r\n\r\n"
-    with World(SCRIPT) as world:
-        assert raw(world, request.encode())[9:12] in (b"400", b"200")
-        assert world.service.healthy() and is_calm(world.service.log)
-
-
-@pytest.mark.parametrize("where", ["source", "GitHub", "store"])
+@pytest.mark.parametrize("where", ["source", "store"])
 def test_an_answer_that_chokes_the_parser_is_an_odd_answer(where: str) -> None:
-    """The same header from a server that is called: its person hears, the lane goes on."""
-    kind = {"Content-Type": CHOKING[0], "Date": "Mon, 01 Jan 99999999999999 00:00:00 GMT"}
-    with RelayWorld() as depot:
-        peer: Peer = {"source": depot.source, "store": depot.store}.get(where, depot.world.github)
-        peer.fail("", (200, kind, b"{}"), 1 if where == "GitHub" else 3)
-        if where == "GitHub":
-            assert depot.world.say("nginx:1", "ann") and "✅" in depot.answer("ann")
-        else:
-            depot.relay(depot.source.add("/first.txt", body=b"first"))
+    """Python's email parser raises what is no HTTPException: its person hears, the lane goes on."""
+    with Depot() as depot:
+        peer: Peer = depot.source if where == "source" else depot.store
+        peer.fail("", (200, CHOKING_HEAD, b"{}"), 3)
+        depot.relay(depot.source.add("/first.txt", body=b"first"))
         assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
-        depot.check()
 
 
 def test_no_text_takes_long_to_read() -> None:
@@ -11881,15 +10680,14 @@ def test_no_text_takes_long_to_read() -> None:
 
 def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
     """An upload that is cancelled ends at once, though its source could be resumed."""
-    with RelayWorld() as depot:
+    with Depot() as depot:
         link = depot.source.add("/long.bin", 30_000_000, rate=5e6, etag='"v"', ranges="good")
         user = depot.ask(link)
         assert wait_until(lambda: depot.store.parts_received)
-        assert "正在停止" in depot.world.say("取消", user)
+        assert "正在停止" in depot.say("取消", user)
         assert "已取消上传" in depot.answer(user, 5)
         time.sleep(1)
         assert depot.source.hits["/long.bin"] == 1
-        depot.check()
 
 
 def test_the_robot_says_what_was_cancelled() -> None:
@@ -11907,7 +10705,7 @@ def test_the_robot_says_what_was_cancelled() -> None:
 @pytest.mark.parametrize("length", ["-5", "many", ""])
 def test_a_store_that_tells_an_odd_size_holds_no_lane(length: str) -> None:
     """A look at what became of an upload may be answered with anything."""
-    with RelayWorld() as depot:
+    with Depot() as depot:
         depot.store.fail("PUT", (403, {}, b""))
         depot.store.fail("HEAD", (200, {"Content-Length": length}, b""), 2)
         told = depot.relay(depot.source.add("/refused.txt", body=b"refused"))
@@ -11917,12 +10715,11 @@ def test_a_store_that_tells_an_odd_size_holds_no_lane(length: str) -> None:
 
 def test_an_object_of_an_upload_that_was_told_as_failed_goes() -> None:
     """The answer to its completion was lost and the store away: later it is taken back."""
-    with RelayWorld() as depot:
+    with Depot() as depot:
         depot.store.fail("POST upload_id", "lost", 3)
         depot.store.fail("HEAD", "reset", 6)
         assert "❌" in depot.relay(depot.source.add("/big.bin", 9_000_000))
         assert wait_until(lambda: not depot.store.objects, 15)
-        depot.check()
 
 
 class Shaky(wxsync.Channel):
@@ -11986,13 +10783,13 @@ def test_check_leaves_a_folder_as_it_is(tmp_path: Path) -> None:
 
 def test_files_of_several_people_take_turns() -> None:
     """Whoever sends many links lets others in between."""
-    with RelayWorld() as depot:
+    with Depot() as depot:
         links = [depot.source.add(f"/{n}.bin", 400_000, rate=4e5) for n in range(3)]
         many = depot.ask("\n".join(links))
         one = depot.ask(depot.source.add("/one.bin", body=b"one"))
         depot.answer(one)
-        assert len(depot.world.wecom.messages_for(many)) < 3
-        assert wait_until(lambda: len(depot.world.wecom.messages_for(many)) == 3, 15)
+        assert len(depot.wecom.messages_for(many)) < 3
+        assert wait_until(lambda: len(depot.wecom.messages_for(many)) == 3, 15)
 
 
 def test_short_secrets_are_warned_of() -> None:
@@ -12011,12 +10808,11 @@ HOLES = {  # a message whose note leaves no room, its link, and lines that are l
 
 
 @pytest.mark.parametrize("name", HOLES)
-def test_a_note_without_end_leaves_the_service_alive(name: str) -> None:
+def test_a_note_without_end_leaves_the_service_alive(talk: Talk, name: str) -> None:
     """However much could not be done, the reply fits and others are answered meanwhile."""
-    with World(SCRIPT, PlayedRunner(0.01)) as world:
-        reply = world.say(HOLES[name], "eve")
-        assert "nginx:latest" in reply and len(reply.encode()) <= 2048
-        assert "共 1 个镜像" in world.say("redis:1", "bob")
+    reply = talk.say(HOLES[name])
+    assert "nginx:latest" in reply and len(reply.encode()) <= 2048
+    assert "共 1 个镜像" in talk.world.say("redis:1", "bob")
 
 
 def test_a_text_is_cut_whatever_the_room() -> None:
@@ -12026,13 +10822,13 @@ def test_a_text_is_cut_whatever_the_room() -> None:
         assert "".join("".join(pieces).split("\n")) == "一二三" * 100
 
 
-def test_check_waits_for_no_rate_limit() -> None:
+def test_check_waits_for_no_rate_limit(healthy: Patient) -> None:
     """A limit is told; nobody asks again and again for leave to ask."""
-    with World(SCRIPT, PlayedRunner(0.01)) as world:
-        before = len(world.github.calls)
-        world.github.fail("", (429, {"Retry-After": "1"}, b"{}"), 1000)
-        done = world.service.command("check")
-        assert "限制调用次数" in done.stdout and len(world.github.calls) < before + 20
+    before = len(healthy.github.calls)
+    healthy.github.fail("", (429, {"Retry-After": "1"}, b"{}"), 1000)
+    assert any("限制调用次数" in found.text for found in checked(healthy))
+    assert len(healthy.github.calls) < before + 20
+    healthy.github.faults.clear()
 
 
 @pytest.mark.parametrize(
@@ -12046,7 +10842,7 @@ def test_a_port_that_is_none_is_named(setting: str) -> None:
     assert name in str(caught.value)
 
 
-def test_chunks_without_a_size_are_refused(impatient: RelayWorld) -> None:
+def test_chunks_without_a_size_are_refused(impatient: Depot) -> None:
     """A negative size would be the rest of the connection to Python."""
     body = b"-1\r\n" + bytes(300_000)
     assert fetched(impatient, **wire("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", body)) is None
@@ -12092,15 +10888,13 @@ def test_digits_of_other_scripts_are_no_port() -> None:
         wxsync.read_image("example.com:٤٤٣/a/b:1")
 
 
-def test_a_retry_that_is_sent_twice_runs_once() -> None:
+def test_a_retry_that_is_sent_twice_runs_once(talk: Talk) -> None:
     """The second one finds nothing that failed any more."""
-    failing = PlayedRunner(0.01, {"bad:1": "wxsync: failed network reset"})
-    with World(SCRIPT, failing) as world:
-        world.say("bad:1")
-        assert wait_until(lambda: any("重试" in m.text for m in world.wecom.messages))
-        with ThreadPoolExecutor(4) as pool:
-            replies = list(pool.map(world.say, ["重试"] * 4))
-        assert sum("正在处理" in reply for reply in replies) == 1, replies
+    talk.runner.outcomes["bad:1"] = "wxsync: failed network reset"
+    assert "重试" in talk.ask("bad:1")
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(talk.say, ["重试"] * 4))
+    assert sum("正在处理" in reply for reply in replies) == 1, replies
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12108,76 +10902,39 @@ def test_a_retry_that_is_sent_twice_runs_once() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_forged_and_stale_callbacks_are_403_with_an_empty_body() -> None:
-    """A wrong signature, another company, an old or a future time stamp."""
-    with World(SCRIPT, settings={"CALLBACK_MAX_AGE": "600"}) as world:
-        client, fields = world.client, world.client.text_fields("alice", "nginx:1")
-        right = client.build(fields)
-        other = WeComClient("AnotherToken", world.aes_key, client.corp_id, 1, client.callback_url)
-        alien = WeComClient(world.token, world.aes_key, "wwALIEN", 1, client.callback_url)
-        for post in (
-            Post(right.query | {"msg_signature": "0" * 40}, right.body, {}),
-            Post(right.query | {"nonce": "1"}, right.body, {}),
-            other.build(fields),
-            alien.build(fields),
-            client.build(fields, timestamp=int(time.time()) - 610),
-            client.build(fields, timestamp=int(time.time()) + 610),
-        ):
-            got = http_request("POST", f"{client.callback_url}?{urlencode(post.query)}", post.body)
-            assert (got.status, got.body) == (403, b"")
-        time.sleep(0.3)
-        assert world.service.health()["running"] == 0 and not world.github.calls
-
-
+@early
 def test_a_replayed_callback_starts_nothing() -> None:
-    """The same bytes again and again, also after a restart."""
-    with quick() as world:
+    """The same bytes again and again, after a restart, and after a thousand other messages."""
+    with quick(CALLBACK_MAX_AGE="600") as world:
         post = world.client.build(world.client.text_fields("alice", "nginx:1"))
         first = world.client.post(post).reply
         assert [world.client.post(post).reply for _ in range(5)] == [first] * 5
         world.service.restart()
         assert world.client.post(post).reply == first
-        assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
-
-
-def test_the_verification_does_not_decrypt_messages() -> None:
-    """Who has recorded a message cannot have it read aloud by sending it as an echostr."""
-    with World(SCRIPT) as world:
-        client = world.client
-        encrypted = client.encrypt(json.dumps(client.text_fields("alice", "something private")))
-        query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
-        got = http_request("GET", f"{client.callback_url}?{query}")
-        assert b"private" not in got.body and got.status in (400, 403)
-
-
-def test_our_own_reply_is_no_message() -> None:
-    """A recorded passive reply, posted back, is not taken for something that a user typed."""
-    with World(SCRIPT) as world:
-        outer = wxsync.read_fields(world.client.post_text("alice", "状态").raw)[0]
-        query = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
-        body = wxsync.write_xml({"Encrypt": outer["encrypt"]}).encode()
-        assert world.client.post_raw(body, query | {"nonce": outer["nonce"]}).reply == ""
-
-
-def test_a_sender_is_one_person() -> None:
-    """What message/send would take for several people, or all, is no sender."""
-    with World(SCRIPT) as world:
-        for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
-            post = world.client.build(world.client.text_fields(sender, "nginx:1"), "json")
-            assert world.client.post(post).status == 400, sender
-        assert world.service.health()["running"] == 0
-
-
-@early
-def test_a_replay_is_known_after_a_thousand_other_messages() -> None:
-    """A busy day does not make an old message new again while its time stamp is valid."""
-    with quick(CALLBACK_MAX_AGE="600") as world:
-        post = world.client.build(world.client.text_fields("alice", "nginx:1"))
-        first = world.client.post(post).reply
         for _ in range(1100):
             world.say("帮助", "bob")
         assert world.client.post(post).reply == first
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
+
+
+def test_what_was_recorded_cannot_be_posted_as_something_else(talk: Talk) -> None:
+    """No message is read aloud as an echostr; our own reply is nothing that a user typed."""
+    client = talk.client
+    encrypted = client.encrypt(json.dumps(client.text_fields("alice", "something private")))
+    query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
+    got = http_request("GET", f"{client.callback_url}?{query}")
+    assert b"private" not in got.body and got.status in (400, 403)
+    outer = envelope_fields(client.post_text("alice", "状态").raw.decode())
+    again = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
+    body = xml_document({"Encrypt": outer["encrypt"]}).encode()
+    assert client.post_raw(body, again | {"nonce": outer["nonce"]}).reply == ""
+
+
+@pytest.mark.parametrize("sender", ["alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65])
+def test_a_sender_is_one_person(talk: Talk, sender: str) -> None:
+    """What message/send would take for several people, or all, is no sender."""
+    post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
+    assert talk.client.post(post).status == 400 and talk.calls() == []
 
 
 def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
@@ -12192,23 +10949,16 @@ def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
         assert "正在处理" in world.say("nginx:1", "aLICE")
 
 
-def surrogate_message(client: WeComClient, **fields: object) -> Post:
-    """Return a JSON message; json.dumps writes lone surrogates as the escapes that JSON allows."""
-    encrypted = client.encrypt(json.dumps(client.text_fields("alice", "nginx:1") | fields))
-    return Post(client.signed(encrypted), json.dumps({"encrypt": encrypted}).encode(), {})
-
-
 @pytest.mark.parametrize("name", ["MsgId", "Content", "FromUserName"])
 def test_half_characters_in_json_do_no_harm(name: str) -> None:
     """A lone surrogate is no text: it must neither show a bug nor poison the state."""
+    value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
     with quick() as world:
-        value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
-        assert world.client.post(surrogate_message(world.client, **{name: value})).status in (
-            200,
-            400,
-        )
-        assert "正在处理" in world.say("redis:7", "bob")
-        assert is_calm(world.service.log)
+        fields = world.client.text_fields("alice", "nginx:1") | {name: value}
+        encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
+        body = json.dumps({"encrypt": encrypted}).encode()
+        assert world.client.post_raw(body, world.client.signed(encrypted)).status in (200, 400)
+        assert "正在处理" in world.say("redis:7", "bob") and is_calm(world.service.log)
 
 
 def test_one_message_does_not_bring_dozens_of_messages() -> None:
@@ -12236,95 +10986,70 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
-class Fuzzer:
-    """Posts callbacks that are nearly right, on one connection, and counts the answers."""
+def nearly_right(client: WeComClient, chance: random.Random) -> tuple[str, bytes]:
+    """Return query and body of a callback that was changed at one stage of its making."""
+    kind = chance.choice(("message", "padding", "cipher", "envelope", "query"))
 
-    KINDS = ("message", "padding", "cipher", "envelope", "query")
+    def at(stage: str, data: bytes) -> bytes:
+        return mutate(data, chance) if stage == kind else data
 
-    def __init__(self, world: World, seed: int) -> None:
-        self.client, self.port, self.seed = world.client, world.service.port, seed
-        self.chance = random.Random(seed)
-        self.statuses: Counter[int] = Counter()
+    text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
+    fields = client.text_fields("alice", text, chance.getrandbits(60))
+    inner = at("message", chance.choice((json.dumps(fields), xml_document(fields))).encode())
+    plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + client.corp_id.encode()
+    pad = 32 - len(plain) % 32
+    plain = at("padding", plain + bytes([pad]) * pad)
+    plain += chance.choice((b"\0", b"\1")) * (-len(plain) % 16)
+    encrypted = at("cipher", client.seal(plain).encode())
+    query = urlencode(client.signed(encrypted.decode("latin-1"))).encode()
+    form = chance.choice((b"<xml><Encrypt><![CDATA[%s]]></Encrypt></xml>", b'{"encrypt": "%s"}'))
+    return quote(at("query", query), safe="=&%+"), at("envelope", form % encrypted)
 
-    def encrypt(self, plain: bytes) -> bytes:
-        cipher = AES.new(self.client.key, AES.MODE_CBC, self.client.key[:16])
-        return base64.b64encode(cipher.encrypt(plain))
 
-    def callback(self) -> tuple[str, bytes]:
-        """Return query and body of a callback that was mutated at one stage of its making."""
-        chance, kind, as_json = self.chance, self.chance.choice(self.KINDS), self.chance.random()
-        text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
-        fields = self.client.text_fields("alice", text, chance.getrandbits(60))
-        inner = json.dumps(fields).encode()
-        if as_json < 0.5:
-            rows = (f"<{name}><![CDATA[{value}]]></{name}>" for name, value in fields.items())
-            inner = f"<xml>{''.join(rows)}</xml>".encode()
-        inner = mutate(inner, chance) if kind == "message" else inner
-        plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + self.client.corp_id.encode()
-        pad = 32 - len(plain) % 32
-        plain += bytes([pad]) * pad
-        plain = mutate(plain, chance) if kind == "padding" else plain
-        if kind == "padding" and chance.random() < 0.5:
-            plain += b"\x01" * (-len(plain) % 32)
-        encrypted = self.encrypt(plain + b"\0" * (-len(plain) % 16))
-        encrypted = mutate(encrypted, chance) if kind == "cipher" else encrypted
-        query = self.client.signed(encrypted.decode("latin-1"))
-        body = b"<xml><Encrypt><![CDATA[" + encrypted + b"]]></Encrypt></xml>"
-        if chance.random() < 0.5:
-            body = b'{"encrypt": "' + encrypted + b'"}'
-        body = mutate(body, chance) if kind == "envelope" else body
-        asked = urlencode(query)
-        if kind == "query":
-            asked = quote(mutate(asked.encode(), chance), safe="=&%+")
-        return asked, body
-
-    def run(self, count: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+def fuzz(world: World, seed: int, count: int) -> Counter[int]:
+    """Post callbacks that are nearly right on one connection, count the statuses."""
+    chance, statuses = random.Random(seed), Counter[int]()
+    address = ("127.0.0.1", world.service.port)
+    with closing(http.client.HTTPConnection(*address, timeout=10)) as connection:
         for _ in range(count):
-            query, body = self.callback()
+            query, body = nearly_right(world.client, chance)
             connection.request("POST", f"/wechat/callback?{query}", body)
             response = connection.getresponse()
             answer = response.read()
-            self.statuses[response.status] += 1
-            assert response.status in (200, 400, 403, 413), f"seed {self.seed} {response.status}"
+            statuses[response.status] += 1
+            assert response.status in (200, 400, 403, 413), f"seed {seed} {response.status}"
             assert response.status == 200 or not answer
-        connection.close()
+    return statuses
 
 
 @early
 def test_10_000_mutated_callbacks_show_no_bug() -> None:
     """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
-    total = 200_000 if LONG else 10_000
-    runner = gated()
+    runner, total = SlowRunner(""), 200_000 if LONG else 10_000
     with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
         threads, memory = world.service.threads(), world.service.rss_bytes()
-        fuzzers = [Fuzzer(world, secrets.randbits(32)) for _ in range(2)]
+        seeds = [secrets.randbits(32) for _ in range(2)]
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda fuzzer: fuzzer.run(total // 2), fuzzers))
-        seeds = [fuzzer.seed for fuzzer in fuzzers]
-        statuses = sum((fuzzer.statuses for fuzzer in fuzzers), Counter[int]())
+            found = pool.map(lambda seed: fuzz(world, seed, total // 2), seeds)
+            statuses = sum(found, Counter[int]())
         assert is_calm(world.service.log), f"seeds {seeds}"
         assert min(statuses[200], statuses[400], statuses[403]) > total // 100, statuses
         assert wait_until(lambda: world.service.threads() == threads, 5), "threads left"
         assert world.service.rss_bytes() - memory < 64 * 2**20
-        open_gate(runner)
+        runner.go.set()
         assert world.say("帮助") and world.service.healthy()
-        COUNTS["fuzzed"] += total
 
 
-def test_mutated_requests_show_no_bug() -> None:
+def test_mutated_requests_show_no_bug(talk: Talk) -> None:
     """The same below HTTP: broken request lines, heads and lengths on raw connections."""
     chance = random.Random(seed := secrets.randbits(32))
-    count = 20_000 if LONG else 500
-    with World(SCRIPT) as world:
-        for _ in range(count):
-            data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
-            got = raw(world, data, half_close=True)
-            assert b" 500 " not in got, f"seed {seed}: {data!r}"
-        assert is_calm(world.service.log) and world.service.healthy()
-    COUNTS["raw"] += count
+    for _ in range(20_000 if LONG else 500):
+        data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
+        got = raw(talk.world, data, half_close=True)
+        assert b" 500 " not in got, f"seed {seed}: {data!r}"
+    assert is_calm(talk.world.service.log) and talk.world.service.healthy()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12341,15 +11066,14 @@ class ForwardProxy(Peer):
     def handle(self, call: Call) -> Answer:
         if call.headers.get("proxy-authorization") != f"Basic {self.login}":
             return Answer(407)
-        kept = {n: v for n, v in call.headers.items() if n not in ("proxy-authorization",)}
-        url = f"http://{call.headers['host']}{call.target}"
         if call.path == "/generate_204":
             return Answer(204)
+        kept = {n: v for n, v in call.headers.items() if n != "proxy-authorization"}
+        url = f"http://{call.headers['host']}{call.target}"
         got = http_request(call.method, url, call.body or None, kept)
-        dropped = ("content-length", "connection", "date", "server")
-        return Answer(
-            got.status, got.body, {n: v for n, v in got.headers.items() if n not in dropped}
-        )
+        for name in ("content-length", "connection", "date", "server"):
+            got.headers.pop(name, None)
+        return got
 
 
 def forms(secret: str) -> set[str]:
@@ -12373,19 +11097,18 @@ def written(world: World) -> Iterator[tuple[str, str]]:
         yield "a dispatch", json.dumps(dispatch.inputs)
     yield "/health", json.dumps(world.service.health())
     yield "the arguments", Path(f"/proc/{world.service.pid}/cmdline").read_text()
+    for words in (("check",), ("send", "状态")):
+        done = world.service.command(*words)
+        yield words[0], done.stdout + done.stderr
 
 
-def search(world: World, more: Mapping[str, str], hidden: list[str]) -> None:
+def search(world: World, hidden: Iterable[str]) -> None:
     """Assert that no secret is in what was written, in no form."""
-    hidden = [*hidden, *world.secret_values()]
-    for where, text in [*written(world), *more.items()]:
-        COUNTS["searched"] += 1
+    for where, text in written(world):
         assert not re.search(r"access_token=|corpsecret=|Bearer ", text), f"a query is in {where}"
-        for secret in hidden:
-            leaked = [form for form in forms(secret) if form in text]
-            assert not leaked, (
-                f"{leaked} is in {where}: …{text[max(0, text.find(leaked[0]) - 80) :][:200]}"
-            )
+        for form in set().union(*map(forms, [*hidden, *world.secret_values()])):
+            at = text.find(form)
+            assert at < 0, f"{form} is in {where}: …{text[max(0, at - 80) :][:200]}"
 
 
 @early
@@ -12403,27 +11126,26 @@ def test_no_secret_is_written_in_any_story() -> None:
             for what in (*faults, (200, {}, b"[]")):
                 wecom.fail("POST message/send", what)
                 github.fail("PUT", what)
-                COUNTS["faults"] += 2
             wecom.fail("GET gettoken", "reset")
             wecom.refuse(60020, "not allow to access from your ip, from ip: 203.0.113.7")
             for number, user in enumerate(("alice", "bob", "carol")):
                 world.say(f"app{number}:1", user)
             assert wait_until(lambda: len(wecom.calls_to("message/send")) >= 3)
             wecom.expire_tokens(40014)
-            github.fail("GET /contents", (401, {}, b'{"message": "Bad credentials"}'))
+            said = json.dumps({"message": f"bad token {github.token}"}).encode()
+            github.fail("GET /contents", (401, {}, said))
             github.fail("GET /contents", (302, {"Location": "http://evil.example/x"}, b""))
             for number, user in enumerate(("dave", "erin", "frank")):
                 world.say(f"site{number}:1", user)
             world.say("https://127.0.0.1/x", "grace")
             world.say("状态", "heidi")
             world.client.post_text("mallory", "x", timestamp=1)
+            assert wait_until(lambda: finals(world, "frank"), 20)
+            github.fail("POST /dispatches", (422, {}, said))
             proxy.stop()
             world.say("late:1", "ivan")
-            assert wait_until(lambda: finals(world, "ivan"), 20)
-            outputs = [world.service.command(*words) for words in (("check",), ("send", "状态"))]
-            more = {"check or send": "".join(got.stdout + got.stderr for got in outputs)}
-            search(world, more, [*keys.values(), "p@ss/Wörd-123456", "p%40ss%2FW%C3%B6rd-123456"])
-            search(world, {}, [proxy.login])
+            assert "bad token" in hear(world, "ivan", "成功 0 / 1")
+            search(world, [*keys.values(), "p@ss/Wörd-123456", proxy.url_login, proxy.login])
             assert is_calm(world.service.log)
 
 
@@ -12433,53 +11155,30 @@ def test_no_secret_is_written_when_it_is_wrong() -> None:
     with quick(**wrong, DOCKER_REGISTRY="127.0.0.1:9") as world:
         world.say("nginx:1")
         assert wait_until(lambda: "40001" in world.service.log)
-        got = world.service.command("check")
-        assert got.returncode == 1
-        search(world, {"check": got.stdout + got.stderr}, list(wrong.values()))
-
-
-def test_github_cannot_make_us_tell_the_token() -> None:
-    """An error message that repeats our token is not passed on to the chat."""
-    with quick() as world:
-        body = json.dumps({"message": f"bad token {world.github.token}"}).encode()
-        world.github.fail("POST /dispatches", (422, {}, body))
-        world.say("nginx:1")
-        world.hear("❌")
-        search(world, {}, [])
-
-
-MARKUP = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+        search(world, wrong.values())
 
 
 def test_users_cannot_forge_log_lines() -> None:
     """Newlines, escapes and direction marks in what users type stay inside their line."""
     with quick() as world:
-        forged = "2026-01-01 00:00:00 ERROR forged"
-        for evil in MARKUP:
-            for text in (
-                f"nginx:1{evil}{forged}",
-                f"https://example.com/{evil}{forged}",
-                evil + forged,
+        for mark in ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e"):
+            forged = f"{mark}2026-01-01 00:00:00 ERROR forged"
+            for user, text in (
+                ("alice", f"nginx:1{forged}"),
+                ("alice", f"https://example.com/{forged}"),
+                ("alice", forged),
+                (f"al{forged}", "nginx:1"),
             ):
-                fields = world.client.text_fields("alice", text)
-                world.client.post(world.client.build(fields, "json"))
-            with suppress(ValueError):
-                post = world.client.build(fields | {"FromUserName": f"al{evil}{forged}"}, "json")
-                world.client.post(post)
-            name = f"wxsync: failed error {evil}{forged}"
-            world.github.runner = PlayedRunner(0.0, {"nginx:2": name})
+                with suppress(ValueError):
+                    world.client.post_text(user, text, fmt="json")
+            world.github.runner = PlayedRunner(0.0, {"nginx:2": f"wxsync: failed error {forged}"})
             world.say("nginx:2", "bob")
-        assert wait_until(lambda: idle_lanes(world))
+        assert wait_until(lambda: not saved(world)["tasks"])
         log = world.service.log
-        assert log.splitlines() == log.split("\n")[:-1]
+        assert log.splitlines() == log.split("\n")[:-1] and is_calm(log)
         for line in log.splitlines():
             assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
             assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
-        assert is_calm(log)
-
-
-def idle_lanes(world: World) -> bool:
-    return not saved(world)["tasks"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12508,11 +11207,20 @@ def told_failed(talk: Talk) -> list[str]:
 
 
 @contextmanager
+def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, SlowRunner]]:
+    """A service with a request of alice's that has outlived SYNC_TIMEOUT: its run waits."""
+    runner = SlowRunner("")
+    with quick(runner, SYNC_TIMEOUT="1", **settings) as world:
+        world.say(said)
+        hear(world, "alice", "⏰")
+        yield world, runner
+
+
+@contextmanager
 def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
     """A service with a request of alice's: b:1 is done, slow/a:1 waits until its runner may go."""
-    world, runner = quick(**settings), SlowRunner()
-    world.github, world.wecom = HeldGitHub(runner=runner), HeldWeCom()
-    with world:
+    runner = SlowRunner()
+    with quick(runner, **settings) as world:
         world.say("slow/a:1, b:1")
         assert wait_until(
             lambda: [j for run in world.github.runs for j in run.jobs if j.conclusion == "success"]
@@ -12521,20 +11229,19 @@ def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
 
 
 def test_jobs_are_found_by_their_cut_names(talk: Talk) -> None:
-    """100 characters at most; where cut names are equal, the order of the ids tells them apart."""
+    """100 characters at most; where cut names are equal, the order of the ids tells them apart.
+    One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
     failed = [CUT[0], CUT[2], CUT[4], CUT[6]]
     talk.runner.outcomes |= dict.fromkeys(failed, "wxsync: failed timeout")
     talk.say("\n".join(CUT))
     assert f"成功 3 / {len(CUT)}" in talk.hear("成功 ") and told_failed(talk) == failed
-
-
-@pytest.mark.parametrize("missing", [0, 1])
-def test_a_cut_name_that_lacks_a_job_is_no_success(talk: Talk, missing: int) -> None:
-    """One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
-    lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
-    talk.runner.outcomes[lines[missing]] = "missing"
-    talk.say("\n".join(lines))
-    assert "成功 " in talk.hear("成功 ") and lines[missing] in told_failed(talk)
+    for missing in (0, 1):
+        talk = Talk(talk.world, talk.runner)
+        lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
+        talk.runner.outcomes[lines[missing]] = "missing"
+        talk.say("\n".join(lines))
+        assert "成功 " in talk.hear("成功 ")
+        assert lines[missing] in told_failed(talk)
 
 
 @pytest.mark.parametrize("knob", [("jobs_shown", 100), ("jobs_lag", 0.3)], ids=str)
@@ -12595,28 +11302,28 @@ def test_a_step_name_may_be_cut_off_anywhere(talk: Talk) -> None:
 
 @early
 def test_a_rerun_is_followed_to_its_end() -> None:
-    """Somebody runs it again, under the same id, before its end was seen: its last attempt counts."""
-    runner = gated()
+    """Run again under the same id before its end was seen: its last attempt counts."""
+    runner = SlowRunner("")
     runner.outcomes[PINNED[0]] = "wxsync: failed network refused"
     with quick(runner) as world:
         world.say("\n".join(PINNED[:2]))
         assert wait_until(lambda: world.github.runs)
         world.service.kill()
-        open_gate(runner)
+        runner.go.set()
         assert wait_until(lambda: world.github.runs[0].status == "completed")
         runner.outcomes.clear()
-        runner.gate = gated().gate
+        runner.go.clear()
         world.github.rerun(world.github.runs[0])
         world.service.start()
         time.sleep(0.5)
         assert finals(world, "alice") == []
-        open_gate(runner)
+        runner.go.set()
         hear(world, "alice", "成功 2 / 2")
         assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
 
 
 def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
-    """204 without an id: by its title, whatever others are called; filtered lists lag by minutes."""
+    """204 without an id: by its title, whatever others are called; filtered lists lag."""
     talk.github.old_dispatch, talk.github.list_lag = True, 0.2
     for title in ("", "wxsync", "wxsync " + "0" * 16, "💥" * 300, "\x1b[2J\n<b>wxsync ${{ x }}"):
         talk.github.new_run({"images": "[]"}).display_title = title
@@ -12627,30 +11334,26 @@ def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
 
 @pytest.mark.parametrize("body", [NO_RIGHT, HTML], ids=["JSON", "HTML"])
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_one_odd_answer_does_not_end_a_run(talk: Talk, status: int, body: bytes) -> None:
-    """Refused or unknown once, for the run as for its jobs, and there again: nothing happened."""
+def test_a_refusal_counts_when_it_lasts(talk: Talk, status: int, body: bytes) -> None:
+    """Once, for the run as for its jobs, and there again: nothing happened. Else it is told with
+    its number, whatever the body."""
     for where in ("GET actions/runs/", "GET jobs"):
         talk.github.fail(where, (status, {}, body))
     assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
-
-
-@pytest.mark.parametrize("status", [403, 404])
-@pytest.mark.parametrize("where", ["PUT contents", "POST dispatches", "GET actions/runs/"])
-def test_the_status_counts_whatever_the_body(talk: Talk, where: str, status: int) -> None:
-    """A page of HTML with 403 or 404 is a refusal: told with its number, not unreachable."""
-    talk.github.fail(where, (status, {"Content-Type": "text/html"}, HTML), 100)
-    text = talk.ask("html:1")
-    assert "成功 0 / 1" in text and str(status) in text and "<" not in text
-    assert len(talk.calls("POST dispatches")) <= 1 and len(talk.messages) == 1
+    for number, where in enumerate(("PUT contents", "POST dispatches", "GET actions/runs/")):
+        talk = Talk(talk.world, talk.runner)
+        talk.github.fail(where, (status, {"Content-Type": "text/html"}, body), 100)
+        talk.say(f"always-{len(body)}-{status}:{number}")
+        text = talk.hear("成功 0 / 1")
+        assert str(status) in text and "<" not in text
+        assert len(talk.calls("POST dispatches")) <= 1
+        talk.github.faults.clear()
 
 
 @early
 def test_a_deleted_run_is_told_soon() -> None:
     """While it is followed late: after some looks, with the true reason, not after six hours."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        world.say("gone:1")
-        hear(world, "alice", "⏰")
+    with late() as (world, _):
         world.github.runs.clear()
         before = len(world.github.calls)
         text = hear(world, "alice", "成功 0 / 1")
@@ -12668,7 +11371,7 @@ PROTECTED = [
 
 @pytest.mark.parametrize(("status", "said"), PROTECTED, ids=range(len(PROTECTED)))
 def test_a_protected_branch_is_told_at_once(talk: Talk, status: int, said: str) -> None:
-    """No second try will be taken: what it is, and what to do (BobAnkh/auto-generate-changelog#78)."""
+    """No second try will be taken: what it is, what to do (BobAnkh/auto-generate-changelog#78)."""
     talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 20)
     text = talk.ask(f"protected-{status}:1")
     assert re.search("保护|规则", text) and "main" in text and said[:20] in text
@@ -12696,10 +11399,10 @@ def test_a_limit_without_end_is_told() -> None:
 @early
 def test_the_waits_of_one_request_are_added_up() -> None:
     """For its commit and its dispatch together it waits ten minutes (3 s here), not for each."""
-    for limits, final, tries in (((2, 3), "成功 1 / 1", 4), ((4, 4), "成功 0 / 1", 3)):
+    for puts, posts, final, tries in ((2, 3, "成功 1 / 1", 4), (4, 4, "成功 0 / 1", 3)):
         with quick(SCALE="0.005") as world:
-            for where, times in zip(("PUT contents", "POST dispatches"), limits, strict=True):
-                world.github.fail(where, limit(100), times)
+            world.github.fail("PUT contents", limit(100), puts)
+            world.github.fail("POST dispatches", limit(100), posts)
             world.say("adds:1")
             assert final in world.hear("成功 ", 20)
             assert len(world.github.calls_to("POST dispatches")) <= tries
@@ -12725,10 +11428,7 @@ def test_midnight_does_not_hold_up_requests_for_ever() -> None:
 @early
 def test_the_longer_of_two_waits_holds() -> None:
     """A look at a late run is told to wait two minutes while a request waits for half a one."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        world.say("late:1")
-        hear(world, "alice", "⏰")
+    with late() as (world, _):
         world.github.fail("GET contents", limit(30))
         world.github.delay = 0.3
         world.say("next:1", "bob")
@@ -12749,7 +11449,8 @@ def test_waiting_for_github_counts_as_work() -> None:
         with quick(SYNC_TIMEOUT="1") as world:
             world.github.fail("POST dispatches", limit(80), 3)
             world.say("patient:1")
-            hear(world, "alice", "⏰")
+            assert "patient:1" in hear(world, "alice", "⏰")
+            assert world.service.health()["status"] == "degraded" and "⚠️" in world.say("状态")
             assert world.github.dispatches == [] and finals(world, "alice") == []
             if restart:
                 world.service.restart()
@@ -12864,17 +11565,12 @@ def check_cancel_kill(who: str, where: str, when: str, timeout: str) -> None:
     with half_done(SYNC_TIMEOUT=timeout) as (world, _):
         if timeout == "1":
             hear(world, "alice", "⏰")
-        peer = world.github if who == "github" else world.wecom
-        assert isinstance(peer, Held)
-        if when == "after":
-            peer.hold = where
-        else:
-            peer.fail(where, "hang")
+        peer: Peer = getattr(world, who)
+        peer.fail(where, "hang" if when == "before" else "mute")
         assert "slow/a:1" in world.say("取消")
-        assert wait_until(lambda: peer.calls_to(where) and not peer.hold), where
+        assert wait_until(lambda: not peer.faults), where
         world.service.restart()
         check_cancelled(world)
-    COUNTS["kill -9"] += 1
 
 
 @early
@@ -12927,14 +11623,12 @@ ODD_STEPS = {"sha": "a", "status": "completed", "workflow_run_id": True}
 ODD_STEPS |= {"jobs": [JOB | {"conclusion": {}, "steps": [5, {"name": {}, "conclusion": []}]}]}
 WRONG_TYPES = {"sha": 5, "content": [], "status": {}, "jobs": {}, "workflow_run_id": "1"}
 
-ODD: dict[str, What] = {
-    "null": (200, {}, b"null"),
-    "list": (200, {}, b"[1, [2]]"),
-    "number": (200, {}, b"5"),
-    "text": (200, {}, b'"sha"'),
-    "empty": (200, {}, b""),
+ODD: dict[str, What] = {kind: kind for kind in ("reset", "lost", "garbage", "short", "big")}
+ODD |= {
+    text: (200, {}, text.encode()) for text in ("null", "[1, [2]]", "5", '"sha"', "", "[" * 100_000)
+}
+ODD |= {
     "204": (204, {}, b""),
-    "nested": (200, {}, b"[" * 100_000),
     "not JSON": (200, {}, b"<html>\xff\xfe</html>"),
     "wrong types": (200, {}, json.dumps(WRONG_TYPES).encode()),
     "odd jobs": (200, {}, json.dumps(ODD_JOBS).encode()),
@@ -12947,65 +11641,38 @@ ODD: dict[str, What] = {
     "redirect to another host": (301, {"Location": "http://evil.example/"}, b""),
     "odd redirect": (302, {"Location": "http://[::1"}, b""),
     "odd message": (422, {}, b'{"message": {"a": [1]}}'),
-    "reset": "reset",
-    "lost": "lost",
-    "garbage": "garbage",
-    "short": "short",
-    "big": "big",
+    "odd head": (200, CHOKING_HEAD, b"{}"),
 }
 CALLS = {  # how often in a row: what is polled may fail for a while
     "GET /contents/": 6,
     "PUT /contents/": 6,
     "POST /dispatches": 3,
+    "/actions/workflows/": 60,  # the dispatch, and every look for its run
     "GET /actions/runs/": 2,
     "GET /jobs": 2,
 }
 
 
-def ask_oddly(world: World, where: str, name: str) -> str:
-    """Send one request while a call is answered oddly; return what is wrong with the outcome."""
-    number = world.service.log.count("accepted=")
-    image, user = f"app{number}:1", f"user{number}"
-    what = ODD[name]
-    if not isinstance(what, str):
-        what = (what[0], what[1], what[2].replace(b"IMAGE", image.encode()))
-    times = 1 if name == "lost" else CALLS[where]
-    world.github.fail(where, what, times)
-    COUNTS["faults"] += times
-    world.say(image, user)
-    wait_until(lambda: idle(world), 6)
-    world.github.faults.clear()
-    heard = world.wecom.messages_for(user)
-    wait_until(lambda: idle(world), 6)
-    said = finals(world, user)
-    if len(heard) != 1 or len(said) != 1 or said[0][0] not in "✅❌":
-        return f"{where} {name}: {heard}"
-    if wxsync.INTERNAL_ERROR in said[0]:
-        return f"{where} {name}: no clear message: {said[0]!r}"
-    return ""
-
-
-def still_works(world: World) -> bool:
-    """Tell whether an ordinary request ends well."""
-    world.say("nginx:latest", "zoe")
-    return wait_until(lambda: finals(world, "zoe"), 6) and "✅" in finals(world, "zoe")[0]
-
-
 def odd_answers(where: str) -> list[str]:
-    """Try every odd answer at one call, in a fresh world after one that did harm."""
+    """Try every odd answer at one call, return what was wrong with what came of it."""
     wrong: list[str] = []
-    names = list(ODD)
-    while names:
-        with quick(PlayedRunner(0.0)) as world:
-            while names:
-                trouble = ask_oddly(world, where, names.pop(0))
-                if trouble:
-                    wrong.append(trouble)
-                    break
-            else:
-                wrong += [] if is_calm(world.service.log) else [f"{where}: a traceback"]
-                wrong += [] if still_works(world) else [f"{where}: the lane is stuck"]
-            count_requests(world, world.service.log.count("accepted="))
+    with quick(PlayedRunner(0.0), SCALE="0.005") as world:
+        for number, (name, what) in enumerate(ODD.items()):
+            image, user = f"app{number}:1", f"user{number}"
+            if isinstance(what, tuple):
+                what = (what[0], what[1], what[2].replace(b"IMAGE", image.encode()))
+            world.github.fail(where, what, 1 if name == "lost" else CALLS[where])
+            world.say(image, user)
+            wait_until(lambda: idle(world), 6)
+            world.github.faults.clear()
+            wait_until(lambda: idle(world), 6)
+            said = world.wecom.messages_for(user)
+            clear = len(said) == 1 and re.match("[✅❌].*成功 ", said[0])
+            if not clear or wxsync.INTERNAL_ERROR in said[0] or len(said[0]) > 600:
+                wrong.append(f"{where} {name[:20]}: {said}")
+        world.say("nginx:latest", "zoe")
+        wrong += [] if "✅" in hear(world, "zoe", "成功 ") else [f"{where}: the lane is stuck"]
+        wrong += [] if is_calm(world.service.log) else [f"{where}: a traceback"]
     return wrong
 
 
@@ -13020,32 +11687,29 @@ def test_odd_answers_of_github_give_one_message_each() -> None:
 @early
 def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
     """Among the runs that are watched after SYNC_TIMEOUT one gets an odd answer."""
-    runner = gated()
-    with quick(runner, SYNC_TIMEOUT="1") as world:
-        for user in ("alice", "bob"):
-            world.say(f"{user}:1", user)
-            hear(world, user, "⏰")
+    with late("alice:1") as (world, runner):
+        world.say("bob:1", "bob")
+        hear(world, "bob", "⏰")
         job = b'{"name": "alice:1", "status": "completed", "conclusion": "success", "steps": 5}'
         world.github.fail("GET /jobs", (200, {}, b'{"jobs": [%s]}' % job), 50)
-        open_gate(runner)
+        runner.go.set()
         time.sleep(1)
         world.github.faults.clear()
         for user in ("alice", "bob"):
             hear(world, user, "成功 ")
         assert is_calm(world.service.log)
-        count_requests(world, 2)
+
+
+CENTURIES = (
+    {"Retry-After": "9" * 400},
+    {"Retry-After": "99999999"},
+    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "253402300799"},
+    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 400},
+)
 
 
 @in_ci
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"Retry-After": "9" * 400},
-        {"Retry-After": "99999999"},
-        {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "253402300799"},
-        {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 400},
-    ],
-)
+@pytest.mark.parametrize("headers", CENTURIES, ids=range(4))
 def test_a_rate_limit_of_centuries_is_not_believed(headers: dict[str, str]) -> None:
     """GitHub counts by the hour: nothing it says keeps us from asking again after that."""
     with quick() as world:
@@ -13056,7 +11720,6 @@ def test_a_rate_limit_of_centuries_is_not_believed(headers: dict[str, str]) -> N
             assert all(int(minutes) <= 61 for minutes in re.findall(r"(\d+) 分钟", text)), text
             assert wxsync.INTERNAL_ERROR not in text
         assert is_calm(world.service.log)
-        COUNTS["faults"] += 1
 
 
 class Garbling(FakeGitHub):
@@ -13069,102 +11732,75 @@ class Garbling(FakeGitHub):
         return Answer(200, self.said) if call.path.endswith("/dispatches") else answer
 
 
-@pytest.mark.parametrize("said", [b"", b"{}", b"[]", b"<html>", b'{"workflow_run_id": "7"}'])
-def test_a_run_whose_start_is_said_unintelligibly_is_found(said: bytes) -> None:
+def test_a_run_whose_start_is_said_unintelligibly_is_found() -> None:
     """A garbled answer is as good as a lost one: the run is looked for, not called a failure."""
     world = quick()
     world.github = github = Garbling(runner=PlayedRunner(0.01))
-    github.said = said
     with world:
-        world.say("nginx:1")
-        assert "✅" in hear(world, "alice", "成功 ")
-        assert len(github.dispatches) == 1 and is_calm(world.service.log)
-        COUNTS["faults"] += 1
-        count_requests(world, 1)
+        for github.said in (b"", b"{}", b"[]", b"<html>", b'{"workflow_run_id": "7"}'):
+            user = f"user{len(github.dispatches)}"
+            world.say("nginx:1", user)
+            assert "✅" in hear(world, user, "成功 "), github.said
+        assert len(github.dispatches) == 5 and is_calm(world.service.log)
 
 
 @early
 def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
     """The clock is set in the middle of a run: its result is told all the same, and only that."""
-    jump_in_a_run(-30)
-    jump_in_a_run(7)
-
-
-def jump_in_a_run(hours: int) -> None:
-    runner = gated()
-    with quick(runner) as world:
-        world.say("nginx:1")
-        assert wait_until(lambda: world.github.runs)
-        (world.service.state_dir / "clock").write_text(str(hours * 3600))
-        time.sleep(0.5)
-        open_gate(runner)
-        hear(world, "alice", "✅")
-        assert wait_until(lambda: idle(world))
-        assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
-        count_requests(world, 1)
+    for hours in (-30, 7):
+        with quick(runner := SlowRunner("")) as world:
+            world.say("nginx:1")
+            assert wait_until(lambda: world.github.runs)
+            (world.service.state_dir / "clock").write_text(str(hours * 3600))
+            time.sleep(0.5)
+            runner.go.set()
+            hear(world, "alice", "✅")
+            assert wait_until(lambda: idle(world))
+            assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
 
 
 def hang_once(where: str) -> None:
     """Let one call hang: after its deadline it is tried again, or the run is looked for."""
     with quick() as world:
-        what = "drip" if where.startswith("GET /jobs") else "hang"
-        world.github.fail(where, what)
+        world.github.fail(where, "drip" if where.startswith("GET /jobs") else "hang")
         begun = time.monotonic()
         world.say("nginx:1")
         assert "✅" in world.hear("成功 1 / 1", 35), where
-        assert time.monotonic() - begun > 5
+        assert time.monotonic() - begun > 5 and is_calm(world.service.log)
         assert len(world.github.dispatches) == len(world.github.commits) == 1
-        assert is_calm(world.service.log)
-        COUNTS["faults"] += 1
-        count_requests(world, 1)
 
 
 @early
 def test_calls_that_hang_have_a_deadline() -> None:
     """GitHub never answers one call, or for ever a byte at a time."""
-    with ThreadPoolExecutor(len(CALLS)) as pool:
-        list(pool.map(hang_once, CALLS))
+    calls = [where for where in CALLS if " " in where]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(hang_once, calls))
 
 
 @early
 def test_health_and_verification_answer_while_everything_hangs() -> None:
     """GitHub, WeCom and QingStor keep silent; both lanes are busy."""
-    with Store() as store, Website() as site, quick(**file_settings(store)) as world:
-        world.github.hang = world.wecom.hang = store.hang = True
+    with Depot() as world:
+        world.github.hang = world.wecom.hang = world.store.hang = True
         world.say("nginx:1")
-        world.say(f"{site.url}/a.bin")
-        assert wait_until(lambda: world.github.calls and store.calls)
-        slowest = 0.0
+        world.say(world.source.add("/a.bin", 1000))
+        assert wait_until(lambda: world.github.calls and world.store.calls)
         for _ in range(20):
             asked = time.monotonic()
-            assert world.service.healthy() and world.client.verify_url() == (
-                200,
-                "1616140317555161061",
-            )
-            assert "进行中" in world.say("状态")
-            slowest = max(slowest, time.monotonic() - asked)
+            assert world.service.healthy() and "进行中" in world.say("状态")
+            assert world.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
+            assert time.monotonic() - asked < 1
             time.sleep(0.1)
-        assert slowest < 1
-        COUNTS["faults"] += 3
 
 
-ROOT = Path(os.environ.get("WXSYNC_ROOT") or Path(__file__).parent)
-PROGRAM = ROOT / "wxsync.py"
+ROOT = SCRIPT.parent
 NO_REGISTRY = "127.0.0.1:9"  # nobody listens there
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such thing")
-IN_CI = os.environ.get("CI") == "true"
 
 # ---------------------------------------------------------------------------------------------
-# Tools: what is missing, and reading the documents
+# Tools: reading the documents
 # ---------------------------------------------------------------------------------------------
-
-
-def require(missing: str) -> None:
-    """Skip where `missing` names a component that is not there; in CI that is a failure."""
-    if missing and IN_CI:
-        pytest.fail(f"missing in CI: {missing}")
-    if missing:
-        pytest.skip(missing)
 
 
 @functools.cache
@@ -13205,142 +11841,42 @@ def table(text: str) -> dict[str, tuple[str, ...]]:
     lines = re.search(r"(?:^ *\|.*\n)+", text, re.MULTILINE)
     if not lines:
         pytest.fail(f"no table in {text[:80]!r}")
-    cell = re.compile(r"(?<!\\)\|")
-    rows = [
-        [part.strip() for part in cell.split(line.strip())[1:-1]] for line in lines[0].split("\n")
-    ]
-    return {row[0].strip("`"): tuple(row[1:]) for row in rows[2:] if row}
+    rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in lines[0].splitlines()[2:]]
+    return {row[0].strip("` "): tuple(cell.strip() for cell in row[1:]) for row in rows}
 
 
-def run_here(*words: str, folder: Path = ROOT, **options: Any) -> subprocess.CompletedProcess[str]:
+def env_file(settings: Mapping[str, str]) -> str:
+    """Return settings as an .env file."""
+    return "".join(f"{name}='{value}'\n" for name, value in settings.items())
+
+
+def run_here(
+    *words: str, folder: Path = ROOT, settings: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a program with nothing of this process's settings in its environment."""
-    environment = clean_environment(folder, options.pop("settings", {}))
-    return subprocess.run(
-        words,
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-        timeout=60,
-        **options,
-    )
-
-
-def run_wxsync(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return run_here(sys.executable, str(PROGRAM), *words, folder=folder)
+    environment = clean_environment(folder, settings or {})
+    return run_command(words, cwd=folder, env=environment)
 
 
 # ---------------------------------------------------------------------------------------------
-# The story: eight seconds, so it is played beside the tests of check
+# check
 # ---------------------------------------------------------------------------------------------
 
 
-class Plays(NamedTuple):
-    """The sandbox in a process of its own, and the picture drawn by `picture`."""
-
-    process: subprocess.Popen[str]
-    drawn: Future[int]
-    file: Path
-
-
-@pytest.fixture(scope="module")
-def plays() -> Iterator[Plays]:
-    """Start both and let them go on."""
-    with temporary_folder("story") as name, ThreadPoolExecutor(1) as pool:
-        file = Path(name) / "chat.svg"
-        words = [sys.executable, inspect.getfile(sandbox), "--script", str(PROGRAM), "--played"]
-        environment = clean_environment(Path(name), {"PYTHONPATH": os.pathsep.join(sys.path)})
-        with subprocess.Popen(
-            words,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-        ) as process:
-            drawn = pool.submit(picture, ["--out", str(file)])
-            yield Plays(process, drawn, file)
-            process.kill()
-
-
-# ---------------------------------------------------------------------------------------------
-# check: the settings
-# ---------------------------------------------------------------------------------------------
-
-REQUIRED = [*OTHERS, ", ".join(ROBOT)]  # as an empty file is told
-
-
-def check_file(folder: Path, text: str) -> tuple[int, list[str]]:
-    """Run check with this .env in the current folder; return status and the names it blames."""
-    (folder / ".env").write_text(text, "utf-8")
-    done = run_wxsync("check", folder=folder)
-    return done.returncode, re.findall(r"^❌ ([A-Z_, ]+):", done.stderr, re.MULTILINE)
-
-
-ENV_FILES = {
-    "empty": ("", REQUIRED),
-    "as copied": ("env.example", REQUIRED),
-    "placeholders": ("".join(f"{n}=your_{n.lower()}\n" for n in ENOUGH | ROBOT), REQUIRED),
-    "half a callback": (
-        "CORP_ID=ww1\nAGENT_ID=1\nSECRET=s\nTOKEN=t\nDOCKER_REGISTRY=r.example.com\n",
-        ["GITHUB_TOKEN", "GITHUB_REPO", "DOCKER_NAMESPACE", "ENCODING_AES_KEY"],
-    ),
-    "half a robot": ("BOT_ID=aib1\n", [*OTHERS, "BOT_SECRET"]),
-}
-
-
-@pytest.mark.parametrize("kind", ENV_FILES)
-def test_check_of_an_unfinished_env_file_names_what_is_missing(
-    plays: Plays, tmp_path: Path, kind: str
-) -> None:
-    """All of it at once, nothing else, and exit status 1."""
-    text, missing = ENV_FILES[kind]
-    text = document(text) if text == "env.example" else text
-    assert check_file(tmp_path, text) == (1, missing)
-
-
-def test_check_without_any_env_file_says_how_to_begin(tmp_path: Path) -> None:
-    """Somebody who types `check` first is told what to copy."""
-    done = run_wxsync("check", folder=tmp_path)
-    assert done.returncode == 1
-    assert "cp env.example .env" in done.stderr
-
-
-WRONG_VALUES = {
-    "CORP_ID": "ww 1",
-    "AGENT_ID": "镜像同步",
-    "SECRET": "two words",
-    "TOKEN": "has-a-dash",
-    "ENCODING_AES_KEY": "much-too-short",
-    "GITHUB_REPO": "https://github.com/octo/mirror",
-    "GITHUB_TOKEN": "github pat",
-    "DOCKER_REGISTRY": "https://registry.cn-hangzhou.aliyuncs.com/",
-    "DOCKER_NAMESPACE": "My-Space",
-    "PORT": "99999",
-    "PROXY_URL": "proxy.example.com:8080",
-    "WECOM_API_URL": "qyapi.weixin.qq.com",
-    "BOT_URL": "ws://wecom.example.com",
-    "QUEUE_SIZE": "-1",
-    "LOG_LEVEL": "LOUD",
-}
-
-
-def test_check_names_every_wrong_value_and_repeats_none(tmp_path: Path) -> None:
-    """A value may be a secret in the wrong place, so the name and the rule have to do."""
-    (tmp_path / ".env").write_text(
-        "".join(f"{k}='{v}'\n" for k, v in WRONG_VALUES.items()), "utf-8"
-    )
-    done = run_wxsync("check", folder=tmp_path)
-    blamed = re.findall(r"^❌ ([A-Z_]+): .+", done.stderr, re.MULTILINE)
-    assert (done.returncode, sorted(blamed)) == (1, sorted(WRONG_VALUES))
-    assert not [value for value in WRONG_VALUES.values() if value in done.stderr + done.stdout]
-
-
-# ---------------------------------------------------------------------------------------------
-# check: every kind of trouble
-# ---------------------------------------------------------------------------------------------
+def test_check_of_unfinished_settings_names_all_that_is_missing_or_wrong(tmp_path: Path) -> None:
+    """And what to copy where there is no .env; no value is repeated: it may be a secret."""
+    done = run_script("check", folder=tmp_path)
+    assert (done.returncode, "cp env.example .env" in done.stderr) == (1, True)
+    wrong = {name: values[-1] for name, *values in WRONG}
+    for text, names in (
+        (document("env.example"), [*OTHERS, ", ".join(ROBOT)]),
+        (env_file(ENOUGH | wrong), [*wrong]),
+    ):
+        (tmp_path / ".env").write_text(text, "utf-8")
+        done = run_script("check", folder=tmp_path)
+        blamed = re.findall(r"^❌ ([A-Z_, ]+): .+", done.stderr, re.MULTILINE)
+        assert (done.returncode, done.stdout, sorted(blamed)) == (1, "", sorted(names))
+    assert [v for v in wrong.values() if len(v) > 8 and v in done.stderr] == []
 
 
 class Found(NamedTuple):
@@ -13358,13 +11894,23 @@ def findings(output: str) -> list[Found]:
     return [Found(match[1], match[2], match[3]) for match in found if match]
 
 
+class Patient(World):
+    """A world with QingStor in which only the target registry does not answer."""
+
+    def prepare(self) -> Self:
+        self.store = self._stack.enter_context(FakeQingStor())
+        self.store.public = True
+        self.extra = {"DOCKER_REGISTRY": NO_REGISTRY, **self.store.settings, **self.extra}
+        return super().prepare()
+
+
 def checked(world: World, **changed: str) -> list[Found]:
     """Run check with the settings of a world in an .env file; nothing secret may be printed."""
     settings = world.service.settings | changed
     file = world.service.folder / ".env"
     if not file.exists():
         file.touch(mode=0o600)
-    file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()), "utf-8")
+    file.write_text(env_file(settings), "utf-8")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = wxsync.main(["--env", str(file), "check"], {})
@@ -13376,235 +11922,120 @@ def checked(world: World, **changed: str) -> list[Found]:
 
 
 @pytest.fixture(scope="module")
-def all_well() -> Iterator[World]:
-    """A world in which only the target registry does not answer."""
-    world = World(PROGRAM, None, {"DOCKER_REGISTRY": NO_REGISTRY})
-    with contextlib.closing(world.prepare()):
+def patient() -> Iterator[Patient]:
+    with closing(Patient(SCRIPT).prepare()) as world:
         yield world
 
 
 @pytest.fixture
-def healthy(all_well: World) -> Iterator[World]:
-    """That world again for each test: what a test switches is switched back."""
-    before = [(peer, dict(vars(peer))) for peer in (all_well.wecom, all_well.github)]
-    yield all_well
+def healthy(patient: Patient) -> Iterator[Patient]:
+    """The same world for each test: what a test switches is switched back."""
+    before = [(p, dict(vars(p))) for p in (patient.wecom, patient.github, patient.store)]
+    yield patient
     for peer, switches in before:
         vars(peer).clear()
         vars(peer).update(switches)
-    (all_well.service.folder / ".env").unlink(missing_ok=True)
+    (patient.service.folder / ".env").unlink(missing_ok=True)
 
 
-class Trouble(NamedTuple):
-    """What is changed in a healthy world, the line that must come of it and words of its cure."""
-
-    line: str
-    cure: tuple[str, ...]
-    settings: Mapping[str, str] = {}
-    wecom: Mapping[str, object] = {}
-    github: Mapping[str, object] = {}
-
-
-READ_ONLY = {"admin": False, "push": False, "pull": True}
-THREE = {"DOCKER_REGISTRY", "DOCKER_NAMESPACE", "DOCKER_USERNAME"}
-CHECK_TROUBLES = {
-    "wrong SECRET": Trouble(
-        "❌ 企业微信", ("SECRET", "应用详情页"), {"SECRET": "secret-of-another-app"}
-    ),
-    "wrong CORP_ID": Trouble("❌ 企业微信", ("CORP_ID", "我的企业"), {"CORP_ID": "wwother"}),
-    "wrong AGENT_ID": Trouble("❌ 企业微信", ("AGENT_ID", "应用详情页"), {"AGENT_ID": "1000099"}),
-    "untrusted IP": Trouble(
-        "❌ 企业微信", ("60020", "企业可信IP", "203.0.113.7"), wecom={"trusted": False}
-    ),
-    "wrong GitHub token": Trouble(
-        "❌ GitHub", ("GITHUB_TOKEN", "换一个新的"), {"GITHUB_TOKEN": "github_pat_wrong"}
-    ),
-    "no such repository": Trouble(
-        "❌ GitHub", ("octo/other", "核对仓库名"), {"GITHUB_REPO": "octo/other"}
-    ),
-    "no such branch": Trouble(
-        "❌ GitHub 上的 wxsync.py", ("master", "分支"), {"GITHUB_BRANCH": "master"}
-    ),
-    "no push right": Trouble(
-        "❌ GitHub 仓库", ("Contents: Read and write",), github={"permissions": READ_ONLY}
-    ),
-    "archived": Trouble("❌ GitHub 仓库", ("已归档", "Unarchive"), github={"archived": True}),
-    "token may not read contents": Trouble(
-        "❌ GitHub 上的 wxsync.py",
-        ("缺少权限 Contents: Read and write",),
-        github={"denied": {"contents=read"}},
-    ),
-    "token may not read Actions": Trouble(
-        "❌ GitHub 工作流",
-        ("缺少权限 Actions: Read and write",),
-        github={"denied": {"actions=read"}},
-    ),
-    "token may see nothing": Trouble(
-        "❌ GitHub", ("缺少权限 Metadata: Read",), github={"denied": {"metadata=read"}}
-    ),
-    "token may not write contents": Trouble(
-        "❌ GitHub 仓库", ("Contents: Read and write",), github={"denied": {"contents=write"}}
-    ),
-    "token may not start workflows": Trouble(
-        "❌ GitHub 工作流", ("Actions: Read and write",), github={"denied": {"actions=write"}}
-    ),
-    "Actions disabled": Trouble(
-        "❌ GitHub Actions", ("Settings → Actions",), github={"actions_enabled": False}
-    ),
-    "workflow missing": Trouble(
-        "❌ GitHub 工作流", ("docker-image-sync.yml",), github={"WORKFLOW": "other.yml"}
-    ),
-    "workflow disabled": Trouble(
-        "❌ GitHub 工作流", ("Enable workflow",), github={"workflow_state": "disabled_manually"}
-    ),
-    "another wxsync.py there": Trouble(
-        "⚠️ GitHub 上的 wxsync.py", ("更新到同一版本",), github={"files": {"wxsync.py": b"old"}}
-    ),
-    "no wxsync.py there": Trouble(
-        "❌ GitHub 上的 wxsync.py", ("main", "读不到"), github={"files": {}}
-    ),
-    "a Secret missing": Trouble(
-        "❌ GitHub Secrets",
-        ("缺少 DOCKER_PASSWORD：", "Secrets and variables → Actions"),
-        github={"secrets": THREE},
-    ),
-    "Secrets cannot be listed": Trouble(
-        "⚠️ GitHub Secrets",
-        ("DOCKER_PASSWORD", "自行确认"),
-        github={"denied": {"secrets=read"}},
-    ),
-    "token expires": Trouble(
-        "⚠️ GitHub 令牌",
-        ("2027-10-12 09:00:00 UTC", "更换 GITHUB_TOKEN"),
-        github={"token_expires": "2027-10-12 09:00:00 UTC"},
-    ),
-    "proxy down": Trouble(
-        "❌ 代理",
-        ("127.0.0.1:9", "核对地址和密码", "PROXY_TEST_URL"),
-        {"PROXY_URL": "http://user:not-told@127.0.0.1:9"},
-    ),
-    "WeCom unreachable": Trouble(
-        "❌ 企业微信", ("WECOM_API_URL",), {"WECOM_API_URL": "http://127.0.0.1:9"}
-    ),
-    "GitHub unreachable": Trouble(
-        "❌ GitHub", ("PROXY_URL", "GITHUB_API_URL"), {"GITHUB_API_URL": "http://127.0.0.1:9"}
-    ),
-}
+CHECK = table("""
+| what is the matter | the line | words in it | what is changed: a setting, or a switch of a fake |
+|---|---|---|---|
+| wrong SECRET | ❌ 企业微信 | SECRET; 应用详情页 | SECRET=secret-of-another-app |
+| wrong CORP_ID | ❌ 企业微信 | CORP_ID; 我的企业 | CORP_ID=wwother |
+| wrong AGENT_ID | ❌ 企业微信 | AGENT_ID; 应用详情页 | AGENT_ID=1000099 |
+| untrusted IP | ❌ 企业微信 | 60020; 企业可信IP; 203.0.113.7 | wecom.trusted=False |
+| no WeCom | ❌ 企业微信 | WECOM_API_URL | WECOM_API_URL=http://127.0.0.1:9 |
+| wrong token | ❌ GitHub | GITHUB_TOKEN; 换一个新的 | GITHUB_TOKEN=github_pat_wrong |
+| no repository | ❌ GitHub | octo/other; 核对仓库名 | GITHUB_REPO=octo/other |
+| no GitHub | ❌ GitHub | PROXY_URL; GITHUB_API_URL | GITHUB_API_URL=http://127.0.0.1:9 |
+| sees nothing | ❌ GitHub | 缺少权限 Metadata: Read | github.denied={'metadata=read'} |
+| no branch | ❌ GitHub 上的 wxsync.py | master; 分支 | GITHUB_BRANCH=master |
+| no program | ❌ GitHub 上的 wxsync.py | main; 读不到 | github.files={} |
+| no reading | ❌ GitHub 上的 wxsync.py | 权限 Contents: Read | github.denied={'contents=read'} |
+| another | ⚠️ GitHub 上的 wxsync.py | 更新到同一版本 | github.files={'wxsync.py': b'old'} |
+| no push | ❌ GitHub 仓库 | Contents: Read and write | github.permissions={'pull': True} |
+| no writing | ❌ GitHub 仓库 | Contents: Read and write | github.denied={'contents=write'} |
+| archived | ❌ GitHub 仓库 | 已归档; Unarchive | github.archived=True |
+| no Actions | ❌ GitHub 工作流 | 权限 Actions: Read and write | github.denied={'actions=read'} |
+| no starting | ❌ GitHub 工作流 | Actions: Read and write | github.denied={'actions=write'} |
+| no workflow | ❌ GitHub 工作流 | docker-image-sync.yml | github.WORKFLOW='other.yml' |
+| disabled | ❌ GitHub 工作流 | Enable workflow | github.workflow_state='disabled' |
+| Actions off | ❌ GitHub Actions | Settings → Actions | github.actions_enabled=False |
+| Secret | ❌ GitHub Secrets | 缺少 DOCKER_USERNAME： | github.secrets=secrets-{'DOCKER_USERNAME'} |
+| where | ❌ GitHub Secrets | Secrets and variables → Actions | github.secrets=set() |
+| Secrets unseen | ⚠️ GitHub Secrets | DOCKER_PASSWORD; 自行确认 | github.denied={'secrets=read'} |
+| expires | ⚠️ GitHub 令牌 | 09:00 UTC; 更换 | github.token_expires='2027-10-12 09:00 UTC' |
+| proxy | ❌ 代理 | 127.0.0.1:9; 核对地址; PROXY_TEST | PROXY_URL=http://u:not-told@127.0.0.1:9 |
+| clock | ❌ 时钟 | 秒：timedatectl | wecom.skew=-3600.0; github.skew=-3600.0 |
+| QingStor's clock | ❌ 时钟 | 秒：timedatectl | store.skew=3600.0 |
+| bucket | ✅ QingStor | tmp; 密钥正确 | LOG_LEVEL=INFO |
+| closed links | ❌ QingStor 链接 | QINGSTOR_LINK_SECONDS=86400 | store.public=False |
+| signed links | ✅ QingStor 链接 | 600 秒 | store.public=False; QINGSTOR_LINK_SECONDS=600 |
+| wrong key | ❌ QingStor | QINGSTOR_SECRET_ACCESS_KEY | QINGSTOR_SECRET_ACCESS_KEY=not-the-key |
+| no bucket | ❌ QingStor | QINGSTOR_BUCKET | store.bucket_missing=True |
+| no QingStor | ❌ QingStor | QINGSTOR_URL | QINGSTOR_URL=http://127.0.0.1:9 |
+| a file | ❌ STATE_DIR | TMP/file | STATE_DIR=TMP/file |
+| in a file | ❌ STATE_DIR | TMP/file/state | STATE_DIR=TMP/file/state |
+| to be made | ✅ STATE_DIR | TMP/a/b | STATE_DIR=TMP/a/b |
+""")
 
 
-def test_check_of_a_healthy_world_has_one_complaint(healthy: World) -> None:
-    """The registry that does not answer: it is named, and the setting to look at."""
-    wrong = [found for found in checked(healthy) if found.mark != "✅"]
-    assert [(found.mark, found.name) for found in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
-    assert NO_REGISTRY.partition(":")[0] in wrong[1].text
-    assert "DOCKER_REGISTRY" in wrong[1].text
-
-
-@pytest.mark.parametrize("kind", CHECK_TROUBLES)
-def test_check_tells_a_trouble_and_its_cure(healthy: World, kind: str) -> None:
+@pytest.mark.parametrize("kind", CHECK)
+def test_check_tells_a_trouble_and_its_cure(healthy: Patient, tmp_path: Path, kind: str) -> None:
     """One trouble, one line that says what to click or to type, and no other complaint."""
-    trouble = CHECK_TROUBLES[kind]
-    for peer, changes in ((healthy.wecom, trouble.wecom), (healthy.github, trouble.github)):
-        for name, value in changes.items():
-            setattr(peer, name, value)
-    found = [line for line in checked(healthy, **trouble.settings) if line.mark != "✅"]
-    told = {f"{line.mark} {line.name}": line.text for line in found if line.name != "目标仓库"}
-    assert list(told) == [trouble.line]
-    assert [word for word in trouble.cure if word not in told[trouble.line]] == []
+    (tmp_path / "file").touch()
+    line, words, changes = (cell.replace("TMP", str(tmp_path)) for cell in CHECK[kind])
+    settings: dict[str, str] = {}
+    for name, value in (change.split("=", 1) for change in changes.split("; ")):
+        place, _, switch = name.rpartition(".")
+        if place:
+            peer = getattr(healthy, place)
+            setattr(peer, switch, eval(value, dict(vars(peer))))
+        else:
+            settings[name] = value
+    found = [found for found in checked(healthy, **settings) if found.name != "目标仓库"]
+    told = {f"{mark} {name}": text for mark, name, text in found}
+    assert [name for name in told if name[0] != "✅"] == ([] if line[0] == "✅" else [line])
+    assert [word for word in words.split("; ") if word not in told[line]] == []
 
 
-def test_check_changes_nothing(healthy: World) -> None:
-    """Rights to write are found out without a commit, a run or a message."""
-    checked(healthy)
+def test_check_of_a_healthy_world_changes_nothing(healthy: Patient) -> None:
+    """One complaint: the registry that does not answer. No commit, no run, no message, no file.
+    Administration: Read is optional; a token without it hears nothing of it."""
+    assert [found for found in checked(healthy) if found.name == "GitHub Actions"]
+    healthy.github.denied = {"administration=read"}
+    every = checked(healthy)
+    wrong = [found for found in every if found.mark != "✅"]
+    assert not [found for found in every if found.name == "GitHub Actions"]
+    assert [(found.mark, found.name) for found in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
+    assert "127.0.0.1" in wrong[1].text and "DOCKER_REGISTRY" in wrong[1].text
     assert (healthy.github.commits, healthy.github.runs, healthy.wecom.messages) == ([], [], [])
     assert not list(healthy.service.state_dir.iterdir())
 
 
-def test_check_without_actions_enabled_to_see_is_no_complaint(healthy: World) -> None:
-    """Administration: Read is optional; a token without it hears nothing of it."""
-    healthy.github.denied = {"administration=read"}
-    assert not [line for line in checked(healthy) if line.name == "GitHub Actions"]
-
-
 @POSIX
-def test_check_warns_of_an_env_file_that_others_can_read(healthy: World) -> None:
+def test_check_warns_of_an_env_file_that_others_can_read(healthy: Patient) -> None:
     """The line to type is given."""
     file = healthy.service.folder / ".env"
-    file.touch()
-    file.chmod(0o644)
+    file.touch(mode=0o644)
     told = {line.name: line for line in checked(healthy)}[".env"]
     assert (told.mark, f"chmod 600 {file}" in told.text) == ("⚠️", True)
 
 
-def unusable_folder(folder: Path, kind: str) -> Path:
-    """Return a STATE_DIR in which nothing can be written, whoever runs it."""
-    (folder / "file").touch()
-    return folder / "file" if kind == "a file" else folder / "file" / "state"
-
-
-@pytest.mark.parametrize("kind", ["a file", "inside a file"])
-def test_check_tells_a_state_dir_that_cannot_be_used(
-    healthy: World, tmp_path: Path, kind: str
-) -> None:
-    """What serve would refuse, check must not call writable."""
-    place = unusable_folder(tmp_path, kind)
-    told = {line.name: line for line in checked(healthy, STATE_DIR=str(place))}["STATE_DIR"]
-    assert (told.mark, str(place) in told.text) == ("❌", True)
-
-
-def test_check_accepts_a_state_dir_that_serve_will_make(healthy: World, tmp_path: Path) -> None:
-    """serve makes the whole path, so check must not refuse it."""
-    told = {line.name: line for line in checked(healthy, STATE_DIR=str(tmp_path / "a" / "b"))}
-    assert told["STATE_DIR"].mark == "✅"
-
-
 @POSIX
-def test_check_tells_a_state_dir_of_somebody_else(healthy: World, tmp_path: Path) -> None:
+def test_check_tells_a_state_dir_of_somebody_else(healthy: Patient, tmp_path: Path) -> None:
     """Run without root's right to write anywhere."""
     place = tmp_path / "state"
     place.mkdir(mode=0o555)
-    words = [sys.executable, str(PROGRAM), "check"]
+    words = [sys.executable, str(SCRIPT), "check"]
     if os.geteuid() == 0:
-        require(missing_program("setpriv"))
+        needs(missing_program("setpriv"))
         words = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *words]
     settings = healthy.service.settings | {"STATE_DIR": str(place)}
     done = run_here(*words, folder=healthy.service.folder, settings=settings)
     told = {line.name: line for line in findings(done.stdout)}["STATE_DIR"]
     assert (told.mark, str(place) in told.text, "chown" in told.text) == ("❌", True, True)
-
-
-QINGSTOR_TROUBLES: dict[str, tuple[str, tuple[str, ...], dict[str, str], dict[str, object]]] = {
-    "all well": ("✅ QingStor", ("tmp", "密钥正确"), {}, {"public": True}),
-    "links closed": ("❌ QingStor 链接", ("QINGSTOR_LINK_SECONDS=86400",), {}, {}),
-    "signed links": ("✅ QingStor 链接", ("600 秒",), {"QINGSTOR_LINK_SECONDS": "600"}, {}),
-    "wrong key": (
-        "❌ QingStor",
-        ("QINGSTOR_SECRET_ACCESS_KEY",),
-        {"QINGSTOR_SECRET_ACCESS_KEY": "not-the-key"},
-        {},
-    ),
-    "no bucket": ("❌ QingStor", ("QINGSTOR_BUCKET",), {}, {"bucket_missing": True}),
-    "clock wrong": ("❌ 时钟", ("秒：timedatectl",), {}, {"skew": 3600.0}),
-    "unreachable": ("❌ QingStor", ("QINGSTOR_URL",), {"QINGSTOR_URL": "http://127.0.0.1:9"}, {}),
-}
-
-
-@pytest.mark.parametrize("kind", QINGSTOR_TROUBLES)
-def test_check_of_qingstor(healthy: World, kind: str) -> None:
-    """Bucket, key, links and clock, each with its cure."""
-    line, words, settings, switches = QINGSTOR_TROUBLES[kind]
-    with FakeQingStor() as store:
-        for name, value in switches.items():
-            setattr(store, name, value)
-        found = checked(healthy, **(store.settings | settings))
-    told = {f"{line.mark} {line.name}": line.text for line in found}
-    assert line in told
-    assert [word for word in words if word not in told[line]] == []
-
-
-def test_check_compares_the_clock_where_no_registry_answers(healthy: World) -> None:
-    """A clock that is wrong breaks WeCom's callbacks; WeCom and GitHub tell the time, too."""
-    healthy.wecom.skew = healthy.github.skew = -3600.0
-    assert ("❌", "时钟") in [(line.mark, line.name) for line in checked(healthy)]
 
 
 class Registries(NamedTuple):
@@ -13616,7 +12047,7 @@ class Registries(NamedTuple):
 
 @pytest.fixture(scope="module")
 def tls_registry() -> Iterator[Registries]:
-    require(missing_program("openssl"))
+    needs(missing_program("openssl"))
     with temporary_folder("tls") as name:
         tls, certificate = make_tls(Path(name), "127.0.0.1")
         with Source(tls=tls) as peer:
@@ -13625,78 +12056,55 @@ def tls_registry() -> Iterator[Registries]:
             yield Registries(peer, target)
 
 
-REGISTRY_TROUBLES: dict[str, tuple[dict[str, str], int, float, tuple[str, ...]]] = {
-    "all well": ({}, 200, 0.0, ()),
-    "clock wrong": (
-        {},
-        200,
-        -3600.0,
-        (
-            "时钟",
-            "秒：timedatectl",
-        ),
-    ),
-    "not a registry": ({}, 404, 0.0, ("目标仓库", "HTTP 404", "核对 DOCKER_REGISTRY")),
-    "strange certificate": ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, ("目标仓库", "证书")),
+REGISTRY_TROUBLES: dict[str, tuple[dict[str, str], int, float, str]] = {
+    "all well": ({}, 200, 0.0, ""),
+    "clock wrong": ({}, 200, -3600.0, "时钟：.* 秒：timedatectl"),
+    "not a registry": ({}, 404, 0.0, "目标仓库：.* HTTP 404.*核对 DOCKER_REGISTRY"),
+    "strange certificate": ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, "目标仓库：.*证书"),
 }
 
 
 @pytest.mark.parametrize("kind", REGISTRY_TROUBLES)
 def test_check_of_a_registry_with_tls(tls_registry: Registries, kind: str) -> None:
-    """Exit status 0 where everything is right, at last; else one ❌."""
+    """Exit status 0 where everything is right, at last; else one ❌. --json has the same lines."""
     settings, status, skew, words = REGISTRY_TROUBLES[kind]
     tls_registry.peer.files["/v2/"].status, tls_registry.peer.skew = status, skew
-    world = World(PROGRAM, None, tls_registry.settings | settings)
-    with contextlib.closing(world.prepare()):
-        done = world.service.command("check")
-    wrong = [f"{line.name} {line.text}" for line in findings(done.stdout) if line.mark == "❌"]
-    assert (done.returncode, len(wrong)) == ((1, 1) if words else (0, 0))
-    assert [word for word in words if word not in wrong[0]] == []
-
-
-def test_check_for_machines(healthy: World) -> None:
-    """--json is one array of mark, name and text: the lines of the plain answer."""
-    plain, as_json = (healthy.service.command("check", *more) for more in ((), ("--json",)))
+    with closing(World(SCRIPT, None, tls_registry.settings | settings).prepare()) as world:
+        plain, as_json = (world.service.command("check", *more) for more in ((), ("--json",)))
+    wrong = [f"{line.name}：{line.text}" for line in findings(plain.stdout) if line.mark == "❌"]
+    assert plain.returncode == as_json.returncode == len(wrong) == int(bool(words))
+    assert not words or re.match(words, wrong[0])
     rows = json.loads(as_json.stdout)
     assert {frozenset(row) for row in rows} == {frozenset(("mark", "name", "text"))}
     lines = [(line.mark, line.name) for line in findings(plain.stdout)]
     assert [(row["mark"], row["name"]) for row in rows] == lines
-    assert as_json.returncode == plain.returncode == 1
 
 
 # The real check with less patience: what is tested is that it keeps to its patience.
-IMPATIENT = """
-import os, sys
-sys.path.insert(0, {folder!r})
+IMPATIENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
 import wxsync
-wxsync.CHECK_SECONDS = float(sys.argv[1])
+wxsync.CHECK_SECONDS = 1.5
 sys.exit(wxsync.main(["check"]))
 """
 
 
 def test_check_takes_seconds_while_every_server_hangs() -> None:
     """Side by side, so that the slowest one decides; each says that it did not answer."""
-    assert wxsync.CHECK_SECONDS <= 15
-    patience = 1.5
-    with contextlib.ExitStack() as stack:
-        store, proxy, silent = FakeQingStor(), Source(), socket.create_server(("127.0.0.1", 0))
-        registry = f"127.0.0.1:{stack.enter_context(silent).getsockname()[1]}"
-        stack.enter_context(store)
-        stack.enter_context(proxy)
-        more = store.settings | {"PROXY_URL": proxy.url, "DOCKER_REGISTRY": registry}
-        more |= {"NO_PROXY_DOMAINS": "nobody.example.com"}
-        world = stack.enter_context(contextlib.closing(World(PROGRAM, None, more).prepare()))
-        hanging: list[Peer] = [world.wecom, world.github, store, proxy]
-        for peer in hanging:
-            peer.hang = True
-        begun = time.monotonic()
-        code = IMPATIENT.format(folder=str(ROOT))
-        words = (sys.executable, "-c", code, str(patience))
-        done = run_here(*words, folder=world.service.folder, settings=world.service.settings)
-        taken = time.monotonic() - begun
-    silent_ones = [line.name for line in findings(done.stdout) if line.mark == "❌"]
-    assert (done.returncode, taken < patience + 1) == (1, True)
-    assert sorted(silent_ones) == sorted(["代理", "企业微信", "GitHub", "目标仓库", "QingStor"])
+    with socket.create_server(("127.0.0.1", 0)) as silent, Source() as proxy:
+        more = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "nobody.example.com"}
+        more |= {"DOCKER_REGISTRY": f"127.0.0.1:{silent.getsockname()[1]}"}
+        with closing(Patient(SCRIPT, None, more).prepare()) as world:
+            for peer in (world.wecom, world.github, world.store, proxy):
+                peer.hang = True
+            begun, service = time.monotonic(), world.service
+            words = (sys.executable, "-c", IMPATIENT)
+            done = run_here(*words, folder=service.folder, settings=service.settings)
+            taken = time.monotonic() - begun
+    wrong = sorted(line.name for line in findings(done.stdout) if line.mark == "❌")
+    assert (done.returncode, taken < 2.5, wxsync.CHECK_SECONDS <= 15) == (1, True, True)
+    assert wrong == sorted(["代理", "企业微信", "GitHub", "目标仓库", "QingStor"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13709,113 +12117,83 @@ SHOWN = {"DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com", "DOCKER_NAMESPA
 @pytest.fixture(scope="module")
 def running() -> Iterator[World]:
     """A service for two users, whose first image request runs until the gate is opened."""
-    runner = PlayedRunner(0.01)
-    runner.gate = threading.Event()
-    with World(PROGRAM, runner, SHOWN | {"ALLOWED_USERS": "boss,alice"}) as world:
+    with World(SCRIPT, runner := SlowRunner(""), SHOWN | {"ALLOWED_USERS": "boss,alice"}) as world:
         yield world
-        runner.gate.set()
+        runner.go.set()
 
 
-def test_send_prints_the_reply(running: World) -> None:
+SENDS = [  # words; settings that are others than the service's; exit status, what is printed
+    ("nginx", {}, 0, r"如需同步镜像 nginx，请发送 nginx:latest\n"),
+    ("帮助 --user alice", {}, 0, "📖"),
+    ("帮助 --user mallory", {}, 0, "抱歉，您没有使用权限"),
+    ("nginx", {"TOKEN": "Another"}, 1, r"(?s).*403.*设置"),
+    ("nginx", {"PORT": "1"}, 1, r"(?s).*127\.0\.0\.1:1\b.*服务在运行吗"),
+]
+
+
+@pytest.mark.parametrize(("words", "changed", "status", "said"), SENDS, ids=range(len(SENDS)))
+def test_send_prints_the_reply_or_the_trouble(
+    running: World, words: str, changed: dict[str, str], status: int, said: str
+) -> None:
     """As the first of ALLOWED_USERS unless another is named; accepted is exit status 0."""
-    done = running.service.command("send", "nginx")
-    assert (done.returncode, done.stderr) == (0, "")
-    asked_back = done.stdout.splitlines()[0]
-    assert asked_back == "如需同步镜像 nginx，请发送 nginx:latest"
-    assert f"“{asked_back}”" in section("怎么用")
-
-
-SENDERS = {"alice": "📖", "mallory": "您没有使用权限"}
-
-
-@pytest.mark.parametrize("user", SENDERS)
-def test_send_as_somebody(running: World, user: str) -> None:
-    """--user is who wxsync takes it from: a stranger is refused, in words."""
-    done = running.service.command("send", "帮助", "--user", user)
-    assert (done.returncode, SENDERS[user] in done.stdout) == (0, True)
-
-
-def test_send_to_a_service_with_other_settings(running: World) -> None:
-    """Changed .env, old service: exit status 1 and what to look at."""
-    settings = running.service.settings | {"TOKEN": "Another"}
-    words = (sys.executable, str(PROGRAM), "send", "nginx")
-    done = run_here(*words, folder=running.service.folder, settings=settings)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "403" in done.stderr
-    assert "设置" in done.stderr
-
-
-def test_send_to_nobody(healthy: World) -> None:
-    """The address that was tried, and the likely reason."""
-    done = healthy.service.command("send", "nginx")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert f"127.0.0.1:{healthy.service.port}" in done.stderr
-    assert "服务在运行吗" in done.stderr
+    settings = running.service.settings | changed
+    command = (sys.executable, str(SCRIPT), "send", *words.split())
+    done = run_here(*command, folder=running.service.folder, settings=settings)
+    printed, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+    assert (done.returncode, silent) == (status, "") and re.match(said, printed)
 
 
 def readme_text(first: str) -> str:
     """Return the block of README.md that begins with these words."""
-    found = [block for block in code_blocks(section("怎么用"), "text") if block.startswith(first)]
-    assert len(found) == 1, first
-    return found[0].rstrip("\n")
+    blocks = code_blocks(section("怎么用"), "text")
+    (found,) = [block for block in blocks if block.startswith(first)]
+    return found.rstrip("\n")
 
 
 def test_readme_shows_the_confirmation_the_queue_and_the_correction(running: World) -> None:
-    """In the order in which a user would meet them."""
+    """In the order in which a user would meet them, and what is asked back."""
     assert running.say("nginx:latest\nredis:7.0") == readme_text("🔄 正在处理")
-    busy = running.say("alpine:3.20").partition("\n")[0]
-    assert f"“{busy}”" in section("怎么用")
+    for text in ("alpine:3.20", "nginx"):
+        assert f"“{running.say(text).splitlines()[0]}”" in section("怎么用")
     assert running.say("Nginx:latest") == readme_text("❌ 没有开始")
 
 
-def outcomes(nginx: str, redis: str) -> list[wxsync.Outcome]:
-    """Return what came of two images; where a tag is missing, near ones are there."""
-    near = {"not-found": ("nginx:1.25.33", ("1.25.3", "1.25.2"))}
-    line, names = near.get(nginx, ("nginx:latest", ()))
-    return [
-        wxsync.Outcome(line, nginx, "", "", names),
-        wxsync.Outcome("redis:7.0", redis, "", ""),
-    ]
-
-
-RESULTS = {"✅ 镜像": ("copied", "unchanged"), "❌ 镜像": ("not-found", "copied")}
-
-
-@pytest.mark.parametrize("first", RESULTS)
-def test_readme_shows_the_results(first: str) -> None:
-    """To the letter."""
+def test_readme_shows_the_results() -> None:
+    """To the letter: two that were copied, one that failed, and a message that lives."""
     prefix, run = "/".join(SHOWN.values()), "https://github.com/你的账号/wxsync/actions/runs/1"
-    text = wxsync.result_text(outcomes(*RESULTS[first]), prefix, 41, run)
-    assert wxsync.Channel().render(text) == readme_text(first)
-
-
-def test_readme_shows_a_message_that_lives() -> None:
-    """To the letter, as markdown looks when one of two images is done."""
+    done = wxsync.Outcome("nginx:latest", "copied", "", "")
+    near = wxsync.Outcome("nginx:1.25.33", "not-found", "", "", ("1.25.3", "1.25.2"))
+    same = wxsync.Outcome("redis:7.0", "unchanged", "", "")
+    for first, outcomes in (
+        ("✅ 镜像", [done, same]),
+        ("❌ 镜像", [near, same._replace(code="copied")]),
+    ):
+        text = wxsync.result_text(outcomes, prefix, 41, run)
+        assert wxsync.Channel().render(text) == readme_text(first)
     task = wxsync.Task("id", "images", "alice robot", ("nginx:latest", "redis:7.0"), 0.0)
     progress = wxsync.Progress()
-    progress.of(task).outcomes[0] = outcomes("copied", "running")[0]
+    progress.of(task).outcomes[0] = done
     assert wxsync.living_text(task, progress).replace("`", "") == readme_text("🔄 正在同步")
 
 
 def test_readme_shows_the_file_result() -> None:
     """To the letter, but for the address of the store and the object's own name."""
-    with FakeQingStor() as store, Source() as source:
-        store.public = True
-        settings = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        with World(PROGRAM, None, settings) as world:
-            world.say(source.add("/file.pdf", body=b"x" * 102400))
-            text = world.hear("文件上传成功")
+    with (
+        Source() as source,
+        Patient(SCRIPT, None, {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}) as world,
+    ):
+        world.say(source.add("/file.pdf", body=b"x" * 102400))
+        text = world.hear("文件上传成功")
     link = r"https?://\S+/(?:<uuid>|[0-9a-f-]{36})\.pdf"
     assert re.sub(link, "LINK", text) == re.sub(link, "LINK", readme_text("✅ 文件"))
 
 
 def test_readme_shows_the_answer_of_health(running: World) -> None:
     """Somebody compares this text with what a browser shows."""
-    answer = json.dumps(running.service.health())
-    assert '"status": "ok"' in document("README.md")
-    assert '"status": "ok"' in answer
+    health = running.service.health()
+    assert health["status"] == "ok" and '"status": "ok"' in document("README.md")
     named = set(re.findall(r"`([a-z_]+)`", section("按日志").rpartition("GET /health")[2]))
-    assert set(running.service.health()) == named - {"ok", "degraded", "off", "up", "down"}
+    assert set(health) == named - {"ok", "degraded", "off", "up", "down"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13823,21 +12201,19 @@ def test_readme_shows_the_answer_of_health(running: World) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def written_default(value: object) -> str:
-    """Return a default as README.md and env.example write it."""
-    return ",".join(value) if isinstance(value, tuple) else str(value)
-
-
 def settings_of_code() -> dict[str, str | None]:
-    """Return each setting's default, None where there is none or the setting is part of a way in."""
-    return {
-        entry.name: None if entry.name in ENOUGH | ROBOT else written_default(entry.default)
-        for entry in fields(wxsync.Settings)
-    }
+    """Return each setting's default, None where there is none or it is part of a way in."""
+
+    def written(value: object) -> str:
+        return ",".join(value) if isinstance(value, tuple) else str(value)
+
+    entries = fields(wxsync.Settings)
+    return {e.name: None if e.name in ENOUGH | ROBOT else written(e.default) for e in entries}
 
 
-def test_readme_lists_every_setting_with_its_default() -> None:
-    """No setting is missing, none is made up, no default is out of date."""
+def test_readme_and_env_example_list_every_setting_with_its_default() -> None:
+    """No setting is missing, none is made up, no default is out of date; each is explained. In
+    env.example required ones are empty, the others stand behind # with their default."""
     tables = section("设置").partition("\n命令：\n")[0].split("<details>")
     rows = {name: row for part in tables for name, row in table(part).items()}
     none = {"必填": None, "机器人": None, "回调": None, "空": ""}
@@ -13846,6 +12222,9 @@ def test_readme_lists_every_setting_with_its_default() -> None:
     assert all(row[1] for row in rows.values())
     for word, names in (("必填", OTHERS), ("机器人", ROBOT), ("回调", CALLBACK)):
         assert [name for name, row in rows.items() if row[0] == word] == [*names]
+    found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.MULTILINE)
+    assert settings_of_code() == {name: v if mark else None for _, mark, name, v in found}
+    assert [name for _, mark, name, value in found if value and not mark] == []
 
 
 def test_readme_is_read_in_one_sitting() -> None:
@@ -13855,24 +12234,14 @@ def test_readme_is_read_in_one_sitting() -> None:
     assert max(map(len, code_blocks(shown, "sh")[:2])) <= 40
 
 
-def test_env_example_lists_every_setting_with_its_default() -> None:
-    """Required ones are empty, the others stand behind # with their default; each is explained."""
-    found = re.findall(r"^# (.+)\n(#?)([A-Z_]+)=(.*)$", document("env.example"), re.MULTILINE)
-    shown = {name: value if mark else None for _, mark, name, value in found}
-    assert shown == settings_of_code()
-    assert [name for _, mark, name, value in found if value and not mark] == []
-
-
 def test_compose_uses_settings_and_their_defaults() -> None:
     """What docker-compose.yml publishes is what the code listens on."""
-    services = document_yaml("docker-compose.yml")["services"]
-    assert list(services) == ["image-sync"]
-    code = settings_of_code()
+    services, code = document_yaml("docker-compose.yml")["services"], settings_of_code()
     used = re.findall(r"\$\{(\w+):-([^}]*)\}", document("docker-compose.yml"))
     assert dict(used) == {n: code[n] for n in ("HOST", "PORT")}
     assert set(services["image-sync"]["environment"]) <= set(code)
     named = re.findall(r"docker compose (?:run --rm|exec) (\S+)", document("README.md"))
-    assert set(named) == {"image-sync"}
+    assert set(named) == set(services) == {"image-sync"}
 
 
 def inline_script() -> dict[str, Any]:
@@ -13886,11 +12255,9 @@ def test_dependencies_stand_once() -> None:
     """Everything else installs from the block in wxsync.py or names its packages in words."""
     named = [re.split("[<>=]", item)[0] for item in inline_script()["dependencies"]]
     assert [name for name in named if f"`{name}`" not in section("审计与核对")] == []
+    wanted = r'(-\S+ |--no-cache-dir )*("pip>=26"|--requirements-from-script (test_)?wxsync\.py)'
     for name in ("Dockerfile", "README.md", ".github/workflows/ci.yml"):
         installs = re.findall(r"pip\S* install (.+?)(?:;| &&|$)", document(name), re.MULTILINE)
-        wanted = (
-            r'(-\S+ |--no-cache-dir )*("pip>=26"|--requirements-from-script (test_)?wxsync\.py)'
-        )
         assert [words for words in installs if not re.match(wanted, words)] == []
 
 
@@ -13907,21 +12274,19 @@ def test_python_versions_agree() -> None:
     assert matrix["python"][0] == oldest
     assert {system.partition("-")[0] for system in matrix["os"]} == {"ubuntu", "windows"}
     image = re.fullmatch(r"python:(\d+)\.(\d+)-slim", base_image())
-    assert image
-    assert (int(image[1]), int(image[2])) >= tuple(map(int, oldest.split(".")))
+    assert image and (int(image[1]), int(image[2])) >= tuple(map(int, oldest.split(".")))
 
 
 @POSIX
 def test_ci_runs_the_first_two_commands_of_readme() -> None:
-    """Each stands alone and near the top; .ci/run cuts them out, ci.yml has them for all systems."""
+    """Each stands alone and near the top; .ci/run cuts them out, ci.yml has them everywhere."""
     commands = ["python3 test_wxsync.py\n", "python3 test_wxsync.py test\n"]
     assert code_blocks("\n".join(document("README.md").split("\n")[:17]), "sh") == commands
     (cut,) = re.findall(r"^readme\(\) .+$", document(".ci/run"), re.MULTILINE)
     assert [run_here("bash", "-c", f"{cut}; readme {n}").stdout for n in (1, 2)] == commands
     steps = document_yaml(".github/workflows/ci.yml")["jobs"]["test"]["steps"]
-    assert [
-        f"{step['run']}\n" for step in steps if {"run", "if"} & set(step) == {"run"}
-    ] == commands
+    plain = [step for step in steps if {"run", "if"} & set(step) == {"run"}]
+    assert [f"{step['run']}\n" for step in plain] == commands
 
 
 README_LIMITS = {
@@ -13943,122 +12308,62 @@ README_LIMITS = {
 }
 
 
-@pytest.mark.parametrize("what", README_LIMITS)
-def test_readme_states_the_true_limits(what: str) -> None:
-    """The numbers are those of the code."""
-    assert README_LIMITS[what] in table(section("限制"))[what][0]
-
-
-def test_readme_states_other_true_numbers() -> None:
-    """Those that stand outside of the table of limits."""
-    assert int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
+def test_readme_states_the_true_numbers() -> None:
+    """Those of the table of limits, and those that stand elsewhere."""
+    limits = table(section("限制"))
+    assert [what for what, text in README_LIMITS.items() if text not in limits[what][0]] == []
+    workflow = document_yaml(".github/workflows/docker-image-sync.yml")
+    minutes = workflow["jobs"]["copy"]["timeout-minutes"]
+    for title, text in (
+        ("限制", f"任务 {minutes} 分钟"),
+        ("限制", f"分块 {wxsync.PART_BYTES // 2**20} MiB"),
+        ("限制", "5 分半钟"),
+        ("怎么用", f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时"),
+        ("按日志", "两小时内不再尝试"),
+        ("按日志", "10 分钟后再试"),
+        ("按日志", "最多等 10 分钟"),
+        ("审计与核对", f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写"),
+    ):
+        assert text in section(title)
+    assert minutes * 60 > wxsync.COPY_SECONDS and int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
     for buckets, count in (((wxsync.ROBOT_PACE, 60), 28), ((wxsync.HOURLY_PACE, 3600), 950)):
         (burst, seconds), window = buckets
         assert burst + window / seconds == count
-    assert f"分块 {wxsync.PART_BYTES // 2**20} MiB" in section("限制")
-    assert f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时" in section("怎么用")
-    assert wxsync.WECOM_ERRORS[40001][1] == 7200
-    assert "两小时内不再尝试" in section("按日志")
+    assert (wxsync.ROBOT_STREAM_SECONDS, wxsync.WECOM_ERRORS[40001][1]) == (330, 7200)
     assert wxsync.TAKEOVER_SECONDS == wxsync.GITHUB_WAIT_SECONDS == 600
-    assert all(text in section("按日志") for text in ("10 分钟后再试", "最多等 10 分钟"))
-    assert (wxsync.ROBOT_STREAM_SECONDS, "5 分半钟" in section("限制")) == (330, True)
-    assert f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写" in section("审计与核对")
-    workflow = document_yaml(".github/workflows/docker-image-sync.yml")
-    minutes = workflow["jobs"]["copy"]["timeout-minutes"]
-    assert f"任务 {minutes} 分钟" in section("限制")
-    assert minutes * 60 > wxsync.COPY_SECONDS
 
 
-def test_readme_explains_every_code() -> None:
-    """The table of codes is that of the code, and the causes are the same."""
+def test_readme_explains_what_people_look_up() -> None:
+    """Every code of a failure, lines of the log and texts of the chat to the letter, or WeCom's."""
+    source, theirs = document("wxsync.py"), {"可使用的成员", "自动创建仓库", "域名主体校验未通过"}
     assert set(table(section("按失败代码"))) == set(wxsync.COPY_REASONS)
-
-
-def test_readme_explains_words_that_the_log_really_has() -> None:
-    """Whoever looks a line of the log up finds it, to the letter."""
-    source = document("wxsync.py")
-    numbers = set(map(str, wxsync.WECOM_ERRORS))
     for phrase in (first.partition("`")[0] for first in table(section("按日志"))):
         lane, words = re.fullmatch(r"(?:(\w+): )?(.*)", phrase, re.DOTALL).groups()  # type: ignore[union-attr]
         assert lane is None or lane in source, phrase
         pieces = re.split(r"…|(?<==)\d+| (?=done=|of=|key=|bytes=|run=)", words)
         for piece in filter(None, map(str.strip, pieces)):
             wecom = re.fullmatch(r"企业微信 (\d+)", piece)
-            assert wecom[1] in numbers if wecom else piece in source, phrase
-
-
-def test_readme_explains_what_a_user_reads_in_chat() -> None:
-    """Each text in “…” of the table of symptoms occurs in the program, or is of WeCom."""
-    theirs = {"openapi 回调地址请求不通过", "域名主体校验未通过", "自动创建仓库", "可使用的成员"}
-    texts = [re.findall("“([^”]+)”", row) for row in table(section("按现象"))]
-    for text in set(itertools.chain(*texts)) - theirs:
+            assert int(wecom[1]) in wxsync.WECOM_ERRORS if wecom else piece in source, phrase
+    texts = re.findall("“([^”]+)”", "\n".join(table(section("按现象"))))
+    for text in set(texts) - theirs - {"openapi 回调地址请求不通过"}:
         pieces = [piece.strip() for piece in text.split("…")]
-        assert [piece for piece in pieces if piece not in document("wxsync.py")] == [], text
+        assert [piece for piece in pieces if piece not in source] == [], text
 
 
-def test_links_within_readme_lead_somewhere() -> None:
-    """Anchors are made as GitHub makes them; files exist."""
+def test_links_and_examples_of_readme_are_right() -> None:
+    """Anchors are made as GitHub makes them; files exist. FRP's example is TOML and leads to the
+    service's port; the Secret's is JSON that skopeo reads."""
     titles = re.findall(r"^#+ (.+)$", without_code(), re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
     targets = re.findall(r"\]\((?!https?:)([^)]+)\)", document("README.md"))
     assert {target[1:] for target in targets if target.startswith("#")} <= anchors
     assert [t for t in targets if not t.startswith("#") and not (ROOT / t).exists()] == []
-
-
-def test_the_frp_example_leads_to_the_service() -> None:
-    """It is TOML, and its port is the one wxsync listens on."""
     (block,) = code_blocks(section("没有公网地址：FRP"), "toml")
     (proxy,) = tomllib.loads(block)["proxies"]
     assert str(proxy["localPort"]) == settings_of_code()["PORT"]
     assert f"http://frp.example.com:{proxy['remotePort']}/wechat/callback" in document("README.md")
-
-
-def test_the_secrets_example_is_a_docker_config() -> None:
-    """It is JSON of the form that skopeo reads."""
     (block,) = code_blocks(section("第二步：GitHub"), "json")
     assert all(set(login) == {"auth"} for login in json.loads(block)["auths"].values())
-
-
-# ---------------------------------------------------------------------------------------------
-# The systemd unit
-# ---------------------------------------------------------------------------------------------
-
-
-def unit_of_readme() -> tuple[str, configparser.SectionProxy]:
-    """Return the unit that README.md shows, and its part about the service."""
-    (text,) = code_blocks(section("systemd"), "ini")
-    parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read_string(text)
-    return text, parser["Service"]
-
-
-@pytest.fixture
-def unit(tmp_path: Path) -> Path:
-    """The unit of README.md, with the programs of this machine."""
-    text, service = unit_of_readme()
-    file = tmp_path / "wxsync.service"
-    program = service["ExecStart"].split()[0]
-    here = text.replace(program, sys.executable).replace(service["WorkingDirectory"], str(ROOT))
-    file.write_text(here, "utf-8")
-    require(missing_program("systemd-analyze"))
-    return file
-
-
-def test_the_systemd_unit_is_right(unit: Path) -> None:
-    """systemd has nothing to say about it."""
-    done = run_here("systemd-analyze", "verify", str(unit))
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_the_systemd_unit_is_as_safe_as_readme_says(unit: Path) -> None:
-    """systemd's own score; versions of systemd differ by some tenths."""
-    done = run_here("systemd-analyze", "security", "--offline=true", str(unit))
-    score = re.search(r"Overall exposure level for wxsync\.service: ([\d.]+)", done.stdout)
-    told = re.search(r"暴露分是 ([\d.]+)", section("systemd"))
-    assert score, done.stderr
-    assert told
-    assert abs(float(score[1]) - float(told[1])) <= 0.3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14066,48 +12371,52 @@ def test_the_systemd_unit_is_as_safe_as_readme_says(unit: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+def unit_of_readme() -> tuple[str, configparser.SectionProxy]:
+    """Return the systemd unit that README.md shows, and its part about the service."""
+    (text,) = code_blocks(section("systemd"), "ini")
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string(text)
+    return text, parser["Service"]
+
+
+def test_the_systemd_unit_is_right_and_as_safe_as_readme_says(tmp_path: Path) -> None:
+    """systemd has nothing to say about it; its scores differ by some tenths between versions."""
+    needs(missing_program("systemd-analyze"))
+    text, service = unit_of_readme()
+    file, program = tmp_path / "wxsync.service", service["ExecStart"].split()[0]
+    here = text.replace(program, sys.executable).replace(service["WorkingDirectory"], str(ROOT))
+    file.write_text(here, "utf-8")
+    done = run_here("systemd-analyze", "verify", str(file))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run_here("systemd-analyze", "security", "--offline=true", str(file))
+    scores = re.findall(r"Overall exposure level for wxsync\.service: ([\d.]+)", done.stdout)
+    scores += re.findall(r"暴露分是 ([\d.]+)", section("systemd"))
+    assert abs(float(scores[0]) - float(scores[1])) <= 0.3, done.stderr
+
+
 def test_help_names_the_commands_of_readme() -> None:
-    """The table of commands is what the program knows."""
+    """The table of commands is what the program knows, and what it shows can be typed."""
     shown = table(section("设置").partition("\n命令：\n")[2])
     named = {re.split("[` ]", name.rpartition("… ")[2])[0] for name in shown}
-    done = run_wxsync("--help")
-    assert done.returncode == 0
+    done = run_script("--help")
+    assert (done.returncode, "--env" in done.stdout) == (0, True)
     assert set(re.findall(r"^    (\w+) +\S", done.stdout, re.MULTILINE)) == named
-
-
-EXAMPLES = ("check --json", "send TEXT [--user ID]", "plan [FILE]", "copy LINE")
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_help_of_a_command_knows_its_words(example: str) -> None:
-    """What the table shows can be typed."""
-    command, *words = re.sub(r"[\[\]]", "", example).split()
-    text = run_wxsync(command, "--help").stdout
-    assert [word for word in words if word not in text] == []
-
-
-def test_version_is_the_checksum_of_the_file() -> None:
-    """`--version` and `sha256sum wxsync.py` agree, as README.md says they do."""
-    version = run_wxsync("--version").stdout
-    found = re.fullmatch(r"wxsync (\S+) sha256:([0-9a-f]{12})\n", version)
-    assert found
-    assert found[1] == wxsync.VERSION
-    assert hashlib.sha256(PROGRAM.read_bytes()).hexdigest().startswith(found[2])
-    if shutil.which("sha256sum"):
-        assert run_here("sha256sum", "wxsync.py").stdout.startswith(found[2])
+    for example in ("check --json", "send TEXT [--user ID]", "plan [FILE]", "copy LINE"):
+        command, *words = re.sub(r"[\[\]]", "", example).split()
+        text = run_script(command, "--help").stdout
+        assert [word for word in words if word not in text] == []
 
 
 @POSIX
 def test_the_audit_commands_show_what_readme_says() -> None:
     """The first lists the sections, the second leads to the one place that starts processes."""
-    sections, processes = code_blocks(section("审计与核对"), "sh")[0].splitlines()[:2]
-    listed = run_here("sh", "-c", sections).stdout.splitlines()
+    commands = code_blocks(section("审计与核对"), "sh")[0].splitlines()[:2]
+    listed, hits = (run_here("sh", "-c", text).stdout.splitlines() for text in commands)
     starts = {int(line.split(":")[0]): line for line in listed}
-    hits = [int(line.split(":")[0]) for line in run_here("sh", "-c", processes).stdout.splitlines()]
-    where = {starts[max(start for start in starts if start < hit)] for hit in hits}
+    places = {max(start for start in starts if start < int(hit.split(":")[0])) for hit in hits}
     assert len(starts) >= 15
-    assert len(where) == 1
-    assert "Copying an image" in where.pop()
+    assert ["Copying an image" in starts[place] for place in places] == [True]
 
 
 @POSIX
@@ -14162,9 +12471,8 @@ WHO_TYPES = {  # how each block of commands of README.md begins: what runs it as
 def test_every_block_of_commands_is_run_as_it_stands() -> None:
     """Or it is said why that cannot be."""
     blocks = code_blocks(document("README.md"), "(?:sh|powershell)")
-    assert [next((b for b in WHO_TYPES if block.startswith(b)), block) for block in blocks] == [
-        *WHO_TYPES
-    ]
+    begun = [next((b for b in WHO_TYPES if block.startswith(b)), block) for block in blocks]
+    assert begun == [*WHO_TYPES]
     others = [who for who in WHO_TYPES.values() if not who.startswith((".ci/run", "nothing: "))]
     assert [who for who in others if who not in globals()] == []
 
@@ -14216,11 +12524,6 @@ class Newcomer:
         return printed
 
 
-def env_file(settings: Mapping[str, str]) -> str:
-    """Return settings as an .env file."""
-    return "".join(f"{name}='{value}'\n" for name, value in settings.items())
-
-
 @pytest.fixture(scope="module")
 def settled() -> Iterator[Newcomer]:
     """Somebody who has typed the first block of step four."""
@@ -14236,8 +12539,7 @@ def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: R
     """Checking, starting, sending, upgrading and the audit, with nothing changed but .env."""
     _, start = code_blocks(section("第四步：填设置，检查，启动"), "sh")
     (send,) = code_blocks(section("另一条路：自建应用的回调"), "sh")
-    world = World(PROGRAM, None, tls_registry.settings)
-    with contextlib.closing(world.prepare()):
+    with closing(World(SCRIPT, None, tls_registry.settings).prepare()) as world:
         settled.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
         (settled.place / ".env").write_text(env_file(world.service.settings), "utf-8")
         with settled.starts(start, settled.place) as process:
@@ -14271,11 +12573,11 @@ exec {ExecStart}
 @POSIX
 def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Registries) -> None:
     """The installation and the check of the section, then the unit's own line in its folder."""
-    require(namespace_missing())
+    needs(namespace_missing())
     install, check, _ = code_blocks(section("systemd"), "sh")
     script = AS_THE_UNIT_DOES.format(install=install, check=check, **unit_of_readme()[1])
-    world = World(PROGRAM, None, tls_registry.settings)
-    with temporary_folder("unit") as name, contextlib.closing(world.prepare()):
+    world = World(SCRIPT, None, tls_registry.settings)
+    with temporary_folder("unit") as name, closing(world.prepare()):
         newcomer, own = Newcomer(Path(name)), dict(world.service.settings)
         newcomer.environment["SSL_CERT_FILE"] = own.pop("SSL_CERT_FILE")
         (newcomer.home / "env").write_text(env_file(own | {"STATE_DIR": "."}), "utf-8")
@@ -14287,10 +12589,12 @@ def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Registries
     assert re.search(r"^wxsync\.cpython-\d+\.pyc$", printed, re.MULTILINE), printed
 
 
-def test_the_sandbox_plays_its_story(plays: Plays) -> None:
+@early
+def test_the_sandbox_plays_its_story() -> None:
     """Without a terminal it ends by itself; exit status 0 says that every answer was right."""
-    output, _ = plays.process.communicate(timeout=60)
-    assert (plays.process.returncode, "✅ 故事演完" in output) == (0, True), output[-2000:]
+    words = (sys.executable, inspect.getfile(sandbox), "--played")
+    done = run_here(*words, settings={"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert (done.returncode, "✅ 故事演完" in done.stdout) == (0, True), done.stdout[-2000:]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14300,58 +12604,39 @@ def test_the_sandbox_plays_its_story(plays: Plays) -> None:
 WORKFLOWS = (".github/workflows/docker-image-sync.yml", ".github/workflows/ci.yml")
 
 
-def steps_of(name: str) -> list[dict[str, Any]]:
-    """Return every step of every job of a workflow."""
-    jobs = document_yaml(name)["jobs"].values()
-    return [step for job in jobs for step in job["steps"]]
-
-
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_workflows_have_no_rights_but_to_read(name: str) -> None:
-    """Nothing by default, contents: read for each job, and no token left in the checkout."""
+def test_workflows_have_few_rights_and_pinned_actions(name: str) -> None:
+    """contents: read for each job, no token left in the checkout, every action by commit; no
+    `${{ }}` inside run:, which would let a line be read as a command."""
     workflow = document_yaml(name)
     assert workflow["permissions"] == {}
     for job in workflow["jobs"].values():
-        assert job["permissions"] == {"contents": "read"}
-        assert job["timeout-minutes"] <= 60
-    checkouts = [step for step in steps_of(name) if "checkout" in step.get("uses", "")]
-    assert checkouts
-    assert all(step["with"]["persist-credentials"] is False for step in checkouts)
+        assert job["permissions"] == {"contents": "read"} and job["timeout-minutes"] <= 60
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    used = {step["uses"]: step.get("with", {}) for step in steps if "uses" in step}
+    assert [name for name in used if not re.fullmatch(r"actions/\S+@[0-9a-f]{40}", name)] == []
+    kept = {w.get("persist-credentials") for name, w in used.items() if "/checkout@" in name}
+    assert kept == {False}
+    assert [step for step in steps if "${{" in step.get("run", "")] == []
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_actions_are_pinned_and_shells_get_no_expressions(name: str) -> None:
-    """By commit; and `${{ }}` inside run: would let a line be read as a command."""
-    used = [step["uses"] for step in steps_of(name) if "uses" in step]
-    assert [
-        action for action in used if not re.fullmatch(r"actions/\S+@[0-9a-f]{40}", action)
-    ] == []
-    assert [step for step in steps_of(name) if "${{" in step.get("run", "")] == []
-
-
-def test_secrets_reach_one_step() -> None:
-    """The five that README.md names, in the environment of the step that copies."""
-    name = WORKFLOWS[0]
-    (step,) = (step for step in steps_of(name) if "secrets." in json.dumps(step))
+def test_the_workflow_does_what_the_service_relies_on() -> None:
+    """One job an image, none stops the others; the five Secrets that README.md names reach the
+    environment of the one step that copies."""
+    workflow = document_yaml(WORKFLOWS[0])
+    copy, on = workflow["jobs"]["copy"], workflow[True]
+    assert (copy["strategy"]["fail-fast"], copy["runs-on"]) == (False, "ubuntu-24.04")
+    assert set(on) == {"workflow_dispatch", "push"} and WORKFLOWS[0].endswith(wxsync.WORKFLOW)
+    optional = {n: not value["required"] for n, value in on["workflow_dispatch"]["inputs"].items()}
+    assert optional == {"images": True, "request": True, "target": True}
+    assert copy["steps"][-1]["if"] == "always()"
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    (step,) = (step for step in steps if "secrets." in json.dumps(step))
     assert "wxsync.py copy" in step["run"]
     from_secrets = {key for key, value in step["env"].items() if "secrets." in value}
     assert from_secrets == set(table(section("第二步：GitHub")))
-    assert document(name).count("secrets.") == len(from_secrets)
+    assert document(WORKFLOWS[0]).count("secrets.") == len(from_secrets)
     assert set(step["env"]) - from_secrets == {"WXSYNC_TARGET", "LINE"}
-
-
-def test_one_job_an_image_and_none_stops_the_others() -> None:
-    """The parts of contract 7 that the service relies on."""
-    workflow = document_yaml(WORKFLOWS[0])
-    copy = workflow["jobs"]["copy"]
-    assert (copy["strategy"]["fail-fast"], copy["runs-on"]) == (False, "ubuntu-24.04")
-    assert set(workflow[True]) == {"workflow_dispatch", "push"}
-    inputs = workflow[True]["workflow_dispatch"]["inputs"]
-    assert {name: value["required"] for name, value in inputs.items()} == dict.fromkeys(
-        ("images", "request", "target"), False
-    )
-    assert WORKFLOWS[0].endswith(wxsync.WORKFLOW)
-    assert copy["steps"][-1]["if"] == "always()"
 
 
 def test_dependabot_looks_after_actions_and_the_base_image() -> None:
@@ -14364,129 +12649,65 @@ def test_dependabot_looks_after_actions_and_the_base_image() -> None:
 # The picture of a chat
 # ---------------------------------------------------------------------------------------------
 
-WIDTH, FONT, LINE_HEIGHT = 420, 13, 18
-BUBBLE_EMS = 24.0  # the widest line of a bubble
+WIDTH, LINE_HEIGHT, COLUMN = 420, 18, 7  # pixels
+MOST_COLUMNS = 46  # of a bubble
 STYLE = """
 text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
 sans-serif;fill:#191919;white-space:pre}
-.page{fill:#ededed;stroke:#c8c8c8}.bar{fill:#f7f7f7}.rule{stroke:#d9d9d9}.dots{fill:#191919}
-.back{fill:none;stroke:#191919;stroke-width:2}.head{font-size:15px;font-weight:600}
-.head,.time,.face{text-anchor:middle}.time{font-size:11px;fill:#8a8a8a}.face{fill:#fff}
-.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}.robot{fill:#2f6feb}.user{fill:#7d8590}
-@media (prefers-color-scheme:dark){
-text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}.bar{fill:#191919}.rule{stroke:#2c2c2c}
-.dots{fill:#d5d5d5}.back{stroke:#d5d5d5}.time{fill:#7a7a7a}.face{fill:#fff}
+.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
+@media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}
 .wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine{fill:#06120b}.link{fill:#7d90c9}}
 """
 
 
-def ems(text: str) -> float:
-    """Estimate how wide a text is, in times of its font size; rather too wide."""
-    wide = columns(text) - len(text)
-    pictures = sum(c > "\u2600" and not "\u3000" <= c <= "\uffef" for c in text)
-    return wide + 0.3 * pictures + 0.55 * (len(text) - wide)
-
-
-def cut_at(line: str, most: int) -> int:
-    """Return where a line of which `most` characters fit is cut: after a word if there is one."""
-    for signs, least in ((" /", 0.4), (".-，；", 0.5)):
-        soft = max(line.rfind(sign, 0, most) + 1 for sign in signs)
-        if soft > least * most:
-            return soft
-    return most
-
-
-def wrapped(line: str, limit: float = BUBBLE_EMS) -> list[str]:
-    """Cut a line into pieces that fit; nothing is lost."""
+def wrapped(line: str) -> list[str]:
+    """Cut a line into pieces that fit, after a word if there is one; nothing is lost."""
     pieces = []
-    while ems(line) > limit:
-        at = cut_at(line, next(n for n in range(len(line), 0, -1) if ems(line[:n]) <= limit))
-        pieces.append(line[:at])
-        line = line[at:]
+    while columns(line) > MOST_COLUMNS:
+        most = next(n for n in range(len(line), 0, -1) if columns(line[:n]) <= MOST_COLUMNS)
+        soft = max(line.rfind(sign, most // 2, most) + 1 for sign in " /.-，；") or most
+        pieces.append(line[:soft])
+        line = line[soft:]
     return [*pieces, line]
 
 
-class Bubble(NamedTuple):
-    """Something that was said, by the member or by wxsync."""
-
-    mine: bool
-    text: str
-
-
 class Recorder(Transcript):
-    """Keeps what the two say, with nothing in it that differs from time to time."""
+    """Keeps what the member (True) and wxsync say, with nothing in it that differs each time."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world, io.StringIO(), False)
-        self.said: list[Bubble] = []
+        self.said: list[tuple[bool, str]] = []
 
     def show(self, who: str, text: str, note: str = "") -> None:
-        if who not in ("你", "wxsync"):
-            return
-        text = re.sub(r"用时 .+", "用时 41 秒", text)
-        text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
-        self.said.append(Bubble(who == "你", re.sub(r"（#\w+）", "", text).strip()))
+        if who in ("你", "wxsync"):
+            text = re.sub(r"用时 .+", "用时 41 秒", text)
+            text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
+            self.said.append((who == "你", re.sub(r"（#\w+）", "", text).strip()))
 
 
-def tell_story(script: Path) -> tuple[list[Bubble], list[str]]:
-    """Play the sandbox's story; return what was said and what was wrong."""
-    stage = Stage(script, True, lambda text: None)
-    with stage.stack:
-        world = stage.world()
-        recorder = Recorder(world)
-        wrong = Story(stage, world, recorder).play()
-    return recorder.said, wrong
-
-
-def draw_bubble(bubble: Bubble, y: int) -> tuple[str, int]:
-    """Return the drawing of a bubble that begins at y, and its height."""
-    lines = [wrapped(line) for line in bubble.text.split("\n")]
-    width = round(max(ems(piece) for pieces in lines for piece in pieces) * FONT) + 24
-    height = sum(map(len, lines)) * LINE_HEIGHT + 17
-    x = WIDTH - 58 - width if bubble.mine else 58
-    kind, face, name = ("me", "user", "我") if bubble.mine else ("wxsync", "robot", "wx")
-    at, side = (WIDTH - 48, WIDTH - 58) if bubble.mine else (12, 58)
-    tip = side + (6 if bubble.mine else -6)
-    parts = [
-        "<g>",
-        f'<rect class="{face}" x="{at}" y="{y}" width="36" height="36" rx="5"/>',
-        f'<text class="face" x="{at + 18}" y="{y + 23}">{name}</text>',
-        f'<path class="{kind}" d="M{side} {y + 12}L{tip} {y + 18}L{side} {y + 24}z"/>',
-        f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="6"/>',
-    ]
-    top = y + 22
-    for pieces in lines:
-        link = "link" if pieces[0].startswith("http") else "mine" if bubble.mine else "theirs"
-        spans = [
-            f'<tspan x="{x + 12}" y="{top + n * LINE_HEIGHT}">{escape(piece, quote=False)}</tspan>'
-            for n, piece in enumerate(pieces)
-        ]
-        parts += [f'<text class="{link}">{"".join(spans)}</text>'] if any(pieces) else []
-        top += len(pieces) * LINE_HEIGHT
-    return "\n".join([*parts, "</g>"]), height
-
-
-def draw_chat(said: Sequence[Bubble]) -> str:
+def draw_chat(said: Sequence[tuple[bool, str]]) -> str:
     """Return a chat as an SVG picture of a phone's screen."""
-    middle = WIDTH // 2
-    parts, y = [f'<text class="time" x="{middle}" y="72">上午 10:24</text>'], 86
-    for bubble in said:
-        drawn, height = draw_bubble(bubble, y)
-        parts.append(drawn)
-        y += max(height, 36) + 13
-    frame = f'width="{WIDTH - 1}" height="{y - 1}" rx="14"'
+    parts, y = [f'<text x="{WIDTH // 2}" y="28" text-anchor="middle">镜像同步</text>'], 46
+    for mine, text in said:
+        lines = [wrapped(line) for line in text.split("\n")]
+        width = max(columns(piece) for pieces in lines for piece in pieces) * COLUMN + 24
+        size = f'width="{width}" height="{sum(map(len, lines)) * LINE_HEIGHT + 17}"'
+        x, kind = (WIDTH - 14 - width, "me") if mine else (14, "wxsync")
+        parts.append(f'<rect class="{kind}" x="{x}" y="{y}" {size} rx="6"/>')
+        y += 22
+        for pieces in lines:
+            kind = "link" if pieces[0].startswith("http") else "mine" if mine else "theirs"
+            for piece in pieces:
+                place = f'class="{kind}" x="{x + 12}" y="{y}"'
+                parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
+                y += LINE_HEIGHT
+        y += 8
     head = [
         '<svg xmlns="http://www.w3.org/2000/svg" role="img"',
         f' width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">',
         "<title>企业微信里的一次对话：发镜像名，收到结果</title>",
         f"<style>{STYLE.strip()}</style>",
-        f'<clipPath id="screen"><rect x=".5" y=".5" {frame}/></clipPath>',
-        f'<rect class="page" x=".5" y=".5" {frame}/>',
-        f'<path class="bar" clip-path="url(#screen)" d="M1 1h{WIDTH - 2}v46h-{WIDTH - 2}z"/>',
-        f'<path class="rule" d="M1 47.5h{WIDTH - 2}"/>',
-        f'<text class="head" x="{middle}" y="30">镜像同步</text>',
-        '<path class="back" d="M25 17l-7 7l7 7"/>',
-        *(f'<circle class="dots" cx="{WIDTH - x}" cy="24" r="1.8"/>' for x in (19, 26, 33)),
+        f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1}" rx="14"/>',
     ]
     return "\n".join([*head, *parts, "</svg>", ""])
 
@@ -14496,53 +12717,46 @@ def picture(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py picture", description="演一遍沙盒的故事，把对话画成 .github/chat.svg"
     )
-    parser.add_argument("--script", type=Path, default=PROGRAM, help="wxsync.py 的位置")
     parser.add_argument("--out", type=Path, default=ROOT / ".github" / "chat.svg")
     options = parser.parse_args(argv)
-    said, wrong = tell_story(options.script.resolve())
+    stage = Stage(SCRIPT, True, lambda text: None)
+    with stage.stack:
+        world = stage.world()
+        recorder = Recorder(world)
+        wrong = Story(stage, world, recorder).play()
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
-    options.out.write_text(draw_chat(said), "utf-8", newline="\n")
+    options.out.write_text(draw_chat(recorder.said), "utf-8", newline="\n")
     print(options.out)
     return 0
 
 
-def picture_lines(file: Path) -> list[str]:
-    """Return the lines of text in a picture, put together again where they were wrapped."""
-    name = "{http://www.w3.org/2000/svg}text"
-    return ["".join(text.itertext()) for text in ET.parse(file).iter(name)]
-
-
-def test_the_picture_shows_what_the_program_says_now(plays: Plays) -> None:
-    """Run `python test_wxsync.py picture` when this fails: a text has changed since."""
-    shown = picture_lines(ROOT / ".github" / "chat.svg")
-    assert [line for line in wxsync.HELP.splitlines() if line and line not in shown] == []
-    assert "🔄 正在处理镜像同步请求..." in shown
-    assert "✅ 镜像同步完成，成功 1 / 1" in shown
-    assert plays.drawn.result(60) == 0
-    assert picture_lines(plays.file) == shown
-    assert plays.file.read_text("utf-8") == document(".github/chat.svg")
+@early
+def test_the_picture_shows_what_the_program_says_now() -> None:
+    """Run `python3 test_wxsync.py picture` when this fails: a text has changed since."""
+    with temporary_folder("picture") as name:
+        file = Path(name, "chat.svg")
+        assert picture(["--out", str(file)]) == 0
+        drawn = file.read_text("utf-8")
+    assert drawn.splitlines() == document(".github/chat.svg").splitlines()
+    text = "".join(part.text or "" for part in ET.fromstring(drawn).iter())
+    assert [line for line in wxsync.HELP.splitlines() if line not in text] == []
+    assert "🔄 正在处理镜像同步请求..." in text and "✅ 镜像同步完成，成功 1 / 1" in text
 
 
 def test_the_picture_fits_a_page_and_loads_nothing() -> None:
     """GitHub shows it as an image: no scripts, no fonts or pictures from elsewhere."""
     text = document(".github/chat.svg")
-    root = ET.fromstring(text)
-    assert root.get("width") == str(WIDTH)
-    assert len(text) < 30_000
+    assert ET.fromstring(text).get("width") == str(WIDTH) and len(text) < 30_000
     assert not re.search(r"<script|<image|<foreignObject|href|url\((?!#)|@import", text)
-
-
-def test_a_line_is_wrapped_without_loss() -> None:
-    """Whatever it holds: a long address, Chinese, nothing."""
     for line in ("", "docker pull " + "a/" * 60, "镜像" * 40, "x" * 200, STORY[1].text):
-        assert "".join(wrapped(line)) == line
-        assert max(map(ems, wrapped(line))) <= BUBBLE_EMS
+        assert "".join(wrapped(line)) == line  # nothing of it is lost
+        assert max(map(columns, wrapped(line))) <= MOST_COLUMNS
 
 
 # ---------------------------------------------------------------------------------------------
-# The container, for real: dockerd, a registry in place of Docker Hub, docker compose
+# The container, for real: dockerd, docker compose
 # ---------------------------------------------------------------------------------------------
 
 TOOLS = ["sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true"]
@@ -14551,57 +12765,11 @@ LEFT_OUT = re.compile(
     r"|dist-packages|ensurepip)/|\.(a|pyc)$|EXTERNALLY-MANAGED$"
 )
 ABOUT_PYTHON = """
-import json, os, ssl, sys, sysconfig
+import json, os, sys, sysconfig
 paths = sysconfig.get_paths()
 print(json.dumps([os.path.realpath(sys.executable), paths["stdlib"], paths["purelib"]]))
 """
-
-
-class Root:
-    """A root file system under construction: everything keeps the path it has on this machine."""
-
-    def __init__(self, archive: tarfile.TarFile) -> None:
-        self.archive = archive
-        self.seen: set[str] = set()
-        for name in ("bin", "sbin", "lib", "lib64"):
-            self.link(f"/{name}", f"usr/{name}")  # so that /lib/… and /usr/lib/… are the same
-
-    def _entry(self, name: str, mode: int) -> tarfile.TarInfo | None:
-        name = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", name).lstrip("/")
-        if name in self.seen:
-            return None
-        self.seen.add(name)
-        entry = tarfile.TarInfo(name)
-        entry.mode = mode
-        return entry
-
-    def folder(self, name: str, mode: int = 0o755) -> None:
-        if entry := self._entry(name, mode):
-            entry.type = tarfile.DIRTYPE
-            self.archive.addfile(entry)
-
-    def link(self, name: str, target: str) -> None:
-        if entry := self._entry(name, 0o777):
-            entry.type, entry.linkname = tarfile.SYMTYPE, target
-            self.archive.addfile(entry)
-
-    def file(self, name: str, data: bytes, mode: int = 0o644) -> None:
-        if entry := self._entry(name, mode):
-            for parent in reversed(Path("/", entry.name).parents[:-1]):
-                self.folder(str(parent))
-            entry.size = len(data)
-            self.archive.addfile(entry, io.BytesIO(data))
-
-    def copy(self, *files: str) -> None:
-        for name in files:
-            executable = os.access(name, os.X_OK)
-            self.file(name, Path(name).read_bytes(), 0o755 if executable else 0o644)
-
-    def tree(self, folder: str) -> None:
-        for place, _, names in os.walk(folder):
-            for name in (os.path.join(place, name) for name in names):
-                if not LEFT_OUT.search(name) and os.path.exists(name):
-                    self.copy(name)
+TRUST = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def libraries(files: Sequence[str]) -> set[str]:
@@ -14613,57 +12781,53 @@ def libraries(files: Sequence[str]) -> set[str]:
     return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
 
 
-def fill_root(root: Root) -> None:
-    """Put into a root file system what an image named python:3.X-slim has."""
+def fill_root(archive: tarfile.TarFile) -> None:
+    """Put in what an image named python:3.X-slim has: this machine's files, at their paths."""
+    seen: set[str] = set()
+
+    def put(
+        name: str, data: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, to: str = ""
+    ) -> None:
+        name = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", name).strip("/")
+        if not name or name in seen:
+            return
+        put(os.path.dirname(name), b"", 0o755, tarfile.DIRTYPE)
+        seen.add(name)
+        entry = tarfile.TarInfo(name)
+        entry.size, entry.mode, entry.type, entry.linkname = len(data), mode, kind, to
+        archive.addfile(entry, io.BytesIO(data))
+
     found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
     prefix, major, minor = found.stdout.split()[:3]
     base = f"{prefix}/bin/python{major}.{minor}"
     program, stdlib, packages = json.loads(run_here(base, "-I", "-c", ABOUT_PYTHON).stdout)
+    for name in ("bin", "sbin", "lib", "lib64"):  # so that /lib/… and /usr/lib/… are the same
+        put(f"/{name}", b"", 0o777, tarfile.SYMTYPE, f"usr/{name}")
+    for name, mode in (("/tmp", 0o1777), ("/var/tmp", 0o1777), ("/proc", 0o755), ("/sys", 0o755)):
+        put(name, b"", mode, tarfile.DIRTYPE)
+    for name in ("root", "dev", "etc"):
+        put(name, b"", 0o755, tarfile.DIRTYPE)
     tools = [path for path in map(shutil.which, TOOLS) if path]
     extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
-    for name in ("/tmp", "/var/tmp"):
-        root.folder(name, 0o1777)
-    for name in ("/root", "/proc", "/sys", "/dev", "/etc"):
-        root.folder(name)
-    root.copy(program, *sorted({*tools, *libraries([program, *extensions, *tools])}))
-    root.tree(stdlib)
-    root.tree("/usr/share/zoneinfo")
+    files = [program, *sorted({*tools, *libraries([program, *extensions, *tools])})]
+    for tree in (stdlib, "/usr/share/zoneinfo"):
+        files += [os.path.join(place, name) for place, _, names in os.walk(tree) for name in names]
+    for name in files:
+        if os.path.exists(name) and (name == program or not LEFT_OUT.search(name)):
+            put(name, Path(name).read_bytes(), 0o755 if os.access(name, os.X_OK) else 0o644)
     for name in ("python", "python3"):
-        root.link(f"/usr/local/bin/{name}", program)
+        put(f"/usr/local/bin/{name}", b"", 0o777, tarfile.SYMTYPE, program)
     wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
     wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
     with zipfile.ZipFile(wheels[0]) as wheel:
         for name in wheel.namelist():
-            root.file(f"{packages}/{name}", wheel.read(name))
-    root.file("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
-    root.file("/etc/group", b"root:x:0:\n")
-    root.file("/etc/nsswitch.conf", b"hosts: files dns\n")
+            put(f"{packages}/{name}", wheel.read(name))
+    put("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+    put("/etc/group", b"root:x:0:\n")
+    put("/etc/nsswitch.conf", b"hosts: files dns\n")
     # The package index is reached as this machine reaches it.
-    trusted = ssl.get_default_verify_paths().cafile
-    if trusted:
-        root.file("/etc/ssl/certs/ca-certificates.crt", Path(trusted).read_bytes())
-
-
-def make_base(folder: Path, tag: str) -> None:
-    """Make a stand-in for python:3.X-slim of this machine's own files: no network, no root."""
-    raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as archive:
-        fill_root(Root(archive))
-    plain = raw.getvalue()
-    layout, kind = ImageLayout(folder), "application/vnd.oci.image."
-    layer = layout.blob(gzip.compress(plain, 1, mtime=0), kind + "layer.v1.tar+gzip")
-    trust = "/etc/ssl/certs/ca-certificates.crt"
-    values = [f"PIP_CERT={trust}", f"SSL_CERT_FILE={trust}", "LANG=C.UTF-8"]
-    values += ["PATH=/usr/local/bin:/usr/bin:/bin"]
-    config = {
-        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, ""),
-        "os": "linux",
-        "config": {"Env": values, "Cmd": ["python3"]},
-        "rootfs": {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(plain).hexdigest()]},
-    }
-    about = layout.blob(json.dumps(config).encode(), kind + "config.v1+json")
-    manifest = {"config": about, "layers": [layer]}
-    layout.finish(tag, layout.document(manifest, kind + "manifest.v1+json"))
+    if trusted := ssl.get_default_verify_paths().cafile:
+        put(TRUST, Path(trusted).read_bytes())
 
 
 def compose_program() -> str:
@@ -14674,8 +12838,39 @@ def compose_program() -> str:
     inside = Path(script).parent.parent.glob("lib/python*/site-packages/compose/docker-compose")
     if script:
         return str(next(inside, script))
-    plugins = Path("/usr").glob("lib*/docker/cli-plugins/docker-compose")
-    return str(next(plugins, ""))
+    return str(next(Path("/usr").glob("lib*/docker/cli-plugins/docker-compose"), ""))
+
+
+@contextmanager
+def dockerd(folder: Path) -> Iterator[str]:
+    """Run a dockerd that has never seen anything, without a bridge or iptables; yield its address.
+
+    Where it does not come up the test is skipped, and the reason is its log.
+    """
+    address, log = f"unix://{folder}/docker.sock", folder / "dockerd.log"
+    words = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "-H", address]
+    words += ["--ip-forward=false", "--ip-masq=false", f"--data-root={folder}/data"]
+    words += [f"--exec-root={folder}/exec", f"--pidfile={folder}/dockerd.pid"]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(words, stdout=file, stderr=file)
+
+    def answers() -> bool:
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(address.removeprefix("unix://"))
+            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
+            return b" 200 " in connection.recv(100)
+        return False
+
+    try:
+        wait_until(lambda: answers() or process.poll() is not None, 20, 0.05)
+        if not answers():
+            pytest.skip("dockerd does not come up: " + log.read_text()[-300:])
+        yield address
+    finally:
+        process.terminate()
+        process.wait(30)
+        for mount in (folder / "exec" / "netns").glob("*"):  # dockerd leaves it behind
+            run_here("umount", str(mount))
 
 
 # Without a bridge or iptables, so that it runs wherever dockerd does.
@@ -14692,37 +12887,30 @@ services:
 
 
 class Engine:
-    """A dockerd of its own with nothing in it, and a project that is built and run by it."""
+    """A project beside a dockerd of its own, by which it is built and run."""
 
-    def __init__(self, folder: Path, mirror: str) -> None:
+    def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.project = folder, folder / "wxsync"
-        self.address = f"unix://{folder}/docker.sock"
-        self.log = folder / "dockerd.log"
         plugin = folder / ".docker/cli-plugins/docker-compose"
         plugin.parent.mkdir(parents=True)
         plugin.symlink_to(compose_program())
+        self.project.mkdir()
+        names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
+        for name in (*names, "env.example"):
+            shutil.copy(ROOT / name, self.project / name)
+        (self.project / "over.yml").write_text(OVERRIDE)
         self.lines = "\n".join(code_blocks(section("Docker Compose"), "sh")).splitlines()
-        words = ["dockerd", f"--registry-mirror={mirror}", "--iptables=false", "--bridge=none"]
-        words += ["--ip6tables=false", "--ip-forward=false", "--ip-masq=false", "-H", self.address]
-        words += [f"--data-root={folder}/data", f"--exec-root={folder}/exec"]
-        words += [f"--pidfile={folder}/dockerd.pid"]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(words, stdout=log, stderr=log)
-
-    def is_up(self) -> bool:
-        return self.docker("version").returncode == 0
+        kept = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+        self.settings = {name: os.environ[name] for name in kept if name in os.environ}
+        self.settings |= {"DOCKER_HOST": address, "DOCKER_BUILDKIT": "0"}
+        self.settings |= {"DOCKER_CONFIG": f"{folder}/.docker"}
+        self.settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
+        # /usr/bin first: another docker on PATH may be too new for this dockerd
+        self.settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run something beside the project's files, for which `docker` means this engine."""
-        names = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-        settings = {name: os.environ[name] for name in names if name in os.environ}
-        settings |= {"DOCKER_HOST": self.address, "DOCKER_BUILDKIT": "0"}
-        settings |= {"DOCKER_CONFIG": str(self.folder / ".docker")}
-        settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
-        # /usr/bin first: another docker on PATH may be too new for this dockerd
-        settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
-        folder = self.project if self.project.exists() else self.folder
-        return run_here(*words, folder=folder, settings=settings)
+        return run_here(*words, folder=self.project, settings=self.settings)
 
     def docker(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.run("docker", *words)
@@ -14738,57 +12926,43 @@ class Engine:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-        for mount in (self.folder / "exec" / "netns").glob("*"):  # dockerd leaves it behind
-            run_here("umount", str(mount))
+
+def build_engine(stack: ExitStack) -> Engine:
+    """Return a dockerd with the project built, until the stack is closed."""
+    needs("" if os.name == "posix" and os.geteuid() == 0 else "dockerd needs root")
+    needs(missing_program("dockerd", "docker", "ldd"))
+    needs("" if compose_program() else "docker compose not installed")
+    folder = Path(stack.enter_context(temporary_folder("docker")))
+    engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
+    with tarfile.open(base, "w") as archive:
+        fill_root(archive)
+    values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
+    words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
+    assert engine.docker(*words).returncode == 0
+    engine.types("cp env.example .env")
+    built = engine.types("docker compose build")
+    if "NewConnectionError" in built.stdout + built.stderr:
+        needs("no package index can be reached")
+    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    return engine
 
 
-def no_docker() -> str:
-    """Return why no container can be run here, "" where one can."""
-    missing = Registry.missing() or missing_program("dockerd", "docker", "ldd")
-    if not missing and not compose_program():
-        missing = "docker compose not installed"
-    return missing or ("" if os.geteuid() == 0 else "dockerd needs root")
+@pytest.fixture(scope="module", autouse=True)
+def building(request: pytest.FixtureRequest) -> Iterator[Future[Engine]]:
+    """Begin with it before the first test, where one that was chosen wants it: it takes long."""
+    wanted = any("engine" in getattr(item, "fixturenames", ()) for item in request.session.items)
+    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        yield pool.submit(build_engine, stack) if wanted else Future()
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    """dockerd with the project built; where it does not come up the reason is its log."""
-    require(no_docker() if os.name == "posix" else "no dockerd on Windows")
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(temporary_folder("docker")))
-        hub = stack.enter_context(Registry())
-        engine = Engine(folder, f"http://{hub.host}")
-        stack.callback(engine.stop)
-        if not wait_until(lambda: engine.process.poll() is not None or engine.is_up(), 15, 0.1):
-            pytest.skip("dockerd does not answer")
-        if engine.process.poll() is not None:
-            pytest.skip("dockerd does not come up: " + engine.log.read_text()[-300:])
-        copy_project(engine.project)
-        image, tag = base_image().split(":")
-        make_base(folder / "base", tag)
-        push_image(folder / "base", tag, hub, f"library/{image}")
-        engine.types("cp env.example .env")
-        (engine.project / "over.yml").write_text(OVERRIDE)
-        built = engine.types("docker compose build")
-        if "NewConnectionError" in built.stdout + built.stderr:
-            require("no package index can be reached")
-        assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
-        yield engine
-
-
-def copy_project(folder: Path) -> None:
-    """Copy what is needed to build and run the image."""
-    folder.mkdir()
-    names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
-    for name in (*names, "env.example"):
-        shutil.copy(ROOT / name, folder / name)
+def engine(building: Future[Engine]) -> Engine:
+    return building.result()
 
 
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
-    """No .env, no pip, no root; what it runs is the file beside the Dockerfile, compiled for good."""
+    """No .env, no pip, no root, no more megabytes than README says; its program is compiled for
+    good. New versions of packages come, so some megabytes more or less are as well."""
     made = engine.docker("create", "wxsync").stdout.strip()
     engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
     engine.docker("rm", made)
@@ -14797,21 +12971,16 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
         own = sorted(n for n in names if n.startswith("app/") and not n.endswith("__"))
         text = {name: image.extractfile(name) for name in own}
         _, code, program = (file.read() if file else b"" for file in text.values())
-    assert program == PROGRAM.read_bytes()
+    assert program == SCRIPT.read_bytes()
     assert code[4:8] == b"\1\0\0\0"  # by hash, which nobody compares: PEP 552
     shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
     assert re.fullmatch(shape, " ".join(own))
     assert [n for n in names if n.endswith(".env") or re.search("/pip(-[^/]*)?$", n)] == []
     assert engine.inspect("wxsync", ".Config.User") == "10001:10001"
     assert "TZ=Asia/Shanghai" in engine.inspect("wxsync", ".Config.Env")
-
-
-def test_the_image_is_as_small_as_readme_says(engine: Engine) -> None:
-    """What it adds to its base, within some megabytes: new versions of packages come."""
     added = engine.inspect("wxsync", ".Size") - engine.inspect(base_image(), ".Size")
-    told = re.search(r"增加约 (\d+) MB", section("Docker Compose"))
-    assert told
-    assert abs(added / 1e6 - int(told[1])) < 6
+    (told,) = re.findall(r"增加约 (\d+) MB", section("Docker Compose"))
+    assert abs(added / 1e6 - int(told)) < 6
 
 
 @pytest.mark.parametrize("command", ["--version", "plan -", "check"])
@@ -14821,6 +12990,16 @@ def test_commands_run_in_the_image(engine: Engine, command: str) -> None:
     words += ["--security-opt", "no-new-privileges", "wxsync", "python", "wxsync.py"]
     done = engine.docker(*words, *command.split())
     assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
+
+
+def test_the_compose_file_is_valid(engine: Engine) -> None:
+    """As docker compose itself reads it, the ports published as .env says."""
+    done = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    service = json.loads(done.stdout)["services"]["image-sync"]
+    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
+    assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
+    assert service["environment"]["STATE_DIR"] == "/data"
 
 
 class Contained(NamedTuple):
@@ -14838,35 +13017,19 @@ class Contained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def contained(engine: Engine) -> Iterator[Contained]:
-    world = World(PROGRAM, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
-    with contextlib.closing(world.prepare()):
+    """Started, and healthy by the health check of the image."""
+    world = World(SCRIPT, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
+    with closing(world.prepare()):
         settings = world.service.settings | {"HOST": "127.0.0.1", "STATE_DIR": "."}
         (engine.project / ".env").write_text(env_file(settings))
         started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
         name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
+        state = functools.partial(engine.inspect, name, ".State.Health.Status")
+        healthy = wait_until(lambda: state() == "healthy", 15, 0.2)
+        assert healthy and world.service.healthy(), engine.docker("compose", "logs").stdout
         yield Contained(engine, world, name)
-        engine.docker("compose", "down", "-v", "-t", "2")
-
-
-def test_the_compose_file_is_valid(engine: Engine) -> None:
-    """As docker compose itself reads it, the ports published as .env says."""
-    words = ("compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    done = engine.docker(*words)
-    assert done.returncode == 0, done.stderr
-    service = json.loads(done.stdout)["services"]["image-sync"]
-    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
-    assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
-    assert service["environment"]["STATE_DIR"] == "/data"
-
-
-def test_compose_up_becomes_healthy(contained: Contained) -> None:
-    """By the health check of the image."""
-    state = ".State.Health.Status"
-    assert wait_until(
-        lambda: contained.engine.inspect(contained.name, state) == "healthy", 15, 0.2
-    ), contained.engine.docker("compose", "logs").stdout
-    assert contained.world.service.healthy()
+        engine.docker("compose", "down", "-v", "-t", "1")
 
 
 def test_check_in_the_container_as_readme_shows_it(contained: Contained) -> None:
@@ -14884,30 +13047,26 @@ def test_the_container_may_write_only_its_volume(contained: Contained) -> None:
     assert int(contained.python(code), 16) == 0
 
 
-def test_a_message_sent_to_the_container_gets_its_reply(contained: Contained) -> None:
-    """From the callback to the result, and the list is on the volume."""
-    assert contained.world.say("nginx:latest").startswith("🔄")
-    assert "docker pull" in contained.world.hear("成功 1 / 1", 30)
+def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Contained) -> None:
+    """From callback to result, the list on the volume; SIGTERM is heard; what it knew it knows."""
+    engine, world = contained.engine, contained.world
+    assert world.say("nginx:latest").startswith("🔄")
+    assert "docker pull" in world.hear("成功 1 / 1", 30)
     shown = re.findall(r"`(docker compose exec .+?)`", section("Docker Compose"))[0]
-    done = contained.engine.run("bash", "-c", shown)
+    done = engine.run("bash", "-c", shown)
     assert (done.returncode, done.stdout.startswith("如需同步镜像 nginx")) == (0, True)
-    assert contained.world.broken() == []
-    (mount,) = contained.engine.inspect(contained.name, ".Mounts")
+    (mount,) = engine.inspect(contained.name, ".Mounts")
     assert (mount["Type"], mount["Destination"]) == ("volume", "/data")
     assert Path(mount["Source"], "images.txt").read_text() == "nginx:latest\n"
     assert Path(mount["Source"], "wxsync.state").exists()
-
-
-def test_the_container_stops_cleanly_and_keeps_its_state(contained: Contained) -> None:
-    """SIGTERM reaches the program: exit status 0 at once; what was known is known afterwards."""
     begun = time.monotonic()
-    assert contained.engine.docker("compose", "stop").returncode == 0
+    assert engine.docker("compose", "stop").returncode == 0
     assert time.monotonic() - begun < 5
-    assert contained.engine.inspect(contained.name, ".State.ExitCode") == 0
-    assert "已停止" in contained.engine.types("docker compose logs", 3).stdout
-    assert contained.engine.docker("compose", "start").returncode == 0
-    assert wait_until(contained.world.service.healthy, 10)
-    assert "nginx:latest" in contained.world.say("列表")
+    assert engine.inspect(contained.name, ".State.ExitCode") == 0
+    assert "已停止" in engine.types("docker compose logs", 1.5).stdout
+    assert engine.docker("compose", "start").returncode == 0
+    assert wait_until(world.service.healthy, 10)
+    assert "nginx:latest" in world.say("列表") and world.broken() == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -14921,57 +13080,41 @@ IMPORTS = "import http.server, ssl"  # the least that any service of this kind l
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
 
 
-class Skip(Exception):
-    """Why a row cannot be measured here."""
+Measured = tuple[str, bool | None, dict[str, Any]]  # text, is the target reached?, figures
 
 
-@dataclass
-class Measured:
-    """What a row found; `reached` is None where there is no target to reach."""
+class BenchRow(NamedTuple):
+    """A line of the table. Rows that only wait are measured side by side, to save time."""
 
-    text: str
-    reached: bool | None
-    figures: dict[str, float] = field(default_factory=dict)
-    skipped: bool = False
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """One line of the table. Rows that only wait are measured side by side, to save time."""
-
-    name: str
     what: str
     target: str
-    measure: Callable[[Benchmark], Measured]
-    waits: bool = False
+    text: str  # with the names of the figures
+    wants: str  # programs and modules
+    waits: bool
+    measure: Measure
 
 
-class Relayed(NamedTuple):
-    """What bringing one file from a source into the bucket took."""
-
-    seconds: float
-    cpu: float  # seconds, of the service
-    peers: float  # seconds, of source and bucket together
-    before: int  # bytes of memory, as `peak` and `after`
-    peak: int
-    after: int
+BENCH_ROWS: dict[str, BenchRow] = {}
+Measure = Callable[["Benchmark"], Sequence[Any]]
 
 
-class Load(NamedTuple):
-    """What wrk saw."""
+def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
+    """Make a line of the table of a function whose docstring has what is measured, the target, and
+    the text. It returns whether the target is reached (None: there is none), then the figures."""
 
-    per_second: float
-    p50: float
-    p99: float
-    errors: int
-    cpu: float  # seconds of the server per 1,000 answers
+    def add(measure: Measure) -> None:
+        name = measure.__name__.removeprefix("measure_").replace("_", "-")
+        what, target, *text = (inspect.getdoc(measure) or "").split("\n")
+        BENCH_ROWS[name] = BenchRow(what, target, "".join(text), wants, waits, measure)
+
+    return add
 
 
 class Benchmark:
-    """One run of the benchmark: its options, and what several rows need."""
+    """One run of the benchmark: quick or not, and what several rows need."""
 
-    def __init__(self, script: Path, quick: bool) -> None:
-        self.script, self.quick = script, quick
+    def __init__(self, quick: bool) -> None:
+        self.quick = quick
         self.begun = time.monotonic()
         self.stack = ExitStack()
         self.relay_size = (128 if quick else 1024) * MIB
@@ -14984,19 +13127,10 @@ class Benchmark:
     def times(self, usual: int, quick: int) -> int:
         return quick if self.quick else usual
 
-    def world(
-        self,
-        settings: Mapping[str, str | None] | None = None,
-        runner: Runner | None = None,
-    ) -> World:
-        """Return a world that logs as users do, not as tests do."""
-        return World(self.script, runner, {"LOG_LEVEL": None} | dict(settings or {}))
-
     @functools.cached_property
     def source(self) -> Registry:
         """The registry that images are copied from."""
-        if why := Registry.missing():
-            raise Skip(why)
+        needs(Registry.missing())
         return self.stack.enter_context(Registry())
 
     @functools.cached_property
@@ -15007,96 +13141,76 @@ class Benchmark:
         return "big:1"
 
     @functools.cached_property
-    def small_images(self) -> list[str]:
-        """20 images of 5 MB, as lines for `copy`."""
-        names = [f"small{number}" for number in range(20)]
-        for name in names:
-            publish(self.source, f"library/{name}", "1", sizes=[2_500_000] * 2)
-        return [f"{name}:1" for name in names]
-
-    @functools.cached_property
     def fast_relays(self) -> list[Relayed]:
-        return [relay(self, self.relay_size) for _ in range(self.times(3, 1))]
+        return [relay(self.relay_size) for _ in range(self.times(3, 1))]
 
 
-def middle(values: Sequence[float], share: float = 0.5) -> float:
+def calm_world(settings: Mapping[str, str] | None = None, runner: Runner | None = None) -> World:
+    """Return a world that logs as users do, not as tests do."""
+    return World(SCRIPT, runner, {"LOG_LEVEL": None} | dict(settings or {}))
+
+
+def middle(values: Iterable[float], share: float = 0.5) -> float:
     """Return the value below which this share of the values lies."""
+    ordered = sorted(values)
     if share == 0.5:
-        return statistics.median(values)
-    return sorted(values)[math.ceil(len(values) * share) - 1]
+        return statistics.median(ordered)
+    return ordered[math.ceil(len(ordered) * share) - 1]
 
 
-def need_proc() -> None:
-    if not Path("/proc/self/status").exists():
-        raise Skip("no /proc")
-
-
-def need_programs(*names: str) -> None:
-    if why := missing_program(*names):
-        raise Skip(why)
-
-
-def need_modules(*names: str) -> None:
-    absent = [name for name in names if not importlib.util.find_spec(name)]
-    if absent:
-        raise Skip(f"{', '.join(absent)} not installed")
-
-
-def python(words: Sequence[str], environment: Mapping[str, str]) -> str:
+def python(code: str, environment: Mapping[str, str]) -> str:
     """Run Python code in a process of its own, return what it prints."""
-    command = [sys.executable, "-c", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
+    return run_command([sys.executable, "-c", code], env=environment, check=True).stdout
+
+
+def timed(work: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: start, memory, rest
+# Benchmark: start and memory
 # ---------------------------------------------------------------------------------------------
 
 
 def is_up(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 5) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            return connection.recv(100).startswith(b"HTTP/1.1 200")
-    except ConnectionError:
-        return False
+    with suppress(OSError):
+        answer = exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return answer.startswith(b"HTTP/1.1 200")
+    return False
 
 
-def start_seconds(service: Service) -> float:
-    """Start the service, return the seconds from before the process to the first 200."""
-    begun = time.perf_counter()
+def start_up(service: Service) -> None:
+    """Start the service, wait for the first 200."""
     service.launch()
     if not wait_until(lambda: is_up(service.port), 15, 0.0005):
         raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
-    seconds = time.perf_counter() - begun
-    service.kill()
-    return seconds
 
 
-def measure_start(bench: Benchmark) -> Measured:
-    took: dict[str, list[float]] = {"seconds": [], "by_hand_seconds": [], "imports_seconds": []}
-    with bench.world() as world:
-        world.service.kill()  # once started: the libraries' bytecode is written, as on any machine
-        ways = {"seconds": world.service.compile(), "by_hand_seconds": world.service.words}
+@row()
+def measure_start(bench: Benchmark) -> Sequence[Any]:
+    """启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200
+    ≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍
+    {ms:.0f} ms，{ratio:.2f} 倍（import {imports_ms:.0f} ms）；
+    手动 `python wxsync.py` {by_hand_ms:.0f} ms"""
+    with calm_world() as world:
+        service = world.service
+        service.kill()  # once started: the libraries' bytecode is written, as on any machine
+        took: list[list[float]] = [[], [], []]
+        ways = (service.compile(), service.words)
         for _ in range(bench.times(15, 5)):
-            for name, world.service.words in ways.items():
-                took[name].append(start_seconds(world.service))
-            begun = time.perf_counter()
-            python([IMPORTS], world.service.environment)
-            took["imports_seconds"].append(time.perf_counter() - begun)
-    start, by_hand, bare = (middle(took[name]) for name in took)
-    return Measured(
-        f"{start * 1000:.0f} ms，{start / bare:.2f} 倍（import {bare * 1000:.0f} ms）；"
-        f"手动 `python wxsync.py` {by_hand * 1000:.0f} ms",
-        start <= 0.07 or start <= 1.5 * bare,
-        {"seconds": start, "by_hand_seconds": by_hand, "imports_seconds": bare},
-    )
+            for way, service.words in enumerate(ways):
+                took[way].append(timed(lambda: start_up(service)) * 1000)
+                service.kill()
+            took[2].append(timed(lambda: python(IMPORTS, service.environment)) * 1000)
+    ms, by_hand, bare = map(middle, took)
+    return ms <= 70 or ms <= 1.5 * bare, ms, ms / bare, bare, by_hand
 
 
-def rest_mib(bench: Benchmark, compiled: bool) -> float:
+def rest_mib(compiled: bool) -> float:
     """Return the memory of a service with QingStor set and unused."""
-    with FakeQingStor() as store, bench.world(store.settings) as world:
+    with FakeQingStor() as store, calm_world(store.settings) as world:
         if compiled:
             world.service.words = world.service.compile()
             world.service.restart()
@@ -15104,41 +13218,19 @@ def rest_mib(bench: Benchmark, compiled: bool) -> float:
         return world.service.rss_bytes() / MIB
 
 
-def measure_memory(bench: Benchmark) -> Measured:
-    need_proc()
-    need_modules("qingstor")
+@row()
+def measure_memory(bench: Benchmark) -> Sequence[Any]:
+    """内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后
+    ≤ 26 MiB / 多 ≤ 48 MiB
+    {mib:.1f} MiB（手动 {by_hand_mib:.1f}；
+    只 import http.server、ssl 的 Python {imports_mib:.1f}）；
+    之后多 {after_mib:.1f} MiB，最高时多 {peak_mib:.1f}"""
     times = range(bench.times(3, 1))
-    rest, by_hand = (middle([rest_mib(bench, how) for _ in times]) for how in (True, False))
-    bare = int(python([OWN_RSS], dict(os.environ))) / 1024
-    relays = bench.fast_relays
-    after = middle([relayed.after - relayed.before for relayed in relays]) / MIB
-    peak = middle([relayed.peak - relayed.before for relayed in relays]) / MIB
-    figures = {"rest_mib": rest, "by_hand_mib": by_hand, "imports_mib": bare}
-    return Measured(
-        f"{rest:.1f} MiB（手动 {by_hand:.1f}；只 import http.server、ssl 的 Python {bare:.1f}）；"
-        f"之后多 {after:.1f} MiB，最高时多 {peak:.1f}",
-        rest <= 26 and max(after, peak) <= 48,
-        figures | {"after_mib": after, "peak_mib": peak},
-    )
-
-
-def measure_rest(bench: Benchmark) -> Measured:
-    need_proc()
-    seconds = bench.times(60, 10)
-    with bench.world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
-        world.say("nginx:latest")  # at rest after work, with connections and threads in use
-        world.hear("成功 1 / 1")
-        time.sleep(3)
-        cpu, wakeups = world.service.cpu_seconds(), world.service.wakeups()
-        time.sleep(seconds)
-        cpu = world.service.cpu_seconds() - cpu
-        woken = (world.service.wakeups() - wakeups) / seconds
-        threads = world.service.threads()
-    return Measured(
-        f"{seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）",
-        cpu == 0 and woken <= 1,
-        {"cpu_seconds": cpu, "wakeups_per_second": woken, "threads": threads},
-    )
+    rest, by_hand = (middle(rest_mib(how) for _ in times) for how in (True, False))
+    after = middle(relayed.after / MIB for relayed in bench.fast_relays)
+    peak = middle(relayed.peak / MIB for relayed in bench.fast_relays)
+    good = rest <= 26 and max(after, peak) <= 48
+    return good, rest, by_hand, int(python(OWN_RSS, dict(os.environ))) / 1024, after, peak
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15146,128 +13238,73 @@ def measure_rest(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-def request_bytes(post: Post) -> bytes:
+def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
     """Return a callback as it goes over the wire."""
+    post = client.build(client.text_fields(user, text))
     lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
-    lines += [f"{name}: {value}" for name, value in post.headers.items()]
-    lines += [f"Content-Length: {len(post.body)}", "", ""]
+    lines += [f"Content-Length: {len(post.body)}", f"Connection: {connection}", "", ""]
     return "\r\n".join(lines).encode() + post.body
 
 
-WHOLE_HEAD = re.compile(rb"content-length: *(\d+)\r\n(?:.*?\r\n)??\r\n", re.I | re.S)
-
-
-def exchange(port: int, request: bytes) -> bytes:
-    """Send a request on a connection of its own, return the body of the answer, a 200."""
-    with socket.create_connection(("127.0.0.1", port), 10) as connection:
-        connection.sendall(request)
-        answer = b""
-        while not (found := WHOLE_HEAD.search(answer)):
-            answer += receive(connection)
-        while len(answer) < found.end() + int(found[1]):
-            answer += receive(connection)
-    if not answer.startswith(b"HTTP/1.1 200"):
+def reply_to(client: WeComClient, answer: bytes) -> str:
+    """Return what an answer says, which must be a 200."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(answer[:200].decode(errors="replace"))
-    return answer[found.end() :]
-
-
-def receive(connection: socket.socket) -> bytes:
-    piece = connection.recv(65536)
-    if not piece:
-        raise ConnectionError("closed before the answer was whole")
-    return piece
-
-
-def built(client: WeComClient, user: str, text: str) -> bytes:
-    return request_bytes(client.build(client.text_fields(user, text)))
+    return client.open_reply(body.decode())["content"]
 
 
 def latencies(world: World, texts: Sequence[str]) -> list[float]:
-    """Post the messages one at a time, return the seconds that each took; replies are checked."""
-    requests = [built(world.client, "alice", text) for text in texts]
-    seconds, bodies = [], []
-    for request in requests:
+    """Post the messages one at a time, return the ms that each took; replies are checked."""
+    milliseconds = []
+    for request in [built(world.client, "alice", text) for text in texts]:
         begun = time.perf_counter()
-        bodies.append(exchange(world.service.port, request))
-        seconds.append(time.perf_counter() - begun)
-    if not all(world.client.open_reply(body.decode())["content"] for body in bodies):
-        raise RuntimeError("an empty reply")
-    return seconds
+        answer = exchange(world.service.port, request)
+        milliseconds.append((time.perf_counter() - begun) * 1000)
+        assert reply_to(world.client, answer)
+    return milliseconds
 
 
-def measure_callback(bench: Benchmark) -> Measured:
-    runner = PlayedRunner()
-    runner.gate = threading.Event()  # nothing moves on while the requests are taken
-    with bench.world({"QUEUE_SIZE": "100"}, runner) as world:
+@row()
+def measure_callback(bench: Benchmark) -> Sequence[Any]:
+    """回调：密文消息到密文回复，逐条，每条一个连接
+    p50 < 1.5 ms，p99 < 8 ms
+    p50 {p50_ms:.2f} ms，p99 {p99_ms:.2f} ms（要先落盘的镜像请求 p50 {image_p50_ms:.1f} ms）"""
+    # nothing moves on while the requests are taken
+    with calm_world({"QUEUE_SIZE": "100"}, runner := SlowRunner("")) as world:
         latencies(world, ["help"] * 100)
         rounds = [latencies(world, ["help"] * bench.times(2000, 500)) for _ in range(3)]
         images = latencies(world, [f"nginx:{number}" for number in range(bench.times(60, 30))])
-        runner.gate.set()
-    p50 = middle([middle(found) for found in rounds]) * 1000
-    p99 = middle([middle(found, 0.99) for found in rounds]) * 1000
-    stored = middle(images) * 1000
-    return Measured(
-        f"p50 {p50:.2f} ms，p99 {p99:.2f} ms（要先落盘的镜像请求 p50 {stored:.1f} ms）",
-        p50 < 1.5 and p99 < 8,
-        {"p50_ms": p50, "p99_ms": p99, "image_request_p50_ms": stored},
-    )
+        runner.go.set()
+    p50, p99 = (middle(middle(found, share) for found in rounds) for share in (0.5, 0.99))
+    return p50 < 1.5 and p99 < 8, p50, p99, middle(images)
 
 
 # What a short answer to the same task looks like: the usual framework, the same crypto.
 FLASK_APP = """
-import base64, hashlib, hmac, os, secrets, struct, time
+import hmac, os, time
 import xml.etree.ElementTree as ET
-
-from Crypto.Cipher import AES
 from flask import Flask, Response, abort, request
+from test_wxsync import WeComClient, xml_document
 
-KEY = base64.b64decode(os.environ["ENCODING_AES_KEY"] + "=")
-TOKEN, CORP_ID, REPLY = os.environ["TOKEN"], os.environ["CORP_ID"].encode(), os.environ["REPLY"]
+wanted = ("TOKEN", "ENCODING_AES_KEY", "CORP_ID")
+client = WeComClient(*(os.environ[name] for name in wanted), 1, "")
 app = Flask(__name__)
-
-
-def sign(*parts):
-    return hashlib.sha1("".join(sorted([TOKEN, *parts])).encode()).hexdigest()
-
-
-def decrypt(encrypted):
-    plain = AES.new(KEY, AES.MODE_CBC, KEY[:16]).decrypt(base64.b64decode(encrypted))
-    plain = plain[: -plain[-1]]
-    (size,) = struct.unpack(">I", plain[16:20])
-    if plain[20 + size :] != CORP_ID:
-        abort(403)
-    return plain[20 : 20 + size].decode()
-
-
-def encrypt(text):
-    raw = text.encode()
-    plain = os.urandom(16) + struct.pack(">I", len(raw)) + raw + CORP_ID
-    pad = 32 - len(plain) % 32
-    cipher = AES.new(KEY, AES.MODE_CBC, KEY[:16])
-    return base64.b64encode(cipher.encrypt(plain + bytes([pad]) * pad)).decode()
-
 
 @app.post("/wechat/callback")
 def callback():
-    encrypted = ET.fromstring(request.get_data()).findtext("Encrypt")
-    wanted = sign(request.args["timestamp"], request.args["nonce"], encrypted)
-    if not hmac.compare_digest(wanted, request.args["msg_signature"]):
+    encrypted, query = ET.fromstring(request.get_data()).findtext("Encrypt"), request.args
+    signature = client.signature(query["timestamp"], query["nonce"], encrypted)
+    if not hmac.compare_digest(signature, query["msg_signature"]):
         abort(403)
-    message = ET.fromstring(decrypt(encrypted))
-    inner = encrypt(
-        f"<xml><ToUserName><![CDATA[{message.findtext('FromUserName')}]]></ToUserName>"
-        f"<FromUserName><![CDATA[{message.findtext('ToUserName')}]]></FromUserName>"
-        f"<CreateTime>{int(time.time())}</CreateTime><MsgType><![CDATA[text]]></MsgType>"
-        f"<Content><![CDATA[{REPLY}]]></Content></xml>"
-    )
-    stamp, nonce = str(int(time.time())), secrets.token_hex(8)
-    return Response(
-        f"<xml><Encrypt><![CDATA[{inner}]]></Encrypt>"
-        f"<MsgSignature><![CDATA[{sign(stamp, nonce, inner)}]]></MsgSignature>"
-        f"<TimeStamp>{stamp}</TimeStamp><Nonce><![CDATA[{nonce}]]></Nonce></xml>",
-        mimetype="text/xml",
-    )
-
+    message = ET.fromstring(client.decrypt(encrypted))
+    user, company = message.findtext("FromUserName"), message.findtext("ToUserName")
+    inner = {"ToUserName": user, "FromUserName": company, "CreateTime": int(time.time())}
+    inner |= {"MsgType": "text", "Content": os.environ["REPLY"]}
+    reply = {"Encrypt": client.encrypt(xml_document(inner))}
+    signed = client.signed(reply["Encrypt"])
+    reply |= {"MsgSignature": signed["msg_signature"], "TimeStamp": signed["timestamp"]}
+    return Response(xml_document(reply | {"Nonce": signed["nonce"]}), mimetype="text/xml")
 
 @app.get("/health")
 def health():
@@ -15290,137 +13327,77 @@ function request()
 end
 function done(summary, latency)
   local e = summary.errors
-  io.write(string.format("RESULT %f %f %f %d %d\\n",
-    summary.requests / summary.duration * 1e6, latency:percentile(50) / 1e6,
-    latency:percentile(99) / 1e6, e.connect + e.read + e.write + e.status + e.timeout,
+  io.write(string.format("RESULT %f %f %d %d\\n", summary.requests / summary.duration * 1e6,
+    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout,
     summary.requests))
 end
 """
 
 
-@contextmanager
-def flask_service(world: World, folder: Path) -> Iterator[tuple[int, int]]:
-    """Run the Flask app under gunicorn, yield its port and process id."""
-    (folder / "app.py").write_text(FLASK_APP, encoding="utf-8")
-    port = free_port()
-    settings = world.service.settings | {"REPLY": world.say("help")}
-    command = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8"]
-    command += ["-b", f"127.0.0.1:{port}", "--log-level", "error", "app:app"]
-    environment = clean_environment(folder, settings)
-    with subprocess.Popen(command, cwd=folder, env=environment) as process:
-        try:
-            if not wait_until(lambda: is_up(port), 20):
-                raise RuntimeError("gunicorn did not start")
-            yield port, process.pid
-        finally:
-            process.terminate()
-
-
 def family_cpu(pid: int) -> float:
     """Return the CPU seconds of a process and its children so far."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     ticks = 0
-    for member in (str(pid), *children):
+    for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
         fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def put_load(server: tuple[int, int], script: Path, seconds: int) -> Load:
-    """Post from 100 connections at once, as fast as answers come from a port of a process."""
+def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]:
+    """Post from 100 connections at once, as fast as answers come from a port of a process.
+
+    Return answers a second, p99 in ms, µs of CPU an answer, and the number of errors.
+    """
     port, pid = server
     command = ["wrk", "-t1", "-c100", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
     command.append(f"http://127.0.0.1:{port}/wechat/callback")
     cpu = family_cpu(pid)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_command(command, check=True)
     cpu = family_cpu(pid) - cpu
-    found = re.search(r"RESULT (\S+) (\S+) (\S+) (\d+) (\d+)", done.stdout)
+    found = re.search(r"RESULT (\S+) (\S+) (\d+) (\d+)", done.stdout)
     if not found:
         raise RuntimeError(done.stdout + done.stderr)
-    per_second, p50, p99 = (float(found[number]) for number in (1, 2, 3))
-    return Load(per_second, p50, p99, int(found[4]), cpu * 1000 / int(found[5]))
+    return [float(found[1]), float(found[2]), cpu * 1e6 / int(found[4]), int(found[3])]
 
 
-def write_requests(world: World, folder: Path, count: int) -> Path:
-    """Write the messages and the script that posts them; no two have the same MsgId."""
-    with open(folder / "requests", "wb") as file:
-        for number in range(count):
-            request = built(world.client, f"user{number % 500}", "help")
-            file.write(b"%d\n" % len(request) + request)
-    script = folder / "post.lua"
-    script.write_text(WRK_SCRIPT.replace("REQUESTS", str(folder / "requests")))
-    return script
-
-
-def check_reply(client: WeComClient, port: int) -> None:
-    body = exchange(port, built(client, "alice", "help"))
-    if "wxsync" not in client.open_reply(body.decode())["content"]:
-        raise RuntimeError(f"no help on port {port}")
-
-
-def compared_loads(bench: Benchmark) -> tuple[list[Load], list[Load]]:
-    """Return what wrk saw of the service, and of Flask, in turns."""
-    ours, theirs = [], []
-    with temporary_folder("load") as name, bench.world() as world:
-        folder = Path(name)
-        script = write_requests(world, folder, bench.times(60_000, 20_000))
-        with flask_service(world, folder) as flask:
-            service = (world.service.port, world.service.pid)
-            for server in (service, flask):
-                check_reply(world.client, server[0])
-                put_load(server, script, 1)
-            for _ in range(bench.times(2, 1)):
-                ours.append(put_load(service, script, bench.times(20, 4)))
-                theirs.append(put_load(flask, script, bench.times(20, 4)))
-    return ours, theirs
-
-
-def measure_load(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("wrk")
-    need_modules("flask", "gunicorn")
-    ours, theirs = compared_loads(bench)
-    here = middle([found.per_second for found in ours])
-    there = middle([found.per_second for found in theirs])
-    p99, slow = (middle([found.p99 for found in group]) for group in (ours, theirs))
-    cpu, more = (middle([found.cpu for found in group]) for group in (ours, theirs))
-    errors = sum(found.errors for found in ours)
-    return Measured(
-        f"每秒 {here:.0f} 条，{here / there:.2f} 倍（Flask {there:.0f} 条）；错误 {errors} 个；"
-        f"p99 {p99 * 1000:.0f} ms（Flask {slow * 1000:.0f}）；"
-        f"每条 CPU {cpu * 1000:.0f} µs（Flask {more * 1000:.0f}）",
-        here >= 1.2 * there and not errors and p99 < 0.15,
-        {
-            "per_second": here,
-            "flask_per_second": there,
-            "p99_seconds": p99,
-            "flask_p99_seconds": slow,
-            "errors": errors,
-            "cpu_seconds_per_1000": cpu,
-            "flask_cpu_seconds_per_1000": more,
-            "flask_errors": sum(found.errors for found in theirs),
-        },
-    )
-
-
-def measure_messages(bench: Benchmark) -> Measured:
-    need_proc()
-    total = bench.times(10_000, 2_000)
-    texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
-    with bench.world() as world:
-        path, sizes, memory = world.service.state_dir / "wxsync.state", [], []
-        for number in range(1, total + 1):
-            text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
-            exchange(world.service.port, built(world.client, f"user{number % 300}", text))
-            if number in (total // 10, total):
-                memory.append(world.service.rss_bytes() / MIB)
-                sizes.append(path.stat().st_size / 1024)
-    return Measured(
-        f"{total // 10} 条时 {memory[0]:.1f} MiB，{total} 条时 {memory[1]:.1f} MiB；"
-        f"状态文件 {sizes[0]:.0f} → {sizes[1]:.0f} KiB",
-        memory[1] - memory[0] < 5 and sizes[1] < 1024,
-        {"grown_mib": memory[1] - memory[0], "rss_mib": memory[1], "state_kib": sizes[1]},
-    )
+@row("wrk flask gunicorn")
+def measure_load(bench: Benchmark) -> Sequence[Any]:
+    """回调：100 个连接同时，20 秒
+    ≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms
+    每秒 {per_second:.0f} 条，{ratio:.2f} 倍（Flask {flask_per_second:.0f} 条）；
+    错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；
+    每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"""
+    seen: list[list[list[float]]] = [[], []]
+    with temporary_folder("load") as name, calm_world() as world:
+        script, port = Path(name, "post.lua"), free_port()
+        script.write_text(WRK_SCRIPT.replace("REQUESTS", f"{name}/requests"))
+        with open(Path(name, "requests"), "wb") as file:
+            for number in range(bench.times(60_000, 20_000)):  # each with a MsgId of its own
+                request = built(world.client, f"user{number % 500}", "help", "keep-alive")
+                file.write(b"%d\n" % len(request) + request)
+        Path(name, "app.py").write_text(FLASK_APP, encoding="utf-8")
+        settings = world.service.settings | {"REPLY": world.say("help"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8"]
+        command += ["-b", f"127.0.0.1:{port}", "--log-level", "error", "app:app"]
+        environment = clean_environment(Path(name), settings)
+        with subprocess.Popen(command, cwd=name, env=environment) as flask:
+            try:
+                if not wait_until(lambda: is_up(port), 20):
+                    raise RuntimeError("gunicorn did not start")
+                servers = ((world.service.port, world.service.pid), (port, flask.pid))
+                for server in servers:
+                    answer = exchange(server[0], built(world.client, "alice", "help"))
+                    assert "wxsync" in reply_to(world.client, answer)
+                    put_load(server, script, 1)
+                for _ in range(bench.times(2, 1)):  # in turns
+                    for server, loads in zip(servers, seen, strict=True):
+                        loads.append(put_load(server, script, bench.times(20, 4)))
+            finally:
+                flask.terminate()
+    here, there = ([middle(column) for column in zip(*loads, strict=True)] for loads in seen)
+    errors = sum(load[3] for load in seen[0])
+    good = here[0] >= 1.2 * there[0] and not errors and here[1] < 150
+    return good, here[0], here[0] / there[0], there[0], errors, here[1], there[1], here[2], there[2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15436,114 +13413,68 @@ class FarServer(PeerServer):
         super().process_request_thread(request, client_address)
 
 
-class MeasuredGitHub(FakeGitHub):
-    """Remembers the status of each answer; with `tls` it is far away and speaks https."""
-
-    def __init__(self, runner: Runner, tls: ssl.SSLContext | None = None) -> None:
-        super().__init__(runner=runner)
-        self.tls = tls
-        self.answers: list[tuple[Call, int]] = []
-        if tls:
-            self.SERVER, self.delay = FarServer, ROUND_TRIP
-
-    def handle(self, call: Call) -> Answer:
-        answer = super().handle(call)
-        with self.lock:
-            self.answers.append((call, answer.status))
-        return answer
-
-
-class Dispatched(NamedTuple):
-    """One request on its way to the dispatch, and the connections until its result was told."""
-
-    seconds: float
-    calls: int
-    connections: int
-
-
-def dispatch_one(world: World, image: str) -> Dispatched:
-    """Ask for an image, see how it gets to the dispatch, wait until its result is told."""
+def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
+    """Ask for an image and wait until its result is told; return the seconds and calls until the
+    dispatch, and the connections until the result."""
     github, told = world.github, len(world.wecom.messages)
     calls, connections, runs = len(github.calls), github.connections, len(github.dispatches)
     begun = time.time()
     world.say(image)
     if not wait_until(lambda: len(github.dispatches) > runs, 30, 0.002):
         raise RuntimeError("no dispatch\n" + world.service.log[-2000:])
-    until = [c for c in github.calls[calls:] if c.time <= github.dispatches[runs].time]
+    dispatched = github.dispatches[runs].time
+    until = [call for call in github.calls[calls:] if call.time <= dispatched]
     world.wecom.wait_message("成功 1 / 1", 60, told)
-    opened = github.connections - connections
-    return Dispatched(github.dispatches[runs].time - begun, len(until), opened)
+    return dispatched - begun, len(until), github.connections - connections
 
 
-def measure_dispatch(bench: Benchmark) -> Measured:
-    need_programs("openssl")
+@row("openssl", waits=True)
+def measure_dispatch(bench: Benchmark) -> Sequence[Any]:
+    """消息到启动工作流，GitHub 往返 200 ms（TLS）
+    每个请求 ≤ 3 次调用、≤ 1 个连接
+    {calls} 次调用；新连接 {first}、{second}、{third} 个（第三个请求前空闲 {pause} 秒）；
+    首次 {first_seconds:.2f} s，其后 {warm_seconds:.2f} s"""
     pause = bench.times(45, 5)
     with temporary_folder("tls") as name:
         context, certificate = make_tls(Path(name), "127.0.0.1")
-        world = bench.world({"SSL_CERT_FILE": str(certificate)})
-        world.github = MeasuredGitHub(PlayedRunner(), context)
+        world = calm_world({"SSL_CERT_FILE": str(certificate)})
+        world.github.tls, world.github.delay = context, ROUND_TRIP
+        world.github.SERVER = FarServer
         with world:
-            first, second = dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")
+            found = [dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")]
             time.sleep(pause)
-            third = dispatch_one(world, "nginx:3")
-    found = (first, second, third)
-    calls = max(one.calls for one in found)
-    opened = [one.connections for one in found]
-    warm = (second.seconds + third.seconds) / 2
-    return Measured(
-        f"{calls} 次调用；新连接 {opened[0]}、{opened[1]}、{opened[2]} 个"
-        f"（第三个请求前空闲 {pause} 秒）；首次 {first.seconds:.2f} s，其后 {warm:.2f} s",
-        calls <= 3 and max(opened) <= 1,
-        {
-            "calls": calls,
-            "connections": max(opened),
-            "first_seconds": first.seconds,
-            "warm_seconds": warm,
-        },
-    )
+            found.append(dispatch_one(world, "nginx:3"))
+    seconds, calls, opened = zip(*found, strict=True)
+    good = max(calls) <= 3 and max(opened) <= 1
+    warm = (seconds[1] + seconds[2]) / 2
+    return good, max(calls), *opened, pause, seconds[0], warm
 
 
-class WatchedRun(NamedTuple):
-    """How one run was waited for."""
-
-    late: float  # seconds from the run's end to the message
-    per_minute: float
-    unchanged: float  # share of 304
-
-
-def watch_run(bench: Benchmark, seconds: float) -> WatchedRun:
-    """Ask for an image whose run takes so long, see how it is waited for."""
-    world = bench.world()
-    world.github = github = MeasuredGitHub(PlayedRunner(seconds))
-    with world:
+def watch_run(seconds: float) -> tuple[float, float, float]:
+    """Ask for an image whose run takes so long. Return the seconds from its end to the message,
+    GitHub's calls a minute, and the share of them that were answered by 304, which is free."""
+    with calm_world(runner=PlayedRunner(seconds)) as world:
         world.say("nginx:latest")
         world.hear("成功 1 / 1", seconds + 30)
-        message: Message = world.wecom.messages[-1]
+        github, told = world.github, world.wecom.messages[-1].time
         begun, ended = github.dispatches[0].time, github.runs[0].completed or 0.0
-        waiting = [status for call, status in github.answers if call.time > begun]
-    minutes = (message.time - begun) / 60
-    share = waiting.count(304) / len(waiting)
-    return WatchedRun(message.time - ended, len(waiting) / minutes, share)
+        waiting = sum(call.time > begun for call in github.calls)
+        free = len(github.calls) - (5000 - github.rate_remaining)
+    return told - ended, waiting * 60 / (told - begun), free / waiting
 
 
-def measure_finished(bench: Benchmark) -> Measured:
+@row(waits=True)
+def measure_finished(bench: Benchmark) -> Sequence[Any]:
+    """运行结束到消息发出
+    < 5 s；等待时每分钟 ≤ 25 次调用，多数为 304
+    {seconds:.1f} s，最多 {most_seconds:.1f} s；每分钟 {calls_per_minute:.0f} 次，
+    其中 304 占 {unchanged_share:.0%}"""
     # Ends that lie differently between two looks at the run.
     lengths = [bench.times(55, 25) + 0.7 * step for step in range(bench.times(5, 3))]
     with ThreadPoolExecutor(len(lengths)) as pool:
-        found = list(pool.map(lambda seconds: watch_run(bench, seconds), lengths))
-    late, latest = middle([one.late for one in found]), max(one.late for one in found)
-    calls = max(one.per_minute for one in found)
-    unchanged = min(one.unchanged for one in found)
-    return Measured(
-        f"{late:.1f} s，最多 {latest:.1f} s；每分钟 {calls:.0f} 次，其中 304 占 {unchanged:.0%}",
-        latest < 5 and calls <= 25 and unchanged > 0.5,
-        {
-            "seconds": late,
-            "most_seconds": latest,
-            "calls_per_minute": calls,
-            "unchanged_share": unchanged,
-        },
-    )
+        late, calls, unchanged = zip(*pool.map(watch_run, lengths), strict=True)
+    good = max(late) < 5 and max(calls) <= 25 and min(unchanged) > 0.5
+    return good, middle(late), max(late), max(calls), min(unchanged)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15551,19 +13482,17 @@ def measure_finished(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-class Lane:
+class Lane(Closing):
     """A fresh target registry, and the ways to bring an image from the source into it.
 
     Fresh each time, port included: skopeo remembers per registry which layers it has seen there
     (as root not under HOME), and would only mount what an earlier measurement has brought.
     """
 
-    def __init__(self, bench: Benchmark, source: str = "") -> None:
-        self.bench = bench
-        self.stack = ExitStack()
-        self.source = source or bench.source.host
+    def __init__(self, source: str) -> None:
+        self.source, self.stack = source, ExitStack()
 
-    def __enter__(self) -> Lane:
+    def start(self) -> Self:
         self.target = self.stack.enter_context(Registry("robot", "bench-password"))
         self.home = Path(self.stack.enter_context(temporary_folder("home")))
         hosts = {"docker.io": self.source, self.target.host: self.target.host}
@@ -15573,169 +13502,118 @@ class Lane:
             os.sync()  # or this one would pay for what the one before left to be written
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.stack.close()
 
-    def run(self, command: Sequence[str], settings: Mapping[str, str]) -> str:
-        environment = clean_environment(self.home, settings)
-        done = subprocess.run(
-            command, env=environment, cwd=self.home, capture_output=True, text=True, check=False
-        )
+    def run(self, *command: str, **settings: str) -> str:
+        done = run_here(*command, folder=self.home, settings=settings)
         if done.returncode:
             raise RuntimeError(f"{command}: {done.stdout[-500:]}{done.stderr[-1500:]}")
         return done.stdout
 
     def copy(self, line: str, wanted: str = "copied") -> None:
         """Copy as a job of the workflow does."""
-        settings = {
-            "CONTAINERS_REGISTRIES_CONF": str(self.conf),
-            "DOCKER_REGISTRY": self.target.host,
-            "DOCKER_NAMESPACE": "mirror",
-            "DOCKER_USERNAME": self.target.user,
-            "DOCKER_PASSWORD": self.target.password,
-        }
-        printed = self.run([sys.executable, str(self.bench.script), "copy", line], settings)
+        printed = self.run(
+            *(sys.executable, str(SCRIPT), "copy", line),
+            CONTAINERS_REGISTRIES_CONF=str(self.conf),
+            DOCKER_REGISTRY=self.target.host,
+            DOCKER_NAMESPACE="mirror",
+            DOCKER_USERNAME=self.target.user,
+            DOCKER_PASSWORD=self.target.password,
+        )
         if not printed.startswith(f"wxsync: {wanted}"):
             raise RuntimeError(printed)
 
     def skopeo(self, line: str) -> None:
         """Copy with one bare command."""
-        command = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
-        command += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
-        self.run([*command, f"docker://{self.target.host}/mirror/{line}"], {})
+        words = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
+        words += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
+        self.run(*words, f"docker://{self.target.host}/mirror/{line}")
 
     def docker(self, line: str, engine: str) -> None:
         """Pull, tag and push."""
         program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
-        source = f"{self.source}/library/{line}"
-        target = f"{self.target.host}/mirror/{line}"
-        settings = {"DOCKER_HOST": engine, "DOCKER_CONFIG": str(self.home)}
+        source, target = f"{self.source}/library/{line}", f"{self.target.host}/mirror/{line}"
         for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
-            self.run([program, *words], settings)
+            self.run(program, *words, DOCKER_HOST=engine, DOCKER_CONFIG=str(self.home))
 
 
-def timed(work: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-@contextmanager
-def docker_engine() -> Iterator[str]:
-    """Run a dockerd that has never seen anything, yield its address."""
-    with temporary_folder("docker") as name:
-        folder = Path(name)
-        address = f"unix://{folder}/docker.sock"
-        command = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none"]
-        command += ["--ip-forward=false", "--ip-masq=false", f"--data-root={folder}/data"]
-        command += [f"--exec-root={folder}/exec", f"--pidfile={folder}/pid", "-H", address]
-        with open(folder / "log", "wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            up = wait_until(lambda: engine_answers(folder) or process.poll() is not None, 20, 0.05)
-            if not up or process.poll() is not None:
-                raise Skip("dockerd does not come up")
-            yield address
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def engine_answers(folder: Path) -> bool:
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(folder / "docker.sock"))
-            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            return b" 200 " in connection.recv(100)
-    except OSError:
-        return False
+def copy_seconds(bench: Benchmark, way: Callable[[Lane, str], object] = Lane.copy) -> float:
+    """Return what it takes to bring the big image into a fresh registry."""
+    image = bench.big_image
+    with Lane(bench.source.host) as lane:
+        return timed(lambda: way(lane, image))
 
 
 def docker_seconds(bench: Benchmark) -> float:
-    with docker_engine() as engine, Lane(bench) as lane:
-        return timed(lambda: lane.docker(bench.big_image, engine))
+    with temporary_folder("docker") as name, dockerd(Path(name)) as engine:
+        return copy_seconds(bench, lambda lane, image: lane.docker(image, engine))
 
 
-def copy_seconds(bench: Benchmark) -> float:
-    with Lane(bench) as lane:
-        return timed(lambda: lane.copy(bench.big_image))
+def compared(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
+    """Measure two ways in turns, return the middle of each and how many times the other ours is."""
+    took = [(ours(), theirs()) for _ in range(rounds)]
+    here, there = map(middle, zip(*took, strict=True))
+    return [here, there, here / there]
 
 
-def skopeo_seconds(bench: Benchmark) -> float:
-    with Lane(bench) as lane:
-        return timed(lambda: lane.skopeo(bench.big_image))
-
-
-def measure_docker(bench: Benchmark) -> Measured:
-    need_programs("dockerd", "docker")
-    copies, dockers = [], []
-    for _ in range(bench.times(2, 1)):
-        dockers.append(docker_seconds(bench))
-        copies.append(copy_seconds(bench))
-    ours, theirs = middle(copies), middle(dockers)
-    return Measured(
-        f"{ours:.2f} s，快 {theirs / ours:.1f} 倍（docker {theirs:.2f} s）",
-        theirs >= 4 * ours,
-        {"seconds": ours, "docker_seconds": theirs},
+@row("dockerd docker")
+def measure_docker(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：200 MB、多层、首次，对 docker pull + tag + push
+    快 ≥ 4 倍
+    {seconds:.2f} s，快 {ratio:.1f} 倍（docker {docker_seconds:.2f} s）"""
+    theirs, ours, ratio = compared(
+        bench.times(2, 1), lambda: docker_seconds(bench), lambda: copy_seconds(bench)
     )
+    return ratio >= 4, ours, ratio, theirs
 
 
-def measure_copy(bench: Benchmark) -> Measured:
-    ours, theirs = [], []
-    for _ in range(bench.times(5, 2)):
-        ours.append(copy_seconds(bench))
-        theirs.append(skopeo_seconds(bench))
-    here, there = middle(ours), middle(theirs)
-    return Measured(
-        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
-        here <= 1.25 * there,
-        {"seconds": here, "skopeo_seconds": there},
+@row()
+def measure_copy(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：同一镜像，对单独的 `skopeo copy`
+    ≤ 1.25 倍
+    {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
+    ours, theirs, ratio = compared(
+        bench.times(5, 2), lambda: copy_seconds(bench), lambda: copy_seconds(bench, Lane.skopeo)
     )
+    return ratio <= 1.25, ours, ratio, theirs
 
 
-def layers_read(bench: Benchmark) -> int:
-    """Return how many layers the source is asked for when nothing has changed."""
-    manifest = bench.source.manifest("library/big", "1")
-    layers = {layer["digest"] for layer in manifest["layers"]}
-    with PickyRegistry(bench.source, picky=False) as door, Lane(bench, door.host) as lane:
-        lane.copy(bench.big_image)
+@row()
+def measure_unchanged(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：没有变化
+    < 0.5 s，不读任何层
+    {seconds:.2f} s，读了 {layers} 层"""
+    image = bench.big_image
+    layers = {one["digest"] for one in bench.source.manifest("library/big", "1")["layers"]}
+    with Lane(bench.source.host) as lane:
+        lane.copy(image)
+        took = [timed(lambda: lane.copy(image, "unchanged")) for _ in range(bench.times(9, 3))]
+    with PickyRegistry(bench.source, picky=False) as door, Lane(door.host) as lane:
+        lane.copy(image)
         copied = len(door.layer_reads)
-        lane.copy(bench.big_image, "unchanged")
-        return sum(call.path.rpartition("/")[2] in layers for call in door.layer_reads[copied:])
+        lane.copy(image, "unchanged")
+        read = sum(c.path.rpartition("/")[2] in layers for c in door.layer_reads[copied:])
+    return middle(took) < 0.5 and not read, middle(took), read
 
 
-def measure_unchanged(bench: Benchmark) -> Measured:
-    with Lane(bench) as lane:
-        lane.copy(bench.big_image)
-        found = [
-            timed(lambda: lane.copy(bench.big_image, "unchanged")) for _ in range(bench.times(9, 3))
-        ]
-    seconds, layers = middle(found), layers_read(bench)
-    return Measured(
-        f"{seconds:.2f} s，读了 {layers} 层",
-        seconds < 0.5 and not layers,
-        {"seconds": seconds, "layers_read": layers},
+@row()
+def measure_many(bench: Benchmark) -> Sequence[Any]:
+    """`copy`：20 个 5 MB 的镜像，4 个并行
+    ≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍
+    {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
+    lines = [f"small{number}:1" for number in range(20)]
+    for line in lines:
+        publish(bench.source, f"library/{line[:-2]}", "1", sizes=[2_500_000] * 2)
+
+    def four_at_once(way: Callable[[Lane, str], object]) -> float:
+        with Lane(bench.source.host) as lane, ThreadPoolExecutor(4) as pool:
+            return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
+
+    ours, theirs, ratio = compared(
+        bench.times(5, 1), lambda: four_at_once(Lane.copy), lambda: four_at_once(Lane.skopeo)
     )
-
-
-def four_at_once(work: Callable[[str], None], lines: Sequence[str]) -> float:
-    with ThreadPoolExecutor(4) as pool:
-        return timed(lambda: list(pool.map(work, lines)))
-
-
-def measure_many(bench: Benchmark) -> Measured:
-    lines, ours, theirs = bench.small_images, [], []
-    for _ in range(bench.times(5, 1)):
-        with Lane(bench) as lane:
-            ours.append(four_at_once(lane.copy, lines))
-        with Lane(bench) as lane:
-            theirs.append(four_at_once(lane.skopeo, lines))
-    here, there = middle(ours), middle(theirs)
-    return Measured(
-        f"{here:.2f} s，{here / there:.2f} 倍（skopeo {there:.2f} s）",
-        here <= 1.5 * there,
-        {"seconds": here, "skopeo_seconds": there},
-    )
+    return ratio <= 1.5, ours, ratio, theirs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15743,203 +13621,149 @@ def measure_many(bench: Benchmark) -> Measured:
 # ---------------------------------------------------------------------------------------------
 
 
-def relay(bench: Benchmark, size: int, rate: float = 0.0) -> Relayed:
+class Relayed(NamedTuple):
+    """What bringing one file from a source into the bucket took."""
+
+    seconds: float
+    cpu: float  # seconds, of the service
+    peers: float  # seconds, of source and bucket together
+    peak: int  # bytes of memory more than before
+    after: int
+
+
+def relay(size: int, rate: float = 0.0) -> Relayed:
     """Send the link of a file to the service, wait until it is in the bucket, check it."""
     with FakeQingStor() as store, Source() as source:
         store.rate_bytes_per_second = rate
         link = source.add("/big.bin", size, rate=rate)
         settings = store.settings | {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        with bench.world(settings) as world:
+        with calm_world(settings) as world:
             time.sleep(1)
             service, peers = world.service, time.process_time()
             cpu = service.cpu_seconds()
             with PeakMemory(service.pid, 0.02) as memory:
-                seconds = timed(lambda: finish_file(world, link))
+                begun = time.perf_counter()
+                world.say(link)
+                told = world.hear("文件", 300)
+                seconds = time.perf_counter() - begun
             cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
             time.sleep(1)
-            after = service.rss_bytes()
-        stored = list(store.objects.values())
-        if len(stored) != 1 or stored[0].sha256 != source.sha256("/big.bin"):
-            raise RuntimeError("the file in the bucket is another one")
-    return Relayed(seconds, cpu, peers, memory.base, memory.peak, after)
+            after = service.rss_bytes() - memory.base
+        sums = [stored.sha256 for stored in store.objects.values()]
+        if "文件上传成功" not in told or sums != [source.sha256("/big.bin")]:
+            raise RuntimeError(f"another file is in the bucket: {told}")
+    return Relayed(seconds, cpu, peers, memory.added, after)
 
 
-def finish_file(world: World, link: str) -> None:
-    world.say(link)
-    told = world.hear("文件", 300)
-    if "文件上传成功" not in told:
-        raise RuntimeError(told)
+def curl(*words: str) -> float:
+    """Run curl, return the seconds that it took."""
+    command = ["curl", "-sS", "-f", *words]
+    return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 
 
-def curl(*words: str) -> None:
-    subprocess.run(["curl", "-sS", "-f", *words], check=True, stdout=subprocess.DEVNULL)
-
-
-def curl_down(size: int, rate: float, to: Path) -> float:
+def curl_down(size: int, rate: float, to: str) -> float:
     with Source() as source:
-        link = source.add("/big.bin", size, rate=rate)
-        return timed(lambda: curl("-o", str(to), link))
+        return curl("-o", to, source.add("/big.bin", size, rate=rate))
 
 
-def curl_up(file: Path) -> float:
+def curl_up(file: str) -> float:
     with FakeQingStor() as store:
         date = formatdate(usegmt=True)
         signature = sign_qingstor(store.secret, "PUT", f"/{store.bucket}/big.bin", date)
         login = f"Authorization: QS {store.access_key}:{signature}"
         address = f"{store.url}/{store.bucket}/big.bin"
-        return timed(lambda: curl("-T", str(file), "-H", f"Date: {date}", "-H", login, address))
+        return curl("-T", file, "-H", f"Date: {date}", "-H", login, address)
 
 
-def measure_slow_relay(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("curl")
-    need_modules("qingstor")
-    relayed = relay(bench, bench.relay_size, RATE)
+@row("curl", waits=True)
+def measure_relay_slow(bench: Benchmark) -> Sequence[Any]:
+    """中转 1 GiB，来源和目标各限 20 MB/s
+    ≤ 单向时间的 1.15 倍
+    {seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {cpu_seconds:.1f} s"""
+    relayed = relay(bench.relay_size, RATE)
     # The limit makes the time grow evenly: an eighth of the file tells one direction.
-    one_way = 8 * curl_down(bench.relay_size // 8, RATE, Path(os.devnull))
-    ratio = relayed.seconds / one_way
-    return Measured(
-        f"{relayed.seconds:.1f} s，{ratio:.2f} 倍（单向 {one_way:.1f} s），CPU {relayed.cpu:.1f} s",
-        ratio <= 1.15,
-        {"seconds": relayed.seconds, "one_way_seconds": one_way, "cpu_seconds": relayed.cpu},
-    )
+    one_way = 8 * curl_down(bench.relay_size // 8, RATE, os.devnull)
+    good = relayed.seconds <= 1.15 * one_way
+    return good, relayed.seconds, relayed.seconds / one_way, one_way, relayed.cpu
 
 
-def measure_fast_relay(bench: Benchmark) -> Measured:
-    need_proc()
-    need_programs("curl")
-    need_modules("qingstor")
-    downs, ups = [], []
+@row("curl")
+def measure_relay_fast(bench: Benchmark) -> Sequence[Any]:
+    """中转 1 GiB，本机回环，对 curl 下载 + 上传
+    报告
+    {seconds:.2f} s，{ratio:.2f} 倍（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；
+    CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核"""
     with temporary_folder("curl") as name:
-        file = Path(name) / "big.bin"
-        for _ in bench.fast_relays:
-            downs.append(curl_down(bench.relay_size, 0, file))
-            ups.append(curl_up(file))
-    relays = bench.fast_relays
-    seconds, down, up = middle([r.seconds for r in relays]), middle(downs), middle(ups)
-    cpu, peers = middle([r.cpu for r in relays]), middle([r.peers for r in relays])
-    cores = (cpu + peers) / seconds
-    return Measured(
-        f"{seconds:.2f} s，{seconds / (down + up):.2f} 倍"
-        f"（curl 下载 {down:.2f} s + 上传 {up:.2f} s）；"
-        f"CPU：wxsync {cpu:.2f} s，对端 {peers:.2f} s，共占 {cores:.1f} 核",
-        None,
-        {
-            "seconds": seconds,
-            "curl_down_seconds": down,
-            "curl_up_seconds": up,
-            "cpu_seconds": cpu,
-            "peers_cpu_seconds": peers,
-        },
-    )
+        file = f"{name}/big.bin"
+        plain = [(curl_down(bench.relay_size, 0, file), curl_up(file)) for _ in bench.fast_relays]
+    down, up = map(middle, zip(*plain, strict=True))
+    seconds, cpu, peers, _, _ = map(middle, zip(*bench.fast_relays, strict=True))
+    return None, seconds, seconds / (down + up), down, up, cpu, peers, (cpu + peers) / seconds
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: the table
+# Benchmark: rest, and the table
 # ---------------------------------------------------------------------------------------------
 
-BENCH_ROWS = (
-    BenchRow(
-        "start",
-        "启动（编译好的，`python -m wxsync`）：从进程开始到 `/health` 首次 200",
-        '≤ 70 ms，或 ≤ `python -c "import http.server, ssl"` 的 1.5 倍',
-        measure_start,
-    ),
-    BenchRow(
-        "memory",
-        "内存（同上）：设置了 QingStor 而空闲 / 中转 1 GiB 期间及之后",
-        "≤ 26 MiB / 多 ≤ 48 MiB",
-        measure_memory,
-    ),
-    BenchRow(
-        "callback",
-        "回调：密文消息到密文回复，逐条，每条一个连接",
-        "p50 < 1.5 ms，p99 < 8 ms",
-        measure_callback,
-    ),
-    BenchRow(
-        "load",
-        "回调：100 个连接同时，20 秒",
-        "≥ Flask + gunicorn（2 进程 × 8 线程，同样的加解密）的 1.2 倍；无错误；p99 < 150 ms",
-        measure_load,
-    ),
-    BenchRow(
-        "dispatch",
-        "消息到启动工作流，GitHub 往返 200 ms（TLS）",
-        "每个请求 ≤ 3 次调用、≤ 1 个连接",
-        measure_dispatch,
-        True,
-    ),
-    BenchRow(
-        "finished",
-        "运行结束到消息发出",
-        "< 5 s；等待时每分钟 ≤ 25 次调用，多数为 304",
-        measure_finished,
-        True,
-    ),
-    BenchRow(
-        "docker",
-        "`copy`：200 MB、多层、首次，对 docker pull + tag + push",
-        "快 ≥ 4 倍",
-        measure_docker,
-    ),
-    BenchRow("copy", "`copy`：同一镜像，对单独的 `skopeo copy`", "≤ 1.25 倍", measure_copy),
-    BenchRow("unchanged", "`copy`：没有变化", "< 0.5 s，不读任何层", measure_unchanged),
-    BenchRow(
-        "many",
-        "`copy`：20 个 5 MB 的镜像，4 个并行",
-        "≤ 20 条 `skopeo copy`（4 条并行）的 1.5 倍",
-        measure_many,
-    ),
-    BenchRow(
-        "relay-slow",
-        "中转 1 GiB，来源和目标各限 20 MB/s",
-        "≤ 单向时间的 1.15 倍",
-        measure_slow_relay,
-        True,
-    ),
-    BenchRow(
-        "relay-fast",
-        "中转 1 GiB，本机回环，对 curl 下载 + 上传",
-        "报告",
-        measure_fast_relay,
-    ),
-    BenchRow("rest", "空闲 60 秒", "CPU 0.00 s；每秒唤醒 ≤ 1 次", measure_rest, True),
-    BenchRow(
-        "messages",
-        "同一进程 10,000 条消息",
-        "第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界",
-        measure_messages,
-    ),
-)
+
+@row(waits=True)
+def measure_rest(bench: Benchmark) -> Sequence[Any]:
+    """空闲 60 秒
+    CPU 0.00 s；每秒唤醒 ≤ 1 次
+    {seconds} 秒内 CPU {cpu:.2f} s，每秒唤醒 {woken:.2f} 次（{threads} 个线程）"""
+    seconds = bench.times(60, 10)
+    with calm_world({"QINGSTOR_ACCESS_KEY_ID": "x", "QINGSTOR_SECRET_ACCESS_KEY": "y"}) as world:
+        world.say("nginx:latest")  # at rest after work, with connections and threads in use
+        world.hear("成功 1 / 1")
+        time.sleep(3)
+        cpu, wakeups = world.service.cpu_seconds(), world.service.wakeups()
+        time.sleep(seconds)
+        cpu = world.service.cpu_seconds() - cpu
+        woken = (world.service.wakeups() - wakeups) / seconds
+        threads = world.service.threads()
+    return cpu == 0 and woken <= 1, seconds, cpu, woken, threads
 
 
-def measure_row(bench: Benchmark, row: BenchRow) -> Measured:
+@row()
+def measure_messages(bench: Benchmark) -> Sequence[Any]:
+    """同一进程 10,000 条消息
+    第 1,000 到 10,000 条增长 < 5 MiB；状态文件有界
+    {first} 条时 {first_mib:.1f} MiB，{total} 条时 {mib:.1f} MiB；
+    状态文件 {first_kib:.0f} → {kib:.0f} KiB"""
+    total = bench.times(10_000, 2_000)
+    texts = ("help", "status", "list", "Nginx:Latest", "nginx", "你好", "a b c:1", "nginx:{}")
+    with calm_world() as world:
+        path, sizes, mib = world.service.state_dir / "wxsync.state", [], []
+        for number in range(1, total + 1):
+            text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
+            answer = exchange(world.service.port, built(world.client, f"user{number % 300}", text))
+            assert reply_to(world.client, answer)
+            if number in (total // 10, total):
+                mib.append(world.service.rss_bytes() / MIB)
+                sizes.append(path.stat().st_size / 1024)
+    good = mib[1] - mib[0] < 5 and sizes[1] < 1024
+    return good, total // 10, mib[0], total, mib[1], sizes[0], sizes[1]
+
+
+def measure_row(bench: Benchmark, name: str) -> Measured:
     """Measure one row; what goes wrong in it costs that row only."""
-    bench.tell(f"{row.name} …")
+    bench.tell(f"{name} …")
+    text, wants = BENCH_ROWS[name].text, BENCH_ROWS[name].wants.split()
     try:
-        measured = row.measure(bench)
-    except Skip as why:
-        measured = Measured(f"跳过：{why}", None, skipped=True)
+        modules = {word for word in wants if importlib.util.find_spec(word)}
+        needs(missing_program(*(word for word in wants if word not in modules)))
+        reached, *figures = BENCH_ROWS[name].measure(bench)
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field]
+        named = dict(zip(fields, figures, strict=True))
+        found = (text.format(**named), reached, named)
+    except (pytest.skip.Exception, pytest.fail.Exception) as why:
+        found = (f"跳过：{why}", None, {})
     except Exception as error:  # one broken row must not cost the others
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        measured = Measured(f"出错：{lines[-1]}", False)
-    bench.tell(f"{row.name}: {measured.text}")
-    return measured
-
-
-def measure_rows(bench: Benchmark, rows: Sequence[BenchRow]) -> list[Measured]:
-    """Measure the rows that only wait side by side, then the others, each alone."""
-    found: dict[str, Measured] = {}
-    waiting = [row for row in rows if row.waits]
-    with ThreadPoolExecutor(max(1, len(waiting))) as pool:
-        results = pool.map(lambda row: measure_row(bench, row), waiting)
-        found |= dict(zip((row.name for row in waiting), results, strict=True))
-    for row in rows:
-        if not row.waits:
-            found[row.name] = measure_row(bench, row)
-    return [found[row.name] for row in rows]
+        found = (f"出错：{lines[-1]}", False, {})
+    bench.tell(f"{name}: {found[0]}")
+    return found
 
 
 def machine() -> dict[str, object]:
@@ -15948,59 +13772,49 @@ def machine() -> dict[str, object]:
     if (info := Path("/proc/cpuinfo")).exists():
         models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
         processor = models[0] if models else processor
-    return {
-        "cores": os.cpu_count(),
-        "cpu": processor,
-        "python": platform.python_version(),
-        "kernel": f"{platform.system()} {platform.release()}",
-    }
+    kernel = f"{platform.system()} {platform.release()}"
+    version = platform.python_version()
+    return {"cores": os.cpu_count(), "cpu": processor, "python": version, "kernel": kernel}
 
 
-def print_table(rows: Sequence[BenchRow], found: Sequence[Measured], quick: bool) -> None:
-    here = machine()
+def print_table(found: Mapping[str, Measured], quick: bool) -> None:
     note = "；--quick：次数和大小都较小，只供参考" if quick else ""
     print(
-        f"{here['cores']} 核 {here['cpu']}，Python {here['python']}，{here['kernel']}；"
-        f"各行为多次测量的中位数，对照在同一次运行中测得{note}\n"
+        "{cores} 核 {cpu}，Python {python}，{kernel}".format(**machine()),
+        f"；各行为多次测量的中位数，对照在同一次运行中测得{note}\n",
+        sep="",
     )
     print("| 项目 | 目标 | 实测 | 达到 |\n|---|---|---|---|")
-    for row, measured in zip(rows, found, strict=True):
-        mark = {True: "✅", False: "❌", None: "—"}[measured.reached]
-        print(f"| {row.what} | {row.target} | {measured.text} | {mark} |")
-
-
-def print_json(
-    rows: Sequence[BenchRow], found: Sequence[Measured], seconds: float, quick: bool
-) -> None:
-    table = [
-        {"name": row.name, "what": row.what, "target": row.target} | asdict(measured)
-        for row, measured in zip(rows, found, strict=True)
-    ]
-    report = {"machine": machine(), "quick": quick, "seconds": round(seconds, 1), "rows": table}
-    print(json.dumps(report, ensure_ascii=False, indent=2))
+    for name, (text, reached, _) in found.items():
+        mark = {True: "✅", False: "❌", None: "—"}[reached]
+        print(f"| {BENCH_ROWS[name].what} | {BENCH_ROWS[name].target} | {text} | {mark} |")
 
 
 def bench(argv: Sequence[str]) -> int:
     """Measure, print the table; return 1 when a row could not be measured for an error."""
     parser = argparse.ArgumentParser(prog="test_wxsync.py bench", description="性能测试")
-    here = Path(__file__).resolve().with_name("wxsync.py")
-    names = [row.name for row in BENCH_ROWS]
-    parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
     parser.add_argument("--json", action="store_true", help="给程序读的输出")
     parser.add_argument("--quick", action="store_true", help="一分钟左右的粗测")
-    parser.add_argument("--only", action="append", choices=names, help="只测这一行，可多次")
+    parser.add_argument("--only", action="append", choices=BENCH_ROWS, help="只测这一行，可多次")
     options = parser.parse_args(argv)
-    rows = [row for row in BENCH_ROWS if row.name in (options.only or names)]
-    run = Benchmark(options.script.resolve(), options.quick)
+    run, names = Benchmark(options.quick), options.only or [*BENCH_ROWS]
+    measure = functools.partial(measure_row, run)
+    waiting = [name for name in names if BENCH_ROWS[name].waits]
     with run.stack:
-        found = measure_rows(run, rows)
-    seconds = time.monotonic() - run.begun
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool:
+            found = dict(zip(waiting, pool.map(measure, waiting), strict=True))
+        for name in names:
+            found[name] = found.get(name) or measure(name)
     run.tell("end")
+    found = {name: found[name] for name in names}
     if options.json:
-        print_json(rows, found, seconds, options.quick)
+        keys = ("name", "text", "reached", "figures")
+        rows = [dict(zip(keys, (name, *one), strict=True)) for name, one in found.items()]
+        about = {"machine": machine(), "quick": options.quick, "rows": rows}
+        print(json.dumps(about, ensure_ascii=False, indent=2))
     else:
-        print_table(rows, found, options.quick)
-    return int(any(measured.text.startswith("出错") for measured in found))
+        print_table(found, options.quick)
+    return int(any(text.startswith("出错") for text, _, _ in found.values()))
 
 
 def run_tests(words: Sequence[str]) -> int:
