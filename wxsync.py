@@ -436,7 +436,7 @@ def _read_reference(text: str) -> tuple[str, str, str, str]:
         match = REFERENCE.fullmatch(text)
     else:  # without such a first part the whole is a path on Docker Hub
         match = REFERENCE.fullmatch(f"docker.io/{text}")
-    if not match or len(match["path"]) > 255:
+    if not match or not match["host"] or len(match["path"]) > 255:
         raise BadImage(_why_not(text))
     host, path = match["host"].lower(), match["path"]
     if host in DOCKER_HUB:
