@@ -223,6 +223,11 @@ def missing_program(*names: str) -> str:
     return f"{', '.join(absent)} not installed" if absent else ""
 
 
+def lacking(parts: Iterable[str], text: str) -> list[str]:
+    """Return the parts that are not in a text."""
+    return [part for part in parts if part not in text]
+
+
 class Closing:
     """What is started by `with` and closed at its end."""
 
@@ -2114,6 +2119,14 @@ class Transcript:
             print(line, file=self.out, end="", flush=True)
             self.last = time.monotonic()
 
+    def ask(self) -> str:
+        """Return the next line that is typed."""
+        self.prompting = True
+        try:
+            return input(self.PROMPT).strip()
+        finally:
+            self.prompting = False
+
     def poll(self) -> None:
         """Print what has happened since the last time."""
         with self.lock:
@@ -2236,134 +2249,89 @@ STORY = (
 )
 
 
-class Story:
-    """Plays STORY without a terminal and keeps a list of what was wrong."""
+def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
+    """Type a message of the story, return what was wrong with what came of it."""
+    text, reply, final = scene
+    github, messages = world.github, world.wecom.messages
+    commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
 
-    def __init__(self, stage: Stage, world: World, transcript: Transcript) -> None:
-        self.stage, self.world, self.transcript = stage, world, transcript
-        self.wrong: list[str] = []
+    def told() -> str:
+        transcript.poll()
+        return "\n".join(message.text for message in messages[heard:])
 
-    def play(self) -> list[str]:
-        """Return what was wrong, nothing if all was right."""
-        for scene in STORY:
-            self._scene(scene)
-        self._targets()
-        self.wrong += self.world.broken()
-        return self.wrong
-
-    def _scene(self, scene: Scene) -> None:
-        before = self._counts()
-        self.transcript.show("你", scene.text)
-        reply = self.world.say(scene.text)
-        self.transcript.show("wxsync", reply, "回复")
-        self._expect(f"对“{scene.text}”的回复", reply, scene.reply)
-        if scene.final:
-            self._expect(f"“{scene.text}”的结果", self._result(before[2]), scene.final)
-        else:
-            time.sleep(1)  # whatever should not happen gets the time to
-            self.transcript.poll()
-        pairs = zip(self._counts(), before, strict=True)
-        commits, runs, messages = (now - then for now, then in pairs)
-        wanted = 1 if scene.final else 0
-        if (commits, runs) != (wanted, wanted) or bool(messages) != bool(scene.final):
-            self.wrong.append(f"“{scene.text}”：{commits} 次提交、{runs} 次运行、{messages} 条消息")
-
-    def _counts(self) -> tuple[int, int, int]:
-        github = self.world.github
-        return len(github.commits), len(github.dispatches), len(self.world.wecom.messages)
-
-    def _result(self, after: int) -> str:
-        """Return the final message, printing what happens until it comes."""
-
-        def texts() -> str:
-            self.transcript.poll()
-            return "\n".join(message.text for message in self.world.wecom.messages[after:])
-
-        wait_until(lambda: "成功 " in texts(), 90, 0.05)
-        return texts()
-
-    def _expect(self, what: str, text: str, parts: Iterable[str]) -> None:
-        self.wrong += [f"{what}里没有“{part}”" for part in parts if part not in text]
-
-    def _targets(self) -> None:
-        """With real registries: what was copied must be what the source has."""
-        for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if self.stage.registries else ():
-            source, target = self.stage.registries
-            repo, tag = name.split(":")
-            index = source.manifest(f"library/{repo}", tag)
-            copied = target.digest(f"mirror-space/{repo}", tag)
-            if copied != index["manifests"][0]["digest"]:
-                self.wrong.append(f"目标仓库里的 {name} 与源不同：{copied or '不存在'}")
+    transcript.show("你", text)
+    said = world.say(text)
+    transcript.show("wxsync", said, "回复")
+    if final:
+        wait_until(lambda: "成功 " in told(), 90, 0.05)
+    else:
+        time.sleep(1)  # whatever should not happen gets the time to
+    seen, commits = told(), len(github.commits) - commits
+    wrong = [f"对“{text}”的回复里没有“{part}”" for part in lacking(reply, said)]
+    wrong += [f"“{text}”的结果里没有“{part}”" for part in lacking(final, seen)]
+    if [commits, len(github.dispatches) - runs, bool(seen)] != [bool(final)] * 3:
+        wrong.append(f"“{text}”：{commits} 次提交，收到：{seen or '没有消息'}")
+    return wrong
 
 
-class Chat:
-    """A chat on a terminal: what is typed is posted as WeCom would, answers come as they come."""
-
-    HELP = (
-        "输入的每一行都会像企业微信那样加密、签名后发给 wxsync。\n"
-        "可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest\n"
-        "状态　　列表　　重试　　取消　　随便什么话\n"
-        "--platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7\n"
-        "命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"
-    )
-
-    def __init__(self, world: World, transcript: Transcript) -> None:
-        self.world, self.transcript = world, transcript
-        self.over = threading.Event()
-        with suppress(ImportError):  # Windows edits lines by itself
-            import readline  # history, arrow keys, and redrawing a half-typed line
-
-            transcript.typed = readline.get_line_buffer
-
-    def run(self) -> None:
-        watcher = threading.Thread(target=self._watch, daemon=True)
-        watcher.start()
-        self.transcript.show("沙盒", self.HELP)
-        try:
-            while self._turn():
-                pass
-        except (EOFError, KeyboardInterrupt):
-            print(file=self.transcript.out)
-        self.over.set()
-        watcher.join(2)
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.1):
-            self.transcript.poll()
-
-    def _turn(self) -> bool:
-        """Read and post one line; return False when the chat is over."""
-        self.transcript.prompting = True
-        try:
-            text = input(self.transcript.PROMPT).strip()
-        finally:
-            self.transcript.prompting = False
-        if text == "/help":
-            self.transcript.show("沙盒", self.HELP)
-        elif text == "/log":
-            self.transcript.show("日志", "\n".join(self.world.service.log.splitlines()[-20:]))
-        elif text and text != "/quit":
-            self._post(text)
-        return text != "/quit"
-
-    def _post(self, text: str) -> None:
-        try:
-            reply = self.world.client.post_text("alice", text)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            self.transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
-            return
-        shown = reply.reply or f"（HTTP {reply.status}，没有立即回复）"
-        self.transcript.show("wxsync", shown, "回复")
+def play_story(stage: Stage, world: World, transcript: Transcript) -> list[str]:
+    """Play STORY without a terminal, return what was wrong, nothing if all was right."""
+    wrong = [line for scene in STORY for line in play_scene(scene, world, transcript)]
+    for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if stage.registries else ():
+        source, target = stage.registries  # what was copied must be what the source has
+        repo, tag = name.split(":")
+        index = source.manifest(f"library/{repo}", tag)
+        copied = target.digest(f"mirror-space/{repo}", tag)
+        if copied != index["manifests"][0]["digest"]:
+            wrong.append(f"目标仓库里的 {name} 与源不同：{copied or '不存在'}")
+    return wrong + world.broken()
 
 
-def report(wrong: Sequence[str], world: World, out: TextIO) -> int:
-    """Print the verdict on the story, return the exit code."""
-    if not wrong:
-        print("\n✅ 故事演完，每一步的回答都正确", file=out)
-        return 0
-    print("\n❌ 有不对的地方：", *wrong, sep="\n   ", file=out)
-    print("\nwxsync 最近的日志：", *world.service.log.splitlines()[-30:], sep="\n   ", file=out)
-    return 1
+CHAT_HELP = """输入的每一行都会像企业微信那样加密、签名后发给 wxsync。
+可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest
+状态　　列表　　重试　　取消　　随便什么话
+--platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7
+命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"""
+
+
+def chat(world: World, transcript: Transcript) -> None:
+    """Post what is typed on a terminal as WeCom would; answers come as they come."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            transcript.poll()
+
+    with suppress(ImportError):  # Windows edits lines by itself
+        import readline  # history, arrow keys, and redrawing a half-typed line
+
+        transcript.typed = readline.get_line_buffer
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    transcript.show("沙盒", CHAT_HELP)
+    try:
+        while (text := transcript.ask()) != "/quit":
+            if text == "/help":
+                transcript.show("沙盒", CHAT_HELP)
+            elif text == "/log":
+                transcript.show("日志", "\n".join(world.service.log.splitlines()[-20:]))
+            elif text:
+                post(text, world, transcript)
+    except (EOFError, KeyboardInterrupt):
+        print(file=transcript.out)
+    over.set()
+    watcher.join(2)
+
+
+def post(text: str, world: World, transcript: Transcript) -> None:
+    """Post what was typed and show the immediate reply."""
+    try:
+        got = world.client.post_text("alice", text)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
+    else:
+        shown = got.reply or f"（HTTP {got.status}，没有立即回复）"
+        transcript.show("wxsync", shown, "回复")
 
 
 def sandbox(argv: Sequence[str]) -> int:
@@ -2389,10 +2357,16 @@ def sandbox(argv: Sequence[str]) -> int:
             print(f"❌ 沙盒没能启动：{error}", file=out)
             return 1
         transcript = Transcript(world, out, live)
-        status = report(Story(stage, world, transcript).play(), world, out)
+        wrong = play_story(stage, world, transcript)
+        if wrong:
+            print("\n❌ 有不对的地方：", *wrong, sep="\n   ", file=out)
+            log = world.service.log.splitlines()[-30:]
+            print("\nwxsync 最近的日志：", *log, sep="\n   ", file=out)
+        else:
+            print("\n✅ 故事演完，每一步的回答都正确", file=out)
         if live:
-            Chat(world, transcript).run()
-        return status
+            chat(world, transcript)
+        return bool(wrong)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3129,11 +3103,6 @@ def rows(text: str) -> list[list[str]]:
     lines = unfold(text).split("\n")
     cells = [[cell.strip(" ") for cell in line.split("¦")] for line in lines]
     return [[cell.replace("⏎", "\n").replace("␣", " ") for cell in row] for row in cells]
-
-
-def lacking(parts: Iterable[str], text: str) -> list[str]:
-    """Return the parts that are not in a text."""
-    return [part for part in parts if part not in text]
 
 
 class SlowRunner(PlayedRunner):
@@ -12680,7 +12649,7 @@ def picture(argv: Sequence[str]) -> int:
     with stage.stack:
         world = stage.world()
         recorder = Recorder(world)
-        wrong = Story(stage, world, recorder).play()
+        wrong = play_story(stage, world, recorder)
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
