@@ -3548,7 +3548,7 @@ registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3
 
 def lines_and_targets(message: str) -> list[str]:
     """Return each image that a message asks for, and nothing else, as IMAGES_READ has them."""
-    reading = wxsync.read_message(message, PREFIX)
+    reading = wxsync.read_message(message)
     assert reading.links == ()
     pairs = [(i.line, i.target(PREFIX).removeprefix(PREFIX + "/")) for i in reading.images]
     return [line if line == target else f"{line} | {target}" for line, target in pairs]
@@ -3621,7 +3621,7 @@ REFUSED += [[f"a/b@sha256:{HEX.upper()}", f"a/b@sha256: → a/b@sha256:{HEX}"]]
 def refusal(message: str) -> str:
     """Return the reply to a message that is refused."""
     with pytest.raises(wxsync.Failure) as caught:
-        wxsync.read_message(message, PREFIX)
+        wxsync.read_message(message)
     return str(caught.value).replace("`", "")
 
 
@@ -3633,7 +3633,7 @@ def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str
     assert re.findall(r"您是不是要：(.*)", reply) == [line for line in meant if line]
     assert reply.count("• ") == len(wanted) and len(reply.encode()) < 2048
     assert [c for c in reply if c != "\n" and not c.isprintable()] == []
-    assert all(wxsync.read_message(line, PREFIX).images for line in meant if line)
+    assert all(wxsync.read_message(line).images for line in meant if line)
 
 
 CLASHES = ["a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"]
@@ -3648,8 +3648,8 @@ def test_two_sources_for_one_target_are_refused(message: str) -> None:
 def test_256_images_are_taken_and_257_are_not() -> None:
     """A matrix holds 256 jobs."""
     names = [f"x/image-{number}:1" for number in range(257)]
-    assert len(wxsync.read_message("\n".join(names[:256]), PREFIX).images) == 256
-    assert len(wxsync.read_message("\n".join(names[:256] * 2), PREFIX).images) == 256
+    assert len(wxsync.read_message("\n".join(names[:256])).images) == 256
+    assert len(wxsync.read_message("\n".join(names[:256] * 2)).images) == 256
     assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
 
 
@@ -3667,11 +3667,11 @@ def test_commands_and_nonsense() -> None:
     """What names no image is a command, or gets the help; a bare word is asked back."""
     for command, *messages in COMMANDS:
         for message in messages:
-            reading = wxsync.read_message(message, PREFIX)
+            reading = wxsync.read_message(message)
             assert (reading.command, reading.images, reading.links) == (command, (), ()), message
     for word in COMMANDS[-1][1:]:
         note = f"如需同步镜像 {word}，请发送 {word}:latest"
-        assert note in wxsync.read_message(word, PREFIX).note
+        assert note in wxsync.read_message(word).note
 
 
 # Message ¦ how many images it names ¦ a part of the note
@@ -3692,7 +3692,7 @@ https://e.com:99999/x"""
 def test_links() -> None:
     """Each link stands in a line of its own; a bad one stops the message, good images or not."""
     for message, images, note in LINKS_READ:
-        reading = wxsync.read_message(message, PREFIX)
+        reading = wxsync.read_message(message)
         links = tuple(line for line in message.split("\n") if "://" in line)
         assert (reading.links, len(reading.images)) == (links, int(images)), message
         assert reading.command == "" and note in reading.note
@@ -3725,7 +3725,7 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
     for _ in range(6000):
         message = "".join(chance.choices(PIECES_OF_LINES, k=chance.randint(1, 9)))
         try:
-            images = wxsync.read_message(message, PREFIX).images
+            images = wxsync.read_message(message).images
         except wxsync.Failure:
             continue
         for image in images:
@@ -4410,7 +4410,7 @@ NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n
 def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
     """Return the canonical lines and the links that a message starts, and what is said beside."""
     try:
-        reading = wxsync.read_message(message, PREFIX)
+        reading = wxsync.read_message(message)
     except wxsync.Failure as failure:
         return [], (), str(failure)
     assert not (reading.command and (reading.images or reading.links))
@@ -4474,7 +4474,7 @@ def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
 def test_talk_gets_help() -> None:
     """Neither a refusal nor the offer to sync a word of talk."""
     for message in itertools.chain.from_iterable(rows(TALK_HEARD)):
-        reading = wxsync.read_message(message, PREFIX)
+        reading = wxsync.read_message(message)
         assert (reading.command, reading.images, reading.links) == ("help", (), ()), message
         assert ":latest" not in reading.note or "," in message, message
 
@@ -5524,7 +5524,7 @@ def test_a_line_claims_a_job_only_when_it_is_sure(
 @pytest.mark.parametrize("text", ["# redis:6\nnginx:1", "#redis:6\nnginx:1", "// x:1\nnginx:1"])
 def test_comments_start_nothing(text: str) -> None:
     """A list that is sent with its comments is the list."""
-    assert [image.line for image in wxsync.read_message(text, PREFIX).images] == ["nginx:1"]
+    assert [image.line for image in wxsync.read_message(text).images] == ["nginx:1"]
 
 
 class Toy(wxsync.Channel):
@@ -9154,7 +9154,7 @@ WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tom
 def test_a_well_known_name_makes_a_list() -> None:
     """Two names are a list where one of them is an official image."""
     for name in WELL_KNOWN.split():
-        images = wxsync.read_message(f"my-own-app, {name}", PREFIX).images
+        images = wxsync.read_message(f"my-own-app, {name}").images
         assert [image.line for image in images] == ["my-own-app:latest", f"{name}:latest"]
 
 

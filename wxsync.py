@@ -436,7 +436,7 @@ def _read_reference(text: str) -> tuple[str, str, str, str]:
         match = REFERENCE.fullmatch(text)
     else:  # without such a first part the whole is a path on Docker Hub
         match = REFERENCE.fullmatch(f"docker.io/{text}")
-    if not match or len(match["path"]) > 255:
+    if not match or not match["host"] or len(match["path"]) > 255:
         raise BadImage(_why_not(text))
     host, path = match["host"].lower(), match["path"]
     if host in DOCKER_HUB:
@@ -3770,7 +3770,7 @@ def _read_items(text: str, items: list[str]) -> Reading:
     return Reading("help")
 
 
-def read_message(text: str, prefix: str = "") -> Reading:
+def read_message(text: str) -> Reading:
     """Return what a chat message asks for; raise Failure with the reply for one that is refused."""
     word = text.translate(TIDY).strip().lower()
     if len(word) < 20 and (word := re.sub(r"^[\W_]+|[\W_]+$", "", word)) in COMMANDS:
@@ -4133,7 +4133,7 @@ class Chat:
 
     def _obey(self, message: Message, channel: Channel) -> Saying:
         """Return the reply to a message, or what queues its work; raise Failure."""
-        reading = read_message(message.content, self._settings.target_prefix)
+        reading = read_message(message.content)
         if reading.command == "status":
             return self.status(message.user)
         if reading.command == "list":
