@@ -12837,7 +12837,10 @@ services:
 
 
 class Engine:
-    """A project beside a dockerd of its own, by which it is built and run."""
+    """A project beside a dockerd of its own, by which it is built and run as `name` in a world."""
+
+    world: World
+    name: str
 
     def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.project = folder, folder / "wxsync"
@@ -12952,67 +12955,52 @@ def test_the_compose_file_is_valid(engine: Engine) -> None:
     assert service["environment"]["STATE_DIR"] == "/data"
 
 
-class Contained(NamedTuple):
-    """The service in a container started by compose, and the world around it."""
-
-    engine: Engine
-    world: World
-    name: str
-
-    def python(self, code: str) -> str:
-        words = ("docker", "compose", "exec", "-T", "image-sync", "python", "-c", code)
-        done = self.engine.run(*words)
-        return done.stdout.strip() + done.stderr.strip()
-
-
 @pytest.fixture(scope="module")
-def contained(engine: Engine) -> Iterator[Contained]:
-    """Started, and healthy by the health check of the image."""
-    world = World(SCRIPT, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
-    with closing(world.prepare()):
+def contained(engine: Engine) -> Iterator[Engine]:
+    """The service in a container started by compose, healthy by the health check of the image."""
+    engine.world = World(SCRIPT, PlayedRunner(0.05), {"DOCKER_REGISTRY": NO_REGISTRY})
+    with closing(engine.world.prepare()) as world:
         settings = world.service.settings | {"HOST": "127.0.0.1", "STATE_DIR": "."}
         (engine.project / ".env").write_text(env_file(settings))
         started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
-        name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
-        state = functools.partial(engine.inspect, name, ".State.Health.Status")
+        engine.name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
+        state = functools.partial(engine.inspect, engine.name, ".State.Health.Status")
         healthy = wait_until(lambda: state() == "healthy", 15, 0.2)
         assert healthy and world.service.healthy(), engine.docker("compose", "logs").stdout
-        yield Contained(engine, world, name)
+        yield engine
         engine.docker("compose", "down", "-v", "-t", "1")
 
 
-def test_check_in_the_container_as_readme_shows_it(contained: Contained) -> None:
-    """The settings reach it, the folder is the volume's, and one registry does not answer."""
-    found = findings(contained.engine.types("docker compose run").stdout)
+def test_a_container_may_write_only_its_volume(contained: Engine) -> None:
+    """Not root, no capability, everything but /data and /tmp read-only. As README shows `check`,
+    the settings reach it, the folder is the volume's, and one registry does not answer."""
+    code = "import os; print(os.getuid(), os.getgid(), open('/proc/1/status').read()); "
+    words = ("exec", "-T", "image-sync", "python", "-c", code + "open('/app/x', 'w')")
+    done = contained.docker("compose", *words)
+    assert done.stdout.startswith("10001 10001 ") and "Read-only file system" in done.stderr
+    assert re.findall(r"^CapBnd:\s+(\w+)$", done.stdout, re.MULTILINE) == ["0" * 16]
+    found = findings(contained.types("docker compose run").stdout)
     assert [line.name for line in found if line.mark == "❌"] == ["目标仓库"]
     assert found[0] == Found("✅", "STATE_DIR", "/data 可写")
 
 
-def test_the_container_may_write_only_its_volume(contained: Contained) -> None:
-    """Not root, no capability, everything but /data and /tmp read-only."""
-    assert contained.python("import os; print(os.getuid(), os.getgid())") == "10001 10001"
-    assert "Read-only file system" in contained.python("open('/app/x', 'w')")
-    code = "print([l for l in open('/proc/1/status') if l.startswith('CapBnd')][0].split()[1])"
-    assert int(contained.python(code), 16) == 0
-
-
-def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Contained) -> None:
+def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Engine) -> None:
     """From callback to result, the list on the volume; SIGTERM is heard; what it knew it knows."""
-    engine, world = contained.engine, contained.world
+    engine, world = contained, contained.world
     assert world.say("nginx:latest").startswith("🔄")
     assert "docker pull" in world.hear("成功 1 / 1", 30)
     shown = re.findall(r"`(docker compose exec .+?)`", section("Docker Compose"))[0]
     done = engine.run("bash", "-c", shown)
     assert (done.returncode, done.stdout.startswith("如需同步镜像 nginx")) == (0, True)
-    (mount,) = engine.inspect(contained.name, ".Mounts")
+    (mount,) = engine.inspect(engine.name, ".Mounts")
     assert (mount["Type"], mount["Destination"]) == ("volume", "/data")
     assert Path(mount["Source"], "images.txt").read_text() == "nginx:latest\n"
     assert Path(mount["Source"], "wxsync.state").exists()
     begun = time.monotonic()
     assert engine.docker("compose", "stop").returncode == 0
     assert time.monotonic() - begun < 5
-    assert engine.inspect(contained.name, ".State.ExitCode") == 0
+    assert engine.inspect(engine.name, ".State.ExitCode") == 0
     assert "已停止" in engine.types("docker compose logs", 1.5).stdout
     assert engine.docker("compose", "start").returncode == 0
     assert wait_until(world.service.healthy, 10)
