@@ -13755,18 +13755,11 @@ def bench(argv: Sequence[str]) -> int:
     return int(any(text.startswith("出错") for text, _, _ in found.values()))
 
 
-def run_tests(words: Sequence[str]) -> int:
-    """Run the tests, quietly, with the reason of each that is skipped."""
-    return pytest.main(["-q", "-rs", __file__, *words])
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run the tests or the benchmark, draw the picture, or play the sandbox."""
-    commands: dict[str, Callable[[Sequence[str]], int]] = {
-        "test": run_tests,
-        "bench": bench,
-        "picture": picture,
-    }
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
+    # quietly, with the reason of each test that is skipped
+    commands["test"] = lambda words: pytest.main(["-q", "-rs", __file__, *words])
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return sandbox(arguments)
