@@ -14,6 +14,11 @@ Packages that are missing are installed into .venv beside this file, nothing any
 are servers on 127.0.0.1, as unkind as the documents say. What needs a component that is not there
 (docker-registry, skopeo, act, tinyproxy, …) is skipped with the reason, and fails where CI is set.
 WXSYNC_FUZZ=long fuzzes and kills for longer.
+
+In this order: small tools; fakes of WeCom, GitHub, registries; the service and a world around it;
+the sandbox; fakes of QingStor, sources, proxies; then the tests: settings, what is typed, stories,
+the workflow and its job, files, the net, what is never lost, the robot, what nobody gets in by,
+GitHub's whims, `check`, the documents, the container; the benchmark.
 """
 
 from __future__ import annotations
@@ -4314,7 +4319,8 @@ File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
 From now on ¦ From China with love
 docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
 docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
-docker ps -a
+docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
+注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
 """
 
 # What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
@@ -4449,7 +4455,7 @@ def test_talk_gets_help() -> None:
     for message in itertools.chain.from_iterable(rows(TALK_HEARD)):
         reading = wxsync.read_message(message)
         assert (reading.command, reading.images, reading.links) == ("help", (), ()), message
-        assert ":latest" not in reading.note or "," in message, message
+        assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
 
 
 @pytest.mark.parametrize(("message", "lines"), SUGGESTED)
@@ -4527,24 +4533,6 @@ def test_version_and_help() -> None:
     done = run_script("--help")
     words = ("serve", "check", "send", "plan", "copy", "--env")
     assert (done.returncode, lacking(words, done.stdout)) == (0, [])
-
-
-def test_plan_prints_canonical_lines() -> None:
-    """A list on stdin, with comments, gives one JSON array on stdout."""
-    done = run_script("plan", "-", text="# mine\nnginx\n\ndocker pull x/y:1\nnginx:latest\r\n")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == ["nginx:latest", "x/y:1"]
-
-
-def test_plan_tells_every_bad_line_by_number(tmp_path: Path) -> None:
-    """Exit 2, one error per bad line, and nothing on stdout that a workflow could run."""
-    path = tmp_path / "images.txt"
-    path.write_text("nginx:1\nNginx:2\n# fine\n$(reboot):1\n::set-output name=x::y\n")
-    done = run_script("plan", str(path))
-    assert (done.returncode, done.stdout) == (2, "")
-    errors = done.stderr.splitlines()
-    assert [re.findall(r"\d+", line)[0] for line in errors] == ["2", "4", "5"]
-    assert not [line for line in errors if line.startswith("::")]
 
 
 @pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
@@ -4761,9 +4749,6 @@ TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
 INNER = {
     "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
     "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
-    "nobody's": "<xml><MsgType>text</MsgType><Content>nginx:1</Content></xml>",
-    "everybody's": TEXT_OF + "@all</FromUserName></xml>",
-    "two people's": TEXT_OF + "a|b</FromUserName></xml>",
     "no XML": "hello",
     "a list": "[1]",
     "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
@@ -4952,17 +4937,9 @@ alice< 成功 2 / 3
 ~(?m)^docker pull PREFIX/same:1.*已是最新.*\ndocker tag PREFIX/same:1 same:1$
 -docker pull PREFIX/nosuch:1
 * commits wxsync: fresh:1 (+2) [skip ci]
-=== Talk gets the help, a bare word is asked back, and nothing else happens
+=== Talk gets the help, and nothing else happens
 alice> 你好，在吗
 +使用说明
-alice> help
-+使用说明
-alice> ，
-+使用说明
-alice> What is this?
-+使用说明
-alice> nginx
-~^如需同步镜像 nginx，请发送 nginx:latest
 * calls 0
 * told
 === The status tells the last result, then what runs and what waits
@@ -9079,13 +9056,6 @@ def test_status_counts_what_is_done_now() -> None:
         assert wait_until(lambda: "4/5" in world.say("状态"), 12, 0.5), world.say("状态")
 
 
-SMALL_TALK = """
-会议改到 14:30 ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 24/7
-yes/no ¦ localhost ¦ 192.168.1.1:8080 ¦ name: alice ¦ 👍:ok ¦ alice@example.com
-/etc/hosts ¦ C:\\Users\\me ¦ ~/src/app
-进度 50% ¦ 好的: 谢谢 ¦ 注意：不要发
-Traceback (most recent call last):\\n  File "a.py"\\nKeyError: 'nginx'
-"""
 # what is typed -> what the reply must hold; what it must not
 ANSWERED = """
 Nginx -> 如需同步镜像 nginx，请发送 nginx:latest
@@ -9104,12 +9074,8 @@ LIST_WORDS = "列表! /列表 【列表】 LIST. 列表～"
 
 
 def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
-    """Times, addresses, paths get the help, near misses the line to send and no other; words of
-    command count with whatever stands around them; where files are off a link is refused."""
-    for text in re.split(" ¦ |\n", SMALL_TALK.strip()):
-        reply = talk.say(text.replace("\\n", "\n"))
-        assert wxsync.Channel().render(wxsync.HELP) in reply, text
-        assert not re.search("❌|请发送|您是不是要", reply), text
+    """Near misses get the line to send and no other; words of command count with whatever stands
+    around them; where files are off a link is refused."""
     for line in ANSWERED.strip().splitlines():
         text, _, rest = line.partition(" -> ")
         (reply, (wanted, _, never)) = talk.say(text), rest.partition("; ")
