@@ -14,6 +14,11 @@ Packages that are missing are installed into .venv beside this file, nothing any
 are servers on 127.0.0.1, as unkind as the documents say. What needs a component that is not there
 (docker-registry, skopeo, act, tinyproxy, …) is skipped with the reason, and fails where CI is set.
 WXSYNC_FUZZ=long fuzzes and kills for longer.
+
+In this order: small tools; fakes of WeCom, GitHub, registries; the service and a world around it;
+the sandbox; fakes of QingStor, sources, proxies; then the tests: settings, what is typed, stories,
+the workflow and its job, files, the net, what is never lost, the robot, what nobody gets in by,
+GitHub's whims, `check`, the documents, the container; the benchmark.
 """
 
 from __future__ import annotations
@@ -221,6 +226,11 @@ def missing_program(*names: str) -> str:
     """Return why programs cannot be used, "" if they all can."""
     absent = [name for name in names if not shutil.which(name)]
     return f"{', '.join(absent)} not installed" if absent else ""
+
+
+def lacking(parts: Iterable[str], text: str) -> list[str]:
+    """Return the parts that are not in a text."""
+    return [part for part in parts if part not in text]
 
 
 class Closing:
@@ -2114,6 +2124,14 @@ class Transcript:
             print(line, file=self.out, end="", flush=True)
             self.last = time.monotonic()
 
+    def ask(self) -> str:
+        """Return the next line that is typed."""
+        self.prompting = True
+        try:
+            return input(self.PROMPT).strip()
+        finally:
+            self.prompting = False
+
     def poll(self) -> None:
         """Print what has happened since the last time."""
         with self.lock:
@@ -2236,134 +2254,89 @@ STORY = (
 )
 
 
-class Story:
-    """Plays STORY without a terminal and keeps a list of what was wrong."""
+def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
+    """Type a message of the story, return what was wrong with what came of it."""
+    text, reply, final = scene
+    github, messages = world.github, world.wecom.messages
+    commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
 
-    def __init__(self, stage: Stage, world: World, transcript: Transcript) -> None:
-        self.stage, self.world, self.transcript = stage, world, transcript
-        self.wrong: list[str] = []
+    def told() -> str:
+        transcript.poll()
+        return "\n".join(message.text for message in messages[heard:])
 
-    def play(self) -> list[str]:
-        """Return what was wrong, nothing if all was right."""
-        for scene in STORY:
-            self._scene(scene)
-        self._targets()
-        self.wrong += self.world.broken()
-        return self.wrong
-
-    def _scene(self, scene: Scene) -> None:
-        before = self._counts()
-        self.transcript.show("你", scene.text)
-        reply = self.world.say(scene.text)
-        self.transcript.show("wxsync", reply, "回复")
-        self._expect(f"对“{scene.text}”的回复", reply, scene.reply)
-        if scene.final:
-            self._expect(f"“{scene.text}”的结果", self._result(before[2]), scene.final)
-        else:
-            time.sleep(1)  # whatever should not happen gets the time to
-            self.transcript.poll()
-        pairs = zip(self._counts(), before, strict=True)
-        commits, runs, messages = (now - then for now, then in pairs)
-        wanted = 1 if scene.final else 0
-        if (commits, runs) != (wanted, wanted) or bool(messages) != bool(scene.final):
-            self.wrong.append(f"“{scene.text}”：{commits} 次提交、{runs} 次运行、{messages} 条消息")
-
-    def _counts(self) -> tuple[int, int, int]:
-        github = self.world.github
-        return len(github.commits), len(github.dispatches), len(self.world.wecom.messages)
-
-    def _result(self, after: int) -> str:
-        """Return the final message, printing what happens until it comes."""
-
-        def texts() -> str:
-            self.transcript.poll()
-            return "\n".join(message.text for message in self.world.wecom.messages[after:])
-
-        wait_until(lambda: "成功 " in texts(), 90, 0.05)
-        return texts()
-
-    def _expect(self, what: str, text: str, parts: Iterable[str]) -> None:
-        self.wrong += [f"{what}里没有“{part}”" for part in parts if part not in text]
-
-    def _targets(self) -> None:
-        """With real registries: what was copied must be what the source has."""
-        for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if self.stage.registries else ():
-            source, target = self.stage.registries
-            repo, tag = name.split(":")
-            index = source.manifest(f"library/{repo}", tag)
-            copied = target.digest(f"mirror-space/{repo}", tag)
-            if copied != index["manifests"][0]["digest"]:
-                self.wrong.append(f"目标仓库里的 {name} 与源不同：{copied or '不存在'}")
+    transcript.show("你", text)
+    said = world.say(text)
+    transcript.show("wxsync", said, "回复")
+    if final:
+        wait_until(lambda: "成功 " in told(), 90, 0.05)
+    else:
+        time.sleep(1)  # whatever should not happen gets the time to
+    seen, commits = told(), len(github.commits) - commits
+    wrong = [f"对“{text}”的回复里没有“{part}”" for part in lacking(reply, said)]
+    wrong += [f"“{text}”的结果里没有“{part}”" for part in lacking(final, seen)]
+    if [commits, len(github.dispatches) - runs, bool(seen)] != [bool(final)] * 3:
+        wrong.append(f"“{text}”：{commits} 次提交，收到：{seen or '没有消息'}")
+    return wrong
 
 
-class Chat:
-    """A chat on a terminal: what is typed is posted as WeCom would, answers come as they come."""
-
-    HELP = (
-        "输入的每一行都会像企业微信那样加密、签名后发给 wxsync。\n"
-        "可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest\n"
-        "状态　　列表　　重试　　取消　　随便什么话\n"
-        "--platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7\n"
-        "命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"
-    )
-
-    def __init__(self, world: World, transcript: Transcript) -> None:
-        self.world, self.transcript = world, transcript
-        self.over = threading.Event()
-        with suppress(ImportError):  # Windows edits lines by itself
-            import readline  # history, arrow keys, and redrawing a half-typed line
-
-            transcript.typed = readline.get_line_buffer
-
-    def run(self) -> None:
-        watcher = threading.Thread(target=self._watch, daemon=True)
-        watcher.start()
-        self.transcript.show("沙盒", self.HELP)
-        try:
-            while self._turn():
-                pass
-        except (EOFError, KeyboardInterrupt):
-            print(file=self.transcript.out)
-        self.over.set()
-        watcher.join(2)
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.1):
-            self.transcript.poll()
-
-    def _turn(self) -> bool:
-        """Read and post one line; return False when the chat is over."""
-        self.transcript.prompting = True
-        try:
-            text = input(self.transcript.PROMPT).strip()
-        finally:
-            self.transcript.prompting = False
-        if text == "/help":
-            self.transcript.show("沙盒", self.HELP)
-        elif text == "/log":
-            self.transcript.show("日志", "\n".join(self.world.service.log.splitlines()[-20:]))
-        elif text and text != "/quit":
-            self._post(text)
-        return text != "/quit"
-
-    def _post(self, text: str) -> None:
-        try:
-            reply = self.world.client.post_text("alice", text)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            self.transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
-            return
-        shown = reply.reply or f"（HTTP {reply.status}，没有立即回复）"
-        self.transcript.show("wxsync", shown, "回复")
+def play_story(stage: Stage, world: World, transcript: Transcript) -> list[str]:
+    """Play STORY without a terminal, return what was wrong, nothing if all was right."""
+    wrong = [line for scene in STORY for line in play_scene(scene, world, transcript)]
+    for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if stage.registries else ():
+        source, target = stage.registries  # what was copied must be what the source has
+        repo, tag = name.split(":")
+        index = source.manifest(f"library/{repo}", tag)
+        copied = target.digest(f"mirror-space/{repo}", tag)
+        if copied != index["manifests"][0]["digest"]:
+            wrong.append(f"目标仓库里的 {name} 与源不同：{copied or '不存在'}")
+    return wrong + world.broken()
 
 
-def report(wrong: Sequence[str], world: World, out: TextIO) -> int:
-    """Print the verdict on the story, return the exit code."""
-    if not wrong:
-        print("\n✅ 故事演完，每一步的回答都正确", file=out)
-        return 0
-    print("\n❌ 有不对的地方：", *wrong, sep="\n   ", file=out)
-    print("\nwxsync 最近的日志：", *world.service.log.splitlines()[-30:], sep="\n   ", file=out)
-    return 1
+CHAT_HELP = """输入的每一行都会像企业微信那样加密、签名后发给 wxsync。
+可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest
+状态　　列表　　重试　　取消　　随便什么话
+--platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7
+命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"""
+
+
+def chat(world: World, transcript: Transcript) -> None:
+    """Post what is typed on a terminal as WeCom would; answers come as they come."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            transcript.poll()
+
+    with suppress(ImportError):  # Windows edits lines by itself
+        import readline  # history, arrow keys, and redrawing a half-typed line
+
+        transcript.typed = readline.get_line_buffer
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    transcript.show("沙盒", CHAT_HELP)
+    try:
+        while (text := transcript.ask()) != "/quit":
+            if text == "/help":
+                transcript.show("沙盒", CHAT_HELP)
+            elif text == "/log":
+                transcript.show("日志", "\n".join(world.service.log.splitlines()[-20:]))
+            elif text:
+                post(text, world, transcript)
+    except (EOFError, KeyboardInterrupt):
+        print(file=transcript.out)
+    over.set()
+    watcher.join(2)
+
+
+def post(text: str, world: World, transcript: Transcript) -> None:
+    """Post what was typed and show the immediate reply."""
+    try:
+        got = world.client.post_text("alice", text)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
+    else:
+        shown = got.reply or f"（HTTP {got.status}，没有立即回复）"
+        transcript.show("wxsync", shown, "回复")
 
 
 def sandbox(argv: Sequence[str]) -> int:
@@ -2389,10 +2362,16 @@ def sandbox(argv: Sequence[str]) -> int:
             print(f"❌ 沙盒没能启动：{error}", file=out)
             return 1
         transcript = Transcript(world, out, live)
-        status = report(Story(stage, world, transcript).play(), world, out)
+        wrong = play_story(stage, world, transcript)
+        if wrong:
+            print("\n❌ 有不对的地方：", *wrong, sep="\n   ", file=out)
+            log = world.service.log.splitlines()[-30:]
+            print("\nwxsync 最近的日志：", *log, sep="\n   ", file=out)
+        else:
+            print("\n✅ 故事演完，每一步的回答都正确", file=out)
         if live:
-            Chat(world, transcript).run()
-        return status
+            chat(world, transcript)
+        return bool(wrong)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3129,11 +3108,6 @@ def rows(text: str) -> list[list[str]]:
     lines = unfold(text).split("\n")
     cells = [[cell.strip(" ") for cell in line.split("¦")] for line in lines]
     return [[cell.replace("⏎", "\n").replace("␣", " ") for cell in row] for row in cells]
-
-
-def lacking(parts: Iterable[str], text: str) -> list[str]:
-    """Return the parts that are not in a text."""
-    return [part for part in parts if part not in text]
 
 
 class SlowRunner(PlayedRunner):
@@ -4335,7 +4309,8 @@ File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
 From now on ¦ From China with love
 docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
 docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
-docker ps -a
+docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
+注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
 """
 
 # What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
@@ -4470,7 +4445,7 @@ def test_talk_gets_help() -> None:
     for message in itertools.chain.from_iterable(rows(TALK_HEARD)):
         reading = wxsync.read_message(message)
         assert (reading.command, reading.images, reading.links) == ("help", (), ()), message
-        assert ":latest" not in reading.note or "," in message, message
+        assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
 
 
 @pytest.mark.parametrize(("message", "lines"), SUGGESTED)
@@ -4548,24 +4523,6 @@ def test_version_and_help() -> None:
     done = run_script("--help")
     words = ("serve", "check", "send", "plan", "copy", "--env")
     assert (done.returncode, lacking(words, done.stdout)) == (0, [])
-
-
-def test_plan_prints_canonical_lines() -> None:
-    """A list on stdin, with comments, gives one JSON array on stdout."""
-    done = run_script("plan", "-", text="# mine\nnginx\n\ndocker pull x/y:1\nnginx:latest\r\n")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == ["nginx:latest", "x/y:1"]
-
-
-def test_plan_tells_every_bad_line_by_number(tmp_path: Path) -> None:
-    """Exit 2, one error per bad line, and nothing on stdout that a workflow could run."""
-    path = tmp_path / "images.txt"
-    path.write_text("nginx:1\nNginx:2\n# fine\n$(reboot):1\n::set-output name=x::y\n")
-    done = run_script("plan", str(path))
-    assert (done.returncode, done.stdout) == (2, "")
-    errors = done.stderr.splitlines()
-    assert [re.findall(r"\d+", line)[0] for line in errors] == ["2", "4", "5"]
-    assert not [line for line in errors if line.startswith("::")]
 
 
 @pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
@@ -4782,9 +4739,6 @@ TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
 INNER = {
     "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
     "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
-    "nobody's": "<xml><MsgType>text</MsgType><Content>nginx:1</Content></xml>",
-    "everybody's": TEXT_OF + "@all</FromUserName></xml>",
-    "two people's": TEXT_OF + "a|b</FromUserName></xml>",
     "no XML": "hello",
     "a list": "[1]",
     "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
@@ -4973,17 +4927,9 @@ alice< 成功 2 / 3
 ~(?m)^docker pull PREFIX/same:1.*已是最新.*\ndocker tag PREFIX/same:1 same:1$
 -docker pull PREFIX/nosuch:1
 * commits wxsync: fresh:1 (+2) [skip ci]
-=== Talk gets the help, a bare word is asked back, and nothing else happens
+=== Talk gets the help, and nothing else happens
 alice> 你好，在吗
 +使用说明
-alice> help
-+使用说明
-alice> ，
-+使用说明
-alice> What is this?
-+使用说明
-alice> nginx
-~^如需同步镜像 nginx，请发送 nginx:latest
 * calls 0
 * told
 === The status tells the last result, then what runs and what waits
@@ -9097,13 +9043,6 @@ def test_status_counts_what_is_done_now() -> None:
         assert wait_until(lambda: "4/5" in world.say("状态"), 12, 0.5), world.say("状态")
 
 
-SMALL_TALK = """
-会议改到 14:30 ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 24/7
-yes/no ¦ localhost ¦ 192.168.1.1:8080 ¦ name: alice ¦ 👍:ok ¦ alice@example.com
-/etc/hosts ¦ C:\\Users\\me ¦ ~/src/app
-进度 50% ¦ 好的: 谢谢 ¦ 注意：不要发
-Traceback (most recent call last):\\n  File "a.py"\\nKeyError: 'nginx'
-"""
 # what is typed -> what the reply must hold; what it must not
 ANSWERED = """
 Nginx -> 如需同步镜像 nginx，请发送 nginx:latest
@@ -9122,12 +9061,8 @@ LIST_WORDS = "列表! /列表 【列表】 LIST. 列表～"
 
 
 def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
-    """Times, addresses, paths get the help, near misses the line to send and no other; words of
-    command count with whatever stands around them; where files are off a link is refused."""
-    for text in re.split(" ¦ |\n", SMALL_TALK.strip()):
-        reply = talk.say(text.replace("\\n", "\n"))
-        assert wxsync.Channel().render(wxsync.HELP) in reply, text
-        assert not re.search("❌|请发送|您是不是要", reply), text
+    """Near misses get the line to send and no other; words of command count with whatever stands
+    around them; where files are off a link is refused."""
     for line in ANSWERED.strip().splitlines():
         text, _, rest = line.partition(" -> ")
         (reply, (wanted, _, never)) = talk.say(text), rest.partition("; ")
@@ -12662,7 +12597,7 @@ def picture(argv: Sequence[str]) -> int:
     with stage.stack:
         world = stage.world()
         recorder = Recorder(world)
-        wrong = Story(stage, world, recorder).play()
+        wrong = play_story(stage, world, recorder)
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
