@@ -14,6 +14,11 @@ Packages that are missing are installed into .venv beside this file, nothing any
 are servers on 127.0.0.1, as unkind as the documents say. What needs a component that is not there
 (docker-registry, skopeo, act, tinyproxy, …) is skipped with the reason, and fails where CI is set.
 WXSYNC_FUZZ=long fuzzes and kills for longer.
+
+In this order: small tools; fakes of WeCom, GitHub, registries; the service and a world around it;
+the sandbox; fakes of QingStor, sources, proxies; then the tests: settings, what is typed, stories,
+the workflow and its job, files, the net, what is never lost, the robot, what nobody gets in by,
+GitHub's whims, `check`, the documents, the container; the benchmark.
 """
 
 from __future__ import annotations
@@ -4304,7 +4309,8 @@ File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
 From now on ¦ From China with love
 docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
 docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
-docker ps -a
+docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
+注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
 """
 
 # What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
@@ -4439,7 +4445,7 @@ def test_talk_gets_help() -> None:
     for message in itertools.chain.from_iterable(rows(TALK_HEARD)):
         reading = wxsync.read_message(message)
         assert (reading.command, reading.images, reading.links) == ("help", (), ()), message
-        assert ":latest" not in reading.note or "," in message, message
+        assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
 
 
 @pytest.mark.parametrize(("message", "lines"), SUGGESTED)
@@ -4517,24 +4523,6 @@ def test_version_and_help() -> None:
     done = run_script("--help")
     words = ("serve", "check", "send", "plan", "copy", "--env")
     assert (done.returncode, lacking(words, done.stdout)) == (0, [])
-
-
-def test_plan_prints_canonical_lines() -> None:
-    """A list on stdin, with comments, gives one JSON array on stdout."""
-    done = run_script("plan", "-", text="# mine\nnginx\n\ndocker pull x/y:1\nnginx:latest\r\n")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == ["nginx:latest", "x/y:1"]
-
-
-def test_plan_tells_every_bad_line_by_number(tmp_path: Path) -> None:
-    """Exit 2, one error per bad line, and nothing on stdout that a workflow could run."""
-    path = tmp_path / "images.txt"
-    path.write_text("nginx:1\nNginx:2\n# fine\n$(reboot):1\n::set-output name=x::y\n")
-    done = run_script("plan", str(path))
-    assert (done.returncode, done.stdout) == (2, "")
-    errors = done.stderr.splitlines()
-    assert [re.findall(r"\d+", line)[0] for line in errors] == ["2", "4", "5"]
-    assert not [line for line in errors if line.startswith("::")]
 
 
 @pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
@@ -4751,9 +4739,6 @@ TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
 INNER = {
     "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
     "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
-    "nobody's": "<xml><MsgType>text</MsgType><Content>nginx:1</Content></xml>",
-    "everybody's": TEXT_OF + "@all</FromUserName></xml>",
-    "two people's": TEXT_OF + "a|b</FromUserName></xml>",
     "no XML": "hello",
     "a list": "[1]",
     "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
@@ -4942,17 +4927,9 @@ alice< 成功 2 / 3
 ~(?m)^docker pull PREFIX/same:1.*已是最新.*\ndocker tag PREFIX/same:1 same:1$
 -docker pull PREFIX/nosuch:1
 * commits wxsync: fresh:1 (+2) [skip ci]
-=== Talk gets the help, a bare word is asked back, and nothing else happens
+=== Talk gets the help, and nothing else happens
 alice> 你好，在吗
 +使用说明
-alice> help
-+使用说明
-alice> ，
-+使用说明
-alice> What is this?
-+使用说明
-alice> nginx
-~^如需同步镜像 nginx，请发送 nginx:latest
 * calls 0
 * told
 === The status tells the last result, then what runs and what waits
@@ -9066,13 +9043,6 @@ def test_status_counts_what_is_done_now() -> None:
         assert wait_until(lambda: "4/5" in world.say("状态"), 12, 0.5), world.say("状态")
 
 
-SMALL_TALK = """
-会议改到 14:30 ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 24/7
-yes/no ¦ localhost ¦ 192.168.1.1:8080 ¦ name: alice ¦ 👍:ok ¦ alice@example.com
-/etc/hosts ¦ C:\\Users\\me ¦ ~/src/app
-进度 50% ¦ 好的: 谢谢 ¦ 注意：不要发
-Traceback (most recent call last):\\n  File "a.py"\\nKeyError: 'nginx'
-"""
 # what is typed -> what the reply must hold; what it must not
 ANSWERED = """
 Nginx -> 如需同步镜像 nginx，请发送 nginx:latest
@@ -9091,12 +9061,8 @@ LIST_WORDS = "列表! /列表 【列表】 LIST. 列表～"
 
 
 def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
-    """Times, addresses, paths get the help, near misses the line to send and no other; words of
-    command count with whatever stands around them; where files are off a link is refused."""
-    for text in re.split(" ¦ |\n", SMALL_TALK.strip()):
-        reply = talk.say(text.replace("\\n", "\n"))
-        assert wxsync.Channel().render(wxsync.HELP) in reply, text
-        assert not re.search("❌|请发送|您是不是要", reply), text
+    """Near misses get the line to send and no other; words of command count with whatever stands
+    around them; where files are off a link is refused."""
     for line in ANSWERED.strip().splitlines():
         text, _, rest = line.partition(" -> ")
         (reply, (wanted, _, never)) = talk.say(text), rest.partition("; ")
@@ -12689,53 +12655,52 @@ def libraries(files: Sequence[str]) -> set[str]:
     return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
 
 
-def fill_root(archive: tarfile.TarFile) -> None:
-    """Put in what an image named python:3.X-slim has: this machine's files, at their paths."""
-    seen: set[str] = set()
-
-    def put(
-        name: str, data: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, to: str = ""
-    ) -> None:
-        name = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", name).strip("/")
-        if not name or name in seen:
-            return
-        put(os.path.dirname(name), b"", 0o755, tarfile.DIRTYPE)
-        seen.add(name)
-        entry = tarfile.TarInfo(name)
-        entry.size, entry.mode, entry.type, entry.linkname = len(data), mode, kind, to
-        archive.addfile(entry, io.BytesIO(data))
-
+def fill_root(base: Path) -> None:
+    """Make what an image named python:3.X-slim has: this machine's files, at their paths."""
     found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
     prefix, major, minor = found.stdout.split()[:3]
-    base = f"{prefix}/bin/python{major}.{minor}"
-    program, stdlib, packages = json.loads(run_here(base, "-I", "-c", ABOUT_PYTHON).stdout)
-    for name in ("bin", "sbin", "lib", "lib64"):  # so that /lib/… and /usr/lib/… are the same
-        put(f"/{name}", b"", 0o777, tarfile.SYMTYPE, f"usr/{name}")
-    for name, mode in (("/tmp", 0o1777), ("/var/tmp", 0o1777), ("/proc", 0o755), ("/sys", 0o755)):
-        put(name, b"", mode, tarfile.DIRTYPE)
-    for name in ("root", "dev", "etc"):
-        put(name, b"", 0o755, tarfile.DIRTYPE)
+    python = f"{prefix}/bin/python{major}.{minor}"
+    program, stdlib, packages = json.loads(run_here(python, "-I", "-c", ABOUT_PYTHON).stdout)
     tools = [path for path in map(shutil.which, TOOLS) if path]
     extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
-    files = [program, *sorted({*tools, *libraries([program, *extensions, *tools])})]
+    files = {*tools, *libraries([program, *extensions, *tools])}
     for tree in (stdlib, "/usr/share/zoneinfo"):
-        files += [os.path.join(place, name) for place, _, names in os.walk(tree) for name in names]
-    for name in files:
-        if os.path.exists(name) and (name == program or not LEFT_OUT.search(name)):
-            put(name, Path(name).read_bytes(), 0o755 if os.access(name, os.X_OK) else 0o644)
-    for name in ("python", "python3"):
-        put(f"/usr/local/bin/{name}", b"", 0o777, tarfile.SYMTYPE, program)
-    wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
-    wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        for name in wheel.namelist():
-            put(f"{packages}/{name}", wheel.read(name))
-    put("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
-    put("/etc/group", b"root:x:0:\n")
-    put("/etc/nsswitch.conf", b"hosts: files dns\n")
-    # The package index is reached as this machine reaches it.
-    if trusted := ssl.get_default_verify_paths().cafile:
-        put(TRUST, Path(trusted).read_bytes())
+        files |= {os.path.join(place, name) for place, _, names in os.walk(tree) for name in names}
+    files = {name for name in files if os.path.exists(name) and not LEFT_OUT.search(name)}
+    links = ("bin", "sbin", "lib", "lib64")  # so that /lib/… and /usr/lib/… are the same
+    folders = {str(place) for name in (program, *files) for place in Path(name).parents}
+    folders -= {"/", *(f"/{name}" for name in links)}
+    names = [*sorted(folders), program, *sorted(files)]
+    (listed := base.with_name("files")).write_text("".join(f"{name[1:]}\n" for name in names))
+    words = ["tar", "-C", "/", "--no-recursion", "--hard-dereference", "--mode=a+rX,go-w", "-h"]
+    words += ["--owner=0", "--group=0", r"--transform=s,^\(bin\|sbin\|lib\|lib64\)/,usr/\1/,"]
+    done = run_here(*words, "-cf", str(base), "-T", str(listed))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(base, "a") as archive:
+
+        def put(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+            entry = tarfile.TarInfo(name.lstrip("/"))
+            entry.size, entry.type, entry.linkname = len(data), kind, link
+            entry.mode = 0o644 if kind == tarfile.REGTYPE else 0o1777
+            archive.addfile(entry, io.BytesIO(data))
+
+        for name in links:
+            put(name, b"", tarfile.SYMTYPE, f"usr/{name}")
+        for name in ("python", "python3"):
+            put(f"usr/local/bin/{name}", b"", tarfile.SYMTYPE, program)
+        for name in ("tmp", "var/tmp", "proc", "sys", "dev"):
+            put(name, b"", tarfile.DIRTYPE)
+        wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
+        wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in wheel.namelist():
+                put(f"{packages}/{name}", wheel.read(name))
+        put("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+        put("etc/group", b"root:x:0:\n")
+        put("etc/nsswitch.conf", b"hosts: files dns\n")
+        # The package index is reached as this machine reaches it.
+        if trusted := ssl.get_default_verify_paths().cafile:
+            put(TRUST, Path(trusted).read_bytes())
 
 
 def compose_program() -> str:
@@ -12845,8 +12810,7 @@ def build_engine(stack: ExitStack) -> Engine:
     needs("" if compose_program() else "docker compose not installed")
     folder = Path(stack.enter_context(temporary_folder("docker")))
     engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
-    with tarfile.open(base, "w") as archive:
-        fill_root(archive)
+    fill_root(base)
     values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
     words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
     assert engine.docker(*words).returncode == 0
