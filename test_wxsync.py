@@ -12638,53 +12638,52 @@ def libraries(files: Sequence[str]) -> set[str]:
     return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
 
 
-def fill_root(archive: tarfile.TarFile) -> None:
-    """Put in what an image named python:3.X-slim has: this machine's files, at their paths."""
-    seen: set[str] = set()
-
-    def put(
-        name: str, data: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, to: str = ""
-    ) -> None:
-        name = re.sub(r"^/(bin|sbin|lib|lib64)/", r"/usr/\1/", name).strip("/")
-        if not name or name in seen:
-            return
-        put(os.path.dirname(name), b"", 0o755, tarfile.DIRTYPE)
-        seen.add(name)
-        entry = tarfile.TarInfo(name)
-        entry.size, entry.mode, entry.type, entry.linkname = len(data), mode, kind, to
-        archive.addfile(entry, io.BytesIO(data))
-
+def fill_root(base: Path) -> None:
+    """Make what an image named python:3.X-slim has: this machine's files, at their paths."""
     found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
     prefix, major, minor = found.stdout.split()[:3]
-    base = f"{prefix}/bin/python{major}.{minor}"
-    program, stdlib, packages = json.loads(run_here(base, "-I", "-c", ABOUT_PYTHON).stdout)
-    for name in ("bin", "sbin", "lib", "lib64"):  # so that /lib/… and /usr/lib/… are the same
-        put(f"/{name}", b"", 0o777, tarfile.SYMTYPE, f"usr/{name}")
-    for name, mode in (("/tmp", 0o1777), ("/var/tmp", 0o1777), ("/proc", 0o755), ("/sys", 0o755)):
-        put(name, b"", mode, tarfile.DIRTYPE)
-    for name in ("root", "dev", "etc"):
-        put(name, b"", 0o755, tarfile.DIRTYPE)
+    python = f"{prefix}/bin/python{major}.{minor}"
+    program, stdlib, packages = json.loads(run_here(python, "-I", "-c", ABOUT_PYTHON).stdout)
     tools = [path for path in map(shutil.which, TOOLS) if path]
     extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
-    files = [program, *sorted({*tools, *libraries([program, *extensions, *tools])})]
+    files = {*tools, *libraries([program, *extensions, *tools])}
     for tree in (stdlib, "/usr/share/zoneinfo"):
-        files += [os.path.join(place, name) for place, _, names in os.walk(tree) for name in names]
-    for name in files:
-        if os.path.exists(name) and (name == program or not LEFT_OUT.search(name)):
-            put(name, Path(name).read_bytes(), 0o755 if os.access(name, os.X_OK) else 0o644)
-    for name in ("python", "python3"):
-        put(f"/usr/local/bin/{name}", b"", 0o777, tarfile.SYMTYPE, program)
-    wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
-    wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        for name in wheel.namelist():
-            put(f"{packages}/{name}", wheel.read(name))
-    put("/etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
-    put("/etc/group", b"root:x:0:\n")
-    put("/etc/nsswitch.conf", b"hosts: files dns\n")
-    # The package index is reached as this machine reaches it.
-    if trusted := ssl.get_default_verify_paths().cafile:
-        put(TRUST, Path(trusted).read_bytes())
+        files |= {os.path.join(place, name) for place, _, names in os.walk(tree) for name in names}
+    files = {name for name in files if os.path.exists(name) and not LEFT_OUT.search(name)}
+    links = ("bin", "sbin", "lib", "lib64")  # so that /lib/… and /usr/lib/… are the same
+    folders = {str(place) for name in (program, *files) for place in Path(name).parents}
+    folders -= {"/", *(f"/{name}" for name in links)}
+    names = [*sorted(folders), program, *sorted(files)]
+    (listed := base.with_name("files")).write_text("".join(f"{name[1:]}\n" for name in names))
+    words = ["tar", "-C", "/", "--no-recursion", "--hard-dereference", "--mode=a+rX,go-w", "-h"]
+    words += ["--owner=0", "--group=0", r"--transform=s,^\(bin\|sbin\|lib\|lib64\)/,usr/\1/,"]
+    done = run_here(*words, "-cf", str(base), "-T", str(listed))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(base, "a") as archive:
+
+        def put(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
+            entry = tarfile.TarInfo(name.lstrip("/"))
+            entry.size, entry.type, entry.linkname = len(data), kind, link
+            entry.mode = 0o644 if kind == tarfile.REGTYPE else 0o1777
+            archive.addfile(entry, io.BytesIO(data))
+
+        for name in links:
+            put(name, b"", tarfile.SYMTYPE, f"usr/{name}")
+        for name in ("python", "python3"):
+            put(f"usr/local/bin/{name}", b"", tarfile.SYMTYPE, program)
+        for name in ("tmp", "var/tmp", "proc", "sys", "dev"):
+            put(name, b"", tarfile.DIRTYPE)
+        wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
+        wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in wheel.namelist():
+                put(f"{packages}/{name}", wheel.read(name))
+        put("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+        put("etc/group", b"root:x:0:\n")
+        put("etc/nsswitch.conf", b"hosts: files dns\n")
+        # The package index is reached as this machine reaches it.
+        if trusted := ssl.get_default_verify_paths().cafile:
+            put(TRUST, Path(trusted).read_bytes())
 
 
 def compose_program() -> str:
@@ -12794,8 +12793,7 @@ def build_engine(stack: ExitStack) -> Engine:
     needs("" if compose_program() else "docker compose not installed")
     folder = Path(stack.enter_context(temporary_folder("docker")))
     engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
-    with tarfile.open(base, "w") as archive:
-        fill_root(archive)
+    fill_root(base)
     values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
     words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
     assert engine.docker(*words).returncode == 0
