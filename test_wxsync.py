@@ -727,18 +727,13 @@ class Post:
     headers: dict[str, str]
 
 
-def cdata(text: str) -> str:
-    """Quote text for XML as WeCom does; the one thing a section cannot hold is split."""
-    return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
-
-
 def xml_document(fields: Mapping[str, object]) -> str:
-    """Return WeCom's XML: numbers bare, texts in CDATA."""
-    inner = (
-        f"<{name}>{value if isinstance(value, int) else cdata(str(value))}</{name}>\n"
-        for name, value in fields.items()
-    )
-    return "<xml>" + "".join(inner) + "</xml>"
+    """Return WeCom's XML: numbers bare, texts in CDATA, of which ]]> is split."""
+    text = ""
+    for name, value in fields.items():
+        section = "<![CDATA[" + str(value).replace("]]>", "]]]]><![CDATA[>") + "]]>"
+        text += f"<{name}>{value if isinstance(value, int) else section}</{name}>\n"
+    return f"<xml>{text}</xml>"
 
 
 def envelope_fields(text: str) -> dict[str, str]:
@@ -1600,17 +1595,6 @@ def auth_file(path: Path, registry: Registry) -> Path:
     return path
 
 
-def push_image(folder: Path, tag: str, registry: Registry, repo: str, to_tag: str = "") -> None:
-    """Push all of an image from a layout into a registry."""
-    auth = auth_file(folder / "auth.json", registry)
-    command = ["skopeo", "--insecure-policy", "copy", "-q", "--all", "--dest-tls-verify=false"]
-    command += ["--dest-authfile", str(auth)]
-    command += [f"oci:{folder}:{tag}", f"docker://{registry.host}/{repo}:{to_tag or tag}"]
-    done = run_command(command)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-
-
 def publish(
     registry: Registry,
     repo: str,
@@ -1631,7 +1615,12 @@ def publish(
         if len(entries) > 1:
             top = layout.document({"manifests": entries}, OCI + "image.index.v1+json")
         digest = layout.finish(name, top)
-        push_image(Path(folder), name, registry, repo, tag)
+        command = ["skopeo", "--insecure-policy", "copy", "-q", "--all", "--dest-tls-verify=false"]
+        command += ["--dest-authfile", str(auth_file(layout.folder / "auth.json", registry))]
+        command += [f"oci:{folder}:{name}", f"docker://{registry.host}/{repo}:{tag}"]
+        done = run_command(command)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return digest
 
 
@@ -3588,7 +3577,7 @@ nginx:1 => ¦ nginx:1 =>
 nginx:HEX012345678901234567890123456789012345678901234567890123456789 --platform=linux/arm64 ¦ ⤶
 nginx:01
 """)
-REFUSED += [["x/" * 5000 + "y", "x/x/x"]]
+REFUSED += [["x/" * count + "y", "x/x/x"] for count in (150, 5000)]
 REFUSED += [[f"a/b@sha256:{HEX.upper()}", f"a/b@sha256: → a/b@sha256:{HEX}"]]
 
 
@@ -4611,20 +4600,14 @@ def test_every_length_of_padding_works_both_ways() -> None:
         assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
 
 
-def random_texts() -> list[str]:
-    """Return texts that are hard on encryption and XML, and some that chance made."""
-    chance = random.Random(1)
-    alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
-    made = ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
-    fixed = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
-    return fixed + made
-
-
 def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
     """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
     other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
-    crypto = wxsync.Crypto(*TENCENT)
-    for text in random_texts():
+    crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
+    texts = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
+    alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
+    texts += ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
+    for text in texts:
         sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
         outer, _ = wxsync.read_fields(sealed)
         signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
