@@ -4682,8 +4682,8 @@ UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
 
 
 @pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
-def test_what_is_forged_or_not_signed_is_refused(talk: Talk, name: str) -> None:
-    """By GET and by POST, with an empty answer; some of the texts are signed all the same."""
+def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk, name: str) -> None:
+    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same."""
     make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
     change, status = UNSIGNED.get(name, ({}, status))
     encrypted = make(talk.client)
