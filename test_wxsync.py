@@ -8669,7 +8669,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
     none, also with a disk that is full, slow or failing half of the time; files stay whole."""
     with ThreadPoolExecutor(2) as pool:
         seeds = [secrets.randbits(32), secrets.randbits(32)]
-        list(pool.map(kill_at_random, seeds, [250 if LONG else 20] * 2))
+        list(pool.map(kill_at_random, seeds, [250 if LONG else 20 if BIG else 10] * 2))
 
 
 def test_a_request_is_on_disk_before_it_is_answered() -> None:
@@ -9925,7 +9925,7 @@ def test_killed_at_any_step_the_robot_answers() -> None:
 @early
 def test_random_kills_and_cuts_lose_nothing() -> None:
     """What was accepted is answered; twice only where an acknowledgement was lost."""
-    seed, lives = secrets.randbits(32), 400 if LONG else 40
+    seed, lives = secrets.randbits(32), 400 if LONG else 40 if BIG else 16
     chance, bad = random.Random(seed), ("cut", "lost", "ignore", "swallow")
     with RobotWorld(QUEUE_SIZE="1000") as world:
         gateway = world.gateway
