@@ -11406,9 +11406,10 @@ def test_a_cancel_that_github_does_not_take_is_told() -> None:
         with half_done() as (world, runner):
             world.github.fail("POST cancel", answer, times)
             reply = world.say("取消")
-            tries = 0
-            while (seen := len(world.github.calls_to("POST cancel"))) > tries or not tries:
-                tries = seen
+            assert wait_until(lambda: world.github.calls_to("POST cancel"))
+            seen = 0
+            while seen < len(world.github.calls_to("POST cancel")) < 100:
+                seen = len(world.github.calls_to("POST cancel"))
                 time.sleep(0.8)  # until it gives up
             if final == "成功 2 / 2":
                 runner.go.set()
