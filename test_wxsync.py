@@ -727,18 +727,13 @@ class Post:
     headers: dict[str, str]
 
 
-def cdata(text: str) -> str:
-    """Quote text for XML as WeCom does; the one thing a section cannot hold is split."""
-    return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
-
-
 def xml_document(fields: Mapping[str, object]) -> str:
-    """Return WeCom's XML: numbers bare, texts in CDATA."""
-    inner = (
-        f"<{name}>{value if isinstance(value, int) else cdata(str(value))}</{name}>\n"
-        for name, value in fields.items()
-    )
-    return "<xml>" + "".join(inner) + "</xml>"
+    """Return WeCom's XML: numbers bare, texts in CDATA, of which ]]> is split."""
+    text = ""
+    for name, value in fields.items():
+        section = "<![CDATA[" + str(value).replace("]]>", "]]]]><![CDATA[>") + "]]>"
+        text += f"<{name}>{value if isinstance(value, int) else section}</{name}>\n"
+    return f"<xml>{text}</xml>"
 
 
 def envelope_fields(text: str) -> dict[str, str]:
@@ -1600,17 +1595,6 @@ def auth_file(path: Path, registry: Registry) -> Path:
     return path
 
 
-def push_image(folder: Path, tag: str, registry: Registry, repo: str, to_tag: str = "") -> None:
-    """Push all of an image from a layout into a registry."""
-    auth = auth_file(folder / "auth.json", registry)
-    command = ["skopeo", "--insecure-policy", "copy", "-q", "--all", "--dest-tls-verify=false"]
-    command += ["--dest-authfile", str(auth)]
-    command += [f"oci:{folder}:{tag}", f"docker://{registry.host}/{repo}:{to_tag or tag}"]
-    done = run_command(command)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-
-
 def publish(
     registry: Registry,
     repo: str,
@@ -1631,7 +1615,12 @@ def publish(
         if len(entries) > 1:
             top = layout.document({"manifests": entries}, OCI + "image.index.v1+json")
         digest = layout.finish(name, top)
-        push_image(Path(folder), name, registry, repo, tag)
+        command = ["skopeo", "--insecure-policy", "copy", "-q", "--all", "--dest-tls-verify=false"]
+        command += ["--dest-authfile", str(auth_file(layout.folder / "auth.json", registry))]
+        command += [f"oci:{folder}:{name}", f"docker://{registry.host}/{repo}:{tag}"]
+        done = run_command(command)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return digest
 
 
@@ -3588,7 +3577,7 @@ nginx:1 => ¦ nginx:1 =>
 nginx:HEX012345678901234567890123456789012345678901234567890123456789 --platform=linux/arm64 ¦ ⤶
 nginx:01
 """)
-REFUSED += [["x/" * 5000 + "y", "x/x/x"]]
+REFUSED += [["x/" * count + "y", "x/x/x"] for count in (150, 5000)]
 REFUSED += [[f"a/b@sha256:{HEX.upper()}", f"a/b@sha256: → a/b@sha256:{HEX}"]]
 
 
@@ -4611,20 +4600,14 @@ def test_every_length_of_padding_works_both_ways() -> None:
         assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
 
 
-def random_texts() -> list[str]:
-    """Return texts that are hard on encryption and XML, and some that chance made."""
-    chance = random.Random(1)
-    alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
-    made = ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
-    fixed = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
-    return fixed + made
-
-
 def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
     """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
     other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
-    crypto = wxsync.Crypto(*TENCENT)
-    for text in random_texts():
+    crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
+    texts = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
+    alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
+    texts += ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
+    for text in texts:
         sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
         outer, _ = wxsync.read_fields(sealed)
         signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
@@ -4699,8 +4682,8 @@ UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
 
 
 @pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
-def test_what_is_forged_or_not_signed_is_refused(talk: Talk, name: str) -> None:
-    """By GET and by POST, with an empty answer; some of the texts are signed all the same."""
+def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk, name: str) -> None:
+    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same."""
     make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
     change, status = UNSIGNED.get(name, ({}, status))
     encrypted = make(talk.client)
@@ -4813,7 +4796,7 @@ def test_what_a_person_must_mend_is_named_with_the_cure(desk: Desk, name: str) -
     desk.after_pause = mend
     desk.send("hello")
     log = desk.written.getvalue()
-    assert asked[0] == 1 and desk.pauses[0] >= least and len(desk.wecom.messages) == 1
+    assert set(asked) == {1} and desk.pauses[0] >= least and len(desk.wecom.messages) == 1
     assert lacking(words, log) == [] and desk.wecom.secret not in log
 
 
@@ -5286,12 +5269,14 @@ def test_a_refusal_of_github_is_told_in_words(talk: Talk, row: list[str]) -> Non
     assert lacking(wanted, result) == [] and len(talk.messages) == 1
 
 
-LIMITS: dict[str, tuple[int, dict[str, str], bytes, float]] = {
-    "retry-after": (429, {"Retry-After": "7"}, b"{}", 7),
-    "a secondary limit": (403, {"Retry-After": "61"}, b"{}", 61),
-    "in words only": (403, {}, b'{"message": "You have exceeded a secondary rate limit."}', 60),
-    "429 alone": (429, {}, b"", 60),
-    "a used-up quota": (403, {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "+90"}, b"", 90),
+# What GitHub says -> more than which pause, and at most which.
+QUOTA = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "in 90 s"}
+LIMITS: dict[str, tuple[int, dict[str, str], bytes, int, int]] = {
+    "retry-after": (429, {"Retry-After": "7"}, b"{}", 6, 7),
+    "a secondary limit": (403, {"Retry-After": "61"}, b"{}", 60, 61),
+    "in words only": (403, {}, b'{"message": "You have exceeded a secondary rate limit."}', 59, 60),
+    "429 alone": (429, {}, b"", 59, 60),
+    "a used-up quota": (403, QUOTA, b'{"message": "API rate limit exceeded"}', 85, 95),
 }
 
 
@@ -5299,13 +5284,11 @@ LIMITS: dict[str, tuple[int, dict[str, str], bytes, float]] = {
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
     """For as long as it says, then the call is made again."""
-    status, headers, body, seconds = LIMITS[name]
-    if "X-RateLimit-Reset" in headers:
-        headers = headers | {"X-RateLimit-Reset": str(int(time.time()) + 90)}
+    status, headers, body, least, most = LIMITS[name]
+    headers = {n: v.replace("in 90 s", str(int(time.time()) + 90)) for n, v in headers.items()}
     desk.github.fail(f"{method} contents", (status, headers, body))
     assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
-    assert len(desk.pauses) == 1 and seconds - 5 < desk.pauses[0] <= seconds + 5
-    assert desk.pauses[0] > seconds - 1 or "quota" in name
+    assert len(desk.pauses) == 1 and least < desk.pauses[0] <= most
     assert len(desk.github.commits) == 1
 
 
@@ -8686,7 +8669,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
     none, also with a disk that is full, slow or failing half of the time; files stay whole."""
     with ThreadPoolExecutor(2) as pool:
         seeds = [secrets.randbits(32), secrets.randbits(32)]
-        list(pool.map(kill_at_random, seeds, [250 if LONG else 20] * 2))
+        list(pool.map(kill_at_random, seeds, [250 if LONG else 20 if BIG else 10] * 2))
 
 
 def test_a_request_is_on_disk_before_it_is_answered() -> None:
@@ -9942,7 +9925,7 @@ def test_killed_at_any_step_the_robot_answers() -> None:
 @early
 def test_random_kills_and_cuts_lose_nothing() -> None:
     """What was accepted is answered; twice only where an acknowledgement was lost."""
-    seed, lives = secrets.randbits(32), 400 if LONG else 40
+    seed, lives = secrets.randbits(32), 400 if LONG else 40 if BIG else 16
     chance, bad = random.Random(seed), ("cut", "lost", "ignore", "swallow")
     with RobotWorld(QUEUE_SIZE="1000") as world:
         gateway = world.gateway
