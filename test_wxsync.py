@@ -6233,7 +6233,7 @@ def meet(trouble: str, side: str, mirror: Mirror) -> Copied:
 def met(mirror: Mirror) -> Iterator[Met]:
     """Meet all troubles at once, for most of them are nothing but waiting."""
     rows = [RATE_LIMIT] * bool(os.environ.get("CI")) + list(MEETINGS)[::-1]
-    with ThreadPoolExecutor(len(rows)) as pool:
+    with ThreadPoolExecutor(5) as pool:  # more would only keep the others from their CPU
         yield {row: pool.submit(meet, *row, mirror) for row in rows}
 
 
@@ -6834,7 +6834,7 @@ def finals(world: World, user: str) -> list[str]:
 
 def hear(world: World, user: str, wanted: str) -> str:
     """Wait for a message to this user that holds `wanted`, return its text."""
-    return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 6).text
+    return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
 
 
 STORIES: dict[str, Callable[[], None]] = {}
