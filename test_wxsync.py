@@ -10498,6 +10498,7 @@ def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
             assert polite.recv(1000).startswith(b"HTTP/1.1 %d " % status)
 
 
+@early
 def test_a_client_that_never_reads_costs_nothing() -> None:
     """Endless pipelined requests whose answers nobody reads do not fill the memory."""
     with World(SCRIPT) as world, ExitStack() as stack:
@@ -10533,12 +10534,13 @@ def test_no_text_takes_long_to_read() -> None:
     texts = ["hello" + "\n" * 60_000, "hello" + " \n" * 30_000, "hello\n" * 10_000, "a\t" * 30_000]
     texts += ["".join(f"pull access denied for img{n}, " for n in range(3000))]
     for text in texts:
-        begun = time.monotonic()
+        begun = time.thread_time()
         with suppress(wxsync.Failure):
             wxsync.read_message(text)
-        assert time.monotonic() < begun + 1, text[:30]
+        assert time.thread_time() < begun + 1, text[:30]
 
 
+@early
 def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
     """An upload that is cancelled ends at once, though its source could be resumed."""
     with Depot() as depot:
@@ -10551,6 +10553,7 @@ def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
         assert depot.source.hits["/long.bin"] == 1
 
 
+@early
 def test_the_robot_says_what_was_cancelled() -> None:
     """The reply to 取消 is a message of its own, and nothing waits for more of it."""
     runner = SlowRunner()
@@ -10574,6 +10577,7 @@ def test_a_store_that_tells_an_odd_size_holds_no_lane(length: str) -> None:
         assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
 
 
+@early
 def test_an_object_of_an_upload_that_was_told_as_failed_goes() -> None:
     """The answer to its completion was lost and the store away: later it is taken back."""
     with Depot() as depot:
@@ -10622,6 +10626,7 @@ def test_an_address_whose_pace_was_forgotten_can_be_written_to() -> None:
     assert pace.wait_seconds("ann") == 0 and pace.wait_seconds("1999") > 4
 
 
+@early
 def test_words_without_end_leave_room_for_others() -> None:
     """What one person's words are answered with is bounded, on disk as well."""
     with RobotWorld() as world:
@@ -10642,6 +10647,7 @@ def test_check_leaves_a_folder_as_it_is(tmp_path: Path) -> None:
             assert os.listdir(folder) == []
 
 
+@early
 def test_files_of_several_people_take_turns() -> None:
     """Whoever sends many links lets others in between."""
     with Depot() as depot:
@@ -10711,7 +10717,7 @@ def test_chunks_without_a_size_are_refused(impatient: Depot) -> None:
 
 def test_a_second_long_list_is_no_duplicate_of_the_first() -> None:
     """WeCom drops without a word what it has seen within four hours."""
-    with World(SCRIPT, PlayedRunner(0.01)) as world:
+    with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
         names = [f"registry.example.com/a/rather/long/name-{n}:1" for n in range(120)]
         (world.service.state_dir / "images.txt").write_text("\n".join(names) + "\n")
         for _ in range(2):
@@ -11383,8 +11389,11 @@ def test_a_cancel_that_github_does_not_take_is_told() -> None:
         with half_done() as (world, runner):
             world.github.fail("POST cancel", answer, times)
             reply = world.say("取消")
-            wait_until(lambda: world.github.calls_to("POST cancel"))
-            time.sleep(1)
+            assert wait_until(lambda: world.github.calls_to("POST cancel"))
+            seen = 0
+            while seen < len(world.github.calls_to("POST cancel")) < 100:
+                seen = len(world.github.calls_to("POST cancel"))
+                time.sleep(0.8)  # until it gives up
             if final == "成功 2 / 2":
                 runner.go.set()
             hear(world, "alice", final)
@@ -12798,7 +12807,7 @@ def build_engine(stack: ExitStack) -> Engine:
     words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
     assert engine.docker(*words).returncode == 0
     engine.types("cp env.example .env")
-    built = engine.types("docker compose build")
+    built = engine.types("docker compose build", 110)
     if "NewConnectionError" in built.stdout + built.stderr:
         needs("no package index can be reached")
     assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
