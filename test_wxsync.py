@@ -15,10 +15,19 @@ are servers on 127.0.0.1, as unkind as the documents say. What needs a component
 (docker-registry, skopeo, act, tinyproxy, …) is skipped with the reason, and fails where CI is set.
 WXSYNC_FUZZ=long fuzzes and kills for longer.
 
-In this order: small tools; fakes of WeCom, GitHub, registries; the service and a world around it;
-the sandbox; fakes of QingStor, sources, proxies; then the tests: settings, what is typed, stories,
-the workflow and its job, files, the net, what is never lost, the robot, what nobody gets in by,
-GitHub's whims, `check`, the documents, the container; the benchmark.
+Contents, a banner for each section:
+    Doubles      small tools; fakes of WeCom, GitHub, QingStor, sources, proxies, the robot's
+                 gateway; registries and runners; the service and a world around it; the sandbox
+    The file     what its shape promises
+    I    job     plan, `copy`, what skopeo says
+    II   edges   settings, encryption, sending, files, only the outside, GitHub as it is
+    III  heart   nothing lost: disk, midnight, kill -9, messages
+    IV   chat    reading a message, pastes, what is said
+    V    lanes   stories as transcripts, the whole way from chat to registry
+    VI   doors   the robot; nobody in: connections, callbacks, secrets
+    VII, VIII    check, send
+    Documents    README, the workflow, the picture, the container
+    Benchmark    rows and their table
 """
 
 from __future__ import annotations
@@ -126,6 +135,17 @@ import wxsync
 # ---------------------------------------------------------------------------------------------
 # Small tools
 # ---------------------------------------------------------------------------------------------
+
+MIB = 1024 * 1024
+
+
+SCRIPT = Path(wxsync.__file__).resolve()
+
+
+LONG = os.environ.get("WXSYNC_FUZZ") == "long"
+
+
+CHOKING = ("m/x; boundary*=idna''x", "text/x; charset*=undefined''x", "m/x; boundary*=\0''x")
 
 
 @dataclass
@@ -247,6 +267,39 @@ class Closing:
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.close()
+
+
+ROOT = SCRIPT.parent
+
+
+BIG = bool(os.environ.get("CI") or os.environ.get("WXSYNC_BIG"))
+
+
+in_long_mode = pytest.mark.skipif(not LONG, reason="takes minutes: set WXSYNC_FUZZ=long")
+
+
+NOWHERE = "http://127.0.0.1:9"  # nobody listens there
+
+
+PART = 4 * MIB
+
+
+LENGTHS = ["known", "chunked", "close"]
+
+
+CHOKING_HEAD = {"Content-Type": CHOKING[0], "Date": "Mon, 01 Jan 99999999999999 00:00:00 GMT"}
+
+
+def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
+    """Make a line of the table of a function whose docstring has what is measured, the target, and
+    the text. It returns whether the target is reached (None: there is none), then the figures."""
+
+    def add(measure: Measure) -> None:
+        name = measure.__name__.removeprefix("measure_").replace("_", "-")
+        what, target, *text = (inspect.getdoc(measure) or "").split("\n")
+        BENCH_ROWS[name] = BenchRow(what, target, "".join(text), wants, waits, measure)
+
+    return add
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2367,8 +2420,6 @@ def sandbox(argv: Sequence[str]) -> int:
 # QingStor
 # ---------------------------------------------------------------------------------------------
 
-MIB = 1024 * 1024
-
 
 class StoredObject(NamedTuple):
     """What is in the bucket. Bytes are kept of small objects only, so that memory stays small."""
@@ -3075,7 +3126,6 @@ class PeakMemory:
         self._thread.join()
 
 
-SCRIPT = Path(wxsync.__file__).resolve()
 PREFIX = "registry.cn-hangzhou.aliyuncs.com/mirror-space"  # of every target in a World
 
 
@@ -3239,2126 +3289,859 @@ def run_script(
 
 
 # ---------------------------------------------------------------------------------------------
-# Settings
+# Tools: services that do not dawdle, stories that wait side by side
 # ---------------------------------------------------------------------------------------------
 
-ENOUGH = {
-    "CORP_ID": "ww0123456789abcdef",
-    "AGENT_ID": "1000002",
-    "SECRET": "hidden-app-secret",
-    "TOKEN": "HiddenCallbackToken",
-    "ENCODING_AES_KEY": "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C",
-    "GITHUB_TOKEN": "github_pat_hidden",
-    "GITHUB_REPO": "octo/mirror",
-    "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
-    "DOCKER_NAMESPACE": "mirror-space",
-}
-DEFAULTS = """
-BOT_ID='' BOT_SECRET='' BOT_URL='wss://openws.work.weixin.qq.com'
-CORP_ID='' AGENT_ID=0 SECRET='' TOKEN='' ENCODING_AES_KEY=''
-GITHUB_BRANCH='main' PORT=3000 HOST='0.0.0.0' STATE_DIR='.' ALLOWED_USERS=()
-QINGSTOR_ACCESS_KEY_ID='' QINGSTOR_SECRET_ACCESS_KEY='' QINGSTOR_ZONE='pek3a' QINGSTOR_BUCKET='tmp'
-QINGSTOR_LINK_SECONDS=0 MAX_FILE_MB=2048
-PROXY_URL='' NO_PROXY_DOMAINS=('localhost','127.0.0.1','qingstor.com')
-SYNC_TIMEOUT=300 QUEUE_SIZE=10 CALLBACK_MAX_AGE=600 LOG_LEVEL='INFO'
-WECOM_API_URL='https://qyapi.weixin.qq.com' GITHUB_API_URL='https://api.github.com'
-QINGSTOR_URL='https://qingstor.com' PROXY_TEST_URL='https://www.google.com'
-DANGEROUSLY_ALLOW_PRIVATE_URLS=''
+# The real service with short pauses, a clock that is off by what STATE_DIR/clock says, and the
+# patience that the environment gives.
+QUICK = """
+import os, sys, time
+from pathlib import Path
+sys.pycache_prefix = str(Path(__file__).parent)
+sys.path.insert(0, {folder!r})
+import wxsync
+sys.dont_write_bytecode = True  # a full disk would leave half of a .pyc
+if sys.argv[1:]:
+    sys.exit(wxsync.main())
+for name in os.environ:
+    if name.endswith("_SECONDS") and hasattr(wxsync, name):
+        setattr(wxsync, name, float(os.environ[name]))
+settings = wxsync.load_settings(os.environ)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
+clock = Path(settings.STATE_DIR, "clock")
+def now():
+    return time.time() + float(clock.exists() and clock.read_text() or 0)
+scale = float(os.environ.get("SCALE", "0.02"))
+sys.exit(wxsync.serve(settings, log, now, lambda seconds: time.sleep(seconds * scale)))
+"""
+# Before QUICK: a disk as the file `disk` of the working folder says: the seconds that a sync takes,
+# the errno that it ends with for a file and for a folder, how likely, and until when a scanner
+# keeps files from being replaced. The file `safe` is the state that a power cut would leave.
+BAD_DISK = """
+import json, os, pathlib, random, time
+def spoil(disk, sync, rename):
+    def now():
+        return json.loads(disk.read_text()) if disk.exists() else (0, 0, 0, 0, 0)
+    def fsync(fd):
+        path = pathlib.Path(os.readlink("/proc/self/fd/%d" % fd))
+        data = b"" if path.is_dir() else path.read_bytes()
+        seconds, of_file, of_folder, chance, _ = now()
+        time.sleep(seconds)
+        number = of_folder if path.is_dir() else of_file
+        if number and random.random() < chance:
+            raise OSError(number, os.strerror(number))
+        sync(fd)
+        if "wxsync.state" in path.name:
+            disk.with_name("safe.new").write_bytes(data)
+            rename(disk.with_name("safe.new"), disk.with_name("safe"))
+    def replace(*names, **options):
+        if time.time() < now()[4]:
+            raise PermissionError(13, "held by a scanner")
+        return rename(*names, **options)
+    os.fsync, os.fdatasync, os.replace = fsync, fsync, replace
+spoil(pathlib.Path("disk").absolute(), os.fsync, os.replace)
+"""
+# Before QUICK: from 08:00 on its clocks and pauses run SPEED times as fast, but not its sockets.
+HASTY = """
+import os, threading, time
+def hurry(speed, begin, clock, steady, sleep, wait):
+    time.time = lambda: 1.8e9 + (clock() - begin) * speed
+    time.monotonic = lambda: steady() * speed
+    time.sleep = lambda seconds: sleep(seconds / speed)
+    threading.Condition.wait = lambda self, seconds=None: wait(self, seconds and seconds / speed)
+wait = threading.Condition.wait
+hurry(float(os.environ["SPEED"]), time.time(), time.time, time.monotonic, time.sleep, wait)
 """
 
 
-def problems_of(environ: dict[str, str]) -> list[str]:
-    """Return what load_settings finds wrong, [] for nothing."""
-    try:
-        wxsync.load_settings(environ)
-    except wxsync.SettingsError as error:
-        return error.problems
-    return []
+@functools.cache
+def quick_script(before: str = "") -> Path:
+    """Return the path of QUICK, written down once, with this before it."""
+    folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    script = folder / "quick.py"
+    script.write_text(before + QUICK.format(folder=str(SCRIPT.parent)))
+    return script
+
+
+def is_calm(log: str) -> bool:
+    return "Traceback" not in log and wxsync.INTERNAL_ERROR not in log
 
-
-def names_in(lines: Iterable[str]) -> list[str]:
-    """Return the setting that each line begins with."""
-    return [line.partition(":")[0] for line in lines]
-
-
-def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
-    """The table of settings, name by name, with the robot's group and with the callback's."""
-    for given in (OTHERS | ROBOT, ENOUGH):
-        found = vars(wxsync.load_settings(given)).items()
-        told = {f"{n}={value!r}".replace(" ", "") for n, value in found if n not in given}
-        assert told == {pair for pair in DEFAULTS.split() if pair.partition("=")[0] not in given}
-
-
-def test_all_there_is_to_mend_is_told_at_once() -> None:
-    """What is missing or wrong, and `your_…`, which was copied and never filled in."""
-    nothing = problems_of({})
-    assert names_in(nothing) == [*OTHERS, ", ".join(ROBOT)]
-    assert problems_of({name: f"your_{name.lower()}" for name in ENOUGH | ROBOT}) == nothing
-    assert names_in(problems_of(ENOUGH | {"PROXY_URL": "your_proxy"})) == ["PROXY_URL"]
-    assert problems_of(ENOUGH | {"SECRET": "not_your_secret"}) == []
-    wrong = ENOUGH | {"SECRET": "", "PORT": "70000", "LOG_LEVEL": "LOUD", "TOKEN": "your_token"}
-    assert sorted(names_in(problems_of(wrong))) == ["LOG_LEVEL", "PORT", "SECRET", "TOKEN"]
-    (half,) = problems_of(ENOUGH | {"QINGSTOR_ACCESS_KEY_ID": "AK"})  # not "files off"
-    assert "QINGSTOR_SECRET_ACCESS_KEY" in half
-
-
-WRONG = rows("""
-CORP_ID ¦ ww 01
-AGENT_ID ¦ agent ¦ 0
-SECRET ¦ two words
-TOKEN ¦ with-dash ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx=
-GITHUB_TOKEN ¦ github pat
-GITHUB_REPO ¦ mirror ¦ https://github.com/octo/mirror
-GITHUB_BRANCH ¦ a..b
-DOCKER_REGISTRY ¦ https://registry.cn-hangzhou.aliyuncs.com ¦ registry.example.com/space
-DOCKER_NAMESPACE ¦ Mirror
-PORT ¦ 0 ¦ 65536 ¦ ３０００ ¦ 30.5
-ALLOWED_USERS ¦ ,
-QINGSTOR_LINK_SECONDS ¦ -1
-MAX_FILE_MB ¦ 0
-PROXY_URL ¦ proxy.example.com:8080 ¦ ftp://proxy.example.com:8080 ¦ http://proxy.example.com
-PROXY_URL ¦ http://proxy.example.com:99999
-SYNC_TIMEOUT ¦ 0
-QUEUE_SIZE ¦ -1
-CALLBACK_MAX_AGE ¦ ten
-LOG_LEVEL ¦ LOUD
-WECOM_API_URL ¦ qyapi.weixin.qq.com
-GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com
-QINGSTOR_URL ¦ https://
-PROXY_TEST_URL ¦ www.google.com
-DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ yes
-""")
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, v) for name, *many in WRONG for v in many])
-def test_a_wrong_value_is_told_by_name_and_not_repeated(name: str, value: str) -> None:
-    """One line, which says what is expected; the value itself may be a secret."""
-    (problem,) = problems_of(ENOUGH | {name: value})
-    assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
-
-
-RIGHT = rows("""
-PORT ¦ 65535 ¦ 65535
-QUEUE_SIZE ¦ 0 ¦ 0
-CALLBACK_MAX_AGE ¦ 0 ¦ 0
-ALLOWED_USERS ¦ ␣Alice, bob , ¦ ('alice', 'bob')
-ALLOWED_USERS ¦ your_boss,alice ¦ ('your_boss', 'alice')
-NO_PROXY_DOMAINS ¦ ¦ ()
-GITHUB_BRANCH ¦ feature/x ¦ 'feature/x'
-DOCKER_REGISTRY ¦ localhost:5000 ¦ 'localhost:5000'
-LOG_LEVEL ¦ debug ¦ 'debug'
-PROXY_URL ¦ socks5://u%40x:p%3A1@[::1]:1080 ¦ 'socks5://u%40x:p%3A1@[::1]:1080'
-GITHUB_API_URL ¦ https://git.example.com/api/v3/ ¦ 'https://git.example.com/api/v3'
-DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ 1 ¦ '1'
-""")
-
-
-@pytest.mark.parametrize(("name", "text", "value"), RIGHT)
-def test_a_right_value_is_taken(name: str, text: str, value: str) -> None:
-    """Values at the edge of what is allowed."""
-    assert repr(getattr(wxsync.load_settings(ENOUGH | {name: text}), name)) == value
-
-
-def test_settings_show_nothing_of_themselves() -> None:
-    """Neither repr nor str of the settings holds any value."""
-    keys = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
-    settings = wxsync.load_settings(ENOUGH | keys | {"PROXY_URL": "http://u:hidden@h:1"})
-    shown = repr(settings) + str(settings) + f"{settings}"
-    values = [str(value) for value in vars(settings).values() if len(str(value)) > 3]
-    assert lacking(values, shown) == values
-
-
-ENV_FILE = rows("""
-\ufeff# a comment
-⏎PLAIN=1 ¦ 1
-export EXPORTED=2 ¦ 2
-␣␣SPACED  =  3␣ ¦ 3
-DOUBLE="a b # c" ¦ a b # c
-SINGLE='a "b" $c' ¦ a "b" $c
-NOTED=4 # why ¦ 4
-HASH=a#b ¦ a#b
-EQUAL=a=b= ¦ a=b=
-EMPTY= ¦
-ONLY_NOTE= # nothing ¦
-CHINESE=值 ¦ 值
-TWICE=1 ¦ 2
-TWICE=2 ¦ 2
-""")
-
-
-@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
-def test_env_files_are_read_as_people_write_them(tmp_path: Path, line_end: str) -> None:
-    """A byte order mark, CRLF, comments, `export`, quotes."""
-    path, lines = tmp_path / "settings", [row[0] for row in ENV_FILE]
-    path.write_bytes("\n".join(lines).replace("\n", line_end).encode())
-    names = [re.findall(r"[A-Z_]+", line)[0] for line in lines[1:]]
-    assert wxsync.read_env_file(path) == dict(
-        zip(names, [row[1] for row in ENV_FILE[1:]], strict=True)
-    )
-
-
-def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
-    """All of them at once, without what they hold: it may be a secret."""
-    path = tmp_path / "settings"
-    path.write_text("GOOD=1\nhidden value\n# fine\n1BAD=hidden\n\nset -x hidden\n=hidden\n")
-    with pytest.raises(wxsync.SettingsError) as caught:
-        wxsync.read_env_file(path)
-    assert re.findall(r"第 (\d+) 行", str(caught.value)) == ["2", "4", "6", "7"]
-    assert "hidden" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [None, b"SECRET=\xff\xfe"])
-def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
-    """A missing file that was asked for, and one that is no UTF-8."""
-    path = tmp_path / "settings"
-    if content is not None:
-        path.write_bytes(content)
-    done = run_script("--env", str(path), folder=tmp_path)
-    assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_process_environment_wins_over_the_file(tmp_path: Path) -> None:
-    """Both directions: it mends a wrong value of the file, and spoils a right one."""
-    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
-    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
-    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
-
-
-def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -> None:
-    """Exit 1, every name on stderr, nothing on stdout, no file written."""
-    done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
-    assert lacking(ENOUGH | ROBOT, done.stderr) == [] and list(tmp_path.iterdir()) == []
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading a message
-# ---------------------------------------------------------------------------------------------
-
-# Message ¦ canonical lines, each with its target behind | where that is another text; = is the
-# message itself.
-IMAGES_READ = rows("""
-nginx:latest ¦ =
-docker.io/library/nginx:latest ¦ nginx:latest
-bitnami/redis:7.0 ¦ = | bitnami_redis:7.0
-ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
-localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
---platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
---platform=linux/amd64 x/y:1 ¦ = | x_y:1
---platform=all nginx:1 ¦ = | nginx:1
---platform=linux/amd64+linux/arm64 nginx:1 ¦ = | nginx:1
---platform=linux/arm/v7 nginx:1 ¦ = | nginx:1-arm-v7
-nginx@sha256:HEX ¦ = | nginx:sha256-0123456789ab
-nginx:1@sha256:HEX ¦ = | nginx:1
-registry.k8s.io/pause:3.9 => pause:3.9 ¦ = | pause:3.9
-a/b ¦ a/b:latest | a_b:latest
-index.docker.io/library/nginx ¦ nginx:latest
-library/nginx:1 ¦ nginx:1
-docker.io/nginx:1 ¦ nginx:1
-quay.io/library/x:1 ¦ = | quay.io_library_x:1
-10.0.0.1:5000/a:1 ¦ = | 10.0.0.1-5000_a:1
-GHCR.IO/a/b:1 ¦ ghcr.io/a/b:1 | ghcr.io_a_b:1
-a__b/c-d.e:V1_x-2 ¦ = | a__b_c-d.e:V1_x-2
-nginx:HEXHEX ¦ =
---platform linux/arm64 nginx ¦ --platform=linux/arm64 nginx:latest | nginx:latest-arm64
-nginx:1 --platform=linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
-nginx:1   --platform  linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
---platform=LINUX/ARM64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
-—platform=linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
---platform=linux/arm64+linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
---platform=windows/amd64 nginx:1 ¦ = | nginx:1-windows-amd64
-k8s.gcr.io/pause:3.9=>pause ¦ k8s.gcr.io/pause:3.9 => pause | pause:3.9
---platform=linux/arm64 nginx:1 => mine ¦ = | mine:1-arm64
---platform=linux/arm64 nginx:1 => mine:2 ¦ = | mine:2
-a/b@sha256:HEX => b ¦ = | b:sha256-0123456789ab
-a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
-ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
-a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
-“nginx:latest” ¦ nginx:latest
-'nginx:1' ¦ nginx:1
-`nginx:1` ¦ nginx:1
-「nginx:1」 ¦ nginx:1
-\u3000nginx:1\u200b\xa0 ¦ nginx:1
-docker pull nginx:1 ¦ nginx:1
-$ sudo docker pull a/b ¦ a/b:latest | a_b:latest
-docker pull --platform linux/arm64 a/b:1 ¦ --platform=linux/arm64 a/b:1 | a_b:1-arm64
-␣␣␣␣image: a/b:1 ¦ a/b:1 | a_b:1
-␣␣- image: "redis:7" ¦ redis:7
-image:1 ¦ =
-nginx,redis ¦ nginx:latest, redis:latest
-nginx，redis、alpine;busybox；perl ¦ ⤶
-nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest
-nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
-a:1\u2028b:1 ¦ a:1, b:1
-nginx:1,,⏎, ¦ nginx:1
-nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
-a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
-image: ghcr.io/immich-app/immich-ml:v2 ¦ ⤶
-ghcr.io/immich-app/immich-ml:v2 | ghcr.io_immich-app_immich-ml:v2
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:HEX ¦ = | ⤶
-ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0
-docker.io/valkey/valkey:8 ¦ valkey/valkey:8 | valkey_valkey:8
-docker.io/docker_image_pusher ¦ docker_image_pusher:latest
-docker.io/xhofe:alist ¦ xhofe:alist
-rancher/rancher/shell:v0.6.2 ¦ = | rancher_rancher_shell:v0.6.2
-registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 ¦ = | ⤶
-registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3
-""")
-
-
-def lines_and_targets(message: str) -> list[str]:
-    """Return each image that a message asks for, and nothing else, as IMAGES_READ has them."""
-    reading = wxsync.read_message(message)
-    assert reading.links == ()
-    pairs = [(i.line, i.target(PREFIX).removeprefix(PREFIX + "/")) for i in reading.images]
-    return [line if line == target else f"{line} | {target}" for line, target in pairs]
-
-
-@pytest.mark.parametrize(("message", "wanted"), IMAGES_READ)
-def test_a_message_names_images(message: str, wanted: str) -> None:
-    """What is typed, the canonical lines, the targets; chat, list and job read a line alike."""
-    pairs = re.sub("^=", message, wanted).split(", ")
-    assert lines_and_targets(message) == pairs
-    for pair in pairs:
-        assert lines_and_targets(pair.partition(" | ")[0]) == [pair]
-
-
-# Message ¦ each bad item, with the line that was likely meant behind → where one is offered.
-REFUSED = rows("""
-Nginx:latest ¦ Nginx:latest → nginx:latest
-nginx: latest ¦ nginx: latest → nginx:latest
-$(reboot):1 ¦ $(reboot):1
---all x:1 ¦ --all x:1
-a:1⏎::set-output ¦ ::set-output
-../x:1 ¦ ../x:1
-acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-action:v0.14.1
-developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
-developer-wlj/windows-moviepilot/tree/v2:latest
-“platform”：“” ¦ platform
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3@sha256:0123… ¦ ghcr.io/immich-app/postgres
-nginx :1 ¦ nginx :1 → nginx:1
-nginx: ¦ nginx: → nginx:latest
-nginx:1。 ¦ nginx:1。 → nginx:1
-/nginx:1/ ¦ /nginx:1/ → nginx:1
-nginx:1 redis:2 ¦ nginx:1 redis:2 → nginx:1, redis:2
-Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
-Library/nginx:1 ¦ Library/nginx:1 → nginx:1
-Bitnami/redis:7 ¦ Bitnami/redis:7 → bitnami/redis:7
-bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
-nginx:1 && reboot ¦ nginx:1 && reboot
-nginx:1|sh ¦ nginx:1|sh
-nginx:`id` ¦ nginx:'id
-nginx:${{ secrets.X }} ¦ nginx:${{ secrets.X }}
-; rm -rf / ¦ rm -rf /
-nginx:1\x00 ¦ nginx:1
-nginx\u202e:1 ¦ nginx
-nginx:1\x1b[2K ¦ nginx:1
-a//b:1 ¦ a//b:1
-a___b:1 ¦ a___b:1
--a:1 ¦ -a:1
-nginx:1:2 ¦ nginx:1:2
-nginx:-1 ¦ nginx:-1
-ftp://x/y ¦ ftp://x/y
-ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
-nginx:1HEXHEX ¦ nginx:101
-nginx@sha256:0HEX ¦ nginx@sha256:
-nginx@sha256:0123 ¦ nginx@sha256:
---platform=linux nginx:1 ¦ --platform=linux nginx:1
---platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
---platform=$(id) nginx:1 ¦ --platform=$(id) nginx:1
---platform nginx:1 ¦ --platform nginx:1
-nginx:1 --force ¦ nginx:1 --force
-nginx:1 => a/b ¦ nginx:1 => a/b
-nginx:1 => Mine:1 ¦ nginx:1 => Mine:1 → nginx:1 => mine:1
-nginx:1 => ¦ nginx:1 =>
-nginx:HEX012345678901234567890123456789012345678901234567890123456789 --platform=linux/arm64 ¦ ⤶
-nginx:01
-""")
-REFUSED += [["x/" * count + "y", "x/x/x"] for count in (150, 5000)]
-REFUSED += [[f"a/b@sha256:{HEX.upper()}", f"a/b@sha256: → a/b@sha256:{HEX}"]]
-
-
-def refusal(message: str) -> str:
-    """Return the reply to a message that is refused."""
-    with pytest.raises(wxsync.Failure) as caught:
-        wxsync.read_message(message)
-    return str(caught.value).replace("`", "")
-
-
-@pytest.mark.parametrize(("message", "wanted"), [(row[0], row[1:]) for row in REFUSED])
-def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str]) -> None:
-    """Each bad item by name, with a correction that is accepted in its turn, if there is one."""
-    reply, meant = refusal(message), [item.partition(" → ")[2] for item in wanted]
-    assert lacking([item.partition(" → ")[0] for item in wanted], reply) == []
-    assert re.findall(r"您是不是要：(.*)", reply) == [line for line in meant if line]
-    assert reply.count("• ") == len(wanted) and len(reply.encode()) < 2048
-    assert [c for c in reply if c != "\n" and not c.isprintable()] == []
-    assert all(wxsync.read_message(line).images for line in meant if line)
-
-
-CLASHES = ["a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"]
-
-
-@pytest.mark.parametrize("message", CLASHES)
-def test_two_sources_for_one_target_are_refused(message: str) -> None:
-    """Both lines are named, and how `=>` tells them apart."""
-    assert lacking([*message.split(", "), "=>"], refusal(message)) == []
-
-
-def test_256_images_are_taken_and_257_are_not() -> None:
-    """A matrix holds 256 jobs."""
-    names = [f"x/image-{number}:1" for number in range(257)]
-    assert len(wxsync.read_message("\n".join(names[:256])).images) == 256
-    assert len(wxsync.read_message("\n".join(names[:256] * 2)).images) == 256
-    assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
-
-
-# Command ¦ messages that are read as it.
-COMMANDS = rows("""
-status ¦ 状态 ¦ ␣STATUS␣
-list ¦ 列表 ¦ list
-help ¦ 帮助 ¦ help ¦ ¦ ␣⏎， ¦ 你好，在吗 ¦ hello world ¦ 镜像同步 Issue 模板 ¦ docker.cn
-help ¦ dev.aliyun.com
-help ¦ nginx ¦ flask ¦ immich ¦ jingxiang
-""")
-
-
-def test_commands_and_nonsense() -> None:
-    """What names no image is a command, or gets the help; a bare word is asked back."""
-    for command, *messages in COMMANDS:
-        for message in messages:
-            reading = wxsync.read_message(message)
-            assert (reading.command, reading.images, reading.links) == (command, (), ()), message
-    for word in COMMANDS[-1][1:]:
-        note = f"如需同步镜像 {word}，请发送 {word}:latest"
-        assert note in wxsync.read_message(word).note
-
-
-# Message ¦ how many images it names ¦ a part of the note
-LINKS_READ = rows("""
-https://e.com/a.pdf ¦ 0 ¦
-HTTP://e.com/a,b;c.pdf ¦ 0 ¦
-https://e.com/a⏎https://e.com/b ¦ 0 ¦
-https://e.com/a⏎nginx:1, redis ¦ 2 ¦
-https://e.com/a⏎nginx ¦ 0 ¦ nginx
-Https://cr.console.aliyun.com ¦ 0 ¦
-https://registry.aliyuncs.com ¦ 0 ¦
-https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0 ¦
-""")
-BAD_LINKS = r"""https:// http:///x https://user:password@e.com/x https://e.com\@127.0.0.1/x
-https://e.com:99999/x"""
-HUB_PAGES = {"_/nginx": "nginx", "r/xhofe/alist": "xhofe/alist", "r/a/b/tags?page=2": "a/b"}
-
-
-def test_links() -> None:
-    """Each link stands in a line of its own; a bad one stops the message, good images or not."""
-    for message, images, note in LINKS_READ:
-        reading = wxsync.read_message(message)
-        links = tuple(line for line in message.split("\n") if "://" in line)
-        assert (reading.links, len(reading.images)) == (links, int(images)), message
-        assert reading.command == "" and note in reading.note
-    for link in (*BAD_LINKS.split(), "https://e.com/a nginx:1"):
-        assert "❌" in refusal(f"nginx:1\n{link}")
-    for page, image in HUB_PAGES.items():  # who sends one wants the image, not a file
-        assert f"{image}:latest" in refusal(f"https://hub.docker.com/{page}")
-
-
-PIECES_OF_LINES = unfold(
-    "nginx library Library a B 7 docker.io Docker.io ghcr.io localhost / / : : @ . _ __ - -- + => "
-    "--platform= linux/arm64 linux/amd64 all sha256: HEX latest ５ ： ／ “ $( ` \x00 é 😀 https://"
-).split(" ")
-PIECES_OF_LINES += [" ", ",", "\n", " => ", "--platform ", "image: ", "docker pull ", "\u2028"]
-CANONICAL = re.compile(
-    r"(--platform=[a-z0-9/_.+]+ )?[A-Za-z0-9._/:@-]+( => [a-z0-9._-]+(:[A-Za-z0-9_.-]+)?)?"
-)
-
-
-def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
-    """Random messages: nothing outside a small alphabet gets through, lines stay as they are."""
-    chance, accepted = random.Random(20261124), 0
-    for _ in range(6000):
-        message = "".join(chance.choices(PIECES_OF_LINES, k=chance.randint(1, 9)))
-        try:
-            images = wxsync.read_message(message).images
-        except wxsync.Failure:
-            continue
-        for image in images:
-            accepted += 1
-            target = image.target("").strip("/")
-            assert CANONICAL.fullmatch(image.line), message
-            assert wxsync.read_image(image.line) == image, message
-            assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", target), message
-    assert accepted > 100
-
-
-# ---------------------------------------------------------------------------------------------
-# Pastes
-# ---------------------------------------------------------------------------------------------
-
-# Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
-# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
-# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
-# may start. ⏎ is a new line, a line that ends in ⤶ goes on in the next; HEX is 64 digits.
-PASTES_FOUND = r"""
-=== compose, repository
-services:
-  immich-server:
-    image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
-    # extends:
-    #   service: cpu # set to one of [nvenc, quicksync, rkmpp] for accelerated transcoding
-    volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
-  redis:
-    image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
-    healthcheck:
-      test: redis-cli ping || exit 1
-→ valkey/valkey:8-bookworm@sha256:HEX
-✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
-=== compose, repository
-  send:
-    image: registry.gitlab.com/timvisee/send:latest # official image
-    #image: l4rm4nd/send:latest # image of a fork with darkmode only
-  passbolt:
-    image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
-  #jellyfin:
-  #  image: linuxserver/jellyfin:latest
-→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
-=== compose, repository
-version: '3.8'
-services:
-  obsidian:
-    image: 'ghcr.io/sytone/obsidian-remote:latest'
-    platform: linux/arm64
-    ports: ["8080:8080", "8443:8443"]
-  server:
-    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
-→ ghcr.io/sytone/obsidian-remote:latest
-✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
-=== compose in one line, page
-services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
-→ nginx:1.25-alpine, redis:7
-=== compose with an anchor, repository
-x-default: &default-image registry.example.com/team/app:2.1
-services:
-  api: {image: *default-image, command: api}
-  worker:
-    image: &worker ghcr.io/acme/worker:1.4
-  beat:
-    image: *worker
-→ ghcr.io/acme/worker:1.4
-=== compose, chat
-麻烦同步一下这几个，服务器上拉不动
-
-services：
-  db：
-    image：mysql:8.0.27
-    command：'--default-authentication-plugin=mysql_native_password'
-  wordpress：
-    image：“wordpress:latest”
-谢谢！
-→ mysql:8.0.27, wordpress:latest
-=== compose, a code block quoted in a thread
-我的配置是这样的：
-> ```yaml
-> services:
->   frigate:
->     image: 'ghcr.io/blakeblackshear/frigate:stable'
->     volumes: ['/etc/localtime:/etc/localtime:ro']
-> ```
-On Feb 28, 2026 at 7:03 PM, someone wrote:
-→ ghcr.io/blakeblackshear/frigate:stable
-=== compose, change in a pull request
-diff --git a/docker-compose.yml b/docker-compose.yml
-@@ -10,7 +10,7 @@ services:
-   pgadmin:
--    image: dpage/pgadmin4:8.5
-+    image: dpage/pgadmin4:8.6
-→ dpage/pgadmin4:8.6
-=== GitLab CI, repository
-image: docker:24.0.5
-services:
-  - docker:24.0.5-dind
-build:
-  image:
-    name: gcr.io/kaniko-project/executor:v1.23.2-debug
-    entrypoint: [""]
-test:
-  image: "python:3.11-slim"
-  script: [pip install -r requirements.txt, pytest]
-→ docker:24.0.5, python:3.11-slim
-=== GitHub Actions, repository
-    runs-on: ubuntu-latest
-    container:
-      image: node:20-bookworm
-    services:
-      postgres:
-        image: postgres:16
-    steps:
-      - uses: actions/checkout@v4
-→ node:20-bookworm, postgres:16
-=== Ansible, repository
-  community.docker.docker_container:
-    name: app
-    image: "{{ app_image }}:{{ app_tag }}"
-✗ {{ app_image }}:{{ app_tag }}
-=== Kubernetes, repository
-kind: Service
-spec:
-  ports:
-  - port: 6379
----
-kind: Deployment
-spec:
-      containers:
-      - name: master
-        image: registry.k8s.io/redis:e2e  # or just image: redis
-        imagePullPolicy: IfNotPresent
----
-      - image: gcr.io/google_samples/gb-redisslave:v1
-        name: slave
-→ registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
-=== Kubernetes, repository
-kind: CronJob
-spec:
-  schedule: "*/5 * * * *"
-  jobTemplate:
-          initContainers:
-          - name: init
-            image: cockroachdb/cockroach-k8s-init:0.2
-            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
-          containers:
-          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
-→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
-=== Kubernetes, repository
-        - name: cert-manager-controller
-          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
-          args:
-          - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
-          env:
-          - name: RELATED_IMAGE
-            value: quay.io/jetstack/cert-manager-webhook:v1.14.4
-→ quay.io/jetstack/cert-manager-controller:v1.14.4
-=== Kubernetes, repository
-          image: >-
-            image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
-→ image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
-=== Kubernetes as JSON in one line, page
-{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
-"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
-"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
-→ nginx:1.27, quay.io/prometheus/busybox:latest
-=== kubectl get pod -o yaml, page
-    kubectl.kubernetes.io/last-applied-configuration: |
-      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
-spec:
-  containers:
-  - image: nginx:1.14.2
-    imagePullPolicy: IfNotPresent
-status:
-  containerStatuses:
-  - containerID: containerd://HEX
-    image: docker.io/library/nginx:1.14.2
-    imageID: docker.io/library/nginx@sha256:HEX
-  - image: sha256:HEX
-    imageID: docker-pullable://mysql@sha256:HEX
-→ nginx:1.14.2
-=== kubectl get pod -o yaml, thread
-  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
-    imageID: ""
-        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
-redacted/redacted:": couldn''t parse image reference'
-✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
-=== ECS task, page
-{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
-  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
-  "networkMode": "awsvpc" }
-→ public.ecr.aws/docker/library/httpd:latest
-=== devcontainer.json, repository
-{
-	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
-	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
-	"features": {"ghcr.io/devcontainers/features/node:1": {}},
-}
-→ mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
-=== docker inspect, page
-        "Id": "HEX",
-        "Image": "sha256:HEX",
-        "Config": {
-            "Hostname": "6b0f2c3d4e5f",
-            "Image": "portainer/portainer-ce:2.20.3",
-            "WorkingDir": "/"
-→ portainer/portainer-ce:2.20.3
-=== helm template, repository
-# Source: redis/templates/master/application.yaml
-        - name: redis
-          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
-          imagePullPolicy: "IfNotPresent"
----
-# Source: node-exporter/templates/daemonset.yaml
-          image: "quay.io/prometheus/node-exporter:v1.8.1"
-          args: [--path.procfs=/host/proc]
-→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
-=== chart template, repository
-        - name: {{ .Chart.Name }}
-        image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
-      initContainers:
-        - name: tokengen
-          image: bitnami/kubectl
-→ bitnami/kubectl:latest
-✗ {{ .Values.image.repository }}
-=== values.yaml, repository
-kubeRBACProxy:
-  image:
-    registry: quay.io
-    repository: brancz/kube-rbac-proxy
-    tag: v0.22.1
-    sha: ""
-✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
-=== values.yaml, repository
-image:
-  repository: ghcr.io/jukie/k8s-pull-secret-injector
-  pullPolicy: IfNotPresent
-  # Overrides the image tag whose default is the chart appVersion.
-  tag: "v1.0.0"
-logstash:
-  image: grafana/logstash-output-loki
-→ grafana/logstash-output-loki:latest
-✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
-=== values.yaml, repository
-image:
-  registry: registry.k8s.io
-  repository: kube-state-metrics/kube-state-metrics
-  # If unset use v + .Charts.appVersion
-  tag: ""
-=== values.yaml, repository
-image: "docker.elastic.co/elasticsearch/elasticsearch"
-imageTag: "8.5.1"
-imagePullPolicy: "IfNotPresent"
-✎ docker.elastic.co/elasticsearch/elasticsearch:8.5.1
-=== values as JSON, page
-{"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "Always"}, "nodeSelector": {}}
-✎ nginx:1.16.0
-=== Dockerfile, repository
-ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
-FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
-RUN apt-get update && apt-get install --no-install-recommends -y git
-FROM $BASE_IMAGE AS argocd-base
-LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
-FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
-COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
-FROM argocd-base
-COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
-→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
-✗ $BASE_IMAGE
-=== Dockerfile, repository
-# syntax=docker/dockerfile:1.4
-FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
-FROM builder as dev-envs
-RUN <<EOF
-apk add git bash
-EOF
-# install Docker tools (cli, buildx, compose)
-COPY --from=gloursdocker/docker / /
-→ python:3.10-alpine
-=== Dockerfile, repository
-FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
-FROM scratch
-COPY --from=builder /src/app /app
-→ rust:1.97.1@sha256:HEX
-=== Dockerfile, page
-ARG GO_VERSION=1.22
-FROM golang:${GO_VERSION}-alpine AS build
-FROM ${BASE:-alpine}
-COPY --from=build /out /out
-✗ golang:${GO_VERSION}-alpine, ${BASE
-=== Dockerfile, page
-# escape=`
-FROM mcr.microsoft.com/windows/servercore:ltsc2022
-SHELL ["powershell", "-Command"]
-COPY setup.exe C:\
-→ mcr.microsoft.com/windows/servercore:ltsc2022
-=== Dockerfile, repository
-from node:lts-buster-slim as development
-run npm ci
-from development as dev-envs
-FROM --platform=linux/arm64 nginx:1.13-alpine
-→ node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
-=== Dockerfile, repository
-#FROM debian:bookworm-slim
-FROM r.j3ss.co/osquery AS osquery
-FROM ubuntu
-LABEL maintainer "Somebody <somebody@example.com>"
-COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
-→ r.j3ss.co/osquery:latest, ubuntu:latest
-=== Dockerfile, one line in chat
-FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-=== kubelet through a translator, thread
-Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
-"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
-pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
-✗ registry. k8s. io/pause: 3.6
-=== kubelet, thread
-    Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
-"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
-"https://harbor.example.com/release/name:1.1.0": invalid reference format
-✗ https://harbor.example.com/release/name:1.1.0
-=== kubelet, thread
-I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
-"kubernetes/pause:latest": ""
-I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
-kubernetes/pause:latest
-→ kubernetes/pause:latest
-=== containerd, thread
-level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
-Labels:map[string]string{io.cri-containerd.image: managed,},}"
-level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
-\"sha256:HEX\""
-→ registry.example.com/k8s/pause:3.2
-=== kubeadm init, thread
-me to error execution phase preflight: [preflight] Some fatal errors occurred:
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
-10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
-error: code = Unknown desc = failed to pull and unpack image ⤶
-\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
-kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
-, error: exit status 1
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
-→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
-=== kubeadm init, thread
-	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
-	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
-→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
-=== docker, thread
-dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
-/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
-→ mariadb:10.1
-=== docker, thread
-在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
-no matching manifest for linux/arm64/v8 in the manifest list entries
-=== docker, thread
-$ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
-docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
-manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
-%3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
-→ hello-world:latest
-=== docker compose, thread
-➜ docker compose up⏎[+] Running 1/1
- ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
-Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
-→ wgportal/wg-portal:v2
-=== docker build, thread
-failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
-rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
-ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
-→ python:3.6
-=== podman, thread
-Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
-Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
-kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
-→ ghcr.io/podman-desktop/kubernetes-dashboard:latest
-=== GitLab runner, thread
-Using Docker executor with image deployphp/deployer:7 ...
-WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
-for deployphp/deployer, repository does not exist or may require 'docker login'
-ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
-→ deployphp/deployer:7
-=== docker, thread
-Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
-require 'docker login': denied: requested access to the resource is denied
-→ xiaoya-tvbox:latest
-=== shell, thread
-run "docker pull --platform linux/x86_64 mysql:5.7" firstly
-→ --platform=linux/x86_64 mysql:5.7
-=== shell, repository
-ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
-ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
-ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
-→ eclipse-temurin:17
-=== shell, thread
-> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
-DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
-mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
-→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
-=== shell, thread
-sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
-✗ amd64
-=== shell, repository
-docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
-docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
-✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-=== shell, repository
-list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"⏎for i in $list⏎do
-	docker pull kalid/$i⏎	docker tag kalid/$i k8s.gcr.io/$i⏎done
-✗ kalid/$i
-=== shell, repository
-docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
-    docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
-    docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
-docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
-→ k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
-=== shell, page
-k3s crictl pull rancher/mirrored-pause:3.6
-crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
-registry.example.com/team/api:2.0
-podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
-git pull origin main && helm pull bitnami/redis --version 19.0.1
-→ rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
-=== shell, page
-`crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
-docker pull [OPTIONS] NAME[:TAG|@DIGEST]
-✗ {{image:tag}}
-=== shell, quoted in chat
-「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
-这个一直拉不下来，帮忙弄一下
-→ ghcr.io/open-webui/open-webui:main
-=== shell on Windows, thread
-C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
-Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
-PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
-→ xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
-=== docker run, page
-docker run -d \⏎  --name open-webui -p 3000:8080 \
-  --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
-  --restart always \⏎  ghcr.io/open-webui/open-webui:main
-✎ ghcr.io/open-webui/open-webui:main
-=== docker run, page
-$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
-✎ alpine@sha256:HEX
-=== docker images, thread
- REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
-docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
-<none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
-postgres                      13        faa0ddfa0c0f   8 days ago       371MB
-thanks for looking
-→ docker_inventree-dev-server:latest, postgres:13
-=== docker images --digests, thread
-REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
-alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
-redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
-→ redis:7.2
-=== docker images since version 29, thread
-                                                                     i Info →   U  In Use
-IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
-moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
-<untagged>                      09538a1f51d3       20.6kB         4.21kB
-→ moby/buildkit:buildx-stable-1
-=== docker image ls that lost its columns, page
-REPOSITORY TAG IMAGE ID CREATED SIZE
-quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
-→ quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
-=== crictl images, thread
-IMAGE                                     TAG                 IMAGE ID            SIZE
-busybox                                   latest              8c811b4aec35f       1.15MB
-docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
-→ busybox:latest
-=== crictl images, chat
-帮忙把这些同步到我们仓库：
-$ sudo crictl images
-WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
-IMAGE                                TAG       IMAGE ID       SIZE
-registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
-registry.k8s.io/pause                3.9       e6f1816883972  322kB
-→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
-=== docker-compose images, thread
-    Container           Repository       Tag       Image Id       Size
-------------------------------------------------------------------------
-example_backend_1    nginx              latest   35c43ace9216   133.1 MB
-example_backend_2    nginx              latest   35c43ace9216   133.1 MB
-→ nginx:latest
-=== docker compose images, thread
-$ docker compose images
-CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
-truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
-→ ghcr.io/truc/hello:2.0
-=== kubeadm config images list, thread
-[root@master ~]# kubeadm config images list
-W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
-internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
-W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
-k8s.gcr.io/kube-apiserver:v1.16.1
-k8s.gcr.io/etcd:3.3.15-0
-→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
-=== kubeadm config images list, chat
-I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
-registry.k8s.io/kube-proxy:v1.29.3
-registry.k8s.io/coredns/coredns:v1.11.1
-→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
-=== kubeadm config images list through a translator, thread
-master0@master0 :~$kubeadm config images list
-Registry. k8s. io/kube apiserver: v1.27.3
-Registry. k8s. io/pause: 3.9
-=== kubectl describe pod, thread
-Node:                 node1/10.3.147.253
-Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
-    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
-      /opt/cni/bin/calico-ipam⏎  calico-node:⏎    Image:          calico/node:v3.10.3
-    Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
-→ calico/cni:v3.10.3, calico/node:v3.10.3
-=== kubectl describe pod, thread
-Events:⏎  Type     Reason     Age    From               Message
-  ----     ------     ----   ----               -------
-  Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
-  Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
-  Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
-→ anjia0532/echoserver:1.4, busybox:1.36
-=== kubectl -o jsonpath, page
-nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
-✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
-=== kubectl -o jsonpath | sort | uniq -c, page
-      3 registry.k8s.io/coredns/coredns:v1.10.1
-      1 registry.k8s.io/etcd:3.5.9-0
-✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
-"""
-
-# Texts with nothing to start, found in the same places, ⏎ is a new line.
-NOTHING_FOUND = r"""
-WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
- (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
- toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
-docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
- canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
-Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
- net/http: TLS handshake timeout
-error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
-registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
-ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
- code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
-[+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
-docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
- harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
-CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
-1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
-NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
-NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
-sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
-    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
-  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
-resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
-dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
-{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
-github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎⤶
-"dependencies": {"tag": "1.0"}⏎}
-{"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
-{"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
----⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
-properties:⏎  image:⏎    type: string⏎    format: binary
-server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
-    root /usr/share/nginx/html;⏎}
-Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
- do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
-Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
-2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
- [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
-SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
-select * from nginx_log⏎from orders⏎group by day;
-From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
-from redis import Redis⏎from flask import Flask, request⏎import os
-requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
-module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
-steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
-npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
-Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
-git@github.com:docker/compose.git
-git clone -b main https://github.com/docker/compose.git && git pull origin main
-127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
-DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
-*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
-drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
-1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，⤶
-CPU/内存
-You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
- manifest⏎for the release is not found. Images and pulls are free; see image 3.
-## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
-image: 这个字段是什么意思
-FROM users
-docker pull failed
-docker pull 一直失败，怎么办？用的 --platform linux/amd64
-ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
-message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
-namespaceMetadata: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
-TCP/IP, CI/CD
-《k8s/docker 入门》今晚 8:00 直播
-"""
-
-# Talk, ¦ between messages: help.
-TALK_HEARD = r"""
-14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00
-2026-11-24 10:30 ¦ 12:30, 13:30
-3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
-192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
-key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
-hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
-/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
-File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
-在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢
-From now on ¦ From China with love
-docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
-docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
-docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
-注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
-"""
-
-# What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
-SUGGESTED = rows("""
-please sync nginx:1.25 ¦ nginx:1.25
-麻烦同步一下 nginx:1.25 ¦ nginx:1.25
-麻烦同步一下：nginx:1.25 ¦ nginx:1.25
-麻烦同步一下⏎nginx:1.25⏎redis:7 ¦
-帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ nginx:1.25, bitnami/redis:7.0
-docker run nginx:1 ¦ nginx:1
-docker run -d -p 80:80 --name web nginx ¦ nginx:latest
-podman run --rm -it quay.io/podman/hello ¦ quay.io/podman/hello:latest
-nginx:1 redis:2 ¦ nginx:1, redis:2
-2 registry.k8s.io/pause:3.9 ¦ registry.k8s.io/pause:3.9
-同步 24/7 的 nginx:1.25 ¦ nginx:1.25
-14:30 前同步 nginx:1.25 ¦ nginx:1.25
-please sync bitnami/redis to ours ¦ bitnami/redis:latest
-k8s.gcr.io/pause:3.5systemctl restart docker ¦
-registry.k8s.io//nriver/trilium-cn ¦
-""")
-
-# Two or more bare words ¦ canonical lines ¦ lines that are offered.
-BARE_WORDS = rows("""
-nginx, redis ¦ nginx:latest, redis:latest ¦
-nginx⏎myapp ¦ nginx:latest, myapp:latest ¦
-postgres、openresty；mysql ¦ postgres:latest, openresty:latest, mysql:latest ¦
-immich, alist ¦ ¦ immich:latest, alist:latest
-myapp⏎myworker⏎mydb ¦ ¦ myapp:latest, myworker:latest, mydb:latest
-hello world, nginx ¦ ¦
-Nginx, Redis ¦ ¦
-""")
-
-LINKS_IN_SENTENCES = rows("""
-请下载 https://example.com/a.pdf 谢谢 ¦ see https://example.com/a.pdf
-文件：https://example.com/a.pdf ¦ git clone https://github.com/docker/compose.git
-""")
-
-
-class Paste(NamedTuple):
-    """A text and what must come of it."""
-
-    kind: str
-    text: str
-    images: list[str]  # canonical lines
-    named: list[str]  # pieces of what is named, not done
-    offered: list[str]  # lines that are offered
-
-
-def read_pastes(found: str) -> list[Paste]:
-    """Take PASTES_FOUND apart."""
-    pastes = []
-    for block in unfold(found).replace("⏎", "\n").removeprefix("=== ").split("\n=== "):
-        kind, *lines = block.split("\n")
-        wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
-        while lines[-1][:1] in wanted:
-            mark, _, values = lines.pop().partition(" ")
-            wanted[mark] = values.split(", ")
-        pastes.append(Paste(kind, "\n".join(lines), *wanted.values()))
-    return pastes
-
-
-PASTES = read_pastes(PASTES_FOUND)
-NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
-
-
-def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
-    """Return the canonical lines and the links that a message starts, and what is said beside."""
-    try:
-        reading = wxsync.read_message(message)
-    except wxsync.Failure as failure:
-        return [], (), str(failure)
-    assert not (reading.command and (reading.images or reading.links))
-    return [image.line for image in reading.images], reading.links, reading.note
-
-
-def starts_nothing(message: str) -> str:
-    """Return what is said to a message that starts nothing."""
-    images, links, said = heard(message)
-    assert (images, links) == ([], ()), message
-    return said
-
-
-def curly(text: str) -> str:
-    """Return text with the quotes that phones and Word make."""
-    for straight, pair in (('"', "“”"), ("'", "‘’")):
-        pieces = text.split(straight)
-        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
-    return text
-
-
-DAMAGES: dict[str, Callable[[str], str]] = {
-    "none": str,
-    "Windows": lambda text: text.replace("\n", "\r\n"),
-    "colons of phones": lambda text: text.replace(":", "："),
-    "curly quotes": curly,
-    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
-    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
-    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
-    "empty lines between": lambda text: text.replace("\n", "\n\n"),
-    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
-    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
-}
-
-
-@pytest.mark.parametrize("paste", PASTES, ids=lambda paste: paste.kind)
-def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
-    """What is marked and not plain is named with 没有处理, what is likely meant is offered."""
-    images, links, said = heard(paste.text)
-    assert (sorted(images), links) == (sorted(paste.images), ())
-    assert lacking(paste.named + paste.offered, said) == []
-    assert "没有处理" in said or not (images and paste.named)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
-    """97 % of the marked images are found, none is wrong, no link, and nothing where no mark is."""
-    wanted, missed, wrong = 0, [], []
-    for paste in PASTES:
-        images, links, _ = heard(DAMAGES[damage](paste.text))
-        wanted += len(paste.images)
-        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
-        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
-        wrong += links
-    wrong += [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])]
-    share = 100 * (wanted - len(missed)) / wanted
-    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
-    assert wrong == [] and share >= 97
-
-
-def test_talk_gets_help() -> None:
-    """Neither a refusal nor the offer to sync a word of talk."""
-    for message in itertools.chain.from_iterable(rows(TALK_HEARD)):
-        reading = wxsync.read_message(message)
-        assert (reading.command, reading.images, reading.links) == ("help", (), ()), message
-        assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
-
-
-@pytest.mark.parametrize(("message", "lines"), SUGGESTED)
-def test_only_what_looks_like_an_image_is_offered(message: str, lines: str) -> None:
-    """What is offered can be sent as it is, and does no harm then."""
-    said, offered = starts_nothing(message), lines.split(", ") if lines else []
-    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
-    assert lacking(offered, said) == [] and lacking(words, said) == list(words)
-    assert not offered or heard(lines)[0] == offered
-
-
-@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
-def test_bare_words_are_images_beside_a_well_known_one(
-    message: str, images: str, offered: str
+
+class Quick(World):
+    """A world whose service does not dawdle. `state` is its state file at the start.
+
+    Leaving it checks that no fake saw anything wrong and that the log shows no bug.
+    """
+
+    def __init__(
+        self, runner: Runner | None = None, before: str = "", state: bytes = b"", /, **more: str
+    ) -> None:
+        super().__init__(quick_script(before), runner or PlayedRunner(0.01), more)
+        self.state = state
+
+    def prepare(self) -> Self:
+        super().prepare()
+        folder = self.service.state_dir
+        self.images, self.state_file = folder / "images.txt", folder / "wxsync.state"
+        if self.state:
+            self.state_file.write_bytes(self.state)
+        return self
+
+    def open(self) -> None:
+        if isinstance(self.github.runner, SlowRunner):
+            self.github.runner.go.set()
+
+    def is_idle(self) -> bool:
+        health = self.service.health()
+        return bool(health["running"] == health["queued"] == 0)
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self.open()
+        log, wrong = self.service.log, [] if kind else self.broken()
+        super().__exit__(kind, value, trace)
+        assert kind or (wrong == [] and is_calm(log)), f"{wrong} {log[-3000:]}"
+
+
+quick = Quick
+
+
+class Depot(Quick):
+    """A quick world with files: a source, and QingStor."""
+
+    USERS = itertools.count(1)
+
+    def __init__(self, *before: Any, **more: str) -> None:
+        patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "0.5", "SCALE": "0.01"}
+        patience |= {"MESSAGE_INTERVAL_SECONDS": "0.02", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
+        patience |= {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
+        super().__init__(*before, **patience | more)
+        self.store, self.source = FakeQingStor(), Source()
+
+    def defaults(self) -> dict[str, str]:
+        return super().defaults() | self.store.settings
+
+    def prepare(self) -> Self:
+        self._stack.enter_context(self.store)
+        self._stack.enter_context(self.source)
+        self.source.add("/probe", body=b"ok")
+        return super().prepare()
+
+    def user(self) -> str:
+        return f"user{next(self.USERS)}"
+
+    def ask(self, text: str) -> str:
+        """Type a message as somebody new, who is returned."""
+        user = self.user()
+        self.say(text, user)
+        return user
+
+    def begin(self, link: str, parts: int = 1) -> str:
+        """Send a link as somebody new, and wait until so many parts of it are stored."""
+        before, user = len(self.store.parts_received), self.ask(link)
+        assert wait_until(lambda: len(self.store.parts_received) >= before + parts)
+        return user
+
+    def answers(self, user: str, count: int) -> list[str]:
+        """Return so many messages that reached somebody, who hears no more for now."""
+        assert wait_until(lambda: len(self.wecom.messages_for(user)) >= count, 20), self.log
+        assert wait_until(self.is_idle)
+        return self.wecom.messages_for(user)
+
+    def answer(self, user: str, timeout: float = 20) -> str:
+        return self.wecom.wait_message(lambda m: m.user == user, timeout).text
+
+    def relay(self, link: str, timeout: float = 20) -> str:
+        return self.answer(self.ask(link), timeout)
+
+    @property
+    def log(self) -> str:
+        return self.service.log
+
+    def broken(self) -> list[str]:
+        """Return what went wrong, uploads that were left open included."""
+        wait_until(lambda: not self.store.open_uploads, 2)
+        left = list(self.store.open_uploads)
+        self.store.open_uploads.clear()  # or every story after this one would fail as well
+        return super().broken() + self.store.errors + self.source.errors + left
+
+
+def disk_is(
+    world: World, seconds: float = 0, file: int = 0, folder: int = 0, chance: float = 1
 ) -> None:
-    """Other plain names are asked back with the line to send."""
-    found, links, said = heard(message)
-    assert (", ".join(found), links) == (images, ()) and lacking(offered.split(", "), said) == []
+    """Let each sync of a BAD_DISK take seconds, and fail with an errno by chance."""
+    new = world.service.folder / "new"
+    new.write_text(json.dumps([seconds, file, folder, chance, 0]))
+    new.replace(new.with_name("disk"))
 
 
-def test_a_link_in_a_sentence_is_told_as_such() -> None:
-    """Nothing is fetched, and the person hears why."""
-    for message in itertools.chain.from_iterable(LINKS_IN_SENTENCES):
-        assert "独占一行" in starts_nothing(message)
+def room(world: World, file_bytes: int = -1) -> None:
+    """Let the running service write files up to this size, without one as it likes."""
+    import resource  # Linux
+
+    resource.prlimit(world.service.pid, resource.RLIMIT_FSIZE, (file_bytes, -1))
 
 
-def test_a_plain_list_stays_all_or_nothing() -> None:
-    """`docker pull` and `image:` in a list do not make a paste of it."""
-    lines = ["nginx:1", "redis:7", "alpine:latest"]
-    assert heard("docker pull nginx:1\nimage: redis:7\nalpine")[0] == lines
-    assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
+def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
+    """Return a world in which a minute takes a second, with unsent messages."""
+    fast = {"SPEED": "60", "SCALE": "1", "TZ": "UTC0", "CALLBACK_MAX_AGE": "0"} | settings
+    world = Quick(None, HASTY, state_file(letters=letters), **fast)
+    world.wecom.speed = 60.0
+    return world
 
 
-def test_limits_and_clashes_hold_for_pastes() -> None:
-    """256 images, one source for a target."""
-    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
-    assert len(heard("\n".join(services[:257]))[0]) == 256
-    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
-    assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
+GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests would wait for ever
 
 
-def test_passwords_in_commands_are_not_said_again() -> None:
-    """Only what is marked is quoted."""
-    said = heard("ctr images pull -u me:hunter2 $IMAGE\npodman pull --creds=me:hunter2 a/$B")[2]
-    assert "hunter2" not in said and "$IMAGE" in said and "a/$B" in said
+def last_state(journal: bytes) -> dict[str, Any]:
+    """Return the last whole line of a state file; raise ValueError where there is none."""
+    for line in reversed(journal.split(b"\n")):
+        with suppress(ValueError):
+            value: dict[str, Any] = json.loads(line)
+            return value
+    raise ValueError(f"no whole line in {journal[:200]!r}")
 
 
-HOSTILE_PIECES = [
-    *("docker -a ", "docker pull -x ", "docker pull ", "run -e ", "image: ", '"image": "', '\\"'),
-    *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
-    *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
-    *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
-]
+def saved(world: World) -> dict[str, Any]:
+    return last_state((world.service.state_dir / "wxsync.state").read_bytes())
 
 
-@pytest.mark.parametrize("piece", HOSTILE_PIECES)
-def test_hostile_pastes_are_read_quickly(piece: str) -> None:
-    """256 KiB of anything, as long as a sent text file may be, take less than two seconds."""
-    for text in (piece * (2**18 // len(piece.encode())), f"image: nginx:1\n{piece * 9000}"):
-        began = time.process_time()
-        heard(text)
-        assert time.process_time() - began < 2
+def idle(world: World) -> bool:
+    state = saved(world)
+    return not state["tasks"] and not state["letters"]
 
 
-# ---------------------------------------------------------------------------------------------
-# Commands that need nothing installed
-# ---------------------------------------------------------------------------------------------
+def finals(world: World, user: str) -> list[str]:
+    return [text for text in world.wecom.messages_for(user) if "成功 " in text]
 
 
-def test_version_and_help() -> None:
-    """The version, with the digits by which a copy is told from another; every command."""
-    done = run_script("--version")
-    digest = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
-    assert (done.returncode, done.stdout) == (0, f"wxsync {wxsync.VERSION} sha256:{digest}\n")
-    done = run_script("--help")
-    words = ("serve", "check", "send", "plan", "copy", "--env")
-    assert (done.returncode, lacking(words, done.stdout)) == (0, [])
+def hear(world: World, user: str, wanted: str) -> str:
+    """Wait for a message to this user that holds `wanted`, return its text."""
+    return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
-def test_commands_that_never_import_a_package(words: str) -> None:
-    """With everything installed they import none of it either."""
-    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
-    done = run_command(command, "nginx", 20)
-    assert done.returncode == (2 if "copy" in words else 0)
-    imported = re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
-    packages = {"Crypto", "qingstor", "requests"}
-    assert "json" in imported and not packages & {name.partition(".")[0] for name in imported}
+STORIES: dict[str, Callable[[], None]] = {}
 
 
-def test_a_service_without_files_never_imports_qingstor() -> None:
-    """It takes 20 MiB that most never use."""
-    with quick(PYTHONPROFILEIMPORTTIME="1") as world:
-        world.say("nginx:1")
-        world.hear("成功 1 / 1")
-        assert "Crypto.Cipher" in world.service.log
-        assert "qingstor" not in world.service.log.replace("qingstor.com", "")
+def early(story: Callable[[], None]) -> Callable[[Told], None]:
+    """Make a test of a story that mostly waits: all of them start together and run side by side."""
+    name = story.__name__
+    STORIES[name] = story
+
+    def test(told: Told) -> None:
+        told[name].result()
+
+    test.__doc__ = story.__doc__
+    return test
 
 
-# ---------------------------------------------------------------------------------------------
-# Encryption: the published vectors, another implementation, forgeries
-# ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def told(request: pytest.FixtureRequest) -> Iterator[Told]:
+    """Start the stories of the tests that were chosen."""
+    names = [item.name for item in request.session.items if item.name in STORIES]
+    with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
+        yield {name: pool.submit(STORIES[name]) for name in names}
+    for gate in GATES:
+        gate.set()
 
-# Who published it: token, key, corp id; then timestamp, nonce, signature ¦ text ¦ encrypted.
-TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
-WECHATPY = ("123456", "kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR", "wx49f0ab532d5d035a")
-GO_WORKWX = (
-    "kjr2TKI8umCBfVF3wAHk8JiPwma5VBme",
-    "4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws",
-    "ww6a112864f8022910",
+
+RESULT = re.compile(
+    r"✅ 文件上传成功！\n\n文件名: (?P<name>.+)\n文件大小: (?P<size>\d+) 字节\n"
+    r"存储桶: (?P<bucket>\S+)\n下载链接: (?P<link>\S+)"
 )
-VECTORS = rows("""
-1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 ¦ 1616140317555161061 ¦ ⤶
-P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==
-1409659813 1372623149 477715d11cdb4164915debcba66cb864d751f3e6 ¦ ⤶
-<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[mycreate]]></FromUserName>⏎<CreateTime>1409659813</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[hello]]></Content>⏎⤶
-<MsgId>4561255354251345929</MsgId>⏎<AgentID>218</AgentID>⏎</xml> ¦ ⤶
-RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3QczcdCUpj91⤶
-1L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLjvd4Xgpue06DOdn⤶
-LxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMnvw2r+KqCKIw+3IQH03v+B⤶
-CA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k22Ncx4XXZS9o0MBH27Bo6BpNelZp⤶
-S+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2YoyyH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==
-1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 ¦ 5927782489442352469 ¦ ⤶
-4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==
-1411525903 461056294 74d92dfeb87ba7c714f89d98870ae5eb62dff26d ¦ ⤶
-<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[messense]]></FromUserName>⏎<CreateTime>1411525903</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[test]]></Content>⏎⤶
-<MsgId>4363689963896700987</MsgId>⏎<AgentID>1</AgentID>⏎</xml> ¦ ⤶
-RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHCrsTyeDX⤶
-zF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpXaG4+BiYyolBug/⤶
-gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQiMS6td7vXUaWOMZnYZlF3S⤶
-o2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQipvWTT4dShyqio7mlsl5noTrb++x6⤶
-En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=
-1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 ¦ 94966531020182955848408 ¦ ⤶
-6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==
-""")
-PUBLISHERS = [TENCENT, TENCENT, WECHATPY, WECHATPY, GO_WORKWX]  # one for each
+SENTENCE = re.compile(r"❌ 文件上传失败\n(?P<why>[^\n]+)\n\n(?P<link>\S+)\n（#[0-9a-f]{6}）")
+KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{1,10})?")
 
 
-@pytest.mark.parametrize(("account", "vector"), [*zip(PUBLISHERS, VECTORS, strict=True)])
-def test_a_published_vector(account: tuple[str, str, str], vector: list[str]) -> None:
-    """Signature and text are as published; one changed digit anywhere and they are not."""
-    crypto, (head, plain, encrypted) = wxsync.Crypto(*account), vector
-    timestamp, nonce, signature = head.split()
-    assert crypto.is_signed(signature, timestamp, nonce, encrypted)
-    assert crypto.decrypt(encrypted).decode() == plain
-    assert not crypto.is_signed(signature[:-1] + "x", timestamp, nonce, encrypted)
-    assert not crypto.is_signed(signature, timestamp, nonce + "0", encrypted)
-    assert not crypto.is_signed("签名", timestamp, nonce, encrypted)
-    with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
-        wxsync.Crypto(*account[:2], "wx5823bf96d3bd56c8").decrypt(encrypted)
-    assert caught.value.status == 403
+def read_result(text: str) -> dict[str, str]:
+    """Return the fields of a message of success, in exactly the form that users know."""
+    match = RESULT.fullmatch(text)
+    assert match, text
+    return match.groupdict()
 
 
-def test_every_length_of_padding_works_both_ways() -> None:
-    """1 to 32 bytes: a library that pads to 16 fails on half of them."""
-    client, crypto = WeComClient(*TENCENT, 1, ""), wxsync.Crypto(*TENCENT)
-    for size in range(32):
-        assert crypto.decrypt(client.encrypt("x" * size)) == b"x" * size
-        assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
+def check_refusal(text: str, why: str, link: str = "") -> None:
+    """Check that a message is one sentence with what to do, and names the link."""
+    match = SENTENCE.fullmatch(text)
+    assert match and why in match["why"] and link in match["link"], text
 
 
-def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
-    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
-    other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
-    crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
-    texts = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
-    alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
-    texts += ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
-    for text in texts:
-        sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
-        outer, _ = wxsync.read_fields(sealed)
-        signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
-        inner = other.decrypt_message(sealed.decode(), *signed)
-        assert wxsync.read_xml_fields(inner.encode()).get("content", "") == text
-        fields = {"FromUserName": "alice", "MsgType": "text", "Content": text, "MsgId": 7}
-        theirs = other.encrypt_message(xml_document(fields), "nonce", "1409659813")
-        outer, as_json = wxsync.read_fields(theirs.encode())
-        signed = ("1409659813", "nonce", outer["encrypt"])
-        assert crypto.is_signed(outer["msgsignature"], *signed) and not as_json
-        message = wxsync.read_posted(crypto.decrypt(outer["encrypt"]))
-        assert message == (("alice", "alice", text, "7"), "text")
+def check_object(depot: Depot, path: str, text: str) -> str:
+    """Check that the message and the bucket have the very file; return the object's key."""
+    found, served = read_result(text), depot.source.files[path]
+    key = found["link"].rpartition("/")[2]
+    stored = depot.store.objects[key]
+    assert KEY.fullmatch(key) and found["bucket"] == depot.store.bucket
+    assert int(found["size"]) == stored.size == served.size
+    assert stored.sha256 == served.sha256()
+    return key
 
 
-# -- the callback itself
+@pytest.fixture(scope="module")
+def shared_depot() -> Iterator[Depot]:
+    with Depot() as depot:
+        yield depot
 
 
-def test_wecoms_verification_is_answered_plainly(talk: Talk) -> None:
-    """The text alone, no quotes, no newline; also where a + of base64 was not escaped."""
-    assert talk.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
-    encrypted = next(e for e in iter(lambda: talk.client.encrypt("1"), "") if "+" in e)
-    query = urlencode(talk.client.signed(encrypted)) + f"&echostr={quote(encrypted, safe='+')}"
-    got = http_request("GET", f"{talk.client.callback_url}?{query}")
-    assert (got.status, got.body) == (200, b"1")
-
-
-@pytest.mark.parametrize("fmt", ["xml", "json"])
-def test_the_reply_has_the_envelope_of_the_message(talk: Talk, fmt: str) -> None:
-    """JSON for JSON, XML for XML, to whoever asked, signed; names of JSON in any case."""
-    reply = talk.client.post_text(talk.user, "帮助", fmt=fmt)
-    assert reply.status == 200 and "使用说明" in reply.reply
-    assert fmt in reply.headers["content-type"]
-    assert reply.fields["tousername"] == talk.user and reply.fields["msgtype"] == "text"
-    if fmt == "json":
-        assert set(json.loads(reply.raw)) == {"encrypt", "msgsignature", "timestamp", "nonce"}
-        for change in (str.lower, str.upper):  # WeCom's own documents disagree about them
-            fields = talk.client.text_fields(talk.user, "nginx").items()
-            built = talk.client.build({change(name): value for name, value in fields}, "json")
-            assert "nginx:latest" in talk.client.post(built).reply
-
-
-def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
-    """Encrypt a text with this length in its frame, and this padding."""
-    frame = b"r" * 16 + struct.pack(">I", length) + b"hello" + client.corp_id.encode()
-    return client.seal(frame + b"\0" * (size - len(frame) - len(pad)) + pad)
-
-
-FORGED: dict[str, tuple[Callable[[WeComClient], str], int]] = {
-    "not base64": (lambda client: "!" * 64, 400),
-    "no whole blocks": (lambda client: base64.b64encode(b"x" * 33).decode(), 400),
-    "noise": (lambda client: base64.b64encode(b"x" * 64).decode(), 400),
-    "blocks of 16": (lambda client: framed(client, 5, b"\5" * 5, 48), 400),
-    "padding 0": (lambda client: framed(client, 5, b"\0"), 400),
-    "padding 33": (lambda client: client.seal(b"x" * 31 + b"\x21" * 33), 400),
-    "uneven padding": (lambda client: framed(client, 5, b"\1\4\4\4"), 400),
-    "nothing but padding": (lambda client: client.seal(b"\x20" * 32), 400),
-    "a length beyond the end": (lambda client: framed(client, 60, b"\1"), 400),
-    "the greatest length": (lambda client: framed(client, 2**32 - 1, b"\1"), 400),
-    "another company": (lambda client: client.encrypt("hello", "ww9999999999999999"), 403),
-    "no company": (lambda client: client.encrypt("hello", ""), 403),
-}
-UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
-    "a wrong signature": ({"msg_signature": "0" * 40}, 403),
-    "a signature in capitals": ({"msg_signature": "é"}, 403),
-    "an old time": ({"timestamp": "1409659589"}, 403),
-    "another nonce": ({"nonce": "1"}, 403),
-    "no signature": ({"msg_signature": ""}, 400),
-    "no time": ({"timestamp": ""}, 400),
-    "a time that is none": ({"timestamp": "soon"}, 400),
-    "no nonce": ({"nonce": ""}, 400),
-}
-
-
-@pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
-def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk, name: str) -> None:
-    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same."""
-    make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
-    change, status = UNSIGNED.get(name, ({}, status))
-    encrypted = make(talk.client)
-    query = urlencode(talk.client.signed(encrypted) | change)
-    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
-    asked = f"{talk.client.callback_url}?{query}"
-    for got in (
-        http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}"),
-        http_request("POST", asked, body),
-    ):
-        assert (got.status, got.body) == (status, b"")
-
-
-def test_clocks_may_differ_by_ten_minutes(talk: Talk) -> None:
-    """The times are signed, so they can be trusted as far as the clocks."""
-    for age, status in ((-590, 200), (590, 200), (-610, 403), (610, 403)):
-        got = talk.client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
-        assert (got.status, status == 200 or got.raw) == (status, status == 200 or b""), age
-
-
-DOCTYPE = '<?xml version="1.0"?><!DOCTYPE xml [<!ENTITY e "nginx:1">]>'
-ENVELOPES = {
-    "nothing": "",
-    "no XML": "hello",
-    "half of it": "<xml><Encrypt>",
-    "a document type": DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>",
-    "an entity": DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an entity nobody declared": "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an unknown encoding": '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
-    "no text in it": "<xml><Other>x</Other></xml>",
-    "JSON of no text": '{"encrypt": 7',
-    "JSON too deep": "{" + '"a":{' * 5000,
-    "JSON with a list": '{"encrypt": ["x"]}',
-}
-TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
-INNER = {
-    "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
-    "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
-    "no XML": "hello",
-    "a list": "[1]",
-    "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
-}
-
-
-def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
-    """Whatever a stranger posts, or WeCom's key sealed, costs an empty answer."""
-    query = talk.client.signed("x")
-    posts = [(name, text.encode(), query) for name, text in ENVELOPES.items()]
-    for name, text in INNER.items():
-        encrypted = talk.client.encrypt(text)
-        body = xml_document({"Encrypt": encrypted}).encode()
-        posts.append((f"inside: {name}", body, talk.client.signed(encrypted)))
-    for name, body, query in posts:
-        reply = talk.client.post_raw(body, query)
-        assert (reply.status, reply.raw) == (400, b""), name
-    assert talk.commits == [] and talk.inputs == []
+@pytest.fixture
+def depot(shared_depot: Depot) -> Iterator[Depot]:
+    """The depot that most stories share: each has to leave it in order."""
+    yield shared_depot
+    assert shared_depot.broken() == [] and is_calm(shared_depot.log), shared_depot.log
+    text = shared_depot.relay(shared_depot.source.add("/after.txt", body=b"the next task works"))
+    assert read_result(text)["size"] == "19"
 
 
 # ---------------------------------------------------------------------------------------------
-# Sending messages
+# The robot's gateway
 # ---------------------------------------------------------------------------------------------
 
-SEND = "POST /cgi-bin/message/send"
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
+Mood = str | int | float | None  # see FakeGateway.unkind
 
 
-def test_a_message_goes_out_as_wecom_wants_it(desk: Desk) -> None:
-    """An integer agent id, one receiver, the duplicate check on."""
-    desk.send("你好")
-    (call,) = desk.wecom.calls_to(SEND)
-    sent = call.json()
-    assert sent["agentid"] == desk.wecom.agent_id and sent["touser"] == "alice"
-    assert sent["msgtype"] == "text" and sent["text"]["content"].startswith("你好")
-    assert sent["enable_duplicate_check"] == 1 and sent["duplicate_check_interval"] >= 1800
+class Broken(Exception):
+    """A client broke RFC 6455; str() says how."""
 
 
-@pytest.mark.parametrize("code", [42001, 40014, 41001, 42007, 42009])  # as Tencent's client does
-def test_one_token_serves_all_and_is_renewed_once_when_it_is_refused(desk: Desk, code: int) -> None:
-    """Also side by side; the message that met the refusal arrives, without a pause, and once."""
-    desk.send_many("first", 40)
-    assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
-    desk.wecom.expire_tokens(code)
-    desk.send_many("then", 8)
-    assert desk.wecom.token_calls == 2 and len(desk.wecom.messages) == 48
-    desk.wecom.expire_tokens(code)
-    desk.send("one")
-    desk.send("two")
-    assert desk.wecom.token_calls == 3 and desk.pauses == []
-    assert [text.split("\n")[0] for text in desk.wecom.messages_for("alice")] == ["one", "two"]
+class Line:
+    """One WebSocket connection at the server's end."""
 
+    LIMIT = 1 << 20
 
-# What is wrong, and how -> the least pause, what the log tells. WeCom bans an address for an hour
-# that asks with a wrong secret again and again.
-TO_MEND: dict[str, tuple[object, float, tuple[str, ...]]] = {
-    "secret": ("another", 3600, ("SECRET",)),
-    "trusted": (False, 1, ("203.0.113.7", "企业可信IP", "60020")),
-}
+    def __init__(self, handler: PeerHandler) -> None:
+        self.handler, self.guard = handler, threading.Lock()
+        self.pongs: list[bytes] = []
 
+    def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
+        """Send one frame; opcode -1 sends bare bytes."""
+        size = len(data)
+        kind, form = (size, "") if size < 126 else (126, "H") if size <= 0xFFFF else (127, "Q")
+        start = struct.pack(f">BB{form}", opcode & 15 | fin << 7, kind, *[size] * len(form))
+        with self.guard:
+            self.handler.connection.sendall(start * (opcode >= 0) + data)
 
-@pytest.mark.parametrize("name", TO_MEND)
-def test_what_a_person_must_mend_is_named_with_the_cure(desk: Desk, name: str) -> None:
-    """It is not tried again for long, and the log names what to do, and no secret."""
-    wrong, least, words = TO_MEND[name]
-    right, asked = getattr(desk.wecom, name), []
+    def tell(self, value: object) -> None:
+        """Send JSON to a client that may be gone."""
+        with suppress(OSError):
+            self.write(TEXT, json.dumps(value).encode())
 
-    def mend() -> None:
-        asked.append(desk.wecom.token_calls)
-        setattr(desk.wecom, name, right)
+    def cut(self) -> None:
+        with suppress(OSError):  # it may be gone already
+            self.handler.connection.shutdown(socket.SHUT_RDWR)
 
-    setattr(desk.wecom, name, wrong)
-    desk.after_pause = mend
-    desk.send("hello")
-    log = desk.written.getvalue()
-    assert set(asked) == {1} and desk.pauses[0] >= least and len(desk.wecom.messages) == 1
-    assert lacking(words, log) == [] and desk.wecom.secret not in log
+    def _exactly(self, size: int) -> bytes:
+        if len(data := self.handler.rfile.read(size)) < size:
+            raise ConnectionResetError
+        return bytes(data)
 
-
-# What WeCom says, how often -> tries in vain, the least and the most that pauses sum up to.
-WECOM_TROUBLES: list[tuple[int | What, int, int, int, int]] = [
-    (45009, 1, 1, 60, 3600),
-    (-1, 1, 1, 1, 60),
-    (45033, 1, 1, 1, 60),
-    (50003, 1, 1, 60, 3600),
-    (42001, 4, 2, 1, 60),
-    ("reset", 3, 3, 10, 20),
-    ("garbage", 3, 3, 10, 20),
-    ("short", 3, 3, 10, 20),
-    ((502, {}, b"<html>bad gateway"), 3, 3, 10, 20),
-]
-
-
-@pytest.mark.parametrize(("what", "times", "tries", "least", "most"), WECOM_TROUBLES)
-def test_what_passes_is_waited_for(
-    desk: Desk, what: int | What, times: int, tries: int, least: int, most: int
-) -> None:
-    """With pauses that grow, or as long as the code asks for, then delivered once."""
-    if isinstance(what, int):
-        desk.wecom.refuse(what, times=times)
-    else:
-        desk.wecom.fail(SEND, what, times)
-    desk.send("hello")
-    assert least <= sum(desk.pauses) <= most
-    assert desk.written.getvalue().count("秒后重试") == tries
-    assert len(desk.wecom.messages) == 1 and desk.wecom.duplicates == []
-    assert desk.wecom.token_calls <= 3
-
-
-@pytest.mark.parametrize("code", [81013, 60111])
-def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk, code: int) -> None:
-    """The message is dropped with a line in the log, the next one goes out."""
-    desk.wecom.refuse(code)
-    desk.send("hello", "nobody")
-    desk.send("hello", "alice")
-    assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"]
-    assert str(code) in desk.written.getvalue()
-
-
-def test_equal_messages_arrive_once_each(desk: Desk) -> None:
-    """A second try is the same to the letter: WeCom must know it, and no second result by it."""
-    desk.wecom.fail(SEND, "lost")
-    desk.send("❌ the same trouble")
-    first, second_try = desk.wecom.calls_to(SEND)
-    assert first.body == second_try.body
-    assert len(desk.wecom.messages) == 1 and len(desk.wecom.duplicates) == 1
-    desk.send("❌ the same trouble")
-    assert len(desk.wecom.messages) == 2 and len(desk.wecom.duplicates) == 1
-
-
-TALES = {
-    "short lines": [f"第 {number} 行" for number in range(400)],
-    "one long line": ["镜" * 3000],
-    "just over": ["x" * 1970, "y" * 50],
-    "emoji": ["😀" * 900],
-}
-
-
-@pytest.mark.parametrize("name", TALES)
-def test_a_long_text_is_split_at_line_ends(desk: Desk, name: str) -> None:
-    """No piece over 2048 bytes, none cut in a character, nothing lost, all in order."""
-    text = "\n".join(TALES[name])
-    desk.send(text)
-    pieces = desk.wecom.messages_for("alice")
-    assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
-    bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
-    glue = "\n" if len(TALES[name]) > 1 else ""
-    assert glue.join(bodies) == text
-
-
-# ---------------------------------------------------------------------------------------------
-# Stories: what is typed, what happens, what is heard
-# ---------------------------------------------------------------------------------------------
-
-
-def test_one_image(talk: Talk) -> None:
-    """Confirmed at once with its target; one commit, one run, then a line ready to copy."""
-    assert talk.say("docker.io/library/story-one") == (
-        "🔄 正在处理镜像同步请求...\n共 1 个镜像：\n"
-        f"1. story-one:latest → {PREFIX}/story-one:latest"
-    )
-    result = talk.hear("成功 ").splitlines()
-    assert "✅" in result[0] and "成功 1 / 1" in result[0]
-    assert f"docker pull {PREFIX}/story-one:latest" in result
-    (run,) = talk.calls("POST dispatches")
-    assert run.json()["ref"] == "main" and run.json()["return_run_details"] is True
-    (inputs,) = talk.inputs
-    assert inputs["images"] == '["story-one:latest"]' and inputs["target"] == PREFIX
-    assert any(f"/actions/runs/{talk.github.runs[-1].id}" in line for line in result)
-    assert talk.commits == ["wxsync: story-one:latest [skip ci]"]
-    assert talk.github.files["images.txt"].endswith(b"story-one:latest\n")
-    assert talk.messages == ["\n".join(result)]
-
-
-# `bob> text` is typed by bob; `bob< text` must be in a message that reaches bob. Below either, what
-# else its reply or message holds (+), does not hold (-), or is found by a regular expression (~).
-# `* …` is what happens beside, see `Play`. Images named slow/… wait for `* go`; nosuch:1 does not
-# exist, same:1 has not changed.
-TRANSCRIPTS = r"""
-=== One of three images does not exist: it is told first, then the others, ready to copy
-alice> fresh:1，nosuch:1、same:1
-+共 3 个镜像
-alice< 成功 2 / 3
-~^❌
-~(?s)nosuch:1.*不存在.*docker pull
-~(?m)^docker pull PREFIX/fresh:1$
-~(?m)^docker pull PREFIX/same:1.*已是最新.*\ndocker tag PREFIX/same:1 same:1$
--docker pull PREFIX/nosuch:1
-* commits wxsync: fresh:1 (+2) [skip ci]
-=== Talk gets the help, and nothing else happens
-alice> 你好，在吗
-+使用说明
-* calls 0
-* told
-=== The status tells the last result, then what runs and what waits
-alice> before:1
-alice< 成功 1 / 1
-alice> 状态
-+空闲
-+before:1
-alice> slow/status:1, b:1
-bob> waits:1
-* runs 2
-alice> status
-+slow/status:1
-+等待 1
-+0/2
-* go
-bob< waits:1
-=== The list is empty at first, then has each line of today once
-alice> 列表
-+空
-alice> nginx, redis:7
-alice< 成功 2 / 2
-bob> redis:7, --platform=all nginx:1
-bob< 成功 2 / 2
-alice> list
-~^[^\n]*\nnginx:latest\nredis:7\n--platform=all nginx:1$
-=== Requests queue: each is told how many are before it, and its targets; one by one, after kill -9
-alice> slow/queue:1
-bob> queue:1
-~^⏳ 已有任务正在处理中，已排队，前面还有 1 个
-+queue:1 → PREFIX/queue:1
-carol> queue:2
-~^⏳ 已有任务正在处理中，已排队，前面还有 2 个
-+queue:2 → PREFIX/queue:2
-* health 1 2
-* restart
-* health 1 2
-* go
-carol< 成功 1 / 1
-* images slow/queue:1 | queue:1 | queue:2
-* told alice bob carol
-=== Without a queue a request is refused while another runs, and nothing of it is kept; QUEUE_SIZE=0
-alice> slow/full:1
-carol> refused:1
-~^⏳ 已有任务正在处理中，请稍后再试$
-* go
-alice< slow_full
-* health 0 0
-dave> again:1
-+🔄
-dave< 成功 1 / 1
-* list slow/full:1 again:1
-* images slow/full:1 | again:1
-=== A queue is full; QUEUE_SIZE=1
-alice> slow/full:1
-bob> waits:1
-+已排队
-carol> refused:1
-~^⏳ 已有任务正在处理中，请稍后再试$
-* go
-bob< 成功 1 / 1
-* list slow/full:1 waits:1
-* images slow/full:1 | waits:1
-=== A run that takes long: what is done so far, the next one starts, kill -9; SYNC_TIMEOUT=1
-alice> slow/a:1, b:1, nosuch:1
-bob> next:1
-alice< ⏰
-+/actions/runs/
-+docker pull PREFIX/b:1
-+1 / 3
-+nosuch:1
--slow_a
-bob< 成功 1 / 1
-alice> 状态
-~仍在跟踪\D*1
-* restart
-* go
-alice< 成功 2 / 3
-+docker pull PREFIX/slow_a:1
-* told alice bob alice
-* images slow/a:1 b:1 nosuch:1 | next:1
-=== The same request again makes no second commit, but a run
-alice> twice:1
-alice< 成功 1 / 1
-alice> twice:1
-* runs 2
-* health 0 0
-* commits wxsync: twice:1 [skip ci]
-=== The list on GitHub is replaced: what was pushed by hand has run, and stays in the history
-* by-hand by-hand:1
-alice> replaces:1
-alice< 成功 1 / 1
-* list replaces:1
-=== GitHub may answer 404 for a moment after it has started a run
-* lag 0.2
-alice> nginx:1
-alice< 成功 1 / 1
-"""
-
-
-class Play:
-    """Plays a transcript in a world of its own."""
-
-    def __init__(self, world: World, runner: SlowRunner) -> None:
-        self.world, self.github, self.runner = world, world.github, runner
-        self.heard = ""
-
-    def line(self, line: str) -> None:
-        found = re.fullmatch(r"(\w*)([><+~*-]) ?(.*)", line)
-        assert found, line
-        who, mark, text = found.groups()
-        if mark == ">":
-            self.heard = self.world.say(text, who)
-        elif mark == "<":
-            self.heard = self.world.hear(lambda m: m.user == who and text in m.text)
-        elif mark == "*":
-            assert wait_until(lambda: self.happens(*text.partition(" ")[::2])), line
-        else:
-            is_there = re.search(text, self.heard) if mark == "~" else text in self.heard
-            assert bool(is_there) == (mark != "-"), f"{line}\n\n{self.heard}"
-
-    def happens(self, what: str, rest: str) -> bool:
-        """Do what a line with * says, or tell whether it holds."""
-        inputs = [dispatch.inputs for dispatch in self.github.dispatches]
-        images = [" ".join(json.loads(given["images"])) for given in inputs]
-        messages, health = self.world.wecom.messages, self.world.service.health()
-        if what == "go":
-            self.runner.go.set()
-        elif what == "restart":
-            self.world.service.restart()  # after kill -9
-        elif what == "lag":
-            self.github.run_lag = float(rest)
-        elif what == "by-hand":
-            self.github.commit("images.txt", f"{rest}\n".encode(), "by hand")
-        seen = {
-            "calls": str(len(self.github.calls)),
-            "runs": str(len({given["request"] for given in inputs})),
-            "images": " | ".join(images),
-            "commits": " | ".join(commit.message for commit in self.github.commits),
-            "list": " ".join(self.github.files.get("images.txt", b"").decode().split()),
-            "told": " ".join(message.user for message in messages),
-            "health": f"{health['running']} {health['queued']}",
+    def _frame(self) -> tuple[int, bool, bytes]:
+        """Read one frame; raise Broken for whatever a client may not send."""
+        first, second = self._exactly(2)
+        opcode, fin, size, least = first & 15, first >= 128, second & 127, 0
+        if size > 125:
+            least, count = (126, 2) if size == 126 else (1 << 16, 8)
+            size = int.from_bytes(self._exactly(count), "big")
+        wrong = {
+            "a frame that is not masked": second < 128,
+            "reserved bits": first & 0x70,
+            f"opcode {opcode}": opcode not in (0, TEXT, BINARY, CLOSE, PING, PONG),
+            "a long or fragmented control frame": opcode >= 8 and (size > 125 or not fin),
+            f"a length of {size}": size < least or size > self.LIMIT,
         }
-        return seen.get(what, rest) == rest
+        if found := [what for what, is_so in wrong.items() if is_so]:
+            raise Broken(found[0])
+        mask = self._exactly(4)
+        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+        data = int.from_bytes(self._exactly(size), "big") ^ key
+        return opcode, fin, data.to_bytes(size, "big")
+
+    def read(self) -> str | None:
+        """Return the next message, None after a close frame; pings are answered on the way."""
+        whole, begun = b"", False
+        while True:
+            opcode, fin, data = self._frame()
+            if opcode == CLOSE:
+                return None
+            if opcode == PING:
+                self.write(PONG, data)
+            elif opcode == PONG:
+                self.pongs.append(data)
+            else:
+                if begun != (opcode == 0) or opcode == BINARY:
+                    raise Broken(f"opcode {opcode} where it cannot be")
+                whole, begun = whole + data, True
+                if fin:
+                    return whole.decode()
 
 
-@pytest.mark.parametrize(
-    "story",
-    unfold(TRANSCRIPTS).removeprefix("=== ").split("\n=== "),
-    ids=lambda s: s.split("\n")[0],
-)
-def test_a_story(story: str) -> None:
-    """What is typed, what is seen."""
-    title, *lines = story.replace("PREFIX", PREFIX).split("\n")
-    runner = SlowRunner()
-    runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
-    runner.outcomes["same:1"] = "wxsync: unchanged sha256:" + HEX
-    with quick(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
-        play = Play(world, runner)
-        for line in lines:
-            play.line(line)
-        assert world.broken() == []
+class Frame(NamedTuple):
+    time: float
+    cmd: str
+    req_id: str
+    body: dict[str, Any]
 
 
-def test_a_list_that_is_too_long_goes_on_in_messages() -> None:
-    """The passive reply first, the rest by message/send, split at line ends."""
-    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
-    with quick() as world:
-        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
-        reply = world.say("列表")
-        rest = world.hear(lines[-1])
-        told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
-        assert told == lines and len(reply.encode()) <= 2048 and world.broken() == []
+class Origin(NamedTuple):
+    """What a req_id stands for: a callback that can be answered on one line for a while."""
+
+    line: Line
+    chat: str
+    cmd: str
+    time: float
 
 
-# What became of a line's job ¦ a part of what is said of it.
-NOT_DONE = rows("""
-failure ¦ 失败的步骤：Copy
-cancelled ¦ 任务被取消
-timed_out ¦ 复制超时
-skipped ¦ 任务被跳过
-neutral ¦ neutral
-action_required ¦ action_required
-missing ¦ 没有这个镜像的任务
-wxsync: failed source-denied denied ¦ 源仓库拒绝读取
-wxsync: failed target-denied denied ¦ 目标仓库拒绝写入
-wxsync: failed target-login unauthorized ¦ 登录目标仓库失败
-wxsync: failed target-mismatch other/space ¦ 没有复制
-wxsync: failed no-platform linux/s390x ¦ 没有这个架构
-wxsync: failed rate-limited 429 ¦ 限制拉取次数
-wxsync: failed network refused ¦ 连接镜像仓库失败
-wxsync: failed rejected unknown manifest class ¦ 不接受
-wxsync: failed timeout ¦ 超时
-wxsync: failed error out of luck ¦ out of luck
-wxsync: failed of-tomorrow new ¦
-""")
+@dataclass
+class ChatMessage:
+    """A message as a person sees it. A stream is one message, whatever it shows in between."""
+
+    chat: str  # the person, in a group the group
+    line: Line
+    shown: list[tuple[float, str]]  # when, and what
+    req_id: str = ""  # of the message that it answers, "" for one that was pushed
+    stream: str = ""
+    finished: bool = True
+
+    @property
+    def text(self) -> str:
+        return self.shown[-1][1]
 
 
-def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
-    """Cancelled, missing, without a step name, of a code unknown: each is told as failed."""
-    lines = {f"x/fate-{number}:1": fate for number, (fate, _) in enumerate(NOT_DONE)}
-    talk.runner.outcomes |= lines | {"x/silent:1": "success"}
-    talk.say("\n".join([*lines, "x/silent:1"]))
-    head = talk.hear("成功 ")
-    assert f"❌ 镜像同步没有全部完成，成功 1 / {len(lines) + 1}" in head
-    assert wait_until(lambda: f"docker pull {PREFIX}/x_silent:1" in "\n".join(talk.messages))
-    told = "\n".join(talk.messages)
-    assert told.count("docker pull ") == 1
-    assert lacking([f"❌ {line}" for line in lines], told) == []
-    assert lacking([part for _, part in NOT_DONE], told) == []
+class FakeGateway(Peer):
+    """openws.work.weixin.qq.com for one robot: `frames` came, people see `messages`.
 
+    What the real one does, by WeCom's document 101463 and @wecom/aibot-node-sdk 1.0.7:
+    - limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a chat (what is over is dropped
+      although it is acknowledged), 6 minutes a stream, 5 s a welcome, 5 minutes a file; one
+      connection: the newer throws the older out; it pushes only to who has written before
+    - forgets the req_ids of earlier connections (846605; reported by users)
+    - sends control characters inside its JSON, pieces with pings in between (`fragments`)
+    - what a test makes happen: `fail` (the handshake), `unkind` (frames), `write`, `ahead` (time)
+    `violations` are what the real one would drop, cut or punish.
+    """
 
-ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
-ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
-ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
+    KINDS: ClassVar = {
+        "aibot_respond_msg": "stream",
+        "aibot_respond_welcome_msg": "text",
+        "aibot_send_msg": "markdown",
+    }
+    LIMIT, PER_MINUTE, PER_HOUR = 20_480, 30, 1000
+    STREAM_SECONDS, WELCOME_SECONDS, FILE_SECONDS = 360, 5, 300
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.bot_id, self.secret = "aibFakeRobot0123456789", "bot-secret-" + secrets.token_hex(8)
+        self.line: Line | None = None  # the one that is subscribed
+        self.frames: list[Frame] = []
+        self.messages: list[ChatMessage] = []
+        self.violations: list[str] = []
+        self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
+        self.moods: list[tuple[str, Mood]] = []
+        self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
+        self.fragments = False
+        self.chats: dict[str, int] = {}  # who has written so far -> chat_type
+        self._unsure: set[float] = set()  # times of frames whose acknowledgement was kept back
+        self._ended: dict[Line, float] = {}
+        self._origins: dict[str, Origin] = {}
+        self._counted: dict[str, list[float]] = {}
+        self._files: dict[str, tuple[float, Answer]] = {}
 
-def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
-    """One reply that fits; no commit, no run, no file, no message, no line of it in the log."""
-    folder = talk.world.service.state_dir
-    images = folder / "images.txt"
-    images.touch()
-    before, content = sorted(folder.iterdir()), images.read_bytes()
-    for text in ATTACKS:
-        reply = talk.say(text)
-        assert reply and len(reply.encode()) <= 2048, text[:20]
-    time.sleep(0.2)
-    assert talk.calls() == [] and talk.messages == []
-    assert images.read_bytes() == content and sorted(folder.iterdir()) == before
-    assert [line for line in talk.world.service.log.splitlines() if line.startswith("::")] == []
+    # -- the wire
 
+    def serve(self, call: Call, handler: PeerHandler) -> None:
+        """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
+        heads = [call.headers.get(name, "").lower() for name in HANDSHAKE]
+        if heads[0] != "websocket" or self.hang or any(fault.hits(call) for fault in self.faults):
+            super().serve(call, handler)
+            return
+        with self.lock:
+            self.calls.append(call)
+        handler.close_connection = True
+        if re.fullmatch(r"websocket .*upgrade.* 13 [\w+/]{22}==", " ".join(heads)):
+            self._converse(call.headers["sec-websocket-key"], handler)
+        else:
+            self.violations.append(f"a handshake with {call.headers}")
+            handler.send(Answer(400))
 
-def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None:
-    """It is one reply; what was left out is counted."""
-    names = [f"x/a-rather-long-name-of-an-image-{number}:1" for number in range(100)]
-    reply = talk.say("\n".join(names))
-    shown = sum(f" → {PREFIX}/x_a-rather" in line for line in reply.splitlines())
-    left = re.search(r"还有 (\d+) 个", reply)
-    assert len(reply.encode()) <= 2048 and "共 100 个镜像" in reply
-    assert left and shown + int(left[1]) == 100
-    talk.hear("成功 100 / 100")
-    assert json.loads(talk.inputs[0]["images"]) == names
-
-
-EVENTS: dict[str, dict[str, str]] = {
-    "enter_agent": {},
-    "subscribe": {},
-    "LOCATION": {"Latitude": "23.1", "Longitude": "113.3", "Precision": "119"},
-    "click": {"EventKey": "k"},
-    "template_card_event": {"TaskId": "t", "ResponseCode": "r"},
-}
-KINDS: dict[str, dict[str, object]] = {
-    "image": {"PicUrl": "http://127.0.0.1/a.png", "MediaId": "m"},
-    "voice": {"MediaId": "m", "Format": "amr"},
-    "video": {"MediaId": "m", "ThumbMediaId": "t"},
-    "location": {"Location_X": "23.1", "Location_Y": "113.3", "Label": "nginx:1"},
-    "link": {"Title": "nginx:1", "Url": "https://e.com/a"},
-    "file": {"MediaId": "m"},
-}
-
-
-@pytest.mark.parametrize("fmt", ["xml", "json"])
-def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) -> None:
-    """No work, no repeat by WeCom; who sends a picture hears what is understood."""
-    for event, own in EVENTS.items():
-        reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, **own)
-        assert (reply.status, reply.raw) == (200, b""), event
-    for kind, more in KINDS.items():
-        assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **more).reply, kind
-    assert talk.calls() == [] and talk.messages == []
-
-
-# -- GitHub as it is
-
-
-def test_one_connection_and_three_calls_before_polling() -> None:
-    """GET and PUT of the list, the dispatch; then the run, and its jobs once."""
-    with quick(PlayedRunner(0.3)) as world:
-        world.say("nginx:1")
-        world.hear("成功 1 / 1")
-        api, run = f"/repos/{world.github.repo}", world.github.runs[0].id
-        calls = [f"{c.method} {c.path.removeprefix(api)}" for c in world.github.calls]
-        assert calls[:3] == [
-            "GET /contents/images.txt",
-            "PUT /contents/images.txt",
-            "POST /actions/workflows/docker-image-sync.yml/dispatches",
-        ]
-        assert set(calls[3:-1]) == {f"GET /actions/runs/{run}"}
-        assert calls[-1] == f"GET /actions/runs/{run}/jobs"
-        assert world.github.connections == 1
-        polls = [call for call in world.github.calls if call.path.endswith(f"/runs/{run}")]
-        assert len(polls) > 2 and [p for p in polls[1:] if "if-none-match" not in p.headers] == []
-        assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
-
-
-# Calls of GitHub that go wrong, how often, how -> how many GET, PUT and POST there are then.
-# GitHub itself redirects to its own new address: method and body stay. A list may lag: 0.15 s is
-# 7.5 s here. A dispatch that never arrived is made again after ten seconds, 0.2 s here.
-LIST = "/repos/octo/mirror/contents/images.txt"
-UNKNOWN_FIELD = 'Invalid request.\n\n"return_run_details" is not a permitted key.'
-MISHAPS: dict[str, tuple[str, int, str, tuple[int, int, int]]] = {
-    "an unknown field": ("POST dispatches", 1, f"400 {UNKNOWN_FIELD}", (1, 1, 2)),
-    "somebody else wrote": ("PUT", 2, "409 images.txt does not match 0123", (3, 3, 1)),
-    "somebody else began": ("PUT", 2, '422 "sha" wasn\'t supplied.', (3, 3, 1)),
-    "the commit's answer is lost": ("PUT", 1, "lost", (2, 2, 1)),
-    "the dispatch's answer is lost": ("POST dispatches", 1, "lost", (1, 1, 1)),
-    "the list lags as well": ("POST dispatches", 1, "lost", (1, 1, 1)),
-    "the dispatch never arrived": ("POST dispatches", 1, "reset", (1, 1, 2)),
-    "a new name, seen at GET": ("GET contents", 1, "301", (2, 1, 1)),
-    "a new name, seen at PUT": ("PUT", 1, "307", (1, 2, 1)),
-}
-
-
-@pytest.mark.parametrize("name", MISHAPS)
-def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, name: str) -> None:
-    """It is read again, looked for, or made again: one commit, one run, one result."""
-    where, times, how, wanted = MISHAPS[name]
-    status, _, message = how.partition(" ")
-    body = json.dumps({"message": message}).encode()
-    what: What = (int(status), {"Location": LIST}, body) if status.isdigit() else how
-    talk.github.fail(where, what, times)
-    talk.github.list_lag = 0.15 if "lags" in name else 0.0
-    talk.github.old_dispatch = "field" in name
-    image = f"mishap-{list(MISHAPS).index(name)}:1"
-    assert "成功 1 / 1" in talk.ask(image)
-    counts = [len(talk.calls(call)) for call in ("GET contents", "PUT contents", "POST dispatches")]
-    assert tuple(counts) == wanted and len(talk.inputs) == len(talk.commits) == 1
-    posts = talk.calls("POST dispatches")
-    assert how != "reset" or posts[1].time - posts[0].time > 0.2
-    assert "field" not in name or "return_run_details" not in posts[1].json()
-
-
-# What GitHub says to a call ¦ parts of what the person reads.
-NO_ACCESS = "Resource not accessible by personal access token"
-DENIED = rows(f"""
-GET contents ¦ 401 ¦ Bad credentials ¦ GITHUB_TOKEN ¦ 过期
-PUT contents ¦ 403 ¦ {NO_ACCESS} ¦ Contents
-POST dispatches ¦ 403 ¦ {NO_ACCESS} ¦ Actions
-GET actions/runs/ ¦ 403 ¦ {NO_ACCESS} ¦ Actions
-PUT contents ¦ 404 ¦ Not Found ¦ octo/mirror ¦ main ¦ Contents
-POST dispatches ¦ 404 ¦ Not Found ¦ octo/mirror ¦ Actions
-POST dispatches ¦ 422 ¦ No ref found for: main ¦ No ref found for: main
-POST dispatches ¦ 422 ¦ Workflow does not have 'workflow_dispatch' trigger ¦ workflow_dispatch
-""")
-
-
-@pytest.mark.parametrize("row", DENIED, ids=lambda row: " ".join(row[:2]))
-def test_a_refusal_of_github_is_told_in_words(talk: Talk, row: list[str]) -> None:
-    """What it means for the user's token, and which permission is missing."""
-    where, status, said, *wanted = row
-    talk.github.fail(where, (int(status), {}, json.dumps({"message": said}).encode()), 20)
-    result = talk.ask(f"denied-{status}:1")
-    assert "❌" in result.splitlines()[0] and "成功 0 / 1" in result
-    assert lacking(wanted, result) == [] and len(talk.messages) == 1
-
-
-# What GitHub says -> more than which pause, and at most which.
-QUOTA = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "in 90 s"}
-LIMITS: dict[str, tuple[int, dict[str, str], bytes, int, int]] = {
-    "retry-after": (429, {"Retry-After": "7"}, b"{}", 6, 7),
-    "a secondary limit": (403, {"Retry-After": "61"}, b"{}", 60, 61),
-    "in words only": (403, {}, b'{"message": "You have exceeded a secondary rate limit."}', 59, 60),
-    "429 alone": (429, {}, b"", 59, 60),
-    "a used-up quota": (403, QUOTA, b'{"message": "API rate limit exceeded"}', 85, 95),
-}
-
-
-@pytest.mark.parametrize("method", ["GET", "PUT"])
-@pytest.mark.parametrize("name", LIMITS)
-def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
-    """For as long as it says, then the call is made again."""
-    status, headers, body, least, most = LIMITS[name]
-    headers = {n: v.replace("in 90 s", str(int(time.time()) + 90)) for n, v in headers.items()}
-    desk.github.fail(f"{method} contents", (status, headers, body))
-    assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
-    assert len(desk.pauses) == 1 and least < desk.pauses[0] <= most
-    assert len(desk.github.commits) == 1
-
-
-def test_github_wants_quiet() -> None:
-    """While polling: not one call for that long, then the result. For an hour: that is told."""
-    with quick(PlayedRunner(0.2)) as world:
-        world.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
-        world.say("nginx:1")
-        assert "成功 1 / 1" in world.hear("成功 ")
-        times = [call.time for call in world.github.calls_to("GET actions/runs/")]
-        assert 0.95 < times[1] - times[0] < 2
-        world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
-        world.say("quota:1")
-        assert "分钟后再试" in world.hear("成功 0 / 1")
-
-
-class Elsewhere(Peer):
-    """Another server, which would gladly take a token."""
+    def _converse(self, key: str, handler: PeerHandler) -> None:
+        digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+        handler.send_response(101)
+        accept = base64.b64encode(digest).decode()
+        for name, value in UPGRADE.items() | {"Sec-WebSocket-Accept": accept}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.flush()
+        line = Line(handler)
+        try:
+            while (text := line.read()) is not None:
+                self._take(line, text)
+        except Broken as error:
+            self.violations.append(str(error))
+        finally:
+            with self.changed:
+                self.line = None if self.line is line else self.line
+                self._ended[line] = time.time()
+                self.changed.notify_all()
 
     def handle(self, call: Call) -> Answer:
-        return json_answer({})
+        until, answer = self._files.get(call.path, (0.0, Answer(404)))
+        return answer if time.time() < until else Answer(404, b"expired")
+
+    def wait_line(self) -> Line:
+        """Return the line that is subscribed, at once or in 10 s; raise ConnectionError."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.line, 10)
+            if not self.line:
+                raise ConnectionError("nobody is subscribed")
+            return self.line
+
+    def write(self, data: bytes, opcode: int = TEXT, fin: bool = True) -> None:
+        self.wait_line().write(opcode, data, fin)
+
+    def cut(self) -> None:
+        with self.lock:
+            self.line = None
+        super().cut()
+
+    # -- what a test makes happen
+
+    def unkind(self, where: str, what: Mood, times: int = 1) -> None:
+        """Let the next frames go wrong in whose chat and JSON all words of `where` occur.
+
+        `what`: "cut" (the line breaks, nothing is taken), "ignore" (nothing is taken or said),
+        "lost" (taken, then the line breaks), "swallow" (taken, no acknowledgement), an errcode
+        (refused), or a float (taken; acknowledged after so many seconds).
+        """
+        with self.lock:
+            self.moods += [(where, what)] * times
+
+    def next_mood(self, text: str) -> Mood:
+        for number, (where, what) in enumerate(self.moods):
+            if all(word in text for word in where.split()):
+                del self.moods[number]
+                return what
+        return None
+
+    def say(
+        self,
+        said: str | Mapping[str, object],
+        user: str = "alice",
+        group: str = "",
+        msgid: str = "",
+        kind: str = "text",
+    ) -> str:
+        """Let a person send a text, or the inside of another kind of message; return its req_id."""
+        inside = {"content": said} if isinstance(said, str) else said
+        body: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
+        body |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
+        cmd = "aibot_event_callback" if kind == "event" else "aibot_msg_callback"
+        body |= {kind: inside, "aibotid": self.bot_id, "create_time": int(time.time())}
+        req_id = secrets.token_hex(12)
+        with self.changed:
+            self.chats[group or user] = 2 if group else 1
+            self._origins[req_id] = Origin(self.wait_line(), group or user, cmd, time.time())
+        body |= {"from": {"userid": user}}
+        frame = {"cmd": cmd, "headers": {"req_id": req_id}, "body": body}
+        data = json.dumps(frame, ensure_ascii=False).encode()
+        data = data.replace(b'"body"', b'\x07"body\x0b"', 1)
+        size = 10 if self.fragments else len(data)  # so that a character is cut, too
+        pieces = [data[at : at + size] for at in range(0, len(data), size)]
+        for number, piece in enumerate(pieces, 1):
+            self.write(piece, TEXT if number == 1 else 0, number == len(pieces))
+            if self.fragments:
+                self.write(b"between", PING)
+        return req_id
+
+    def event(self, kind: str, user: str = "alice") -> str:
+        return self.say({"eventtype": kind}, user, kind="event")
+
+    def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
+        """Return the inside of a message of kind "file" for a file of this content."""
+        key, pad = os.urandom(32), 32 - len(data) % 32
+        sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
+        path = f"/file/{secrets.token_hex(8)}"
+        named = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+        self._files[path] = (time.time() + self.FILE_SECONDS, Answer(200, sealed, named))
+        return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
+
+    def throw_out(self) -> None:
+        """Do what happens when another program takes the robot over."""
+        with self.lock:
+            line, self.line = self.line, None
+        if line:
+            body = {"msgtype": "event", "event": {"eventtype": "disconnected_event"}}
+            line.tell({"cmd": "aibot_event_callback", "headers": {"req_id": "x"}, "body": body})
+            with suppress(OSError):
+                line.write(CLOSE, struct.pack(">H", 1000))
+            line.cut()
+
+    # -- what a test looks at
+
+    def all_of(self, chat: str = "alice") -> list[ChatMessage]:
+        with self.lock:
+            return [message for message in self.messages if message.chat == chat]
+
+    def hear(
+        self, wanted: Callable[[ChatMessage], object], chat: str = "alice", timeout: float = 20
+    ) -> ChatMessage:
+        def found() -> ChatMessage | None:
+            return next((message for message in self.all_of(chat) if wanted(message)), None)
+
+        with self.changed:
+            message = self.changed.wait_for(found, timeout)
+        if message is None:
+            raise TimeoutError(f"{chat} sees {[m.text for m in self.all_of(chat)]}")
+        return message
+
+    def is_doubtful(self, message: ChatMessage) -> bool:
+        """Tell whether the client could not know that this message was taken as it is now."""
+        when = message.shown[-1][0]
+        return when in self._unsure or self._ended.get(message.line, math.inf) < when + 1
+
+    # -- frames
+
+    def _take(self, line: Line, text: str) -> None:
+        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
+        value = json.loads(text)
+        req_id, body = value["headers"]["req_id"], value.get("body") or {}
+        frame = Frame(time.time(), value["cmd"], req_id, body)
+        with self.changed:
+            self.frames.append(frame)
+            origin = self._origins.get(req_id)
+            chat = origin.chat if origin else body.get("chatid")
+            what = self.mood(f"{chat} {json.dumps(value, separators=(',', ':'))}")
+            taken = what not in ("cut", "ignore") and type(what) is not int
+            code = self._do(line, frame, origin) if taken else what
+            if taken and what is not None:
+                self._unsure.add(frame.time)
+            self.changed.notify_all()
+        said = "ok" if not code else f"refused, hint: [17640000005], more info at e={code}"
+        ack = {"headers": {"req_id": req_id}, "errcode": code, "errmsg": said}
+        if what in ("cut", "lost"):
+            line.cut()
+        elif isinstance(what, float):
+            later = threading.Timer(what, line.tell, (ack,))
+            later.daemon = True
+            later.start()
+        elif what not in ("ignore", "swallow"):
+            line.tell(ack)
+
+    def _do(self, line: Line, frame: Frame, origin: Origin | None) -> int:
+        if frame.cmd == "aibot_subscribe":
+            return self._subscribe(line, frame)
+        if line is not self.line:
+            return 846609
+        if frame.cmd == "ping":
+            return 0
+        if not (kind := self.KINDS.get(frame.cmd)):
+            self.violations.append(f"an unknown command: {frame}")
+            return 40001
+        if frame.cmd == "aibot_send_msg":
+            chat = str(frame.body.get("chatid"))
+            number = self.chats.get(chat)
+            if not number or frame.body.get("chat_type", number) != number:
+                self.violations.append(f"pushed to a chat that is none: {frame.body}")
+                return 93006
+        else:
+            welcome = frame.cmd == "aibot_respond_welcome_msg"
+            wanted = "aibot_event_callback" if welcome else "aibot_msg_callback"
+            until = frame.time - (self.WELCOME_SECONDS if welcome else 86_400)
+            if not origin or (origin.line, origin.cmd) != (line, wanted) or origin.time < until:
+                return 846605
+            chat = origin.chat
+        if frame.body.get("msgtype") != kind:
+            return 40008
+        return self._show(line, frame, chat, frame.body[kind])
+
+    def _subscribe(self, line: Line, frame: Frame) -> int:
+        if line is self.line:
+            self.violations.append("subscribed twice on one connection")
+        right = {"bot_id": self.bot_id, "secret": self.secret}
+        code = 0 if right.items() <= frame.body.items() else 853000
+        self.subscriptions.append((frame.time, code))
+        if not code:
+            self.throw_out()
+            self.line = line
+        return code
+
+    def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
+        """Let a chat see a new message, or a stream's new content in place of its last one."""
+        stream, text, now = inside.get("id", ""), inside["content"], frame.time
+        answers = [m for m in self.messages if m.req_id == frame.req_id]
+        same = [m for m in answers if stream and m.stream == stream]
+        if same and same[0].finished:
+            self.violations.append(f"a finished stream goes on: {text!r}")
+        if same and (same[0].finished or now > same[0].shown[0][0] + self.STREAM_SECONDS):
+            return 846608
+        if not text.strip() or len(text.encode()) > self.LIMIT:
+            self.violations.append(f"a text of {len(text.encode())} bytes: {text[:60]!r}")
+            return 45002
+        times = self._counted.setdefault(chat, [])
+        minute, hour = (sum(t > now - seconds for t in times) for seconds in (60, 3600))
+        if minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
+            self.violations.append(f"{minute} a minute, {hour} an hour to {chat}: {text[:60]!r}")
+            return 0  # and nobody sees it
+        times.append(now)
+        if not same:
+            req_id = "" if frame.cmd == "aibot_send_msg" else frame.req_id
+            same = [ChatMessage(chat, line, [], req_id, stream)]
+            self.messages += same
+        same[0].shown.append((now, text))
+        same[0].finished = inside.get("finish", not stream)
+        return 0
 
 
-@pytest.mark.parametrize("where", ["GET contents", "PUT contents", "POST dispatches", "GET runs/"])
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_no_redirect_takes_the_token_elsewhere(talk: Talk, where: str, status: int) -> None:
-    """Neither to another port nor to another name of the same machine; the person is told."""
-    with Elsewhere() as elsewhere:
-        address = elsewhere.url.replace("127.0.0.1", "localhost") if status > 302 else elsewhere.url
-        talk.github.fail(where, (status, {"Location": f"{address}/repos/octo/mirror"}, b""), 20)
-        assert "成功 0 / 1" in talk.ask(f"redirect-{status}:1")
-        assert elsewhere.calls == []
+UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
+HANDSHAKE = ("upgrade", "connection", "sec-websocket-version", "sec-websocket-key")
+# Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
+SDK_CLIENT = """
+const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
+const [botId, secret, wsUrl] = process.argv.slice(3)
+const tell = (...what) => console.log(JSON.stringify(what))
+const quiet = { debug() {}, info() {}, warn(...what) { tell('warn', ...what) }, error() {} }
+const options = { botId, secret, wsUrl, logger: quiet, heartbeatInterval: 100 }
+const client = new WSClient({ ...options, maxReconnectAttempts: 0, maxAuthFailureAttempts: 0 })
+client.on('authenticated', () => tell('authenticated'))
+client.on('error', (error) => tell('error', error.message))
+client.on('disconnected', (reason) => { tell('disconnected', reason); process.exit(0) })
+client.on('message.file', async ({ body: { file } }) => {
+  const { buffer, filename } = await client.downloadFile(file.url, file.aeskey)
+  tell('file', filename, buffer.toString())
+})
+client.on('message.text', async (frame) => {
+  const { from, chatid, text } = frame.body
+  tell('text', from.userid, text.content)
+  for (const part of ['one', 'one, two']) await client.replyStream(frame, 'S1', part, false)
+  await client.replyStream(frame, 'S1', 'one, two, three', true)
+  const pushed = { msgtype: 'markdown', markdown: { content: 'by the way' } }
+  tell('pushed', (await client.sendMessage(chatid || from.userid, pushed)).errcode)
+  const bad = { msgtype: 'text', text: { content: 'as text' } }
+  await client.reply(frame, bad).catch((ack) => tell('refused', ack.errcode))
+})
+client.on('event.enter_chat', async (frame) => {
+  await client.replyWelcome(frame, { msgtype: 'text', text: { content: 'welcome' } })
+})
+client.connect()
+"""
 
 
-def all_letters(world: World, user: str) -> list[str]:
-    """Return what a member got and what is on its way, in order."""
-    letters = saved(world)["letters"]
-    waiting = [text for address, text in letters if address.partition(" ")[0] == user]
-    return list(dict.fromkeys([*world.wecom.messages_for(user), *waiting]))
+@contextmanager
+def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool]]:
+    """Subscribe Tencent's own client; give what tells whether it comes to say a thing."""
+    folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
+    there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
+    needs(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
+    address = f"ws://{gateway.host}"
+    words = ["sdk", folder, gateway.bot_id, secret or gateway.secret, address]
+    command = ["node", "-e", SDK_CLIENT, *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+
+        def listen(lines: Iterable[str]) -> None:
+            told.extend(json.loads(line) for line in lines)
+
+        threading.Thread(target=listen, args=(process.stdout,), daemon=True).start()
+        yield lambda *what: wait_until(lambda: any(t[: len(what)] == list(what) for t in told))
+        process.kill()
 
 
-NOT_FOUND = "wxsync: failed not-found manifest unknown"
-FATES: dict[str, tuple[int, Callable[[int], str]]] = {
-    "one cause": (256, lambda number: NOT_FOUND),
-    "many causes": (256, lambda number: f"wxsync: failed error trouble number {number}"),
-    "half of them": (255, lambda number: "" if number % 2 else "wxsync: failed timeout"),
-}
+def test_tencents_client_agrees_with_the_fake_gateway() -> None:
+    """It subscribes, receives, streams, pushes, welcomes, opens a file, and is thrown out."""
+    with FakeGateway() as gateway, judge(gateway) as tells:
+        assert tells("authenticated")
+        for group in ("", "G1"):
+            gateway.say("hello", "alice", group)
+            stream = gateway.hear(lambda m: m.finished and m.stream, group or "alice")
+            assert [text for _, text in stream.shown] == ["one", "one, two", "one, two, three"]
+            gateway.hear(lambda m: not m.req_id and m.text == "by the way", group or "alice")
+        assert tells("text", "alice", "hello") and tells("pushed", 0) and tells("refused", 40008)
+        gateway.event("enter_chat")
+        gateway.hear(lambda m: m.text == "welcome")
+        gateway.say(gateway.share("图片: nginx:1".encode(), "清单 1.yaml"), kind="file")
+        assert tells("file", "清单 1.yaml", "图片: nginx:1")
+        gateway.fragments = True
+        gateway.say("hello in pieces")
+        assert tells("text", "alice", "hello in pieces")
+        gateway.write(b'{"headers": {"req_id": "stray"}}')
+        assert tells("warn", "Received unknown frame (ignored):")
+        assert wait_until(lambda: any(frame.cmd == "ping" for frame in gateway.frames))
+        with judge(gateway) as other_tells:
+            assert other_tells("authenticated") and tells("disconnected")
+        assert (gateway.violations, gateway.errors) == ([], [])
 
 
-@pytest.mark.parametrize("name", FATES)
-def test_256_failures_fit_in_ten_messages(name: str) -> None:
-    """All of one cause are named, before the first that worked; of many as many as ten hold."""
-    count, fate = FATES[name]
-    names = [f"registry.example.com/space/image-{number}:1" for number in range(count)]
-    with quick(PlayedRunner(0.0, {line: fate(n) for n, line in enumerate(names)})) as world:
-        world.say("\n".join([*names, "x/fine:1"][:256]))
-        world.hear("成功 ")
-        letters = all_letters(world, "alice")
-        assert world.broken() == [] and max(len(text.encode()) for text in letters) <= 2048
-    text = "\n".join(letters)
-    told = re.findall(r"^❌ (registry\S+?)：?$", text, re.MULTILINE)
-    if name == "many causes":
-        assert len(letters) == 10 and "成功 0 / 256" in letters[0]
-        assert "/actions/runs/" in letters[0] and re.search(r"还有 \d+", letters[-1])
-    elif name == "one cause":
-        assert len(letters) <= 10 and "成功 0 / 256" in letters[0] and told == names
-    else:
-        failed = [line for line in names[::2] if f"❌ {line}" in text]
-        assert len(failed) == 128 and "成功 128 / 256" in text
-        assert text.index(failed[-1]) < text.index("docker pull ")
+def test_tencents_client_meets_an_unkind_gateway() -> None:
+    """A wrong secret, a line that breaks, a handshake that fails: it sees what is meant."""
+    with FakeGateway() as gateway:
+        with judge(gateway, "wrong") as tells:
+            wanted = "refused, hint: [17640000005], more info at e=853000 (code: 853000)"
+            assert tells("error", f"Authentication failed: {wanted}") and not gateway.line
+        gateway.unkind("three", "cut")
+        with judge(gateway) as tells:
+            gateway.say("hello")
+            assert tells("disconnected") and gateway.all_of()[0].text == "one, two"
+        gateway.fail("GET /", (502, {}, b"<html>"))
+        with judge(gateway) as tells:
+            assert tells("error", "Unexpected server response: 502")
+
+
+# ---------------------------------------------------------------------------------------------
+# Tools: reading the documents
+# ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def document(name: str) -> str:
+    """Return the text of a file of the project."""
+    return (ROOT / name).read_text("utf-8")
+
+
+def document_yaml(name: str) -> Any:
+    """Return a YAML file of the project as Python values; `on:` is read as True."""
+    return pytest.importorskip("yaml").safe_load(document(name))
+
+
+def section(title: str) -> str:
+    """Return a section of README.md, its sub-sections included."""
+    bare = without_code()
+    head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.MULTILINE)
+    if not head:
+        pytest.fail(f"README.md has no section {title}")
+    after = re.compile(rf"^#{{1,{len(head[1])}}} ", re.MULTILINE).search(bare, head.end())
+    return document("README.md")[head.end() : after.start() if after else len(bare)]
+
+
+def without_code() -> str:
+    """Return README.md with the lines of its code blocks blanked, each as long as before."""
+    blank = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
+    return blank.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), document("README.md"))
+
+
+def code_blocks(text: str, language: str = "") -> list[str]:
+    """Return the fenced blocks of one language, without the indentation of the list they are in."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+
+
+def table(text: str) -> dict[str, tuple[str, ...]]:
+    """Return the first table of a Markdown text: its first column without ` to the other ones."""
+    lines = re.search(r"(?:^ *\|.*\n)+", text, re.MULTILINE)
+    if not lines:
+        pytest.fail(f"no table in {text[:80]!r}")
+    rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in lines[0].splitlines()[2:]]
+    return {row[0].strip("` "): tuple(cell.strip() for cell in row[1:]) for row in rows}
+
+
+def env_file(settings: Mapping[str, str]) -> str:
+    """Return settings as an .env file."""
+    return "".join(f"{name}='{value}'\n" for name, value in settings.items())
+
+
+def run_here(
+    *words: str, folder: Path = ROOT, settings: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program with nothing of this process's settings in its environment."""
+    environment = clean_environment(folder, settings or {})
+    return run_command(words, cwd=folder, env=environment)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6428,485 +5211,571 @@ def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> N
 
 
 # ---------------------------------------------------------------------------------------------
-# The whole way: chat, GitHub, the project's own workflow, registries, chat
+# Settings
 # ---------------------------------------------------------------------------------------------
 
-
-class PushRunner(ActRunner):
-    def command(self, inputs: Mapping[str, str]) -> list[str]:
-        return [word.replace("workflow_dispatch", "push") for word in super().command(inputs)]
-
-
-class Factory:
-    """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
-
-    def __init__(self, space: Space) -> None:
-        self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
-        own = {"DOCKER_REGISTRY": space.mirror.acr.host}
-        self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
-        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
-
-    @contextmanager
-    def world(self, **changed: str) -> Iterator[World]:
-        """Run WeCom, GitHub with this workflow, and the service; some Secrets may be wrong."""
-        names = ("DOCKER_REGISTRY", "DOCKER_NAMESPACE")
-        settings = {name: self.secrets[name] for name in names}
-        with (
-            ActRunner(SCRIPT.parent, self.secrets | changed, self.environment) as runner,
-            World(SCRIPT, runner, settings) as world,
-        ):
-            yield world
-            assert world.broken() == []
-
-    def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
-        with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
-            (runner.checkout / "images.txt").write_text(images_txt)
-            run = Run(1, 1, inputs, "main", "0" * 40)
-            runner(inputs, run)
-        return run
+ENOUGH = {
+    "CORP_ID": "ww0123456789abcdef",
+    "AGENT_ID": "1000002",
+    "SECRET": "hidden-app-secret",
+    "TOKEN": "HiddenCallbackToken",
+    "ENCODING_AES_KEY": "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C",
+    "GITHUB_TOKEN": "github_pat_hidden",
+    "GITHUB_REPO": "octo/mirror",
+    "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
+    "DOCKER_NAMESPACE": "mirror-space",
+}
+DEFAULTS = """
+BOT_ID='' BOT_SECRET='' BOT_URL='wss://openws.work.weixin.qq.com'
+CORP_ID='' AGENT_ID=0 SECRET='' TOKEN='' ENCODING_AES_KEY=''
+GITHUB_BRANCH='main' PORT=3000 HOST='0.0.0.0' STATE_DIR='.' ALLOWED_USERS=()
+QINGSTOR_ACCESS_KEY_ID='' QINGSTOR_SECRET_ACCESS_KEY='' QINGSTOR_ZONE='pek3a' QINGSTOR_BUCKET='tmp'
+QINGSTOR_LINK_SECONDS=0 MAX_FILE_MB=2048
+PROXY_URL='' NO_PROXY_DOMAINS=('localhost','127.0.0.1','qingstor.com')
+SYNC_TIMEOUT=300 QUEUE_SIZE=10 CALLBACK_MAX_AGE=600 LOG_LEVEL='INFO'
+WECOM_API_URL='https://qyapi.weixin.qq.com' GITHUB_API_URL='https://api.github.com'
+QINGSTOR_URL='https://qingstor.com' PROXY_TEST_URL='https://www.google.com'
+DANGEROUSLY_ALLOW_PRIVATE_URLS=''
+"""
 
 
-@pytest.fixture
-def factory(space: Space) -> Factory:
-    needs(ActRunner.missing())
-    return Factory(space)
+def problems_of(environ: dict[str, str]) -> list[str]:
+    """Return what load_settings finds wrong, [] for nothing."""
+    try:
+        wxsync.load_settings(environ)
+    except wxsync.SettingsError as error:
+        return error.problems
+    return []
 
 
-def results(run: Run) -> dict[str, str]:
-    """Return for each job that ran the name of its last step, which is its result."""
-    jobs = [job for job in run.jobs if job.name != "plan"]
-    return {job.name: job.steps[-1].name for job in jobs}
+def names_in(lines: Iterable[str]) -> list[str]:
+    """Return the setting that each line begins with."""
+    return [line.partition(":")[0] for line in lines]
 
 
-def conclusions(run: Run) -> dict[str, str | None]:
-    return {job.name: job.conclusion for job in run.jobs}
+def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
+    """The table of settings, name by name, with the robot's group and with the callback's."""
+    for given in (OTHERS | ROBOT, ENOUGH):
+        found = vars(wxsync.load_settings(given)).items()
+        told = {f"{n}={value!r}".replace(" ", "") for n, value in found if n not in given}
+        assert told == {pair for pair in DEFAULTS.split() if pair.partition("=")[0] not in given}
 
 
-def ask(world: World, text: str) -> tuple[str, Run]:
-    """Say something about images, return the final message and the run that it tells about."""
-    before = len(world.wecom.messages)
-    world.say(text)
-    message = world.wecom.wait_message("成功 ", 60, before).text
-    return message, world.github.runs[-1]
+def test_all_there_is_to_mend_is_told_at_once() -> None:
+    """What is missing or wrong, and `your_…`, which was copied and never filled in."""
+    nothing = problems_of({})
+    assert names_in(nothing) == [*OTHERS, ", ".join(ROBOT)]
+    assert problems_of({name: f"your_{name.lower()}" for name in ENOUGH | ROBOT}) == nothing
+    assert names_in(problems_of(ENOUGH | {"PROXY_URL": "your_proxy"})) == ["PROXY_URL"]
+    assert problems_of(ENOUGH | {"SECRET": "not_your_secret"}) == []
+    wrong = ENOUGH | {"SECRET": "", "PORT": "70000", "LOG_LEVEL": "LOUD", "TOKEN": "your_token"}
+    assert sorted(names_in(problems_of(wrong))) == ["LOG_LEVEL", "PORT", "SECRET", "TOKEN"]
+    (half,) = problems_of(ENOUGH | {"QINGSTOR_ACCESS_KEY_ID": "AK"})  # not "files off"
+    assert "QINGSTOR_SECRET_ACCESS_KEY" in half
 
 
-def test_from_chat_to_registry(factory: Factory) -> None:
-    """One message, one run: what is good arrives, what is not is told with its reason. Several
-    platforms of an image with attestations go into a registry that refuses those, and a second
-    request finds everything up to date."""
-    space = factory.space
-    digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
-    expected = {
-        "app:multi": f"copied {digest}",
-        line: "copied ",
-        "app:absent": "failed not-found ",
-        "--platform=linux/s390x app:multi": "failed no-platform ",
-        "dead.example.com/a:1": "failed network ",
-    }
-    text = (
-        f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
-        "app:multi --platform linux/s390x、dead.example.com/a:1"
+WRONG = rows("""
+CORP_ID ¦ ww 01
+AGENT_ID ¦ agent ¦ 0
+SECRET ¦ two words
+TOKEN ¦ with-dash ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
+ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx=
+GITHUB_TOKEN ¦ github pat
+GITHUB_REPO ¦ mirror ¦ https://github.com/octo/mirror
+GITHUB_BRANCH ¦ a..b
+DOCKER_REGISTRY ¦ https://registry.cn-hangzhou.aliyuncs.com ¦ registry.example.com/space
+DOCKER_NAMESPACE ¦ Mirror
+PORT ¦ 0 ¦ 65536 ¦ ３０００ ¦ 30.5
+ALLOWED_USERS ¦ ,
+QINGSTOR_LINK_SECONDS ¦ -1
+MAX_FILE_MB ¦ 0
+PROXY_URL ¦ proxy.example.com:8080 ¦ ftp://proxy.example.com:8080 ¦ http://proxy.example.com
+PROXY_URL ¦ http://proxy.example.com:99999
+SYNC_TIMEOUT ¦ 0
+QUEUE_SIZE ¦ -1
+CALLBACK_MAX_AGE ¦ ten
+LOG_LEVEL ¦ LOUD
+WECOM_API_URL ¦ qyapi.weixin.qq.com
+GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com
+QINGSTOR_URL ¦ https://
+PROXY_TEST_URL ¦ www.google.com
+DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ yes
+""")
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, v) for name, *many in WRONG for v in many])
+def test_a_wrong_value_is_told_by_name_and_not_repeated(name: str, value: str) -> None:
+    """One line, which says what is expected; the value itself may be a secret."""
+    (problem,) = problems_of(ENOUGH | {name: value})
+    assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
+
+
+RIGHT = rows("""
+PORT ¦ 65535 ¦ 65535
+QUEUE_SIZE ¦ 0 ¦ 0
+CALLBACK_MAX_AGE ¦ 0 ¦ 0
+ALLOWED_USERS ¦ ␣Alice, bob , ¦ ('alice', 'bob')
+ALLOWED_USERS ¦ your_boss,alice ¦ ('your_boss', 'alice')
+NO_PROXY_DOMAINS ¦ ¦ ()
+GITHUB_BRANCH ¦ feature/x ¦ 'feature/x'
+DOCKER_REGISTRY ¦ localhost:5000 ¦ 'localhost:5000'
+LOG_LEVEL ¦ debug ¦ 'debug'
+PROXY_URL ¦ socks5://u%40x:p%3A1@[::1]:1080 ¦ 'socks5://u%40x:p%3A1@[::1]:1080'
+GITHUB_API_URL ¦ https://git.example.com/api/v3/ ¦ 'https://git.example.com/api/v3'
+DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ 1 ¦ '1'
+""")
+
+
+@pytest.mark.parametrize(("name", "text", "value"), RIGHT)
+def test_a_right_value_is_taken(name: str, text: str, value: str) -> None:
+    """Values at the edge of what is allowed."""
+    assert repr(getattr(wxsync.load_settings(ENOUGH | {name: text}), name)) == value
+
+
+def test_settings_show_nothing_of_themselves() -> None:
+    """Neither repr nor str of the settings holds any value."""
+    keys = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
+    settings = wxsync.load_settings(ENOUGH | keys | {"PROXY_URL": "http://u:hidden@h:1"})
+    shown = repr(settings) + str(settings) + f"{settings}"
+    values = [str(value) for value in vars(settings).values() if len(str(value)) > 3]
+    assert lacking(values, shown) == values
+
+
+ENV_FILE = rows("""
+\ufeff# a comment
+⏎PLAIN=1 ¦ 1
+export EXPORTED=2 ¦ 2
+␣␣SPACED  =  3␣ ¦ 3
+DOUBLE="a b # c" ¦ a b # c
+SINGLE='a "b" $c' ¦ a "b" $c
+NOTED=4 # why ¦ 4
+HASH=a#b ¦ a#b
+EQUAL=a=b= ¦ a=b=
+EMPTY= ¦
+ONLY_NOTE= # nothing ¦
+CHINESE=值 ¦ 值
+TWICE=1 ¦ 2
+TWICE=2 ¦ 2
+""")
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
+def test_env_files_are_read_as_people_write_them(tmp_path: Path, line_end: str) -> None:
+    """A byte order mark, CRLF, comments, `export`, quotes."""
+    path, lines = tmp_path / "settings", [row[0] for row in ENV_FILE]
+    path.write_bytes("\n".join(lines).replace("\n", line_end).encode())
+    names = [re.findall(r"[A-Z_]+", line)[0] for line in lines[1:]]
+    assert wxsync.read_env_file(path) == dict(
+        zip(names, [row[1] for row in ENV_FILE[1:]], strict=True)
     )
-    with factory.world() as world:
-        reply = world.say(text)
-        assert "共 5 个镜像" in reply and f"1. app:multi → {factory.prefix}/app:multi" in reply
-        text = world.hear("成功 ", 60)
-        run = world.github.runs[-1]
-        assert "❌" in text.splitlines()[0] and "成功 2 / 5" in text and "已是最新" not in text
-        assert f"docker pull {factory.prefix}/app:multi" in text
-        assert f"/actions/runs/{run.id}" in text
-        for bad, result in list(expected.items())[2:]:
-            assert bad in text
-            assert all(words in text for words in wxsync.COPY_REASONS[result.split()[1]])
-        assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
-        assert all(results(run)[k].startswith(f"wxsync: {v}") for k, v in expected.items())
-        assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
-        printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
-        assert PASSWORD not in "\n".join(printed)
-        children = [entry["digest"] for entry in space.manifest("app:attested")["manifests"]]
-        assert children == [entry["digest"] for entry in space.mirror.entries("attested")]
-        text, run = ask(world, line)
-        assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
-        assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
-        assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
-    assert space.digest("app:multi") == digest
 
 
-def test_a_wrong_password_in_github(factory: Factory) -> None:
-    """Nothing is copied, and the chat says which Secret to look at."""
-    with factory.world(DOCKER_PASSWORD="wrong-password-31") as world:
-        text, run = ask(world, "app:one")
-        assert "❌" in text.splitlines()[0] and "成功 0 / 1" in text
-        assert all(words in text for words in wxsync.COPY_REASONS["target-login"])
-        assert results(run)["app:one"].startswith("wxsync: failed target-login ")
-        assert "wrong-password-31" not in world.service.log + "\n".join(run.log) + text
-    assert factory.space.digest("app:one") == ""
+def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
+    """All of them at once, without what they hold: it may be a secret."""
+    path = tmp_path / "settings"
+    path.write_text("GOOD=1\nhidden value\n# fine\n1BAD=hidden\n\nset -x hidden\n=hidden\n")
+    with pytest.raises(wxsync.SettingsError) as caught:
+        wxsync.read_env_file(path)
+    assert re.findall(r"第 (\d+) 行", str(caught.value)) == ["2", "4", "6", "7"]
+    assert "hidden" not in str(caught.value)
 
 
-def test_whoever_starts_a_run_cannot_move_the_target_or_run_a_command(factory: Factory) -> None:
-    """Nor do changed Secrets, behind the chat. Lines are chosen, nothing else by them."""
-    target = {"request": "r1", "target": "registry.example.com/other"}
-    run = factory.run(ActRunner, "", images='["app:one"]', **target)
-    assert conclusions(run)["app:one"] == "failure"
-    assert results(run)["app:one"].startswith("wxsync: failed target-mismatch ")
-    assert factory.space.digest("app:one") == ""
-    mark = factory.space.home / "mark"
-    lines = [f"$(touch {mark}):1", f'"; touch {mark}; "', f"`touch {mark}`", f"x'; touch {mark}; '"]
-    run = factory.run(ActRunner, "", images=json.dumps(lines))
-    assert run.conclusion == "failure" and len(run.jobs) == 1 + len(lines)
-    assert not mark.exists() and set(results(run).values()) == {"no result"}
+@pytest.mark.parametrize("content", [None, b"SECRET=\xff\xfe"])
+def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
+    """A missing file that was asked for, and one that is no UTF-8."""
+    path = tmp_path / "settings"
+    if content is not None:
+        path.write_bytes(content)
+    done = run_script("--env", str(path), folder=tmp_path)
+    assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
 
 
-BY_HAND = "# mine\ndocker.io/library/app:one\n\n--platform linux/arm64 app:multi\napp:one\n"
-STARTS = [(PushRunner, {}), (ActRunner, {}), (ActRunner, {"request": "r1", "images": ""})]
+def test_the_process_environment_wins_over_the_file(tmp_path: Path) -> None:
+    """Both directions: it mends a wrong value of the file, and spoils a right one."""
+    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
+    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
+    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
 
 
-@pytest.mark.parametrize(("kind", "inputs"), STARTS, ids=["push", "button", "empty inputs"])
-def test_the_list_edited_on_github_is_copied(
-    factory: Factory, kind: type[ActRunner], inputs: dict[str, str]
-) -> None:
-    """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
-    mirror = factory.space.mirror
-    arm = mirror.digest("multi", "arm64/v8")
-    run = factory.run(kind, BY_HAND, **inputs)
-    assert run.conclusion == "success" and conclusions(run)["plan"] == "success", run.log
-    assert results(run) == {
-        "app:one": f"wxsync: copied {mirror.digest('one')}",
-        "--platform=linux/arm64 app:multi": f"wxsync: copied {arm}",
-    }
-    assert factory.space.digest("app:multi-arm64") == arm
-
-
-def test_plan_decides_what_runs(factory: Factory) -> None:
-    """An empty list is fine and starts no job; a bad line stops the whole list. A dispatch with
-    images goes straight to the matrix, and images.txt is not looked at."""
-    lists = {"# nothing yet\n": "success", "app:one\nApp:one\n": "failure"}
-    for images_txt, conclusion in lists.items():
-        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": conclusion}
-        assert factory.space.digest("app:one") == ""
-    run = factory.run(ActRunner, "App:bad\n", images='["app:one => mine"]', request="r2")
-    assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
-    assert results(run)["app:one => mine"].startswith("wxsync: copied sha256:")
-    assert factory.space.digest("mine:one") == factory.space.mirror.digest("one")
-
-
-@pytest.mark.skipif(not os.environ.get("CI"), reason="30 seconds: only in CI")
-def test_a_rate_limit_has_its_code(met: Met) -> None:
-    """skopeo tries for 30 s on a rate limit; it was started long ago, so this comes last."""
-    done = met[RATE_LIMIT].result()
-    assert (done.status, done.code) == (1, "rate-limited"), done
-
-
-BIG = bool(os.environ.get("CI") or os.environ.get("WXSYNC_BIG"))
-LONG = os.environ.get("WXSYNC_FUZZ") == "long"
-in_long_mode = pytest.mark.skipif(not LONG, reason="takes minutes: set WXSYNC_FUZZ=long")
-NOWHERE = "http://127.0.0.1:9"  # nobody listens there
-PART = 4 * MIB
-LENGTHS = ["known", "chunked", "close"]
+def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -> None:
+    """Exit 1, every name on stderr, nothing on stdout, no file written."""
+    done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert lacking(ENOUGH | ROBOT, done.stderr) == [] and list(tmp_path.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------
-# Tools: services that do not dawdle, stories that wait side by side
+# Commands that need nothing installed
 # ---------------------------------------------------------------------------------------------
 
-# The real service with short pauses, a clock that is off by what STATE_DIR/clock says, and the
-# patience that the environment gives.
-QUICK = """
-import os, sys, time
-from pathlib import Path
-sys.pycache_prefix = str(Path(__file__).parent)
-sys.path.insert(0, {folder!r})
-import wxsync
-sys.dont_write_bytecode = True  # a full disk would leave half of a .pyc
-if sys.argv[1:]:
-    sys.exit(wxsync.main())
-for name in os.environ:
-    if name.endswith("_SECONDS") and hasattr(wxsync, name):
-        setattr(wxsync, name, float(os.environ[name]))
-settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
-clock = Path(settings.STATE_DIR, "clock")
-def now():
-    return time.time() + float(clock.exists() and clock.read_text() or 0)
-scale = float(os.environ.get("SCALE", "0.02"))
-sys.exit(wxsync.serve(settings, log, now, lambda seconds: time.sleep(seconds * scale)))
-"""
-# Before QUICK: a disk as the file `disk` of the working folder says: the seconds that a sync takes,
-# the errno that it ends with for a file and for a folder, how likely, and until when a scanner
-# keeps files from being replaced. The file `safe` is the state that a power cut would leave.
-BAD_DISK = """
-import json, os, pathlib, random, time
-def spoil(disk, sync, rename):
-    def now():
-        return json.loads(disk.read_text()) if disk.exists() else (0, 0, 0, 0, 0)
-    def fsync(fd):
-        path = pathlib.Path(os.readlink("/proc/self/fd/%d" % fd))
-        data = b"" if path.is_dir() else path.read_bytes()
-        seconds, of_file, of_folder, chance, _ = now()
-        time.sleep(seconds)
-        number = of_folder if path.is_dir() else of_file
-        if number and random.random() < chance:
-            raise OSError(number, os.strerror(number))
-        sync(fd)
-        if "wxsync.state" in path.name:
-            disk.with_name("safe.new").write_bytes(data)
-            rename(disk.with_name("safe.new"), disk.with_name("safe"))
-    def replace(*names, **options):
-        if time.time() < now()[4]:
-            raise PermissionError(13, "held by a scanner")
-        return rename(*names, **options)
-    os.fsync, os.fdatasync, os.replace = fsync, fsync, replace
-spoil(pathlib.Path("disk").absolute(), os.fsync, os.replace)
-"""
-# Before QUICK: from 08:00 on its clocks and pauses run SPEED times as fast, but not its sockets.
-HASTY = """
-import os, threading, time
-def hurry(speed, begin, clock, steady, sleep, wait):
-    time.time = lambda: 1.8e9 + (clock() - begin) * speed
-    time.monotonic = lambda: steady() * speed
-    time.sleep = lambda seconds: sleep(seconds / speed)
-    threading.Condition.wait = lambda self, seconds=None: wait(self, seconds and seconds / speed)
-wait = threading.Condition.wait
-hurry(float(os.environ["SPEED"]), time.time(), time.time, time.monotonic, time.sleep, wait)
-"""
+
+def test_version_and_help() -> None:
+    """The version, with the digits by which a copy is told from another; every command."""
+    done = run_script("--version")
+    digest = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()[:12]
+    assert (done.returncode, done.stdout) == (0, f"wxsync {wxsync.VERSION} sha256:{digest}\n")
+    done = run_script("--help")
+    words = ("serve", "check", "send", "plan", "copy", "--env")
+    assert (done.returncode, lacking(words, done.stdout)) == (0, [])
 
 
-@functools.cache
-def quick_script(before: str = "") -> Path:
-    """Return the path of QUICK, written down once, with this before it."""
-    folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    script = folder / "quick.py"
-    script.write_text(before + QUICK.format(folder=str(SCRIPT.parent)))
-    return script
+@pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
+def test_commands_that_never_import_a_package(words: str) -> None:
+    """With everything installed they import none of it either."""
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
+    done = run_command(command, "nginx", 20)
+    assert done.returncode == (2 if "copy" in words else 0)
+    imported = re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
+    packages = {"Crypto", "qingstor", "requests"}
+    assert "json" in imported and not packages & {name.partition(".")[0] for name in imported}
 
 
-def is_calm(log: str) -> bool:
-    return "Traceback" not in log and wxsync.INTERNAL_ERROR not in log
+def test_a_service_without_files_never_imports_qingstor() -> None:
+    """It takes 20 MiB that most never use."""
+    with quick(PYTHONPROFILEIMPORTTIME="1") as world:
+        world.say("nginx:1")
+        world.hear("成功 1 / 1")
+        assert "Crypto.Cipher" in world.service.log
+        assert "qingstor" not in world.service.log.replace("qingstor.com", "")
 
 
-class Quick(World):
-    """A world whose service does not dawdle. `state` is its state file at the start.
+# ---------------------------------------------------------------------------------------------
+# Encryption: the published vectors, another implementation, forgeries
+# ---------------------------------------------------------------------------------------------
 
-    Leaving it checks that no fake saw anything wrong and that the log shows no bug.
-    """
-
-    def __init__(
-        self, runner: Runner | None = None, before: str = "", state: bytes = b"", /, **more: str
-    ) -> None:
-        super().__init__(quick_script(before), runner or PlayedRunner(0.01), more)
-        self.state = state
-
-    def prepare(self) -> Self:
-        super().prepare()
-        folder = self.service.state_dir
-        self.images, self.state_file = folder / "images.txt", folder / "wxsync.state"
-        if self.state:
-            self.state_file.write_bytes(self.state)
-        return self
-
-    def open(self) -> None:
-        if isinstance(self.github.runner, SlowRunner):
-            self.github.runner.go.set()
-
-    def is_idle(self) -> bool:
-        health = self.service.health()
-        return bool(health["running"] == health["queued"] == 0)
-
-    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        self.open()
-        log, wrong = self.service.log, [] if kind else self.broken()
-        super().__exit__(kind, value, trace)
-        assert kind or (wrong == [] and is_calm(log)), f"{wrong} {log[-3000:]}"
-
-
-quick = Quick
-
-
-class Depot(Quick):
-    """A quick world with files: a source, and QingStor."""
-
-    USERS = itertools.count(1)
-
-    def __init__(self, *before: Any, **more: str) -> None:
-        patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "0.5", "SCALE": "0.01"}
-        patience |= {"MESSAGE_INTERVAL_SECONDS": "0.02", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
-        patience |= {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        super().__init__(*before, **patience | more)
-        self.store, self.source = FakeQingStor(), Source()
-
-    def defaults(self) -> dict[str, str]:
-        return super().defaults() | self.store.settings
-
-    def prepare(self) -> Self:
-        self._stack.enter_context(self.store)
-        self._stack.enter_context(self.source)
-        self.source.add("/probe", body=b"ok")
-        return super().prepare()
-
-    def user(self) -> str:
-        return f"user{next(self.USERS)}"
-
-    def ask(self, text: str) -> str:
-        """Type a message as somebody new, who is returned."""
-        user = self.user()
-        self.say(text, user)
-        return user
-
-    def begin(self, link: str, parts: int = 1) -> str:
-        """Send a link as somebody new, and wait until so many parts of it are stored."""
-        before, user = len(self.store.parts_received), self.ask(link)
-        assert wait_until(lambda: len(self.store.parts_received) >= before + parts)
-        return user
-
-    def answers(self, user: str, count: int) -> list[str]:
-        """Return so many messages that reached somebody, who hears no more for now."""
-        assert wait_until(lambda: len(self.wecom.messages_for(user)) >= count, 20), self.log
-        assert wait_until(self.is_idle)
-        return self.wecom.messages_for(user)
-
-    def answer(self, user: str, timeout: float = 20) -> str:
-        return self.wecom.wait_message(lambda m: m.user == user, timeout).text
-
-    def relay(self, link: str, timeout: float = 20) -> str:
-        return self.answer(self.ask(link), timeout)
-
-    @property
-    def log(self) -> str:
-        return self.service.log
-
-    def broken(self) -> list[str]:
-        """Return what went wrong, uploads that were left open included."""
-        wait_until(lambda: not self.store.open_uploads, 2)
-        left = list(self.store.open_uploads)
-        self.store.open_uploads.clear()  # or every story after this one would fail as well
-        return super().broken() + self.store.errors + self.source.errors + left
-
-
-def disk_is(
-    world: World, seconds: float = 0, file: int = 0, folder: int = 0, chance: float = 1
-) -> None:
-    """Let each sync of a BAD_DISK take seconds, and fail with an errno by chance."""
-    new = world.service.folder / "new"
-    new.write_text(json.dumps([seconds, file, folder, chance, 0]))
-    new.replace(new.with_name("disk"))
-
-
-def room(world: World, file_bytes: int = -1) -> None:
-    """Let the running service write files up to this size, without one as it likes."""
-    import resource  # Linux
-
-    resource.prlimit(world.service.pid, resource.RLIMIT_FSIZE, (file_bytes, -1))
-
-
-def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
-    """Return a world in which a minute takes a second, with unsent messages."""
-    fast = {"SPEED": "60", "SCALE": "1", "TZ": "UTC0", "CALLBACK_MAX_AGE": "0"} | settings
-    world = Quick(None, HASTY, state_file(letters=letters), **fast)
-    world.wecom.speed = 60.0
-    return world
-
-
-GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests would wait for ever
-
-
-def last_state(journal: bytes) -> dict[str, Any]:
-    """Return the last whole line of a state file; raise ValueError where there is none."""
-    for line in reversed(journal.split(b"\n")):
-        with suppress(ValueError):
-            value: dict[str, Any] = json.loads(line)
-            return value
-    raise ValueError(f"no whole line in {journal[:200]!r}")
-
-
-def saved(world: World) -> dict[str, Any]:
-    return last_state((world.service.state_dir / "wxsync.state").read_bytes())
-
-
-def idle(world: World) -> bool:
-    state = saved(world)
-    return not state["tasks"] and not state["letters"]
-
-
-def finals(world: World, user: str) -> list[str]:
-    return [text for text in world.wecom.messages_for(user) if "成功 " in text]
-
-
-def hear(world: World, user: str, wanted: str) -> str:
-    """Wait for a message to this user that holds `wanted`, return its text."""
-    return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
-
-
-STORIES: dict[str, Callable[[], None]] = {}
-
-
-def early(story: Callable[[], None]) -> Callable[[Told], None]:
-    """Make a test of a story that mostly waits: all of them start together and run side by side."""
-    name = story.__name__
-    STORIES[name] = story
-
-    def test(told: Told) -> None:
-        told[name].result()
-
-    test.__doc__ = story.__doc__
-    return test
-
-
-@pytest.fixture(scope="module")
-def told(request: pytest.FixtureRequest) -> Iterator[Told]:
-    """Start the stories of the tests that were chosen."""
-    names = [item.name for item in request.session.items if item.name in STORIES]
-    with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
-        yield {name: pool.submit(STORIES[name]) for name in names}
-    for gate in GATES:
-        gate.set()
-
-
-RESULT = re.compile(
-    r"✅ 文件上传成功！\n\n文件名: (?P<name>.+)\n文件大小: (?P<size>\d+) 字节\n"
-    r"存储桶: (?P<bucket>\S+)\n下载链接: (?P<link>\S+)"
+# Who published it: token, key, corp id; then timestamp, nonce, signature ¦ text ¦ encrypted.
+TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
+WECHATPY = ("123456", "kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR", "wx49f0ab532d5d035a")
+GO_WORKWX = (
+    "kjr2TKI8umCBfVF3wAHk8JiPwma5VBme",
+    "4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws",
+    "ww6a112864f8022910",
 )
-SENTENCE = re.compile(r"❌ 文件上传失败\n(?P<why>[^\n]+)\n\n(?P<link>\S+)\n（#[0-9a-f]{6}）")
-KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{1,10})?")
+VECTORS = rows("""
+1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 ¦ 1616140317555161061 ¦ ⤶
+P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==
+1409659813 1372623149 477715d11cdb4164915debcba66cb864d751f3e6 ¦ ⤶
+<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>⏎⤶
+<FromUserName><![CDATA[mycreate]]></FromUserName>⏎<CreateTime>1409659813</CreateTime>⏎⤶
+<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[hello]]></Content>⏎⤶
+<MsgId>4561255354251345929</MsgId>⏎<AgentID>218</AgentID>⏎</xml> ¦ ⤶
+RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3QczcdCUpj91⤶
+1L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLjvd4Xgpue06DOdn⤶
+LxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMnvw2r+KqCKIw+3IQH03v+B⤶
+CA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k22Ncx4XXZS9o0MBH27Bo6BpNelZp⤶
+S+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2YoyyH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==
+1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 ¦ 5927782489442352469 ¦ ⤶
+4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==
+1411525903 461056294 74d92dfeb87ba7c714f89d98870ae5eb62dff26d ¦ ⤶
+<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>⏎⤶
+<FromUserName><![CDATA[messense]]></FromUserName>⏎<CreateTime>1411525903</CreateTime>⏎⤶
+<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[test]]></Content>⏎⤶
+<MsgId>4363689963896700987</MsgId>⏎<AgentID>1</AgentID>⏎</xml> ¦ ⤶
+RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHCrsTyeDX⤶
+zF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpXaG4+BiYyolBug/⤶
+gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQiMS6td7vXUaWOMZnYZlF3S⤶
+o2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQipvWTT4dShyqio7mlsl5noTrb++x6⤶
+En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=
+1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 ¦ 94966531020182955848408 ¦ ⤶
+6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==
+""")
+PUBLISHERS = [TENCENT, TENCENT, WECHATPY, WECHATPY, GO_WORKWX]  # one for each
 
 
-def read_result(text: str) -> dict[str, str]:
-    """Return the fields of a message of success, in exactly the form that users know."""
-    match = RESULT.fullmatch(text)
-    assert match, text
-    return match.groupdict()
+@pytest.mark.parametrize(("account", "vector"), [*zip(PUBLISHERS, VECTORS, strict=True)])
+def test_a_published_vector(account: tuple[str, str, str], vector: list[str]) -> None:
+    """Signature and text are as published; one changed digit anywhere and they are not."""
+    crypto, (head, plain, encrypted) = wxsync.Crypto(*account), vector
+    timestamp, nonce, signature = head.split()
+    assert crypto.is_signed(signature, timestamp, nonce, encrypted)
+    assert crypto.decrypt(encrypted).decode() == plain
+    assert not crypto.is_signed(signature[:-1] + "x", timestamp, nonce, encrypted)
+    assert not crypto.is_signed(signature, timestamp, nonce + "0", encrypted)
+    assert not crypto.is_signed("签名", timestamp, nonce, encrypted)
+    with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
+        wxsync.Crypto(*account[:2], "wx5823bf96d3bd56c8").decrypt(encrypted)
+    assert caught.value.status == 403
 
 
-def check_refusal(text: str, why: str, link: str = "") -> None:
-    """Check that a message is one sentence with what to do, and names the link."""
-    match = SENTENCE.fullmatch(text)
-    assert match and why in match["why"] and link in match["link"], text
+def test_every_length_of_padding_works_both_ways() -> None:
+    """1 to 32 bytes: a library that pads to 16 fails on half of them."""
+    client, crypto = WeComClient(*TENCENT, 1, ""), wxsync.Crypto(*TENCENT)
+    for size in range(32):
+        assert crypto.decrypt(client.encrypt("x" * size)) == b"x" * size
+        assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
 
 
-def check_object(depot: Depot, path: str, text: str) -> str:
-    """Check that the message and the bucket have the very file; return the object's key."""
-    found, served = read_result(text), depot.source.files[path]
-    key = found["link"].rpartition("/")[2]
-    stored = depot.store.objects[key]
-    assert KEY.fullmatch(key) and found["bucket"] == depot.store.bucket
-    assert int(found["size"]) == stored.size == served.size
-    assert stored.sha256 == served.sha256()
-    return key
+def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
+    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
+    other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
+    crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
+    texts = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
+    alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
+    texts += ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
+    for text in texts:
+        sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
+        outer, _ = wxsync.read_fields(sealed)
+        signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
+        inner = other.decrypt_message(sealed.decode(), *signed)
+        assert wxsync.read_xml_fields(inner.encode()).get("content", "") == text
+        fields = {"FromUserName": "alice", "MsgType": "text", "Content": text, "MsgId": 7}
+        theirs = other.encrypt_message(xml_document(fields), "nonce", "1409659813")
+        outer, as_json = wxsync.read_fields(theirs.encode())
+        signed = ("1409659813", "nonce", outer["encrypt"])
+        assert crypto.is_signed(outer["msgsignature"], *signed) and not as_json
+        message = wxsync.read_posted(crypto.decrypt(outer["encrypt"]))
+        assert message == (("alice", "alice", text, "7"), "text")
 
 
-@pytest.fixture(scope="module")
-def shared_depot() -> Iterator[Depot]:
-    with Depot() as depot:
-        yield depot
+# -- the callback itself
 
 
-@pytest.fixture
-def depot(shared_depot: Depot) -> Iterator[Depot]:
-    """The depot that most stories share: each has to leave it in order."""
-    yield shared_depot
-    assert shared_depot.broken() == [] and is_calm(shared_depot.log), shared_depot.log
-    text = shared_depot.relay(shared_depot.source.add("/after.txt", body=b"the next task works"))
-    assert read_result(text)["size"] == "19"
+def test_wecoms_verification_is_answered_plainly(talk: Talk) -> None:
+    """The text alone, no quotes, no newline; also where a + of base64 was not escaped."""
+    assert talk.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
+    encrypted = next(e for e in iter(lambda: talk.client.encrypt("1"), "") if "+" in e)
+    query = urlencode(talk.client.signed(encrypted)) + f"&echostr={quote(encrypted, safe='+')}"
+    got = http_request("GET", f"{talk.client.callback_url}?{query}")
+    assert (got.status, got.body) == (200, b"1")
+
+
+@pytest.mark.parametrize("fmt", ["xml", "json"])
+def test_the_reply_has_the_envelope_of_the_message(talk: Talk, fmt: str) -> None:
+    """JSON for JSON, XML for XML, to whoever asked, signed; names of JSON in any case."""
+    reply = talk.client.post_text(talk.user, "帮助", fmt=fmt)
+    assert reply.status == 200 and "使用说明" in reply.reply
+    assert fmt in reply.headers["content-type"]
+    assert reply.fields["tousername"] == talk.user and reply.fields["msgtype"] == "text"
+    if fmt == "json":
+        assert set(json.loads(reply.raw)) == {"encrypt", "msgsignature", "timestamp", "nonce"}
+        for change in (str.lower, str.upper):  # WeCom's own documents disagree about them
+            fields = talk.client.text_fields(talk.user, "nginx").items()
+            built = talk.client.build({change(name): value for name, value in fields}, "json")
+            assert "nginx:latest" in talk.client.post(built).reply
+
+
+def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
+    """Encrypt a text with this length in its frame, and this padding."""
+    frame = b"r" * 16 + struct.pack(">I", length) + b"hello" + client.corp_id.encode()
+    return client.seal(frame + b"\0" * (size - len(frame) - len(pad)) + pad)
+
+
+FORGED: dict[str, tuple[Callable[[WeComClient], str], int]] = {
+    "not base64": (lambda client: "!" * 64, 400),
+    "no whole blocks": (lambda client: base64.b64encode(b"x" * 33).decode(), 400),
+    "noise": (lambda client: base64.b64encode(b"x" * 64).decode(), 400),
+    "blocks of 16": (lambda client: framed(client, 5, b"\5" * 5, 48), 400),
+    "padding 0": (lambda client: framed(client, 5, b"\0"), 400),
+    "padding 33": (lambda client: client.seal(b"x" * 31 + b"\x21" * 33), 400),
+    "uneven padding": (lambda client: framed(client, 5, b"\1\4\4\4"), 400),
+    "nothing but padding": (lambda client: client.seal(b"\x20" * 32), 400),
+    "a length beyond the end": (lambda client: framed(client, 60, b"\1"), 400),
+    "the greatest length": (lambda client: framed(client, 2**32 - 1, b"\1"), 400),
+    "another company": (lambda client: client.encrypt("hello", "ww9999999999999999"), 403),
+    "no company": (lambda client: client.encrypt("hello", ""), 403),
+}
+UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
+    "a wrong signature": ({"msg_signature": "0" * 40}, 403),
+    "a signature in capitals": ({"msg_signature": "é"}, 403),
+    "an old time": ({"timestamp": "1409659589"}, 403),
+    "another nonce": ({"nonce": "1"}, 403),
+    "no signature": ({"msg_signature": ""}, 400),
+    "no time": ({"timestamp": ""}, 400),
+    "a time that is none": ({"timestamp": "soon"}, 400),
+    "no nonce": ({"nonce": ""}, 400),
+}
+
+
+@pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
+def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk, name: str) -> None:
+    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same."""
+    make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
+    change, status = UNSIGNED.get(name, ({}, status))
+    encrypted = make(talk.client)
+    query = urlencode(talk.client.signed(encrypted) | change)
+    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
+    asked = f"{talk.client.callback_url}?{query}"
+    for got in (
+        http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}"),
+        http_request("POST", asked, body),
+    ):
+        assert (got.status, got.body) == (status, b"")
+
+
+def test_clocks_may_differ_by_ten_minutes(talk: Talk) -> None:
+    """The times are signed, so they can be trusted as far as the clocks."""
+    for age, status in ((-590, 200), (590, 200), (-610, 403), (610, 403)):
+        got = talk.client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
+        assert (got.status, status == 200 or got.raw) == (status, status == 200 or b""), age
+
+
+DOCTYPE = '<?xml version="1.0"?><!DOCTYPE xml [<!ENTITY e "nginx:1">]>'
+ENVELOPES = {
+    "nothing": "",
+    "no XML": "hello",
+    "half of it": "<xml><Encrypt>",
+    "a document type": DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>",
+    "an entity": DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>",
+    "an entity nobody declared": "<xml><Encrypt>&e;</Encrypt></xml>",
+    "an unknown encoding": '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
+    "no text in it": "<xml><Other>x</Other></xml>",
+    "JSON of no text": '{"encrypt": 7',
+    "JSON too deep": "{" + '"a":{' * 5000,
+    "JSON with a list": '{"encrypt": ["x"]}',
+}
+TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
+INNER = {
+    "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
+    "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
+    "no XML": "hello",
+    "a list": "[1]",
+    "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
+}
+
+
+def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
+    """Whatever a stranger posts, or WeCom's key sealed, costs an empty answer."""
+    query = talk.client.signed("x")
+    posts = [(name, text.encode(), query) for name, text in ENVELOPES.items()]
+    for name, text in INNER.items():
+        encrypted = talk.client.encrypt(text)
+        body = xml_document({"Encrypt": encrypted}).encode()
+        posts.append((f"inside: {name}", body, talk.client.signed(encrypted)))
+    for name, body, query in posts:
+        reply = talk.client.post_raw(body, query)
+        assert (reply.status, reply.raw) == (400, b""), name
+    assert talk.commits == [] and talk.inputs == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Sending messages
+# ---------------------------------------------------------------------------------------------
+
+SEND = "POST /cgi-bin/message/send"
+
+
+def test_a_message_goes_out_as_wecom_wants_it(desk: Desk) -> None:
+    """An integer agent id, one receiver, the duplicate check on."""
+    desk.send("你好")
+    (call,) = desk.wecom.calls_to(SEND)
+    sent = call.json()
+    assert sent["agentid"] == desk.wecom.agent_id and sent["touser"] == "alice"
+    assert sent["msgtype"] == "text" and sent["text"]["content"].startswith("你好")
+    assert sent["enable_duplicate_check"] == 1 and sent["duplicate_check_interval"] >= 1800
+
+
+@pytest.mark.parametrize("code", [42001, 40014, 41001, 42007, 42009])  # as Tencent's client does
+def test_one_token_serves_all_and_is_renewed_once_when_it_is_refused(desk: Desk, code: int) -> None:
+    """Also side by side; the message that met the refusal arrives, without a pause, and once."""
+    desk.send_many("first", 40)
+    assert desk.wecom.token_calls == 1 and len(desk.wecom.messages) == 40
+    desk.wecom.expire_tokens(code)
+    desk.send_many("then", 8)
+    assert desk.wecom.token_calls == 2 and len(desk.wecom.messages) == 48
+    desk.wecom.expire_tokens(code)
+    desk.send("one")
+    desk.send("two")
+    assert desk.wecom.token_calls == 3 and desk.pauses == []
+    assert [text.split("\n")[0] for text in desk.wecom.messages_for("alice")] == ["one", "two"]
+
+
+# What is wrong, and how -> the least pause, what the log tells. WeCom bans an address for an hour
+# that asks with a wrong secret again and again.
+TO_MEND: dict[str, tuple[object, float, tuple[str, ...]]] = {
+    "secret": ("another", 3600, ("SECRET",)),
+    "trusted": (False, 1, ("203.0.113.7", "企业可信IP", "60020")),
+}
+
+
+@pytest.mark.parametrize("name", TO_MEND)
+def test_what_a_person_must_mend_is_named_with_the_cure(desk: Desk, name: str) -> None:
+    """It is not tried again for long, and the log names what to do, and no secret."""
+    wrong, least, words = TO_MEND[name]
+    right, asked = getattr(desk.wecom, name), []
+
+    def mend() -> None:
+        asked.append(desk.wecom.token_calls)
+        setattr(desk.wecom, name, right)
+
+    setattr(desk.wecom, name, wrong)
+    desk.after_pause = mend
+    desk.send("hello")
+    log = desk.written.getvalue()
+    assert set(asked) == {1} and desk.pauses[0] >= least and len(desk.wecom.messages) == 1
+    assert lacking(words, log) == [] and desk.wecom.secret not in log
+
+
+# What WeCom says, how often -> tries in vain, the least and the most that pauses sum up to.
+WECOM_TROUBLES: list[tuple[int | What, int, int, int, int]] = [
+    (45009, 1, 1, 60, 3600),
+    (-1, 1, 1, 1, 60),
+    (45033, 1, 1, 1, 60),
+    (50003, 1, 1, 60, 3600),
+    (42001, 4, 2, 1, 60),
+    ("reset", 3, 3, 10, 20),
+    ("garbage", 3, 3, 10, 20),
+    ("short", 3, 3, 10, 20),
+    ((502, {}, b"<html>bad gateway"), 3, 3, 10, 20),
+]
+
+
+@pytest.mark.parametrize(("what", "times", "tries", "least", "most"), WECOM_TROUBLES)
+def test_what_passes_is_waited_for(
+    desk: Desk, what: int | What, times: int, tries: int, least: int, most: int
+) -> None:
+    """With pauses that grow, or as long as the code asks for, then delivered once."""
+    if isinstance(what, int):
+        desk.wecom.refuse(what, times=times)
+    else:
+        desk.wecom.fail(SEND, what, times)
+    desk.send("hello")
+    assert least <= sum(desk.pauses) <= most
+    assert desk.written.getvalue().count("秒后重试") == tries
+    assert len(desk.wecom.messages) == 1 and desk.wecom.duplicates == []
+    assert desk.wecom.token_calls <= 3
+
+
+@pytest.mark.parametrize("code", [81013, 60111])
+def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk, code: int) -> None:
+    """The message is dropped with a line in the log, the next one goes out."""
+    desk.wecom.refuse(code)
+    desk.send("hello", "nobody")
+    desk.send("hello", "alice")
+    assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"]
+    assert str(code) in desk.written.getvalue()
+
+
+def test_equal_messages_arrive_once_each(desk: Desk) -> None:
+    """A second try is the same to the letter: WeCom must know it, and no second result by it."""
+    desk.wecom.fail(SEND, "lost")
+    desk.send("❌ the same trouble")
+    first, second_try = desk.wecom.calls_to(SEND)
+    assert first.body == second_try.body
+    assert len(desk.wecom.messages) == 1 and len(desk.wecom.duplicates) == 1
+    desk.send("❌ the same trouble")
+    assert len(desk.wecom.messages) == 2 and len(desk.wecom.duplicates) == 1
+
+
+TALES = {
+    "short lines": [f"第 {number} 行" for number in range(400)],
+    "one long line": ["镜" * 3000],
+    "just over": ["x" * 1970, "y" * 50],
+    "emoji": ["😀" * 900],
+}
+
+
+@pytest.mark.parametrize("name", TALES)
+def test_a_long_text_is_split_at_line_ends(desk: Desk, name: str) -> None:
+    """No piece over 2048 bytes, none cut in a character, nothing lost, all in order."""
+    text = "\n".join(TALES[name])
+    desk.send(text)
+    pieces = desk.wecom.messages_for("alice")
+    assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
+    bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
+    glue = "\n" if len(TALES[name]) > 1 else ""
+    assert glue.join(bodies) == text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7289,90 +6158,6 @@ def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries
         assert depot.source.hits[path] == tries, told
         assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and path[1:] in told
         check_object(depot, "/next.bin", following)
-
-
-# ---------------------------------------------------------------------------------------------
-# Links, status, several at once
-# ---------------------------------------------------------------------------------------------
-
-
-def test_signed_links() -> None:
-    """A signed link opens a private object until it expires, and only unchanged."""
-    with Depot(QINGSTOR_LINK_SECONDS="600") as depot:
-        link = depot.source.add("/签名.txt", body="你好".encode())
-        found = read_result(depot.relay(link))["link"]
-        assert http_request("GET", found).body == "你好".encode()
-        for changed in (found.replace("expires=1", "expires=2"), found.partition("?")[0]):
-            assert http_request("GET", changed).status == 401
-        for later, status in ((595, 200), (605, 403)):
-            depot.store.clock = lambda later=later: time.time() + later  # type: ignore[misc]
-            assert http_request("GET", found).status == status
-
-
-def test_plain_links(depot: Depot) -> None:
-    """A plain link opens an object of a bucket that everybody may read."""
-    found = read_result(depot.relay(depot.source.add("/plain.txt", body=b"open")))["link"]
-    depot.store.public = True
-    got = http_request("GET", found)
-    depot.store.public = False
-    assert (got.status, got.body) == (200, b"open") and http_request("GET", found).status == 401
-
-
-LINK_FORMS = {
-    "0": r"https://tmp\.pek3a\.qingstor\.com/[0-9a-f-]{36}\.pdf",
-    "60": r"https://pek3a\.qingstor\.com/tmp/[0-9a-f-]{36}\.pdf\?.*expires=\d+.*",
-}
-
-
-@pytest.mark.parametrize("seconds", LINK_FORMS)
-def test_form_of_links(seconds: str) -> None:
-    """At QingStor itself, the bucket and the zone stand before the host."""
-    settings = load(QINGSTOR_LINK_SECONDS=seconds)
-    log = wxsync.Log("ERROR", [], sys.stderr)
-    store = wxsync.QingStor(settings, network(settings), log, time.sleep)
-    assert re.fullmatch(LINK_FORMS[seconds], store.link(wxsync.make_key("a.pdf"), time.time()))
-
-
-def test_status_shows_how_far(depot: Depot) -> None:
-    """状态 tells bytes, percentage and speed while a file is on its way."""
-    user = depot.begin(depot.source.add("/watched.bin", 20_000_000, rate=20_000_000.0), 3)
-    time.sleep(0.05)
-    text = depot.say("状态", depot.user())
-    found = re.search(r"文件：进行中.*\n　▓+░* (\d+)%，([\d.]+) / 20\.0 MB，([\d.]+) MB/s", text)
-    assert found and 40 <= int(found[1]) <= 100 and float(found[2]) >= 8, text
-    check_object(depot, "/watched.bin", depot.answer(user))
-    assert "文件：空闲" in depot.say("状态", depot.user())
-
-
-def test_a_message_may_hold_20_links(depot: Depot) -> None:
-    """All of them are answered in order, a bad one harms no other, equal ones are one; with one
-    more nothing is begun, and the reply names the limit."""
-    links = [depot.source.add(f"/row-{n}.bin", 1000 + n) for n in range(21)]
-    reply = depot.say("\n".join(links), depot.user())
-    assert reply.startswith("❌") and "20 个链接" in reply
-    links[1] = f"{depot.source.url}/no-such-file"
-    user = depot.ask("\n".join([*links[:20], links[0]]))
-    texts = depot.answers(user, 20)
-    assert links[1] in texts[1] and "404" in texts.pop(1)
-    sizes = [int(read_result(text)["size"]) for text in texts]
-    assert sizes == [1000, *range(1002, 1020)]
-    assert (depot.source.hits["/row-0.bin"], depot.source.hits["/row-20.bin"]) == (1, 0)
-
-
-def test_files_run_beside_images() -> None:
-    """Files have a queue of their own, in which one waits for the other."""
-    with Depot(SlowRunner(""), QUEUE_SIZE="1") as depot:
-        slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
-        quick = depot.source.add("/quick.bin", 1000)
-        both, second = depot.ask(f"nginx:latest\n{slow}"), depot.user()
-        assert wait_until(lambda: depot.source.hits["/slow.bin"])
-        assert "已排队，前面还有 1 个" in depot.say(quick, second)
-        assert "请稍后再试" in depot.say(quick, depot.user())
-        check_object(depot, "/slow.bin", depot.answer(both))
-        check_object(depot, "/quick.bin", depot.answer(second))
-        assert len(depot.wecom.messages_for(both)) == 1
-        depot.open()
-        assert "成功 1 / 1" in depot.answers(both, 2)[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8020,6 +6805,622 @@ def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# GitHub as it is
+# ---------------------------------------------------------------------------------------------
+
+PINNED = [
+    f"--platform=linux/arm64 ghcr.io/open-webui/open-webui@sha256:{HEX} => pin:{number}"
+    for number in range(3)
+]
+DOTS = "x/" + "a" * 93 + ":1"  # 97 characters
+CUT = [*PINNED, f"{DOTS}...", f"{DOTS}bbbb", f"x/{'c' * 96}:1", f"x/{'c' * 97}:1"]
+HTML = b"<!DOCTYPE html><title>Unicorn! &middot; GitHub</title>"
+NO_RIGHT = b'{"message": "Resource not accessible by personal access token"}'
+
+
+def limit(seconds: int) -> What:
+    """Return an answer that asks for a pause."""
+    return (429, {"Retry-After": str(seconds)}, b"{}")
+
+
+def told_failed(talk: Talk) -> list[str]:
+    """Return the lines that the messages to a member say have failed."""
+    text = "\n".join(all_letters(talk.world, talk.user))
+    return re.findall(r"^❌ (.*)$", text.partition("\n")[2], re.MULTILINE)
+
+
+@contextmanager
+def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, SlowRunner]]:
+    """A service with a request of alice's that has outlived SYNC_TIMEOUT: its run waits."""
+    runner = SlowRunner("")
+    with quick(runner, SYNC_TIMEOUT="1", **settings) as world:
+        world.say(said)
+        hear(world, "alice", "⏰")
+        yield world, runner
+
+
+@contextmanager
+def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
+    """A service with a request of alice's: b:1 is done, slow/a:1 waits until its runner may go."""
+    runner = SlowRunner()
+    with quick(runner, **settings) as world:
+        world.say("slow/a:1, b:1")
+        assert wait_until(
+            lambda: [j for run in world.github.runs for j in run.jobs if j.conclusion == "success"]
+        )
+        yield world, runner
+
+
+def test_jobs_are_found_by_their_cut_names(talk: Talk) -> None:
+    """100 characters at most; where cut names are equal, the order of the ids tells them apart.
+    One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
+    failed = [CUT[0], CUT[2], CUT[4], CUT[6]]
+    talk.runner.outcomes |= dict.fromkeys(failed, "wxsync: failed timeout")
+    talk.say("\n".join(CUT))
+    assert f"成功 3 / {len(CUT)}" in talk.hear("成功 ") and told_failed(talk) == failed
+    for missing in (0, 1):
+        talk = Talk(talk.world, talk.runner)
+        lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
+        talk.runner.outcomes[lines[missing]] = "missing"
+        talk.say("\n".join(lines))
+        assert "成功 " in talk.hear("成功 ")
+        assert lines[missing] in told_failed(talk)
+
+
+@pytest.mark.parametrize("knob", [("jobs_shown", 100), ("jobs_lag", 0.3)], ids=str)
+def test_jobs_that_are_behind_their_run_are_asked_for_again(talk: Talk, knob: Any) -> None:
+    """More while pages are read; or completed, and its jobs unknown or in progress for 15 s."""
+    setattr(talk.github, *knob)
+    talk.runner.outcomes["behind255:1"] = "wxsync: failed not-found manifest unknown"
+    talk.say("\n".join(f"behind{number}:1" for number in range(256)))
+    assert "不存在" in talk.hear("成功 255 / 256")
+
+
+@in_ci
+@early
+def test_jobs_that_never_end_have_not_succeeded() -> None:
+    """Half a minute after the end of the run nobody waits for them any more."""
+    with quick() as world:
+        world.github.jobs_lag = 1e9
+        world.say("nginx:1")
+        assert "docker pull" not in world.hear("成功 0 / 1", 50)
+
+
+SAID = [  # how the job ended | its last step; a part of what is said of it
+    ("success|wx***: unchanged sha256:" + HEX, "（已是最新）"),  # a Secret called "sync"
+    ("failure|***sync: failed not-found manifest unknown", "不存在"),
+    ("failure|wx***: failed target-login unauthorized", "登录目标仓库失败"),
+    ("failure|***: failed no-platform linux/s390x", "没有这个架构"),
+    ("success|\x1b[2Jwxsync: failed\r\n\x00", "docker pull"),
+    ("failure|wxsync: copied sha256:" + HEX, "❌"),
+    ("failure|wxsync: failed error \x1b[31m\u202e<a href='x'>\x07\nx", "复制失败"),
+    ("failure|wxsync: failed error " + "x" * 9000, "复制失败"),
+    ("cancelled after 61", "超时"),  # GitHub says cancelled of what ran into timeout-minutes: 60
+    ("cancelled after 56", "超时"),
+    ("cancelled after 54", "任务被取消"),
+]
+
+
+@pytest.mark.parametrize(("outcome", "wanted"), SAID, ids=range(len(SAID)))
+def test_what_a_job_says_of_itself(talk: Talk, outcome: str, wanted: str) -> None:
+    """Secrets are masked in step names; nothing in one is believed against the conclusion."""
+    talk.runner.outcomes["says:1"] = outcome
+    text = talk.ask("says:1")
+    done = outcome.startswith("success")
+    assert f"成功 {int(done)} / 1" in text and wanted in text and ("docker pull" in text) is done
+    assert [c for c in text if c in "\x00\x07\x1b\r\u202e"] == [] and len(talk.messages) == 1
+
+
+def test_a_step_name_may_be_cut_off_anywhere(talk: Talk) -> None:
+    """The conclusion decides, whatever is left of the name."""
+    bad, good = "wxsync: failed not-found manifest; nearest 1.2 1.3", "wxsync: unchanged sha256:01"
+    fates = [f"failure|{bad[:end]}" for end in range(len(bad))]
+    fates += [f"success|{good[:end]}" for end in range(len(good))]
+    lines = {f"x/cut{number}:1": fate for number, fate in enumerate(fates)}
+    talk.runner.outcomes |= lines
+    talk.say("\n".join(lines))
+    assert f"成功 {len(good)} / {len(lines)}" in talk.hear("成功 ")
+    assert set(told_failed(talk)) == {line for line, fate in lines.items() if "failure" in fate}
+
+
+@early
+def test_a_rerun_is_followed_to_its_end() -> None:
+    """Run again under the same id before its end was seen: its last attempt counts."""
+    runner = SlowRunner("")
+    runner.outcomes[PINNED[0]] = "wxsync: failed network refused"
+    with quick(runner) as world:
+        world.say("\n".join(PINNED[:2]))
+        assert wait_until(lambda: world.github.runs)
+        world.service.kill()
+        runner.go.set()
+        assert wait_until(lambda: world.github.runs[0].status == "completed")
+        runner.outcomes.clear()
+        runner.go.clear()
+        world.github.rerun(world.github.runs[0])
+        world.service.start()
+        time.sleep(0.5)
+        assert finals(world, "alice") == []
+        runner.go.set()
+        hear(world, "alice", "成功 2 / 2")
+        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
+
+
+def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
+    """204 without an id: by its title, whatever others are called; filtered lists lag."""
+    talk.github.old_dispatch, talk.github.list_lag = True, 0.2
+    for title in ("", "wxsync", "wxsync " + "0" * 16, "💥" * 300, "\x1b[2J\n<b>wxsync ${{ x }}"):
+        talk.github.new_run({"images": "[]"}).display_title = title
+    assert "成功 1 / 1" in talk.ask("titles:1") and len(talk.inputs) == 1
+    looks = talk.calls("GET workflows runs")
+    assert looks and [look for look in looks if FakeGitHub.FILTERS & set(look.query)] == []
+
+
+@pytest.mark.parametrize("body", [NO_RIGHT, HTML], ids=["JSON", "HTML"])
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refusal_counts_when_it_lasts(talk: Talk, status: int, body: bytes) -> None:
+    """Once, for the run as for its jobs, and there again: nothing happened. Else it is told with
+    its number, whatever the body."""
+    for where in ("GET actions/runs/", "GET jobs"):
+        talk.github.fail(where, (status, {}, body))
+    assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
+    for number, where in enumerate(("PUT contents", "POST dispatches", "GET actions/runs/")):
+        talk = Talk(talk.world, talk.runner)
+        talk.github.fail(where, (status, {"Content-Type": "text/html"}, body), 100)
+        talk.say(f"always-{len(body)}-{status}:{number}")
+        text = talk.hear("成功 0 / 1")
+        assert str(status) in text and "<" not in text
+        assert len(talk.calls("POST dispatches")) <= 1
+        talk.github.faults.clear()
+
+
+@early
+def test_a_deleted_run_is_told_soon() -> None:
+    """While it is followed late: after some looks, with the true reason, not after six hours."""
+    with late() as (world, _):
+        world.github.runs.clear()
+        before = len(world.github.calls)
+        text = hear(world, "alice", "成功 0 / 1")
+        assert re.search("404|删除|不存在", text) and "6 小时" not in text
+        assert 3 <= len(world.github.calls) - before <= 20
+
+
+PROTECTED = [
+    (409, "Repository rule violations found\n\nChanges must be made through a pull request.\n\n"),
+    (409, "Could not update file: Changes must be made through a pull request."),  # classic
+    (422, "Repository rule violations found\n\nSecret detected in content"),
+    (403, "You're not authorized to push to this branch."),
+]
+
+
+@pytest.mark.parametrize(("status", "said"), PROTECTED, ids=range(len(PROTECTED)))
+def test_a_protected_branch_is_told_at_once(talk: Talk, status: int, said: str) -> None:
+    """No second try will be taken: what it is, what to do (BobAnkh/auto-generate-changelog#78)."""
+    talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 20)
+    text = talk.ask(f"protected-{status}:1")
+    assert re.search("保护|规则", text) and "main" in text and said[:20] in text
+    assert len(talk.calls("PUT")) == 1 and talk.inputs == [] and len(talk.messages) == 1
+
+
+# -- limits of calls
+
+
+@early
+def test_a_limit_without_end_is_told() -> None:
+    """429 with Retry-After 1 for ever: seen in /health and 状态, told after ten minutes (0.6 s)."""
+    with quick(SCALE="0.001") as world:
+        world.github.fail("contents", limit(1), 100_000)
+        world.say("limited:1")
+        assert wait_until(lambda: world.service.health()["status"] == "degraded")
+        assert re.search("⚠️.*限", world.say("状态"))
+        assert "限" in world.hear("成功 0 / 1", 20) and len(world.github.calls) <= 620
+        world.github.faults.clear()
+        world.say("after:1", "bob")
+        assert "✅" in hear(world, "bob", "成功 1 / 1") and len(world.github.dispatches) == 1
+        assert wait_until(lambda: world.service.health()["status"] == "ok")
+
+
+@early
+def test_the_waits_of_one_request_are_added_up() -> None:
+    """For its commit and its dispatch together it waits ten minutes (3 s here), not for each."""
+    for puts, posts, final, tries in ((2, 3, "成功 1 / 1", 4), (4, 4, "成功 0 / 1", 3)):
+        with quick(SCALE="0.005") as world:
+            world.github.fail("PUT contents", limit(100), puts)
+            world.github.fail("POST dispatches", limit(100), posts)
+            world.say("adds:1")
+            assert final in world.hear("成功 ", 20)
+            assert len(world.github.calls_to("POST dispatches")) <= tries
+
+
+@early
+def test_midnight_does_not_hold_up_requests_for_ever() -> None:
+    """It has the list while GitHub wants quiet, gives it back, and is done when GitHub answers."""
+    with quick(SCALE="0.001", CALLBACK_MAX_AGE="0") as world:
+        world.say("today:1")
+        world.hear("成功 1 / 1")
+        before = len(world.github.calls)
+        world.github.fail("contents", limit(1), 100_000)
+        (world.service.state_dir / "clock").write_text("86400")
+        assert wait_until(lambda: len(world.github.calls) > before)
+        world.say("tomorrow:1", "bob")
+        assert "限" in world.wecom.wait_message(lambda m: m.user == "bob", 20).text
+        world.github.faults.clear()
+        images = world.service.state_dir / "images.txt"
+        assert wait_until(lambda: "today" not in images.read_text())
+
+
+@early
+def test_the_longer_of_two_waits_holds() -> None:
+    """A look at a late run is told to wait two minutes while a request waits for half a one."""
+    with late() as (world, _):
+        world.github.fail("GET contents", limit(30))
+        world.github.delay = 0.3
+        world.say("next:1", "bob")
+        assert wait_until(lambda: len(world.github.calls_to("GET contents")) == 2)
+        world.github.delay = 0.0
+        world.github.fail("GET actions/runs/", limit(120))
+        if wait_until(lambda: not world.github.faults, 1):  # else there is one call at a time
+            time.sleep(0.4)
+            before = len(world.github.calls)
+            time.sleep(1.2)
+            assert len(world.github.calls) == before
+
+
+@early
+def test_waiting_for_github_counts_as_work() -> None:
+    """SYNC_TIMEOUT passes before the dispatch: ⏰, then the result, kill -9 or not."""
+    for restart in (False, True):
+        with quick(SYNC_TIMEOUT="1") as world:
+            world.github.fail("POST dispatches", limit(80), 3)
+            world.say("patient:1")
+            assert "patient:1" in hear(world, "alice", "⏰")
+            assert world.service.health()["status"] == "degraded" and "⚠️" in world.say("状态")
+            assert world.github.dispatches == [] and finals(world, "alice") == []
+            if restart:
+                world.service.restart()
+            assert "✅" in world.hear("成功 1 / 1", 12) and wait_until(lambda: idle(world))
+            assert len(world.github.dispatches) == 1 and len(world.wecom.messages) == 2
+
+
+@early
+def test_six_hours_end_with_a_last_look() -> None:
+    """A run that has not ended by then: its jobs that have are told as what they are."""
+    with half_done(SYNC_TIMEOUT="1") as (world, _):
+        hear(world, "alice", "⏰")
+        world.service.kill()
+        (world.service.state_dir / "clock").write_text(str(7 * 3600))
+        world.service.start()
+        text = hear(world, "alice", "成功 1 / 2")
+        assert f"docker pull {PREFIX}/b:1" in text and "❌ slow/a:1" in text
+
+
+# -- 取消 and 重试
+
+
+def check_cancelled(world: World) -> None:
+    """alice's final message comes once, and tells what was done before she stopped the rest."""
+    text = hear(world, "alice", "成功 1 / 2")
+    assert f"docker pull {PREFIX}/b:1" in text and "slow_a" not in text and "取消" in text
+    assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
+    assert world.github.runs[0].conclusion == "cancelled"
+
+
+@early
+def test_cancel_ends_all_that_is_ones_own() -> None:
+    """What runs and what waits, named in the reply; what was done is told as done."""
+    with half_done() as (world, _):
+        world.say("later:1")
+        world.say("bobs:1", "bob")
+        reply = world.say("取消")
+        assert "slow/a:1" in reply and "later:1" in reply and "bobs" not in reply
+        check_cancelled(world)
+        hear(world, "bob", "成功 1 / 1")
+        assert len(world.github.dispatches) == 2 and len(world.github.calls_to("POST cancel")) == 1
+
+
+@early
+def test_cancel_touches_nobody_else() -> None:
+    """Who has nothing is told so; who waits behind others is dropped alone."""
+    with half_done() as (world, runner):
+        assert "没有" in world.say("取消", "bob")
+        for user in ("bob", "carol"):
+            world.say(f"{user}:1", user)
+        assert "bob:1" in world.say("cancel", "bob") and "没有" in world.say("取消", "bob")
+        runner.go.set()
+        hear(world, "alice", "成功 2 / 2")
+        hear(world, "carol", "成功 1 / 1")
+        assert len(world.github.dispatches) == 2 and world.github.calls_to("POST cancel") == []
+
+
+CANCELS: list[tuple[What, int, str, str]] = [  # answer, times; what comes of it, what is said
+    ("lost", 1, "成功 1 / 2", "取消"),
+    ((409, {}, b'{"message": "Cannot cancel a completed run."}'), 9, "成功 2 / 2", ""),
+    ((500, {}, b"{}"), 10_000, "成功 2 / 2", "500"),
+    ((403, {}, NO_RIGHT), 10_000, "成功 2 / 2", "Actions"),
+]
+
+
+@early
+def test_a_cancel_that_github_does_not_take_is_told() -> None:
+    """Tried again where that may help; what goes on running is told as that, and as what it was."""
+    for answer, times, final, said in CANCELS:
+        with half_done() as (world, runner):
+            world.github.fail("POST cancel", answer, times)
+            reply = world.say("取消")
+            assert wait_until(lambda: world.github.calls_to("POST cancel"))
+            seen = 0
+            while seen < len(world.github.calls_to("POST cancel")) < 100:
+                seen = len(world.github.calls_to("POST cancel"))
+                time.sleep(0.8)  # until it gives up
+            if final == "成功 2 / 2":
+                runner.go.set()
+            hear(world, "alice", final)
+            heard = "\n".join([reply, *world.wecom.messages_for("alice")])
+            assert said in heard and heard.count("成功 ") == 1
+
+
+@early
+def test_cancel_before_there_is_a_run() -> None:
+    """While it waits for GitHub nothing is started; a dispatch under way is cancelled behind it."""
+    with quick(SlowRunner()) as world:
+        world.github.fail("PUT contents", limit(60), 4)
+        world.say("early:1")
+        assert wait_until(lambda: world.github.calls_to("PUT contents"))
+        assert "early:1" in world.say("取消")
+        time.sleep(0.3)
+        world.github.faults.clear()
+        world.github.delay = 0.4
+        world.say("slow/a:1")
+        assert wait_until(lambda: world.github.calls_to("POST dispatches"))
+        assert "slow/a:1" in world.say("取消")
+        world.github.delay = 0.0
+        hear(world, "alice", "成功 0 / 1")
+        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) <= 2
+        assert [d.inputs["images"] for d in world.github.dispatches] == ['["slow/a:1"]']
+        assert wait_until(lambda: world.github.runs[0].conclusion == "cancelled")
+
+
+CANCEL_KILLS = (  # as KILLS, and SYNC_TIMEOUT
+    ("github", "POST /cancel", "before", "300"),
+    ("github", "POST /cancel", "after", "1"),
+    ("github", "GET /jobs", "after", "300"),
+    ("wecom", "POST /message/send", "after", "1"),
+)
+
+
+def check_cancel_kill(who: str, where: str, when: str, timeout: str) -> None:
+    with half_done(SYNC_TIMEOUT=timeout) as (world, _):
+        if timeout == "1":
+            hear(world, "alice", "⏰")
+        peer: Peer = getattr(world, who)
+        peer.fail(where, "hang" if when == "before" else "mute")
+        assert "slow/a:1" in world.say("取消")
+        assert wait_until(lambda: not peer.faults), where
+        world.service.restart()
+        check_cancelled(world)
+
+
+@early
+def test_killed_at_any_step_of_a_cancel_it_is_cancelled_once() -> None:
+    """The reply was given, so it holds, wherever kill -9 interrupts, for late runs as well."""
+    for step in CANCEL_KILLS:
+        check_cancel_kill(*step)
+
+
+@early
+def test_retry_does_what_failed_again() -> None:
+    """Only that, only one's own, after kill -9 too, and not twice."""
+    lines = ["a:1", "--platform=all c:1"]
+    runner = PlayedRunner(0.01, dict.fromkeys(lines, "wxsync: failed network refused"))
+    with quick(runner) as world:
+        assert "没有" in world.say("重试")
+        world.say(f"{lines[0]}, b:1, {lines[1]}")
+        assert "重试" in hear(world, "alice", "成功 1 / 3")
+        assert "没有" in world.say("retry", "bob")
+        assert wait_until(lambda: idle(world))
+        world.service.restart()
+        runner.outcomes.clear()
+        reply = world.say("重试")
+        assert "🔄" in reply and "共 2 个镜像" in reply and "b:1" not in reply
+        hear(world, "alice", "成功 2 / 2")
+        assert json.loads(world.github.dispatches[1].inputs["images"]) == lines
+        assert "没有" in world.say("重试") and len(world.github.dispatches) == 2
+        runner.outcomes["d:1"] = "wxsync: failed not-found manifest unknown"
+        world.say("d:1", "bob")
+        assert "重试" not in hear(world, "bob", "成功 0 / 1")  # it would not help
+
+
+def test_retry_after_a_request_that_failed_as_a_whole(talk: Talk) -> None:
+    """The token was refused: all of its images failed, and all are tried again."""
+    talk.github.fail("GET contents", (401, {}, b"{}"), 9)
+    assert "成功 0 / 2" in talk.ask("whole:1, whole:2")
+    talk.github.faults.clear()
+    assert "共 2 个镜像" in talk.say("重试")
+    assert "成功 2 / 2" in talk.hear("成功 2")
+
+
+# ---------------------------------------------------------------------------------------------
+# Nobody in: GitHub's answers
+# ---------------------------------------------------------------------------------------------
+
+JOB = {"name": "IMAGE", "status": "completed", "conclusion": "success"}
+ODD_JOBS = {"sha": "a", "content": {}, "status": "completed", "workflow_run_id": -1}
+ODD_JOBS |= {"jobs": [5, None, {"name": []}, JOB | {"steps": 5}]}
+ODD_STEPS = {"sha": "a", "status": "completed", "workflow_run_id": True}
+ODD_STEPS |= {"jobs": [JOB | {"conclusion": {}, "steps": [5, {"name": {}, "conclusion": []}]}]}
+WRONG_TYPES = {"sha": 5, "content": [], "status": {}, "jobs": {}, "workflow_run_id": "1"}
+
+ODD: dict[str, What] = {kind: kind for kind in ("reset", "lost", "garbage", "short", "big")}
+ODD |= {
+    text: (200, {}, text.encode()) for text in ("null", "[1, [2]]", "5", '"sha"', "", "[" * 100_000)
+}
+ODD |= {
+    "204": (204, {}, b""),
+    "not JSON": (200, {}, b"<html>\xff\xfe</html>"),
+    "wrong types": (200, {}, json.dumps(WRONG_TYPES).encode()),
+    "odd jobs": (200, {}, json.dumps(ODD_JOBS).encode()),
+    "odd steps": (200, {}, json.dumps(ODD_STEPS).encode()),
+    "infinity": (200, {}, b'{"sha": Infinity, "workflow_run_id": 1e999, "status": NaN}'),
+    "500": (500, {}, b"oops"),
+    "status 999": (999, {}, b"{}"),
+    "redirect to itself": (302, {"Location": "/"}, b""),
+    "redirect nowhere": (307, {}, b""),
+    "redirect to another host": (301, {"Location": "http://evil.example/"}, b""),
+    "odd redirect": (302, {"Location": "http://[::1"}, b""),
+    "odd message": (422, {}, b'{"message": {"a": [1]}}'),
+    "odd head": (200, CHOKING_HEAD, b"{}"),
+}
+CALLS = {  # how often in a row: what is polled may fail for a while
+    "GET /contents/": 6,
+    "PUT /contents/": 6,
+    "POST /dispatches": 3,
+    "/actions/workflows/": 60,  # the dispatch, and every look for its run
+    "GET /actions/runs/": 2,
+    "GET /jobs": 2,
+}
+
+
+def odd_answers(where: str) -> list[str]:
+    """Try every odd answer at one call, return what was wrong with what came of it."""
+    wrong: list[str] = []
+    with quick(PlayedRunner(0.0), SCALE="0.005") as world:
+        for number, (name, what) in enumerate(ODD.items()):
+            image, user = f"app{number}:1", f"user{number}"
+            if isinstance(what, tuple):
+                what = (what[0], what[1], what[2].replace(b"IMAGE", image.encode()))
+            world.github.fail(where, what, 1 if name == "lost" else CALLS[where])
+            world.say(image, user)
+            wait_until(lambda: idle(world), 6)
+            world.github.faults.clear()
+            wait_until(lambda: idle(world), 6)
+            said = world.wecom.messages_for(user)
+            clear = len(said) == 1 and re.match("[✅❌].*成功 ", said[0])
+            if not clear or wxsync.INTERNAL_ERROR in said[0] or len(said[0]) > 600:
+                wrong.append(f"{where} {name[:20]}: {said}")
+        world.say("nginx:latest", "zoe")
+        wrong += [] if "✅" in hear(world, "zoe", "成功 ") else [f"{where}: the lane is stuck"]
+    return wrong
+
+
+@early
+def test_odd_answers_of_github_give_one_message_each() -> None:
+    """Whatever GitHub says, each request ends in one clear message and the lane goes on."""
+    with ThreadPoolExecutor(2) as pool:
+        wrong = [problem for found in pool.map(odd_answers, CALLS) for problem in found]
+    assert not wrong, "\n".join(wrong)
+
+
+@early
+def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
+    """Among the runs that are watched after SYNC_TIMEOUT one gets an odd answer."""
+    with late("alice:1") as (world, runner):
+        world.say("bob:1", "bob")
+        hear(world, "bob", "⏰")
+        job = b'{"name": "alice:1", "status": "completed", "conclusion": "success", "steps": 5}'
+        world.github.fail("GET /jobs", (200, {}, b'{"jobs": [%s]}' % job), 50)
+        runner.go.set()
+        time.sleep(1)
+        world.github.faults.clear()
+        for user in ("alice", "bob"):
+            hear(world, user, "成功 ")
+
+
+CENTURIES = (
+    {"Retry-After": "9" * 400},
+    {"Retry-After": "99999999"},
+    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "253402300799"},
+    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 400},
+)
+
+
+@in_ci
+@pytest.mark.parametrize("headers", CENTURIES, ids=range(4))
+def test_a_rate_limit_of_centuries_is_not_believed(headers: dict[str, str]) -> None:
+    """GitHub counts by the hour: nothing it says keeps us from asking again after that."""
+    with quick() as world:
+        world.github.fail("GET /contents", (429, headers, b"{}"))
+        for number in range(2):
+            world.say(f"app{number}:1", f"user{number}")
+            text = hear(world, f"user{number}", "成功 ")
+            assert all(int(minutes) <= 61 for minutes in re.findall(r"(\d+) 分钟", text)), text
+            assert wxsync.INTERNAL_ERROR not in text
+
+
+class Garbling(FakeGitHub):
+    """Starts each run, but says it unintelligibly."""
+
+    said = b""
+
+    def handle(self, call: Call) -> Answer:
+        answer = super().handle(call)
+        return Answer(200, self.said) if call.path.endswith("/dispatches") else answer
+
+
+def test_a_run_whose_start_is_said_unintelligibly_is_found() -> None:
+    """A garbled answer is as good as a lost one: the run is looked for, not called a failure."""
+    world = quick()
+    world.github = github = Garbling(runner=PlayedRunner(0.01))
+    with world:
+        for github.said in (b"", b"{}", b"[]", b"<html>", b'{"workflow_run_id": "7"}'):
+            user = f"user{len(github.dispatches)}"
+            world.say("nginx:1", user)
+            assert "✅" in hear(world, user, "成功 "), github.said
+        assert len(github.dispatches) == 5
+
+
+@early
+def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
+    """The clock is set in the middle of a run: its result is told all the same, and only that."""
+    for hours in (-30, 7):
+        with quick(runner := SlowRunner("")) as world:
+            world.say("nginx:1")
+            assert wait_until(lambda: world.github.runs)
+            (world.service.state_dir / "clock").write_text(str(hours * 3600))
+            time.sleep(0.5)
+            runner.go.set()
+            hear(world, "alice", "✅")
+            assert wait_until(lambda: idle(world))
+            assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
+
+
+def hang_once(where: str) -> None:
+    """Let one call hang: after its deadline it is tried again, or the run is looked for."""
+    with quick() as world:
+        world.github.fail(where, "drip" if where.startswith("GET /jobs") else "hang")
+        begun = time.monotonic()
+        world.say("nginx:1")
+        assert "✅" in world.hear("成功 1 / 1", 35), where
+        assert time.monotonic() - begun > 5
+        assert len(world.github.dispatches) == len(world.github.commits) == 1
+
+
+@early
+def test_calls_that_hang_have_a_deadline() -> None:
+    """GitHub never answers one call, or for ever a byte at a time."""
+    calls = [where for where in CALLS if " " in where]
+    with ThreadPoolExecutor(len(calls)) as pool:
+        list(pool.map(hang_once, calls))
+
+
+@early
+def test_health_and_verification_answer_while_everything_hangs() -> None:
+    """GitHub, WeCom and QingStor keep silent; both lanes are busy."""
+    with Depot() as world:
+        world.github.hang = world.wecom.hang = world.store.hang = True
+        world.say("nginx:1")
+        world.say(world.source.add("/a.bin", 1000))
+        assert wait_until(lambda: world.github.calls and world.store.calls)
+        for _ in range(20):
+            asked = time.monotonic()
+            assert world.service.healthy() and "进行中" in world.say("状态")
+            assert world.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
+            assert time.monotonic() - asked < 1
+            time.sleep(0.1)
+
+
+NO_REGISTRY = "127.0.0.1:9"  # nobody listens there
+POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such thing")
+
+# ---------------------------------------------------------------------------------------------
 # Nothing lost: the disk
 # ---------------------------------------------------------------------------------------------
 
@@ -8395,7 +7796,7 @@ def nights(tmp_path: Path) -> Iterator[Callable[[str], Nights]]:
 
         def begin(zone: str) -> Nights:
             made = Nights(github, zone, tmp_path)
-            stack.callback(lambda: made.process.kill())  # noqa: PLW0108 - it may be another by then
+            stack.callback(lambda: made.process.kill())  # which may be another by then
             return made
 
         yield begin
@@ -8996,6 +8397,1155 @@ def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Reading a message
+# ---------------------------------------------------------------------------------------------
+
+# Message ¦ canonical lines, each with its target behind | where that is another text; = is the
+# message itself.
+IMAGES_READ = rows("""
+nginx:latest ¦ =
+docker.io/library/nginx:latest ¦ nginx:latest
+bitnami/redis:7.0 ¦ = | bitnami_redis:7.0
+ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
+localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
+--platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
+--platform=linux/amd64 x/y:1 ¦ = | x_y:1
+--platform=all nginx:1 ¦ = | nginx:1
+--platform=linux/amd64+linux/arm64 nginx:1 ¦ = | nginx:1
+--platform=linux/arm/v7 nginx:1 ¦ = | nginx:1-arm-v7
+nginx@sha256:HEX ¦ = | nginx:sha256-0123456789ab
+nginx:1@sha256:HEX ¦ = | nginx:1
+registry.k8s.io/pause:3.9 => pause:3.9 ¦ = | pause:3.9
+a/b ¦ a/b:latest | a_b:latest
+index.docker.io/library/nginx ¦ nginx:latest
+library/nginx:1 ¦ nginx:1
+docker.io/nginx:1 ¦ nginx:1
+quay.io/library/x:1 ¦ = | quay.io_library_x:1
+10.0.0.1:5000/a:1 ¦ = | 10.0.0.1-5000_a:1
+GHCR.IO/a/b:1 ¦ ghcr.io/a/b:1 | ghcr.io_a_b:1
+a__b/c-d.e:V1_x-2 ¦ = | a__b_c-d.e:V1_x-2
+nginx:HEXHEX ¦ =
+--platform linux/arm64 nginx ¦ --platform=linux/arm64 nginx:latest | nginx:latest-arm64
+nginx:1 --platform=linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+nginx:1   --platform  linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+--platform=LINUX/ARM64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+—platform=linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+--platform=linux/arm64+linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
+--platform=windows/amd64 nginx:1 ¦ = | nginx:1-windows-amd64
+k8s.gcr.io/pause:3.9=>pause ¦ k8s.gcr.io/pause:3.9 => pause | pause:3.9
+--platform=linux/arm64 nginx:1 => mine ¦ = | mine:1-arm64
+--platform=linux/arm64 nginx:1 => mine:2 ¦ = | mine:2
+a/b@sha256:HEX => b ¦ = | b:sha256-0123456789ab
+a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
+ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
+a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
+“nginx:latest” ¦ nginx:latest
+'nginx:1' ¦ nginx:1
+`nginx:1` ¦ nginx:1
+「nginx:1」 ¦ nginx:1
+\u3000nginx:1\u200b\xa0 ¦ nginx:1
+docker pull nginx:1 ¦ nginx:1
+$ sudo docker pull a/b ¦ a/b:latest | a_b:latest
+docker pull --platform linux/arm64 a/b:1 ¦ --platform=linux/arm64 a/b:1 | a_b:1-arm64
+␣␣␣␣image: a/b:1 ¦ a/b:1 | a_b:1
+␣␣- image: "redis:7" ¦ redis:7
+image:1 ¦ =
+nginx,redis ¦ nginx:latest, redis:latest
+nginx，redis、alpine;busybox；perl ¦ ⤶
+nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest
+nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
+a:1\u2028b:1 ¦ a:1, b:1
+nginx:1,,⏎, ¦ nginx:1
+nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
+a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
+image: ghcr.io/immich-app/immich-ml:v2 ¦ ⤶
+ghcr.io/immich-app/immich-ml:v2 | ghcr.io_immich-app_immich-ml:v2
+ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:HEX ¦ = | ⤶
+ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0
+docker.io/valkey/valkey:8 ¦ valkey/valkey:8 | valkey_valkey:8
+docker.io/docker_image_pusher ¦ docker_image_pusher:latest
+docker.io/xhofe:alist ¦ xhofe:alist
+rancher/rancher/shell:v0.6.2 ¦ = | rancher_rancher_shell:v0.6.2
+registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 ¦ = | ⤶
+registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3
+""")
+
+
+def lines_and_targets(message: str) -> list[str]:
+    """Return each image that a message asks for, and nothing else, as IMAGES_READ has them."""
+    reading = wxsync.read_message(message)
+    assert reading.links == ()
+    pairs = [(i.line, i.target(PREFIX).removeprefix(PREFIX + "/")) for i in reading.images]
+    return [line if line == target else f"{line} | {target}" for line, target in pairs]
+
+
+@pytest.mark.parametrize(("message", "wanted"), IMAGES_READ)
+def test_a_message_names_images(message: str, wanted: str) -> None:
+    """What is typed, the canonical lines, the targets; chat, list and job read a line alike."""
+    pairs = re.sub("^=", message, wanted).split(", ")
+    assert lines_and_targets(message) == pairs
+    for pair in pairs:
+        assert lines_and_targets(pair.partition(" | ")[0]) == [pair]
+
+
+# Message ¦ each bad item, with the line that was likely meant behind → where one is offered.
+REFUSED = rows("""
+Nginx:latest ¦ Nginx:latest → nginx:latest
+nginx: latest ¦ nginx: latest → nginx:latest
+$(reboot):1 ¦ $(reboot):1
+--all x:1 ¦ --all x:1
+a:1⏎::set-output ¦ ::set-output
+../x:1 ¦ ../x:1
+acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-action:v0.14.1
+developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
+developer-wlj/windows-moviepilot/tree/v2:latest
+“platform”：“” ¦ platform
+ghcr.io/immich-app/postgres:14-vectorchord0.4.3@sha256:0123… ¦ ghcr.io/immich-app/postgres
+nginx :1 ¦ nginx :1 → nginx:1
+nginx: ¦ nginx: → nginx:latest
+nginx:1。 ¦ nginx:1。 → nginx:1
+/nginx:1/ ¦ /nginx:1/ → nginx:1
+nginx:1 redis:2 ¦ nginx:1 redis:2 → nginx:1, redis:2
+Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
+Library/nginx:1 ¦ Library/nginx:1 → nginx:1
+Bitnami/redis:7 ¦ Bitnami/redis:7 → bitnami/redis:7
+bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
+nginx:1 && reboot ¦ nginx:1 && reboot
+nginx:1|sh ¦ nginx:1|sh
+nginx:`id` ¦ nginx:'id
+nginx:${{ secrets.X }} ¦ nginx:${{ secrets.X }}
+; rm -rf / ¦ rm -rf /
+nginx:1\x00 ¦ nginx:1
+nginx\u202e:1 ¦ nginx
+nginx:1\x1b[2K ¦ nginx:1
+a//b:1 ¦ a//b:1
+a___b:1 ¦ a___b:1
+-a:1 ¦ -a:1
+nginx:1:2 ¦ nginx:1:2
+nginx:-1 ¦ nginx:-1
+ftp://x/y ¦ ftp://x/y
+ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
+nginx:1HEXHEX ¦ nginx:101
+nginx@sha256:0HEX ¦ nginx@sha256:
+nginx@sha256:0123 ¦ nginx@sha256:
+--platform=linux nginx:1 ¦ --platform=linux nginx:1
+--platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
+--platform=$(id) nginx:1 ¦ --platform=$(id) nginx:1
+--platform nginx:1 ¦ --platform nginx:1
+nginx:1 --force ¦ nginx:1 --force
+nginx:1 => a/b ¦ nginx:1 => a/b
+nginx:1 => Mine:1 ¦ nginx:1 => Mine:1 → nginx:1 => mine:1
+nginx:1 => ¦ nginx:1 =>
+nginx:HEX012345678901234567890123456789012345678901234567890123456789 --platform=linux/arm64 ¦ ⤶
+nginx:01
+""")
+REFUSED += [["x/" * count + "y", "x/x/x"] for count in (150, 5000)]
+REFUSED += [[f"a/b@sha256:{HEX.upper()}", f"a/b@sha256: → a/b@sha256:{HEX}"]]
+
+
+def refusal(message: str) -> str:
+    """Return the reply to a message that is refused."""
+    with pytest.raises(wxsync.Failure) as caught:
+        wxsync.read_message(message)
+    return str(caught.value).replace("`", "")
+
+
+@pytest.mark.parametrize(("message", "wanted"), [(row[0], row[1:]) for row in REFUSED])
+def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str]) -> None:
+    """Each bad item by name, with a correction that is accepted in its turn, if there is one."""
+    reply, meant = refusal(message), [item.partition(" → ")[2] for item in wanted]
+    assert lacking([item.partition(" → ")[0] for item in wanted], reply) == []
+    assert re.findall(r"您是不是要：(.*)", reply) == [line for line in meant if line]
+    assert reply.count("• ") == len(wanted) and len(reply.encode()) < 2048
+    assert [c for c in reply if c != "\n" and not c.isprintable()] == []
+    assert all(wxsync.read_message(line).images for line in meant if line)
+
+
+CLASHES = ["a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"]
+
+
+@pytest.mark.parametrize("message", CLASHES)
+def test_two_sources_for_one_target_are_refused(message: str) -> None:
+    """Both lines are named, and how `=>` tells them apart."""
+    assert lacking([*message.split(", "), "=>"], refusal(message)) == []
+
+
+def test_256_images_are_taken_and_257_are_not() -> None:
+    """A matrix holds 256 jobs."""
+    names = [f"x/image-{number}:1" for number in range(257)]
+    assert len(wxsync.read_message("\n".join(names[:256])).images) == 256
+    assert len(wxsync.read_message("\n".join(names[:256] * 2)).images) == 256
+    assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
+
+
+# Command ¦ messages that are read as it.
+COMMANDS = rows("""
+status ¦ 状态 ¦ ␣STATUS␣
+list ¦ 列表 ¦ list
+help ¦ 帮助 ¦ help ¦ ¦ ␣⏎， ¦ 你好，在吗 ¦ hello world ¦ 镜像同步 Issue 模板 ¦ docker.cn
+help ¦ dev.aliyun.com
+help ¦ nginx ¦ flask ¦ immich ¦ jingxiang
+""")
+
+
+def test_commands_and_nonsense() -> None:
+    """What names no image is a command, or gets the help; a bare word is asked back."""
+    for command, *messages in COMMANDS:
+        for message in messages:
+            reading = wxsync.read_message(message)
+            assert (reading.command, reading.images, reading.links) == (command, (), ()), message
+    for word in COMMANDS[-1][1:]:
+        note = f"如需同步镜像 {word}，请发送 {word}:latest"
+        assert note in wxsync.read_message(word).note
+
+
+# Message ¦ how many images it names ¦ a part of the note
+LINKS_READ = rows("""
+https://e.com/a.pdf ¦ 0 ¦
+HTTP://e.com/a,b;c.pdf ¦ 0 ¦
+https://e.com/a⏎https://e.com/b ¦ 0 ¦
+https://e.com/a⏎nginx:1, redis ¦ 2 ¦
+https://e.com/a⏎nginx ¦ 0 ¦ nginx
+Https://cr.console.aliyun.com ¦ 0 ¦
+https://registry.aliyuncs.com ¦ 0 ¦
+https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0 ¦
+""")
+BAD_LINKS = r"""https:// http:///x https://user:password@e.com/x https://e.com\@127.0.0.1/x
+https://e.com:99999/x"""
+HUB_PAGES = {"_/nginx": "nginx", "r/xhofe/alist": "xhofe/alist", "r/a/b/tags?page=2": "a/b"}
+
+
+def test_links() -> None:
+    """Each link stands in a line of its own; a bad one stops the message, good images or not."""
+    for message, images, note in LINKS_READ:
+        reading = wxsync.read_message(message)
+        links = tuple(line for line in message.split("\n") if "://" in line)
+        assert (reading.links, len(reading.images)) == (links, int(images)), message
+        assert reading.command == "" and note in reading.note
+    for link in (*BAD_LINKS.split(), "https://e.com/a nginx:1"):
+        assert "❌" in refusal(f"nginx:1\n{link}")
+    for page, image in HUB_PAGES.items():  # who sends one wants the image, not a file
+        assert f"{image}:latest" in refusal(f"https://hub.docker.com/{page}")
+
+
+PIECES_OF_LINES = unfold(
+    "nginx library Library a B 7 docker.io Docker.io ghcr.io localhost / / : : @ . _ __ - -- + => "
+    "--platform= linux/arm64 linux/amd64 all sha256: HEX latest ５ ： ／ “ $( ` \x00 é 😀 https://"
+).split(" ")
+PIECES_OF_LINES += [" ", ",", "\n", " => ", "--platform ", "image: ", "docker pull ", "\u2028"]
+CANONICAL = re.compile(
+    r"(--platform=[a-z0-9/_.+]+ )?[A-Za-z0-9._/:@-]+( => [a-z0-9._-]+(:[A-Za-z0-9_.-]+)?)?"
+)
+
+
+def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
+    """Random messages: nothing outside a small alphabet gets through, lines stay as they are."""
+    chance, accepted = random.Random(20261124), 0
+    for _ in range(6000):
+        message = "".join(chance.choices(PIECES_OF_LINES, k=chance.randint(1, 9)))
+        try:
+            images = wxsync.read_message(message).images
+        except wxsync.Failure:
+            continue
+        for image in images:
+            accepted += 1
+            target = image.target("").strip("/")
+            assert CANONICAL.fullmatch(image.line), message
+            assert wxsync.read_image(image.line) == image, message
+            assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", target), message
+    assert accepted > 100
+
+
+# ---------------------------------------------------------------------------------------------
+# Pastes
+# ---------------------------------------------------------------------------------------------
+
+# Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
+# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
+# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
+# may start. ⏎ is a new line, a line that ends in ⤶ goes on in the next; HEX is 64 digits.
+PASTES_FOUND = r"""
+=== compose, repository
+services:
+  immich-server:
+    image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
+    # extends:
+    #   service: cpu # set to one of [nvenc, quicksync, rkmpp] for accelerated transcoding
+    volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
+  redis:
+    image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
+    healthcheck:
+      test: redis-cli ping || exit 1
+→ valkey/valkey:8-bookworm@sha256:HEX
+✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
+=== compose, repository
+  send:
+    image: registry.gitlab.com/timvisee/send:latest # official image
+    #image: l4rm4nd/send:latest # image of a fork with darkmode only
+  passbolt:
+    image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
+  #jellyfin:
+  #  image: linuxserver/jellyfin:latest
+→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
+=== compose, repository
+version: '3.8'
+services:
+  obsidian:
+    image: 'ghcr.io/sytone/obsidian-remote:latest'
+    platform: linux/arm64
+    ports: ["8080:8080", "8443:8443"]
+  server:
+    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
+→ ghcr.io/sytone/obsidian-remote:latest
+✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
+=== compose in one line, page
+services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
+→ nginx:1.25-alpine, redis:7
+=== compose with an anchor, repository
+x-default: &default-image registry.example.com/team/app:2.1
+services:
+  api: {image: *default-image, command: api}
+  worker:
+    image: &worker ghcr.io/acme/worker:1.4
+  beat:
+    image: *worker
+→ ghcr.io/acme/worker:1.4
+=== compose, chat
+麻烦同步一下这几个，服务器上拉不动
+
+services：
+  db：
+    image：mysql:8.0.27
+    command：'--default-authentication-plugin=mysql_native_password'
+  wordpress：
+    image：“wordpress:latest”
+谢谢！
+→ mysql:8.0.27, wordpress:latest
+=== compose, a code block quoted in a thread
+我的配置是这样的：
+> ```yaml
+> services:
+>   frigate:
+>     image: 'ghcr.io/blakeblackshear/frigate:stable'
+>     volumes: ['/etc/localtime:/etc/localtime:ro']
+> ```
+On Feb 28, 2026 at 7:03 PM, someone wrote:
+→ ghcr.io/blakeblackshear/frigate:stable
+=== compose, change in a pull request
+diff --git a/docker-compose.yml b/docker-compose.yml
+@@ -10,7 +10,7 @@ services:
+   pgadmin:
+-    image: dpage/pgadmin4:8.5
++    image: dpage/pgadmin4:8.6
+→ dpage/pgadmin4:8.6
+=== GitLab CI, repository
+image: docker:24.0.5
+services:
+  - docker:24.0.5-dind
+build:
+  image:
+    name: gcr.io/kaniko-project/executor:v1.23.2-debug
+    entrypoint: [""]
+test:
+  image: "python:3.11-slim"
+  script: [pip install -r requirements.txt, pytest]
+→ docker:24.0.5, python:3.11-slim
+=== GitHub Actions, repository
+    runs-on: ubuntu-latest
+    container:
+      image: node:20-bookworm
+    services:
+      postgres:
+        image: postgres:16
+    steps:
+      - uses: actions/checkout@v4
+→ node:20-bookworm, postgres:16
+=== Ansible, repository
+  community.docker.docker_container:
+    name: app
+    image: "{{ app_image }}:{{ app_tag }}"
+✗ {{ app_image }}:{{ app_tag }}
+=== Kubernetes, repository
+kind: Service
+spec:
+  ports:
+  - port: 6379
+---
+kind: Deployment
+spec:
+      containers:
+      - name: master
+        image: registry.k8s.io/redis:e2e  # or just image: redis
+        imagePullPolicy: IfNotPresent
+---
+      - image: gcr.io/google_samples/gb-redisslave:v1
+        name: slave
+→ registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
+=== Kubernetes, repository
+kind: CronJob
+spec:
+  schedule: "*/5 * * * *"
+  jobTemplate:
+          initContainers:
+          - name: init
+            image: cockroachdb/cockroach-k8s-init:0.2
+            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
+          containers:
+          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
+→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
+=== Kubernetes, repository
+        - name: cert-manager-controller
+          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+          args:
+          - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
+          env:
+          - name: RELATED_IMAGE
+            value: quay.io/jetstack/cert-manager-webhook:v1.14.4
+→ quay.io/jetstack/cert-manager-controller:v1.14.4
+=== Kubernetes, repository
+          image: >-
+            image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
+→ image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
+=== Kubernetes as JSON in one line, page
+{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
+"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
+"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
+→ nginx:1.27, quay.io/prometheus/busybox:latest
+=== kubectl get pod -o yaml, page
+    kubectl.kubernetes.io/last-applied-configuration: |
+      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
+spec:
+  containers:
+  - image: nginx:1.14.2
+    imagePullPolicy: IfNotPresent
+status:
+  containerStatuses:
+  - containerID: containerd://HEX
+    image: docker.io/library/nginx:1.14.2
+    imageID: docker.io/library/nginx@sha256:HEX
+  - image: sha256:HEX
+    imageID: docker-pullable://mysql@sha256:HEX
+→ nginx:1.14.2
+=== kubectl get pod -o yaml, thread
+  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
+    imageID: ""
+        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
+redacted/redacted:": couldn''t parse image reference'
+✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
+=== ECS task, page
+{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
+  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
+  "networkMode": "awsvpc" }
+→ public.ecr.aws/docker/library/httpd:latest
+=== devcontainer.json, repository
+{
+	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
+	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
+	"features": {"ghcr.io/devcontainers/features/node:1": {}},
+}
+→ mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
+=== docker inspect, page
+        "Id": "HEX",
+        "Image": "sha256:HEX",
+        "Config": {
+            "Hostname": "6b0f2c3d4e5f",
+            "Image": "portainer/portainer-ce:2.20.3",
+            "WorkingDir": "/"
+→ portainer/portainer-ce:2.20.3
+=== helm template, repository
+# Source: redis/templates/master/application.yaml
+        - name: redis
+          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
+          imagePullPolicy: "IfNotPresent"
+---
+# Source: node-exporter/templates/daemonset.yaml
+          image: "quay.io/prometheus/node-exporter:v1.8.1"
+          args: [--path.procfs=/host/proc]
+→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
+=== chart template, repository
+        - name: {{ .Chart.Name }}
+        image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+      initContainers:
+        - name: tokengen
+          image: bitnami/kubectl
+→ bitnami/kubectl:latest
+✗ {{ .Values.image.repository }}
+=== values.yaml, repository
+kubeRBACProxy:
+  image:
+    registry: quay.io
+    repository: brancz/kube-rbac-proxy
+    tag: v0.22.1
+    sha: ""
+✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
+=== values.yaml, repository
+image:
+  repository: ghcr.io/jukie/k8s-pull-secret-injector
+  pullPolicy: IfNotPresent
+  # Overrides the image tag whose default is the chart appVersion.
+  tag: "v1.0.0"
+logstash:
+  image: grafana/logstash-output-loki
+→ grafana/logstash-output-loki:latest
+✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
+=== values.yaml, repository
+image:
+  registry: registry.k8s.io
+  repository: kube-state-metrics/kube-state-metrics
+  # If unset use v + .Charts.appVersion
+  tag: ""
+=== values.yaml, repository
+image: "docker.elastic.co/elasticsearch/elasticsearch"
+imageTag: "8.5.1"
+imagePullPolicy: "IfNotPresent"
+✎ docker.elastic.co/elasticsearch/elasticsearch:8.5.1
+=== values as JSON, page
+{"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "Always"}, "nodeSelector": {}}
+✎ nginx:1.16.0
+=== Dockerfile, repository
+ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
+FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
+RUN apt-get update && apt-get install --no-install-recommends -y git
+FROM $BASE_IMAGE AS argocd-base
+LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
+FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
+COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
+FROM argocd-base
+COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
+→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
+✗ $BASE_IMAGE
+=== Dockerfile, repository
+# syntax=docker/dockerfile:1.4
+FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
+FROM builder as dev-envs
+RUN <<EOF
+apk add git bash
+EOF
+# install Docker tools (cli, buildx, compose)
+COPY --from=gloursdocker/docker / /
+→ python:3.10-alpine
+=== Dockerfile, repository
+FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
+FROM scratch
+COPY --from=builder /src/app /app
+→ rust:1.97.1@sha256:HEX
+=== Dockerfile, page
+ARG GO_VERSION=1.22
+FROM golang:${GO_VERSION}-alpine AS build
+FROM ${BASE:-alpine}
+COPY --from=build /out /out
+✗ golang:${GO_VERSION}-alpine, ${BASE
+=== Dockerfile, page
+# escape=`
+FROM mcr.microsoft.com/windows/servercore:ltsc2022
+SHELL ["powershell", "-Command"]
+COPY setup.exe C:\
+→ mcr.microsoft.com/windows/servercore:ltsc2022
+=== Dockerfile, repository
+from node:lts-buster-slim as development
+run npm ci
+from development as dev-envs
+FROM --platform=linux/arm64 nginx:1.13-alpine
+→ node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
+=== Dockerfile, repository
+#FROM debian:bookworm-slim
+FROM r.j3ss.co/osquery AS osquery
+FROM ubuntu
+LABEL maintainer "Somebody <somebody@example.com>"
+COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
+→ r.j3ss.co/osquery:latest, ubuntu:latest
+=== Dockerfile, one line in chat
+FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
+=== kubelet through a translator, thread
+Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
+pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
+✗ registry. k8s. io/pause: 3.6
+=== kubelet, thread
+    Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
+"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
+"https://harbor.example.com/release/name:1.1.0": invalid reference format
+✗ https://harbor.example.com/release/name:1.1.0
+=== kubelet, thread
+I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
+"kubernetes/pause:latest": ""
+I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
+kubernetes/pause:latest
+→ kubernetes/pause:latest
+=== containerd, thread
+level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
+Labels:map[string]string{io.cri-containerd.image: managed,},}"
+level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
+\"sha256:HEX\""
+→ registry.example.com/k8s/pause:3.2
+=== kubeadm init, thread
+me to error execution phase preflight: [preflight] Some fatal errors occurred:
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
+10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
+error: code = Unknown desc = failed to pull and unpack image ⤶
+\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
+kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
+, error: exit status 1
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
+→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
+=== kubeadm init, thread
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
+	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
+→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
+=== docker, thread
+dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
+/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
+→ mariadb:10.1
+=== docker, thread
+在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
+no matching manifest for linux/arm64/v8 in the manifest list entries
+=== docker, thread
+$ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
+docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
+manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
+%3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
+→ hello-world:latest
+=== docker compose, thread
+➜ docker compose up⏎[+] Running 1/1
+ ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
+Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
+→ wgportal/wg-portal:v2
+=== docker build, thread
+failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
+rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
+ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
+→ python:3.6
+=== podman, thread
+Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
+Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
+kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
+→ ghcr.io/podman-desktop/kubernetes-dashboard:latest
+=== GitLab runner, thread
+Using Docker executor with image deployphp/deployer:7 ...
+WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
+for deployphp/deployer, repository does not exist or may require 'docker login'
+ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
+→ deployphp/deployer:7
+=== docker, thread
+Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
+require 'docker login': denied: requested access to the resource is denied
+→ xiaoya-tvbox:latest
+=== shell, thread
+run "docker pull --platform linux/x86_64 mysql:5.7" firstly
+→ --platform=linux/x86_64 mysql:5.7
+=== shell, repository
+ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
+ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
+ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
+→ eclipse-temurin:17
+=== shell, thread
+> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
+mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
+→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+=== shell, thread
+sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
+✗ amd64
+=== shell, repository
+docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
+docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
+✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
+=== shell, repository
+list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"⏎for i in $list⏎do
+	docker pull kalid/$i⏎	docker tag kalid/$i k8s.gcr.io/$i⏎done
+✗ kalid/$i
+=== shell, repository
+docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
+    docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
+    docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
+docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
+→ k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
+=== shell, page
+k3s crictl pull rancher/mirrored-pause:3.6
+crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
+registry.example.com/team/api:2.0
+podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
+git pull origin main && helm pull bitnami/redis --version 19.0.1
+→ rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
+=== shell, page
+`crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
+docker pull [OPTIONS] NAME[:TAG|@DIGEST]
+✗ {{image:tag}}
+=== shell, quoted in chat
+「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
+这个一直拉不下来，帮忙弄一下
+→ ghcr.io/open-webui/open-webui:main
+=== shell on Windows, thread
+C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
+Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
+PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
+→ xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
+=== docker run, page
+docker run -d \⏎  --name open-webui -p 3000:8080 \
+  --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
+  --restart always \⏎  ghcr.io/open-webui/open-webui:main
+✎ ghcr.io/open-webui/open-webui:main
+=== docker run, page
+$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
+✎ alpine@sha256:HEX
+=== docker images, thread
+ REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
+docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
+<none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
+postgres                      13        faa0ddfa0c0f   8 days ago       371MB
+thanks for looking
+→ docker_inventree-dev-server:latest, postgres:13
+=== docker images --digests, thread
+REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
+alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
+redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
+→ redis:7.2
+=== docker images since version 29, thread
+                                                                     i Info →   U  In Use
+IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
+moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
+<untagged>                      09538a1f51d3       20.6kB         4.21kB
+→ moby/buildkit:buildx-stable-1
+=== docker image ls that lost its columns, page
+REPOSITORY TAG IMAGE ID CREATED SIZE
+quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
+→ quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
+=== crictl images, thread
+IMAGE                                     TAG                 IMAGE ID            SIZE
+busybox                                   latest              8c811b4aec35f       1.15MB
+docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
+→ busybox:latest
+=== crictl images, chat
+帮忙把这些同步到我们仓库：
+$ sudo crictl images
+WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
+IMAGE                                TAG       IMAGE ID       SIZE
+registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
+registry.k8s.io/pause                3.9       e6f1816883972  322kB
+→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
+=== docker-compose images, thread
+    Container           Repository       Tag       Image Id       Size
+------------------------------------------------------------------------
+example_backend_1    nginx              latest   35c43ace9216   133.1 MB
+example_backend_2    nginx              latest   35c43ace9216   133.1 MB
+→ nginx:latest
+=== docker compose images, thread
+$ docker compose images
+CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
+truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
+→ ghcr.io/truc/hello:2.0
+=== kubeadm config images list, thread
+[root@master ~]# kubeadm config images list
+W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
+internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
+W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
+k8s.gcr.io/kube-apiserver:v1.16.1
+k8s.gcr.io/etcd:3.3.15-0
+→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
+=== kubeadm config images list, chat
+I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
+registry.k8s.io/kube-proxy:v1.29.3
+registry.k8s.io/coredns/coredns:v1.11.1
+→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
+=== kubeadm config images list through a translator, thread
+master0@master0 :~$kubeadm config images list
+Registry. k8s. io/kube apiserver: v1.27.3
+Registry. k8s. io/pause: 3.9
+=== kubectl describe pod, thread
+Node:                 node1/10.3.147.253
+Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
+    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
+      /opt/cni/bin/calico-ipam⏎  calico-node:⏎    Image:          calico/node:v3.10.3
+    Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
+→ calico/cni:v3.10.3, calico/node:v3.10.3
+=== kubectl describe pod, thread
+Events:⏎  Type     Reason     Age    From               Message
+  ----     ------     ----   ----               -------
+  Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
+  Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
+  Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
+→ anjia0532/echoserver:1.4, busybox:1.36
+=== kubectl -o jsonpath, page
+nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
+✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
+=== kubectl -o jsonpath | sort | uniq -c, page
+      3 registry.k8s.io/coredns/coredns:v1.10.1
+      1 registry.k8s.io/etcd:3.5.9-0
+✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
+"""
+
+# Texts with nothing to start, found in the same places, ⏎ is a new line.
+NOTHING_FOUND = r"""
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
+ (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
+ toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
+docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
+ canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
+Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
+ net/http: TLS handshake timeout
+error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
+registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
+ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
+ code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
+[+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
+docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
+ harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
+1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
+NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
+NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
+    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
+  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
+resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
+{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
+github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎⤶
+"dependencies": {"tag": "1.0"}⏎}
+{"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
+{"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
+---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
+properties:⏎  image:⏎    type: string⏎    format: binary
+server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
+    root /usr/share/nginx/html;⏎}
+Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
+ do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
+2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
+ [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
+SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
+select * from nginx_log⏎from orders⏎group by day;
+From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
+from redis import Redis⏎from flask import Flask, request⏎import os
+requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
+module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
+steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
+npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
+Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
+git@github.com:docker/compose.git
+git clone -b main https://github.com/docker/compose.git && git pull origin main
+127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
+DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
+*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
+drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，⤶
+CPU/内存
+You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
+ manifest⏎for the release is not found. Images and pulls are free; see image 3.
+## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
+image: 这个字段是什么意思
+FROM users
+docker pull failed
+docker pull 一直失败，怎么办？用的 --platform linux/amd64
+ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
+message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
+namespaceMetadata: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
+TCP/IP, CI/CD
+《k8s/docker 入门》今晚 8:00 直播
+"""
+
+# Talk, ¦ between messages: help.
+TALK_HEARD = r"""
+14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00
+2026-11-24 10:30 ¦ 12:30, 13:30
+3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
+192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
+key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
+hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
+在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢
+From now on ¦ From China with love
+docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
+docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
+docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
+注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
+"""
+
+# What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
+SUGGESTED = rows("""
+please sync nginx:1.25 ¦ nginx:1.25
+麻烦同步一下 nginx:1.25 ¦ nginx:1.25
+麻烦同步一下：nginx:1.25 ¦ nginx:1.25
+麻烦同步一下⏎nginx:1.25⏎redis:7 ¦
+帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ nginx:1.25, bitnami/redis:7.0
+docker run nginx:1 ¦ nginx:1
+docker run -d -p 80:80 --name web nginx ¦ nginx:latest
+podman run --rm -it quay.io/podman/hello ¦ quay.io/podman/hello:latest
+nginx:1 redis:2 ¦ nginx:1, redis:2
+2 registry.k8s.io/pause:3.9 ¦ registry.k8s.io/pause:3.9
+同步 24/7 的 nginx:1.25 ¦ nginx:1.25
+14:30 前同步 nginx:1.25 ¦ nginx:1.25
+please sync bitnami/redis to ours ¦ bitnami/redis:latest
+k8s.gcr.io/pause:3.5systemctl restart docker ¦
+registry.k8s.io//nriver/trilium-cn ¦
+""")
+
+# Two or more bare words ¦ canonical lines ¦ lines that are offered.
+BARE_WORDS = rows("""
+nginx, redis ¦ nginx:latest, redis:latest ¦
+nginx⏎myapp ¦ nginx:latest, myapp:latest ¦
+postgres、openresty；mysql ¦ postgres:latest, openresty:latest, mysql:latest ¦
+immich, alist ¦ ¦ immich:latest, alist:latest
+myapp⏎myworker⏎mydb ¦ ¦ myapp:latest, myworker:latest, mydb:latest
+hello world, nginx ¦ ¦
+Nginx, Redis ¦ ¦
+""")
+
+LINKS_IN_SENTENCES = rows("""
+请下载 https://example.com/a.pdf 谢谢 ¦ see https://example.com/a.pdf
+文件：https://example.com/a.pdf ¦ git clone https://github.com/docker/compose.git
+""")
+
+
+class Paste(NamedTuple):
+    """A text and what must come of it."""
+
+    kind: str
+    text: str
+    images: list[str]  # canonical lines
+    named: list[str]  # pieces of what is named, not done
+    offered: list[str]  # lines that are offered
+
+
+def read_pastes(found: str) -> list[Paste]:
+    """Take PASTES_FOUND apart."""
+    pastes = []
+    for block in unfold(found).replace("⏎", "\n").removeprefix("=== ").split("\n=== "):
+        kind, *lines = block.split("\n")
+        wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
+        while lines[-1][:1] in wanted:
+            mark, _, values = lines.pop().partition(" ")
+            wanted[mark] = values.split(", ")
+        pastes.append(Paste(kind, "\n".join(lines), *wanted.values()))
+    return pastes
+
+
+PASTES = read_pastes(PASTES_FOUND)
+NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
+
+
+def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
+    """Return the canonical lines and the links that a message starts, and what is said beside."""
+    try:
+        reading = wxsync.read_message(message)
+    except wxsync.Failure as failure:
+        return [], (), str(failure)
+    assert not (reading.command and (reading.images or reading.links))
+    return [image.line for image in reading.images], reading.links, reading.note
+
+
+def starts_nothing(message: str) -> str:
+    """Return what is said to a message that starts nothing."""
+    images, links, said = heard(message)
+    assert (images, links) == ([], ()), message
+    return said
+
+
+def curly(text: str) -> str:
+    """Return text with the quotes that phones and Word make."""
+    for straight, pair in (('"', "“”"), ("'", "‘’")):
+        pieces = text.split(straight)
+        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
+    return text
+
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "none": str,
+    "Windows": lambda text: text.replace("\n", "\r\n"),
+    "colons of phones": lambda text: text.replace(":", "："),
+    "curly quotes": curly,
+    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
+    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
+    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
+    "empty lines between": lambda text: text.replace("\n", "\n\n"),
+    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
+    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
+}
+
+
+@pytest.mark.parametrize("paste", PASTES, ids=lambda paste: paste.kind)
+def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
+    """What is marked and not plain is named with 没有处理, what is likely meant is offered."""
+    images, links, said = heard(paste.text)
+    assert (sorted(images), links) == (sorted(paste.images), ())
+    assert lacking(paste.named + paste.offered, said) == []
+    assert "没有处理" in said or not (images and paste.named)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
+    """97 % of the marked images are found, none is wrong, no link, and nothing where no mark is."""
+    wanted, missed, wrong = 0, [], []
+    for paste in PASTES:
+        images, links, _ = heard(DAMAGES[damage](paste.text))
+        wanted += len(paste.images)
+        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
+        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
+        wrong += links
+    wrong += [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])]
+    share = 100 * (wanted - len(missed)) / wanted
+    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
+    assert wrong == [] and share >= 97
+
+
+def test_talk_gets_help() -> None:
+    """Neither a refusal nor the offer to sync a word of talk."""
+    for message in itertools.chain.from_iterable(rows(TALK_HEARD)):
+        reading = wxsync.read_message(message)
+        assert (reading.command, reading.images, reading.links) == ("help", (), ()), message
+        assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
+
+
+@pytest.mark.parametrize(("message", "lines"), SUGGESTED)
+def test_only_what_looks_like_an_image_is_offered(message: str, lines: str) -> None:
+    """What is offered can be sent as it is, and does no harm then."""
+    said, offered = starts_nothing(message), lines.split(", ") if lines else []
+    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
+    assert lacking(offered, said) == [] and lacking(words, said) == list(words)
+    assert not offered or heard(lines)[0] == offered
+
+
+@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
+def test_bare_words_are_images_beside_a_well_known_one(
+    message: str, images: str, offered: str
+) -> None:
+    """Other plain names are asked back with the line to send."""
+    found, links, said = heard(message)
+    assert (", ".join(found), links) == (images, ()) and lacking(offered.split(", "), said) == []
+
+
+def test_a_link_in_a_sentence_is_told_as_such() -> None:
+    """Nothing is fetched, and the person hears why."""
+    for message in itertools.chain.from_iterable(LINKS_IN_SENTENCES):
+        assert "独占一行" in starts_nothing(message)
+
+
+def test_a_plain_list_stays_all_or_nothing() -> None:
+    """`docker pull` and `image:` in a list do not make a paste of it."""
+    lines = ["nginx:1", "redis:7", "alpine:latest"]
+    assert heard("docker pull nginx:1\nimage: redis:7\nalpine")[0] == lines
+    assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
+
+
+def test_limits_and_clashes_hold_for_pastes() -> None:
+    """256 images, one source for a target."""
+    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
+    assert len(heard("\n".join(services[:257]))[0]) == 256
+    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
+    assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
+
+
+def test_passwords_in_commands_are_not_said_again() -> None:
+    """Only what is marked is quoted."""
+    said = heard("ctr images pull -u me:hunter2 $IMAGE\npodman pull --creds=me:hunter2 a/$B")[2]
+    assert "hunter2" not in said and "$IMAGE" in said and "a/$B" in said
+
+
+HOSTILE_PIECES = [
+    *("docker -a ", "docker pull -x ", "docker pull ", "run -e ", "image: ", '"image": "', '\\"'),
+    *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
+    *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
+    *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
+]
+
+
+@pytest.mark.parametrize("piece", HOSTILE_PIECES)
+def test_hostile_pastes_are_read_quickly(piece: str) -> None:
+    """256 KiB of anything, as long as a sent text file may be, take less than two seconds."""
+    for text in (piece * (2**18 // len(piece.encode())), f"image: nginx:1\n{piece * 9000}"):
+        began = time.process_time()
+        heard(text)
+        assert time.process_time() - began < 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Links, status, several at once
+# ---------------------------------------------------------------------------------------------
+
+
+def test_signed_links() -> None:
+    """A signed link opens a private object until it expires, and only unchanged."""
+    with Depot(QINGSTOR_LINK_SECONDS="600") as depot:
+        link = depot.source.add("/签名.txt", body="你好".encode())
+        found = read_result(depot.relay(link))["link"]
+        assert http_request("GET", found).body == "你好".encode()
+        for changed in (found.replace("expires=1", "expires=2"), found.partition("?")[0]):
+            assert http_request("GET", changed).status == 401
+        for later, status in ((595, 200), (605, 403)):
+            depot.store.clock = lambda later=later: time.time() + later  # type: ignore[misc]
+            assert http_request("GET", found).status == status
+
+
+def test_plain_links(depot: Depot) -> None:
+    """A plain link opens an object of a bucket that everybody may read."""
+    found = read_result(depot.relay(depot.source.add("/plain.txt", body=b"open")))["link"]
+    depot.store.public = True
+    got = http_request("GET", found)
+    depot.store.public = False
+    assert (got.status, got.body) == (200, b"open") and http_request("GET", found).status == 401
+
+
+LINK_FORMS = {
+    "0": r"https://tmp\.pek3a\.qingstor\.com/[0-9a-f-]{36}\.pdf",
+    "60": r"https://pek3a\.qingstor\.com/tmp/[0-9a-f-]{36}\.pdf\?.*expires=\d+.*",
+}
+
+
+@pytest.mark.parametrize("seconds", LINK_FORMS)
+def test_form_of_links(seconds: str) -> None:
+    """At QingStor itself, the bucket and the zone stand before the host."""
+    settings = load(QINGSTOR_LINK_SECONDS=seconds)
+    log = wxsync.Log("ERROR", [], sys.stderr)
+    store = wxsync.QingStor(settings, network(settings), log, time.sleep)
+    assert re.fullmatch(LINK_FORMS[seconds], store.link(wxsync.make_key("a.pdf"), time.time()))
+
+
+def test_status_shows_how_far(depot: Depot) -> None:
+    """状态 tells bytes, percentage and speed while a file is on its way."""
+    user = depot.begin(depot.source.add("/watched.bin", 20_000_000, rate=20_000_000.0), 3)
+    time.sleep(0.05)
+    text = depot.say("状态", depot.user())
+    found = re.search(r"文件：进行中.*\n　▓+░* (\d+)%，([\d.]+) / 20\.0 MB，([\d.]+) MB/s", text)
+    assert found and 40 <= int(found[1]) <= 100 and float(found[2]) >= 8, text
+    check_object(depot, "/watched.bin", depot.answer(user))
+    assert "文件：空闲" in depot.say("状态", depot.user())
+
+
+def test_a_message_may_hold_20_links(depot: Depot) -> None:
+    """All of them are answered in order, a bad one harms no other, equal ones are one; with one
+    more nothing is begun, and the reply names the limit."""
+    links = [depot.source.add(f"/row-{n}.bin", 1000 + n) for n in range(21)]
+    reply = depot.say("\n".join(links), depot.user())
+    assert reply.startswith("❌") and "20 个链接" in reply
+    links[1] = f"{depot.source.url}/no-such-file"
+    user = depot.ask("\n".join([*links[:20], links[0]]))
+    texts = depot.answers(user, 20)
+    assert links[1] in texts[1] and "404" in texts.pop(1)
+    sizes = [int(read_result(text)["size"]) for text in texts]
+    assert sizes == [1000, *range(1002, 1020)]
+    assert (depot.source.hits["/row-0.bin"], depot.source.hits["/row-20.bin"]) == (1, 0)
+
+
+def test_files_run_beside_images() -> None:
+    """Files have a queue of their own, in which one waits for the other."""
+    with Depot(SlowRunner(""), QUEUE_SIZE="1") as depot:
+        slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
+        quick = depot.source.add("/quick.bin", 1000)
+        both, second = depot.ask(f"nginx:latest\n{slow}"), depot.user()
+        assert wait_until(lambda: depot.source.hits["/slow.bin"])
+        assert "已排队，前面还有 1 个" in depot.say(quick, second)
+        assert "请稍后再试" in depot.say(quick, depot.user())
+        check_object(depot, "/slow.bin", depot.answer(both))
+        check_object(depot, "/quick.bin", depot.answer(second))
+        assert len(depot.wecom.messages_for(both)) == 1
+        depot.open()
+        assert "成功 1 / 1" in depot.answers(both, 2)[1]
+
+
+# ---------------------------------------------------------------------------------------------
 # What is said, and to whom
 # ---------------------------------------------------------------------------------------------
 
@@ -9134,495 +9684,663 @@ def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# The robot's gateway
+# Stories: what is typed, what happens, what is heard
 # ---------------------------------------------------------------------------------------------
 
-TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
-Mood = str | int | float | None  # see FakeGateway.unkind
+
+def test_one_image(talk: Talk) -> None:
+    """Confirmed at once with its target; one commit, one run, then a line ready to copy."""
+    assert talk.say("docker.io/library/story-one") == (
+        "🔄 正在处理镜像同步请求...\n共 1 个镜像：\n"
+        f"1. story-one:latest → {PREFIX}/story-one:latest"
+    )
+    result = talk.hear("成功 ").splitlines()
+    assert "✅" in result[0] and "成功 1 / 1" in result[0]
+    assert f"docker pull {PREFIX}/story-one:latest" in result
+    (run,) = talk.calls("POST dispatches")
+    assert run.json()["ref"] == "main" and run.json()["return_run_details"] is True
+    (inputs,) = talk.inputs
+    assert inputs["images"] == '["story-one:latest"]' and inputs["target"] == PREFIX
+    assert any(f"/actions/runs/{talk.github.runs[-1].id}" in line for line in result)
+    assert talk.commits == ["wxsync: story-one:latest [skip ci]"]
+    assert talk.github.files["images.txt"].endswith(b"story-one:latest\n")
+    assert talk.messages == ["\n".join(result)]
 
 
-class Broken(Exception):
-    """A client broke RFC 6455; str() says how."""
-
-
-class Line:
-    """One WebSocket connection at the server's end."""
-
-    LIMIT = 1 << 20
-
-    def __init__(self, handler: PeerHandler) -> None:
-        self.handler, self.guard = handler, threading.Lock()
-        self.pongs: list[bytes] = []
-
-    def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
-        """Send one frame; opcode -1 sends bare bytes."""
-        size = len(data)
-        kind, form = (size, "") if size < 126 else (126, "H") if size <= 0xFFFF else (127, "Q")
-        start = struct.pack(f">BB{form}", opcode & 15 | fin << 7, kind, *[size] * len(form))
-        with self.guard:
-            self.handler.connection.sendall(start * (opcode >= 0) + data)
-
-    def tell(self, value: object) -> None:
-        """Send JSON to a client that may be gone."""
-        with suppress(OSError):
-            self.write(TEXT, json.dumps(value).encode())
-
-    def cut(self) -> None:
-        with suppress(OSError):  # it may be gone already
-            self.handler.connection.shutdown(socket.SHUT_RDWR)
-
-    def _exactly(self, size: int) -> bytes:
-        if len(data := self.handler.rfile.read(size)) < size:
-            raise ConnectionResetError
-        return bytes(data)
-
-    def _frame(self) -> tuple[int, bool, bytes]:
-        """Read one frame; raise Broken for whatever a client may not send."""
-        first, second = self._exactly(2)
-        opcode, fin, size, least = first & 15, first >= 128, second & 127, 0
-        if size > 125:
-            least, count = (126, 2) if size == 126 else (1 << 16, 8)
-            size = int.from_bytes(self._exactly(count), "big")
-        wrong = {
-            "a frame that is not masked": second < 128,
-            "reserved bits": first & 0x70,
-            f"opcode {opcode}": opcode not in (0, TEXT, BINARY, CLOSE, PING, PONG),
-            "a long or fragmented control frame": opcode >= 8 and (size > 125 or not fin),
-            f"a length of {size}": size < least or size > self.LIMIT,
-        }
-        if found := [what for what, is_so in wrong.items() if is_so]:
-            raise Broken(found[0])
-        mask = self._exactly(4)
-        key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
-        data = int.from_bytes(self._exactly(size), "big") ^ key
-        return opcode, fin, data.to_bytes(size, "big")
-
-    def read(self) -> str | None:
-        """Return the next message, None after a close frame; pings are answered on the way."""
-        whole, begun = b"", False
-        while True:
-            opcode, fin, data = self._frame()
-            if opcode == CLOSE:
-                return None
-            if opcode == PING:
-                self.write(PONG, data)
-            elif opcode == PONG:
-                self.pongs.append(data)
-            else:
-                if begun != (opcode == 0) or opcode == BINARY:
-                    raise Broken(f"opcode {opcode} where it cannot be")
-                whole, begun = whole + data, True
-                if fin:
-                    return whole.decode()
-
-
-class Frame(NamedTuple):
-    time: float
-    cmd: str
-    req_id: str
-    body: dict[str, Any]
-
-
-class Origin(NamedTuple):
-    """What a req_id stands for: a callback that can be answered on one line for a while."""
-
-    line: Line
-    chat: str
-    cmd: str
-    time: float
-
-
-@dataclass
-class ChatMessage:
-    """A message as a person sees it. A stream is one message, whatever it shows in between."""
-
-    chat: str  # the person, in a group the group
-    line: Line
-    shown: list[tuple[float, str]]  # when, and what
-    req_id: str = ""  # of the message that it answers, "" for one that was pushed
-    stream: str = ""
-    finished: bool = True
-
-    @property
-    def text(self) -> str:
-        return self.shown[-1][1]
-
-
-class FakeGateway(Peer):
-    """openws.work.weixin.qq.com for one robot: `frames` came, people see `messages`.
-
-    What the real one does, by WeCom's document 101463 and @wecom/aibot-node-sdk 1.0.7:
-    - limits: 20,480 bytes a text, 30 a minute and 1,000 an hour a chat (what is over is dropped
-      although it is acknowledged), 6 minutes a stream, 5 s a welcome, 5 minutes a file; one
-      connection: the newer throws the older out; it pushes only to who has written before
-    - forgets the req_ids of earlier connections (846605; reported by users)
-    - sends control characters inside its JSON, pieces with pings in between (`fragments`)
-    - what a test makes happen: `fail` (the handshake), `unkind` (frames), `write`, `ahead` (time)
-    `violations` are what the real one would drop, cut or punish.
-    """
-
-    KINDS: ClassVar = {
-        "aibot_respond_msg": "stream",
-        "aibot_respond_welcome_msg": "text",
-        "aibot_send_msg": "markdown",
-    }
-    LIMIT, PER_MINUTE, PER_HOUR = 20_480, 30, 1000
-    STREAM_SECONDS, WELCOME_SECONDS, FILE_SECONDS = 360, 5, 300
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bot_id, self.secret = "aibFakeRobot0123456789", "bot-secret-" + secrets.token_hex(8)
-        self.line: Line | None = None  # the one that is subscribed
-        self.frames: list[Frame] = []
-        self.messages: list[ChatMessage] = []
-        self.violations: list[str] = []
-        self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
-        self.moods: list[tuple[str, Mood]] = []
-        self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
-        self.fragments = False
-        self.chats: dict[str, int] = {}  # who has written so far -> chat_type
-        self._unsure: set[float] = set()  # times of frames whose acknowledgement was kept back
-        self._ended: dict[Line, float] = {}
-        self._origins: dict[str, Origin] = {}
-        self._counted: dict[str, list[float]] = {}
-        self._files: dict[str, tuple[float, Answer]] = {}
-
-    # -- the wire
-
-    def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
-        heads = [call.headers.get(name, "").lower() for name in HANDSHAKE]
-        if heads[0] != "websocket" or self.hang or any(fault.hits(call) for fault in self.faults):
-            super().serve(call, handler)
-            return
-        with self.lock:
-            self.calls.append(call)
-        handler.close_connection = True
-        if re.fullmatch(r"websocket .*upgrade.* 13 [\w+/]{22}==", " ".join(heads)):
-            self._converse(call.headers["sec-websocket-key"], handler)
-        else:
-            self.violations.append(f"a handshake with {call.headers}")
-            handler.send(Answer(400))
-
-    def _converse(self, key: str, handler: PeerHandler) -> None:
-        digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
-        handler.send_response(101)
-        accept = base64.b64encode(digest).decode()
-        for name, value in UPGRADE.items() | {"Sec-WebSocket-Accept": accept}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.flush()
-        line = Line(handler)
-        try:
-            while (text := line.read()) is not None:
-                self._take(line, text)
-        except Broken as error:
-            self.violations.append(str(error))
-        finally:
-            with self.changed:
-                self.line = None if self.line is line else self.line
-                self._ended[line] = time.time()
-                self.changed.notify_all()
-
-    def handle(self, call: Call) -> Answer:
-        until, answer = self._files.get(call.path, (0.0, Answer(404)))
-        return answer if time.time() < until else Answer(404, b"expired")
-
-    def wait_line(self) -> Line:
-        """Return the line that is subscribed, at once or in 10 s; raise ConnectionError."""
-        with self.changed:
-            self.changed.wait_for(lambda: self.line, 10)
-            if not self.line:
-                raise ConnectionError("nobody is subscribed")
-            return self.line
-
-    def write(self, data: bytes, opcode: int = TEXT, fin: bool = True) -> None:
-        self.wait_line().write(opcode, data, fin)
-
-    def cut(self) -> None:
-        with self.lock:
-            self.line = None
-        super().cut()
-
-    # -- what a test makes happen
-
-    def unkind(self, where: str, what: Mood, times: int = 1) -> None:
-        """Let the next frames go wrong in whose chat and JSON all words of `where` occur.
-
-        `what`: "cut" (the line breaks, nothing is taken), "ignore" (nothing is taken or said),
-        "lost" (taken, then the line breaks), "swallow" (taken, no acknowledgement), an errcode
-        (refused), or a float (taken; acknowledged after so many seconds).
-        """
-        with self.lock:
-            self.moods += [(where, what)] * times
-
-    def next_mood(self, text: str) -> Mood:
-        for number, (where, what) in enumerate(self.moods):
-            if all(word in text for word in where.split()):
-                del self.moods[number]
-                return what
-        return None
-
-    def say(
-        self,
-        said: str | Mapping[str, object],
-        user: str = "alice",
-        group: str = "",
-        msgid: str = "",
-        kind: str = "text",
-    ) -> str:
-        """Let a person send a text, or the inside of another kind of message; return its req_id."""
-        inside = {"content": said} if isinstance(said, str) else said
-        body: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
-        body |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
-        cmd = "aibot_event_callback" if kind == "event" else "aibot_msg_callback"
-        body |= {kind: inside, "aibotid": self.bot_id, "create_time": int(time.time())}
-        req_id = secrets.token_hex(12)
-        with self.changed:
-            self.chats[group or user] = 2 if group else 1
-            self._origins[req_id] = Origin(self.wait_line(), group or user, cmd, time.time())
-        body |= {"from": {"userid": user}}
-        frame = {"cmd": cmd, "headers": {"req_id": req_id}, "body": body}
-        data = json.dumps(frame, ensure_ascii=False).encode()
-        data = data.replace(b'"body"', b'\x07"body\x0b"', 1)
-        size = 10 if self.fragments else len(data)  # so that a character is cut, too
-        pieces = [data[at : at + size] for at in range(0, len(data), size)]
-        for number, piece in enumerate(pieces, 1):
-            self.write(piece, TEXT if number == 1 else 0, number == len(pieces))
-            if self.fragments:
-                self.write(b"between", PING)
-        return req_id
-
-    def event(self, kind: str, user: str = "alice") -> str:
-        return self.say({"eventtype": kind}, user, kind="event")
-
-    def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
-        """Return the inside of a message of kind "file" for a file of this content."""
-        key, pad = os.urandom(32), 32 - len(data) % 32
-        sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
-        path = f"/file/{secrets.token_hex(8)}"
-        named = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
-        self._files[path] = (time.time() + self.FILE_SECONDS, Answer(200, sealed, named))
-        return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
-
-    def throw_out(self) -> None:
-        """Do what happens when another program takes the robot over."""
-        with self.lock:
-            line, self.line = self.line, None
-        if line:
-            body = {"msgtype": "event", "event": {"eventtype": "disconnected_event"}}
-            line.tell({"cmd": "aibot_event_callback", "headers": {"req_id": "x"}, "body": body})
-            with suppress(OSError):
-                line.write(CLOSE, struct.pack(">H", 1000))
-            line.cut()
-
-    # -- what a test looks at
-
-    def all_of(self, chat: str = "alice") -> list[ChatMessage]:
-        with self.lock:
-            return [message for message in self.messages if message.chat == chat]
-
-    def hear(
-        self, wanted: Callable[[ChatMessage], object], chat: str = "alice", timeout: float = 20
-    ) -> ChatMessage:
-        def found() -> ChatMessage | None:
-            return next((message for message in self.all_of(chat) if wanted(message)), None)
-
-        with self.changed:
-            message = self.changed.wait_for(found, timeout)
-        if message is None:
-            raise TimeoutError(f"{chat} sees {[m.text for m in self.all_of(chat)]}")
-        return message
-
-    def is_doubtful(self, message: ChatMessage) -> bool:
-        """Tell whether the client could not know that this message was taken as it is now."""
-        when = message.shown[-1][0]
-        return when in self._unsure or self._ended.get(message.line, math.inf) < when + 1
-
-    # -- frames
-
-    def _take(self, line: Line, text: str) -> None:
-        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
-        value = json.loads(text)
-        req_id, body = value["headers"]["req_id"], value.get("body") or {}
-        frame = Frame(time.time(), value["cmd"], req_id, body)
-        with self.changed:
-            self.frames.append(frame)
-            origin = self._origins.get(req_id)
-            chat = origin.chat if origin else body.get("chatid")
-            what = self.mood(f"{chat} {json.dumps(value, separators=(',', ':'))}")
-            taken = what not in ("cut", "ignore") and type(what) is not int
-            code = self._do(line, frame, origin) if taken else what
-            if taken and what is not None:
-                self._unsure.add(frame.time)
-            self.changed.notify_all()
-        said = "ok" if not code else f"refused, hint: [17640000005], more info at e={code}"
-        ack = {"headers": {"req_id": req_id}, "errcode": code, "errmsg": said}
-        if what in ("cut", "lost"):
-            line.cut()
-        elif isinstance(what, float):
-            later = threading.Timer(what, line.tell, (ack,))
-            later.daemon = True
-            later.start()
-        elif what not in ("ignore", "swallow"):
-            line.tell(ack)
-
-    def _do(self, line: Line, frame: Frame, origin: Origin | None) -> int:
-        if frame.cmd == "aibot_subscribe":
-            return self._subscribe(line, frame)
-        if line is not self.line:
-            return 846609
-        if frame.cmd == "ping":
-            return 0
-        if not (kind := self.KINDS.get(frame.cmd)):
-            self.violations.append(f"an unknown command: {frame}")
-            return 40001
-        if frame.cmd == "aibot_send_msg":
-            chat = str(frame.body.get("chatid"))
-            number = self.chats.get(chat)
-            if not number or frame.body.get("chat_type", number) != number:
-                self.violations.append(f"pushed to a chat that is none: {frame.body}")
-                return 93006
-        else:
-            welcome = frame.cmd == "aibot_respond_welcome_msg"
-            wanted = "aibot_event_callback" if welcome else "aibot_msg_callback"
-            until = frame.time - (self.WELCOME_SECONDS if welcome else 86_400)
-            if not origin or (origin.line, origin.cmd) != (line, wanted) or origin.time < until:
-                return 846605
-            chat = origin.chat
-        if frame.body.get("msgtype") != kind:
-            return 40008
-        return self._show(line, frame, chat, frame.body[kind])
-
-    def _subscribe(self, line: Line, frame: Frame) -> int:
-        if line is self.line:
-            self.violations.append("subscribed twice on one connection")
-        right = {"bot_id": self.bot_id, "secret": self.secret}
-        code = 0 if right.items() <= frame.body.items() else 853000
-        self.subscriptions.append((frame.time, code))
-        if not code:
-            self.throw_out()
-            self.line = line
-        return code
-
-    def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
-        """Let a chat see a new message, or a stream's new content in place of its last one."""
-        stream, text, now = inside.get("id", ""), inside["content"], frame.time
-        answers = [m for m in self.messages if m.req_id == frame.req_id]
-        same = [m for m in answers if stream and m.stream == stream]
-        if same and same[0].finished:
-            self.violations.append(f"a finished stream goes on: {text!r}")
-        if same and (same[0].finished or now > same[0].shown[0][0] + self.STREAM_SECONDS):
-            return 846608
-        if not text.strip() or len(text.encode()) > self.LIMIT:
-            self.violations.append(f"a text of {len(text.encode())} bytes: {text[:60]!r}")
-            return 45002
-        times = self._counted.setdefault(chat, [])
-        minute, hour = (sum(t > now - seconds for t in times) for seconds in (60, 3600))
-        if minute >= self.PER_MINUTE or hour >= self.PER_HOUR:
-            self.violations.append(f"{minute} a minute, {hour} an hour to {chat}: {text[:60]!r}")
-            return 0  # and nobody sees it
-        times.append(now)
-        if not same:
-            req_id = "" if frame.cmd == "aibot_send_msg" else frame.req_id
-            same = [ChatMessage(chat, line, [], req_id, stream)]
-            self.messages += same
-        same[0].shown.append((now, text))
-        same[0].finished = inside.get("finish", not stream)
-        return 0
-
-
-UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
-HANDSHAKE = ("upgrade", "connection", "sec-websocket-version", "sec-websocket-key")
-# Tencent's own client: it answers, pushes, welcomes, and tells each thing that happens.
-SDK_CLIENT = """
-const { WSClient } = require(process.argv[2] + '/node_modules/@wecom/aibot-node-sdk')
-const [botId, secret, wsUrl] = process.argv.slice(3)
-const tell = (...what) => console.log(JSON.stringify(what))
-const quiet = { debug() {}, info() {}, warn(...what) { tell('warn', ...what) }, error() {} }
-const options = { botId, secret, wsUrl, logger: quiet, heartbeatInterval: 100 }
-const client = new WSClient({ ...options, maxReconnectAttempts: 0, maxAuthFailureAttempts: 0 })
-client.on('authenticated', () => tell('authenticated'))
-client.on('error', (error) => tell('error', error.message))
-client.on('disconnected', (reason) => { tell('disconnected', reason); process.exit(0) })
-client.on('message.file', async ({ body: { file } }) => {
-  const { buffer, filename } = await client.downloadFile(file.url, file.aeskey)
-  tell('file', filename, buffer.toString())
-})
-client.on('message.text', async (frame) => {
-  const { from, chatid, text } = frame.body
-  tell('text', from.userid, text.content)
-  for (const part of ['one', 'one, two']) await client.replyStream(frame, 'S1', part, false)
-  await client.replyStream(frame, 'S1', 'one, two, three', true)
-  const pushed = { msgtype: 'markdown', markdown: { content: 'by the way' } }
-  tell('pushed', (await client.sendMessage(chatid || from.userid, pushed)).errcode)
-  const bad = { msgtype: 'text', text: { content: 'as text' } }
-  await client.reply(frame, bad).catch((ack) => tell('refused', ack.errcode))
-})
-client.on('event.enter_chat', async (frame) => {
-  await client.replyWelcome(frame, { msgtype: 'text', text: { content: 'welcome' } })
-})
-client.connect()
+# `bob> text` is typed by bob; `bob< text` must be in a message that reaches bob. Below either, what
+# else its reply or message holds (+), does not hold (-), or is found by a regular expression (~).
+# `* …` is what happens beside, see `Play`. Images named slow/… wait for `* go`; nosuch:1 does not
+# exist, same:1 has not changed.
+TRANSCRIPTS = r"""
+=== One of three images does not exist: it is told first, then the others, ready to copy
+alice> fresh:1，nosuch:1、same:1
++共 3 个镜像
+alice< 成功 2 / 3
+~^❌
+~(?s)nosuch:1.*不存在.*docker pull
+~(?m)^docker pull PREFIX/fresh:1$
+~(?m)^docker pull PREFIX/same:1.*已是最新.*\ndocker tag PREFIX/same:1 same:1$
+-docker pull PREFIX/nosuch:1
+* commits wxsync: fresh:1 (+2) [skip ci]
+=== Talk gets the help, and nothing else happens
+alice> 你好，在吗
++使用说明
+* calls 0
+* told
+=== The status tells the last result, then what runs and what waits
+alice> before:1
+alice< 成功 1 / 1
+alice> 状态
++空闲
++before:1
+alice> slow/status:1, b:1
+bob> waits:1
+* runs 2
+alice> status
++slow/status:1
++等待 1
++0/2
+* go
+bob< waits:1
+=== The list is empty at first, then has each line of today once
+alice> 列表
++空
+alice> nginx, redis:7
+alice< 成功 2 / 2
+bob> redis:7, --platform=all nginx:1
+bob< 成功 2 / 2
+alice> list
+~^[^\n]*\nnginx:latest\nredis:7\n--platform=all nginx:1$
+=== Requests queue: each is told how many are before it, and its targets; one by one, after kill -9
+alice> slow/queue:1
+bob> queue:1
+~^⏳ 已有任务正在处理中，已排队，前面还有 1 个
++queue:1 → PREFIX/queue:1
+carol> queue:2
+~^⏳ 已有任务正在处理中，已排队，前面还有 2 个
++queue:2 → PREFIX/queue:2
+* health 1 2
+* restart
+* health 1 2
+* go
+carol< 成功 1 / 1
+* images slow/queue:1 | queue:1 | queue:2
+* told alice bob carol
+=== Without a queue a request is refused while another runs, and nothing of it is kept; QUEUE_SIZE=0
+alice> slow/full:1
+carol> refused:1
+~^⏳ 已有任务正在处理中，请稍后再试$
+* go
+alice< slow_full
+* health 0 0
+dave> again:1
++🔄
+dave< 成功 1 / 1
+* list slow/full:1 again:1
+* images slow/full:1 | again:1
+=== A queue is full; QUEUE_SIZE=1
+alice> slow/full:1
+bob> waits:1
++已排队
+carol> refused:1
+~^⏳ 已有任务正在处理中，请稍后再试$
+* go
+bob< 成功 1 / 1
+* list slow/full:1 waits:1
+* images slow/full:1 | waits:1
+=== A run that takes long: what is done so far, the next one starts, kill -9; SYNC_TIMEOUT=1
+alice> slow/a:1, b:1, nosuch:1
+bob> next:1
+alice< ⏰
++/actions/runs/
++docker pull PREFIX/b:1
++1 / 3
++nosuch:1
+-slow_a
+bob< 成功 1 / 1
+alice> 状态
+~仍在跟踪\D*1
+* restart
+* go
+alice< 成功 2 / 3
++docker pull PREFIX/slow_a:1
+* told alice bob alice
+* images slow/a:1 b:1 nosuch:1 | next:1
+=== The same request again makes no second commit, but a run
+alice> twice:1
+alice< 成功 1 / 1
+alice> twice:1
+* runs 2
+* health 0 0
+* commits wxsync: twice:1 [skip ci]
+=== The list on GitHub is replaced: what was pushed by hand has run, and stays in the history
+* by-hand by-hand:1
+alice> replaces:1
+alice< 成功 1 / 1
+* list replaces:1
+=== GitHub may answer 404 for a moment after it has started a run
+* lag 0.2
+alice> nginx:1
+alice< 成功 1 / 1
 """
 
 
-@contextmanager
-def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool]]:
-    """Subscribe Tencent's own client; give what tells whether it comes to say a thing."""
-    folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
-    there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
-    needs(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
-    address = f"ws://{gateway.host}"
-    words = ["sdk", folder, gateway.bot_id, secret or gateway.secret, address]
-    command = ["node", "-e", SDK_CLIENT, *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+class Play:
+    """Plays a transcript in a world of its own."""
 
-        def listen(lines: Iterable[str]) -> None:
-            told.extend(json.loads(line) for line in lines)
+    def __init__(self, world: World, runner: SlowRunner) -> None:
+        self.world, self.github, self.runner = world, world.github, runner
+        self.heard = ""
 
-        threading.Thread(target=listen, args=(process.stdout,), daemon=True).start()
-        yield lambda *what: wait_until(lambda: any(t[: len(what)] == list(what) for t in told))
-        process.kill()
+    def line(self, line: str) -> None:
+        found = re.fullmatch(r"(\w*)([><+~*-]) ?(.*)", line)
+        assert found, line
+        who, mark, text = found.groups()
+        if mark == ">":
+            self.heard = self.world.say(text, who)
+        elif mark == "<":
+            self.heard = self.world.hear(lambda m: m.user == who and text in m.text)
+        elif mark == "*":
+            assert wait_until(lambda: self.happens(*text.partition(" ")[::2])), line
+        else:
+            is_there = re.search(text, self.heard) if mark == "~" else text in self.heard
+            assert bool(is_there) == (mark != "-"), f"{line}\n\n{self.heard}"
+
+    def happens(self, what: str, rest: str) -> bool:
+        """Do what a line with * says, or tell whether it holds."""
+        inputs = [dispatch.inputs for dispatch in self.github.dispatches]
+        images = [" ".join(json.loads(given["images"])) for given in inputs]
+        messages, health = self.world.wecom.messages, self.world.service.health()
+        if what == "go":
+            self.runner.go.set()
+        elif what == "restart":
+            self.world.service.restart()  # after kill -9
+        elif what == "lag":
+            self.github.run_lag = float(rest)
+        elif what == "by-hand":
+            self.github.commit("images.txt", f"{rest}\n".encode(), "by hand")
+        seen = {
+            "calls": str(len(self.github.calls)),
+            "runs": str(len({given["request"] for given in inputs})),
+            "images": " | ".join(images),
+            "commits": " | ".join(commit.message for commit in self.github.commits),
+            "list": " ".join(self.github.files.get("images.txt", b"").decode().split()),
+            "told": " ".join(message.user for message in messages),
+            "health": f"{health['running']} {health['queued']}",
+        }
+        return seen.get(what, rest) == rest
 
 
-def test_tencents_client_agrees_with_the_fake_gateway() -> None:
-    """It subscribes, receives, streams, pushes, welcomes, opens a file, and is thrown out."""
-    with FakeGateway() as gateway, judge(gateway) as tells:
-        assert tells("authenticated")
-        for group in ("", "G1"):
-            gateway.say("hello", "alice", group)
-            stream = gateway.hear(lambda m: m.finished and m.stream, group or "alice")
-            assert [text for _, text in stream.shown] == ["one", "one, two", "one, two, three"]
-            gateway.hear(lambda m: not m.req_id and m.text == "by the way", group or "alice")
-        assert tells("text", "alice", "hello") and tells("pushed", 0) and tells("refused", 40008)
-        gateway.event("enter_chat")
-        gateway.hear(lambda m: m.text == "welcome")
-        gateway.say(gateway.share("图片: nginx:1".encode(), "清单 1.yaml"), kind="file")
-        assert tells("file", "清单 1.yaml", "图片: nginx:1")
-        gateway.fragments = True
-        gateway.say("hello in pieces")
-        assert tells("text", "alice", "hello in pieces")
-        gateway.write(b'{"headers": {"req_id": "stray"}}')
-        assert tells("warn", "Received unknown frame (ignored):")
-        assert wait_until(lambda: any(frame.cmd == "ping" for frame in gateway.frames))
-        with judge(gateway) as other_tells:
-            assert other_tells("authenticated") and tells("disconnected")
-        assert (gateway.violations, gateway.errors) == ([], [])
+@pytest.mark.parametrize(
+    "story",
+    unfold(TRANSCRIPTS).removeprefix("=== ").split("\n=== "),
+    ids=lambda s: s.split("\n")[0],
+)
+def test_a_story(story: str) -> None:
+    """What is typed, what is seen."""
+    title, *lines = story.replace("PREFIX", PREFIX).split("\n")
+    runner = SlowRunner()
+    runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
+    runner.outcomes["same:1"] = "wxsync: unchanged sha256:" + HEX
+    with quick(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
+        play = Play(world, runner)
+        for line in lines:
+            play.line(line)
+        assert world.broken() == []
 
 
-def test_tencents_client_meets_an_unkind_gateway() -> None:
-    """A wrong secret, a line that breaks, a handshake that fails: it sees what is meant."""
-    with FakeGateway() as gateway:
-        with judge(gateway, "wrong") as tells:
-            wanted = "refused, hint: [17640000005], more info at e=853000 (code: 853000)"
-            assert tells("error", f"Authentication failed: {wanted}") and not gateway.line
-        gateway.unkind("three", "cut")
-        with judge(gateway) as tells:
-            gateway.say("hello")
-            assert tells("disconnected") and gateway.all_of()[0].text == "one, two"
-        gateway.fail("GET /", (502, {}, b"<html>"))
-        with judge(gateway) as tells:
-            assert tells("error", "Unexpected server response: 502")
+def test_a_list_that_is_too_long_goes_on_in_messages() -> None:
+    """The passive reply first, the rest by message/send, split at line ends."""
+    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
+    with quick() as world:
+        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
+        reply = world.say("列表")
+        rest = world.hear(lines[-1])
+        told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
+        assert told == lines and len(reply.encode()) <= 2048 and world.broken() == []
+
+
+# What became of a line's job ¦ a part of what is said of it.
+NOT_DONE = rows("""
+failure ¦ 失败的步骤：Copy
+cancelled ¦ 任务被取消
+timed_out ¦ 复制超时
+skipped ¦ 任务被跳过
+neutral ¦ neutral
+action_required ¦ action_required
+missing ¦ 没有这个镜像的任务
+wxsync: failed source-denied denied ¦ 源仓库拒绝读取
+wxsync: failed target-denied denied ¦ 目标仓库拒绝写入
+wxsync: failed target-login unauthorized ¦ 登录目标仓库失败
+wxsync: failed target-mismatch other/space ¦ 没有复制
+wxsync: failed no-platform linux/s390x ¦ 没有这个架构
+wxsync: failed rate-limited 429 ¦ 限制拉取次数
+wxsync: failed network refused ¦ 连接镜像仓库失败
+wxsync: failed rejected unknown manifest class ¦ 不接受
+wxsync: failed timeout ¦ 超时
+wxsync: failed error out of luck ¦ out of luck
+wxsync: failed of-tomorrow new ¦
+""")
+
+
+def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
+    """Cancelled, missing, without a step name, of a code unknown: each is told as failed."""
+    lines = {f"x/fate-{number}:1": fate for number, (fate, _) in enumerate(NOT_DONE)}
+    talk.runner.outcomes |= lines | {"x/silent:1": "success"}
+    talk.say("\n".join([*lines, "x/silent:1"]))
+    head = talk.hear("成功 ")
+    assert f"❌ 镜像同步没有全部完成，成功 1 / {len(lines) + 1}" in head
+    assert wait_until(lambda: f"docker pull {PREFIX}/x_silent:1" in "\n".join(talk.messages))
+    told = "\n".join(talk.messages)
+    assert told.count("docker pull ") == 1
+    assert lacking([f"❌ {line}" for line in lines], told) == []
+    assert lacking([part for _, part in NOT_DONE], told) == []
+
+
+ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
+ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
+ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
+
+
+def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
+    """One reply that fits; no commit, no run, no file, no message, no line of it in the log."""
+    folder = talk.world.service.state_dir
+    images = folder / "images.txt"
+    images.touch()
+    before, content = sorted(folder.iterdir()), images.read_bytes()
+    for text in ATTACKS:
+        reply = talk.say(text)
+        assert reply and len(reply.encode()) <= 2048, text[:20]
+    time.sleep(0.2)
+    assert talk.calls() == [] and talk.messages == []
+    assert images.read_bytes() == content and sorted(folder.iterdir()) == before
+    assert [line for line in talk.world.service.log.splitlines() if line.startswith("::")] == []
+
+
+def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None:
+    """It is one reply; what was left out is counted."""
+    names = [f"x/a-rather-long-name-of-an-image-{number}:1" for number in range(100)]
+    reply = talk.say("\n".join(names))
+    shown = sum(f" → {PREFIX}/x_a-rather" in line for line in reply.splitlines())
+    left = re.search(r"还有 (\d+) 个", reply)
+    assert len(reply.encode()) <= 2048 and "共 100 个镜像" in reply
+    assert left and shown + int(left[1]) == 100
+    talk.hear("成功 100 / 100")
+    assert json.loads(talk.inputs[0]["images"]) == names
+
+
+EVENTS: dict[str, dict[str, str]] = {
+    "enter_agent": {},
+    "subscribe": {},
+    "LOCATION": {"Latitude": "23.1", "Longitude": "113.3", "Precision": "119"},
+    "click": {"EventKey": "k"},
+    "template_card_event": {"TaskId": "t", "ResponseCode": "r"},
+}
+KINDS: dict[str, dict[str, object]] = {
+    "image": {"PicUrl": "http://127.0.0.1/a.png", "MediaId": "m"},
+    "voice": {"MediaId": "m", "Format": "amr"},
+    "video": {"MediaId": "m", "ThumbMediaId": "t"},
+    "location": {"Location_X": "23.1", "Location_Y": "113.3", "Label": "nginx:1"},
+    "link": {"Title": "nginx:1", "Url": "https://e.com/a"},
+    "file": {"MediaId": "m"},
+}
+
+
+@pytest.mark.parametrize("fmt", ["xml", "json"])
+def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) -> None:
+    """No work, no repeat by WeCom; who sends a picture hears what is understood."""
+    for event, own in EVENTS.items():
+        reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, **own)
+        assert (reply.status, reply.raw) == (200, b""), event
+    for kind, more in KINDS.items():
+        assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **more).reply, kind
+    assert talk.calls() == [] and talk.messages == []
+
+
+# -- GitHub as it is
+
+
+def test_one_connection_and_three_calls_before_polling() -> None:
+    """GET and PUT of the list, the dispatch; then the run, and its jobs once."""
+    with quick(PlayedRunner(0.3)) as world:
+        world.say("nginx:1")
+        world.hear("成功 1 / 1")
+        api, run = f"/repos/{world.github.repo}", world.github.runs[0].id
+        calls = [f"{c.method} {c.path.removeprefix(api)}" for c in world.github.calls]
+        assert calls[:3] == [
+            "GET /contents/images.txt",
+            "PUT /contents/images.txt",
+            "POST /actions/workflows/docker-image-sync.yml/dispatches",
+        ]
+        assert set(calls[3:-1]) == {f"GET /actions/runs/{run}"}
+        assert calls[-1] == f"GET /actions/runs/{run}/jobs"
+        assert world.github.connections == 1
+        polls = [call for call in world.github.calls if call.path.endswith(f"/runs/{run}")]
+        assert len(polls) > 2 and [p for p in polls[1:] if "if-none-match" not in p.headers] == []
+        assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
+
+
+# Calls of GitHub that go wrong, how often, how -> how many GET, PUT and POST there are then.
+# GitHub itself redirects to its own new address: method and body stay. A list may lag: 0.15 s is
+# 7.5 s here. A dispatch that never arrived is made again after ten seconds, 0.2 s here.
+LIST = "/repos/octo/mirror/contents/images.txt"
+UNKNOWN_FIELD = 'Invalid request.\n\n"return_run_details" is not a permitted key.'
+MISHAPS: dict[str, tuple[str, int, str, tuple[int, int, int]]] = {
+    "an unknown field": ("POST dispatches", 1, f"400 {UNKNOWN_FIELD}", (1, 1, 2)),
+    "somebody else wrote": ("PUT", 2, "409 images.txt does not match 0123", (3, 3, 1)),
+    "somebody else began": ("PUT", 2, '422 "sha" wasn\'t supplied.', (3, 3, 1)),
+    "the commit's answer is lost": ("PUT", 1, "lost", (2, 2, 1)),
+    "the dispatch's answer is lost": ("POST dispatches", 1, "lost", (1, 1, 1)),
+    "the list lags as well": ("POST dispatches", 1, "lost", (1, 1, 1)),
+    "the dispatch never arrived": ("POST dispatches", 1, "reset", (1, 1, 2)),
+    "a new name, seen at GET": ("GET contents", 1, "301", (2, 1, 1)),
+    "a new name, seen at PUT": ("PUT", 1, "307", (1, 2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", MISHAPS)
+def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, name: str) -> None:
+    """It is read again, looked for, or made again: one commit, one run, one result."""
+    where, times, how, wanted = MISHAPS[name]
+    status, _, message = how.partition(" ")
+    body = json.dumps({"message": message}).encode()
+    what: What = (int(status), {"Location": LIST}, body) if status.isdigit() else how
+    talk.github.fail(where, what, times)
+    talk.github.list_lag = 0.15 if "lags" in name else 0.0
+    talk.github.old_dispatch = "field" in name
+    image = f"mishap-{list(MISHAPS).index(name)}:1"
+    assert "成功 1 / 1" in talk.ask(image)
+    counts = [len(talk.calls(call)) for call in ("GET contents", "PUT contents", "POST dispatches")]
+    assert tuple(counts) == wanted and len(talk.inputs) == len(talk.commits) == 1
+    posts = talk.calls("POST dispatches")
+    assert how != "reset" or posts[1].time - posts[0].time > 0.2
+    assert "field" not in name or "return_run_details" not in posts[1].json()
+
+
+# What GitHub says to a call ¦ parts of what the person reads.
+NO_ACCESS = "Resource not accessible by personal access token"
+DENIED = rows(f"""
+GET contents ¦ 401 ¦ Bad credentials ¦ GITHUB_TOKEN ¦ 过期
+PUT contents ¦ 403 ¦ {NO_ACCESS} ¦ Contents
+POST dispatches ¦ 403 ¦ {NO_ACCESS} ¦ Actions
+GET actions/runs/ ¦ 403 ¦ {NO_ACCESS} ¦ Actions
+PUT contents ¦ 404 ¦ Not Found ¦ octo/mirror ¦ main ¦ Contents
+POST dispatches ¦ 404 ¦ Not Found ¦ octo/mirror ¦ Actions
+POST dispatches ¦ 422 ¦ No ref found for: main ¦ No ref found for: main
+POST dispatches ¦ 422 ¦ Workflow does not have 'workflow_dispatch' trigger ¦ workflow_dispatch
+""")
+
+
+@pytest.mark.parametrize("row", DENIED, ids=lambda row: " ".join(row[:2]))
+def test_a_refusal_of_github_is_told_in_words(talk: Talk, row: list[str]) -> None:
+    """What it means for the user's token, and which permission is missing."""
+    where, status, said, *wanted = row
+    talk.github.fail(where, (int(status), {}, json.dumps({"message": said}).encode()), 20)
+    result = talk.ask(f"denied-{status}:1")
+    assert "❌" in result.splitlines()[0] and "成功 0 / 1" in result
+    assert lacking(wanted, result) == [] and len(talk.messages) == 1
+
+
+# What GitHub says -> more than which pause, and at most which.
+QUOTA = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "in 90 s"}
+LIMITS: dict[str, tuple[int, dict[str, str], bytes, int, int]] = {
+    "retry-after": (429, {"Retry-After": "7"}, b"{}", 6, 7),
+    "a secondary limit": (403, {"Retry-After": "61"}, b"{}", 60, 61),
+    "in words only": (403, {}, b'{"message": "You have exceeded a secondary rate limit."}', 59, 60),
+    "429 alone": (429, {}, b"", 59, 60),
+    "a used-up quota": (403, QUOTA, b'{"message": "API rate limit exceeded"}', 85, 95),
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
+    """For as long as it says, then the call is made again."""
+    status, headers, body, least, most = LIMITS[name]
+    headers = {n: v.replace("in 90 s", str(int(time.time()) + 90)) for n, v in headers.items()}
+    desk.github.fail(f"{method} contents", (status, headers, body))
+    assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
+    assert len(desk.pauses) == 1 and least < desk.pauses[0] <= most
+    assert len(desk.github.commits) == 1
+
+
+def test_github_wants_quiet() -> None:
+    """While polling: not one call for that long, then the result. For an hour: that is told."""
+    with quick(PlayedRunner(0.2)) as world:
+        world.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
+        world.say("nginx:1")
+        assert "成功 1 / 1" in world.hear("成功 ")
+        times = [call.time for call in world.github.calls_to("GET actions/runs/")]
+        assert 0.95 < times[1] - times[0] < 2
+        world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
+        world.say("quota:1")
+        assert "分钟后再试" in world.hear("成功 0 / 1")
+
+
+class Elsewhere(Peer):
+    """Another server, which would gladly take a token."""
+
+    def handle(self, call: Call) -> Answer:
+        return json_answer({})
+
+
+@pytest.mark.parametrize("where", ["GET contents", "PUT contents", "POST dispatches", "GET runs/"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_no_redirect_takes_the_token_elsewhere(talk: Talk, where: str, status: int) -> None:
+    """Neither to another port nor to another name of the same machine; the person is told."""
+    with Elsewhere() as elsewhere:
+        address = elsewhere.url.replace("127.0.0.1", "localhost") if status > 302 else elsewhere.url
+        talk.github.fail(where, (status, {"Location": f"{address}/repos/octo/mirror"}, b""), 20)
+        assert "成功 0 / 1" in talk.ask(f"redirect-{status}:1")
+        assert elsewhere.calls == []
+
+
+def all_letters(world: World, user: str) -> list[str]:
+    """Return what a member got and what is on its way, in order."""
+    letters = saved(world)["letters"]
+    waiting = [text for address, text in letters if address.partition(" ")[0] == user]
+    return list(dict.fromkeys([*world.wecom.messages_for(user), *waiting]))
+
+
+NOT_FOUND = "wxsync: failed not-found manifest unknown"
+FATES: dict[str, tuple[int, Callable[[int], str]]] = {
+    "one cause": (256, lambda number: NOT_FOUND),
+    "many causes": (256, lambda number: f"wxsync: failed error trouble number {number}"),
+    "half of them": (255, lambda number: "" if number % 2 else "wxsync: failed timeout"),
+}
+
+
+@pytest.mark.parametrize("name", FATES)
+def test_256_failures_fit_in_ten_messages(name: str) -> None:
+    """All of one cause are named, before the first that worked; of many as many as ten hold."""
+    count, fate = FATES[name]
+    names = [f"registry.example.com/space/image-{number}:1" for number in range(count)]
+    with quick(PlayedRunner(0.0, {line: fate(n) for n, line in enumerate(names)})) as world:
+        world.say("\n".join([*names, "x/fine:1"][:256]))
+        world.hear("成功 ")
+        letters = all_letters(world, "alice")
+        assert world.broken() == [] and max(len(text.encode()) for text in letters) <= 2048
+    text = "\n".join(letters)
+    told = re.findall(r"^❌ (registry\S+?)：?$", text, re.MULTILINE)
+    if name == "many causes":
+        assert len(letters) == 10 and "成功 0 / 256" in letters[0]
+        assert "/actions/runs/" in letters[0] and re.search(r"还有 \d+", letters[-1])
+    elif name == "one cause":
+        assert len(letters) <= 10 and "成功 0 / 256" in letters[0] and told == names
+    else:
+        failed = [line for line in names[::2] if f"❌ {line}" in text]
+        assert len(failed) == 128 and "成功 128 / 256" in text
+        assert text.index(failed[-1]) < text.index("docker pull ")
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole way: chat, GitHub, the project's own workflow, registries, chat
+# ---------------------------------------------------------------------------------------------
+
+
+class PushRunner(ActRunner):
+    def command(self, inputs: Mapping[str, str]) -> list[str]:
+        return [word.replace("workflow_dispatch", "push") for word in super().command(inputs)]
+
+
+class Factory:
+    """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
+
+    def __init__(self, space: Space) -> None:
+        self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
+        own = {"DOCKER_REGISTRY": space.mirror.acr.host}
+        self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
+        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
+
+    @contextmanager
+    def world(self, **changed: str) -> Iterator[World]:
+        """Run WeCom, GitHub with this workflow, and the service; some Secrets may be wrong."""
+        names = ("DOCKER_REGISTRY", "DOCKER_NAMESPACE")
+        settings = {name: self.secrets[name] for name in names}
+        with (
+            ActRunner(SCRIPT.parent, self.secrets | changed, self.environment) as runner,
+            World(SCRIPT, runner, settings) as world,
+        ):
+            yield world
+            assert world.broken() == []
+
+    def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
+        with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
+            (runner.checkout / "images.txt").write_text(images_txt)
+            run = Run(1, 1, inputs, "main", "0" * 40)
+            runner(inputs, run)
+        return run
+
+
+@pytest.fixture
+def factory(space: Space) -> Factory:
+    needs(ActRunner.missing())
+    return Factory(space)
+
+
+def results(run: Run) -> dict[str, str]:
+    """Return for each job that ran the name of its last step, which is its result."""
+    jobs = [job for job in run.jobs if job.name != "plan"]
+    return {job.name: job.steps[-1].name for job in jobs}
+
+
+def conclusions(run: Run) -> dict[str, str | None]:
+    return {job.name: job.conclusion for job in run.jobs}
+
+
+def ask(world: World, text: str) -> tuple[str, Run]:
+    """Say something about images, return the final message and the run that it tells about."""
+    before = len(world.wecom.messages)
+    world.say(text)
+    message = world.wecom.wait_message("成功 ", 60, before).text
+    return message, world.github.runs[-1]
+
+
+def test_from_chat_to_registry(factory: Factory) -> None:
+    """One message, one run: what is good arrives, what is not is told with its reason. Several
+    platforms of an image with attestations go into a registry that refuses those, and a second
+    request finds everything up to date."""
+    space = factory.space
+    digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
+    expected = {
+        "app:multi": f"copied {digest}",
+        line: "copied ",
+        "app:absent": "failed not-found ",
+        "--platform=linux/s390x app:multi": "failed no-platform ",
+        "dead.example.com/a:1": "failed network ",
+    }
+    text = (
+        f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
+        "app:multi --platform linux/s390x、dead.example.com/a:1"
+    )
+    with factory.world() as world:
+        reply = world.say(text)
+        assert "共 5 个镜像" in reply and f"1. app:multi → {factory.prefix}/app:multi" in reply
+        text = world.hear("成功 ", 60)
+        run = world.github.runs[-1]
+        assert "❌" in text.splitlines()[0] and "成功 2 / 5" in text and "已是最新" not in text
+        assert f"docker pull {factory.prefix}/app:multi" in text
+        assert f"/actions/runs/{run.id}" in text
+        for bad, result in list(expected.items())[2:]:
+            assert bad in text
+            assert all(words in text for words in wxsync.COPY_REASONS[result.split()[1]])
+        assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
+        assert all(results(run)[k].startswith(f"wxsync: {v}") for k, v in expected.items())
+        assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
+        printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
+        assert PASSWORD not in "\n".join(printed)
+        children = [entry["digest"] for entry in space.manifest("app:attested")["manifests"]]
+        assert children == [entry["digest"] for entry in space.mirror.entries("attested")]
+        text, run = ask(world, line)
+        assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
+        assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
+        assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
+    assert space.digest("app:multi") == digest
+
+
+def test_a_wrong_password_in_github(factory: Factory) -> None:
+    """Nothing is copied, and the chat says which Secret to look at."""
+    with factory.world(DOCKER_PASSWORD="wrong-password-31") as world:
+        text, run = ask(world, "app:one")
+        assert "❌" in text.splitlines()[0] and "成功 0 / 1" in text
+        assert all(words in text for words in wxsync.COPY_REASONS["target-login"])
+        assert results(run)["app:one"].startswith("wxsync: failed target-login ")
+        assert "wrong-password-31" not in world.service.log + "\n".join(run.log) + text
+    assert factory.space.digest("app:one") == ""
+
+
+def test_whoever_starts_a_run_cannot_move_the_target_or_run_a_command(factory: Factory) -> None:
+    """Nor do changed Secrets, behind the chat. Lines are chosen, nothing else by them."""
+    target = {"request": "r1", "target": "registry.example.com/other"}
+    run = factory.run(ActRunner, "", images='["app:one"]', **target)
+    assert conclusions(run)["app:one"] == "failure"
+    assert results(run)["app:one"].startswith("wxsync: failed target-mismatch ")
+    assert factory.space.digest("app:one") == ""
+    mark = factory.space.home / "mark"
+    lines = [f"$(touch {mark}):1", f'"; touch {mark}; "', f"`touch {mark}`", f"x'; touch {mark}; '"]
+    run = factory.run(ActRunner, "", images=json.dumps(lines))
+    assert run.conclusion == "failure" and len(run.jobs) == 1 + len(lines)
+    assert not mark.exists() and set(results(run).values()) == {"no result"}
+
+
+BY_HAND = "# mine\ndocker.io/library/app:one\n\n--platform linux/arm64 app:multi\napp:one\n"
+STARTS = [(PushRunner, {}), (ActRunner, {}), (ActRunner, {"request": "r1", "images": ""})]
+
+
+@pytest.mark.parametrize(("kind", "inputs"), STARTS, ids=["push", "button", "empty inputs"])
+def test_the_list_edited_on_github_is_copied(
+    factory: Factory, kind: type[ActRunner], inputs: dict[str, str]
+) -> None:
+    """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
+    mirror = factory.space.mirror
+    arm = mirror.digest("multi", "arm64/v8")
+    run = factory.run(kind, BY_HAND, **inputs)
+    assert run.conclusion == "success" and conclusions(run)["plan"] == "success", run.log
+    assert results(run) == {
+        "app:one": f"wxsync: copied {mirror.digest('one')}",
+        "--platform=linux/arm64 app:multi": f"wxsync: copied {arm}",
+    }
+    assert factory.space.digest("app:multi-arm64") == arm
+
+
+def test_plan_decides_what_runs(factory: Factory) -> None:
+    """An empty list is fine and starts no job; a bad line stops the whole list. A dispatch with
+    images goes straight to the matrix, and images.txt is not looked at."""
+    lists = {"# nothing yet\n": "success", "app:one\nApp:one\n": "failure"}
+    for images_txt, conclusion in lists.items():
+        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": conclusion}
+        assert factory.space.digest("app:one") == ""
+    run = factory.run(ActRunner, "App:bad\n", images='["app:one => mine"]', request="r2")
+    assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
+    assert results(run)["app:one => mine"].startswith("wxsync: copied sha256:")
+    assert factory.space.digest("mine:one") == factory.space.mirror.digest("one")
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="30 seconds: only in CI")
+def test_a_rate_limit_has_its_code(met: Met) -> None:
+    """skopeo tries for 30 s on a rate limit; it was started long ago, so this comes last."""
+    done = met[RATE_LIMIT].result()
+    assert (done.status, done.code) == (1, "rate-limited"), done
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10439,7 +11157,6 @@ def head(length: object, *more: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-CHOKING = ("m/x; boundary*=idna''x", "text/x; charset*=undefined''x", "m/x; boundary*=\0''x")
 MALFORMED = {
     "oversized": (head(65537), 413),
     "far oversized": (head(10**15), 413),
@@ -10515,8 +11232,6 @@ def test_a_client_that_never_reads_costs_nothing() -> None:
 # ---------------------------------------------------------------------------------------------
 # What a fresh reader of the program found
 # ---------------------------------------------------------------------------------------------
-
-CHOKING_HEAD = {"Content-Type": CHOKING[0], "Date": "Mon, 01 Jan 99999999999999 00:00:00 GMT"}
 
 
 @pytest.mark.parametrize("where", ["source", "store"])
@@ -11045,683 +11760,6 @@ def test_users_cannot_forge_log_lines() -> None:
         for line in log.splitlines():
             assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
             assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
-
-
-# ---------------------------------------------------------------------------------------------
-# GitHub as it is
-# ---------------------------------------------------------------------------------------------
-
-PINNED = [
-    f"--platform=linux/arm64 ghcr.io/open-webui/open-webui@sha256:{HEX} => pin:{number}"
-    for number in range(3)
-]
-DOTS = "x/" + "a" * 93 + ":1"  # 97 characters
-CUT = [*PINNED, f"{DOTS}...", f"{DOTS}bbbb", f"x/{'c' * 96}:1", f"x/{'c' * 97}:1"]
-HTML = b"<!DOCTYPE html><title>Unicorn! &middot; GitHub</title>"
-NO_RIGHT = b'{"message": "Resource not accessible by personal access token"}'
-
-
-def limit(seconds: int) -> What:
-    """Return an answer that asks for a pause."""
-    return (429, {"Retry-After": str(seconds)}, b"{}")
-
-
-def told_failed(talk: Talk) -> list[str]:
-    """Return the lines that the messages to a member say have failed."""
-    text = "\n".join(all_letters(talk.world, talk.user))
-    return re.findall(r"^❌ (.*)$", text.partition("\n")[2], re.MULTILINE)
-
-
-@contextmanager
-def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, SlowRunner]]:
-    """A service with a request of alice's that has outlived SYNC_TIMEOUT: its run waits."""
-    runner = SlowRunner("")
-    with quick(runner, SYNC_TIMEOUT="1", **settings) as world:
-        world.say(said)
-        hear(world, "alice", "⏰")
-        yield world, runner
-
-
-@contextmanager
-def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
-    """A service with a request of alice's: b:1 is done, slow/a:1 waits until its runner may go."""
-    runner = SlowRunner()
-    with quick(runner, **settings) as world:
-        world.say("slow/a:1, b:1")
-        assert wait_until(
-            lambda: [j for run in world.github.runs for j in run.jobs if j.conclusion == "success"]
-        )
-        yield world, runner
-
-
-def test_jobs_are_found_by_their_cut_names(talk: Talk) -> None:
-    """100 characters at most; where cut names are equal, the order of the ids tells them apart.
-    One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
-    failed = [CUT[0], CUT[2], CUT[4], CUT[6]]
-    talk.runner.outcomes |= dict.fromkeys(failed, "wxsync: failed timeout")
-    talk.say("\n".join(CUT))
-    assert f"成功 3 / {len(CUT)}" in talk.hear("成功 ") and told_failed(talk) == failed
-    for missing in (0, 1):
-        talk = Talk(talk.world, talk.runner)
-        lines = [line.replace("pin", f"lack{missing}") for line in PINNED[:2]]
-        talk.runner.outcomes[lines[missing]] = "missing"
-        talk.say("\n".join(lines))
-        assert "成功 " in talk.hear("成功 ")
-        assert lines[missing] in told_failed(talk)
-
-
-@pytest.mark.parametrize("knob", [("jobs_shown", 100), ("jobs_lag", 0.3)], ids=str)
-def test_jobs_that_are_behind_their_run_are_asked_for_again(talk: Talk, knob: Any) -> None:
-    """More while pages are read; or completed, and its jobs unknown or in progress for 15 s."""
-    setattr(talk.github, *knob)
-    talk.runner.outcomes["behind255:1"] = "wxsync: failed not-found manifest unknown"
-    talk.say("\n".join(f"behind{number}:1" for number in range(256)))
-    assert "不存在" in talk.hear("成功 255 / 256")
-
-
-@in_ci
-@early
-def test_jobs_that_never_end_have_not_succeeded() -> None:
-    """Half a minute after the end of the run nobody waits for them any more."""
-    with quick() as world:
-        world.github.jobs_lag = 1e9
-        world.say("nginx:1")
-        assert "docker pull" not in world.hear("成功 0 / 1", 50)
-
-
-SAID = [  # how the job ended | its last step; a part of what is said of it
-    ("success|wx***: unchanged sha256:" + HEX, "（已是最新）"),  # a Secret called "sync"
-    ("failure|***sync: failed not-found manifest unknown", "不存在"),
-    ("failure|wx***: failed target-login unauthorized", "登录目标仓库失败"),
-    ("failure|***: failed no-platform linux/s390x", "没有这个架构"),
-    ("success|\x1b[2Jwxsync: failed\r\n\x00", "docker pull"),
-    ("failure|wxsync: copied sha256:" + HEX, "❌"),
-    ("failure|wxsync: failed error \x1b[31m\u202e<a href='x'>\x07\nx", "复制失败"),
-    ("failure|wxsync: failed error " + "x" * 9000, "复制失败"),
-    ("cancelled after 61", "超时"),  # GitHub says cancelled of what ran into timeout-minutes: 60
-    ("cancelled after 56", "超时"),
-    ("cancelled after 54", "任务被取消"),
-]
-
-
-@pytest.mark.parametrize(("outcome", "wanted"), SAID, ids=range(len(SAID)))
-def test_what_a_job_says_of_itself(talk: Talk, outcome: str, wanted: str) -> None:
-    """Secrets are masked in step names; nothing in one is believed against the conclusion."""
-    talk.runner.outcomes["says:1"] = outcome
-    text = talk.ask("says:1")
-    done = outcome.startswith("success")
-    assert f"成功 {int(done)} / 1" in text and wanted in text and ("docker pull" in text) is done
-    assert [c for c in text if c in "\x00\x07\x1b\r\u202e"] == [] and len(talk.messages) == 1
-
-
-def test_a_step_name_may_be_cut_off_anywhere(talk: Talk) -> None:
-    """The conclusion decides, whatever is left of the name."""
-    bad, good = "wxsync: failed not-found manifest; nearest 1.2 1.3", "wxsync: unchanged sha256:01"
-    fates = [f"failure|{bad[:end]}" for end in range(len(bad))]
-    fates += [f"success|{good[:end]}" for end in range(len(good))]
-    lines = {f"x/cut{number}:1": fate for number, fate in enumerate(fates)}
-    talk.runner.outcomes |= lines
-    talk.say("\n".join(lines))
-    assert f"成功 {len(good)} / {len(lines)}" in talk.hear("成功 ")
-    assert set(told_failed(talk)) == {line for line, fate in lines.items() if "failure" in fate}
-
-
-@early
-def test_a_rerun_is_followed_to_its_end() -> None:
-    """Run again under the same id before its end was seen: its last attempt counts."""
-    runner = SlowRunner("")
-    runner.outcomes[PINNED[0]] = "wxsync: failed network refused"
-    with quick(runner) as world:
-        world.say("\n".join(PINNED[:2]))
-        assert wait_until(lambda: world.github.runs)
-        world.service.kill()
-        runner.go.set()
-        assert wait_until(lambda: world.github.runs[0].status == "completed")
-        runner.outcomes.clear()
-        runner.go.clear()
-        world.github.rerun(world.github.runs[0])
-        world.service.start()
-        time.sleep(0.5)
-        assert finals(world, "alice") == []
-        runner.go.set()
-        hear(world, "alice", "成功 2 / 2")
-        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
-
-
-def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
-    """204 without an id: by its title, whatever others are called; filtered lists lag."""
-    talk.github.old_dispatch, talk.github.list_lag = True, 0.2
-    for title in ("", "wxsync", "wxsync " + "0" * 16, "💥" * 300, "\x1b[2J\n<b>wxsync ${{ x }}"):
-        talk.github.new_run({"images": "[]"}).display_title = title
-    assert "成功 1 / 1" in talk.ask("titles:1") and len(talk.inputs) == 1
-    looks = talk.calls("GET workflows runs")
-    assert looks and [look for look in looks if FakeGitHub.FILTERS & set(look.query)] == []
-
-
-@pytest.mark.parametrize("body", [NO_RIGHT, HTML], ids=["JSON", "HTML"])
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refusal_counts_when_it_lasts(talk: Talk, status: int, body: bytes) -> None:
-    """Once, for the run as for its jobs, and there again: nothing happened. Else it is told with
-    its number, whatever the body."""
-    for where in ("GET actions/runs/", "GET jobs"):
-        talk.github.fail(where, (status, {}, body))
-    assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
-    for number, where in enumerate(("PUT contents", "POST dispatches", "GET actions/runs/")):
-        talk = Talk(talk.world, talk.runner)
-        talk.github.fail(where, (status, {"Content-Type": "text/html"}, body), 100)
-        talk.say(f"always-{len(body)}-{status}:{number}")
-        text = talk.hear("成功 0 / 1")
-        assert str(status) in text and "<" not in text
-        assert len(talk.calls("POST dispatches")) <= 1
-        talk.github.faults.clear()
-
-
-@early
-def test_a_deleted_run_is_told_soon() -> None:
-    """While it is followed late: after some looks, with the true reason, not after six hours."""
-    with late() as (world, _):
-        world.github.runs.clear()
-        before = len(world.github.calls)
-        text = hear(world, "alice", "成功 0 / 1")
-        assert re.search("404|删除|不存在", text) and "6 小时" not in text
-        assert 3 <= len(world.github.calls) - before <= 20
-
-
-PROTECTED = [
-    (409, "Repository rule violations found\n\nChanges must be made through a pull request.\n\n"),
-    (409, "Could not update file: Changes must be made through a pull request."),  # classic
-    (422, "Repository rule violations found\n\nSecret detected in content"),
-    (403, "You're not authorized to push to this branch."),
-]
-
-
-@pytest.mark.parametrize(("status", "said"), PROTECTED, ids=range(len(PROTECTED)))
-def test_a_protected_branch_is_told_at_once(talk: Talk, status: int, said: str) -> None:
-    """No second try will be taken: what it is, what to do (BobAnkh/auto-generate-changelog#78)."""
-    talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 20)
-    text = talk.ask(f"protected-{status}:1")
-    assert re.search("保护|规则", text) and "main" in text and said[:20] in text
-    assert len(talk.calls("PUT")) == 1 and talk.inputs == [] and len(talk.messages) == 1
-
-
-# -- limits of calls
-
-
-@early
-def test_a_limit_without_end_is_told() -> None:
-    """429 with Retry-After 1 for ever: seen in /health and 状态, told after ten minutes (0.6 s)."""
-    with quick(SCALE="0.001") as world:
-        world.github.fail("contents", limit(1), 100_000)
-        world.say("limited:1")
-        assert wait_until(lambda: world.service.health()["status"] == "degraded")
-        assert re.search("⚠️.*限", world.say("状态"))
-        assert "限" in world.hear("成功 0 / 1", 20) and len(world.github.calls) <= 620
-        world.github.faults.clear()
-        world.say("after:1", "bob")
-        assert "✅" in hear(world, "bob", "成功 1 / 1") and len(world.github.dispatches) == 1
-        assert wait_until(lambda: world.service.health()["status"] == "ok")
-
-
-@early
-def test_the_waits_of_one_request_are_added_up() -> None:
-    """For its commit and its dispatch together it waits ten minutes (3 s here), not for each."""
-    for puts, posts, final, tries in ((2, 3, "成功 1 / 1", 4), (4, 4, "成功 0 / 1", 3)):
-        with quick(SCALE="0.005") as world:
-            world.github.fail("PUT contents", limit(100), puts)
-            world.github.fail("POST dispatches", limit(100), posts)
-            world.say("adds:1")
-            assert final in world.hear("成功 ", 20)
-            assert len(world.github.calls_to("POST dispatches")) <= tries
-
-
-@early
-def test_midnight_does_not_hold_up_requests_for_ever() -> None:
-    """It has the list while GitHub wants quiet, gives it back, and is done when GitHub answers."""
-    with quick(SCALE="0.001", CALLBACK_MAX_AGE="0") as world:
-        world.say("today:1")
-        world.hear("成功 1 / 1")
-        before = len(world.github.calls)
-        world.github.fail("contents", limit(1), 100_000)
-        (world.service.state_dir / "clock").write_text("86400")
-        assert wait_until(lambda: len(world.github.calls) > before)
-        world.say("tomorrow:1", "bob")
-        assert "限" in world.wecom.wait_message(lambda m: m.user == "bob", 20).text
-        world.github.faults.clear()
-        images = world.service.state_dir / "images.txt"
-        assert wait_until(lambda: "today" not in images.read_text())
-
-
-@early
-def test_the_longer_of_two_waits_holds() -> None:
-    """A look at a late run is told to wait two minutes while a request waits for half a one."""
-    with late() as (world, _):
-        world.github.fail("GET contents", limit(30))
-        world.github.delay = 0.3
-        world.say("next:1", "bob")
-        assert wait_until(lambda: len(world.github.calls_to("GET contents")) == 2)
-        world.github.delay = 0.0
-        world.github.fail("GET actions/runs/", limit(120))
-        if wait_until(lambda: not world.github.faults, 1):  # else there is one call at a time
-            time.sleep(0.4)
-            before = len(world.github.calls)
-            time.sleep(1.2)
-            assert len(world.github.calls) == before
-
-
-@early
-def test_waiting_for_github_counts_as_work() -> None:
-    """SYNC_TIMEOUT passes before the dispatch: ⏰, then the result, kill -9 or not."""
-    for restart in (False, True):
-        with quick(SYNC_TIMEOUT="1") as world:
-            world.github.fail("POST dispatches", limit(80), 3)
-            world.say("patient:1")
-            assert "patient:1" in hear(world, "alice", "⏰")
-            assert world.service.health()["status"] == "degraded" and "⚠️" in world.say("状态")
-            assert world.github.dispatches == [] and finals(world, "alice") == []
-            if restart:
-                world.service.restart()
-            assert "✅" in world.hear("成功 1 / 1", 12) and wait_until(lambda: idle(world))
-            assert len(world.github.dispatches) == 1 and len(world.wecom.messages) == 2
-
-
-@early
-def test_six_hours_end_with_a_last_look() -> None:
-    """A run that has not ended by then: its jobs that have are told as what they are."""
-    with half_done(SYNC_TIMEOUT="1") as (world, _):
-        hear(world, "alice", "⏰")
-        world.service.kill()
-        (world.service.state_dir / "clock").write_text(str(7 * 3600))
-        world.service.start()
-        text = hear(world, "alice", "成功 1 / 2")
-        assert f"docker pull {PREFIX}/b:1" in text and "❌ slow/a:1" in text
-
-
-# -- 取消 and 重试
-
-
-def check_cancelled(world: World) -> None:
-    """alice's final message comes once, and tells what was done before she stopped the rest."""
-    text = hear(world, "alice", "成功 1 / 2")
-    assert f"docker pull {PREFIX}/b:1" in text and "slow_a" not in text and "取消" in text
-    assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
-    assert world.github.runs[0].conclusion == "cancelled"
-
-
-@early
-def test_cancel_ends_all_that_is_ones_own() -> None:
-    """What runs and what waits, named in the reply; what was done is told as done."""
-    with half_done() as (world, _):
-        world.say("later:1")
-        world.say("bobs:1", "bob")
-        reply = world.say("取消")
-        assert "slow/a:1" in reply and "later:1" in reply and "bobs" not in reply
-        check_cancelled(world)
-        hear(world, "bob", "成功 1 / 1")
-        assert len(world.github.dispatches) == 2 and len(world.github.calls_to("POST cancel")) == 1
-
-
-@early
-def test_cancel_touches_nobody_else() -> None:
-    """Who has nothing is told so; who waits behind others is dropped alone."""
-    with half_done() as (world, runner):
-        assert "没有" in world.say("取消", "bob")
-        for user in ("bob", "carol"):
-            world.say(f"{user}:1", user)
-        assert "bob:1" in world.say("cancel", "bob") and "没有" in world.say("取消", "bob")
-        runner.go.set()
-        hear(world, "alice", "成功 2 / 2")
-        hear(world, "carol", "成功 1 / 1")
-        assert len(world.github.dispatches) == 2 and world.github.calls_to("POST cancel") == []
-
-
-CANCELS: list[tuple[What, int, str, str]] = [  # answer, times; what comes of it, what is said
-    ("lost", 1, "成功 1 / 2", "取消"),
-    ((409, {}, b'{"message": "Cannot cancel a completed run."}'), 9, "成功 2 / 2", ""),
-    ((500, {}, b"{}"), 10_000, "成功 2 / 2", "500"),
-    ((403, {}, NO_RIGHT), 10_000, "成功 2 / 2", "Actions"),
-]
-
-
-@early
-def test_a_cancel_that_github_does_not_take_is_told() -> None:
-    """Tried again where that may help; what goes on running is told as that, and as what it was."""
-    for answer, times, final, said in CANCELS:
-        with half_done() as (world, runner):
-            world.github.fail("POST cancel", answer, times)
-            reply = world.say("取消")
-            assert wait_until(lambda: world.github.calls_to("POST cancel"))
-            seen = 0
-            while seen < len(world.github.calls_to("POST cancel")) < 100:
-                seen = len(world.github.calls_to("POST cancel"))
-                time.sleep(0.8)  # until it gives up
-            if final == "成功 2 / 2":
-                runner.go.set()
-            hear(world, "alice", final)
-            heard = "\n".join([reply, *world.wecom.messages_for("alice")])
-            assert said in heard and heard.count("成功 ") == 1
-
-
-@early
-def test_cancel_before_there_is_a_run() -> None:
-    """While it waits for GitHub nothing is started; a dispatch under way is cancelled behind it."""
-    with quick(SlowRunner()) as world:
-        world.github.fail("PUT contents", limit(60), 4)
-        world.say("early:1")
-        assert wait_until(lambda: world.github.calls_to("PUT contents"))
-        assert "early:1" in world.say("取消")
-        time.sleep(0.3)
-        world.github.faults.clear()
-        world.github.delay = 0.4
-        world.say("slow/a:1")
-        assert wait_until(lambda: world.github.calls_to("POST dispatches"))
-        assert "slow/a:1" in world.say("取消")
-        world.github.delay = 0.0
-        hear(world, "alice", "成功 0 / 1")
-        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) <= 2
-        assert [d.inputs["images"] for d in world.github.dispatches] == ['["slow/a:1"]']
-        assert wait_until(lambda: world.github.runs[0].conclusion == "cancelled")
-
-
-CANCEL_KILLS = (  # as KILLS, and SYNC_TIMEOUT
-    ("github", "POST /cancel", "before", "300"),
-    ("github", "POST /cancel", "after", "1"),
-    ("github", "GET /jobs", "after", "300"),
-    ("wecom", "POST /message/send", "after", "1"),
-)
-
-
-def check_cancel_kill(who: str, where: str, when: str, timeout: str) -> None:
-    with half_done(SYNC_TIMEOUT=timeout) as (world, _):
-        if timeout == "1":
-            hear(world, "alice", "⏰")
-        peer: Peer = getattr(world, who)
-        peer.fail(where, "hang" if when == "before" else "mute")
-        assert "slow/a:1" in world.say("取消")
-        assert wait_until(lambda: not peer.faults), where
-        world.service.restart()
-        check_cancelled(world)
-
-
-@early
-def test_killed_at_any_step_of_a_cancel_it_is_cancelled_once() -> None:
-    """The reply was given, so it holds, wherever kill -9 interrupts, for late runs as well."""
-    for step in CANCEL_KILLS:
-        check_cancel_kill(*step)
-
-
-@early
-def test_retry_does_what_failed_again() -> None:
-    """Only that, only one's own, after kill -9 too, and not twice."""
-    lines = ["a:1", "--platform=all c:1"]
-    runner = PlayedRunner(0.01, dict.fromkeys(lines, "wxsync: failed network refused"))
-    with quick(runner) as world:
-        assert "没有" in world.say("重试")
-        world.say(f"{lines[0]}, b:1, {lines[1]}")
-        assert "重试" in hear(world, "alice", "成功 1 / 3")
-        assert "没有" in world.say("retry", "bob")
-        assert wait_until(lambda: idle(world))
-        world.service.restart()
-        runner.outcomes.clear()
-        reply = world.say("重试")
-        assert "🔄" in reply and "共 2 个镜像" in reply and "b:1" not in reply
-        hear(world, "alice", "成功 2 / 2")
-        assert json.loads(world.github.dispatches[1].inputs["images"]) == lines
-        assert "没有" in world.say("重试") and len(world.github.dispatches) == 2
-        runner.outcomes["d:1"] = "wxsync: failed not-found manifest unknown"
-        world.say("d:1", "bob")
-        assert "重试" not in hear(world, "bob", "成功 0 / 1")  # it would not help
-
-
-def test_retry_after_a_request_that_failed_as_a_whole(talk: Talk) -> None:
-    """The token was refused: all of its images failed, and all are tried again."""
-    talk.github.fail("GET contents", (401, {}, b"{}"), 9)
-    assert "成功 0 / 2" in talk.ask("whole:1, whole:2")
-    talk.github.faults.clear()
-    assert "共 2 个镜像" in talk.say("重试")
-    assert "成功 2 / 2" in talk.hear("成功 2")
-
-
-# ---------------------------------------------------------------------------------------------
-# Nobody in: GitHub's answers
-# ---------------------------------------------------------------------------------------------
-
-JOB = {"name": "IMAGE", "status": "completed", "conclusion": "success"}
-ODD_JOBS = {"sha": "a", "content": {}, "status": "completed", "workflow_run_id": -1}
-ODD_JOBS |= {"jobs": [5, None, {"name": []}, JOB | {"steps": 5}]}
-ODD_STEPS = {"sha": "a", "status": "completed", "workflow_run_id": True}
-ODD_STEPS |= {"jobs": [JOB | {"conclusion": {}, "steps": [5, {"name": {}, "conclusion": []}]}]}
-WRONG_TYPES = {"sha": 5, "content": [], "status": {}, "jobs": {}, "workflow_run_id": "1"}
-
-ODD: dict[str, What] = {kind: kind for kind in ("reset", "lost", "garbage", "short", "big")}
-ODD |= {
-    text: (200, {}, text.encode()) for text in ("null", "[1, [2]]", "5", '"sha"', "", "[" * 100_000)
-}
-ODD |= {
-    "204": (204, {}, b""),
-    "not JSON": (200, {}, b"<html>\xff\xfe</html>"),
-    "wrong types": (200, {}, json.dumps(WRONG_TYPES).encode()),
-    "odd jobs": (200, {}, json.dumps(ODD_JOBS).encode()),
-    "odd steps": (200, {}, json.dumps(ODD_STEPS).encode()),
-    "infinity": (200, {}, b'{"sha": Infinity, "workflow_run_id": 1e999, "status": NaN}'),
-    "500": (500, {}, b"oops"),
-    "status 999": (999, {}, b"{}"),
-    "redirect to itself": (302, {"Location": "/"}, b""),
-    "redirect nowhere": (307, {}, b""),
-    "redirect to another host": (301, {"Location": "http://evil.example/"}, b""),
-    "odd redirect": (302, {"Location": "http://[::1"}, b""),
-    "odd message": (422, {}, b'{"message": {"a": [1]}}'),
-    "odd head": (200, CHOKING_HEAD, b"{}"),
-}
-CALLS = {  # how often in a row: what is polled may fail for a while
-    "GET /contents/": 6,
-    "PUT /contents/": 6,
-    "POST /dispatches": 3,
-    "/actions/workflows/": 60,  # the dispatch, and every look for its run
-    "GET /actions/runs/": 2,
-    "GET /jobs": 2,
-}
-
-
-def odd_answers(where: str) -> list[str]:
-    """Try every odd answer at one call, return what was wrong with what came of it."""
-    wrong: list[str] = []
-    with quick(PlayedRunner(0.0), SCALE="0.005") as world:
-        for number, (name, what) in enumerate(ODD.items()):
-            image, user = f"app{number}:1", f"user{number}"
-            if isinstance(what, tuple):
-                what = (what[0], what[1], what[2].replace(b"IMAGE", image.encode()))
-            world.github.fail(where, what, 1 if name == "lost" else CALLS[where])
-            world.say(image, user)
-            wait_until(lambda: idle(world), 6)
-            world.github.faults.clear()
-            wait_until(lambda: idle(world), 6)
-            said = world.wecom.messages_for(user)
-            clear = len(said) == 1 and re.match("[✅❌].*成功 ", said[0])
-            if not clear or wxsync.INTERNAL_ERROR in said[0] or len(said[0]) > 600:
-                wrong.append(f"{where} {name[:20]}: {said}")
-        world.say("nginx:latest", "zoe")
-        wrong += [] if "✅" in hear(world, "zoe", "成功 ") else [f"{where}: the lane is stuck"]
-    return wrong
-
-
-@early
-def test_odd_answers_of_github_give_one_message_each() -> None:
-    """Whatever GitHub says, each request ends in one clear message and the lane goes on."""
-    with ThreadPoolExecutor(2) as pool:
-        wrong = [problem for found in pool.map(odd_answers, CALLS) for problem in found]
-    assert not wrong, "\n".join(wrong)
-
-
-@early
-def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
-    """Among the runs that are watched after SYNC_TIMEOUT one gets an odd answer."""
-    with late("alice:1") as (world, runner):
-        world.say("bob:1", "bob")
-        hear(world, "bob", "⏰")
-        job = b'{"name": "alice:1", "status": "completed", "conclusion": "success", "steps": 5}'
-        world.github.fail("GET /jobs", (200, {}, b'{"jobs": [%s]}' % job), 50)
-        runner.go.set()
-        time.sleep(1)
-        world.github.faults.clear()
-        for user in ("alice", "bob"):
-            hear(world, user, "成功 ")
-
-
-CENTURIES = (
-    {"Retry-After": "9" * 400},
-    {"Retry-After": "99999999"},
-    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "253402300799"},
-    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "9" * 400},
-)
-
-
-@in_ci
-@pytest.mark.parametrize("headers", CENTURIES, ids=range(4))
-def test_a_rate_limit_of_centuries_is_not_believed(headers: dict[str, str]) -> None:
-    """GitHub counts by the hour: nothing it says keeps us from asking again after that."""
-    with quick() as world:
-        world.github.fail("GET /contents", (429, headers, b"{}"))
-        for number in range(2):
-            world.say(f"app{number}:1", f"user{number}")
-            text = hear(world, f"user{number}", "成功 ")
-            assert all(int(minutes) <= 61 for minutes in re.findall(r"(\d+) 分钟", text)), text
-            assert wxsync.INTERNAL_ERROR not in text
-
-
-class Garbling(FakeGitHub):
-    """Starts each run, but says it unintelligibly."""
-
-    said = b""
-
-    def handle(self, call: Call) -> Answer:
-        answer = super().handle(call)
-        return Answer(200, self.said) if call.path.endswith("/dispatches") else answer
-
-
-def test_a_run_whose_start_is_said_unintelligibly_is_found() -> None:
-    """A garbled answer is as good as a lost one: the run is looked for, not called a failure."""
-    world = quick()
-    world.github = github = Garbling(runner=PlayedRunner(0.01))
-    with world:
-        for github.said in (b"", b"{}", b"[]", b"<html>", b'{"workflow_run_id": "7"}'):
-            user = f"user{len(github.dispatches)}"
-            world.say("nginx:1", user)
-            assert "✅" in hear(world, user, "成功 "), github.said
-        assert len(github.dispatches) == 5
-
-
-@early
-def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
-    """The clock is set in the middle of a run: its result is told all the same, and only that."""
-    for hours in (-30, 7):
-        with quick(runner := SlowRunner("")) as world:
-            world.say("nginx:1")
-            assert wait_until(lambda: world.github.runs)
-            (world.service.state_dir / "clock").write_text(str(hours * 3600))
-            time.sleep(0.5)
-            runner.go.set()
-            hear(world, "alice", "✅")
-            assert wait_until(lambda: idle(world))
-            assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
-
-
-def hang_once(where: str) -> None:
-    """Let one call hang: after its deadline it is tried again, or the run is looked for."""
-    with quick() as world:
-        world.github.fail(where, "drip" if where.startswith("GET /jobs") else "hang")
-        begun = time.monotonic()
-        world.say("nginx:1")
-        assert "✅" in world.hear("成功 1 / 1", 35), where
-        assert time.monotonic() - begun > 5
-        assert len(world.github.dispatches) == len(world.github.commits) == 1
-
-
-@early
-def test_calls_that_hang_have_a_deadline() -> None:
-    """GitHub never answers one call, or for ever a byte at a time."""
-    calls = [where for where in CALLS if " " in where]
-    with ThreadPoolExecutor(len(calls)) as pool:
-        list(pool.map(hang_once, calls))
-
-
-@early
-def test_health_and_verification_answer_while_everything_hangs() -> None:
-    """GitHub, WeCom and QingStor keep silent; both lanes are busy."""
-    with Depot() as world:
-        world.github.hang = world.wecom.hang = world.store.hang = True
-        world.say("nginx:1")
-        world.say(world.source.add("/a.bin", 1000))
-        assert wait_until(lambda: world.github.calls and world.store.calls)
-        for _ in range(20):
-            asked = time.monotonic()
-            assert world.service.healthy() and "进行中" in world.say("状态")
-            assert world.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
-            assert time.monotonic() - asked < 1
-            time.sleep(0.1)
-
-
-ROOT = SCRIPT.parent
-NO_REGISTRY = "127.0.0.1:9"  # nobody listens there
-POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such thing")
-
-# ---------------------------------------------------------------------------------------------
-# Tools: reading the documents
-# ---------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def document(name: str) -> str:
-    """Return the text of a file of the project."""
-    return (ROOT / name).read_text("utf-8")
-
-
-def document_yaml(name: str) -> Any:
-    """Return a YAML file of the project as Python values; `on:` is read as True."""
-    return pytest.importorskip("yaml").safe_load(document(name))
-
-
-def section(title: str) -> str:
-    """Return a section of README.md, its sub-sections included."""
-    bare = without_code()
-    head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.MULTILINE)
-    if not head:
-        pytest.fail(f"README.md has no section {title}")
-    after = re.compile(rf"^#{{1,{len(head[1])}}} ", re.MULTILINE).search(bare, head.end())
-    return document("README.md")[head.end() : after.start() if after else len(bare)]
-
-
-def without_code() -> str:
-    """Return README.md with the lines of its code blocks blanked, each as long as before."""
-    blank = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
-    return blank.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), document("README.md"))
-
-
-def code_blocks(text: str, language: str = "") -> list[str]:
-    """Return the fenced blocks of one language, without the indentation of the list they are in."""
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
-    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
-
-
-def table(text: str) -> dict[str, tuple[str, ...]]:
-    """Return the first table of a Markdown text: its first column without ` to the other ones."""
-    lines = re.search(r"(?:^ *\|.*\n)+", text, re.MULTILINE)
-    if not lines:
-        pytest.fail(f"no table in {text[:80]!r}")
-    rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in lines[0].splitlines()[2:]]
-    return {row[0].strip("` "): tuple(cell.strip() for cell in row[1:]) for row in rows}
-
-
-def env_file(settings: Mapping[str, str]) -> str:
-    """Return settings as an .env file."""
-    return "".join(f"{name}='{value}'\n" for name, value in settings.items())
-
-
-def run_here(
-    *words: str, folder: Path = ROOT, settings: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a program with nothing of this process's settings in its environment."""
-    environment = clean_environment(folder, settings or {})
-    return run_command(words, cwd=folder, env=environment)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -12948,18 +12986,6 @@ class BenchRow(NamedTuple):
 
 BENCH_ROWS: dict[str, BenchRow] = {}
 Measure = Callable[["Benchmark"], Sequence[Any]]
-
-
-def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
-    """Make a line of the table of a function whose docstring has what is measured, the target, and
-    the text. It returns whether the target is reached (None: there is none), then the figures."""
-
-    def add(measure: Measure) -> None:
-        name = measure.__name__.removeprefix("measure_").replace("_", "-")
-        what, target, *text = (inspect.getdoc(measure) or "").split("\n")
-        BENCH_ROWS[name] = BenchRow(what, target, "".join(text), wants, waits, measure)
-
-    return add
 
 
 class Benchmark:
