@@ -6790,9 +6790,9 @@ def plain_upload(store: FakeQingStor, size: int) -> float:
 def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
     """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
     few parts, the SDK included; a second file takes hardly more."""
-    rate = 100e6
+    rate = 70e6
     with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
-        link = depot.source.add("/big.bin", 1024 * MIB, rate=rate, length="chunked")
+        link = depot.source.add("/big.bin", 1024 * MIB, rate=rate)
         depot.store.rate_bytes_per_second = rate
         alone = max(plain_download(link), plain_upload(depot.store, 1024 * MIB))
         added, seconds = watched_relay(depot, "/big.bin", 20 * alone)
