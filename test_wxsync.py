@@ -11762,6 +11762,56 @@ def test_users_cannot_forge_log_lines() -> None:
             assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
 
 
+def test_a_slow_disk_delays_no_confirmation_of_the_robot_either() -> None:
+    """A second a sync, 20 people at once: each hears within 4 s, senders wait for no disk."""
+    world = RobotWorld(SlowRunner(""), QUEUE_SIZE="100")
+    world.script = quick_script(BAD_DISK)
+    with world:
+        disk_is(world, seconds=1)
+        begun, users = time.monotonic(), [f"user{number}" for number in range(20)]
+        for user in users:
+            world.gateway.say(f"{user}:1", user)
+        assert wait_until(lambda: all(world.gateway.all_of(user) for user in users), 6)
+        assert time.monotonic() - begun < 4
+
+
+def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
+    """30 strangers send requests by the thousand; WeCom is answered within a second."""
+    flood, over = b"GET / HTTP/1.1\r\n\r\n" * 1500, threading.Event()
+
+    def send_on(port: int) -> None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as stranger:
+            threading.Thread(target=drain, args=(stranger,), daemon=True).start()
+            while not over.is_set():
+                stranger.sendall(flood)
+
+    def drain(stranger: socket.socket) -> None:
+        with suppress(OSError):
+            while stranger.recv(1 << 18):
+                pass
+
+    with World(SCRIPT) as world, ThreadPoolExecutor(30) as pool:
+        for _ in range(30):
+            pool.submit(send_on, world.service.port)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        assert "当前状态" in world.say("状态")
+        seconds = time.monotonic() - begun
+        over.set()
+        assert seconds < 2, seconds
+
+
+def test_an_odd_upload_id_is_refused_and_leaves_nothing() -> None:
+    """What is no text at all, or longer than any id."""
+    with Depot() as depot:
+        kind = {"Content-Type": "application/json"}
+        for body in (b'{"upload_id":"\\ud800"}', b'{"upload_id":"' + b"x" * 1000 + b'"}'):
+            depot.store.fail("POST uploads", (200, kind, body))
+            told = depot.relay(depot.source.add("/big.bin", 9_000_000))
+            assert "❌" in told and wxsync.INTERNAL_ERROR not in told
+        assert saved(depot)["orphans"] == []
+
+
 # ---------------------------------------------------------------------------------------------
 # check
 # ---------------------------------------------------------------------------------------------

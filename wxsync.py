@@ -136,6 +136,7 @@ VERSION = "1.1.0"
 MAX_BODY_BYTES = 64 * 1024
 MAX_HEAD_BYTES = 16 * 1024
 REQUEST_SECONDS = 10.0  # from connection (or last answer) to a whole request
+ANSWERS_IN_A_ROW = 8  # to one connection; WeCom sends one request and waits
 MAX_CONNECTIONS = 600  # a buffer each, and a thread while one waits for the disk
 # Chat (WeCom's document 90236): a text holds 2048 bytes; 30 messages a minute and 1,000 an hour to
 # one person, what is over is dropped without a word.
@@ -2415,6 +2416,9 @@ class GitHub:
 # begun is completed or aborted, after a restart as well: the key and the id are in the Task.
 
 
+UPLOAD_ID = r"[\x21-\x7e]{1,512}"
+
+
 class Upload(NamedTuple):
     """An object on its way: what a restart needs to finish or to undo it."""
 
@@ -2532,8 +2536,8 @@ class QingStor:
             except Unreachable:  # it may have begun all the same
                 self._abort_strays(key)
                 raise
-            upload_id = (read_json(answer.body, dict) or {}).get("upload_id")
-            if not isinstance(upload_id, str) or not upload_id:
+            upload_id = str((read_json(answer.body, dict) or {}).get("upload_id", ""))
+            if not re.fullmatch(UPLOAD_ID, upload_id):
                 raise Failure("QingStor 的回答里没有 upload_id")
             return upload_id
 
@@ -2550,7 +2554,9 @@ class QingStor:
             answer = self.require(self.call("list_multipart_uploads", prefix=key))
             listed = (read_json(answer.body, dict) or {}).get("uploads")
             for entry in listed if isinstance(listed, list) else []:
-                self._abort(pick(entry, "key", str), pick(entry, "upload_id", str))
+                upload_id = pick(entry, "upload_id", str)
+                if pick(entry, "key", str).startswith(key) and re.fullmatch(UPLOAD_ID, upload_id):
+                    self._abort(entry["key"], upload_id)
 
     def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
         """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
@@ -3233,21 +3239,24 @@ class State:
                 text = f"❌ 无法保存：{why}（STATE_DIR）。请清理磁盘或检查目录权限后重发"
                 raise Failure(text)
 
-    def change(self, change: Change) -> None:
-        """Make a change of what has happened; it is on disk on return, if the disk takes it."""
+    def change(self, change: Change, is_waiting: bool = True) -> None:
+        """Make a change of what has happened; it is on disk on return, if the disk takes it.
+
+        Where nobody is waiting it goes to the disk all the same, as soon as that has time.
+        """
         with self.changed:
             self.facts, self._next = change(self.facts), change(self._next)
             self._since.append(change)
-            self._wait()
+            self._wait(is_waiting)
 
-    def _wait(self) -> str:
+    def _wait(self, is_waiting: bool = True) -> str:
         """Wait for the writer; return why the disk did not take it, "" where it did."""
         answer: list[str] = []
         self._waiting.append(answer)
         self.changed.notify_all()
-        while not answer:
+        while is_waiting and not answer:
             self.changed.wait()
-        return answer[0]
+        return "".join(answer)
 
     # -- writing
 
@@ -4489,7 +4498,8 @@ class Post:
                 letters.remove(letter)
             return replace(facts, letters=tuple(letters))
 
-        self._state.change(change)
+        # A crash before it is written sends the letter again, whether it is waited for or not.
+        self._state.change(change, is_waiting=False)
 
     def _failed(self, letter: Letter, failure: Failure) -> bool:
         """Note a failure; tell whether the message is given up."""
@@ -4713,12 +4723,16 @@ class Follower:
         try:
             if self._cancels >= 0 and app.state.is_cancelled(task):
                 self._cancel()
+            if time.monotonic() >= self._next_count:
+                self._next_count = time.monotonic() + JOBS_SECONDS
+                outcomes = app.github.outcomes(task.run, task.items)
+                app.progress.of(task).outcomes = outcomes
+                if any(outcome.is_open for outcome in outcomes):
+                    self._odd = 0
+                    return False  # nor has the run ended
             seconds = app.github.run_seconds(task.run)
             if seconds is not None:
                 return self._finish(seconds)
-            if time.monotonic() >= self._next_count:
-                self._next_count = time.monotonic() + JOBS_SECONDS
-                app.progress.of(task).outcomes = app.github.outcomes(task.run, task.items)
             self._odd = 0
         except Failure as failure:
             # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
@@ -4900,8 +4914,7 @@ def relay_file(app: App, task: Task) -> None:
             return app.state.is_cancelled(task)
 
         if task.deaths >= MAX_DEATHS:
-            text = f"传输时服务已异常退出 {task.deaths} 次，不再尝试，请联系管理员查看日志"
-            raise Failure(text)
+            raise Failure("传输时服务多次异常退出，不再尝试，请联系管理员查看日志")
         source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
         with contextlib.closing(source):
             name = source.name
@@ -5107,6 +5120,7 @@ class Server:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._open: dict[socket.socket, Connection] = {}  # the oldest deadline first
+        self._left: list[Connection] = []  # with more requests than fitted into their turn
         self._waiting = 0  # for the disk, a thread each
         self._replies: deque[tuple[Connection, Head, Reply]] = deque()
 
@@ -5123,15 +5137,21 @@ class Server:
             if self._open:
                 first = next(iter(self._open.values()))
                 timeout = max(0.0, first.deadline - time.monotonic())
-            for key, _ in self._selector.select(timeout):
+            for key, _ in self._selector.select(0.0 if self._left else timeout):
                 if key.fileobj is self._wake:
                     if self._wake.recv(MAX_CONNECTIONS).strip(b"\0"):
                         return  # the number of a signal
                     self._send_waiting()
                 elif key.fileobj is self._listener:
                     self._accept()
-                elif connection := self._open.get(key.fileobj):  # type: ignore[call-overload]
-                    self._read(connection)
+                elif (
+                    connection := self._open.get(key.fileobj)  # type: ignore[call-overload]
+                ) and connection not in self._left:
+                    self._go_on(connection, functools.partial(self._receive, connection))
+            left, self._left = self._left, []
+            for connection in left:
+                if connection.sock in self._open:
+                    self._go_on(connection)
             now = time.monotonic()
             while self._open and (first := next(iter(self._open.values()))).deadline <= now:
                 self._drop(first)
@@ -5170,28 +5190,37 @@ class Server:
         self._let_go(connection)
         connection.sock.close()
 
-    def _read(self, connection: Connection) -> None:
-        """Take what has come and answer the requests that are whole now."""
+    def _go_on(self, connection: Connection, step: Callable[[], None] = lambda: None) -> None:
+        """Do a step for a connection and answer its requests; drop it where it breaks."""
         try:
-            data = connection.sock.recv(MAX_BODY_BYTES)
-            if not data:
-                raise ConnectionResetError
-            if not connection.is_done:
-                connection.data += data
-                self._answer_all(connection)
+            step()
+            self._answer_some(connection)
         except OSError:
             self._drop(connection)
 
-    def _answer_all(self, connection: Connection) -> None:
-        """Answer whole requests until there is none or one waits for the disk; raise OSError."""
+    def _receive(self, connection: Connection) -> None:
+        """Take what has come; raise OSError at the end."""
+        data = connection.sock.recv(MAX_BODY_BYTES)
+        if not data:
+            raise ConnectionResetError
+        connection.data += b"" if connection.is_done else data
+
+    def _answer_some(self, connection: Connection) -> None:
+        """Answer whole requests until none is left, one waits for the disk, or others have to.
+
+        Raises OSError.
+        """
         try:
-            while not connection.is_done and (request := connection.next_request()):
+            for _ in range(ANSWERS_IN_A_ROW):
+                if connection.is_done or not (request := connection.next_request()):
+                    return
                 head, body = request
                 reply = self._answer(head.command, head.path, body)
                 if not isinstance(reply, Reply):
                     self._wait_for(connection, head, reply)
                     return
                 self._send(connection, reply, head.close_connection)
+            self._left.append(connection)
         except Rejected as refusal:
             self._send(connection, Reply(refusal.status), True)
 
@@ -5215,11 +5244,8 @@ class Server:
             connection, head, reply = self._replies.popleft()
             self._waiting -= 1
             self._hold(connection)
-            try:
-                self._send(connection, reply, head.close_connection)
-                self._answer_all(connection)
-            except OSError:
-                self._drop(connection)
+            close = head.close_connection
+            self._go_on(connection, functools.partial(self._send, connection, reply, close))
 
     def _send(self, connection: Connection, reply: Reply, close: bool) -> None:
         """Write a reply in one go; a client that does not take it loses the connection (OSError).
