@@ -5712,6 +5712,10 @@ class Robot(Channel):
             except Failure:
                 found = {"errcode": -1}
             is_taken = bool(found.get("errcode") == 0)
+            if not is_taken and not finish and (line := self._line):
+                with contextlib.suppress(OSError):  # nothing more will come: it must not stay open
+                    last = {"msgtype": "stream", "stream": {**content, "finish": True}}
+                    self._write(line, "aibot_respond_msg", stream.req_id, last)
             if finish or not is_taken:
                 stream.line = None  # a late acknowledgement must not pass for that of another frame
             return is_taken
