@@ -1463,7 +1463,34 @@ OCI = "application/vnd.oci."
 EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
 
 
-class Daemon(Closing):
+class Child(Closing):
+    """A process with a folder of its own."""
+
+    def __init__(self, purpose: str) -> None:
+        self._temporary = temporary_folder(purpose)
+        self.folder = Path(self._temporary.name)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """End it as a crash would; its connections break, what it has stored stays."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def restart(self) -> None:
+        """Kill it if it runs, then start it again on what it has stored."""
+        self.kill()
+        self.start()
+
+    def close(self) -> None:
+        self.kill()
+        self._temporary.cleanup()
+
+
+class Daemon(Child):
     """A real server in a process of its own on 127.0.0.1, with a password if wanted."""
 
     NEEDS: ClassVar[tuple[str, ...]] = ()
@@ -1472,9 +1499,7 @@ class Daemon(Closing):
         self.user, self.password = user, password
         self.port = 0
         self.around: list[str] = []  # a command that runs it
-        self._temporary = temporary_folder("daemon")
-        self.folder = Path(self._temporary.name)
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__("daemon")
 
     @classmethod
     def missing(cls) -> str:
@@ -1497,9 +1522,7 @@ class Daemon(Closing):
         self.port = self.port or free_port()
         with open(self.folder / "log", "ab") as log:
             words = [*self.around, *self.command()]
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         if not wait_until(self._listens, 15):
             raise RuntimeError(f"{self.NEEDS[0]} did not start: {self.log[-500:]}")
         return self
@@ -1509,21 +1532,6 @@ class Daemon(Closing):
             socket.create_connection(("127.0.0.1", self.port), 1).close()
             return True
         return False
-
-    def kill(self) -> None:
-        """End it as a crash would; its connections break, what it has stored stays."""
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
-    def close(self) -> None:
-        self.kill()
-        self._temporary.cleanup()
 
 
 class Registry(Daemon):
@@ -1922,14 +1930,13 @@ def status_of(pid: int, name: str) -> int:
     return 0
 
 
-class Service(Closing):
+class Service(Child):
     """`python wxsync.py` as a process of its own, with these settings and nothing else."""
 
     def __init__(self, script: Path, settings: Mapping[str, str]) -> None:
         self.script = script.resolve()
         self.words = [str(self.script)]  # what Python is given: by hand, or what `compile` returns
-        self._temporary = temporary_folder("service")
-        self.folder = Path(self._temporary.name)
+        super().__init__("service")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.callback_url = f"{self.url}/wechat/callback"
@@ -1939,7 +1946,6 @@ class Service(Closing):
         self.settings = own | dict(settings)
         self.log_path = self.folder / "log"
         self.log_path.touch()
-        self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def pid(self) -> int:
@@ -1997,12 +2003,6 @@ class Service(Closing):
         value: dict[str, Any] = http_request("GET", f"{self.url}/health", timeout=5).json()
         return value
 
-    def kill(self) -> None:
-        """End it as a power cut would."""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-
     def terminate(self, timeout: float = 15) -> tuple[int, float]:
         """End it as systemd would; return exit code and seconds that it took."""
         if not self.process:
@@ -2015,15 +2015,6 @@ class Service(Closing):
             self.kill()
             raise
         return code, time.monotonic() - begun
-
-    def restart(self) -> None:
-        """Kill it if it runs, then start it again on the same state."""
-        self.kill()
-        self.start()
-
-    def close(self) -> None:
-        self.kill()
-        self._temporary.cleanup()
 
     def rss_bytes(self) -> int:
         return status_of(self.pid, "VmRSS")

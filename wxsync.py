@@ -64,7 +64,7 @@ they last. Locks may be held together in this order only: App.list_lock, ImageLi
 Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All others are held alone.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
-Robot -> Chat.answer -> read_message -> State.accept; then in the thread of a lane sync_images or
+Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images or
 relay_file -> finish -> Post.step -> Channel.send.
 
 Verify a copy with `python wxsync.py --version`, which prints how the file's own SHA-256 begins.
@@ -1120,11 +1120,7 @@ def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
         if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
             return int(text)
     elif kind == "str":
-        port = (
-            re.search(r":([0-9]+)(?:/|$)", text)
-            if re.search(r":(\\d|\[0-9\])", rule["pattern"])
-            else None
-        )
+        port = re.search(r":([0-9]+)(?:/|$)", text) if ":" in rule["pattern"] else None
         if re.fullmatch(rule["pattern"], text, re.ASCII) and (not port or int(port[1]) < 65536):
             return text.rstrip("/") if "://" in text else text
     elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
@@ -3148,10 +3144,12 @@ def read_facts(data: Mapping[str, Any]) -> tuple[Facts, list[tuple[str, Any]]]:
     day = data.get("midnight")
     found: dict[str, Any] = {"midnight": day if isinstance(day, str) else ""}
     for name, kind in get_type_hints(Facts).items():
+        if name in found:
+            continue
         is_map = get_origin(kind) is Mapping
         written = data.get(name)
-        if name == "midnight" or not isinstance(written, dict if is_map else list):
-            bad += [(name, written)] if name in data and name != "midnight" else []
+        if not isinstance(written, dict if is_map else list):
+            bad += [(name, written)] if name in data else []
             continue
         inside = get_args(kind)[1 if is_map else 0]
         kept: dict[Any, Any] = {}
@@ -4149,8 +4147,6 @@ class Chat:
             return self._list()
         if reading.command == "cancel":
             return lambda: self._cancel(message, channel)
-        if reading.command == "retry":
-            reading = self._again(self._state.facts, message)
         if reading.command not in ("", "retry"):
             return f"{reading.note}\n\n{HELP}".strip()
         return lambda: self._start(reading, message, channel)
@@ -4166,7 +4162,10 @@ class Chat:
         return Reading("retry", images, links)
 
     def _list(self) -> str:
-        lines = self._images.read().encode(errors="replace").decode().strip()
+        try:
+            lines = self._images.read().encode(errors="replace").decode().strip()
+        except Failure as failure:
+            raise Failure(f"❌ {failure}") from failure
         lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
         return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
 
@@ -4830,8 +4829,9 @@ def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
     for task in (task for task in tasks if task.stage == "late"):
         work = app.progress.of(task)
         work.since = work.since or since(app, task)
-        follower = followers.setdefault(task.id, Follower(app, task))
-        attempt(app, task, functools.partial(follow_late, app, task, follower))
+        if task.id not in followers:
+            followers[task.id] = Follower(app, task)
+        attempt(app, task, functools.partial(follow_late, app, task, followers[task.id]))
     for task_id in set(followers) - {task.id for task in tasks}:
         del followers[task_id]
     app.sleep(POLL_SECONDS)
@@ -5897,11 +5897,11 @@ class Robot(Channel):
             return  # accepted, with its confirmation
         first, *more = self.letters(message.address, reply, "")
         waiting = sum(letter.address == first.address for letter in app.state.facts.letters)
-        if waiting >= self.MOST_REPLIES:
-            app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
-            return
         with self._lock:
             self._streams.pop(message.id, None)
+            if waiting >= self.MOST_REPLIES:
+                app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
+                return
             for frames in self._letters.values():  # of a confirmation that did not reach the disk
                 frames[:] = [frame for frame in frames if frame[0] is not stream]
             self._letters.setdefault(first, []).append((stream, True))
