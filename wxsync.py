@@ -1454,65 +1454,6 @@ def parse_proxy(url: str) -> Proxy | None:
     return Proxy(parts.scheme, parts.hostname or "", parts.port or 0, user, password)
 
 
-def receive(sock: socket.socket, size: int) -> bytes:
-    """Return exactly `size` bytes; raise OSError."""
-    data = b""
-    while len(data) < size:
-        piece = sock.recv(size - len(data))
-        if not piece:
-            raise ConnectionResetError("closed by the other side")
-        data += piece
-    return data
-
-
-def receive_head(sock: socket.socket) -> bytes:
-    """Return the head of an HTTP answer and not a byte more: what follows is no HTTP."""
-    head = b""
-    while not head.endswith(b"\r\n\r\n"):
-        if len(head) > MAX_HEAD_BYTES:
-            raise OSError(0, "对方的回答过长")
-        head += receive(sock, 1)
-    return head
-
-
-def ask_http_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> None:
-    """Turn sock into a tunnel to host:port by CONNECT (RFC 9110, 9.3.6); raise OSError."""
-    name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    head = [f"CONNECT {name} HTTP/1.1", f"Host: {name}"]
-    head += [f"{key}: {value}" for key, value in proxy.credentials().items()]
-    sock.sendall("\r\n".join([*head, "", ""]).encode())
-    status = receive_head(sock).split(b" ", 2)[1:2]
-    if status in ([b"401"], [b"407"]):
-        raise OSError(0, "代理的用户名或密码不正确")
-    if status != [b"200"]:
-        raise OSError(0, f"代理拒绝连接 {host}（{shown(b''.join(status).decode('latin-1'), 8)}）")
-
-
-SOCKS5_ERRORS = ("", "代理内部错误", "代理规则不允许", "网络不可达", "主机不可达", "连接被拒绝")
-
-
-def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, host: str, port: int) -> None:
-    """Turn sock into a tunnel to host:port by SOCKS5 (RFC 1928, 1929); the proxy resolves it."""
-    user, password, name = proxy.user.encode(), proxy.password.encode(), host.encode()
-    if max(len(user), len(password), len(name)) > 255:
-        raise OSError(0, "代理的用户名、密码或主机名过长")
-    sock.sendall(b"\x05\x01\x02" if user else b"\x05\x01\x00")
-    method = receive(sock, 2)
-    if method == b"\x05\x02" and user:
-        pair = bytes([1, len(user)]) + user + bytes([len(password)]) + password
-        sock.sendall(pair)
-        if receive(sock, 2)[1] != 0:
-            raise OSError(0, "代理的用户名或密码不正确")
-    elif method != b"\x05\x00":
-        raise OSError(0, "代理要求用户名和密码" if method[:1] == b"\x05" else "不是 SOCKS5 代理")
-    sock.sendall(b"\x05\x01\x00\x03" + bytes([len(name)]) + name + struct.pack(">H", port))
-    _, reply, _, kind = receive(sock, 4)
-    if reply != 0:
-        raise OSError(0, SOCKS5_ERRORS[reply] if reply < len(SOCKS5_ERRORS) else "代理拒绝连接")
-    length = {1: 4, 4: 16}.get(kind) or receive(sock, 1)[0]
-    receive(sock, length + 2)
-
-
 class Answer(NamedTuple):
     """The whole answer to one exchange."""
 
@@ -1610,6 +1551,56 @@ class Wire(http.client.HTTPConnection):
             return False
 
 
+def ask_http_proxy(sock: socket.socket, proxy: Proxy, url: Url) -> None:
+    """Turn sock into a tunnel to url's server by CONNECT (RFC 9110, 9.3.6); raise OSError."""
+    name = f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
+    try:
+        with contextlib.closing(Wire(url, sock.dup())) as wire:  # which closes its socket
+            status = wire.ask("CONNECT", name, proxy.credentials()).status
+    except http.client.HTTPException as error:
+        raise OSError(0, explain(error)) from error
+    if status in (401, 407):
+        raise OSError(0, "代理的用户名或密码不正确")
+    if status != 200:
+        raise OSError(0, f"代理拒绝连接 {url.host}（{status}）")
+
+
+def receive(sock: socket.socket, size: int) -> bytes:
+    """Return exactly `size` bytes; raise OSError."""
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise ConnectionResetError("closed by the other side")
+        data += piece
+    return data
+
+
+SOCKS5_ERRORS = ("", "代理内部错误", "代理规则不允许", "网络不可达", "主机不可达", "连接被拒绝")
+
+
+def ask_socks5_proxy(sock: socket.socket, proxy: Proxy, url: Url) -> None:
+    """Turn sock into a tunnel to url's server by SOCKS5 (RFC 1928, 1929); the proxy resolves it."""
+    user, password, name = proxy.user.encode(), proxy.password.encode(), url.host.encode()
+    if max(len(user), len(password), len(name)) > 255:
+        raise OSError(0, "代理的用户名、密码或主机名过长")
+    sock.sendall(b"\x05\x01\x02" if user else b"\x05\x01\x00")
+    method = receive(sock, 2)
+    if method == b"\x05\x02" and user:
+        pair = bytes([1, len(user)]) + user + bytes([len(password)]) + password
+        sock.sendall(pair)
+        if receive(sock, 2)[1] != 0:
+            raise OSError(0, "代理的用户名或密码不正确")
+    elif method != b"\x05\x00":
+        raise OSError(0, "代理要求用户名和密码" if method[:1] == b"\x05" else "不是 SOCKS5 代理")
+    sock.sendall(b"\x05\x01\x00\x03" + bytes([len(name)]) + name + struct.pack(">H", url.port))
+    _, reply, _, kind = receive(sock, 4)
+    if reply != 0:
+        raise OSError(0, SOCKS5_ERRORS[reply] if reply < len(SOCKS5_ERRORS) else "代理拒绝连接")
+    length = {1: 4, 4: 16}.get(kind) or receive(sock, 1)[0]
+    receive(sock, length + 2)
+
+
 class Network:
     """Opens connections, directly or through the proxy, whose state it owns."""
 
@@ -1642,9 +1633,9 @@ class Network:
         try:
             with cut_off(sock, seconds):
                 if proxy and proxy.scheme == "socks5":
-                    ask_socks5_proxy(sock, proxy, url.host, url.port)
+                    ask_socks5_proxy(sock, proxy, url)
                 elif proxy and url.scheme == "https":
-                    ask_http_proxy(sock, proxy, url.host, url.port)
+                    ask_http_proxy(sock, proxy, url)
             if url.scheme == "https":
                 sock = self._context().wrap_socket(
                     sock,
