@@ -1920,9 +1920,9 @@ class WeCom:
 
     RENEW = "access_token 失效"
 
-    def __init__(self, settings: Settings, client: Client, log: Log) -> None:
+    def __init__(self, settings: Settings, network: Network, log: Log) -> None:
         self._settings = settings
-        self.client = client
+        self.client = Client(network, settings.WECOM_API_URL, proxied=False)
         self._log = log
         self._lock = threading.Lock()
         self._token = ""
@@ -2142,10 +2142,10 @@ class GitHub:
     ACTIONS = "Actions: Read and write"
 
     def __init__(
-        self, settings: Settings, client: Client, log: Log, sleep: Callable[[float], None]
+        self, settings: Settings, network: Network, log: Log, sleep: Callable[[float], None]
     ) -> None:
         self._settings = settings
-        self.client = client
+        self.client = Client(network, settings.GITHUB_API_URL, proxied=True)
         self._log = log
         self._sleep = sleep
         self._lock = threading.Lock()
@@ -4304,25 +4304,30 @@ class Chat:
 # ================================================================================================
 
 
-@dataclass(frozen=True)
 class App:
-    """The parts of a running service; each owns its own state and lock."""
+    """The parts of a service; each owns its own state and lock. Making it begins nothing."""
 
-    settings: Settings
-    log: Log
-    now: Callable[[], float]  # seconds since the epoch
-    sleep: Callable[[float], None]
-    network: Network
-    github: GitHub
-    store: QingStor | None
-    images: ImageList
-    state: State
-    progress: Progress
-    chat: Chat
-    channels: dict[str, Channel]
-    posts: dict[str, Post]
-    list_lock: threading.Lock  # held while an image request runs; midnight waits for it
-    started: float  # monotonic
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        now: Callable[[], float],  # seconds since the epoch
+        sleep: Callable[[float], None],
+    ) -> None:
+        self.settings, self.log = settings, log
+        self.now, self.sleep = now, sleep
+        self.network = Network(settings, log)
+        self.github = GitHub(settings, self.network, log, sleep)
+        has_store = settings.QINGSTOR_ACCESS_KEY_ID
+        self.store = QingStor(settings, self.network, log, sleep) if has_store else None
+        folder = Path(settings.STATE_DIR)
+        self.images, self.state = ImageList(folder, log), State(folder, log, now)
+        self.progress = Progress()
+        self.chat = Chat(settings, log, now, self.state, self.images, self.progress, self.trouble)
+        self.channels: dict[str, Channel] = {}
+        self.posts: dict[str, Post] = {}
+        self.list_lock = threading.Lock()  # held while an image request runs; midnight waits for it
+        self.started = time.monotonic()
 
     def channel(self, address: str) -> Channel:
         """Return the channel of an address; where it has been turned off, any other one."""
@@ -6062,20 +6067,15 @@ def ask_service(settings: Settings, method: str, target: str, body: bytes) -> An
 class Doctor:
     """What the checks look at."""
 
-    settings: Settings
+    app: App
     env_file: Path
-    network: Network
-    wecom: WeCom
-    github: GitHub
-    store: QingStor | None
     target: Client
-    log: Log
 
     # -- this machine
 
     def host(self) -> Iterator[Finding]:
         """Look at this machine: folder, file modes, libraries."""
-        folder = Path(self.settings.STATE_DIR).resolve()
+        folder = Path(self.app.settings.STATE_DIR).resolve()
         place = next(path for path in (folder, *folder.parents) if path.exists())
         writable = place.is_dir() and os.access(place, os.W_OK)
         text = f"{folder} 不能写：chown 给运行 wxsync 的用户"
@@ -6085,10 +6085,10 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
-        if weak := self.settings.weak_secrets():
+        if weak := self.app.settings.weak_secrets():
             yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
-            if module == "Crypto" or self.store:
+            if module == "Crypto" or self.app.store:
                 cure = f"没有安装：pip install {package}"
                 yield finding(package, is_installed(module), "已安装", cure)
 
@@ -6102,31 +6102,32 @@ class Doctor:
 
     def proxy(self) -> Iterator[Finding]:
         """Try the proxy as the service would."""
-        if self.network.proxy is None:
+        if self.app.network.proxy is None:
             yield Finding("✅", "代理", "没有设置，GitHub 直连")
             return
-        test = self.settings.PROXY_TEST_URL
-        cure = f"{self.network.proxy} 打不开 {test}：核对地址和密码，或换 PROXY_TEST_URL"
-        yield finding("代理", self.network.probe(), f"{self.network.proxy} 可用", cure)
+        test = self.app.settings.PROXY_TEST_URL
+        cure = f"{self.app.network.proxy} 打不开 {test}：核对地址和密码，或换 PROXY_TEST_URL"
+        yield finding("代理", self.app.network.probe(), f"{self.app.network.proxy} 可用", cure)
 
     # -- WeCom
 
     def application(self) -> Iterator[Finding]:
         """Ask for a token (CORP_ID, SECRET), then for the application (AGENT_ID, trusted IP)."""
-        if not self.settings.CORP_ID:
+        channel = self.app.channels.get(Texts.name)
+        if not isinstance(channel, Texts):
             yield Finding("✅", "企业微信应用", "没有设置，只用智能机器人")
             return
-        self.wecom.token()
+        channel.wecom.token()
         yield Finding("✅", "企业微信", "CORP_ID 和 SECRET 正确")
-        query = {"agentid": str(self.settings.AGENT_ID)}
-        found = self.wecom.call("GET", "/cgi-bin/agent/get", query)
+        query = {"agentid": str(self.app.settings.AGENT_ID)}
+        found = channel.wecom.call("GET", "/cgi-bin/agent/get", query)
         text = f"AGENT_ID 正确（{shown(str(found.get('name', '')))}），本机 IP 可信"
         yield finding("企业微信应用", not found.get("close"), text, "应用已停用：到管理后台启用")
 
     def robot(self) -> Iterator[Finding]:
         """Subscribe and leave; where a service runs, that would throw it out: ask it instead."""
-        settings = self.settings
-        if not settings.BOT_ID:
+        settings, robot = self.app.settings, self.app.channels.get(Robot.name)
+        if not isinstance(robot, Robot):
             yield Finding("✅", "智能机器人", "没有设置，只用应用的回调")
             return
         folder = Path(settings.STATE_DIR)
@@ -6138,7 +6139,7 @@ class Doctor:
             cure = "服务正在运行，但长连接没有连上：看它的日志"
             yield finding("智能机器人", is_up, "服务正在运行，长连接已连上", cure)
             return
-        code, said = Robot(settings, self.network, self.log).try_once()
+        code, said = robot.try_once()
         cure = f"订阅被拒绝（{code} {said}）：核对 BOT_ID 和 BOT_SECRET，机器人要设为长连接方式"
         yield finding("智能机器人", not code, "BOT_ID 和 BOT_SECRET 正确", cure)
         del lock  # held until here
@@ -6152,14 +6153,14 @@ class Doctor:
         refuses it all the same, so nothing is changed.
         """
         try:
-            self.github.call(method, path, body, needs)
+            self.app.github.call(method, path, body, needs)
         except GitHubError as error:
             return str(error) if error.status in (401, 403) else ""
         return ""
 
     def _workflow(self) -> Iterator[Finding]:
         """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
-        call, needs = self.github.call, GitHub.ACTIONS
+        call, needs = self.app.github.call, GitHub.ACTIONS
         with contextlib.suppress(GitHubError):  # needs Administration: Read, which is optional
             enabled = call("GET", "/actions/permissions").get("enabled") is not False
             cure = "没有开启：仓库 Settings → Actions → General"
@@ -6173,7 +6174,7 @@ class Doctor:
         except GitHubError as error:
             cure = f"默认分支要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页启用。"
             yield Finding("❌", "GitHub 工作流", f"{cure}{error}")
-        branch = self.settings.GITHUB_BRANCH
+        branch = self.app.settings.GITHUB_BRANCH
         try:
             path = f"/contents/wxsync.py?ref={urllib.parse.quote(branch)}"
             found = pick(call("GET", path, needs=GitHub.WRITE), "content", str)
@@ -6186,11 +6187,11 @@ class Doctor:
 
     def repository(self) -> Iterator[Finding]:
         """Ask for the repository, the branch, the workflow, Actions and the Secrets."""
-        settings, call = self.settings, self.github.call
+        settings, call = self.app.settings, self.app.github.call
         found = call("GET", "", needs="Metadata: Read")
         kind = "细粒度令牌" if settings.GITHUB_TOKEN.startswith("github_pat_") else "经典令牌"
         yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
-        if ends := self.github.token_ends:
+        if ends := self.app.github.token_ends:
             yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
         if found.get("archived"):
             yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
@@ -6215,7 +6216,7 @@ class Doctor:
 
     def registry(self) -> Iterator[Finding]:
         """Look at the target registry's name and ask whether it answers."""
-        name = self.settings.DOCKER_REGISTRY
+        name = self.app.settings.DOCKER_REGISTRY
         acr = r"(registry\.[a-z0-9-]+|crpi-[a-z0-9]+\.[a-z0-9-]+\.personal\.cr)\.aliyuncs\.com"
         cure = f"{name} 不像 ACR 个人版的地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.…"
         found = re.fullmatch(acr, name) is not None
@@ -6227,11 +6228,11 @@ class Doctor:
 
     def bucket(self) -> Iterator[Finding]:
         """Ask for the bucket and who may read it."""
-        if self.store is None:
+        if self.app.store is None:
             yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
             return
-        answer = self.store.require(self.store.call("get_acl"))
-        name, seconds = self.settings.QINGSTOR_BUCKET, self.settings.QINGSTOR_LINK_SECONDS
+        answer = self.app.store.require(self.app.store.call("get_acl"))
+        name, seconds = self.app.settings.QINGSTOR_BUCKET, self.app.settings.QINGSTOR_LINK_SECONDS
         yield Finding("✅", "QingStor", f"存储桶 {name} 可以访问，密钥正确")
         is_public = b"QS_ALL_USERS" in answer.body
         text = f"带签名，{seconds} 秒内有效" if seconds else "公开读"
@@ -6254,9 +6255,12 @@ CHECK_HINTS = {
 
 def run_checks(doctor: Doctor) -> list[Finding]:
     """Ask every system side by side, for CHECK_SECONDS in all; return what was found, in order."""
-    clients = {"企业微信": doctor.wecom.client, "GitHub": doctor.github.client}
-    clients |= {"目标仓库": doctor.target}
-    clients |= {"QingStor": doctor.store.client} if doctor.store else {}
+    app = doctor.app
+    clients = {"GitHub": app.github.client, "目标仓库": doctor.target}
+    if isinstance(channel := app.channels.get(Texts.name), Texts):
+        clients["企业微信"] = channel.wecom.client
+    if app.store:
+        clients["QingStor"] = app.store.client
     steps = [doctor.host(), doctor.proxy(), doctor.robot(), doctor.application()]
     steps += [doctor.repository(), doctor.registry(), doctor.bucket()]
     findings: dict[str, list[Finding]] = {name: [] for name in CHECK_HINTS}
@@ -6286,29 +6290,6 @@ def run_checks(doctor: Doctor) -> list[Finding]:
     return [found for group in findings.values() for found in group]
 
 
-def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
-    """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secret_values(), sys.stderr)
-    network, sleep = Network(settings, log), (lambda seconds: None)
-    doctor = Doctor(
-        settings=settings,
-        env_file=env_file,
-        network=network,
-        wecom=WeCom(settings, Client(network, settings.WECOM_API_URL, proxied=False), log),
-        github=GitHub(settings, Client(network, settings.GITHUB_API_URL, proxied=True), log, sleep),
-        store=QingStor(settings, network, log, sleep) if settings.QINGSTOR_ACCESS_KEY_ID else None,
-        target=Client(network, f"https://{settings.DOCKER_REGISTRY}", proxied=False),
-        log=log,
-    )
-    doctor.github.patience_seconds = 0  # a limit is told, not waited for
-    findings = [found._replace(text=found.text.replace("`", "")) for found in run_checks(doctor)]
-    if as_json:
-        print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
-    else:
-        print("\n".join(f"{found.mark} {found.name}：{found.text}" for found in findings))
-    return int(any(found.mark == "❌" for found in findings))
-
-
 # ================================================================================================
 # VIII. Main: wiring and the command line.
 # May: everything, once. Never: anything that a part above could do itself.
@@ -6333,37 +6314,27 @@ def build_app(
     settings: Settings, log: Log, now: Callable[[], float], sleep: Callable[[float], None]
 ) -> App:
     """Wire the parts of the service; opens no connection and starts no thread."""
-    network, folder, progress = Network(settings, log), Path(settings.STATE_DIR), Progress()
-    state, images = State(folder, log, now), ImageList(folder, log)
-    channels: dict[str, Channel] = {}
+    app = App(settings, log, now, sleep)
     if settings.CORP_ID:
-        client = Client(network, settings.WECOM_API_URL, proxied=False)
-        channels[Texts.name] = Texts(WeCom(settings, client, log))
+        app.channels[Texts.name] = Texts(WeCom(settings, app.network, log))
     if settings.BOT_ID:
-        channels[Robot.name] = Robot(settings, network, log)
-    github = GitHub(settings, Client(network, settings.GITHUB_API_URL, proxied=True), log, sleep)
-
-    def trouble() -> str:
-        return app.trouble()
-
-    app = App(
-        settings=settings,
-        log=log,
-        now=now,
-        sleep=sleep,
-        network=network,
-        github=github,
-        store=QingStor(settings, network, log, sleep) if settings.QINGSTOR_ACCESS_KEY_ID else None,
-        images=images,
-        state=state,
-        progress=progress,
-        chat=Chat(settings, log, now, state, images, progress, trouble),
-        channels=channels,
-        posts={},
-        list_lock=threading.Lock(),
-        started=time.monotonic(),
-    )
+        app.channels[Robot.name] = Robot(settings, app.network, log)
     return app
+
+
+def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
+    """Do `wxsync.py check`; return 0 when nothing is wrong."""
+    log = Log("ERROR", settings.secret_values(), sys.stderr)
+    app = build_app(settings, log, time.time, lambda seconds: None)
+    app.github.patience_seconds = 0  # a limit is told, not waited for
+    target = Client(app.network, f"https://{settings.DOCKER_REGISTRY}", proxied=False)
+    doctor = Doctor(app, env_file, target)
+    findings = [found._replace(text=found.text.replace("`", "")) for found in run_checks(doctor)]
+    if as_json:
+        print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
+    else:
+        print("\n".join(f"{found.mark} {found.name}：{found.text}" for found in findings))
+    return int(any(found.mark == "❌" for found in findings))
 
 
 def keep_probing(app: App) -> None:
