@@ -57,7 +57,7 @@ What a crash leaves of a request, and what the next start does about it:
     finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
 
 Threads. The main one holds every HTTP connection and waits for nothing; one alone writes the state.
-Each lane (images, files) is one; late runs, orphans, midnight, the proxy and living messages have
+Each lane (images, files) is one; runs, orphans, midnight, the proxy and living messages have
 one each that looks now and then; letters go out by one for WeCom and four for the robot, whose line
 is read by one. What waits for the disk, a message to the robot and a download have their own while
 they last. Locks may be held together in this order only: App.list_lock, ImageList's; a Client's,
@@ -3912,13 +3912,18 @@ def title(task: Task, is_own: bool) -> str:
 
 @dataclass
 class Work:
-    """How far one task is. Written by its lane alone."""
+    """How far one task is. Written by its lane and by what follows its run."""
 
     outcomes: list[Outcome]
     since: float = 0.0  # monotonic; when the work began, 0 when it has not
     done_bytes: int = 0
     total_bytes: int = 0  # 0 for not known
     is_told: bool = False  # that it takes long
+    # of following a run; in looks, not by the clock, what is patience with GitHub
+    next_count: float = 0.0  # monotonic; when the jobs are counted again
+    odd_looks: int = 0  # in a row
+    open_looks: int = 0  # since the run ended, with jobs that have not
+    cancels: int = 0  # tries; below 0: done with it
 
 
 class Progress:
@@ -4687,72 +4692,48 @@ def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float)
     finish(app, task, text, task.run_url, what, failed)
 
 
-class Follower:
-    """Follows one run. Counts in polls, not by the clock, what is patience with GitHub."""
+def cancel_run(app: App, task: Task, work: Work) -> None:
+    """Ask GitHub to cancel a run; where it does not, say so and follow on."""
+    try:
+        app.github.cancel(task.run)
+        work.cancels = -1
+    except Failure as failure:
+        work.cancels += 1
+        if failure.status in (401, 403, 404) or work.cancels > ODD_ANSWERS:
+            work.cancels = -1
+            text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
+            letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
+            app.state.change(lambda facts: facts.with_letters(letters))
 
-    def __init__(self, app: App, task: Task) -> None:
-        self._app = app
-        self._task = task
-        self._odd = 0  # answers in a row
-        self._open_polls = 0  # since the run ended, with jobs that have not
-        self._next_count = time.monotonic() + JOBS_SECONDS
-        self._cancels = 0  # tries; below 0: done with it
 
-    def _cancel(self) -> None:
-        """Ask GitHub to cancel the run; where it does not, say so and follow on."""
-        app, task = self._app, self._task
-        try:
-            app.github.cancel(task.run)
-            self._cancels = -1
-        except Failure as failure:
-            self._cancels += 1
-            if failure.status in (401, 403, 404) or self._cancels > ODD_ANSWERS:
-                self._cancels = -1
-                text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
-                letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
-                app.state.change(lambda facts: facts.with_letters(letters))
+def look(app: App, task: Task, work: Work) -> None:
+    """Look once at a run; tell the result, once its jobs have ended as well. Raises Failure.
 
-    def poll(self) -> bool:
-        """Look once; tell whether the run has ended and the task is finished. Raises Failure."""
-        app, task = self._app, self._task
-        try:
-            if self._cancels >= 0 and app.state.is_cancelled(task):
-                self._cancel()
-            if time.monotonic() >= self._next_count:
-                self._next_count = time.monotonic() + JOBS_SECONDS
-                outcomes = app.github.outcomes(task.run, task.items)
-                app.progress.of(task).outcomes = outcomes
-                if any(outcome.is_open for outcome in outcomes):
-                    self._odd = 0
-                    return False  # nor has the run ended
-            seconds = app.github.run_seconds(task.run)
-            if seconds is not None:
-                return self._finish(seconds)
-            self._odd = 0
-        except Failure as failure:
-            # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
-            # after it was started, a token refused once. What is odd again and again does not.
-            self._odd += not isinstance(failure, Unreachable) and failure.status != 429
-            if self._odd > ODD_ANSWERS:
-                raise
-            app.log.debug(f"github: {failure}")
-        return False
-
-    def _finish(self, seconds: float) -> bool:
-        """Tell the result, once the jobs have ended as well: their list lags behind the run."""
-        outcomes = self._app.github.outcomes(self._task.run, self._task.items)
-        self._app.progress.of(self._task).outcomes = outcomes
-        self._open_polls += 1
-        if any(o.is_open for o in outcomes) and self._open_polls * POLL_SECONDS < SETTLE_SECONDS:
-            return False
-        finish_images(self._app, self._task, outcomes, seconds)
-        return True
+    Their list lags behind the run. While a job runs its run is not asked for.
+    """
+    seconds = None
+    if is_counted := time.monotonic() >= work.next_count:
+        work.next_count = time.monotonic() + JOBS_SECONDS
+        work.outcomes = app.github.outcomes(task.run, task.items)
+    if not is_counted or not any(outcome.is_open for outcome in work.outcomes):
+        seconds = app.github.run_seconds(task.run)
+    if seconds is not None:
+        work.outcomes = app.github.outcomes(task.run, task.items)
+        work.open_looks += any(outcome.is_open for outcome in work.outcomes)
+        is_settled = work.open_looks * POLL_SECONDS >= SETTLE_SECONDS
+        if is_settled or not any(outcome.is_open for outcome in work.outcomes):
+            finish_images(app, task, work.outcomes, seconds)
 
 
 def since(app: App, task: Task) -> float:
     """Return when a task's work began (monotonic); after a restart only the clock knows."""
     begun = task.started or app.now()
     return time.monotonic() - min(max(0.0, app.now() - begun), WATCH_SECONDS)
+
+
+def is_late(app: App, work: Work) -> bool:
+    """Tell whether a request has outlived SYNC_TIMEOUT, waiting for GitHub included."""
+    return time.monotonic() - work.since >= app.settings.SYNC_TIMEOUT
 
 
 def tell_late(app: App, task: Task, **changes: Any) -> None:
@@ -4787,49 +4768,53 @@ def sync_images(app: App, task: Task) -> None:
             task = advance(app, task, stage="committed")
         if task.stage in ("committed", "dispatching"):
             task = find_or_start_run(app, task, patience)
-        follower = Follower(app, task)
-        while not follower.poll():
-            if time.monotonic() >= app.progress.of(task).since + app.settings.SYNC_TIMEOUT:
-                with contextlib.suppress(Failure):
-                    app.progress.of(task).outcomes = app.github.outcomes(task.run, task.items)
-                tell_late(app, task, stage="late")
-                return
-            app.sleep(POLL_SECONDS)
+        with app.state.changed:  # it is followed beside the lane, until it ends or takes long
+            while any(waiting.id == task.id for waiting in app.state.facts.lane("images")):
+                app.state.changed.wait()
 
 
-def follow_late(app: App, task: Task, follower: Follower) -> None:
-    """Look once at a late run; end the watch of one that does not end with a last look at it."""
-    over = time.monotonic() > app.progress.of(task).since + WATCH_SECONDS
-    if follower.poll() or not over:
-        return
+def follow(app: App, task: Task) -> None:
+    """Look once at a run; let go of one that takes long, at last with a last look at its jobs."""
+    work = app.progress.of(task)
+    work.since = work.since or since(app, task)
     try:
-        outcomes = app.github.outcomes(task.run, task.items)
-    except Failure:
-        text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
-        fail_images(app, task, text, False)
+        if work.cancels >= 0 and app.state.is_cancelled(task):
+            cancel_run(app, task, work)
+        look(app, task, work)
+        work.odd_looks = 0
+    except Failure as failure:
+        # A line that is bad or a limit passes; a run may be unknown (404) for some seconds after it
+        # was started, a token refused once. What is odd again and again does not.
+        work.odd_looks += not isinstance(failure, Unreachable) and failure.status != 429
+        if work.odd_looks > ODD_ANSWERS:
+            raise
+        app.log.debug(f"github: {failure}")
+    if app.state.facts.task(task.id, task.lane) is None:
         return
-    finish_images(app, task, outcomes, WATCH_SECONDS)
+    if time.monotonic() - work.since > WATCH_SECONDS:
+        try:
+            outcomes = app.github.outcomes(task.run, task.items)
+        except Failure as failure:
+            text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
+            raise Failure(text) from failure
+        finish_images(app, task, outcomes, WATCH_SECONDS)
+    elif is_late(app, work) and task.stage == "running":
+        with contextlib.suppress(Failure):
+            work.outcomes = app.github.outcomes(task.run, task.items)
+        tell_late(app, task, stage="late")
 
 
-def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
-    """Look once at every run that outlived SYNC_TIMEOUT, and at the clock of the one that runs."""
+def follow_runs(app: App) -> None:
+    """Look once at every run, and at the clock of the request that waits for GitHub."""
     with app.state.changed:
         while not (tasks := [t for t in app.state.facts.tasks if t.lane == "images"]):
             app.state.changed.wait()
-    first = next((task for task in tasks if task.stage != "late"), None)
-    if first and (begun := app.progress.of(first).since):
-        waited_for_github = first.stage in ("queued", "committed", "dispatching")
-        is_late = time.monotonic() >= begun + app.settings.SYNC_TIMEOUT
-        if waited_for_github and is_late and not app.progress.of(first).is_told:
-            tell_late(app, first)
-    for task in (task for task in tasks if task.stage == "late"):
+    for task in sorted(tasks, key=lambda task: task.stage == "late"):
         work = app.progress.of(task)
-        work.since = work.since or since(app, task)
-        if task.id not in followers:
-            followers[task.id] = Follower(app, task)
-        attempt(app, task, functools.partial(follow_late, app, task, followers[task.id]))
-    for task_id in set(followers) - {task.id for task in tasks}:
-        del followers[task_id]
+        if task.run_id:
+            attempt(app, task, functools.partial(follow, app, task))
+        elif work.since and not work.is_told and is_late(app, work):
+            tell_late(app, task)
     app.sleep(POLL_SECONDS)
 
 
@@ -6381,10 +6366,9 @@ def start_threads(app: App) -> None:
         app.log.info(f"🌐 检测到代理配置: {proxy}")
         app.log.info(f"   直连域名: {', '.join(app.settings.NO_PROXY_DOMAINS)}")
         start(lambda: keep_probing(app))
-    followers: dict[str, Follower] = {}
     start(lambda: work(app, "images"))
     start(lambda: work(app, "files"))
-    start(lambda: watch_late_runs(app, followers))
+    start(lambda: follow_runs(app))
     start(lambda: keep_settling(app))
     start(lambda: app.sleep(keep_midnight(app)))
     for name, post in app.posts.items():
