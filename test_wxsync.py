@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pytest>=8", "wechatpy==1.8.18"]
+# dependencies = ["pytest>=8", "pytest-xdist>=3.6", "wechatpy==1.8.18"]
 # ///
 """Tests, sandbox and benchmark of wxsync.
 
@@ -92,7 +92,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from zoneinfo import ZoneInfo
 
 if __name__ == "__main__" and None in map(
-    importlib.util.find_spec, ("pytest", "wechatpy", "Crypto", "qingstor")
+    importlib.util.find_spec, ("pytest", "xdist", "wechatpy", "Crypto", "qingstor")
 ):
     # Begin again in .venv. What that lacks is added, and where it is broken it is made anew.
     venv = Path(__file__).resolve().with_name(".venv")
@@ -106,7 +106,7 @@ if __name__ == "__main__" and None in map(
     def has(names: str) -> bool:
         return done(inner, "-c", f"import {names}", stderr=subprocess.DEVNULL)
 
-    needed = "pytest, wechatpy, Crypto.Cipher.AES, qingstor.sdk"
+    needed = "pytest, xdist.scheduler, wechatpy, Crypto.Cipher.AES, qingstor.sdk"
     for anew in ([], ["--clear"]):
         if has(needed):
             break
@@ -201,10 +201,14 @@ in_ci = pytest.mark.skipif(
 )
 
 
+alone = pytest.mark.xdist_group("alone")  # its claim is a time: no other test runs beside it
+
+
 def free_port() -> int:
     """Return a port that nobody has, below those that outgoing connections are given."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     while True:
-        port = random.randrange(15000, 32000)
+        port = random.randrange(15000 + worker, 32000, 16)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
@@ -3146,7 +3150,6 @@ class SlowRunner(PlayedRunner):
     def __init__(self, slow: str = "slow/") -> None:
         super().__init__(0.01)
         self.slow, self.go = slow, threading.Event()
-        GATES.append(self.go)
 
     def play(self, job: Job) -> None:
         if self.slow in job.name:
@@ -3481,9 +3484,6 @@ def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
     return world
 
 
-GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests would wait for ever
-
-
 def last_state(journal: bytes) -> dict[str, Any]:
     """Return the last whole line of a state file; raise ValueError where there is none."""
     for line in reversed(journal.split(b"\n")):
@@ -3511,29 +3511,8 @@ def hear(world: World, user: str, wanted: str) -> str:
     return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
 
 
-STORIES: dict[str, Callable[[], None]] = {}
-
-
-def early(story: Callable[[], None]) -> Callable[[Told], None]:
-    """Make a test of a story that mostly waits: all of them start together and run side by side."""
-    name = story.__name__
-    STORIES[name] = story
-
-    def test(told: Told) -> None:
-        told[name].result()
-
-    test.__doc__ = story.__doc__
-    return test
-
-
-@pytest.fixture(scope="module")
-def told(request: pytest.FixtureRequest) -> Iterator[Told]:
-    """Start the stories of the tests that were chosen."""
-    names = [item.name for item in request.session.items if item.name in STORIES]
-    with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
-        yield {name: pool.submit(STORIES[name]) for name in names}
-    for gate in GATES:
-        gate.set()
+def early(story: Callable[[], None]) -> Callable[[], None]:
+    return story
 
 
 RESULT = re.compile(
@@ -4505,13 +4484,12 @@ def mirror() -> Iterator[Mirror]:
         yield Mirror(stack)
 
 
-Told = dict[str, "Future[None]"]  # what became of the stories, see `early`
 Met = dict[tuple[str, str], "Future[Copied]"]  # (trouble, side) -> what `copy` makes of it
 
 
 @pytest.fixture
-def space(mirror: Mirror, met: Met, told: Told, tmp_path: Path) -> Space:
-    """Return a namespace of the test's own; failures and stories (`met`, `told`) come meanwhile."""
+def space(mirror: Mirror, met: Met, tmp_path: Path) -> Space:
+    """Return a namespace of the test's own; failures (`met`) come meanwhile."""
     return Space(mirror, tmp_path)
 
 
@@ -12893,17 +12871,10 @@ def build_engine(stack: ExitStack) -> Engine:
     return engine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def building(request: pytest.FixtureRequest) -> Iterator[Future[Engine]]:
-    """Begin with it before the first test, where one that was chosen wants it: it takes long."""
-    wanted = any("engine" in getattr(item, "fixturenames", ()) for item in request.session.items)
-    with ExitStack() as stack, ThreadPoolExecutor(1) as pool:
-        yield pool.submit(build_engine, stack) if wanted else Future()
-
-
 @pytest.fixture(scope="module")
-def engine(building: Future[Engine]) -> Engine:
-    return building.result()
+def engine() -> Iterator[Engine]:
+    with ExitStack() as stack:
+        yield build_engine(stack)
 
 
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
@@ -13736,11 +13707,63 @@ def bench(argv: Sequence[str]) -> int:
     return int(any(text.startswith("出错") for text, _, _ in found.values()))
 
 
+SIDE_BY_SIDE = os.name == "posix"  # a test that is `alone` needs a lock that others can share
+# What a test asks for -> what else is of the same making: one process does all tests that share it.
+SHARED = {
+    name: family.split()[0]
+    for family in (
+        *("mirror met space front factory private", "engine contained", "shared talk"),
+        *("shared_depot depot", "shared_hasty impatient", "shared_robot robot"),
+        *("patient healthy", "running", "tls_registry settled"),
+    )
+    for name in family.split()
+}
+
+
+def shares(test: str) -> str:
+    """Return what a test shares with others, its own name where it shares nothing."""
+    function = globals()[re.split(r"::|\[", test)[1]]
+    shared = [SHARED[name] for name in inspect.signature(function).parameters if name in SHARED]
+    return shared[0] if shared else test
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand tests to the processes one by one, but together what is shared."""
+    from xdist.scheduler import LoadScopeScheduling  # not before pytest has looked at it
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = shares
+    return scheduler
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many: most tests wait most of their time."""
+    return min(8, (os.cpu_count() or 1) + 2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put those at the end that run `alone`."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is not None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Let a test wait until none runs that is to be `alone`, and such a test until none runs."""
+    with open(__file__, "rb") as file:
+        if SIDE_BY_SIDE:
+            import fcntl
+
+            is_alone = item.get_closest_marker("xdist_group")
+            fcntl.flock(file, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        return (yield)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the tests or the benchmark, draw the picture, or play the sandbox."""
     commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
-    # quietly, with the reason of each test that is skipped
-    commands["test"] = lambda words: pytest.main(["-q", "-rs", __file__, *words])
+    # quietly, with the reason of each test that is skipped, and the hooks above
+    options = ["-q", "-rs", "-p", Path(__file__).stem, "-n", "auto" if SIDE_BY_SIDE else "0"]
+    commands["test"] = lambda words: pytest.main([*options, __file__, *words])
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     return sandbox(arguments)
