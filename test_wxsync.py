@@ -150,8 +150,6 @@ CHOKING = ("m/x; boundary*=idna''x", "text/x; charset*=undefined''x", "m/x; boun
 
 @dataclass
 class Answer:
-    """One HTTP answer, as a fake gives it or as a request got it (then names are lower case)."""
-
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
@@ -175,7 +173,6 @@ def http_request(
     headers: Mapping[str, str] | None = None,
     timeout: float = 15,
 ) -> Answer:
-    """Send one request to a plain-http address on a connection of its own, return the answer."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
     with closing(connection):
@@ -186,7 +183,6 @@ def http_request(
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10, pause: float = 0.01) -> bool:
-    """Look at `condition` again and again, return whether it came true in time."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() >= end:
@@ -202,7 +198,6 @@ in_ci = pytest.mark.skipif(
 
 
 def free_port() -> int:
-    """Return a port that nobody has, below those that outgoing connections are given."""
     while True:
         port = random.randrange(15000, 32000)
         with socket.socket() as probe, suppress(OSError):
@@ -211,19 +206,16 @@ def free_port() -> int:
 
 
 def temporary_folder(purpose: str) -> tempfile.TemporaryDirectory[str]:
-    """Return a folder that is removed when its owner cleans up, at the latest when Python ends."""
     return tempfile.TemporaryDirectory(prefix=f"wxsync-{purpose}-", ignore_cleanup_errors=True)
 
 
 def iso(when: float) -> str:
-    """Return seconds since 1970 in GitHub's notation."""
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def run_command(
     words: Sequence[str], text: str = "", timeout: float = 120, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with `text` as its input, to its end, and return what it printed."""
     check = options.pop("check", False)
     kinds: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "timeout": timeout}
     done: subprocess.CompletedProcess[str]
@@ -232,7 +224,6 @@ def run_command(
 
 
 def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with nothing of the caller's in it but where programs are."""
     kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
     base = {name: os.environ[name] for name in kept if name in os.environ}
     return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
@@ -243,13 +234,11 @@ if os.name == "posix":  # dockerd and what it calls are where only root's own PA
 
 
 def missing_program(*names: str) -> str:
-    """Return why programs cannot be used, "" if they all can."""
     absent = [name for name in names if not shutil.which(name)]
     return f"{', '.join(absent)} not installed" if absent else ""
 
 
 def lacking(parts: Iterable[str], text: str) -> list[str]:
-    """Return the parts that are not in a text."""
     return [part for part in parts if part not in text]
 
 
@@ -309,8 +298,6 @@ def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
 
 @dataclass(frozen=True)
 class Call:
-    """One request as it arrived; header names are lower case."""
-
     time: float
     method: str
     path: str
@@ -400,7 +387,6 @@ class PeerHandler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def misbehave(self, what: str) -> None:
-        """Do what a Fault of this name says."""
         self.close_connection = True
         if what in ("hang", "mute"):
             self.hold()
@@ -420,7 +406,6 @@ class PeerHandler(BaseHTTPRequestHandler):
             self.wfile.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
 
     def hold(self) -> None:
-        """Wait until the client or the test gives up."""
         while not self.server.peer.stopping.is_set():
             if select.select([self.connection], [], [], 0.1)[0]:
                 if not self.connection.recv(1, socket.MSG_PEEK):
@@ -500,7 +485,6 @@ class Peer(Closing):
         return f"http{'s' if self.tls else ''}://{self.host}"
 
     def start(self) -> Self:
-        """Listen; the first start picks the port, later ones keep it."""
         self.stopping.clear()
         self._server = self.SERVER(self)
         self.port = self._server.server_port
@@ -509,7 +493,6 @@ class Peer(Closing):
         return self
 
     def stop(self) -> None:
-        """Close the port and break every connection. What was recorded stays."""
         self.stopping.set()
         if self._server:
             self._server.shutdown()
@@ -520,12 +503,10 @@ class Peer(Closing):
     close = stop
 
     def restart(self) -> None:
-        """Be away for a moment and come back on the same port."""
         self.stop()
         self.start()
 
     def cut(self) -> None:
-        """Break every open connection, but go on listening."""
         with self.lock:
             broken = list(self._server.open) if self._server else []
         for connection in broken:
@@ -533,17 +514,14 @@ class Peer(Closing):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def fail(self, where: str, what: What, times: int = 1) -> None:
-        """Let the next `times` requests that match go wrong, see Fault."""
         with self.lock:
             self.faults += [Fault(where, what)] * times
 
     def calls_to(self, where: str) -> list[Call]:
-        """Return the recorded calls in whose "METHOD /path?query" all words of `where` occur."""
         with self.lock:
             return [call for call in self.calls if Fault(where, "").hits(call)]
 
     def note(self, call: Call) -> Fault | None:
-        """Record the call, return the fault that it meets."""
         with self.changed:
             self.calls.append(call)
             fault = next((f for f in self.faults if f.hits(call)), None)
@@ -553,7 +531,6 @@ class Peer(Closing):
         return fault
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Record the call, then answer it, or do what a fault says instead."""
         fault = self.note(call)
         if self.delay:
             self.stopping.wait(self.delay)
@@ -576,15 +553,12 @@ class Peer(Closing):
 
 
 class Message(NamedTuple):
-    """A chat message that reached a member (or would have)."""
-
     time: float
     user: str
     text: str
 
 
 def wecom_error(errcode: int, errmsg: str) -> dict[str, object]:
-    """Return an error as WeCom words it."""
     return {"errcode": errcode, "errmsg": errmsg}
 
 
@@ -636,7 +610,6 @@ class FakeWeCom(Peer):
             self._tokens = dict.fromkeys(self._tokens, errcode)
 
     def refuse(self, errcode: int, errmsg: str = "refused", times: int = 1) -> None:
-        """Answer the next `message/send` with this error."""
         body = json.dumps(wecom_error(errcode, errmsg)).encode()
         kind = {"Content-Type": "application/json"}
         self.fail("POST /cgi-bin/message/send", (200, kind, body), times)
@@ -648,8 +621,6 @@ class FakeWeCom(Peer):
     def wait_message(
         self, wanted: str | Callable[[Message], object] = "", timeout: float = 10, after: int = 0
     ) -> Message:
-        """Return the first message from number `after` on that holds, or for which, `wanted`."""
-
         def found() -> Message | None:
             for message in self.messages[after:]:
                 if wanted in message.text if isinstance(wanted, str) else wanted(message):
@@ -675,7 +646,6 @@ class FakeWeCom(Peer):
         return {"access_token": token, "expires_in": self.expires_in}
 
     def _refusal(self, call: Call) -> dict[str, object]:
-        """Return what is wrong with the token or the address of this call, {} if nothing."""
         token = call.query.get("access_token", "")
         if not token:
             return wecom_error(41001, "access_token missing")
@@ -773,8 +743,6 @@ class Reply:
 
 @dataclass(frozen=True)
 class Post:
-    """A callback request, ready to be posted as often as a test likes."""
-
     query: dict[str, str]
     body: bytes
     headers: dict[str, str]
@@ -790,7 +758,6 @@ def xml_document(fields: Mapping[str, object]) -> str:
 
 
 def envelope_fields(text: str) -> dict[str, str]:
-    """Read an XML or a JSON object of texts; the names come out in lower case."""
     if text.lstrip().startswith("{"):
         return {name.lower(): str(value) for name, value in json.loads(text).items()}
     return {child.tag.lower(): child.text or "" for child in ET.fromstring(text)}
@@ -822,7 +789,6 @@ class WeComClient:
         return self.seal(plain + bytes([pad]) * pad)
 
     def decrypt(self, encrypted: str) -> str:
-        """Return the text inside; raise ValueError when padding, length or corp id are wrong."""
         plain = self.cipher.decrypt(base64.b64decode(encrypted, validate=True))
         pad = plain[-1]
         if not 1 <= pad <= 32 or plain[-pad:] != bytes([pad]) * pad or len(plain) % 32:
@@ -838,14 +804,12 @@ class WeComClient:
         return hashlib.sha1("".join(parts).encode()).hexdigest()
 
     def signed(self, encrypted: str, timestamp: object = None) -> dict[str, str]:
-        """Return the query that belongs to an encrypted text."""
         stamp = str(int(time.time()) if timestamp is None else timestamp)
         nonce = str(secrets.randbelow(10**10))
         signature = self.signature(stamp, nonce, encrypted)
         return {"msg_signature": signature, "timestamp": stamp, "nonce": nonce}
 
     def verify_url(self, echo: str = "1616140317555161061") -> tuple[int, str]:
-        """Do what saving the callback settings does; return status and body."""
         encrypted = self.encrypt(echo)
         query = urlencode(self.signed(encrypted) | {"echostr": encrypted})
         got = http_request("GET", f"{self.callback_url}?{query}")
@@ -854,7 +818,6 @@ class WeComClient:
     def build(
         self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
     ) -> Post:
-        """Encrypt and sign a message of these inner fields."""
         as_json = fmt == "json"
         text = json.dumps(fields, ensure_ascii=False) if as_json else xml_document(fields)
         encrypted = self.encrypt(text)
@@ -865,7 +828,6 @@ class WeComClient:
         return Post(self.signed(encrypted, timestamp), body.encode(), kind)
 
     def text_fields(self, user: str, text: str, msg_id: int | None = None) -> dict[str, object]:
-        """Return the inner fields of a text message; its id is a fresh one unless given."""
         return {
             "ToUserName": self.corp_id,
             "FromUserName": user,
@@ -887,11 +849,9 @@ class WeComClient:
         timestamp: object = None,
         fmt: str = "xml",
     ) -> Reply:
-        """Post what a member typed."""
         return self.post(self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
 
     def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
-        """Post a message of another kind: image, voice, video, location, link, event."""
         fields = self.text_fields(user, "") | {"MsgType": kind} | more
         for name in ("Content", "MsgId")[: 1 + (kind == "event")]:  # an event has no MsgId
             del fields[name]
@@ -910,7 +870,6 @@ class WeComClient:
         return Reply(got.status, got.body, got.headers, fields.get("content", ""), fields)
 
     def open_reply(self, text: str) -> dict[str, str]:
-        """Check and decrypt the envelope of a passive reply, return its inner fields."""
         outer = envelope_fields(text)
         wanted = self.signature(outer["timestamp"], outer["nonce"], outer["encrypt"])
         if outer["msgsignature"] != wanted:
@@ -932,8 +891,6 @@ class Step(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """One job of a run. Change it by the methods: status and conclusion go together."""
-
     id: int
     name: str
     run: Run
@@ -950,7 +907,6 @@ class Job:
             self.status, self.started = "in_progress", time.time()
 
     def step(self, name: str, conclusion: str | None = "success") -> None:
-        """Add a step, or end the last one if it has this name and still runs."""
         with self.run.lock:
             started = now = time.time()
             if self.steps and self.steps[-1].name == name and not self.steps[-1].conclusion:
@@ -965,8 +921,6 @@ class Job:
 
 @dataclass(eq=False)
 class Run:
-    """One workflow run, as the runner fills it and as the API shows it."""
-
     id: int
     number: int
     inputs: dict[str, str]
@@ -985,7 +939,6 @@ class Run:
 
     @property
     def lines(self) -> list[str]:
-        """The canonical lines that this run was asked to copy."""
         lines: list[str] = json.loads(self.inputs.get("images") or "[]")
         return lines
 
@@ -996,22 +949,18 @@ class Run:
             return job
 
     def begin(self) -> None:
-        """Begin as the workflow does: its job `plan` has nothing to do."""
         self.status = "in_progress"
         self.add_job("plan").finish("skipped")
 
     def job(self, name: str) -> Job:
-        """Return the job of this name; raise KeyError if there is none."""
         with self.lock:
             return {job.name: job for job in self.jobs}[name]
 
     def wait(self, event: threading.Event) -> None:
-        """Wait for an event, or until the run is cancelled."""
         while not (event.is_set() or self.stop.wait(0.03)):
             pass
 
     def finish(self, conclusion: str = "") -> None:
-        """End the run; its conclusion follows from the jobs unless given."""
         with self.lock:
             ends = {job.conclusion for job in self.jobs if job.attempt == self.attempt}
             bad = "failure" if ends & {"failure", "timed_out", None} else ""
@@ -1096,12 +1045,10 @@ class Dispatch(NamedTuple):
 
 
 def blob_sha(content: bytes) -> str:
-    """Return git's name for a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def problem(status: int, message: str) -> Answer:
-    """Return an error as GitHub words it."""
     told = {"message": message, "documentation_url": "https://docs.github.com/rest"}
     return json_answer(told | {"status": str(status)}, status)
 
@@ -1210,7 +1157,6 @@ class FakeGitHub(Peer):
         return None
 
     def _dressed(self, call: Call, answer: Answer) -> Answer:
-        """Add ETag and the headers that every answer has; a known ETag makes it a 304."""
         if call.method == "GET" and answer.status == 200:
             answer.headers["ETag"] = f'W/"{hashlib.sha256(answer.body).hexdigest()}"'
             if call.headers.get("if-none-match") == answer.headers["ETag"]:
@@ -1237,7 +1183,6 @@ class FakeGitHub(Peer):
         return f"https://github.com/{self.repo}"
 
     def _small_repository(self) -> dict[str, object]:
-        """Return the repository as runs carry it."""
         links = {f"{link}_url": f"{self.api}/{link}" for link in REPOSITORY_LINKS.split()}
         plain = {"id": 7, "full_name": self.repo, "url": self.api, "html_url": self.web}
         return links | plain | {"owner": {"login": self.repo.split("/")[0], "type": "User"}}
@@ -1284,7 +1229,6 @@ class FakeGitHub(Peer):
         return json_answer(body, 200 if old is not None else 201)
 
     def commit(self, path: str, content: bytes, message: str, branch: str = "main") -> Commit:
-        """Change a file, as PUT does, and as somebody else may at any moment."""
         with self.lock:
             sha = hashlib.sha1(secrets.token_bytes(20)).hexdigest()
             commit = Commit(time.time(), message, path, content, sha, branch)
@@ -1330,7 +1274,6 @@ class FakeGitHub(Peer):
         return json_answer(told)
 
     def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
-        """Start a run in a thread of its own."""
         with self.lock:
             number = len(self.runs) + 1
             run = Run(30_000_000_000 + number, number, inputs, ref, self._head)
@@ -1340,7 +1283,6 @@ class FakeGitHub(Peer):
         return run
 
     def rerun(self, run: Run) -> None:
-        """Do what the button "Re-run all jobs" does."""
         with run.lock:
             run.attempt, run.status, run.conclusion = run.attempt + 1, "queued", None
         threading.Thread(target=self._execute, args=(run,), daemon=True).start()
@@ -1374,13 +1316,11 @@ class FakeGitHub(Peer):
         return self._page(call, "workflow_runs", [self._run_json(run) for run in seen])
 
     def _page(self, call: Call, name: str, rows: list[dict[str, object]]) -> Answer:
-        """Return one page of a list."""
         size = min(int(call.query.get("per_page", "30")), 100)
         start = size * (int(call.query.get("page", "1")) - 1)
         return json_answer({"total_count": len(rows), name: rows[start : start + size]})
 
     def run(self, run_id: int) -> Run:
-        """Return the run of this id; raise KeyError if there is none."""
         with self.lock:
             return {run.id: run for run in self.runs}[run_id]
 
@@ -1464,8 +1404,6 @@ EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
 
 
 class Child(Closing):
-    """A process with a folder of its own."""
-
     def __init__(self, purpose: str) -> None:
         self._temporary = temporary_folder(purpose)
         self.folder = Path(self._temporary.name)
@@ -1475,13 +1413,11 @@ class Child(Closing):
         raise NotImplementedError
 
     def kill(self) -> None:
-        """End it as a crash would; its connections break, what it has stored stays."""
         if self.process:
             self.process.kill()
             self.process.wait()
 
     def restart(self) -> None:
-        """Kill it if it runs, then start it again on what it has stored."""
         self.kill()
         self.start()
 
@@ -1491,8 +1427,6 @@ class Child(Closing):
 
 
 class Daemon(Child):
-    """A real server in a process of its own on 127.0.0.1, with a password if wanted."""
-
     NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, user: str = "", password: str = "") -> None:
@@ -1511,14 +1445,12 @@ class Daemon(Child):
 
     @property
     def log(self) -> str:
-        """What it has printed, over all its starts."""
         return (self.folder / "log").read_text(errors="replace")
 
     def command(self) -> list[str]:
         raise NotImplementedError
 
     def start(self) -> Self:
-        """Start it and wait until it listens; the first start picks the port."""
         self.port = self.port or free_port()
         with open(self.folder / "log", "ab") as log:
             words = [*self.around, *self.command()]
@@ -1535,13 +1467,10 @@ class Daemon(Child):
 
 
 class Registry(Daemon):
-    """docker-registry, empty at first."""
-
     NEEDS = ("docker-registry", "skopeo", "htpasswd")
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return the header that logs in, none without a password."""
         login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
         return {"Authorization": f"Basic {login}"} if self.user else {}
 
@@ -1564,17 +1493,14 @@ class Registry(Daemon):
         return ["docker-registry", "serve", str(config)]
 
     def fetch(self, repo: str, reference: str) -> Answer:
-        """GET a manifest by tag or digest."""
         url = f"http://{self.host}/v2/{repo}/manifests/{reference}"
         return http_request("GET", url, headers=self.headers | {"Accept": MANIFESTS})
 
     def digest(self, repo: str, tag: str) -> str:
-        """Return the digest behind a tag, "" if there is none."""
         got = self.fetch(repo, tag)
         return got.headers.get("docker-content-digest", "") if got.status == 200 else ""
 
     def manifest(self, repo: str, reference: str) -> dict[str, Any]:
-        """Return a manifest or index; raise KeyError if there is none."""
         got = self.fetch(repo, reference)
         if got.status != 200:
             raise KeyError(f"{repo}:{reference}: {got.status}")
@@ -1591,7 +1517,6 @@ class ImageLayout:
         (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
     def blob(self, data: bytes, kind: str, **more: object) -> dict[str, object]:
-        """Store a blob, return its descriptor."""
         name = hashlib.sha256(data).hexdigest()
         (self.folder / "blobs" / "sha256" / name).write_bytes(data)
         return {"mediaType": kind, "digest": f"sha256:{name}", "size": len(data)} | more
@@ -1601,7 +1526,6 @@ class ImageLayout:
         return self.blob(json.dumps(full).encode(), kind, **more)
 
     def layer(self, name: str, size: int, seed: str) -> tuple[dict[str, object], str]:
-        """Return the descriptor of a layer of random bytes, and its diff id."""
         raw = io.BytesIO()
         with tarfile.open(fileobj=raw, mode="w") as archive:
             entry = tarfile.TarInfo(name)
@@ -1613,7 +1537,6 @@ class ImageLayout:
         return descriptor, "sha256:" + hashlib.sha256(plain).hexdigest()
 
     def image(self, tag: str, arch: str, sizes: Sequence[int]) -> dict[str, object]:
-        """Return the descriptor of an image for one architecture, such as "arm/v7"."""
         name, _, variant = arch.partition("/")
         cpu = {"architecture": name} | ({"variant": variant} if variant else {})
         layers = [
@@ -1640,7 +1563,6 @@ class ImageLayout:
         )
 
     def finish(self, tag: str, top: Mapping[str, object]) -> str:
-        """Name the image, return its digest."""
         names = {"org.opencontainers.image.ref.name": tag}
         index = {"schemaVersion": 2, "manifests": [dict(top) | {"annotations": names}]}
         (self.folder / "index.json").write_text(json.dumps(index))
@@ -1648,7 +1570,6 @@ class ImageLayout:
 
 
 def auth_file(path: Path, registry: Registry) -> Path:
-    """Write a docker config.json that logs in to a registry."""
     login = registry.headers.get("Authorization", "").removeprefix("Basic ")
     accounts = {registry.host: {"auth": login}} if login else {}
     path.touch(mode=0o600)
@@ -1702,7 +1623,6 @@ def registries_conf(path: Path, mapping: Mapping[str, str]) -> Path:
 def registry_error(
     status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> Answer:
-    """Return an error as registries word it."""
     return json_answer({"errors": [{"code": code, "message": message}]}, status, headers)
 
 
@@ -1718,7 +1638,6 @@ class PickyRegistry(Peer):
 
     @property
     def layer_reads(self) -> list[Call]:
-        """Return the calls that fetched a blob."""
         return self.calls_to("GET /blobs/sha256:")
 
     def handle(self, call: Call) -> Answer:
@@ -1838,8 +1757,6 @@ class ActLog:
 
 
 class ActRunner(Closing):
-    """Runs the project's own workflow file by act in host mode, in a checkout of its own."""
-
     FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
 
     def __init__(
@@ -1865,7 +1782,6 @@ class ActRunner(Closing):
 
     @staticmethod
     def program() -> str:
-        """Return the path of act, "" if there is none: beside this Python, else on PATH."""
         beside = Path(sys.executable).with_name("act")
         return str(beside) if beside.exists() else shutil.which("act") or ""
 
@@ -1909,7 +1825,6 @@ class ActRunner(Closing):
         log.close()
 
     def close(self) -> None:
-        """Stop what still runs and remove the checkout."""
         for process in list(self._running):
             process.terminate()
             process.wait()
@@ -1922,7 +1837,6 @@ class ActRunner(Closing):
 
 
 def status_of(pid: int, name: str) -> int:
-    """Return a number of /proc/PID/status, sizes in bytes; 0 when the process is gone."""
     with suppress(OSError):
         text = Path(f"/proc/{pid}/status").read_text()
         found = re.search(rf"^{name}:\s+(\d+)( kB)?", text, re.MULTILINE)
@@ -1957,11 +1871,9 @@ class Service(Child):
 
     @property
     def log(self) -> str:
-        """All that it has printed, over all its starts."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def command(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run another command of the program (check, send, …) with the same settings."""
         full = [sys.executable, str(self.script), *words]
         return run_command(full, timeout=timeout, env=self.environment, cwd=self.folder)
 
@@ -1972,7 +1884,6 @@ class Service(Child):
         return ["-m", self.script.stem]
 
     def launch(self) -> None:
-        """Start the process and do not wait for anything."""
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self.words],
@@ -1984,7 +1895,6 @@ class Service(Child):
             )
 
     def start(self, timeout: float = 30) -> Self:
-        """Start it and wait until /health says 200; raise RuntimeError when it does not."""
         self.launch()
         if not wait_until(lambda: self.healthy() or not self.alive(), timeout) or not self.alive():
             self.kill()
@@ -2056,7 +1966,6 @@ class World(Closing):
         self._stack = ExitStack()
 
     def defaults(self) -> dict[str, str]:
-        """Return the settings that lead the service to the fakes."""
         return {
             "CORP_ID": self.wecom.corp_id,
             "AGENT_ID": str(self.wecom.agent_id),
@@ -2073,7 +1982,6 @@ class World(Closing):
         }
 
     def prepare(self) -> Self:
-        """Start the fakes and make the service ready, but do not start it."""
         for name in ("wxsync.py", f".github/workflows/{FakeGitHub.WORKFLOW}"):
             if (path := self.script.parent / name).exists():
                 self.github.files[name] = path.read_bytes()
@@ -2095,15 +2003,12 @@ class World(Closing):
         return reply.reply
 
     def hear(self, wanted: str | Callable[[Message], object] = "", timeout: float = 15) -> str:
-        """Return the text of the first message that holds `wanted`."""
         return self.wecom.wait_message(wanted, timeout).text
 
     def broken(self) -> list[str]:
-        """Return what the fakes noticed: bugs of their own, texts that WeCom would have cut."""
         return self.wecom.errors + self.github.errors + self.wecom.violations
 
     def secret_values(self) -> list[str]:
-        """Return all that must never be seen in anything that is written."""
         names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "GITHUB_TOKEN")
         tokens = [call.query.get("access_token", "") for call in self.wecom.calls]
         return [self.service.settings[name] for name in names] + sorted({t for t in tokens if t})
@@ -2125,13 +2030,10 @@ class World(Closing):
 
 
 def columns(text: str) -> int:
-    """Return how many columns a terminal needs for a text."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 class Transcript:
-    """Prints who says what, as it happens. Two threads use it: a lock keeps lines whole."""
-
     COLOURS: ClassVar[dict[str, str]] = {"你": "36", "wxsync": "32", "GitHub": "35"}
     PROMPT = "你> "
 
@@ -2145,7 +2047,6 @@ class Transcript:
         self._seen: dict[object, object] = {}
 
     def show(self, who: str, text: str, note: str = "") -> None:
-        """Print one entry; further lines stand under the first."""
         name = f"{who}·{note}" if note else who
         body = text.replace("\n", "\n" + " " * (columns(name) + 2))
         if self.colour:
@@ -2158,7 +2059,6 @@ class Transcript:
             self.last = time.monotonic()
 
     def ask(self) -> str:
-        """Return the next line that is typed."""
         self.prompting = True
         try:
             return input(self.PROMPT).strip()
@@ -2166,7 +2066,6 @@ class Transcript:
             self.prompting = False
 
     def poll(self) -> None:
-        """Print what has happened since the last time."""
         with self.lock:
             for number, commit in enumerate(self.world.github.commits):
                 if self._new(("commit", number)):
@@ -2186,7 +2085,6 @@ class Transcript:
         return changed
 
     def _run(self, run: Run) -> None:
-        """Print the start and the end of a run, and each of its jobs when it ends."""
         title = run.display_title
         if self._new(("run", run.id)):
             address = f"{self.world.github.web}/actions/runs/{run.id}"
@@ -2200,7 +2098,6 @@ class Transcript:
             self.show("GitHub", f"{title}  {run.conclusion}", "结束")
 
     def waiting(self) -> str:
-        """Return what is being waited for, "" if nothing."""
         for run in self.world.github.runs:
             if run.status != "completed":
                 done = sum(job.status == "completed" for job in run.jobs if job.name in run.lines)
@@ -2221,8 +2118,6 @@ ABSENT = "nosuch:1"
 
 
 class Stage:
-    """Builds the sandbox's world, with real copies where the programs for them are installed."""
-
     def __init__(self, script: Path, played: bool, tell: Callable[[str], None]) -> None:
         self.script, self.tell = script, tell
         self.registries: list[Registry] = []  # where images come from and go to, if they are copied
@@ -2232,7 +2127,6 @@ class Stage:
         self.why = "按 --played 的要求" if played else self.why
 
     def world(self) -> World:
-        """Start everything, return the world."""
         settings: dict[str, str | None] = {}
         if self.why:
             self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
@@ -2264,8 +2158,6 @@ class Stage:
 
 
 class Scene(NamedTuple):
-    """One message of the story and what must come of it."""
-
     text: str
     reply: tuple[str, ...]  # must occur in the immediate reply
     final: tuple[str, ...]  # must occur in the message that follows; () if none may follow
@@ -2288,7 +2180,6 @@ STORY = (
 
 
 def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
-    """Type a message of the story, return what was wrong with what came of it."""
     text, reply, final = scene
     github, messages = world.github, world.wecom.messages
     commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
@@ -2362,7 +2253,6 @@ def chat(world: World, transcript: Transcript) -> None:
 
 
 def post(text: str, world: World, transcript: Transcript) -> None:
-    """Post what was typed and show the immediate reply."""
     try:
         got = world.client.post_text("alice", text)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -2373,7 +2263,6 @@ def post(text: str, world: World, transcript: Transcript) -> None:
 
 
 def sandbox(argv: Sequence[str]) -> int:
-    """Play WeCom and GitHub around the real wxsync.py; return 0 when all went as it should."""
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py",
         description="沙盒：不需要账号，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
@@ -2413,8 +2302,6 @@ def sandbox(argv: Sequence[str]) -> int:
 
 
 class StoredObject(NamedTuple):
-    """What is in the bucket. Bytes are kept of small objects only, so that memory stays small."""
-
     size: int
     sha256: str
     content_type: str
@@ -2423,8 +2310,6 @@ class StoredObject(NamedTuple):
 
 @dataclass
 class OpenUpload:
-    """An upload in parts that is neither completed nor aborted."""
-
     key: str
     content_type: str
     sizes: dict[int, int] = field(default_factory=dict)
@@ -2445,8 +2330,6 @@ PLAIN_JSON = {"Content-Type": "application/json"}
 
 
 class Refused(Exception):
-    """QingStor's answer to a request that it does not do."""
-
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
@@ -2455,7 +2338,6 @@ class Refused(Exception):
 def sign_qingstor(
     secret: str, method: str, resource: str, date: str, kind: str = "", md5: str = "", own: str = ""
 ) -> str:
-    """Return QingStor's signature; `own` are the canonical x-qs- headers, a line each."""
     text = f"{method}\n{md5}\n{kind}\n{date}\n{own}{resource}"
     return base64.b64encode(hmac.digest(secret.encode(), text.encode(), "sha256")).decode()
 
@@ -2488,7 +2370,6 @@ class FakeQingStor(Peer):
 
     @property
     def settings(self) -> dict[str, str]:
-        """Settings that lead wxsync to this bucket."""
         return {
             "QINGSTOR_URL": self.url,
             "QINGSTOR_BUCKET": self.bucket,
@@ -2497,14 +2378,12 @@ class FakeQingStor(Peer):
         }
 
     def fail_part(self, number: int, times: int = 1, how: int | str = 500) -> None:
-        """Let the next tries of a part go wrong: a status, "reset", "hang" or "lost"."""
         code = "permission_denied" if how == 403 else "internal_error"
         body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
         what = how if isinstance(how, str) else (how, PLAIN_JSON, body)
         self.fail(f"PUT part_number={number}&", what, times)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Answer; bodies are forgotten afterwards, or a big upload would fill the memory."""
         begun = time.monotonic()
         try:
             if self.rate_bytes_per_second and call.body:
@@ -2547,7 +2426,6 @@ class FakeQingStor(Peer):
     # -- who asks
 
     def _check(self, call: Call, key: str) -> None:
-        """Raise Refused unless the request is signed, of now, and whole."""
         if self.public and key and call.method in ("GET", "HEAD") and not call.query:
             return
         if "signature" in call.query:
@@ -2564,7 +2442,6 @@ class FakeQingStor(Peer):
             raise Refused(403, "permission_denied", "You don't have enough permission.")
 
     def _check_signature(self, call: Call, access_key: str, date: str, given: str) -> None:
-        """Check a signature that is in the head, or in the address (""), of a request."""
         kind = call.headers.get("content-type", "") if given else ""
         if access_key != self.access_key:
             raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
@@ -2693,8 +2570,6 @@ BLOCK = 64 * 1024
 
 @dataclass
 class Served:
-    """One path of a Source: what it holds and how it is sent."""
-
     size: int
     body: bytes | None = None  # None: made up as it goes
     length: str = "known"  # or "chunked", or "close" (the end of the connection is the end)
@@ -2721,7 +2596,6 @@ class Served:
     asked: int = 0  # how often so far
 
     def bytes_from(self, start: int) -> Iterator[bytes]:
-        """Yield the content from a position on, in blocks."""
         if self.body is not None:
             for at in range(start, len(self.body), BLOCK):
                 yield self.body[at : at + BLOCK]
@@ -2740,7 +2614,6 @@ class Served:
 
 @functools.cache
 def made_up_block(seed: int) -> bytes:
-    """Return the part of a block that is the same in all of a file, and random."""
     return random.Random(seed).randbytes(BLOCK - 16)
 
 
@@ -2753,7 +2626,6 @@ class Source(Peer):
         self.files: dict[str, Served] = {}
 
     def add(self, path: str, size: int = 0, body: bytes | None = None, **options: Any) -> str:
-        """Serve a file at `path`, see Served; return its address."""
         length = len(body) if body is not None else size
         seed = options.pop("seed", len(self.files) + 1)
         self.files[path] = Served(length, body, seed=seed, **options)
@@ -2764,7 +2636,6 @@ class Source(Peer):
 
     @property
     def hits(self) -> Counter[str]:
-        """How often each path was asked for."""
         with self.lock:
             return Counter(call.path for call in self.calls)
 
@@ -2867,7 +2738,6 @@ class Sending:
         return gzip.compress(b"".join(self.served.bytes_from(self.start)), 1, mtime=0)
 
     def _shaped(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
-        """Yield the blocks at the wanted speed, up to where the trouble comes."""
         cuts, rate = self.served.cut_after, self.served.rate
         cut = cuts[self.turn - 1] if self.turn <= len(cuts) else -1
         stall = self.served.stall_after if self.turn <= self.served.stalls else -1
@@ -2888,7 +2758,6 @@ class Sending:
 
 
 def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """Return a context for a server at this address, and the certificate to trust."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-keyout", str(key), "-out", str(certificate), "-subj", f"/CN={name}"]
@@ -2914,7 +2783,6 @@ class ProxyProcess(Daemon):
         return f"{self.SCHEME}://{login}{self.host}"
 
     def asked_for(self, port: int) -> bool:
-        """Tell whether it was ever asked for this port of 127.0.0.1."""
         return f"127.0.0.1:{port}" in self.log.replace(self.host, "")
 
 
@@ -2955,7 +2823,6 @@ exec "$PYTHON" "$FOLDER/program.py"
 
 @functools.cache
 def namespace_missing() -> str:
-    """Return why there can be no net of its own, "" if there can."""
     if why := missing_program("unshare", "ip", "mount"):
         return why
     tried = run_command(["unshare", "-n", "-m", "true"])
@@ -3090,8 +2957,6 @@ ALLOWED = _ALLOWED.split()
 
 
 class PeakMemory:
-    """Watches how much memory (VmRSS) a process takes while the block runs."""
-
     base = peak = 0
 
     def __init__(self, pid: int, pause: float = 0.005) -> None:
@@ -3156,8 +3021,6 @@ class SlowRunner(PlayedRunner):
 
 
 class Talk:
-    """One member's talk with a service that others have used before: sees only what is new."""
-
     def __init__(self, world: World, runner: SlowRunner) -> None:
         self.world, self.wecom, self.github = world, world.wecom, world.github
         self.runner, self.client = runner, world.client
@@ -3169,11 +3032,9 @@ class Talk:
         return self.world.say(text, self.user)
 
     def hear(self, wanted: str = "", timeout: float = 10) -> str:
-        """Return the text of the first message to this member that holds `wanted`."""
         return self.world.hear(lambda m: m.user == self.user and wanted in m.text, timeout)
 
     def ask(self, text: str) -> str:
-        """Type a request, return its final message."""
         assert "🔄" in self.say(text)
         return self.hear("成功 ")
 
@@ -3187,11 +3048,9 @@ class Talk:
 
     @property
     def inputs(self) -> list[dict[str, str]]:
-        """What each run was started with."""
         return [dispatch.inputs for dispatch in self.github.dispatches[self._dispatches :]]
 
     def calls(self, where: str = "") -> list[Call]:
-        """Return GitHub's calls since this talk began, in whose line all words of `where` occur."""
         return [call for call in self.github.calls[self._calls :] if Fault(where, "").hits(call)]
 
     def idle(self) -> bool:
@@ -3211,14 +3070,12 @@ class Talk:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
-    """A running service with everything as it is by default."""
     with quick(SlowRunner()) as world:
         yield world
 
 
 @pytest.fixture
 def talk(shared: World) -> Iterator[Talk]:
-    """A new member before the shared service."""
     runner = shared.github.runner
     assert isinstance(runner, SlowRunner)
     runner.go.clear()
@@ -3249,7 +3106,6 @@ class Desk:
         self.after_pause()
 
     def send(self, text: str, user: str = "alice") -> None:
-        """Queue a message, then deliver all there is."""
         letters = self.app.channels[""].letters(user, text, secrets.token_hex(4))
         self.app.state.change(lambda facts: facts.with_letters(letters))
         for _ in range(40):
@@ -3259,7 +3115,6 @@ class Desk:
         raise TimeoutError(f"tried in vain, pauses {self.pauses}")
 
     def send_many(self, text: str, count: int) -> None:
-        """Send a text to so many members, side by side."""
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda n: self.sender.send(f"user-{n}", text), range(count)))
 
@@ -3273,7 +3128,6 @@ def desk() -> Iterator[Desk]:
 def run_script(
     *words: str, text: str = "", settings: dict[str, str] | None = None, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program with no installed package in reach, and return what it printed."""
     environment = clean_environment(Path("/nonexistent"), settings or {})
     full = [sys.executable, "-S", str(SCRIPT), *words]
     return run_command(full, text, 20, env=environment, cwd=folder)
@@ -3347,7 +3201,6 @@ hurry(float(os.environ["SPEED"]), time.time(), time.time, time.monotonic, time.s
 
 @functools.cache
 def quick_script(before: str = "") -> Path:
-    """Return the path of QUICK, written down once, with this before it."""
     folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     script = folder / "quick.py"
@@ -3422,19 +3275,16 @@ class Depot(Quick):
         return f"user{next(self.USERS)}"
 
     def ask(self, text: str) -> str:
-        """Type a message as somebody new, who is returned."""
         user = self.user()
         self.say(text, user)
         return user
 
     def begin(self, link: str, parts: int = 1) -> str:
-        """Send a link as somebody new, and wait until so many parts of it are stored."""
         before, user = len(self.store.parts_received), self.ask(link)
         assert wait_until(lambda: len(self.store.parts_received) >= before + parts)
         return user
 
     def answers(self, user: str, count: int) -> list[str]:
-        """Return so many messages that reached somebody, who hears no more for now."""
         assert wait_until(lambda: len(self.wecom.messages_for(user)) >= count, 20), self.log
         assert wait_until(self.is_idle)
         return self.wecom.messages_for(user)
@@ -3450,7 +3300,6 @@ class Depot(Quick):
         return self.service.log
 
     def broken(self) -> list[str]:
-        """Return what went wrong, uploads that were left open included."""
         wait_until(lambda: not self.store.open_uploads, 2)
         left = list(self.store.open_uploads)
         self.store.open_uploads.clear()  # or every story after this one would fail as well
@@ -3467,7 +3316,6 @@ def disk_is(
 
 
 def room(world: World, file_bytes: int = -1) -> None:
-    """Let the running service write files up to this size, without one as it likes."""
     import resource  # Linux
 
     resource.prlimit(world.service.pid, resource.RLIMIT_FSIZE, (file_bytes, -1))
@@ -3485,7 +3333,6 @@ GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests 
 
 
 def last_state(journal: bytes) -> dict[str, Any]:
-    """Return the last whole line of a state file; raise ValueError where there is none."""
     for line in reversed(journal.split(b"\n")):
         with suppress(ValueError):
             value: dict[str, Any] = json.loads(line)
@@ -3507,7 +3354,6 @@ def finals(world: World, user: str) -> list[str]:
 
 
 def hear(world: World, user: str, wanted: str) -> str:
-    """Wait for a message to this user that holds `wanted`, return its text."""
     return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
 
 
@@ -3528,7 +3374,6 @@ def early(story: Callable[[], None]) -> Callable[[Told], None]:
 
 @pytest.fixture(scope="module")
 def told(request: pytest.FixtureRequest) -> Iterator[Told]:
-    """Start the stories of the tests that were chosen."""
     names = [item.name for item in request.session.items if item.name in STORIES]
     with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
         yield {name: pool.submit(STORIES[name]) for name in names}
@@ -3545,20 +3390,17 @@ KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{
 
 
 def read_result(text: str) -> dict[str, str]:
-    """Return the fields of a message of success, in exactly the form that users know."""
     match = RESULT.fullmatch(text)
     assert match, text
     return match.groupdict()
 
 
 def check_refusal(text: str, why: str, link: str = "") -> None:
-    """Check that a message is one sentence with what to do, and names the link."""
     match = SENTENCE.fullmatch(text)
     assert match and why in match["why"] and link in match["link"], text
 
 
 def check_object(depot: Depot, path: str, text: str) -> str:
-    """Check that the message and the bucket have the very file; return the object's key."""
     found, served = read_result(text), depot.source.files[path]
     key = found["link"].rpartition("/")[2]
     stored = depot.store.objects[key]
@@ -3596,8 +3438,6 @@ class Broken(Exception):
 
 
 class Line:
-    """One WebSocket connection at the server's end."""
-
     LIMIT = 1 << 20
 
     def __init__(self, handler: PeerHandler) -> None:
@@ -3613,7 +3453,6 @@ class Line:
             self.handler.connection.sendall(start * (opcode >= 0) + data)
 
     def tell(self, value: object) -> None:
-        """Send JSON to a client that may be gone."""
         with suppress(OSError):
             self.write(TEXT, json.dumps(value).encode())
 
@@ -3627,7 +3466,6 @@ class Line:
         return bytes(data)
 
     def _frame(self) -> tuple[int, bool, bytes]:
-        """Read one frame; raise Broken for whatever a client may not send."""
         first, second = self._exactly(2)
         opcode, fin, size, least = first & 15, first >= 128, second & 127, 0
         if size > 125:
@@ -3674,8 +3512,6 @@ class Frame(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What a req_id stands for: a callback that can be answered on one line for a while."""
-
     line: Line
     chat: str
     cmd: str
@@ -3779,7 +3615,6 @@ class FakeGateway(Peer):
         return answer if time.time() < until else Answer(404, b"expired")
 
     def wait_line(self) -> Line:
-        """Return the line that is subscribed, at once or in 10 s; raise ConnectionError."""
         with self.changed:
             self.changed.wait_for(lambda: self.line, 10)
             if not self.line:
@@ -3847,7 +3682,6 @@ class FakeGateway(Peer):
         return self.say({"eventtype": kind}, user, kind="event")
 
     def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
-        """Return the inside of a message of kind "file" for a file of this content."""
         key, pad = os.urandom(32), 32 - len(data) % 32
         sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
         path = f"/file/{secrets.token_hex(8)}"
@@ -3856,7 +3690,6 @@ class FakeGateway(Peer):
         return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
 
     def throw_out(self) -> None:
-        """Do what happens when another program takes the robot over."""
         with self.lock:
             line, self.line = self.line, None
         if line:
@@ -3885,14 +3718,12 @@ class FakeGateway(Peer):
         return message
 
     def is_doubtful(self, message: ChatMessage) -> bool:
-        """Tell whether the client could not know that this message was taken as it is now."""
         when = message.shown[-1][0]
         return when in self._unsure or self._ended.get(message.line, math.inf) < when + 1
 
     # -- frames
 
     def _take(self, line: Line, text: str) -> None:
-        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
         value = json.loads(text)
         req_id, body = value["headers"]["req_id"], value.get("body") or {}
         frame = Frame(time.time(), value["cmd"], req_id, body)
@@ -3956,7 +3787,6 @@ class FakeGateway(Peer):
         return code
 
     def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
-        """Let a chat see a new message, or a stream's new content in place of its last one."""
         stream, text, now = inside.get("id", ""), inside["content"], frame.time
         answers = [m for m in self.messages if m.req_id == frame.req_id]
         same = [m for m in answers if stream and m.stream == stream]
@@ -4018,7 +3848,6 @@ client.connect()
 
 @contextmanager
 def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool]]:
-    """Subscribe Tencent's own client; give what tells whether it comes to say a thing."""
     folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
     there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
     needs(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
@@ -4082,7 +3911,6 @@ def test_tencents_client_meets_an_unkind_gateway() -> None:
 
 @functools.cache
 def document(name: str) -> str:
-    """Return the text of a file of the project."""
     return (ROOT / name).read_text("utf-8")
 
 
@@ -4092,7 +3920,6 @@ def document_yaml(name: str) -> Any:
 
 
 def section(title: str) -> str:
-    """Return a section of README.md, its sub-sections included."""
     bare = without_code()
     head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.MULTILINE)
     if not head:
@@ -4123,14 +3950,12 @@ def table(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def env_file(settings: Mapping[str, str]) -> str:
-    """Return settings as an .env file."""
     return "".join(f"{name}='{value}'\n" for name, value in settings.items())
 
 
 def run_here(
     *words: str, folder: Path = ROOT, settings: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with nothing of this process's settings in its environment."""
     environment = clean_environment(folder, settings or {})
     return run_command(words, cwd=folder, env=environment)
 
@@ -13030,8 +12855,6 @@ Measure = Callable[["Benchmark"], Sequence[Any]]
 
 
 class Benchmark:
-    """One run of the benchmark: quick or not, and what several rows need."""
-
     def __init__(self, quick: bool) -> None:
         self.quick = quick
         self.begun = time.monotonic()
@@ -13048,13 +12871,11 @@ class Benchmark:
 
     @functools.cached_property
     def source(self) -> Registry:
-        """The registry that images are copied from."""
         needs(Registry.missing())
         return self.stack.enter_context(Registry())
 
     @functools.cached_property
     def big_image(self) -> str:
-        """An image of 200 MB in several layers, as a line for `copy`."""
         size = (40_000_000 if self.quick else 200_000_000) // LAYERS
         publish(self.source, "library/big", "1", sizes=[size] * LAYERS)
         return "big:1"
@@ -13065,7 +12886,6 @@ class Benchmark:
 
 
 def calm_world(settings: Mapping[str, str] | None = None, runner: Runner | None = None) -> World:
-    """Return a world that logs as users do, not as tests do."""
     return World(SCRIPT, runner, {"LOG_LEVEL": None} | dict(settings or {}))
 
 
@@ -13078,7 +12898,6 @@ def middle(values: Iterable[float], share: float = 0.5) -> float:
 
 
 def python(code: str, environment: Mapping[str, str]) -> str:
-    """Run Python code in a process of its own, return what it prints."""
     return run_command([sys.executable, "-c", code], env=environment, check=True).stdout
 
 
@@ -13101,7 +12920,6 @@ def is_up(port: int) -> bool:
 
 
 def start_up(service: Service) -> None:
-    """Start the service, wait for the first 200."""
     service.launch()
     if not wait_until(lambda: is_up(service.port), 15, 0.0005):
         raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
@@ -13128,7 +12946,6 @@ def measure_start(bench: Benchmark) -> Sequence[Any]:
 
 
 def rest_mib(compiled: bool) -> float:
-    """Return the memory of a service with QingStor set and unused."""
     with FakeQingStor() as store, calm_world(store.settings) as world:
         if compiled:
             world.service.words = world.service.compile()
@@ -13158,7 +12975,6 @@ def measure_memory(bench: Benchmark) -> Sequence[Any]:
 
 
 def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
-    """Return a callback as it goes over the wire."""
     post = client.build(client.text_fields(user, text))
     lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
     lines += [f"Content-Length: {len(post.body)}", f"Connection: {connection}", "", ""]
@@ -13166,7 +12982,6 @@ def built(client: WeComClient, user: str, text: str, connection: str = "close") 
 
 
 def reply_to(client: WeComClient, answer: bytes) -> str:
-    """Return what an answer says, which must be a 200."""
     head, _, body = answer.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(answer[:200].decode(errors="replace"))
@@ -13174,7 +12989,6 @@ def reply_to(client: WeComClient, answer: bytes) -> str:
 
 
 def latencies(world: World, texts: Sequence[str]) -> list[float]:
-    """Post the messages one at a time, return the ms that each took; replies are checked."""
     milliseconds = []
     for request in [built(world.client, "alice", text) for text in texts]:
         begun = time.perf_counter()
@@ -13254,7 +13068,6 @@ end
 
 
 def family_cpu(pid: int) -> float:
-    """Return the CPU seconds of a process and its children so far."""
     ticks = 0
     for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
         fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
@@ -13431,7 +13244,6 @@ class Lane(Closing):
         return done.stdout
 
     def copy(self, line: str, wanted: str = "copied") -> None:
-        """Copy as a job of the workflow does."""
         printed = self.run(
             *(sys.executable, str(SCRIPT), "copy", line),
             CONTAINERS_REGISTRIES_CONF=str(self.conf),
@@ -13444,13 +13256,11 @@ class Lane(Closing):
             raise RuntimeError(printed)
 
     def skopeo(self, line: str) -> None:
-        """Copy with one bare command."""
         words = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
         words += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
         self.run(*words, f"docker://{self.target.host}/mirror/{line}")
 
     def docker(self, line: str, engine: str) -> None:
-        """Pull, tag and push."""
         program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
         source, target = f"{self.source}/library/{line}", f"{self.target.host}/mirror/{line}"
         for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
@@ -13458,7 +13268,6 @@ class Lane(Closing):
 
 
 def copy_seconds(bench: Benchmark, way: Callable[[Lane, str], object] = Lane.copy) -> float:
-    """Return what it takes to bring the big image into a fresh registry."""
     image = bench.big_image
     with Lane(bench.source.host) as lane:
         return timed(lambda: way(lane, image))
@@ -13541,8 +13350,6 @@ def measure_many(bench: Benchmark) -> Sequence[Any]:
 
 
 class Relayed(NamedTuple):
-    """What bringing one file from a source into the bucket took."""
-
     seconds: float
     cpu: float  # seconds, of the service
     peers: float  # seconds, of source and bucket together
@@ -13551,7 +13358,6 @@ class Relayed(NamedTuple):
 
 
 def relay(size: int, rate: float = 0.0) -> Relayed:
-    """Send the link of a file to the service, wait until it is in the bucket, check it."""
     with FakeQingStor() as store, Source() as source:
         store.rate_bytes_per_second = rate
         link = source.add("/big.bin", size, rate=rate)
@@ -13575,7 +13381,6 @@ def relay(size: int, rate: float = 0.0) -> Relayed:
 
 
 def curl(*words: str) -> float:
-    """Run curl, return the seconds that it took."""
     command = ["curl", "-sS", "-f", *words]
     return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
 
@@ -13686,7 +13491,6 @@ def measure_row(bench: Benchmark, name: str) -> Measured:
 
 
 def machine() -> dict[str, object]:
-    """Say what this was measured on."""
     processor = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
         models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -13737,7 +13541,6 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the tests or the benchmark, draw the picture, or play the sandbox."""
     commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
     # quietly, with the reason of each test that is skipped
     commands["test"] = lambda words: pytest.main(["-q", "-rs", __file__, *words])
