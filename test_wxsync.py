@@ -922,10 +922,8 @@ class Job:
 @dataclass(eq=False)
 class Run:
     id: int
-    number: int
     inputs: dict[str, str]
     ref: str
-    head_sha: str
     display_title: str = ""
     status: str = "queued"
     conclusion: str | None = None
@@ -1053,17 +1051,8 @@ def problem(status: int, message: str) -> Answer:
     return json_answer(told | {"status": str(status)}, status)
 
 
-def not_supplied(what: str) -> Answer:
-    return problem(422, f"Invalid request.\n\n{what} wasn't supplied.")
-
-
-# What else a repository holds: unused by wxsync, there to keep the size of answers honest.
-REPOSITORY_LINKS = (
-    "archive assignees blobs branches collaborators comments commits compare contents contributors "
-    "deployments downloads events forks git_commits git_refs git_tags hooks issue_comment "
-    "issue_events issues keys labels languages merges milestones notifications pulls releases "
-    "stargazers statuses subscribers subscription tags teams trees followers following gists"
-)
+# What a repository, a run or a job holds besides, so that the size of answers is honest.
+WEIGHT = {"more": "https://api.github.com/repos/octo/mirror/…" * 70}
 
 
 class FakeGitHub(Peer):
@@ -1110,7 +1099,6 @@ class FakeGitHub(Peer):
         self.jobs_lag = 0.0  # seconds by which the list of jobs is behind
         self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
         self.rate_remaining = 5000
-        self._head = hashlib.sha1(self.repo.encode()).hexdigest()
 
     # -- the frame around each call ------------------------------------------------------------
 
@@ -1136,7 +1124,7 @@ class FakeGitHub(Peer):
             ("GET actions=read", run + "/jobs", self._list_jobs),
             ("POST actions=write", run + "/cancel", self._cancel),
             ("GET secrets=read", "/actions/secrets", self._list_secrets),
-            ("GET administration=read", "/actions/permissions", self._actions),
+            ("GET administration=read", "/actions/permissions", self._permissions),
         ]
         for route, path, action in routes:
             method, _, right = route.partition(" ")
@@ -1165,9 +1153,7 @@ class FakeGitHub(Peer):
             if answer.status not in (304, 401) and self.rate_remaining > 0:
                 self.rate_remaining -= 1  # 304 is free
             left, reset = self.rate_remaining, int(time.time()) + 3600
-        limits = {"Limit": 5000, "Remaining": left, "Used": 5000 - left, "Reset": reset}
-        headers = {f"X-RateLimit-{name}": str(value) for name, value in limits.items()}
-        headers |= {"X-RateLimit-Resource": "core", "X-GitHub-Request-Id": secrets.token_hex(8)}
+        headers = {"X-RateLimit-Remaining": str(left), "X-RateLimit-Reset": str(reset)}
         if self.token_expires:
             headers["GitHub-Authentication-Token-Expiration"] = self.token_expires
         return Answer(answer.status, answer.body, answer.headers | headers)
@@ -1175,26 +1161,12 @@ class FakeGitHub(Peer):
     # -- repository and contents ---------------------------------------------------------------
 
     @property
-    def api(self) -> str:
-        return f"{self.url}/repos/{self.repo}"
-
-    @property
     def web(self) -> str:
         return f"https://github.com/{self.repo}"
 
-    def _small_repository(self) -> dict[str, object]:
-        links = {f"{link}_url": f"{self.api}/{link}" for link in REPOSITORY_LINKS.split()}
-        plain = {"id": 7, "full_name": self.repo, "url": self.api, "html_url": self.web}
-        return links | plain | {"owner": {"login": self.repo.split("/")[0], "type": "User"}}
-
     def _repository(self, call: Call) -> Answer:
         own = {"default_branch": "main", "archived": self.archived, "permissions": self.permissions}
-        return json_answer(self._small_repository() | own)
-
-    def _content(self, path: str, data: bytes) -> dict[str, object]:
-        place = {"type": "file", "name": path.split("/")[-1], "path": path, "size": len(data)}
-        address = f"{self.api}/contents/{quote(path)}"
-        return place | {"sha": blob_sha(data), "url": address, "_links": {"self": address}}
+        return json_answer(WEIGHT | own)
 
     def _get_contents(self, call: Call, path: str) -> Answer:
         if (ref := call.query.get("ref", "main")) not in self.branches:
@@ -1204,35 +1176,28 @@ class FakeGitHub(Peer):
         data = self.files[path]
         small = len(data) <= 1_000_000
         text = base64.encodebytes(data).decode() if small else ""  # 76 columns, newlines included
-        more = {"encoding": "base64" if small else "none", "content": text}
-        return json_answer(self._content(path, data) | more)
+        told = {"type": "file", "path": path, "size": len(data), "sha": blob_sha(data)}
+        return json_answer(told | {"encoding": "base64" if small else "none", "content": text})
 
     def _put_contents(self, call: Call, path: str) -> Answer:
-        wish = call.json()
+        wish, old = call.json(), self.files.get(path)
         if (branch := wish.get("branch", "main")) not in self.branches:
             return problem(404, f"Branch {branch} not found")
-        for name in ("message", "content"):
+        for name in ("message", "content", *["sha"] * (old is not None)):
             if not isinstance(wish.get(name), str):
-                return not_supplied(f'"{name}"')
-        for person in ("committer", "author"):
-            if person in wish and not {"name", "email"} <= set(wish[person]):
-                return not_supplied(f'"email" of {person}')
-        old = self.files.get(path)
-        if old is not None and not wish.get("sha"):
-            return not_supplied('"sha"')
+                return problem(422, f'Invalid request.\n\n"{name}" wasn\'t supplied.')
         if old is not None and wish["sha"] != blob_sha(old):
             return problem(409, f"{path} does not match {wish['sha']}")
         content = base64.b64decode(wish["content"])
         commit = self.commit(path, content, wish["message"], branch)
-        told = {"sha": commit.sha, "message": commit.message, "parents": []}
-        body = {"content": self._content(path, content), "commit": told}
-        return json_answer(body, 200 if old is not None else 201)
+        told = {"content": {"sha": blob_sha(content)}, "commit": {"sha": commit.sha}}
+        return json_answer(told, 200 if old is not None else 201)
 
     def commit(self, path: str, content: bytes, message: str, branch: str = "main") -> Commit:
         with self.lock:
             sha = hashlib.sha1(secrets.token_bytes(20)).hexdigest()
             commit = Commit(time.time(), message, path, content, sha, branch)
-            self.files[path], self._head = content, sha
+            self.files[path] = content
             self.commits.append(commit)
             return commit
 
@@ -1270,13 +1235,12 @@ class FakeGitHub(Peer):
         if self.old_dispatch or not wish.get("return_run_details"):
             return Answer(204)
         path = f"/actions/runs/{run.id}"
-        told = {"workflow_run_id": run.id, "run_url": self.api + path, "html_url": self.web + path}
-        return json_answer(told)
+        return json_answer({"workflow_run_id": run.id, "html_url": self.web + path})
 
     def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
         with self.lock:
             number = len(self.runs) + 1
-            run = Run(30_000_000_000 + number, number, inputs, ref, self._head)
+            run = Run(30_000_000_000 + number, inputs, ref)
             run.display_title = f"wxsync {inputs.get('request', '')}".strip()
             self.runs.append(run)
         threading.Thread(target=self._execute, args=(run,), daemon=True).start()
@@ -1296,17 +1260,11 @@ class FakeGitHub(Peer):
                 run.finish("failure")
 
     def _run_json(self, run: Run) -> dict[str, object]:
-        path = f"/actions/runs/{run.id}"
-        names = ("jobs", "logs", "artifacts", "cancel", "rerun", "check_suite", "previous_attempt")
-        links = {f"{name}_url": f"{self.api}{path}/{name}" for name in names}
-        links |= {"url": self.api + path, "html_url": self.web + path}
-        same = ("id", "display_title", "status", "conclusion", "head_sha")
-        repository = dict.fromkeys(("repository", "head_repository"), self._small_repository())
+        names = ("id", "display_title", "status", "conclusion")
         with run.lock:
-            told = {name: getattr(run, name) for name in same}
-            told |= {"run_number": run.number, "run_attempt": run.attempt, "head_branch": run.ref}
-        told |= dict.fromkeys(("created_at", "run_started_at"), iso(run.created))
-        return links | told | {"event": "workflow_dispatch"} | repository
+            told = {name: getattr(run, name) for name in names}
+            told |= {"run_attempt": run.attempt, "run_started_at": iso(run.created)}
+        return told | {"html_url": f"{self.web}/actions/runs/{run.id}"} | WEIGHT
 
     def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
         if name != self.WORKFLOW:
@@ -1351,26 +1309,15 @@ class FakeGitHub(Peer):
             steps.append(Step("Complete job", "success", steps[-1].started, job.completed))
         return {
             "id": job.id,
-            "run_id": job.run.id,
             "run_attempt": job.attempt,
             "name": job.name if len(job.name) <= 100 else job.name[:97] + "...",
             "status": "in_progress" if job.completed and not is_over else job.status,
             "conclusion": job.conclusion if is_over else None,
-            "created_at": iso(job.created),
             "started_at": iso(job.started or job.created),
             "completed_at": iso(job.completed) if job.completed and is_over else None,
-            "url": f"{self.api}/actions/jobs/{job.id}",
             "html_url": f"{self.web}/actions/runs/{job.run.id}/job/{job.id}",
-            "labels": ["ubuntu-24.04"],
-            "steps": [self._step_json(n, step) for n, step in enumerate(steps, 1)],
-        }
-
-    def _step_json(self, number: int, step: Step) -> dict[str, object]:
-        status = "completed" if step.conclusion else "in_progress"
-        ended = iso(step.completed) if step.completed else None
-        times = {"started_at": iso(step.started), "completed_at": ended}
-        told = {"number": number, "name": step.name, "status": status}
-        return told | {"conclusion": step.conclusion} | times
+            "steps": [{"name": step.name, "conclusion": step.conclusion} for step in steps],
+        } | WEIGHT
 
     def _cancel(self, call: Call, run_id: str) -> Answer:
         run = self._visible(run_id)
@@ -1381,13 +1328,11 @@ class FakeGitHub(Peer):
         threading.Timer(0.1, run.stop.set).start()
         return json_answer({}, 202)
 
-    # -- what only `check` asks ----------------------------------------------------------------
+    def _permissions(self, call: Call) -> Answer:
+        return json_answer({"enabled": self.actions_enabled})
 
     def _list_secrets(self, call: Call) -> Answer:
         return self._page(call, "secrets", [{"name": name} for name in sorted(self.secrets)])
-
-    def _actions(self, call: Call) -> Answer:
-        return json_answer({"enabled": self.actions_enabled})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10023,7 +9968,7 @@ class Factory:
     def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
         with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
             (runner.checkout / "images.txt").write_text(images_txt)
-            run = Run(1, 1, inputs, "main", "0" * 40)
+            run = Run(1, inputs, "main")
             runner(inputs, run)
         return run
 
