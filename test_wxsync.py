@@ -5576,79 +5576,63 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
     assert asked.headers["accept-encoding"] == "identity"
 
 
-# what Content-Disposition says of http://…/page.html -> the name
-NAMES = """
-attachment; filename="report.pdf" -> report.pdf
-attachment; filename=report.pdf -> report.pdf
-attachment;filename=report.pdf;size=3 -> report.pdf
-attachment; FileName = "two words.txt" -> two words.txt
-attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" -> 文档.pdf
-attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf -> 文.pdf
-attachment; filename*=ISO-8859-1''na%EFve.txt -> naïve.txt
-attachment; filename*=GBK''%CE%C4.txt -> 文.txt
-attachment; filename*=bogus''%41.txt; filename=ok.txt -> ok.txt
-attachment; filename="a\\"b.txt" -> a"b.txt
-attachment; filename="文档.pdf" -> 文档.pdf
-attachment; filename="../../etc/passwd" -> passwd
-attachment; filename="..\\\\..\\\\boot.ini" -> boot.ini
-attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd -> passwd
-attachment; filename*=UTF-8''a%00b%0A%0Dc.txt -> abc.txt
-attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe -> evilfdp.exe
-attachment; filename="...hidden" -> hidden
-attachment; filename="\x1b[31mred.txt" -> [31mred.txt
-attachment; filename="" -> page.html
-attachment; filename="/" -> page.html
-attachment; filename="..." -> page.html
-attachment; filename*=idna''%ff -> page.html
-attachment; filename*=punycode''%ff -> page.html
-attachment; filename*=undefined''%41 -> page.html
-attachment; filename*=a\0''%41 -> page.html
-attachment -> page.html
-inline -> page.html
- -> page.html
-attachment; xfilename="evil.exe"; filename="ok.txt" -> ok.txt
-attachment; filename="a; filename*=UTF-8''b.exe" -> a; filename*=UTF-8''b.exe
-"""
+# Content-Disposition ¦ the name ¦ the addresses, the last one first, unless it is …/page.html
+NAMES = rows(r"""
+attachment; filename="report.pdf" ¦ report.pdf
+attachment;filename=report.pdf;size=3 ¦ report.pdf
+attachment; FileName = "two words.txt" ¦ two words.txt
+attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" ¦ 文档.pdf
+attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf ¦ 文.pdf
+attachment; filename*=ISO-8859-1''na%EFve.txt ¦ naïve.txt
+attachment; filename*=GBK''%CE%C4.txt ¦ 文.txt
+attachment; filename*=bogus''%41.txt; filename=ok.txt ¦ ok.txt
+attachment; filename="a\"b.txt" ¦ a"b.txt
+attachment; filename="文档.pdf" ¦ 文档.pdf
+attachment; filename="../../etc/passwd" ¦ passwd
+attachment; filename="..\\..\\boot.ini" ¦ boot.ini
+attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd ¦ passwd
+attachment; filename*=UTF-8''a%00b%0A%0Dc.txt ¦ abc.txt
+attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe ¦ evilfdp.exe
+attachment; filename="...hidden" ¦ hidden
+attachment; filename="" ¦ page.html
+attachment; filename="/" ¦ page.html
+attachment; filename="..." ¦ page.html
+attachment; filename*=idna''%ff ¦ page.html
+attachment; filename*=undefined''%41 ¦ page.html
+attachment; xfilename="evil.exe"; filename="ok.txt" ¦ ok.txt
+attachment; filename="a; filename*=UTF-8''b.exe" ¦ a; filename*=UTF-8''b.exe
+inline ¦ page.html
+¦ 文.zip ¦ example.com/a/%E6%96%87.zip?x=1
+¦ tool.tar.gz ¦ cdn.example.com/0a1b2c example.com/v1/tool.tar.gz
+¦ real.zip ¦ cdn.example.com/real.zip example.com/latest
+¦ download ¦ example.com/download
+¦ download ¦ example.com/
+¦ b.txt ¦ example.com/a%2Fb.txt
+¦ download ¦ example.com/%00%0A
+""")
+NAMES += [
+    ["attachment; filename*=a\0''%41", "page.html"],
+    ['a; filename="\x1b[31m.txt"', "[31m.txt"],
+]
+NAMES += [[f'attachment; filename="{"长" * 500}.tar.gz"', "长" * 100 + "长" * 43 + ".tar.gz"]]
 
 
-@pytest.mark.parametrize("line", NAMES.strip("\n").split("\n"))
-def test_name_of_disposition(line: str) -> None:
-    """The name is the one of RFC 6266, without anything that could harm."""
-    disposition, _, name = line.partition(" -> ")
-    url = wxsync.parse_url("https://example.com/a/page.html?x=y.zip")
-    assert wxsync.read_file_name(disposition, url) == name
-
-
-# the addresses, the last one first -> the name
-ADDRESSES = """
-example.com/a/%E6%96%87.zip?x=1 -> 文.zip
-cdn.example.com/0a1b2c example.com/v1/tool.tar.gz -> tool.tar.gz
-cdn.example.com/real.zip example.com/latest -> real.zip
-example.com/download -> download
-example.com/ -> download
-example.com/a%2Fb.txt -> b.txt
-example.com/%00%0A -> download
-"""
-
-
-@pytest.mark.parametrize("line", ADDRESSES.strip().splitlines())
-def test_name_of_address(line: str) -> None:
-    """Without a disposition the addresses name the file, one with an extension first."""
-    *links, _, name = line.split()
-    urls = [wxsync.parse_url(f"https://{link}") for link in links]
-    assert wxsync.read_file_name("", *urls) == name
-    long = wxsync.read_file_name(f'attachment; filename="{"长" * 500}.tar.gz"', *urls)
-    assert len(long) <= 150 and long.endswith(".tar.gz")
+def test_the_name_of_a_file() -> None:
+    """It is the one of RFC 6266, without anything that could harm; where nothing is said the
+    addresses name the file, one with an extension first."""
+    for disposition, name, *addresses in NAMES:
+        links = (addresses or ["example.com/a/page.html?x=y.zip"])[0].split()
+        urls = [wxsync.parse_url(f"https://{link}") for link in links]
+        assert wxsync.read_file_name(disposition, *urls) == name
 
 
 # charset, what the head says of the name -> the name that is shown, the extension of the key
 SHOWN_NAMES = """
 utf-8 filename="年度报告.PDF" -> 年度报告.PDF .pdf
 gbk filename="年度报告.pdf" -> 年度报告.pdf .pdf
-utf-8 filename*=UTF-8''%E5%B9%B4.tar.gz -> 年.tar.gz .tar.gz
 utf-8 filename="../../x.p;df" -> x.p;df
 utf-8 filename="x.%2e%2e" -> x.%2e%2e
-utf-8 filename="X.TAR.GZ" -> X.TAR.GZ .tar.gz
+utf-8 filename*=UTF-8''X.TAR.GZ -> X.TAR.GZ .tar.gz
 """
 
 
@@ -5681,7 +5665,7 @@ def test_redirects(depot: Depot) -> None:
 VALIDATORS = ({"etag": '"v1"'}, {"modified": "Tue, 24 Nov 2026 08:00:00 GMT"})
 
 
-@pytest.mark.parametrize("cuts", [[1], [100_000], [5_000_000, 3_000_000], [PART, PART, 1]])
+@pytest.mark.parametrize("cuts", [[1], [5_000_000, 3_000_000], [PART, PART, 1]])
 def test_resume(depot: Depot, cuts: list[int]) -> None:
     """A download that breaks goes on where it was, if it is the same file still."""
     for validator in VALIDATORS:
@@ -5711,70 +5695,57 @@ def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
 # Files that do not arrive
 # ---------------------------------------------------------------------------------------------
 
-CUT_ALWAYS = {"cut_after": [5_000_000] * 20}
-CUT_GOOD: dict[str, Any] = CUT_ALWAYS | {"etag": '"1"', "ranges": "good"}
-SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
-    "not found": ({"status": 404}, "文件不存在（HTTP 404）"),
-    "gone": ({"status": 410}, "文件已删除"),
-    "login": ({"status": 401}, "需要登录"),
-    "forbidden": ({"status": 403}, "HTTP 403"),
-    "too many": ({"status": 429}, "HTTP 429"),
-    "broken": ({"status": 500}, "来源拒绝或出错（HTTP 500）"),
-    "busy": ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
-    "teapot": ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
-    "empty": ({"status": 204}, "HTTP 204"),
-    "no http": ({"garbage": True}, "不是正常的 HTTP"),
-    "loop": ({"status": 302, "location": "/loop"}, "不停地重定向"),
-    "to ftp": ({"status": 302, "location": "ftp://example.com/x"}, "格式不正确"),
-    "to a file": ({"status": 302, "location": "file:///etc/passwd"}, "格式不正确"),
-    "to login": ({"status": 302, "location": "http://u:p@example.com/"}, "格式不正确"),
-    "nowhere": ({"status": 302, "location": f"{NOWHERE}/"}, "连接被拒绝"),
-    "no name": ({"status": 302, "location": "http://no-such-host.invalid/"}, "域名解析失败"),
-    "no validator": (CUT_ALWAYS, "来源不支持续传"),
-    "weak validator": (CUT_GOOD | {"etag": 'W/"1"'}, "来源不支持续传"),
-    "no ranges": (CUT_GOOD | {"ranges": ""}, "来源文件已变化或不支持续传"),
-    "ignored": (CUT_GOOD | {"ranges": "ignored"}, "已变化或不支持续传"),
-    "wrong start": (CUT_GOOD | {"ranges": "wrong"}, "已变化或不支持续传"),
-    "changed": (CUT_GOOD | {"change": True}, "已变化"),
-    "416": (CUT_GOOD | {"ranges": "416"}, "HTTP 416"),
-    "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
-    "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
-}
-SLOW_SOURCES: dict[str, tuple[dict[str, Any], str]] = {  # which are asked again and again
-    "always cut": (CUT_GOOD | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
-    "stalls": ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
-    "stalls at once": ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
-    "drips": ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
-    "short chunks": ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
-    "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
-}
+BROKEN: dict[str, Any] = {"cut_after": [5_000_000] * 20, "etag": '"1"', "ranges": "good"}
+GO: dict[str, Any] = {"status": 302}
+SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
+    ({"status": 404}, "文件不存在（HTTP 404）"),
+    ({"status": 410}, "文件已删除"),
+    ({"status": 401}, "需要登录"),
+    ({"status": 403}, "HTTP 403"),
+    ({"status": 429}, "HTTP 429"),
+    ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
+    ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
+    ({"status": 204}, "HTTP 204"),
+    ({"garbage": True}, "不是正常的 HTTP"),
+    (GO | {"location": "/trouble-9"}, "不停地重定向"),
+    (GO | {"location": "file:///etc/passwd"}, "格式不正确"),
+    (GO | {"location": "http://u:p@example.com/"}, "格式不正确"),
+    (GO | {"location": f"{NOWHERE}/"}, "连接被拒绝"),
+    (GO | {"location": "http://no-such-host.invalid/"}, "域名解析失败"),
+    (BROKEN | {"etag": ""}, "来源不支持续传"),
+    (BROKEN | {"etag": 'W/"1"'}, "来源不支持续传"),
+    (BROKEN | {"ranges": ""}, "来源文件已变化或不支持续传"),
+    (BROKEN | {"ranges": "ignored"}, "已变化或不支持续传"),
+    (BROKEN | {"ranges": "wrong"}, "已变化或不支持续传"),
+    (BROKEN | {"change": True}, "已变化"),
+    (BROKEN | {"ranges": "416"}, "HTTP 416"),
+    ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
+    ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
+]
+SLOW_SOURCES: list[tuple[dict[str, Any], str]] = [  # which are asked again and again
+    (BROKEN | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
+    ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
+    ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
+    ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
+    ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
+    ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
+]
 
 
-def check_sources(depot: Depot, troubles: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+@pytest.mark.parametrize("troubles", [SOURCE_TROUBLES, pytest.param(SLOW_SOURCES, marks=in_ci)])
+def test_bad_sources(depot: Depot, troubles: list[tuple[dict[str, Any], str]]) -> None:
     """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    before, asked = set(depot.store.objects), dict[str, str]()
-    for name, (options, _) in troubles.items():
-        path = f"/{name.replace(' ', '-')}"
-        asked[name] = depot.ask(depot.source.add(path, **({"size": 12_000_000} | options)))
-    for name, user in asked.items():
-        check_refusal(depot.answer(user, 60), troubles[name][1], name.replace(" ", "-"))
-    assert set(depot.store.objects) == before
-    assert all(len(depot.wecom.messages_for(user)) == 1 for user in asked.values())
-
-
-def test_bad_sources(depot: Depot) -> None:
-    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    check_sources(depot, SOURCE_TROUBLES)
-    check_refusal(depot.relay("http://no-such-host.invalid/x"), "域名解析失败")
-    check_refusal(depot.relay(f"{NOWHERE}/x"), "连接被拒绝")
+    before, asked = set(depot.store.objects), []
+    for number, (options, _) in enumerate(troubles):
+        link = depot.source.add(f"/trouble-{number}", **({"size": 12_000_000} | options))
+        asked.append((depot.ask(link), link))
+    for (user, link), (_, why) in zip(asked, troubles, strict=True):
+        check_refusal(depot.answer(user, 60), why, link)
+        assert len(depot.wecom.messages_for(user)) == 1
     bomb = depot.source.add("/bomb", **coded(gzip.compress(bytes(80 * MIB), 1)))
-    check_refusal(depot.relay(bomb), "文件超过上限 64 MB")
-
-
-@in_ci
-def test_bad_sources_that_are_tried_again(depot: Depot) -> None:
-    """A source that breaks or stands still each time ends as each trouble does."""
-    check_sources(depot, SLOW_SOURCES)
+    for link, why in ((f"{NOWHERE}/x", "连接被拒绝"), (bomb, "文件超过上限 64 MB")):
+        check_refusal(depot.relay(link), why)
+    assert set(depot.store.objects) == before
 
 
 def test_the_limit_is_exact() -> None:
@@ -5788,7 +5759,7 @@ def test_the_limit_is_exact() -> None:
         assert len(depot.store.objects) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("how", [500, 503, "reset", "lost", pytest.param("hang", marks=in_ci)])
+@pytest.mark.parametrize("how", [500, "reset", "lost", pytest.param("hang", marks=in_ci)])
 def test_part_fails_once(depot: Depot, how: int | str) -> None:
     """A part that fails is sent again, and nothing is lost or doubled."""
     for number in (0, 2):
@@ -5799,22 +5770,21 @@ def test_part_fails_once(depot: Depot, how: int | str) -> None:
 
 
 PART_FAILS: dict[int | str, str] = {
-    500: "QingStor 暂时不可用（HTTP 500），请稍后再试",
     503: "QingStor 暂时不可用（HTTP 503），请稍后再试",
     "reset": "连接 QingStor 失败",
     403: "没有权限写入存储桶",
 }
 
 
-@pytest.mark.parametrize("how", PART_FAILS)
-def test_part_fails_always(depot: Depot, how: int | str) -> None:
+def test_part_fails_always(depot: Depot) -> None:
     """A part that cannot be sent ends the upload, which is taken back."""
     before, aborted = set(depot.store.objects), len(depot.store.aborted)
-    depot.store.fail_part(1, 3, how)
-    text = depot.relay(depot.source.add("/always.bin", 30_000_000))
-    depot.store.faults.clear()
-    check_refusal(text, PART_FAILS[how])
-    assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + 1
+    for turn, how in enumerate(PART_FAILS, 1):
+        depot.store.fail_part(1, 3, how)
+        text = depot.relay(depot.source.add("/always.bin", 10_000_000))
+        depot.store.faults.clear()
+        check_refusal(text, PART_FAILS[how])
+        assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + turn
 
 
 def test_lost_answers(depot: Depot) -> None:
@@ -5828,29 +5798,26 @@ def test_lost_answers(depot: Depot) -> None:
         assert not depot.store.faults
 
 
-TEMPERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bucket missing": ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
-    "bucket full": ({"bucket_full": True}, "存储空间已满"),
-    "no right": ({"forbidden": True}, "没有权限写入存储桶"),
-    "wrong secret": ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "wrong key": ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "clock early": ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
-    "clock late": ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
-}
+TEMPERS: list[tuple[dict[str, Any], str]] = [
+    ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
+    ({"bucket_full": True}, "存储空间已满"),
+    ({"forbidden": True}, "没有权限写入存储桶"),
+    ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
+    ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
+]
 
 
-@pytest.mark.parametrize("temper", TEMPERS)
-def test_refusals_of_qingstor(depot: Depot, temper: str) -> None:
+def test_refusals_of_qingstor(depot: Depot) -> None:
     """Each refusal is told with what to do about it, for small files and for big ones."""
-    changes, why = TEMPERS[temper]
-    before = {name: getattr(depot.store, name) for name in changes}
-    vars(depot.store).update(changes)
-    try:
+    for changes, why in TEMPERS:
+        before = {name: getattr(depot.store, name) for name in changes}
+        vars(depot.store).update(changes)
         texts = [depot.relay(depot.source.add("/refused", size)) for size in (100, 9_000_000)]
-    finally:
         vars(depot.store).update(before)
-    for text in texts:
-        check_refusal(text, why)
+        for text in texts:
+            check_refusal(text, why)
 
 
 def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
@@ -5859,45 +5826,29 @@ def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
     depot.store.bucket_full = True
     text = depot.answer(user)
     depot.store.bucket_full = False
-    assert "存储空间已满" in text
+    check_refusal(text, "存储空间已满")
 
 
 @in_ci
-def test_qingstor_goes_and_comes_back() -> None:
-    """An upload that could not be taken back is, as soon as QingStor is there again."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_qingstor_goes_and_comes_back(killed: bool) -> None:
+    """An upload that could not be taken back is, as soon as QingStor is there again; told once."""
     with Depot() as depot:
         link = depot.source.add("/down.bin", 20_000_000, rate=20_000_000.0)
         user = depot.begin(link, 2)
-        depot.store.stop()
-        assert "连接 QingStor 失败" in depot.answer(user) and len(depot.store.open_uploads) == 1
-        depot.store.start()
-        assert wait_until(lambda: len(depot.store.aborted) == 1)
-        check_object(depot, "/down.bin", depot.relay(link))
-        assert len(depot.wecom.messages_for(user)) == 1
-
-
-@in_ci
-@pytest.mark.parametrize("away", [False, True])
-def test_killed_while_uploading(away: bool) -> None:
-    """After a kill the next start undoes the upload and does it again; told once."""
-    with Depot() as depot:
-        user = depot.begin(depot.source.add("/killed.bin", 20_000_000, rate=10_000_000.0), 2)
-        depot.service.kill()
         (old,) = depot.store.open_uploads
-        depot.source.files["/killed.bin"].rate = 0
-        if away:  # the orphan cannot be settled at once
-            depot.store.stop()
-        depot.service.start()
-        text = depot.answer(user)
-        if away:
-            assert "连接 QingStor 失败" in text
-            depot.store.start()
-        else:
-            check_object(depot, "/killed.bin", text)
+        if killed:
+            depot.service.kill()
+        depot.store.stop()
+        if killed:
+            depot.service.start()
+        assert "连接 QingStor 失败" in depot.answer(user) and [*depot.store.open_uploads] == [old]
+        depot.store.start()
         assert wait_until(lambda: depot.store.aborted == [old])
+        check_object(depot, "/down.bin", depot.relay(link))
         depot.service.restart()
         time.sleep(0.3)
-        assert depot.wecom.messages_for(user) == [text]
+        assert len(depot.wecom.messages_for(user)) == 1
 
 
 @in_ci
@@ -5956,12 +5907,10 @@ def test_forbidden_addresses(link: str, why: str) -> None:
         return
     with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
         wxsync.refuse_inside(url.host, 3)
-    with pytest.raises((wxsync.Failure, OSError)) as caught:
-        wxsync.dial(url.host, 9, 3, True).close()
     # A name may also just not resolve here; an address must be refused, not tried.
     literal = not re.search(r"[g-z]", url.host.removeprefix("0x"))
-    kinds = (wxsync.Failure,) if literal else (wxsync.Failure, socket.gaierror)
-    assert isinstance(caught.value, kinds), caught.value
+    with pytest.raises(wxsync.Failure if literal else (wxsync.Failure, socket.gaierror)):
+        wxsync.dial(url.host, 9, 3, True).close()
 
 
 def test_allowed_addresses() -> None:
@@ -5984,11 +5933,10 @@ https://example.com?x=1 https://example.com/?x=1
 """
 
 
-@pytest.mark.parametrize("line", ADDRESS_FORMS.strip().splitlines())
-def test_form_of_addresses(line: str) -> None:
+def test_form_of_addresses() -> None:
     """What is typed becomes what is asked for."""
-    typed, asked = line.split()
-    assert str(wxsync.parse_url(typed)) == asked
+    for typed, asked in map(str.split, ADDRESS_FORMS.strip().splitlines()):
+        assert str(wxsync.parse_url(typed)) == asked
 
 
 # In a net of its own: whoever connects to an address that is not meant to be reached is seen.
@@ -6081,24 +6029,6 @@ def test_names_with_an_inside_address() -> None:
     assert answers.pop("good") == ["content", 1, "rebind.example.org:8000"]
     assert answers.pop("touched") == []
     assert all("不允许访问内网地址" in text for text in answers.values()), answers
-
-
-WHOLE_FILE = """
-outside.add("/inside", status=302, location="http://169.254.169.254/latest/meta-data/")
-with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-    answers["good"] = depot.relay("http://files.example.com:8000/file")
-    answers["redirected"] = depot.relay("http://files.example.com:8000/inside")
-    answers["direct"] = depot.relay(depot.source.add("/secret", body=b"secret"))
-    answers["hits"] = depot.source.hits["/secret"]
-"""
-
-
-def test_the_whole_service_keeps_outside() -> None:
-    """Unless it is allowed on purpose, people in the chat reach nothing inside."""
-    answers = run_inside(WHOLE_FILE, files="8.8.4.4")
-    assert read_result(answers["good"])["size"] == "7" and answers["hits"] == 0
-    for name in ("redirected", "direct"):
-        check_refusal(answers[name], "不允许访问内网地址")
 
 
 # ---------------------------------------------------------------------------------------------
