@@ -4231,7 +4231,9 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
         wxsync.take_up(app)
         message = wxsync.Message("ann", "ann toy room", "nginx:1", "m1")
         assert "共 1 个镜像" in app.chat.answer(message, toy)
-        wxsync.work(app, "images")
+        threading.Thread(target=wxsync.work, args=(app, "images"), daemon=True).start()
+        while app.state.facts.tasks:
+            wxsync.follow_runs(app)
         app.posts["toy"].step()
         ((address, text),) = toy.heard
         assert address == "ann toy room" and "✅" in text and "docker pull" in text

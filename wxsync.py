@@ -57,7 +57,7 @@ What a crash leaves of a request, and what the next start does about it:
     finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
 
 Threads. The main one holds every HTTP connection and waits for nothing; one alone writes the state.
-Each lane (images, files) is one; late runs, orphans, midnight, the proxy and living messages have
+Each lane (images, files) is one; runs, orphans, midnight, the proxy and living messages have
 one each that looks now and then; letters go out by one for WeCom and four for the robot, whose line
 is read by one. What waits for the disk, a message to the robot and a download have their own while
 they last. Locks may be held together in this order only: App.list_lock, ImageList's; a Client's,
@@ -1920,9 +1920,9 @@ class WeCom:
 
     RENEW = "access_token 失效"
 
-    def __init__(self, settings: Settings, client: Client, log: Log) -> None:
+    def __init__(self, settings: Settings, network: Network, log: Log) -> None:
         self._settings = settings
-        self.client = client
+        self.client = Client(network, settings.WECOM_API_URL, proxied=False)
         self._log = log
         self._lock = threading.Lock()
         self._token = ""
@@ -2142,10 +2142,10 @@ class GitHub:
     ACTIONS = "Actions: Read and write"
 
     def __init__(
-        self, settings: Settings, client: Client, log: Log, sleep: Callable[[float], None]
+        self, settings: Settings, network: Network, log: Log, sleep: Callable[[float], None]
     ) -> None:
         self._settings = settings
-        self.client = client
+        self.client = Client(network, settings.GITHUB_API_URL, proxied=True)
         self._log = log
         self._sleep = sleep
         self._lock = threading.Lock()
@@ -2996,10 +2996,15 @@ class ImageList:
 
 
 class Letter(NamedTuple):
-    """A message to be sent: to an address, in the form of its channel."""
+    """A message to be sent: to an address, in the form of its channel.
+
+    Where a message that lives can show it, that is named: in this process alone, never on disk.
+    """
 
     address: str
     text: str
+    message_id: str = ""
+    is_last: bool = True  # it ends the message that lives
 
 
 class Finished(NamedTuple):
@@ -3102,12 +3107,14 @@ class Facts:
 def revive(kind: Any, value: Any) -> Any:
     """Return what JSON has kept as it was; raise TypeError or ValueError where it is no `kind`.
 
-    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions.
+    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions; of a
+    Letter two are kept.
     """
     if get_args(kind):  # tuple[X, ...]
         return tuple(revive(get_args(kind)[0], entry) for entry in revive(list, value))
     if kind is Task or issubclass(kind, tuple):
         hints = get_type_hints(kind)
+        hints = dict(list(hints.items())[:2]) if kind is Letter else hints
         pairs = zip(hints, revive(list, value), strict=True) if kind is not Task else value.items()
         return kind(**{k: revive(hints[k], entry) for k, entry in pairs if k in hints})
     if not isinstance(value, (int, float) if kind is float else kind):
@@ -3307,6 +3314,7 @@ class State:
     def _dump(self, facts: Facts, closed: bool = False) -> bytes:
         data = {"version": self.VERSION, "closed": closed, **vars(facts)}
         data["tasks"] = [{**vars(task)} for task in facts.tasks]
+        data["letters"] = [letter[:2] for letter in facts.letters]
         # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
         data["last"] = ""
         for task in data["tasks"] if closed else ():
@@ -3912,13 +3920,18 @@ def title(task: Task, is_own: bool) -> str:
 
 @dataclass
 class Work:
-    """How far one task is. Written by its lane alone."""
+    """How far one task is. Written by its lane and by what follows its run."""
 
     outcomes: list[Outcome]
     since: float = 0.0  # monotonic; when the work began, 0 when it has not
     done_bytes: int = 0
     total_bytes: int = 0  # 0 for not known
     is_told: bool = False  # that it takes long
+    # of following a run; in looks, not by the clock, what is patience with GitHub
+    next_count: float = 0.0  # monotonic; when the jobs are counted again
+    odd_looks: int = 0  # in a row
+    open_looks: int = 0  # since the run ended, with jobs that have not
+    cancels: int = 0  # tries; below 0: done with it
 
 
 class Progress:
@@ -4023,14 +4036,22 @@ class Channel:
         return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
 
     def letters(self, address: str, text: str, mark: str) -> list[Letter]:
-        """Return the messages for a text; with a unique mark each is unlike any other ever sent."""
-        pieces = split_text(self.render(text), self.limit_bytes - 64, MAX_RESULT_MESSAGES)
-        short = hashlib.sha256(mark.encode()).hexdigest()[:6]
+        """Return the messages for a text; in a group each begins by naming whose it is.
+
+        With a unique mark each is unlike any other ever sent.
+        """
         address, letters = self.home(address), []
+        user, _, group = split_address(address)
+        head = f"`{user}`：\n" if group else ""
+        room_bytes = self.limit_bytes - len(head.encode()) - 64
+        pieces = split_text(self.render(text), room_bytes, MAX_RESULT_MESSAGES)
+        short = hashlib.sha256(mark.encode()).hexdigest()[:6]
         for index, piece in enumerate(pieces, 1):
             of = f" {index}/{len(pieces)}" if len(pieces) > 1 else ""
-            own = piece if mark in piece and not of else f"{piece}\n（#{short}{of}）"
-            letters.append(Letter(address, own))
+            is_own = not mark or (mark in piece and not of)
+            letters.append(
+                Letter(address, head + piece + ("" if is_own else f"\n（#{short}{of}）"))
+            )
         return letters
 
     def send(self, letter: Letter) -> None:
@@ -4044,8 +4065,9 @@ class Channel:
         """
         return []
 
-    def expect(self, task: Task, letters: Sequence[Letter]) -> None:
-        """Hear that with these letters a message that showed how far a task is has to end."""
+    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
+        """Return the letters, the first as the end of the message that shows how far a task is."""
+        return letters
 
 
 def is_begun(facts: Facts, task: Task) -> bool:
@@ -4304,25 +4326,30 @@ class Chat:
 # ================================================================================================
 
 
-@dataclass(frozen=True)
 class App:
-    """The parts of a running service; each owns its own state and lock."""
+    """The parts of a service; each owns its own state and lock. Making it begins nothing."""
 
-    settings: Settings
-    log: Log
-    now: Callable[[], float]  # seconds since the epoch
-    sleep: Callable[[float], None]
-    network: Network
-    github: GitHub
-    store: QingStor | None
-    images: ImageList
-    state: State
-    progress: Progress
-    chat: Chat
-    channels: dict[str, Channel]
-    posts: dict[str, Post]
-    list_lock: threading.Lock  # held while an image request runs; midnight waits for it
-    started: float  # monotonic
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        now: Callable[[], float],  # seconds since the epoch
+        sleep: Callable[[float], None],
+    ) -> None:
+        self.settings, self.log = settings, log
+        self.now, self.sleep = now, sleep
+        self.network = Network(settings, log)
+        self.github = GitHub(settings, self.network, log, sleep)
+        has_store = settings.QINGSTOR_ACCESS_KEY_ID
+        self.store = QingStor(settings, self.network, log, sleep) if has_store else None
+        folder = Path(settings.STATE_DIR)
+        self.images, self.state = ImageList(folder, log), State(folder, log, now)
+        self.progress = Progress()
+        self.chat = Chat(settings, log, now, self.state, self.images, self.progress, self.trouble)
+        self.channels: dict[str, Channel] = {}
+        self.posts: dict[str, Post] = {}
+        self.list_lock = threading.Lock()  # held while an image request runs; midnight waits for it
+        self.started = time.monotonic()
 
     def channel(self, address: str) -> Channel:
         """Return the channel of an address; where it has been turned off, any other one."""
@@ -4558,8 +4585,7 @@ def finish(
     not been stored. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
-    letters = channel.letters(task.user, text, mark)
-    channel.expect(task, letters)
+    letters = channel.ending(task, channel.letters(task.user, text, mark))
     at = app.now()
 
     def change(facts: Facts) -> Facts:
@@ -4682,72 +4708,48 @@ def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float)
     finish(app, task, text, task.run_url, what, failed)
 
 
-class Follower:
-    """Follows one run. Counts in polls, not by the clock, what is patience with GitHub."""
+def cancel_run(app: App, task: Task, work: Work) -> None:
+    """Ask GitHub to cancel a run; where it does not, say so and follow on."""
+    try:
+        app.github.cancel(task.run)
+        work.cancels = -1
+    except Failure as failure:
+        work.cancels += 1
+        if failure.status in (401, 403, 404) or work.cancels > ODD_ANSWERS:
+            work.cancels = -1
+            text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
+            letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
+            app.state.change(lambda facts: facts.with_letters(letters))
 
-    def __init__(self, app: App, task: Task) -> None:
-        self._app = app
-        self._task = task
-        self._odd = 0  # answers in a row
-        self._open_polls = 0  # since the run ended, with jobs that have not
-        self._next_count = time.monotonic() + JOBS_SECONDS
-        self._cancels = 0  # tries; below 0: done with it
 
-    def _cancel(self) -> None:
-        """Ask GitHub to cancel the run; where it does not, say so and follow on."""
-        app, task = self._app, self._task
-        try:
-            app.github.cancel(task.run)
-            self._cancels = -1
-        except Failure as failure:
-            self._cancels += 1
-            if failure.status in (401, 403, 404) or self._cancels > ODD_ANSWERS:
-                self._cancels = -1
-                text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
-                letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
-                app.state.change(lambda facts: facts.with_letters(letters))
+def look(app: App, task: Task, work: Work) -> None:
+    """Look once at a run; tell the result, once its jobs have ended as well. Raises Failure.
 
-    def poll(self) -> bool:
-        """Look once; tell whether the run has ended and the task is finished. Raises Failure."""
-        app, task = self._app, self._task
-        try:
-            if self._cancels >= 0 and app.state.is_cancelled(task):
-                self._cancel()
-            if time.monotonic() >= self._next_count:
-                self._next_count = time.monotonic() + JOBS_SECONDS
-                outcomes = app.github.outcomes(task.run, task.items)
-                app.progress.of(task).outcomes = outcomes
-                if any(outcome.is_open for outcome in outcomes):
-                    self._odd = 0
-                    return False  # nor has the run ended
-            seconds = app.github.run_seconds(task.run)
-            if seconds is not None:
-                return self._finish(seconds)
-            self._odd = 0
-        except Failure as failure:
-            # A line that is bad or a limit passes; a run may be unknown (404) for some seconds
-            # after it was started, a token refused once. What is odd again and again does not.
-            self._odd += not isinstance(failure, Unreachable) and failure.status != 429
-            if self._odd > ODD_ANSWERS:
-                raise
-            app.log.debug(f"github: {failure}")
-        return False
-
-    def _finish(self, seconds: float) -> bool:
-        """Tell the result, once the jobs have ended as well: their list lags behind the run."""
-        outcomes = self._app.github.outcomes(self._task.run, self._task.items)
-        self._app.progress.of(self._task).outcomes = outcomes
-        self._open_polls += 1
-        if any(o.is_open for o in outcomes) and self._open_polls * POLL_SECONDS < SETTLE_SECONDS:
-            return False
-        finish_images(self._app, self._task, outcomes, seconds)
-        return True
+    Their list lags behind the run. While a job runs its run is not asked for.
+    """
+    seconds = None
+    if is_counted := time.monotonic() >= work.next_count:
+        work.next_count = time.monotonic() + JOBS_SECONDS
+        work.outcomes = app.github.outcomes(task.run, task.items)
+    if not is_counted or not any(outcome.is_open for outcome in work.outcomes):
+        seconds = app.github.run_seconds(task.run)
+    if seconds is not None:
+        work.outcomes = app.github.outcomes(task.run, task.items)
+        work.open_looks += any(outcome.is_open for outcome in work.outcomes)
+        is_settled = work.open_looks * POLL_SECONDS >= SETTLE_SECONDS
+        if is_settled or not any(outcome.is_open for outcome in work.outcomes):
+            finish_images(app, task, work.outcomes, seconds)
 
 
 def since(app: App, task: Task) -> float:
     """Return when a task's work began (monotonic); after a restart only the clock knows."""
     begun = task.started or app.now()
     return time.monotonic() - min(max(0.0, app.now() - begun), WATCH_SECONDS)
+
+
+def is_late(app: App, work: Work) -> bool:
+    """Tell whether a request has outlived SYNC_TIMEOUT, waiting for GitHub included."""
+    return time.monotonic() - work.since >= app.settings.SYNC_TIMEOUT
 
 
 def tell_late(app: App, task: Task, **changes: Any) -> None:
@@ -4760,7 +4762,7 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
         text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
         text = split_text(text, channel.limit_bytes - 200, 1)[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
-        channel.expect(task, letters)
+        letters = channel.ending(task, letters)
     app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
 
 
@@ -4782,49 +4784,53 @@ def sync_images(app: App, task: Task) -> None:
             task = advance(app, task, stage="committed")
         if task.stage in ("committed", "dispatching"):
             task = find_or_start_run(app, task, patience)
-        follower = Follower(app, task)
-        while not follower.poll():
-            if time.monotonic() >= app.progress.of(task).since + app.settings.SYNC_TIMEOUT:
-                with contextlib.suppress(Failure):
-                    app.progress.of(task).outcomes = app.github.outcomes(task.run, task.items)
-                tell_late(app, task, stage="late")
-                return
-            app.sleep(POLL_SECONDS)
+        with app.state.changed:  # it is followed beside the lane, until it ends or takes long
+            while any(waiting.id == task.id for waiting in app.state.facts.lane("images")):
+                app.state.changed.wait()
 
 
-def follow_late(app: App, task: Task, follower: Follower) -> None:
-    """Look once at a late run; end the watch of one that does not end with a last look at it."""
-    over = time.monotonic() > app.progress.of(task).since + WATCH_SECONDS
-    if follower.poll() or not over:
-        return
+def follow(app: App, task: Task) -> None:
+    """Look once at a run; let go of one that takes long, at last with a last look at its jobs."""
+    work = app.progress.of(task)
+    work.since = work.since or since(app, task)
     try:
-        outcomes = app.github.outcomes(task.run, task.items)
-    except Failure:
-        text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
-        fail_images(app, task, text, False)
+        if work.cancels >= 0 and app.state.is_cancelled(task):
+            cancel_run(app, task, work)
+        look(app, task, work)
+        work.odd_looks = 0
+    except Failure as failure:
+        # A line that is bad or a limit passes; a run may be unknown (404) for some seconds after it
+        # was started, a token refused once. What is odd again and again does not.
+        work.odd_looks += not isinstance(failure, Unreachable) and failure.status != 429
+        if work.odd_looks > ODD_ANSWERS:
+            raise
+        app.log.debug(f"github: {failure}")
+    if app.state.facts.task(task.id, task.lane) is None:
         return
-    finish_images(app, task, outcomes, WATCH_SECONDS)
+    if time.monotonic() - work.since > WATCH_SECONDS:
+        try:
+            outcomes = app.github.outcomes(task.run, task.items)
+        except Failure as failure:
+            text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
+            raise Failure(text) from failure
+        finish_images(app, task, outcomes, WATCH_SECONDS)
+    elif is_late(app, work) and task.stage == "running":
+        with contextlib.suppress(Failure):
+            work.outcomes = app.github.outcomes(task.run, task.items)
+        tell_late(app, task, stage="late")
 
 
-def watch_late_runs(app: App, followers: dict[str, Follower]) -> None:
-    """Look once at every run that outlived SYNC_TIMEOUT, and at the clock of the one that runs."""
+def follow_runs(app: App) -> None:
+    """Look once at every run, and at the clock of the request that waits for GitHub."""
     with app.state.changed:
         while not (tasks := [t for t in app.state.facts.tasks if t.lane == "images"]):
             app.state.changed.wait()
-    first = next((task for task in tasks if task.stage != "late"), None)
-    if first and (begun := app.progress.of(first).since):
-        waited_for_github = first.stage in ("queued", "committed", "dispatching")
-        is_late = time.monotonic() >= begun + app.settings.SYNC_TIMEOUT
-        if waited_for_github and is_late and not app.progress.of(first).is_told:
-            tell_late(app, first)
-    for task in (task for task in tasks if task.stage == "late"):
+    for task in sorted(tasks, key=lambda task: task.stage == "late"):
         work = app.progress.of(task)
-        work.since = work.since or since(app, task)
-        if task.id not in followers:
-            followers[task.id] = Follower(app, task)
-        attempt(app, task, functools.partial(follow_late, app, task, followers[task.id]))
-    for task_id in set(followers) - {task.id for task in tasks}:
-        del followers[task_id]
+        if task.run_id:
+            attempt(app, task, functools.partial(follow, app, task))
+        elif work.since and not work.is_told and is_late(app, work):
+            tell_late(app, task)
     app.sleep(POLL_SECONDS)
 
 
@@ -5565,6 +5571,7 @@ class Stream:
     last: float = 0.0  # monotonic; its latest frame
     text: str = ""
     tasks: tuple[Task, ...] = ()
+    is_ending: bool = False  # its last frame is a letter, or on its way
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
 
 
@@ -5611,8 +5618,6 @@ class Robot(Channel):
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
-        # the streams whose frames these letters are to be, and whether it is the last frame
-        self._letters: dict[Letter, list[tuple[Stream, bool]]] = {}
         self._answers = threading.Semaphore(self.MOST_ANSWERS)
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
@@ -5638,45 +5643,33 @@ class Robot(Channel):
                 parts[index] = CODE_WORDS.sub(r"`\g<0>`", part)
         return "".join(parts)
 
-    def letters(self, address: str, text: str, mark: str) -> list[Letter]:
-        """Return the messages for a text; in a group each names whose it is."""
-        address = self.home(address)
-        user, _, group = split_address(address)
-        head = f"`{user}`：\n" if group else ""
-        pieces = split_text(self.render(text), self.limit_bytes - 160, MAX_RESULT_MESSAGES)
-        if mark and mark not in text:
-            pieces[0] += f"\n（#{hashlib.sha256(mark.encode()).hexdigest()[:6]}）"
-        return [Letter(address, head + piece) for piece in pieces]
-
     # -- what the chat and the lanes say
 
     def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
-        letters = self.letters(message.address, text, "")[:1]
+        first = self.letters(message.address, text, "")[0]
         with self._lock:
             if stream := self._streams.get(message.id):
-                stream.tasks = tuple(tasks)
-                self._letters.setdefault(letters[0], []).append((stream, not tasks))
-            if not tasks:
-                self._streams.pop(message.id, None)
-        return letters
+                stream.tasks, stream.is_ending = tuple(tasks), not tasks
+        return [first._replace(message_id=message.id, is_last=not tasks)]
 
-    def expect(self, task: Task, letters: Sequence[Letter]) -> None:
+    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
         with self._lock:
-            for message_id, stream in list(self._streams.items()):
-                if any(t.id == task.id for t in stream.tasks) and letters:
-                    del self._streams[message_id]
-                    self._letters.setdefault(letters[0], []).append((stream, True))
+            for message_id, stream in self._streams.items():
+                if any(t.id == task.id for t in stream.tasks) and not stream.is_ending:
+                    stream.is_ending = True
+                    return [letters[0]._replace(message_id=message_id), *letters[1:]]
+        return letters
 
     # -- sending
 
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
-        with self._lock:
-            frames = self._letters.get(letter, [])
-            stream, is_last = frames.pop(0) if frames else (None, False)
-            if not frames:
-                self._letters.pop(letter, None)
-        if stream and self._respond(stream, letter.text, is_last):
+        stream = self._streams.get(letter.message_id)
+        is_shown = stream is not None and self._respond(stream, letter.text, letter.is_last)
+        if letter.is_last:
+            with self._lock:
+                self._streams.pop(letter.message_id, None)
+        if is_shown:
             return
         user, _, group = split_address(letter.address)
         body = {"chatid": group or user, "chat_type": 2 if group else 1, "msgtype": "markdown"}
@@ -5888,17 +5881,15 @@ class Robot(Channel):
             return  # accepted, with its confirmation
         first, *more = self.letters(message.address, reply, "")
         waiting = sum(letter.address == first.address for letter in app.state.facts.letters)
-        with self._lock:
-            self._streams.pop(message.id, None)
-            if waiting >= self.MOST_REPLIES:
-                app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
-                return
-            for frames in self._letters.values():  # of a confirmation that did not reach the disk
-                frames[:] = [frame for frame in frames if frame[0] is not stream]
-            self._letters.setdefault(first, []).append((stream, True))
+        if waiting >= self.MOST_REPLIES:
+            app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
+            with self._lock:
+                self._streams.pop(message.id, None)
+            return
+        stream.is_ending = True
         if more:
             app.posts[self.name].send_list(message.address, [letter.text for letter in more])
-        app.state.change(lambda facts: facts.with_letters([first]))
+        app.state.change(lambda facts: facts.with_letters([first._replace(message_id=message.id)]))
 
     # -- what people send
 
@@ -5969,14 +5960,15 @@ class Robot(Channel):
     def refresh(self, app: App) -> None:
         """Show how far the requests of living messages are; end those that live too long."""
         with self._lock:
-            streams = [(k, s) for k, s in self._streams.items() if s.begun and s.line]
+            streams = list(self._streams.items())
+            streams = [(k, s) for k, s in streams if s.begun and s.line and not s.is_ending]
         for message_id, stream in streams:
             facts = app.state.facts
             tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
             now = time.monotonic()
             if now > stream.begun + ROBOT_STREAM_SECONDS or not tasks:
                 with self._lock:
-                    if self._streams.pop(message_id, None) is None:
+                    if stream.is_ending or self._streams.pop(message_id, None) is None:
                         continue
                 app.posts[self.name].pace.take(stream.address)
                 last = self.letters(stream.address, self._last_text(app, tasks), "")[0]
@@ -6062,20 +6054,15 @@ def ask_service(settings: Settings, method: str, target: str, body: bytes) -> An
 class Doctor:
     """What the checks look at."""
 
-    settings: Settings
+    app: App
     env_file: Path
-    network: Network
-    wecom: WeCom
-    github: GitHub
-    store: QingStor | None
     target: Client
-    log: Log
 
     # -- this machine
 
     def host(self) -> Iterator[Finding]:
         """Look at this machine: folder, file modes, libraries."""
-        folder = Path(self.settings.STATE_DIR).resolve()
+        folder = Path(self.app.settings.STATE_DIR).resolve()
         place = next(path for path in (folder, *folder.parents) if path.exists())
         writable = place.is_dir() and os.access(place, os.W_OK)
         text = f"{folder} 不能写：chown 给运行 wxsync 的用户"
@@ -6085,10 +6072,10 @@ class Doctor:
             text = f"{self.env_file} 权限 {mode:o}"
             cure = f"{text}，别人也能读：chmod 600 {self.env_file}"
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
-        if weak := self.settings.weak_secrets():
+        if weak := self.app.settings.weak_secrets():
             yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
-            if module == "Crypto" or self.store:
+            if module == "Crypto" or self.app.store:
                 cure = f"没有安装：pip install {package}"
                 yield finding(package, is_installed(module), "已安装", cure)
 
@@ -6102,31 +6089,32 @@ class Doctor:
 
     def proxy(self) -> Iterator[Finding]:
         """Try the proxy as the service would."""
-        if self.network.proxy is None:
+        if self.app.network.proxy is None:
             yield Finding("✅", "代理", "没有设置，GitHub 直连")
             return
-        test = self.settings.PROXY_TEST_URL
-        cure = f"{self.network.proxy} 打不开 {test}：核对地址和密码，或换 PROXY_TEST_URL"
-        yield finding("代理", self.network.probe(), f"{self.network.proxy} 可用", cure)
+        test = self.app.settings.PROXY_TEST_URL
+        cure = f"{self.app.network.proxy} 打不开 {test}：核对地址和密码，或换 PROXY_TEST_URL"
+        yield finding("代理", self.app.network.probe(), f"{self.app.network.proxy} 可用", cure)
 
     # -- WeCom
 
     def application(self) -> Iterator[Finding]:
         """Ask for a token (CORP_ID, SECRET), then for the application (AGENT_ID, trusted IP)."""
-        if not self.settings.CORP_ID:
+        channel = self.app.channels.get(Texts.name)
+        if not isinstance(channel, Texts):
             yield Finding("✅", "企业微信应用", "没有设置，只用智能机器人")
             return
-        self.wecom.token()
+        channel.wecom.token()
         yield Finding("✅", "企业微信", "CORP_ID 和 SECRET 正确")
-        query = {"agentid": str(self.settings.AGENT_ID)}
-        found = self.wecom.call("GET", "/cgi-bin/agent/get", query)
+        query = {"agentid": str(self.app.settings.AGENT_ID)}
+        found = channel.wecom.call("GET", "/cgi-bin/agent/get", query)
         text = f"AGENT_ID 正确（{shown(str(found.get('name', '')))}），本机 IP 可信"
         yield finding("企业微信应用", not found.get("close"), text, "应用已停用：到管理后台启用")
 
     def robot(self) -> Iterator[Finding]:
         """Subscribe and leave; where a service runs, that would throw it out: ask it instead."""
-        settings = self.settings
-        if not settings.BOT_ID:
+        settings, robot = self.app.settings, self.app.channels.get(Robot.name)
+        if not isinstance(robot, Robot):
             yield Finding("✅", "智能机器人", "没有设置，只用应用的回调")
             return
         folder = Path(settings.STATE_DIR)
@@ -6138,7 +6126,7 @@ class Doctor:
             cure = "服务正在运行，但长连接没有连上：看它的日志"
             yield finding("智能机器人", is_up, "服务正在运行，长连接已连上", cure)
             return
-        code, said = Robot(settings, self.network, self.log).try_once()
+        code, said = robot.try_once()
         cure = f"订阅被拒绝（{code} {said}）：核对 BOT_ID 和 BOT_SECRET，机器人要设为长连接方式"
         yield finding("智能机器人", not code, "BOT_ID 和 BOT_SECRET 正确", cure)
         del lock  # held until here
@@ -6152,14 +6140,14 @@ class Doctor:
         refuses it all the same, so nothing is changed.
         """
         try:
-            self.github.call(method, path, body, needs)
+            self.app.github.call(method, path, body, needs)
         except GitHubError as error:
             return str(error) if error.status in (401, 403) else ""
         return ""
 
     def _workflow(self) -> Iterator[Finding]:
         """Look for the workflow: there, active, with the wxsync.py of this version beside it."""
-        call, needs = self.github.call, GitHub.ACTIONS
+        call, needs = self.app.github.call, GitHub.ACTIONS
         with contextlib.suppress(GitHubError):  # needs Administration: Read, which is optional
             enabled = call("GET", "/actions/permissions").get("enabled") is not False
             cure = "没有开启：仓库 Settings → Actions → General"
@@ -6173,7 +6161,7 @@ class Doctor:
         except GitHubError as error:
             cure = f"默认分支要有 .github/workflows/{WORKFLOW}；复刻的仓库先到 Actions 页启用。"
             yield Finding("❌", "GitHub 工作流", f"{cure}{error}")
-        branch = self.settings.GITHUB_BRANCH
+        branch = self.app.settings.GITHUB_BRANCH
         try:
             path = f"/contents/wxsync.py?ref={urllib.parse.quote(branch)}"
             found = pick(call("GET", path, needs=GitHub.WRITE), "content", str)
@@ -6186,11 +6174,11 @@ class Doctor:
 
     def repository(self) -> Iterator[Finding]:
         """Ask for the repository, the branch, the workflow, Actions and the Secrets."""
-        settings, call = self.settings, self.github.call
+        settings, call = self.app.settings, self.app.github.call
         found = call("GET", "", needs="Metadata: Read")
         kind = "细粒度令牌" if settings.GITHUB_TOKEN.startswith("github_pat_") else "经典令牌"
         yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
-        if ends := self.github.token_ends:
+        if ends := self.app.github.token_ends:
             yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
         if found.get("archived"):
             yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
@@ -6215,7 +6203,7 @@ class Doctor:
 
     def registry(self) -> Iterator[Finding]:
         """Look at the target registry's name and ask whether it answers."""
-        name = self.settings.DOCKER_REGISTRY
+        name = self.app.settings.DOCKER_REGISTRY
         acr = r"(registry\.[a-z0-9-]+|crpi-[a-z0-9]+\.[a-z0-9-]+\.personal\.cr)\.aliyuncs\.com"
         cure = f"{name} 不像 ACR 个人版的地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.…"
         found = re.fullmatch(acr, name) is not None
@@ -6227,11 +6215,11 @@ class Doctor:
 
     def bucket(self) -> Iterator[Finding]:
         """Ask for the bucket and who may read it."""
-        if self.store is None:
+        if self.app.store is None:
             yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
             return
-        answer = self.store.require(self.store.call("get_acl"))
-        name, seconds = self.settings.QINGSTOR_BUCKET, self.settings.QINGSTOR_LINK_SECONDS
+        answer = self.app.store.require(self.app.store.call("get_acl"))
+        name, seconds = self.app.settings.QINGSTOR_BUCKET, self.app.settings.QINGSTOR_LINK_SECONDS
         yield Finding("✅", "QingStor", f"存储桶 {name} 可以访问，密钥正确")
         is_public = b"QS_ALL_USERS" in answer.body
         text = f"带签名，{seconds} 秒内有效" if seconds else "公开读"
@@ -6254,9 +6242,12 @@ CHECK_HINTS = {
 
 def run_checks(doctor: Doctor) -> list[Finding]:
     """Ask every system side by side, for CHECK_SECONDS in all; return what was found, in order."""
-    clients = {"企业微信": doctor.wecom.client, "GitHub": doctor.github.client}
-    clients |= {"目标仓库": doctor.target}
-    clients |= {"QingStor": doctor.store.client} if doctor.store else {}
+    app = doctor.app
+    clients = {"GitHub": app.github.client, "目标仓库": doctor.target}
+    if isinstance(channel := app.channels.get(Texts.name), Texts):
+        clients["企业微信"] = channel.wecom.client
+    if app.store:
+        clients["QingStor"] = app.store.client
     steps = [doctor.host(), doctor.proxy(), doctor.robot(), doctor.application()]
     steps += [doctor.repository(), doctor.registry(), doctor.bucket()]
     findings: dict[str, list[Finding]] = {name: [] for name in CHECK_HINTS}
@@ -6286,29 +6277,6 @@ def run_checks(doctor: Doctor) -> list[Finding]:
     return [found for group in findings.values() for found in group]
 
 
-def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
-    """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secret_values(), sys.stderr)
-    network, sleep = Network(settings, log), (lambda seconds: None)
-    doctor = Doctor(
-        settings=settings,
-        env_file=env_file,
-        network=network,
-        wecom=WeCom(settings, Client(network, settings.WECOM_API_URL, proxied=False), log),
-        github=GitHub(settings, Client(network, settings.GITHUB_API_URL, proxied=True), log, sleep),
-        store=QingStor(settings, network, log, sleep) if settings.QINGSTOR_ACCESS_KEY_ID else None,
-        target=Client(network, f"https://{settings.DOCKER_REGISTRY}", proxied=False),
-        log=log,
-    )
-    doctor.github.patience_seconds = 0  # a limit is told, not waited for
-    findings = [found._replace(text=found.text.replace("`", "")) for found in run_checks(doctor)]
-    if as_json:
-        print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
-    else:
-        print("\n".join(f"{found.mark} {found.name}：{found.text}" for found in findings))
-    return int(any(found.mark == "❌" for found in findings))
-
-
 # ================================================================================================
 # VIII. Main: wiring and the command line.
 # May: everything, once. Never: anything that a part above could do itself.
@@ -6333,37 +6301,27 @@ def build_app(
     settings: Settings, log: Log, now: Callable[[], float], sleep: Callable[[float], None]
 ) -> App:
     """Wire the parts of the service; opens no connection and starts no thread."""
-    network, folder, progress = Network(settings, log), Path(settings.STATE_DIR), Progress()
-    state, images = State(folder, log, now), ImageList(folder, log)
-    channels: dict[str, Channel] = {}
+    app = App(settings, log, now, sleep)
     if settings.CORP_ID:
-        client = Client(network, settings.WECOM_API_URL, proxied=False)
-        channels[Texts.name] = Texts(WeCom(settings, client, log))
+        app.channels[Texts.name] = Texts(WeCom(settings, app.network, log))
     if settings.BOT_ID:
-        channels[Robot.name] = Robot(settings, network, log)
-    github = GitHub(settings, Client(network, settings.GITHUB_API_URL, proxied=True), log, sleep)
-
-    def trouble() -> str:
-        return app.trouble()
-
-    app = App(
-        settings=settings,
-        log=log,
-        now=now,
-        sleep=sleep,
-        network=network,
-        github=github,
-        store=QingStor(settings, network, log, sleep) if settings.QINGSTOR_ACCESS_KEY_ID else None,
-        images=images,
-        state=state,
-        progress=progress,
-        chat=Chat(settings, log, now, state, images, progress, trouble),
-        channels=channels,
-        posts={},
-        list_lock=threading.Lock(),
-        started=time.monotonic(),
-    )
+        app.channels[Robot.name] = Robot(settings, app.network, log)
     return app
+
+
+def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
+    """Do `wxsync.py check`; return 0 when nothing is wrong."""
+    log = Log("ERROR", settings.secret_values(), sys.stderr)
+    app = build_app(settings, log, time.time, lambda seconds: None)
+    app.github.patience_seconds = 0  # a limit is told, not waited for
+    target = Client(app.network, f"https://{settings.DOCKER_REGISTRY}", proxied=False)
+    doctor = Doctor(app, env_file, target)
+    findings = [found._replace(text=found.text.replace("`", "")) for found in run_checks(doctor)]
+    if as_json:
+        print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
+    else:
+        print("\n".join(f"{found.mark} {found.name}：{found.text}" for found in findings))
+    return int(any(found.mark == "❌" for found in findings))
 
 
 def keep_probing(app: App) -> None:
@@ -6392,7 +6350,7 @@ def take_up(app: App) -> None:
             text = "\n".join(["❌ 您有一个请求在重启后读不出来，请重发：", *items[:10]])
             letters = app.channel(user).letters(user, text, secrets.token_hex(4))
             app.state.change(functools.partial(Facts.with_letters, letters=letters))
-    letters = [Letter(app.channel(a).home(a), text) for a, text in app.state.facts.letters]
+    letters = [Letter(app.channel(a).home(a), text) for a, text, *_ in app.state.facts.letters]
     if letters != list(app.state.facts.letters):  # a channel has been turned off
         app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
     app.posts.update(
@@ -6410,10 +6368,9 @@ def start_threads(app: App) -> None:
         app.log.info(f"🌐 检测到代理配置: {proxy}")
         app.log.info(f"   直连域名: {', '.join(app.settings.NO_PROXY_DOMAINS)}")
         start(lambda: keep_probing(app))
-    followers: dict[str, Follower] = {}
     start(lambda: work(app, "images"))
     start(lambda: work(app, "files"))
-    start(lambda: watch_late_runs(app, followers))
+    start(lambda: follow_runs(app))
     start(lambda: keep_settling(app))
     start(lambda: app.sleep(keep_midnight(app)))
     for name, post in app.posts.items():
