@@ -3169,7 +3169,10 @@ class Depot(Quick):
         patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "0.5", "SCALE": "0.01"}
         patience |= {"MESSAGE_INTERVAL_SECONDS": "0.02", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
         patience |= {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        super().__init__(*before, **patience | more)
+        # Whatever the environment says about proxies, nothing goes there.
+        dead = {f"{scheme}_PROXY": NOWHERE for scheme in ("HTTP", "HTTPS", "ALL")}
+        dead |= {name.lower(): url for name, url in dead.items()}
+        super().__init__(*before, **dead | patience | more)
         self.store, self.source = FakeQingStor(), Source()
 
     def defaults(self) -> dict[str, str]:
@@ -3903,21 +3906,15 @@ def test_the_file_reads_from_top_to_bottom() -> None:
     """Functions and classes use only what stands above them; no line is wider than 100 columns (a
     Chinese character is two), no function longer than 45 lines; none changes a global name."""
     lines = {name: node.lineno for node in TREE.body for name in names_defined_by(node)}
-    tables = symtable.symtable(SOURCE, "wxsync.py", "exec").get_children()
-    below = [
-        f"{table.get_name()} (line {table.get_lineno()}) uses {name} (line {lines[name]})"
-        for table in tables
-        for name in sorted(global_names(table) & set(lines))
-        if name != table.get_name() and lines[name] > lines.get(table.get_name(), 0)
-    ]
-    assert below == []
+    for table in symtable.symtable(SOURCE, "wxsync.py", "exec").get_children():
+        own = table.get_name()
+        used = global_names(table) & set(lines) - {own}
+        assert [name for name in used if lines[name] > lines.get(own, 0)] == [], own
     assert [n for n, line in enumerate(SOURCE.splitlines(), 1) if columns(line) > 100] == []
-    nodes = list(ast.walk(TREE))
-    sizes = {
-        f.name: (f.end_lineno or 0) - f.lineno + 1 for f in nodes if isinstance(f, ast.FunctionDef)
-    }
-    assert {name: size for name, size in sizes.items() if size > 45} == {}
-    assert [node.lineno for node in nodes if isinstance(node, ast.Global)] == []
+    for node in ast.walk(TREE):
+        assert not isinstance(node, ast.Global), node.lineno
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 45, node.name
 
 
 def test_each_promise_of_the_header_has_its_tests() -> None:
@@ -3935,28 +3932,12 @@ def test_the_job_uses_nothing_of_the_service() -> None:
     assert names["read_list"]("nginx:1\n") == (["nginx:1"], []) and callable(names["run_copy"])
 
 
-# (job, attempt) of one name -> the job that its line claims
-CLAIMS: list[tuple[list[tuple[int, int]], int | None]] = [
-    ([(7, 1)], 7),
-    ([(7, 1), (9, 2)], 9),  # run again
-    ([(7, 1), (9, 1)], None),  # one too many: which one is meant?
-]
-
-
-@pytest.mark.parametrize(("jobs", "wanted"), CLAIMS)
-def test_a_line_claims_a_job_only_when_it_is_sure(
-    jobs: list[tuple[int, int]], wanted: int | None
-) -> None:
-    """Of two jobs of one name in one attempt neither tells a success."""
-    named = [{"id": number, "name": "nginx:1", "run_attempt": attempt} for number, attempt in jobs]
-    (found,) = wxsync.match_jobs(["nginx:1"], named)
-    assert (found and found["id"]) == wanted
-
-
-@pytest.mark.parametrize("text", ["# redis:6\nnginx:1", "#redis:6\nnginx:1", "// x:1\nnginx:1"])
-def test_comments_start_nothing(text: str) -> None:
-    """A list that is sent with its comments is the list."""
-    assert [image.line for image in wxsync.read_message(text).images] == ["nginx:1"]
+def test_a_line_claims_a_job_only_when_it_is_sure() -> None:
+    """The one that was run again; of two jobs of one name in one attempt neither."""
+    for attempts, wanted in (([1], 0), ([1, 2], 1), ([1, 1], None)):
+        jobs = [{"id": n, "name": "a:1", "run_attempt": turn} for n, turn in enumerate(attempts)]
+        (found,) = wxsync.match_jobs(["a:1"], jobs)
+        assert (found and found["id"]) == wanted
 
 
 class Toy(wxsync.Channel):
@@ -4001,9 +3982,8 @@ sys.pycache_prefix = {cache!r}
 sys.path.insert(0, {folder!r})
 begun = time.perf_counter()
 import wxsync
-seconds = time.perf_counter() - begun
+print(time.perf_counter() - begun)
 assert threading.active_count() == 1 and os.listdir(".") == []
-print(seconds)
 """
 
 
@@ -4011,12 +3991,11 @@ def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
     """Under 0.2 s once it is compiled; no thread, no file, not a word."""
     here, seconds = tmp_path / "here", []
     here.mkdir()
-    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(SCRIPT.parent))
-    command = [sys.executable, "-S", "-c", code]
+    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(ROOT))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     for _ in range(4):
-        done = subprocess.run(command, cwd=here, env=environ, capture_output=True, check=True)
-        assert done.stderr == b"" and len(done.stdout.splitlines()) == 1
+        done = run_command([sys.executable, "-S", "-c", code], cwd=here, env=environ, check=True)
+        assert done.stderr == ""
         seconds.append(float(done.stdout))
     assert min(seconds) < 0.2
 
@@ -4026,67 +4005,62 @@ def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def plan(text: str, *file: str, folder: Path | None = None) -> tuple[int, str, str]:
-    """Run `wxsync.py plan FILE` (`-` unless given); return exit status, stdout and stderr."""
-    done = run_script("plan", *(file or "-"), text=text, folder=folder)
+def plan(text: str, file: str = "-", folder: Path | None = None) -> tuple[int, str, str]:
+    """Run `wxsync.py plan FILE`; return exit status, stdout and stderr."""
+    done = run_script("plan", file, text=text, folder=folder)
     return done.returncode, done.stdout, done.stderr
 
 
-# a list -> the canonical lines
-LISTS: dict[str, list[str]] = {
-    "": [],
-    "# nginx:latest\n\n   # more\n": [],
-    "nginx\ndocker.io/library/nginx:latest\nx/redis:7.0": ["nginx:latest", "x/redis:7.0"],
-    "--platform linux/arm64 a:1\na:1 --platform=all\n": [
-        "--platform=linux/arm64 a:1",
-        "--platform=all a:1",
-    ],
-    "k8s.io/pause:3.9   =>   pause:3.9\n": ["k8s.io/pause:3.9 => pause:3.9"],
-    "\ufeffnginx:1\r\ndocker pull redis:7\r\n": ["nginx:1", "redis:7"],  # saved by Windows' Notepad
-    "\n".join(f"app{n % 256}:1" for n in range(257)): [f"app{n}:1" for n in range(256)],
-}
+# a list ¦ the canonical lines
+LISTS = rows("""
+# nginx:latest⏎⏎   # more⏎ ¦ []
+nginx⏎docker.io/library/nginx:latest⏎x/redis:7.0 ¦ ["nginx:latest", "x/redis:7.0"]
+--platform linux/arm64 a:1⏎a:1 --platform=all ¦ ["--platform=linux/arm64 a:1", "--platform=all a:1"]
+k8s.io/pause:3.9   =>   pause:3.9⏎ ¦ ["k8s.io/pause:3.9 => pause:3.9"]
+\ufeffnginx:1\r⏎docker pull redis:7\r⏎ ¦ ["nginx:1", "redis:7"]
+""")  # the last one was saved by Windows' Notepad
+MANY = [f"app{number}:1" for number in range(257)]
+LISTS += [["", "[]"], ["\n".join([*MANY[:256], "app0:1"]), json.dumps(MANY[:256])]]
 
 
-@pytest.mark.parametrize("text", LISTS, ids=lambda text: repr(text[:20]))
-def test_plan_prints_canonical_lines_as_one_json_array(text: str) -> None:
+def test_plan_prints_canonical_lines_as_one_json_array() -> None:
     """The workflow's matrix is made of this: one line of JSON on stdout, nothing else."""
-    status, out, errors = plan(text)
-    assert (status, json.loads(out), errors, out.count("\n")) == (0, LISTS[text], "", 1)
+    for text, wanted in LISTS:
+        assert plan(text) == (0, f"{wanted}\n", ""), text
 
 
 def test_plan_reads_images_txt_where_no_file_is_named(tmp_path: Path) -> None:
     """In the current folder; that of the project has nothing to do. What cannot be read is an
     error, not an empty list: no file, a folder, another encoding."""
     (tmp_path / "images.txt").write_text("nginx:1\n")
-    done = run_script("plan", folder=tmp_path)
-    assert done.stdout == '["nginx:1"]\n'
-    assert plan("", "images.txt", folder=tmp_path) == (0, done.stdout, "")
-    assert plan("", str(SCRIPT.with_name("images.txt"))) == (0, "[]\n", "")
+    assert run_script("plan", folder=tmp_path).stdout == '["nginx:1"]\n'
+    assert plan("", "images.txt", tmp_path) == (0, '["nginx:1"]\n', "")
+    assert plan("", str(ROOT / "images.txt")) == (0, "[]\n", "")
     (tmp_path / "gbk.txt").write_bytes("镜像:1\n".encode("gbk"))
     for file in ("absent.txt", ".", "gbk.txt"):
-        status, out, errors = plan("", file, folder=tmp_path)
+        status, out, errors = plan("", file, tmp_path)
         assert (status, out, len(errors.splitlines())) == (2, "", 1)
 
 
-# a list that is not done -> what is named of it
-IMPOSSIBLE = {
-    "a:1\nNginx:2\n# ok\n$(id):1\n::set-output x": ("2", "Nginx:2", "4", "$(id):1", "5"),
-    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
-    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
-    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
-    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
-    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
-}
+# a list that is not done ¦ what is named of it
+IMPOSSIBLE = rows("""
+a:1⏎Nginx:2⏎# ok⏎$(id):1⏎::set-output x ¦ 2 ¦ Nginx:2 ¦ 4 ¦ $(id):1 ¦ 5
+a/b:1⏎a_b:1 ¦ a/b:1 ¦ a_b:1
+nginx:1⏎--platform=all nginx:1 ¦ nginx:1 ¦ --platform=all nginx:1
+nginx:1 => x:1⏎redis:1 => x:1 ¦ nginx:1 => x:1 ¦ redis:1 => x:1
+--platform=linux/arm64 a:1⏎a:1-arm64 ¦ --platform=linux/arm64 a:1 ¦ a:1-arm64
+""")
+IMPOSSIBLE += [["\n".join(MANY), "256", "app256:1"]]
 
 
-@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
-def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
+def test_plan_refuses_what_a_run_cannot_do() -> None:
     """By name, before a job is started: a bad line stops the whole list, a matrix holds 256, and
     two jobs cannot write one tag."""
-    status, out, errors = plan(text)
-    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
-    assert "Nginx" not in text or len(errors.splitlines()) == 3
-    assert not [line for line in errors.splitlines() if line.startswith("::")]
+    for text, *named in IMPOSSIBLE:
+        status, out, errors = plan(text)
+        assert (status, out, lacking(named, errors)) == (2, "", [])
+        assert "Nginx" not in text or len(errors.splitlines()) == 3
+        assert not re.search("^::", errors, re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4113,6 +4087,10 @@ class Copied(NamedTuple):
         return words[1] if words[:1] == ["failed"] else "".join(words[:1])
 
     @property
+    def end(self) -> tuple[int, str]:
+        return self.status, self.code
+
+    @property
     def digest(self) -> str:
         return self.out.split()[-1] if self.status == 0 else ""
 
@@ -4123,15 +4101,9 @@ def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRI
     temporary.mkdir(exist_ok=True)
     output.write_text("")
     own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)} | NO_WAY_OUT
-    done = subprocess.run(
-        [sys.executable, str(script), "copy", line],
-        env=clean_environment(home, own | dict(settings)),
-        cwd=home,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=150,
-        check=False,
-    )
+    words = [sys.executable, str(script), "copy", line]
+    environment = clean_environment(home, own | dict(settings))
+    done = run_command(words, timeout=150, env=environment, cwd=home)
     left = [path.name for path in temporary.iterdir()]
     return Copied(done.returncode, done.stdout, done.stderr, output.read_text("utf-8"), left)
 
@@ -4142,6 +4114,9 @@ library/app:arm arm64
 library/app:multi amd64 arm64/v8 arm/v7
 library/app:attested amd64 arm64 +
 library/app:buildx amd64 +
+library/app:some arm64 arm/v7 +
+library/app:v1-of-two amd64/v3 amd64/v1 arm64
+library/app:v1 amd64/v1
 acme/team/app:1 amd64
 """.strip().splitlines()  # +: with attestations, as `docker buildx build --push` makes by default
 
@@ -4167,13 +4142,17 @@ class Mirror:
             list(pool.map(self.publish, IMAGES))
         # app:docker is app:multi with docker's own manifests, not OCI's.
         repo = f"docker://{self.source.host}/library/app"
-        command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2"]
-        command += ["--src-tls-verify=false", "--dest-tls-verify=false"]
-        subprocess.run([*command, f"{repo}:multi", f"{repo}:docker"], check=True)
-        # app:bare is an index without the mediaType that OCI leaves optional.
-        index = self.source.manifest("library/app", "attested")
-        body = json.dumps({"schemaVersion": 2, "manifests": index["manifests"]}).encode()
-        put_manifest(self.source, "library/app", "bare", body, OCI_INDEX)
+        command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2", "--src-tls-verify=false"]
+        command += ["--dest-tls-verify=false", f"{repo}:multi", f"{repo}:docker"]
+        run_command(command, check=True)
+        # app:bare is an index without the mediaType that OCI leaves optional, app:nested and
+        # app:nested-arm one in which app:multi stands, without a platform and with one.
+        self.put_index("bare", self.source.manifest("library/app", "attested")["manifests"])
+        size = len(self.source.fetch("library/app", "multi").body)
+        entry = {"mediaType": OCI_INDEX, "size": size, "digest": self.digest("multi")}
+        self.put_index("nested", [entry])
+        arm = {"platform": {"os": "linux", "architecture": "arm64"}}
+        self.put_index("nested-arm", [entry | arm])
         self.numbers = itertools.count(1)
 
     def publish(self, image: str) -> None:
@@ -4181,10 +4160,9 @@ class Mirror:
         repo, _, tag = name.partition(":")
         publish(self.source, repo, tag, archs, (30_000, 20_000), "+" in image)
 
-    def entries(self, tag: str) -> list[dict[str, Any]]:
-        """Return the entries of an index in the source, attestations left out."""
-        entries: list[dict[str, Any]] = self.source.manifest("library/app", tag)["manifests"]
-        return [entry for entry in entries if entry["platform"]["os"] != "unknown"]
+    def put_index(self, tag: str, entries: list[dict[str, Any]]) -> None:
+        body = json.dumps({"schemaVersion": 2, "manifests": entries}).encode()
+        put_manifest(self.source, "library/app", tag, body, OCI_INDEX)
 
     def digest(self, tag: str, arch: str = "") -> str:
         """Return the digest of app:TAG (or acme) in the source, or of one architecture in it."""
@@ -4194,7 +4172,8 @@ class Mirror:
             return self.source.digest("library/app", tag)
         name, _, variant = arch.partition("/")
         wanted = {"os": "linux", "architecture": name} | ({"variant": variant} if variant else {})
-        (digest,) = [e["digest"] for e in self.entries(tag) if e["platform"] == wanted]
+        entries = self.source.manifest("library/app", tag)["manifests"]
+        (digest,) = [e["digest"] for e in entries if e["platform"] == wanted]
         return str(digest)
 
 
@@ -4225,9 +4204,6 @@ class Space:
     def digest(self, name: str) -> str:
         """Return the digest of NAME:TAG in this namespace, "" if there is none."""
         return self.mirror.target.digest(*f"{self.namespace}/{name}".split(":"))
-
-    def manifest(self, name: str) -> dict[str, Any]:
-        return self.mirror.target.manifest(*f"{self.namespace}/{name}".split(":"))
 
     def tags(self) -> list[str]:
         target = self.mirror.target
@@ -4269,14 +4245,13 @@ def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
     front.fail("GET /v2/library/app/blobs/", "reset")
     layers = space.mirror.source.manifest("library/app", "one")["layers"]
     paths = {f"/v2/library/app/blobs/{layer['digest']}" for layer in layers}
-    first = space.copy("app:one")
-    assert (first.status, first.code, first.digest) == (0, "copied", space.mirror.digest("one"))
-    assert space.digest("app:one") == first.digest
-    assert paths <= {call.path for call in front.layer_reads} and front.faults == []
-    front.calls.clear()
-    second = space.copy("app:one")
-    assert (second.status, second.code, second.digest) == (0, "unchanged", first.digest)
-    assert not paths & {call.path for call in front.layer_reads}
+    for code in ("copied", "unchanged"):
+        done = space.copy("app:one")
+        assert (*done.end, done.digest) == (0, code, space.mirror.digest("one"))
+        assert space.digest("app:one") == done.digest and front.faults == []
+        read = paths & {call.path for call in front.layer_reads}
+        assert read == (paths if code == "copied" else set())
+        front.calls.clear()
     for line in ("app:multi", "--platform=all app:attested"):
         assert space.copy(line).code == "copied"
         front.calls.clear()
@@ -4285,7 +4260,8 @@ def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
     assert space.digest("app:one") == space.mirror.digest("multi", "amd64")
 
 
-# line | what stands in the target ("" = the same) | which digest of the source it has
+# line | what stands in the target ("" = the same) | which digest of the source it has, or of which
+# tag's platforms it is an index, or why there is nothing
 COPIES = """
 app:one | | one
 docker.io/library/app:one | app:one | one
@@ -4297,99 +4273,80 @@ app:multi | | multi amd64
 app:buildx | | buildx amd64
 app:docker | | docker amd64
 app:bare | | bare amd64
---platform=linux/amd64 app:multi | app:multi | multi amd64
+app:nested | | multi amd64
 --platform=linux/arm64 app:multi | app:multi-arm64 | multi arm64/v8
 --platform=linux/arm64/v8 app:multi | app:multi-arm64-v8 | multi arm64/v8
 --platform=linux/arm64/v8 app:attested | app:attested-arm64-v8 | attested arm64
 --platform=linux/arm/v7 app:multi | app:multi-arm-v7 | multi arm/v7
 --platform=linux/arm64 app:multi => app:mine | app:mine | multi arm64/v8
 --platform=linux/arm64 app:arm | app:arm-arm64 | arm
+--platform=linux/arm64 app:nested | app:nested-arm64 | multi arm64/v8
+--platform=linux/arm64 app:nested-arm | app:nested-arm-arm64 | multi arm64/v8
+--platform=linux/amd64 app:v1-of-two | app:v1-of-two | v1-of-two amd64/v1
+--platform=linux/amd64/v1 app:multi | app:multi-amd64-v1 | multi amd64
+--platform=linux/amd64 app:v1 | app:v1 | v1
 --platform=all app:multi | app:multi | multi
 --platform=all app:docker | app:docker | docker
 --platform=all app:one | app:one | one
---platform=all app:arm | app:arm | arm
---platform=linux/amd64+linux/arm64+linux/arm/v7 app:multi | app:multi | multi
 --platform=linux/arm/v7+linux/arm64+linux/amd64 app:multi | app:multi | multi
 app@{one} | app:sha256-{one12} | one
 app:9.9@{one} | app:9.9 | one
 app@{multi} | app:sha256-{multi12} | multi amd64
 --platform=all app@{multi} | app:sha256-{multi12} | multi
+--platform=all app:attested | app:attested | attested: amd64 arm64
+--platform=all app:bare | app:bare | bare: amd64 arm64
+--platform=all app:buildx | app:buildx | buildx: amd64
+--platform=linux/amd64+linux/arm64 app:attested | app:attested | attested: amd64 arm64
+--platform=linux/amd64+linux/arm64 app:docker | app:docker | docker: amd64 arm64/v8
+--platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi | app:multi | multi: amd64 arm64/v8
+--platform=linux/amd64+linux/arm64 app:nested | app:nested | multi: amd64 arm64/v8
+app:arm | | no-platform linux/arm64
+app:some | | no-platform linux/arm64 linux/arm/v7
+--platform=linux/amd64+linux/arm64 app:some | | no-platform linux/arm64 linux/arm/v7
+--platform=linux/arm64 app:one | | no-platform
+--platform=linux/arm/v6 app:multi | | no-platform
+--platform=linux/amd64+linux/s390x app:multi | | no-platform
+--platform=linux/amd64+linux/arm64 app:one | | no-platform
 """
 
 
 @pytest.mark.parametrize("case", COPIES.strip().splitlines())
 def test_what_a_line_copies(space: Space, case: str) -> None:
-    """Each kind of line, the name it gets in the target, and the digest it keeps: of one platform
-    its own, of all there are that of the source's index, byte for byte; a digest is exact."""
-    mirror = space.mirror
+    """Each kind of line, its name in the target, and what arrives in a registry that refuses
+    attestations, as ACR does: one platform, that of the line and not of the machine which copies,
+    with its own digest; all of an image with that of its index, byte for byte; of several an index
+    with just those. Better no image than one that does not run: then those there are are named."""
+    mirror, acr = space.mirror, space.mirror.acr
     host, one, multi = mirror.source.host, mirror.digest("one"), mirror.digest("multi")
     words = {"host": host, "host_": host.replace(":", "-"), "one": one, "multi": multi}
     words |= {"one12": one[7:19], "multi12": multi[7:19]}
     line, target, wanted = (part.strip() for part in case.format(**words).split("|"))
-    digest, done = mirror.digest(*wanted.split()), space.copy(line)
-    assert (done.status, done.code, done.digest) == (0, "copied", digest), done
-    assert space.digest(target or line) == digest
-
-
-FILTERED = """
---platform=all app:attested | amd64 arm64
---platform=all app:bare | amd64 arm64
---platform=all app:buildx | amd64
---platform=linux/amd64+linux/arm64 app:attested | amd64 arm64
---platform=linux/amd64+linux/arm64 app:multi | amd64 arm64/v8
---platform=linux/amd64+linux/arm64 app:docker | amd64 arm64/v8
---platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi | amd64 arm64/v8
-"""
-
-
-@pytest.mark.parametrize("case", FILTERED.strip().splitlines())
-def test_an_index_holds_just_what_was_wanted(space: Space, case: str) -> None:
-    """Several platforms into a registry that refuses attestations, as ACR does."""
-    line, _, archs = case.partition(" | ")
-    acr, tag = space.mirror.acr, line.rpartition(":")[2]
-    refused = acr.refused
-    done = space.copy(line, DOCKER_REGISTRY=acr.host)
-    assert (done.status, done.code) == (0, "copied"), done
-    assert (done.digest, acr.refused) == (space.digest(f"app:{tag}"), refused)
-    entries = [entry["digest"] for entry in space.manifest(f"app:{tag}")["manifests"]]
-    assert sorted(entries) == sorted(space.mirror.digest(tag, arch) for arch in archs.split())
-    for digest in entries:
-        assert space.mirror.target.fetch(f"{space.namespace}/app", digest).status == 200
-    assert space.copy(line, DOCKER_REGISTRY=acr.host).code == "unchanged"
+    acr.refused, own = 0, {"DOCKER_REGISTRY": acr.host}
+    done = space.copy(line, **own)
+    if wanted.startswith("no-platform"):
+        there = wanted.partition(" ")[2]
+        assert (*done.end, space.tags()) == (1, "no-platform", []), done
+        assert done.out.endswith(f"; has {there}\n" if there else "\n")
+        return
+    assert (*done.end, done.digest) == (0, "copied", space.digest(target or line)), done
+    tag, several, archs = wanted.partition(":")
+    if not several:
+        assert done.digest == mirror.digest(*wanted.split())
+        return
+    repo = f"{space.namespace}/app"
+    index = mirror.target.manifest(repo, target.partition(":")[2])
+    entries = [entry["digest"] for entry in index["manifests"]]
+    assert sorted(entries) == sorted(mirror.digest(tag, arch) for arch in archs.split())
+    assert [mirror.target.fetch(repo, digest).status for digest in entries] == [200] * len(entries)
+    assert space.copy(line, **own).out == f"wxsync: unchanged {done.digest}\n" and not acr.refused
 
 
 def test_the_refusing_registry_refuses(space: Space) -> None:
     """What skopeo alone would do with such an image: so the tests above prove something."""
-    mirror = space.mirror
-    login = f"{mirror.target.user}:{mirror.target.password}"
+    mirror, repo = space.mirror, f"{space.mirror.acr.host}/{space.namespace}/app"
     command = ["skopeo", "--registries-conf", str(mirror.conf), "copy", "-q", "--all"]
-    command += ["--dest-creds", login, "docker://docker.io/library/app:attested"]
-    command += [f"docker://{mirror.acr.host}/{space.namespace}/app:attested"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode and "unknown manifest class" in done.stderr
-
-
-NO_PLATFORM = """
-app:arm
---platform=linux/arm64 app:one
---platform=linux/s390x app:multi
---platform=linux/arm/v6 app:multi
---platform=linux/amd64+linux/s390x app:multi
---platform=linux/amd64+linux/arm64 app:one
-"""
-
-
-def test_a_platform_that_the_image_has_not(space: Space) -> None:
-    """Better no image than one that does not run: skopeo alone would copy it in silence. Those
-    there are are named in words that can be sent, without attestations."""
-    for line in NO_PLATFORM.strip().splitlines():
-        done = space.copy(line)
-        assert (done.status, done.code, space.tags()) == (1, "no-platform", []), done
-    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
-    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
-    for line in ("app:some", "--platform=linux/amd64+linux/arm64 app:some"):
-        done = space.copy(line)
-        assert done.code == "no-platform" and done.out.endswith("; has linux/arm64 linux/arm/v7\n")
+    command += ["--dest-creds", f"robot:{PASSWORD}", "docker://docker.io/library/app:attested"]
+    assert "unknown manifest class" in run_command([*command, f"docker://{repo}:x"]).stderr
 
 
 def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> None:
@@ -4407,14 +4364,20 @@ def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> 
 
 
 def test_a_hostile_registry_cannot_forge_a_result(space: Space, front: PickyRegistry) -> None:
-    """What a registry says ends up in one printable line, cut short."""
+    """What a registry says ends up in one printable line, cut short; however deeply it is nested,
+    it is a failure like any other."""
     forged = "no\nresult=wxsync: copied sha256:0\n::error::x \x1b[31m 镜像 " + "x" * 9999
     body = json.dumps({"errors": [{"code": "DENIED", "message": forged}]}).encode()
-    front.fail("/manifests/one", (403, {"Content-Type": "application/json"}, body))
-    done = space.copy("app:one")
-    assert (done.status, done.code) == (1, "source-denied")
-    assert done.output == f"result={done.out}" and done.out.count("\n") == 1
-    assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
+    deep = [b'{"manifests":' + b"[" * depth + b"]" * depth + b"}" for depth in (2_000, 200_000)]
+    answers = [(403, "application/json", body), *((200, OCI_INDEX, data) for data in deep)]
+    for status, kind, data in answers:
+        front.fail("/manifests/one", (status, {"Content-Type": kind}, data), 99)
+        done = space.copy("app:one")
+        assert done.status == 1 and (status == 200 or done.code == "source-denied")
+        assert done.output == f"result={done.out}" and done.out.count("\n") == 1
+        assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
+        assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
+        front.faults.clear()
 
 
 def watch(process: subprocess.Popen[bytes], temporary: Path) -> tuple[set[str], set[int]]:
@@ -4452,17 +4415,14 @@ def test_passwords_are_in_no_argument_and_in_private_files(
     assert modes == {0o600} and list(temporary.iterdir()) == []
 
 
-LEAKS: list[dict[str, str]] = [
-    {},
-    {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
-    {"SOURCE_AUTH": f"robot:{PASSWORD}"},
-    {"SOURCE_AUTH": json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}})},
-]
-
-
 def test_passwords_are_never_printed_and_nothing_is_left(space: Space) -> None:
     """Also not when the copy fails because of them: a wrong one, no JSON, no base64."""
-    for changed in LEAKS:
+    broken = (f"robot:{PASSWORD}", json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}}))
+    for changed in (
+        {},
+        {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
+        *({"SOURCE_AUTH": x} for x in broken),
+    ):
         done = space.copy("app:one", **changed)
         assert PASSWORD not in done.out + done.log + done.output
         assert done.left == [] and "Traceback" not in done.log
@@ -4525,7 +4485,7 @@ def test_wrong_secrets_run_nothing(stand_in: dict[str, str], tmp_path: Path) -> 
     for case in WRONG_SECRETS.strip().splitlines():
         setting, code = case.split()
         done = copy("nginx:1", tmp_path, stand_in | dict([unquote(setting).split("=")]))
-        assert (done.status, done.code, done.output) == (1, code, f"result={done.out}")
+        assert (*done.end, done.output) == (1, code, f"result={done.out}")
         assert not (tmp_path / "ran").exists()
         assert code != "error" or "DOCKER_" in done.out  # says which Secret
 
@@ -4538,8 +4498,7 @@ def test_skopeo_gets_no_secret_in_its_environment(stand_in: dict[str, str], tmp_
     ran = (tmp_path / "ran").read_text()
     assert done.status == 1 and f"--registries-conf {conf} " in ran and PASSWORD not in ran
     done = copy("nginx:1", tmp_path, stand_in | {"PATH": str(tmp_path)})
-    assert (done.status, done.code, done.output) == (1, "error", f"result={done.out}")
-    assert "skopeo" in done.out
+    assert (*done.end, done.output) == (1, "error", f"result={done.out}") and "skopeo" in done.out
 
 
 def test_the_promised_target_is_copied_to(space: Space) -> None:
@@ -4571,8 +4530,7 @@ class SharedHost(Peer):
         self.team, self.rest = PickyRegistry(team), PickyRegistry(rest)
 
     def handle(self, call: Call) -> Answer:
-        owner = self.team if call.path.startswith("/v2/team/") else self.rest
-        return owner.handle(call)
+        return (self.team if call.path.startswith("/v2/team/") else self.rest).handle(call)
 
 
 def test_a_private_source_by_source_auth(space: Space, private: Registry) -> None:
@@ -4580,19 +4538,17 @@ def test_a_private_source_by_source_auth(space: Space, private: Registry) -> Non
     if asked for. Two accounts of one registry host do not get mixed up."""
     line, conf = f"{private.host}/team/app:1", space.lead(private.host)
     target = private.host.replace(":", "-") + "_team_app:1"
-    assert space.copy(line, **conf).code == "source-denied"
-    for auth in ("{}", login(private.host, private.user, "wrong")):
+    good, digest = (private.user, private.password), private.digest("team/app", "1")
+    for auth in ("", "{}", login(private.host, private.user, "wrong")):
         assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "source-denied"
     assert space.digest(target) == ""
-    auth = login(private.host, private.user, private.password)
-    assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "copied"
-    assert space.digest(target) == private.digest("team/app", "1")
+    assert space.copy(line, **conf, SOURCE_AUTH=login(private.host, *good)).code == "copied"
+    assert space.digest(target) == digest
     with SharedHost(private, space.mirror.target) as shared:
-        own = {"DOCKER_REGISTRY": shared.host} | space.lead(shared.host)
-        own["SOURCE_AUTH"] = login(shared.host, private.user, private.password)
-        done = space.copy(f"{shared.host}/team/app:1 => app:1", **own)
-        assert (done.status, done.code, shared.errors) == (0, "copied", []), done
-    assert space.digest("app:1") == private.digest("team/app", "1")
+        own = {"DOCKER_REGISTRY": shared.host, "SOURCE_AUTH": login(shared.host, *good)}
+        done = space.copy(f"{shared.host}/team/app:1 => app:1", **own, **space.lead(shared.host))
+        assert (*done.end, shared.errors) == (0, "copied", []), done
+    assert space.digest("app:1") == digest
     with FakeRegistry("tok401") as nosy:
         space.copy("app:one", **space.lead(hub=nosy.host))
         sent = [call.headers.get("authorization", "") for call in nosy.calls]
@@ -4604,62 +4560,46 @@ def test_a_private_source_by_source_auth(space: Space, private: Registry) -> Non
 # ---------------------------------------------------------------------------------------------
 
 # CODE where the source said it, CODE where the target did (- = it cannot), what skopeo wrote: seen
-# with real registries; A = a.example.com, MANIFEST = reading manifest 1 in A/x,
-# REUSE = trying to reuse blob sha256:75df at destination, PING = pinging container registry A
+# with real registries, beside those that TROUBLES make
 MESSAGES = r"""
 not-found - reading manifest nope in 127.0.0.1:5000/library/one: manifest unknown: manifest unknown
-not-found - Error parsing image name "docker://ghcr.io/a/b:1": MANIFEST: name unknown: repository \
-name not known to registry
+not-found - MANIFEST: name unknown: repository name not known to registry
 source-denied - MANIFEST: errors:\ndenied: requested access to the resource is denied\n\
 unauthorized: authentication required\n
-source-denied - reading manifest 1 in docker.io/x/y: unauthorized
 source-denied - reading manifest 1 in ghcr.io/a/b: denied
-source-denied - MANIFEST: unauthorized: authentication required
-- target-login REUSE: checking whether a blob sha256:75df exists in A/ns/x: unauthorized: \
-authentication required
 - target-login REUSE: unable to retrieve auth token: invalid username/password: unauthorized
 - target-denied REUSE: failed to read from destination repository ns/x: 403 (Forbidden)
-- target-denied REUSE: checking whether a blob sha256:75df exists in A/ns/x: errors:\ndenied: \
-requested access to the resource is denied\n
 - rejected writing manifest: uploading manifest sha256:75df to A/ns/x: denied: unknown manifest \
 class for application/vnd.oci.empty.v1+json
 no-platform - no image found in image index for architecture s390x, variant \"\", OS linux
 no-platform - choosing image instance: no image found in manifest list for architecture s390x
-network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: connect: connection refused
-network network PING: Get \"https://A/v2/\": dial tcp: lookup A on 127.0.0.53:53: no such host
-network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: i/o timeout
+network network pinging container registry A: Get \"https://A/v2/\": dial tcp 1.2.3.4: i/o timeout
 timeout timeout context deadline exceeded
 rate-limited rate-limited MANIFEST: toomanyrequests: You have reached your unauthenticated pull \
 rate limit. https://www.docker.com/increase-rate-limit
 network network MANIFEST: received unexpected HTTP status: 502 Bad Gateway
 not-found error MANIFEST: StatusCode: 404, <html>not found</html>
-network network http: server gave HTTP response to HTTPS client
 network network tls: failed to verify certificate: x509: certificate signed by unknown authority
 error error the moon is full
 """
-SHORT = {
-    "MANIFEST": "reading manifest 1 in A/x",
-    "REUSE": "trying to reuse blob sha256:75df at destination",
-    "PING": "pinging container registry A",
-    "A/": "a.example.com/",
-}
 
 
-@pytest.mark.parametrize("case", MESSAGES.replace("\\\n", "").strip().splitlines())
-def test_classify(case: str) -> None:
+def test_classify() -> None:
     """Each real message, by the side that it came from."""
-    at_source, at_target, text = case.split(" ", 2)
-    for word, meant in SHORT.items():
-        text = text.replace(word, meant)
-    line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
-    for code, target in ((at_source, False), (at_target, True)):
-        assert code == "-" or wxsync.classify(line, target) == code
+    for case in MESSAGES.replace("\\\n", "").strip().splitlines():
+        at_source, at_target, text = case.split(" ", 2)
+        text = text.replace("MANIFEST", "reading manifest 1 in a.example.com/x")
+        text = text.replace("REUSE", "trying to reuse blob sha256:75df at destination")
+        line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
+        for code, target in ((at_source, False), (at_target, True)):
+            assert code == "-" or wxsync.classify(line, target) == code, text
 
 
 def test_an_image_named_like_an_error_is_judged_by_the_error(space: Space) -> None:
     """The name is part of skopeo's message, and is not the message."""
-    for name in ("denied", "unauthorized", "403"):
-        assert space.copy(f"{name}:1").code == "not-found"
+    assert [space.copy(f"{n}:1").code for n in ("denied", "unauthorized", "403")] == [
+        "not-found"
+    ] * 3
     with FakeRegistry("denied") as denying:
         for name in ("eof", "x509", "writing", "uploading-x"):
             assert space.copy(f"{name}:1", **space.lead(hub=denying.host)).code == "source-denied"
@@ -4752,16 +4692,14 @@ def met(mirror: Mirror) -> Iterator[Met]:
 def test_each_trouble_has_its_code(met: Met, row: tuple[str, str]) -> None:
     """What goes wrong at either registry, and the CODE from which the chat gives advice."""
     done = met[row].result()
-    assert (done.status, done.code) == (1, MEETINGS[row]), done
-    assert done.output == f"result={done.out}" and done.left == []
+    assert (*done.end, done.output, done.left) == (1, MEETINGS[row], f"result={done.out}", [])
 
 
 def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_path: Path) -> None:
     """Where the variable is not set, `copy` uses a small file of its own."""
     break_registries_conf(tmp_path)
-    environment = clean_environment(tmp_path, {})
     command = ["skopeo", "inspect", "--raw", "docker://127.0.0.1:1/a:1"]
-    bare = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    bare = run_command(command, env=clean_environment(tmp_path, {}))
     assert "loading registries configuration" in bare.stderr  # so that file would be read
     done = met["no-TLS", "source"].result()
     assert "HTTP response to HTTPS" in done.out and "configuration" not in done.out + done.log
@@ -4771,7 +4709,6 @@ def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_p
 LIES = """
 app@{} | one | multi amd64
 app@{} | multi | attested
---platform=all app@{} | multi | attested
 --platform=linux/amd64+linux/arm64 app@{} | multi | docker
 app:multi | multi amd64 | one
 --platform=all app:multi | multi arm64/v8 | one
@@ -4789,86 +4726,19 @@ def test_what_has_not_its_digest_is_never_copied(
     kind = {"Content-Type": lie.headers["content-type"]}
     front.fail(f"GET /manifests/{digest}", (200, kind, lie.body), 99)
     done = space.copy(line.format(digest))
-    assert (done.status, done.code, space.tags()) == (1, "error", []), done
+    assert (*done.end, space.tags()) == (1, "error", []), done
     assert "digest" in done.out.partition("error")[2]
 
 
-@pytest.mark.parametrize("depth", [2_000, 200_000])
-def test_a_deeply_nested_manifest_has_a_result(
-    space: Space, front: PickyRegistry, depth: int
-) -> None:
-    """Whatever a registry answers, it is a failure like any other."""
-    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
-    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
-    done = space.copy("app:one")
-    assert (done.status, done.output) == (1, f"result={done.out}")
-    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
-
-
-# line | what arrives of app:multi | the architecture that the outer index names for it
-NESTED = """
-app:nested | amd64 |
---platform=linux/arm64 app:nested | arm64/v8 |
---platform=linux/arm64 app:nested | arm64/v8 | arm64
---platform=linux/amd64+linux/arm64 app:nested | amd64 arm64/v8 |
-"""
-
-
-@pytest.mark.parametrize("case", NESTED.strip().splitlines())
-def test_an_index_inside_an_index_is_resolved(space: Space, case: str) -> None:
-    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
-    line, archs, said = (part.strip() for part in case.split("|"))
-    inner = space.mirror.source.fetch("library/app", "multi")
-    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
-    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
-    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
-    body, kind = json.dumps(index).encode(), inner.headers["content-type"]
-    put_manifest(space.mirror.source, "library/app", "nested", body, kind)
-    done = space.copy(line)
-    assert done.code == "copied", done
-    name = f"app:{space.tags()[0]}"
-    entries = space.manifest(name).get("manifests", [])
-    arrived = {each["digest"] for each in entries} or {done.digest}
-    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
-    assert space.digest(name) == done.digest
-    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
-
-
-# what is in an image, the platform that is asked for -> the one that arrives
-FIRST_VERSIONS = [
-    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
-    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
-    (["amd64/v1"], "linux/amd64", ""),
-]
-
-
-def test_amd64_v1_is_amd64(space: Space) -> None:
-    """The first version of an architecture is what is meant where none is said."""
-    for number, (archs, wanted, arch) in enumerate(FIRST_VERSIONS):
-        publish(space.mirror.source, "library/app", f"v{number}", archs)
-        done = space.copy(f"--platform={wanted} app:v{number}")
-        digest = space.mirror.digest(f"v{number}", arch)
-        assert (done.code, done.digest) == ("copied", digest), done
-
-
-class Signatures(Peer):
-    """Where signatures lie beside a registry: there is one for everything."""
-
-    def handle(self, call: Call) -> Answer:
-        found = call.path.endswith("/signature-1")
-        return Answer(200, b"\x89signature") if found else Answer(404)
-
-
-def test_signatures_stay_where_they_are(space: Space) -> None:
+def test_signatures_stay_where_they_are(space: Space, front: PickyRegistry) -> None:
     """They are no reason to fail where they cannot be written; the target would not hold them."""
     place = space.home / ".config" / "containers" / "registries.d"
     place.mkdir(parents=True)
-    with Signatures() as signatures:
-        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
-        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
-        for line in ("app:one", "--platform=all app:attested"):
-            done = space.copy(line)
-            assert (done.status, done.code) == (0, "copied"), done
+    lookaside = f"lookaside: {front.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+    (place / "x.yaml").write_text(f"default-docker:\n  {lookaside}")
+    front.fail("/signature-1", (200, {}, b"\x89signature"), 99)
+    for line in ("app:one", "--platform=all app:attested"):
+        assert space.copy(line).end == (0, "copied")
 
 
 # repository, how many of its tags are nearest to 1.25.3, its tags
@@ -4912,7 +4782,7 @@ def test_a_list_of_tags_that_fails_changes_nothing(
     front.fail("GET /tags/list", what, 9)
     begun = time.monotonic()
     done = space.copy(f"{front.host}/library/app:absent")
-    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
+    assert (*done.end, "nearest" in done.out) == (1, "not-found", False), done
     assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
 
 
@@ -4929,11 +4799,10 @@ sys.exit(wxsync.main())
 def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
     """Several platforms take no longer than one may; GitHub's own limit comes later."""
     script, begun = space.home / "short.py", time.monotonic()
-    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
+    script.write_text(SHORT_COPY.format(folder=str(ROOT)))
     front.delay = 0.4  # so that each step is within, and all of them are not
     done = copy("--platform=all app:multi", space.home, space.settings, script)
-    assert (done.status, done.code, space.tags()) == (1, "timeout", []), done
-    assert time.monotonic() - begun < 6
+    assert (*done.end, space.tags()) == (1, "timeout", []) and time.monotonic() - begun < 6
     minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
     assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
 
@@ -4953,18 +4822,6 @@ ENOUGH = {
     "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
     "DOCKER_NAMESPACE": "mirror-space",
 }
-DEFAULTS = """
-BOT_ID='' BOT_SECRET='' BOT_URL='wss://openws.work.weixin.qq.com'
-CORP_ID='' AGENT_ID=0 SECRET='' TOKEN='' ENCODING_AES_KEY=''
-GITHUB_BRANCH='main' PORT=3000 HOST='0.0.0.0' STATE_DIR='.' ALLOWED_USERS=()
-QINGSTOR_ACCESS_KEY_ID='' QINGSTOR_SECRET_ACCESS_KEY='' QINGSTOR_ZONE='pek3a' QINGSTOR_BUCKET='tmp'
-QINGSTOR_LINK_SECONDS=0 MAX_FILE_MB=2048
-PROXY_URL='' NO_PROXY_DOMAINS=('localhost','127.0.0.1','qingstor.com')
-SYNC_TIMEOUT=300 QUEUE_SIZE=10 CALLBACK_MAX_AGE=600 LOG_LEVEL='INFO'
-WECOM_API_URL='https://qyapi.weixin.qq.com' GITHUB_API_URL='https://api.github.com'
-QINGSTOR_URL='https://qingstor.com' PROXY_TEST_URL='https://www.google.com'
-DANGEROUSLY_ALLOW_PRIVATE_URLS=''
-"""
 
 
 def problems_of(environ: dict[str, str]) -> list[str]:
@@ -4981,14 +4838,6 @@ def names_in(lines: Iterable[str]) -> list[str]:
     return [line.partition(":")[0] for line in lines]
 
 
-def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
-    """The table of settings, name by name, with the robot's group and with the callback's."""
-    for given in (OTHERS | ROBOT, ENOUGH):
-        found = vars(wxsync.load_settings(given)).items()
-        told = {f"{n}={value!r}".replace(" ", "") for n, value in found if n not in given}
-        assert told == {pair for pair in DEFAULTS.split() if pair.partition("=")[0] not in given}
-
-
 def test_all_there_is_to_mend_is_told_at_once() -> None:
     """What is missing or wrong, and `your_…`, which was copied and never filled in."""
     nothing = problems_of({})
@@ -5002,42 +4851,39 @@ def test_all_there_is_to_mend_is_told_at_once() -> None:
     assert "QINGSTOR_SECRET_ACCESS_KEY" in half
 
 
-WRONG = rows("""
+WRONG = rows(f"""
 CORP_ID ¦ ww 01
 AGENT_ID ¦ agent ¦ 0
 SECRET ¦ two words
-TOKEN ¦ with-dash ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx=
+TOKEN ¦ with-dash ¦ {"x" * 33}
+ENCODING_AES_KEY ¦ {"x" * 42} ¦ {"x" * 44} ¦ {"x" * 42}=
 GITHUB_TOKEN ¦ github pat
 GITHUB_REPO ¦ mirror ¦ https://github.com/octo/mirror
 GITHUB_BRANCH ¦ a..b
-DOCKER_REGISTRY ¦ https://registry.cn-hangzhou.aliyuncs.com ¦ registry.example.com/space
+DOCKER_REGISTRY ¦ https://reg.example.com ¦ reg.example.com/space ¦ reg.example.com:99999
 DOCKER_NAMESPACE ¦ Mirror
 PORT ¦ 0 ¦ 65536 ¦ ３０００ ¦ 30.5
 ALLOWED_USERS ¦ ,
 QINGSTOR_LINK_SECONDS ¦ -1
 MAX_FILE_MB ¦ 0
-PROXY_URL ¦ proxy.example.com:8080 ¦ ftp://proxy.example.com:8080 ¦ http://proxy.example.com
-PROXY_URL ¦ http://proxy.example.com:99999
+PROXY_URL ¦ a.example.com:80 ¦ ftp://a.example.com:80 ¦ http://a.example.com ¦ http://a:99999
 SYNC_TIMEOUT ¦ 0
 QUEUE_SIZE ¦ -1
 CALLBACK_MAX_AGE ¦ ten
 LOG_LEVEL ¦ LOUD
 WECOM_API_URL ¦ qyapi.weixin.qq.com
-GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com
+GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com ¦ https://a:99999/x
 QINGSTOR_URL ¦ https://
 PROXY_TEST_URL ¦ www.google.com
 DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ yes
 """)
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, v) for name, *many in WRONG for v in many])
-def test_a_wrong_value_is_told_by_name_and_not_repeated(name: str, value: str) -> None:
+def test_a_wrong_value_is_told_by_name_and_not_repeated() -> None:
     """One line, which says what is expected; the value itself may be a secret."""
-    (problem,) = problems_of(ENOUGH | {name: value})
-    assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
+    for name, value in [(name, value) for name, *values in WRONG for value in values]:
+        (problem,) = problems_of(ENOUGH | {name: value})
+        assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
 
 
 RIGHT = rows("""
@@ -5056,48 +4902,48 @@ DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ 1 ¦ '1'
 """)
 
 
-@pytest.mark.parametrize(("name", "text", "value"), RIGHT)
-def test_a_right_value_is_taken(name: str, text: str, value: str) -> None:
-    """Values at the edge of what is allowed."""
-    assert repr(getattr(wxsync.load_settings(ENOUGH | {name: text}), name)) == value
+def test_a_right_value_is_taken() -> None:
+    """Values at the edge of what is allowed; whatever is not given has its default."""
+    default = {entry.name: entry.default for entry in fields(wxsync.Settings)}
+    for enough in (ENOUGH, OTHERS | ROBOT):
+        for name, text, value in RIGHT:
+            found = vars(wxsync.load_settings(enough | {name: text}))
+            assert repr(found[name]) == value
+            assert {n for n in found if found[n] != default[n]} == {*enough, name}
 
 
 def test_settings_show_nothing_of_themselves() -> None:
     """Neither repr nor str of the settings holds any value."""
     keys = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
     settings = wxsync.load_settings(ENOUGH | keys | {"PROXY_URL": "http://u:hidden@h:1"})
-    shown = repr(settings) + str(settings) + f"{settings}"
     values = [str(value) for value in vars(settings).values() if len(str(value)) > 3]
-    assert lacking(values, shown) == values
+    assert lacking(values, f"{settings!r} {settings}") == values
 
 
 ENV_FILE = rows("""
-\ufeff# a comment
-⏎PLAIN=1 ¦ 1
+\ufeffPLAIN=1 ¦ 1
 export EXPORTED=2 ¦ 2
 ␣␣SPACED  =  3␣ ¦ 3
 DOUBLE="a b # c" ¦ a b # c
 SINGLE='a "b" $c' ¦ a "b" $c
+HASHED='#a' # why ¦ #a
 NOTED=4 # why ¦ 4
 HASH=a#b ¦ a#b
 EQUAL=a=b= ¦ a=b=
 EMPTY= ¦
 ONLY_NOTE= # nothing ¦
 CHINESE=值 ¦ 值
-TWICE=1 ¦ 2
-TWICE=2 ¦ 2
+TWICE=1⏎# a comment⏎⏎TWICE=2 ¦ 2
 """)
 
 
-@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
-def test_env_files_are_read_as_people_write_them(tmp_path: Path, line_end: str) -> None:
+def test_env_files_are_read_as_people_write_them(tmp_path: Path) -> None:
     """A byte order mark, CRLF, comments, `export`, quotes."""
-    path, lines = tmp_path / "settings", [row[0] for row in ENV_FILE]
-    path.write_bytes("\n".join(lines).replace("\n", line_end).encode())
-    names = [re.findall(r"[A-Z_]+", line)[0] for line in lines[1:]]
-    assert wxsync.read_env_file(path) == dict(
-        zip(names, [row[1] for row in ENV_FILE[1:]], strict=True)
-    )
+    wanted = {re.findall(r"[A-Z_]+", line)[0]: value for line, value in ENV_FILE}
+    for line_end in ("\r\n", "\n"):
+        text = "\n".join(line for line, _ in ENV_FILE).replace("\n", line_end)
+        (tmp_path / "settings").write_bytes(text.encode())
+        assert wxsync.read_env_file(tmp_path / "settings") == wanted
 
 
 def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
@@ -5110,28 +4956,20 @@ def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
     assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"SECRET=\xff\xfe"])
-def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
-    """A missing file that was asked for, and one that is no UTF-8."""
-    path = tmp_path / "settings"
-    if content is not None:
-        path.write_bytes(content)
-    done = run_script("--env", str(path), folder=tmp_path)
-    assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_process_environment_wins_over_the_file(tmp_path: Path) -> None:
-    """Both directions: it mends a wrong value of the file, and spoils a right one."""
-    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
-    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
-    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
-
-
 def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -> None:
-    """Exit 1, every name on stderr, nothing on stdout, no file written."""
+    """Exit 1, every name on stderr, nothing on stdout, no file written. The process environment
+    wins over the file: it mends a wrong value, and spoils a right one. A file that was asked for
+    must be there, and UTF-8."""
     done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert lacking(ENOUGH | ROBOT, done.stderr) == [] and list(tmp_path.iterdir()) == []
+    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
+    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
+    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
+    (tmp_path / "latin").write_bytes(b"SECRET=\xff\xfe")
+    for name in ("latin", "absent"):
+        done = run_script("--env", name, folder=tmp_path)
+        assert done.returncode == 1 and name in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5149,15 +4987,14 @@ def test_version_and_help() -> None:
     assert (done.returncode, lacking(words, done.stdout)) == (0, [])
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
-def test_commands_that_never_import_a_package(words: str) -> None:
+def test_commands_that_never_import_a_package() -> None:
     """With everything installed they import none of it either."""
-    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
-    done = run_command(command, "nginx", 20)
-    assert done.returncode == (2 if "copy" in words else 0)
-    imported = re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
-    packages = {"Crypto", "qingstor", "requests"}
-    assert "json" in imported and not packages & {name.partition(".")[0] for name in imported}
+    for words, status in (("--version", 0), ("--help", 0), ("plan -", 0), ("copy not-valid!", 2)):
+        command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
+        done = run_command(command, "nginx", 20)
+        imported = set(re.findall(r"\|\s+(\w+)[\w.]*$", done.stderr, re.MULTILINE))
+        assert done.returncode == status and "json" in imported
+        assert not imported & {"Crypto", "qingstor", "requests"}
 
 
 def test_a_service_without_files_never_imports_qingstor() -> None:
@@ -5173,76 +5010,46 @@ def test_a_service_without_files_never_imports_qingstor() -> None:
 # Encryption: the published vectors, another implementation, forgeries
 # ---------------------------------------------------------------------------------------------
 
-# Who published it: token, key, corp id; then timestamp, nonce, signature ¦ text ¦ encrypted.
+# Who published it: token, key, corp id; then timestamp, nonce, signature, text, encrypted.
 TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
-WECHATPY = ("123456", "kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR", "wx49f0ab532d5d035a")
-GO_WORKWX = (
-    "kjr2TKI8umCBfVF3wAHk8JiPwma5VBme",
-    "4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws",
-    "ww6a112864f8022910",
-)
-VECTORS = rows("""
-1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 ¦ 1616140317555161061 ¦ ⤶
+VECTORS = f"""
+{" ".join(TENCENT)}
+1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 1616140317555161061
 P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==
-1409659813 1372623149 477715d11cdb4164915debcba66cb864d751f3e6 ¦ ⤶
-<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[mycreate]]></FromUserName>⏎<CreateTime>1409659813</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[hello]]></Content>⏎⤶
-<MsgId>4561255354251345929</MsgId>⏎<AgentID>218</AgentID>⏎</xml> ¦ ⤶
-RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3QczcdCUpj91⤶
-1L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLjvd4Xgpue06DOdn⤶
-LxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMnvw2r+KqCKIw+3IQH03v+B⤶
-CA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k22Ncx4XXZS9o0MBH27Bo6BpNelZp⤶
-S+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2YoyyH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==
-1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 ¦ 5927782489442352469 ¦ ⤶
+123456 kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR wx49f0ab532d5d035a
+1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 5927782489442352469
 4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==
-1411525903 461056294 74d92dfeb87ba7c714f89d98870ae5eb62dff26d ¦ ⤶
-<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[messense]]></FromUserName>⏎<CreateTime>1411525903</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[test]]></Content>⏎⤶
-<MsgId>4363689963896700987</MsgId>⏎<AgentID>1</AgentID>⏎</xml> ¦ ⤶
-RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHCrsTyeDX⤶
-zF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpXaG4+BiYyolBug/⤶
-gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQiMS6td7vXUaWOMZnYZlF3S⤶
-o2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQipvWTT4dShyqio7mlsl5noTrb++x6⤶
-En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=
-1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 ¦ 94966531020182955848408 ¦ ⤶
+kjr2TKI8umCBfVF3wAHk8JiPwma5VBme 4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws ww6a112864f8022910
+1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 94966531020182955848408
 6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==
-""")
-PUBLISHERS = [TENCENT, TENCENT, WECHATPY, WECHATPY, GO_WORKWX]  # one for each
+""".split()
 
 
-@pytest.mark.parametrize(("account", "vector"), [*zip(PUBLISHERS, VECTORS, strict=True)])
-def test_a_published_vector(account: tuple[str, str, str], vector: list[str]) -> None:
-    """Signature and text are as published; one changed digit anywhere and they are not."""
-    crypto, (head, plain, encrypted) = wxsync.Crypto(*account), vector
-    timestamp, nonce, signature = head.split()
-    assert crypto.is_signed(signature, timestamp, nonce, encrypted)
-    assert crypto.decrypt(encrypted).decode() == plain
-    assert not crypto.is_signed(signature[:-1] + "x", timestamp, nonce, encrypted)
-    assert not crypto.is_signed(signature, timestamp, nonce + "0", encrypted)
-    assert not crypto.is_signed("签名", timestamp, nonce, encrypted)
-    with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
-        wxsync.Crypto(*account[:2], "wx5823bf96d3bd56c8").decrypt(encrypted)
-    assert caught.value.status == 403
-
-
-def test_every_length_of_padding_works_both_ways() -> None:
-    """1 to 32 bytes: a library that pads to 16 fails on half of them."""
-    client, crypto = WeComClient(*TENCENT, 1, ""), wxsync.Crypto(*TENCENT)
-    for size in range(32):
-        assert crypto.decrypt(client.encrypt("x" * size)) == b"x" * size
-        assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
+def test_a_published_vector() -> None:
+    """Signature and text are as published (by Tencent, wechatpy, go-workwx); one changed digit
+    anywhere and they are not."""
+    for at in range(0, len(VECTORS), 8):
+        token, key, corp_id, stamp, nonce, signature, text, encrypted = VECTORS[at : at + 8]
+        crypto = wxsync.Crypto(token, key, corp_id)
+        assert crypto.is_signed(signature, stamp, nonce, encrypted)
+        assert crypto.decrypt(encrypted).decode() == text
+        assert not crypto.is_signed(signature[:-1] + "x", stamp, nonce, encrypted)
+        assert not crypto.is_signed(signature, stamp, nonce + "0", encrypted)
+        assert not crypto.is_signed("签名", stamp, nonce, encrypted)
+        with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
+            wxsync.Crypto(token, key, "wx5823bf96d3bd56c8").decrypt(encrypted)
+        assert caught.value.status == 403
 
 
 def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
-    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
+    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts. Every
+    length of padding is among them: a library that pads to 16 fails on half of them."""
     other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
     crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
-    texts = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
+    texts = ["😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
     alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
     texts += ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
-    for text in texts:
+    for text in ["x" * size for size in range(33)] + texts:
         sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
         outer, _ = wxsync.read_fields(sealed)
         signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
@@ -5290,90 +5097,73 @@ def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
     return client.seal(frame + b"\0" * (size - len(frame) - len(pad)) + pad)
 
 
-FORGED: dict[str, tuple[Callable[[WeComClient], str], int]] = {
-    "not base64": (lambda client: "!" * 64, 400),
-    "no whole blocks": (lambda client: base64.b64encode(b"x" * 33).decode(), 400),
-    "noise": (lambda client: base64.b64encode(b"x" * 64).decode(), 400),
-    "blocks of 16": (lambda client: framed(client, 5, b"\5" * 5, 48), 400),
-    "padding 0": (lambda client: framed(client, 5, b"\0"), 400),
-    "padding 33": (lambda client: client.seal(b"x" * 31 + b"\x21" * 33), 400),
-    "uneven padding": (lambda client: framed(client, 5, b"\1\4\4\4"), 400),
-    "nothing but padding": (lambda client: client.seal(b"\x20" * 32), 400),
-    "a length beyond the end": (lambda client: framed(client, 60, b"\1"), 400),
-    "the greatest length": (lambda client: framed(client, 2**32 - 1, b"\1"), 400),
-    "another company": (lambda client: client.encrypt("hello", "ww9999999999999999"), 403),
-    "no company": (lambda client: client.encrypt("hello", ""), 403),
+FORGED: dict[str, Callable[[WeComClient], str]] = {
+    "not base64": lambda client: "!" * 64,
+    "no whole blocks": lambda client: base64.b64encode(b"x" * 33).decode(),
+    "noise": lambda client: base64.b64encode(b"x" * 64).decode(),
+    "blocks of 16": lambda client: framed(client, 5, b"\5" * 5, 48),
+    "padding 0": lambda client: framed(client, 5, b"\0"),
+    "padding 33": lambda client: client.seal(b"x" * 31 + b"\x21" * 33),
+    "uneven padding": lambda client: framed(client, 5, b"\1\4\4\4"),
+    "nothing but padding": lambda client: client.seal(b"\x20" * 32),
+    "a length beyond the end": lambda client: framed(client, 60, b"\1"),
+    "the greatest length": lambda client: framed(client, 2**32 - 1, b"\1"),
+    "another company": lambda client: client.encrypt("hello", "ww9999999999999999"),
+    "no company": lambda client: client.encrypt("hello", ""),
 }
-UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
-    "a wrong signature": ({"msg_signature": "0" * 40}, 403),
-    "a signature in capitals": ({"msg_signature": "é"}, 403),
-    "an old time": ({"timestamp": "1409659589"}, 403),
-    "another nonce": ({"nonce": "1"}, 403),
-    "no signature": ({"msg_signature": ""}, 400),
-    "no time": ({"timestamp": ""}, 400),
-    "a time that is none": ({"timestamp": "soon"}, 400),
-    "no nonce": ({"nonce": ""}, 400),
+UNSIGNED = {  # what of the query is wrong -> how, the status
+    "msg_signature": {"0" * 40: 403, "é": 403, "": 400},
+    "timestamp": {"1409659589": 403, "": 400, "soon": 400},
+    "nonce": {"1": 403, "": 400},
 }
 
 
-@pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
-def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk, name: str) -> None:
-    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same."""
-    make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
-    change, status = UNSIGNED.get(name, ({}, status))
-    encrypted = make(talk.client)
-    query = urlencode(talk.client.signed(encrypted) | change)
-    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
-    asked = f"{talk.client.callback_url}?{query}"
-    for got in (
-        http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}"),
-        http_request("POST", asked, body),
-    ):
-        assert (got.status, got.body) == (status, b"")
-
-
-def test_clocks_may_differ_by_ten_minutes(talk: Talk) -> None:
-    """The times are signed, so they can be trusted as far as the clocks."""
+def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk) -> None:
+    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same. The
+    times are signed, so clocks may differ by ten minutes."""
+    client = talk.client
+    tries = [
+        (client.encrypt("hello"), {name: value}, status)
+        for name, many in UNSIGNED.items()
+        for value, status in many.items()
+    ]
+    tries += [(make(client), {}, 403 if "company" in n else 400) for n, make in FORGED.items()]
+    for encrypted, change, status in tries:
+        query = urlencode(client.signed(encrypted) | change)
+        body = xml_document({"ToUserName": client.corp_id, "Encrypt": encrypted}).encode()
+        asked = f"{client.callback_url}?{query}"
+        echo = http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}")
+        for got in (echo, http_request("POST", asked, body)):
+            assert (got.status, got.body) == (status, b""), (encrypted, change)
     for age, status in ((-590, 200), (590, 200), (-610, 403), (610, 403)):
-        got = talk.client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
-        assert (got.status, status == 200 or got.raw) == (status, status == 200 or b""), age
+        reply = client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
+        assert (reply.status, status == 200 or reply.raw) == (status, status == 200 or b""), age
 
 
 DOCTYPE = '<?xml version="1.0"?><!DOCTYPE xml [<!ENTITY e "nginx:1">]>'
-ENVELOPES = {
-    "nothing": "",
-    "no XML": "hello",
-    "half of it": "<xml><Encrypt>",
-    "a document type": DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>",
-    "an entity": DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an entity nobody declared": "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an unknown encoding": '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
-    "no text in it": "<xml><Other>x</Other></xml>",
-    "JSON of no text": '{"encrypt": 7',
-    "JSON too deep": "{" + '"a":{' * 5000,
-    "JSON with a list": '{"encrypt": ["x"]}',
-}
+ENVELOPES = [
+    *("", "hello", "<xml><Encrypt>", "<xml><Other>x</Other></xml>"),
+    *(DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>", DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>"),
+    "<xml><Encrypt>&e;</Encrypt></xml>",
+    '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
+    *('{"encrypt": 7', "{" + '"a":{' * 5000, '{"encrypt": ["x"]}'),
+]
 TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
-INNER = {
-    "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
-    "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
-    "no XML": "hello",
-    "a list": "[1]",
-    "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
-}
+INNER = [
+    DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
+    DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
+    *("hello", "[1]", "<xml><FromUserName>a\x00</FromUserName></xml>"),
+]
 
 
 def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
     """Whatever a stranger posts, or WeCom's key sealed, costs an empty answer."""
-    query = talk.client.signed("x")
-    posts = [(name, text.encode(), query) for name, text in ENVELOPES.items()]
-    for name, text in INNER.items():
-        encrypted = talk.client.encrypt(text)
-        body = xml_document({"Encrypt": encrypted}).encode()
-        posts.append((f"inside: {name}", body, talk.client.signed(encrypted)))
-    for name, body, query in posts:
-        reply = talk.client.post_raw(body, query)
-        assert (reply.status, reply.raw) == (400, b""), name
+    posts = [(text, talk.client.signed("x")) for text in ENVELOPES]
+    for text in map(talk.client.encrypt, INNER):
+        posts.append((xml_document({"Encrypt": text}), talk.client.signed(text)))
+    for text, query in posts:
+        reply = talk.client.post_raw(text.encode(), query)
+        assert (reply.status, reply.raw) == (400, b""), text[:60]
     assert talk.commits == [] and talk.inputs == []
 
 
@@ -5411,16 +5201,17 @@ def test_one_token_serves_all_and_is_renewed_once_when_it_is_refused(desk: Desk,
 
 # What is wrong, and how -> the least pause, what the log tells. WeCom bans an address for an hour
 # that asks with a wrong secret again and again.
-TO_MEND: dict[str, tuple[object, float, tuple[str, ...]]] = {
-    "secret": ("another", 3600, ("SECRET",)),
-    "trusted": (False, 1, ("203.0.113.7", "企业可信IP", "60020")),
-}
+TO_MEND: list[tuple[str, object, float, tuple[str, ...]]] = [
+    ("secret", "another", 3600, ("SECRET",)),
+    ("trusted", False, 1, ("203.0.113.7", "企业可信IP", "60020")),
+]
 
 
-@pytest.mark.parametrize("name", TO_MEND)
-def test_what_a_person_must_mend_is_named_with_the_cure(desk: Desk, name: str) -> None:
+@pytest.mark.parametrize(("name", "wrong", "least", "words"), TO_MEND)
+def test_what_a_person_must_mend_is_named_with_the_cure(
+    desk: Desk, name: str, wrong: object, least: float, words: tuple[str, ...]
+) -> None:
     """It is not tried again for long, and the log names what to do, and no secret."""
-    wrong, least, words = TO_MEND[name]
     right, asked = getattr(desk.wecom, name), []
 
     def mend() -> None:
@@ -5443,8 +5234,6 @@ WECOM_TROUBLES: list[tuple[int | What, int, int, int, int]] = [
     (50003, 1, 1, 60, 3600),
     (42001, 4, 2, 1, 60),
     ("reset", 3, 3, 10, 20),
-    ("garbage", 3, 3, 10, 20),
-    ("short", 3, 3, 10, 20),
     ((502, {}, b"<html>bad gateway"), 3, 3, 10, 20),
 ]
 
@@ -5465,14 +5254,14 @@ def test_what_passes_is_waited_for(
     assert desk.wecom.token_calls <= 3
 
 
-@pytest.mark.parametrize("code", [81013, 60111])
-def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk, code: int) -> None:
+def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk) -> None:
     """The message is dropped with a line in the log, the next one goes out."""
-    desk.wecom.refuse(code)
-    desk.send("hello", "nobody")
-    desk.send("hello", "alice")
-    assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"]
-    assert str(code) in desk.written.getvalue()
+    for number, code in enumerate((81013, 60111), 1):
+        desk.wecom.refuse(code)
+        desk.send("hello", "nobody")
+        desk.send(f"hello {code}", "alice")
+        assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"] * number
+        assert str(code) in desk.written.getvalue()
 
 
 def test_equal_messages_arrive_once_each(desk: Desk) -> None:
@@ -5486,24 +5275,20 @@ def test_equal_messages_arrive_once_each(desk: Desk) -> None:
     assert len(desk.wecom.messages) == 2 and len(desk.wecom.duplicates) == 1
 
 
-TALES = {
-    "short lines": [f"第 {number} 行" for number in range(400)],
-    "one long line": ["镜" * 3000],
-    "just over": ["x" * 1970, "y" * 50],
-    "emoji": ["😀" * 900],
-}
+TALES = [[f"第 {number} 行" for number in range(400)], ["x" * 1970, "y" * 50]]
+TALES += [["镜" * 3000], ["😀" * 900]]
 
 
-@pytest.mark.parametrize("name", TALES)
-def test_a_long_text_is_split_at_line_ends(desk: Desk, name: str) -> None:
+def test_a_long_text_is_split_at_line_ends(desk: Desk) -> None:
     """No piece over 2048 bytes, none cut in a character, nothing lost, all in order."""
-    text = "\n".join(TALES[name])
-    desk.send(text)
-    pieces = desk.wecom.messages_for("alice")
-    assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
-    bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
-    glue = "\n" if len(TALES[name]) > 1 else ""
-    assert glue.join(bodies) == text
+    for lines in TALES:
+        text = "\n".join(lines)
+        desk.wecom.messages.clear()
+        desk.send(text)
+        pieces = desk.wecom.messages_for("alice")
+        assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
+        bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
+        assert ("\n" if len(lines) > 1 else "").join(bodies) == text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5531,79 +5316,63 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
     assert asked.headers["accept-encoding"] == "identity"
 
 
-# what Content-Disposition says of http://…/page.html -> the name
-NAMES = """
-attachment; filename="report.pdf" -> report.pdf
-attachment; filename=report.pdf -> report.pdf
-attachment;filename=report.pdf;size=3 -> report.pdf
-attachment; FileName = "two words.txt" -> two words.txt
-attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" -> 文档.pdf
-attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf -> 文.pdf
-attachment; filename*=ISO-8859-1''na%EFve.txt -> naïve.txt
-attachment; filename*=GBK''%CE%C4.txt -> 文.txt
-attachment; filename*=bogus''%41.txt; filename=ok.txt -> ok.txt
-attachment; filename="a\\"b.txt" -> a"b.txt
-attachment; filename="文档.pdf" -> 文档.pdf
-attachment; filename="../../etc/passwd" -> passwd
-attachment; filename="..\\\\..\\\\boot.ini" -> boot.ini
-attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd -> passwd
-attachment; filename*=UTF-8''a%00b%0A%0Dc.txt -> abc.txt
-attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe -> evilfdp.exe
-attachment; filename="...hidden" -> hidden
-attachment; filename="\x1b[31mred.txt" -> [31mred.txt
-attachment; filename="" -> page.html
-attachment; filename="/" -> page.html
-attachment; filename="..." -> page.html
-attachment; filename*=idna''%ff -> page.html
-attachment; filename*=punycode''%ff -> page.html
-attachment; filename*=undefined''%41 -> page.html
-attachment; filename*=a\0''%41 -> page.html
-attachment -> page.html
-inline -> page.html
- -> page.html
-attachment; xfilename="evil.exe"; filename="ok.txt" -> ok.txt
-attachment; filename="a; filename*=UTF-8''b.exe" -> a; filename*=UTF-8''b.exe
-"""
+# Content-Disposition ¦ the name ¦ the addresses, the last one first, unless it is …/page.html
+NAMES = rows(r"""
+attachment; filename="report.pdf" ¦ report.pdf
+attachment;filename=report.pdf;size=3 ¦ report.pdf
+attachment; FileName = "two words.txt" ¦ two words.txt
+attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" ¦ 文档.pdf
+attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf ¦ 文.pdf
+attachment; filename*=ISO-8859-1''na%EFve.txt ¦ naïve.txt
+attachment; filename*=GBK''%CE%C4.txt ¦ 文.txt
+attachment; filename*=bogus''%41.txt; filename=ok.txt ¦ ok.txt
+attachment; filename="a\"b.txt" ¦ a"b.txt
+attachment; filename="文档.pdf" ¦ 文档.pdf
+attachment; filename="../../etc/passwd" ¦ passwd
+attachment; filename="..\\..\\boot.ini" ¦ boot.ini
+attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd ¦ passwd
+attachment; filename*=UTF-8''a%00b%0A%0Dc.txt ¦ abc.txt
+attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe ¦ evilfdp.exe
+attachment; filename="...hidden" ¦ hidden
+attachment; filename="" ¦ page.html
+attachment; filename="/" ¦ page.html
+attachment; filename="..." ¦ page.html
+attachment; filename*=idna''%ff ¦ page.html
+attachment; filename*=undefined''%41 ¦ page.html
+attachment; xfilename="evil.exe"; filename="ok.txt" ¦ ok.txt
+attachment; filename="a; filename*=UTF-8''b.exe" ¦ a; filename*=UTF-8''b.exe
+inline ¦ page.html
+¦ 文.zip ¦ example.com/a/%E6%96%87.zip?x=1
+¦ tool.tar.gz ¦ cdn.example.com/0a1b2c example.com/v1/tool.tar.gz
+¦ real.zip ¦ cdn.example.com/real.zip example.com/latest
+¦ download ¦ example.com/download
+¦ download ¦ example.com/
+¦ b.txt ¦ example.com/a%2Fb.txt
+¦ download ¦ example.com/%00%0A
+""")
+NAMES += [
+    ["attachment; filename*=a\0''%41", "page.html"],
+    ['a; filename="\x1b[31m.txt"', "[31m.txt"],
+]
+NAMES += [[f'attachment; filename="{"长" * 500}.tar.gz"', "长" * 100 + "长" * 43 + ".tar.gz"]]
 
 
-@pytest.mark.parametrize("line", NAMES.strip("\n").split("\n"))
-def test_name_of_disposition(line: str) -> None:
-    """The name is the one of RFC 6266, without anything that could harm."""
-    disposition, _, name = line.partition(" -> ")
-    url = wxsync.parse_url("https://example.com/a/page.html?x=y.zip")
-    assert wxsync.read_file_name(disposition, url) == name
-
-
-# the addresses, the last one first -> the name
-ADDRESSES = """
-example.com/a/%E6%96%87.zip?x=1 -> 文.zip
-cdn.example.com/0a1b2c example.com/v1/tool.tar.gz -> tool.tar.gz
-cdn.example.com/real.zip example.com/latest -> real.zip
-example.com/download -> download
-example.com/ -> download
-example.com/a%2Fb.txt -> b.txt
-example.com/%00%0A -> download
-"""
-
-
-@pytest.mark.parametrize("line", ADDRESSES.strip().splitlines())
-def test_name_of_address(line: str) -> None:
-    """Without a disposition the addresses name the file, one with an extension first."""
-    *links, _, name = line.split()
-    urls = [wxsync.parse_url(f"https://{link}") for link in links]
-    assert wxsync.read_file_name("", *urls) == name
-    long = wxsync.read_file_name(f'attachment; filename="{"长" * 500}.tar.gz"', *urls)
-    assert len(long) <= 150 and long.endswith(".tar.gz")
+def test_the_name_of_a_file() -> None:
+    """It is the one of RFC 6266, without anything that could harm; where nothing is said the
+    addresses name the file, one with an extension first."""
+    for disposition, name, *addresses in NAMES:
+        links = (addresses or ["example.com/a/page.html?x=y.zip"])[0].split()
+        urls = [wxsync.parse_url(f"https://{link}") for link in links]
+        assert wxsync.read_file_name(disposition, *urls) == name
 
 
 # charset, what the head says of the name -> the name that is shown, the extension of the key
 SHOWN_NAMES = """
 utf-8 filename="年度报告.PDF" -> 年度报告.PDF .pdf
 gbk filename="年度报告.pdf" -> 年度报告.pdf .pdf
-utf-8 filename*=UTF-8''%E5%B9%B4.tar.gz -> 年.tar.gz .tar.gz
 utf-8 filename="../../x.p;df" -> x.p;df
 utf-8 filename="x.%2e%2e" -> x.%2e%2e
-utf-8 filename="X.TAR.GZ" -> X.TAR.GZ .tar.gz
+utf-8 filename*=UTF-8''X.TAR.GZ -> X.TAR.GZ .tar.gz
 """
 
 
@@ -5636,7 +5405,7 @@ def test_redirects(depot: Depot) -> None:
 VALIDATORS = ({"etag": '"v1"'}, {"modified": "Tue, 24 Nov 2026 08:00:00 GMT"})
 
 
-@pytest.mark.parametrize("cuts", [[1], [100_000], [5_000_000, 3_000_000], [PART, PART, 1]])
+@pytest.mark.parametrize("cuts", [[1], [5_000_000, 3_000_000], [PART, PART, 1]])
 def test_resume(depot: Depot, cuts: list[int]) -> None:
     """A download that breaks goes on where it was, if it is the same file still."""
     for validator in VALIDATORS:
@@ -5666,70 +5435,57 @@ def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
 # Files that do not arrive
 # ---------------------------------------------------------------------------------------------
 
-CUT_ALWAYS = {"cut_after": [5_000_000] * 20}
-CUT_GOOD: dict[str, Any] = CUT_ALWAYS | {"etag": '"1"', "ranges": "good"}
-SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
-    "not found": ({"status": 404}, "文件不存在（HTTP 404）"),
-    "gone": ({"status": 410}, "文件已删除"),
-    "login": ({"status": 401}, "需要登录"),
-    "forbidden": ({"status": 403}, "HTTP 403"),
-    "too many": ({"status": 429}, "HTTP 429"),
-    "broken": ({"status": 500}, "来源拒绝或出错（HTTP 500）"),
-    "busy": ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
-    "teapot": ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
-    "empty": ({"status": 204}, "HTTP 204"),
-    "no http": ({"garbage": True}, "不是正常的 HTTP"),
-    "loop": ({"status": 302, "location": "/loop"}, "不停地重定向"),
-    "to ftp": ({"status": 302, "location": "ftp://example.com/x"}, "格式不正确"),
-    "to a file": ({"status": 302, "location": "file:///etc/passwd"}, "格式不正确"),
-    "to login": ({"status": 302, "location": "http://u:p@example.com/"}, "格式不正确"),
-    "nowhere": ({"status": 302, "location": f"{NOWHERE}/"}, "连接被拒绝"),
-    "no name": ({"status": 302, "location": "http://no-such-host.invalid/"}, "域名解析失败"),
-    "no validator": (CUT_ALWAYS, "来源不支持续传"),
-    "weak validator": (CUT_GOOD | {"etag": 'W/"1"'}, "来源不支持续传"),
-    "no ranges": (CUT_GOOD | {"ranges": ""}, "来源文件已变化或不支持续传"),
-    "ignored": (CUT_GOOD | {"ranges": "ignored"}, "已变化或不支持续传"),
-    "wrong start": (CUT_GOOD | {"ranges": "wrong"}, "已变化或不支持续传"),
-    "changed": (CUT_GOOD | {"change": True}, "已变化"),
-    "416": (CUT_GOOD | {"ranges": "416"}, "HTTP 416"),
-    "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
-    "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
-}
-SLOW_SOURCES: dict[str, tuple[dict[str, Any], str]] = {  # which are asked again and again
-    "always cut": (CUT_GOOD | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
-    "stalls": ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
-    "stalls at once": ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
-    "drips": ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
-    "short chunks": ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
-    "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
-}
+BROKEN: dict[str, Any] = {"cut_after": [5_000_000] * 20, "etag": '"1"', "ranges": "good"}
+GO: dict[str, Any] = {"status": 302}
+SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
+    ({"status": 404}, "文件不存在（HTTP 404）"),
+    ({"status": 410}, "文件已删除"),
+    ({"status": 401}, "需要登录"),
+    ({"status": 403}, "HTTP 403"),
+    ({"status": 429}, "HTTP 429"),
+    ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
+    ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
+    ({"status": 204}, "HTTP 204"),
+    ({"garbage": True}, "不是正常的 HTTP"),
+    (GO | {"location": "/trouble-9"}, "不停地重定向"),
+    (GO | {"location": "file:///etc/passwd"}, "格式不正确"),
+    (GO | {"location": "http://u:p@example.com/"}, "格式不正确"),
+    (GO | {"location": f"{NOWHERE}/"}, "连接被拒绝"),
+    (GO | {"location": "http://no-such-host.invalid/"}, "域名解析失败"),
+    (BROKEN | {"etag": ""}, "来源不支持续传"),
+    (BROKEN | {"etag": 'W/"1"'}, "来源不支持续传"),
+    (BROKEN | {"ranges": ""}, "来源文件已变化或不支持续传"),
+    (BROKEN | {"ranges": "ignored"}, "已变化或不支持续传"),
+    (BROKEN | {"ranges": "wrong"}, "已变化或不支持续传"),
+    (BROKEN | {"change": True}, "已变化"),
+    (BROKEN | {"ranges": "416"}, "HTTP 416"),
+    ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
+    ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
+]
+SLOW_SOURCES: list[tuple[dict[str, Any], str]] = [  # which are asked again and again
+    (BROKEN | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
+    ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
+    ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
+    ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
+    ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
+    ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
+]
 
 
-def check_sources(depot: Depot, troubles: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+@pytest.mark.parametrize("troubles", [SOURCE_TROUBLES, pytest.param(SLOW_SOURCES, marks=in_ci)])
+def test_bad_sources(depot: Depot, troubles: list[tuple[dict[str, Any], str]]) -> None:
     """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    before, asked = set(depot.store.objects), dict[str, str]()
-    for name, (options, _) in troubles.items():
-        path = f"/{name.replace(' ', '-')}"
-        asked[name] = depot.ask(depot.source.add(path, **({"size": 12_000_000} | options)))
-    for name, user in asked.items():
-        check_refusal(depot.answer(user, 60), troubles[name][1], name.replace(" ", "-"))
-    assert set(depot.store.objects) == before
-    assert all(len(depot.wecom.messages_for(user)) == 1 for user in asked.values())
-
-
-def test_bad_sources(depot: Depot) -> None:
-    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    check_sources(depot, SOURCE_TROUBLES)
-    check_refusal(depot.relay("http://no-such-host.invalid/x"), "域名解析失败")
-    check_refusal(depot.relay(f"{NOWHERE}/x"), "连接被拒绝")
+    before, asked = set(depot.store.objects), []
+    for number, (options, _) in enumerate(troubles):
+        link = depot.source.add(f"/trouble-{number}", **({"size": 12_000_000} | options))
+        asked.append((depot.ask(link), link))
+    for (user, link), (_, why) in zip(asked, troubles, strict=True):
+        check_refusal(depot.answer(user, 60), why, link)
+        assert len(depot.wecom.messages_for(user)) == 1
     bomb = depot.source.add("/bomb", **coded(gzip.compress(bytes(80 * MIB), 1)))
-    check_refusal(depot.relay(bomb), "文件超过上限 64 MB")
-
-
-@in_ci
-def test_bad_sources_that_are_tried_again(depot: Depot) -> None:
-    """A source that breaks or stands still each time ends as each trouble does."""
-    check_sources(depot, SLOW_SOURCES)
+    for link, why in ((f"{NOWHERE}/x", "连接被拒绝"), (bomb, "文件超过上限 64 MB")):
+        check_refusal(depot.relay(link), why)
+    assert set(depot.store.objects) == before
 
 
 def test_the_limit_is_exact() -> None:
@@ -5743,7 +5499,7 @@ def test_the_limit_is_exact() -> None:
         assert len(depot.store.objects) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("how", [500, 503, "reset", "lost", pytest.param("hang", marks=in_ci)])
+@pytest.mark.parametrize("how", [500, "reset", "lost", pytest.param("hang", marks=in_ci)])
 def test_part_fails_once(depot: Depot, how: int | str) -> None:
     """A part that fails is sent again, and nothing is lost or doubled."""
     for number in (0, 2):
@@ -5754,22 +5510,21 @@ def test_part_fails_once(depot: Depot, how: int | str) -> None:
 
 
 PART_FAILS: dict[int | str, str] = {
-    500: "QingStor 暂时不可用（HTTP 500），请稍后再试",
     503: "QingStor 暂时不可用（HTTP 503），请稍后再试",
     "reset": "连接 QingStor 失败",
     403: "没有权限写入存储桶",
 }
 
 
-@pytest.mark.parametrize("how", PART_FAILS)
-def test_part_fails_always(depot: Depot, how: int | str) -> None:
+def test_part_fails_always(depot: Depot) -> None:
     """A part that cannot be sent ends the upload, which is taken back."""
     before, aborted = set(depot.store.objects), len(depot.store.aborted)
-    depot.store.fail_part(1, 3, how)
-    text = depot.relay(depot.source.add("/always.bin", 30_000_000))
-    depot.store.faults.clear()
-    check_refusal(text, PART_FAILS[how])
-    assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + 1
+    for turn, how in enumerate(PART_FAILS, 1):
+        depot.store.fail_part(1, 3, how)
+        text = depot.relay(depot.source.add("/always.bin", 10_000_000))
+        depot.store.faults.clear()
+        check_refusal(text, PART_FAILS[how])
+        assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + turn
 
 
 def test_lost_answers(depot: Depot) -> None:
@@ -5783,29 +5538,26 @@ def test_lost_answers(depot: Depot) -> None:
         assert not depot.store.faults
 
 
-TEMPERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bucket missing": ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
-    "bucket full": ({"bucket_full": True}, "存储空间已满"),
-    "no right": ({"forbidden": True}, "没有权限写入存储桶"),
-    "wrong secret": ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "wrong key": ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "clock early": ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
-    "clock late": ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
-}
+TEMPERS: list[tuple[dict[str, Any], str]] = [
+    ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
+    ({"bucket_full": True}, "存储空间已满"),
+    ({"forbidden": True}, "没有权限写入存储桶"),
+    ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
+    ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
+]
 
 
-@pytest.mark.parametrize("temper", TEMPERS)
-def test_refusals_of_qingstor(depot: Depot, temper: str) -> None:
+def test_refusals_of_qingstor(depot: Depot) -> None:
     """Each refusal is told with what to do about it, for small files and for big ones."""
-    changes, why = TEMPERS[temper]
-    before = {name: getattr(depot.store, name) for name in changes}
-    vars(depot.store).update(changes)
-    try:
+    for changes, why in TEMPERS:
+        before = {name: getattr(depot.store, name) for name in changes}
+        vars(depot.store).update(changes)
         texts = [depot.relay(depot.source.add("/refused", size)) for size in (100, 9_000_000)]
-    finally:
         vars(depot.store).update(before)
-    for text in texts:
-        check_refusal(text, why)
+        for text in texts:
+            check_refusal(text, why)
 
 
 def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
@@ -5814,45 +5566,29 @@ def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
     depot.store.bucket_full = True
     text = depot.answer(user)
     depot.store.bucket_full = False
-    assert "存储空间已满" in text
+    check_refusal(text, "存储空间已满")
 
 
 @in_ci
-def test_qingstor_goes_and_comes_back() -> None:
-    """An upload that could not be taken back is, as soon as QingStor is there again."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_qingstor_goes_and_comes_back(killed: bool) -> None:
+    """An upload that could not be taken back is, as soon as QingStor is there again; told once."""
     with Depot() as depot:
         link = depot.source.add("/down.bin", 20_000_000, rate=20_000_000.0)
         user = depot.begin(link, 2)
-        depot.store.stop()
-        assert "连接 QingStor 失败" in depot.answer(user) and len(depot.store.open_uploads) == 1
-        depot.store.start()
-        assert wait_until(lambda: len(depot.store.aborted) == 1)
-        check_object(depot, "/down.bin", depot.relay(link))
-        assert len(depot.wecom.messages_for(user)) == 1
-
-
-@in_ci
-@pytest.mark.parametrize("away", [False, True])
-def test_killed_while_uploading(away: bool) -> None:
-    """After a kill the next start undoes the upload and does it again; told once."""
-    with Depot() as depot:
-        user = depot.begin(depot.source.add("/killed.bin", 20_000_000, rate=10_000_000.0), 2)
-        depot.service.kill()
         (old,) = depot.store.open_uploads
-        depot.source.files["/killed.bin"].rate = 0
-        if away:  # the orphan cannot be settled at once
-            depot.store.stop()
-        depot.service.start()
-        text = depot.answer(user)
-        if away:
-            assert "连接 QingStor 失败" in text
-            depot.store.start()
-        else:
-            check_object(depot, "/killed.bin", text)
+        if killed:
+            depot.service.kill()
+        depot.store.stop()
+        if killed:
+            depot.service.start()
+        assert "连接 QingStor 失败" in depot.answer(user) and [*depot.store.open_uploads] == [old]
+        depot.store.start()
         assert wait_until(lambda: depot.store.aborted == [old])
+        check_object(depot, "/down.bin", depot.relay(link))
         depot.service.restart()
         time.sleep(0.3)
-        assert depot.wecom.messages_for(user) == [text]
+        assert len(depot.wecom.messages_for(user)) == 1
 
 
 @in_ci
@@ -5911,12 +5647,10 @@ def test_forbidden_addresses(link: str, why: str) -> None:
         return
     with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
         wxsync.refuse_inside(url.host, 3)
-    with pytest.raises((wxsync.Failure, OSError)) as caught:
-        wxsync.dial(url.host, 9, 3, True).close()
     # A name may also just not resolve here; an address must be refused, not tried.
     literal = not re.search(r"[g-z]", url.host.removeprefix("0x"))
-    kinds = (wxsync.Failure,) if literal else (wxsync.Failure, socket.gaierror)
-    assert isinstance(caught.value, kinds), caught.value
+    with pytest.raises(wxsync.Failure if literal else (wxsync.Failure, socket.gaierror)):
+        wxsync.dial(url.host, 9, 3, True).close()
 
 
 def test_allowed_addresses() -> None:
@@ -5939,11 +5673,10 @@ https://example.com?x=1 https://example.com/?x=1
 """
 
 
-@pytest.mark.parametrize("line", ADDRESS_FORMS.strip().splitlines())
-def test_form_of_addresses(line: str) -> None:
+def test_form_of_addresses() -> None:
     """What is typed becomes what is asked for."""
-    typed, asked = line.split()
-    assert str(wxsync.parse_url(typed)) == asked
+    for typed, asked in map(str.split, ADDRESS_FORMS.strip().splitlines()):
+        assert str(wxsync.parse_url(typed)) == asked
 
 
 # In a net of its own: whoever connects to an address that is not meant to be reached is seen.
@@ -6038,24 +5771,6 @@ def test_names_with_an_inside_address() -> None:
     assert all("不允许访问内网地址" in text for text in answers.values()), answers
 
 
-WHOLE_FILE = """
-outside.add("/inside", status=302, location="http://169.254.169.254/latest/meta-data/")
-with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-    answers["good"] = depot.relay("http://files.example.com:8000/file")
-    answers["redirected"] = depot.relay("http://files.example.com:8000/inside")
-    answers["direct"] = depot.relay(depot.source.add("/secret", body=b"secret"))
-    answers["hits"] = depot.source.hits["/secret"]
-"""
-
-
-def test_the_whole_service_keeps_outside() -> None:
-    """Unless it is allowed on purpose, people in the chat reach nothing inside."""
-    answers = run_inside(WHOLE_FILE, files="8.8.4.4")
-    assert read_result(answers["good"])["size"] == "7" and answers["hits"] == 0
-    for name in ("redirected", "direct"):
-        check_refusal(answers[name], "不允许访问内网地址")
-
-
 # ---------------------------------------------------------------------------------------------
 # Hostile origins
 # ---------------------------------------------------------------------------------------------
@@ -6108,23 +5823,19 @@ def fetched(depot: Depot, path: str = "/a.bin", **options: Any) -> bytes | None:
     return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
 
 
+BOTH: list[bytes | None] = [FIRST + SECOND]
+GZ = 'attachment; filename="a.gz"'
 # how a file is served -> what may be stored (None: it is refused, in words)
 ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
-    "members": (coded(MEMBERS), [FIRST + SECOND]),
-    "members, in small chunks": (
-        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
-        [FIRST + SECOND],
-    ),
+    "members": (coded(MEMBERS), BOTH),
+    "small chunks": (wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)), BOTH),
     "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
     "no member behind the end": (coded(PACKED + b"more"), [None]),
     "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
     # Many servers label a packed file with its packing; its checksum is that of what is sent.
     "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
     "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
-    "gzip is its type, in members": (
-        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
-        [MEMBERS],
-    ),
+    "gzip is its type, in members": (coded(MEMBERS, path="/x", disposition=GZ), [MEMBERS]),
     "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
     "compressed twice": (
         wire(OK + "Content-Encoding: gzip\nContent-Encoding: gzip", gzip.compress(PACKED)),
@@ -6138,21 +5849,17 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
         wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
         [None],
     ),
+    "a chunk without a size": (wire(CHUNKED, b"-1\r\n" + bytes(300_000)), [None]),
     "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
     "early hints": (
-        wire(
-            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
-            f"{OK}Content-Length: 4",
-            b"body",
-        ),
+        wire(f"HTTP/1.1 103 Hi\nLink: </x>\n\nHTTP/1.1 102 No\n\n{OK}Content-Length: 4", b"body"),
         [b"body"],
     ),
 }
 for line in (": 3\nContent-Length: 9", ": 9x", ": -9", ": +9", " : 9"):
     ORIGINS[f"length{line!r}"] = (wire(f"{OK}Content-Length{line}", b"x" * 9), [None])
-CODINGS = "gzip, chunked|gzip|chunked, chunked|identity|gzip\n: chunked|chunked\n: gzip"
-for line in CODINGS.split("|"):
-    said = f"{OK}\n: {line}".replace("\n\n", "\n").replace("\n: ", "\nTransfer-Encoding: ")
+for line in ("gzip, chunked", "gzip", "chunked, chunked", "identity", "gzip\n: chunked"):
+    said = OK + f"\n: {line}".replace("\n: ", "\nTransfer-Encoding: ")[1:]
     ORIGINS[f"transfer: {line!r}"] = (wire(said, in_chunks(PACKED, 999)), [None])
 
 
@@ -6172,12 +5879,13 @@ def test_bytes_behind_the_end_take_no_memory(impatient: Depot) -> None:
     assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
 
 
+HELLO = b"5\r\nhello\r\n"
 HELD: dict[str, dict[str, Any]] = {
-    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
+    "trailers": wire(CHUNKED, HELLO + b"0\r\n", b"X-More: y\r\n"),
     "just above the floor": wire(f"{OK}Content-Length: 900000", again=b"x" * 2000),
-    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
+    "a flood of trailers": wire(CHUNKED, HELLO + b"0\r\n", b"X-More: y\r\n" * 9000),
     "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
-    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
+    "a chunk size that drips": wire(CHUNKED, HELLO, b"0"),
     "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
     "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
     "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
@@ -6222,6 +5930,10 @@ PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blo
 HIDDEN_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
 HIDDEN_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
 HIDDEN_LINKS += ["https://private.example.com:8000/secret"]
+INNER_LINKS = [
+    f"http://{host}:8000/secret"
+    for host in ("127.0.0.1", "localhost", "0x7f000001", "127.1", "１２７.0.0.1", "nas.lan")
+]
 # In a net of its own: the links are sent with each kind of proxy and with none.
 BY_NAME = """
 from pathlib import Path
@@ -6233,33 +5945,32 @@ outside.add("/file", body=b"content")
 outside.add("/secret", body=b"secret")
 for name, link in zip(t.HIDDEN_INSIDE, t.HIDDEN_LINKS):
     outside.add(f"/to-{name}", status=302, location=link)
+links = [t.PUBLIC_LINKS[0], *t.HIDDEN_LINKS, *t.INNER_LINKS]
+with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+    answers["direct"] = {link: depot.relay(link) for link in links[:-1]}
 with t.temporary_folder("hosts") as folder:
     hosts = Path(folder, "hosts")
     names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
     hosts.write_text(f"{names}8.8.4.4 blocked.example.com\\n")
-    for proxy in (t.TinyProxy(), t.MicroSocks()):
+    for proxy in [kind() for kind in (t.TinyProxy, t.MicroSocks) if not kind.missing()]:
         enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
         proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
         with proxy, t.ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
             assert t.wait_until(lambda: t.UP in depot.log)
-            links = t.HIDDEN_LINKS + t.PUBLIC_LINKS
-            answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
-with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
-    answers["direct"] = {link: direct.relay(link) for link in t.HIDDEN_LINKS}
+            answers[proxy.SCHEME] = {link: depot.relay(link) for link in links + t.PUBLIC_LINKS}
 answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
 """
 
 
 def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
-    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
-    needs(TinyProxy.missing() or MicroSocks.missing())
-    wrong = []
+    """With proxies of each kind and with none, people in the chat reach nothing inside. An inside
+    answer refuses the name and is told as such; none leaves it to the proxy."""
     for way, texts in run_inside(BY_NAME, **HIDDEN_INSIDE | OUTER).items():
-        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
         for link, text in texts.items():
-            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
-            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
-    assert not wrong, "\n".join(wrong)
+            hint = "" if way == "direct" or link in INNER_LINKS else ".*(本机|本地)"
+            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else f"不允许访问内网地址{hint}"
+            assert re.search(wanted, text), f"{way}: {link}: {text}"
+    needs(TinyProxy.missing() or MicroSocks.missing())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6267,17 +5978,14 @@ def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
 # ---------------------------------------------------------------------------------------------
 
 UP, DOWN = "✅ 代理可用: ", "⚠️  代理连接失败: "
-DEAD_PROXIES = [f"{scheme}_PROXY" for scheme in ("HTTP", "HTTPS", "ALL")]
-DEAD_PROXIES += [name.lower() for name in DEAD_PROXIES]
 
 
 class ProxyDepot(Depot):
-    """A depot whose service is to use a proxy for everything but WeCom and QingStor, whatever the
-    environment says about proxies."""
+    """A depot whose service is to use a proxy for everything but WeCom and QingStor."""
 
     def __init__(self, proxy: ProxyProcess, **settings: str) -> None:
-        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com"}
-        super().__init__(**dict.fromkeys(DEAD_PROXIES, NOWHERE) | own | settings)
+        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com,localhost"}
+        super().__init__(**own | settings)
         self.proxy = proxy
         self.source.port = free_port()
         self.extra.setdefault("PROXY_TEST_URL", f"{self.source.url}/probe")
@@ -6299,7 +6007,8 @@ PROXIES: list[tuple[type[ProxyProcess], str, str]] = [
 
 @pytest.mark.parametrize(("kind", "user", "password"), PROXIES)
 def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> None:
-    """GitHub and downloads go through the proxy; WeCom and QingStor never do."""
+    """GitHub and downloads go through the proxy, but for NO_PROXY_DOMAINS; WeCom and QingStor
+    never do."""
     needs(kind.missing())
     with kind(user, password) as proxy, ProxyDepot(proxy) as depot:
         assert depot.proxy_is("up"), depot.log
@@ -6309,24 +6018,34 @@ def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> 
         assert "成功 1 / 1" in depot.answer(images)
         peers = (depot.source, depot.github, depot.wecom, depot.store)
         assert [proxy.asked_for(peer.port) for peer in peers] == [True, True, False, False]
+        before = proxy.log
+        check_object(depot, "/through.bin", depot.relay(link.replace("127.0.0.1", "localhost")))
+        assert proxy.log == before
         masked = f"{kind.SCHEME}://{'***:***@' if user else ''}127.0.0.1:{proxy.port}"
         assert [line for line in depot.said() if "代理" in line or "直连" in line] == [
             f"🌐 检测到代理配置: {masked}",
-            "   直连域名: qingstor.com",
+            "   直连域名: qingstor.com, localhost",
             f"✅ 代理可用: {masked}",
             "🔗 GitHub API 使用代理",
         ]
         assert not password or (password not in depot.log and user + ":" not in depot.log)
 
 
+@contextmanager
+def tls_source(folder: Path) -> Iterator[tuple[Source, dict[str, str]]]:
+    """A source with TLS, and the settings by which it is trusted and asked for at the start."""
+    needs(missing_program("openssl"))
+    context, certificate = make_tls(folder, "127.0.0.1")
+    with Source(tls=context) as source:
+        probe = source.add("/probe", body=b"ok")
+        yield source, {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": probe}
+
+
 def test_tls_through_a_proxy(tmp_path: Path) -> None:
     """https goes through an http proxy by CONNECT, with the certificate checked."""
-    needs(TinyProxy.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, TinyProxy("user", "secret") as proxy:
+    needs(TinyProxy.missing())
+    with tls_source(tmp_path) as (source, trust), TinyProxy("user", "secret") as proxy:
         link = source.add("/tls.bin", 9_000_000)
-        source.add("/probe", body=b"ok")
-        trust = {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": f"{source.url}/probe"}
         with ProxyDepot(proxy, **trust) as depot:
             assert depot.proxy_is("up"), depot.log
             depot.source.files |= source.files
@@ -6340,13 +6059,10 @@ def test_tls_through_a_proxy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
 def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> None:
     """A proxy that does not let us in is told of and done without."""
-    needs(kind.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, kind("user", "right") as proxy:
-        source.add("/probe", body=b"ok")
-        settings = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
-        settings |= {"PROXY_TEST_URL": f"{source.url}/probe", "SSL_CERT_FILE": str(certificate)}
-        with ProxyDepot(proxy, **settings) as depot:
+    needs(kind.missing())
+    with tls_source(tmp_path) as (_, trust), kind("user", "right") as proxy:
+        wrong = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
+        with ProxyDepot(proxy, **trust, **wrong) as depot:
             assert wait_until(lambda: DOWN in depot.log) and depot.proxy_is("down")
             assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in depot.said()
             assert "   将使用非代理模式继续运行" in depot.said() and "wrong-one" not in depot.log
@@ -6385,46 +6101,14 @@ def test_everything_down_at_the_start() -> None:
 
 
 DIRECT = "qingstor.com pek3a.qingstor.com tmp.pek3a.qingstor.com localhost 127.0.0.1 0.0.1"
-NOT_DIRECT = "evilqingstor.com qingstor.com.evil.com qingstor.co 127.0.0.10 7.0.0.1 27.0.0.1"
-NOT_DIRECT += " 10.0.0.1 192.168.0.7 api.github.com"
+NOT_DIRECT = "evilqingstor.com qingstor.com.evil.com qingstor.co 127.0.0.10 7.0.0.1 10.0.0.1"
 
 
 def test_direct_domains() -> None:
     """A name of NO_PROXY_DOMAINS means itself and what is below it, digits mean only themselves."""
     domains = "localhost,127.0.0.1,qingstor.com,0.0.1,7"
     net = network(load(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS=domains))
-    assert [host for host in DIRECT.split() if not net.is_direct(host)] == []
-    assert [host for host in NOT_DIRECT.split() if net.is_direct(host)] == []
-
-
-INNER_HOSTS = "127.0.0.1 localhost 0x7f000001 127.1 １２７.0.0.1 nas.lan"
-
-
-def test_a_proxy_is_not_a_way_inside_nor_for_direct_domains() -> None:
-    """It would resolve the name, so local ones are refused; what is direct goes past it."""
-    needs(TinyProxy.missing())
-    with TinyProxy() as proxy:
-        with ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-            assert wait_until(lambda: UP in depot.log)
-            depot.source.add("/secret", body=b"secret")
-            for host in INNER_HOSTS.split():
-                text = depot.relay(f"http://{host}:{depot.source.port}/secret")
-                assert "不允许访问内网地址" in text, text
-            assert not depot.source.hits["/secret"]
-        with ProxyDepot(proxy, NO_PROXY_DOMAINS="127.0.0.1") as depot:
-            assert wait_until(lambda: UP in depot.log)
-            before = proxy.log
-            check_object(depot, "/near.bin", depot.relay(depot.source.add("/near.bin", 1000)))
-            assert proxy.log == before
-
-
-def test_proxies_of_the_environment() -> None:
-    """Whatever the environment says about proxies, nothing goes there (with PROXY_URL neither:
-    every ProxyDepot has them)."""
-    with Depot(**dict.fromkeys(DEAD_PROXIES, NOWHERE)) as depot:
-        images = depot.ask("nginx:latest")
-        check_object(depot, "/env.bin", depot.relay(depot.source.add("/env.bin", 5_000_000)))
-        assert "成功 1 / 1" in depot.answer(images)
+    assert [h for h in f"{DIRECT} {NOT_DIRECT}".split() if net.is_direct(h)] == DIRECT.split()
 
 
 class HiddenWeCom(FakeWeCom):
@@ -6480,49 +6164,15 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
     return memory.added, seconds
 
 
-def plain_download(url: str) -> float:
-    """Return the seconds that it takes to read a file and do nothing with it."""
-    parts, begun = urlsplit(url), time.monotonic()
-    with closing(http.client.HTTPConnection(parts.netloc, blocksize=256 * 1024)) as connection:
-        connection.request("GET", parts.path)
-        response = connection.getresponse()
-        while response.read(256 * 1024):
-            pass
-    return time.monotonic() - begun
-
-
-def plain_upload(store: FakeQingStor, size: int) -> float:
-    """Return the seconds that it takes to upload so many bytes in parts, by other means."""
-    connection, body = http.client.HTTPConnection(store.host), os.urandom(PART)
-
-    def call(method: str, target: str, body: bytes = b"") -> bytes:
-        date, path = formatdate(usegmt=True), f"/{store.bucket}/plain?{target}"
-        signature = sign_qingstor(store.secret, method, path, date)
-        headers = {"Date": date, "Authorization": f"QS {store.access_key}:{signature}"}
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        data = response.read()
-        assert response.status < 300, data
-        return data
-
-    begun = time.monotonic()
-    upload_id = json.loads(call("POST", "uploads"))["upload_id"]
-    for number in range(size // PART):
-        call("PUT", f"part_number={number}&upload_id={upload_id}", body)
-    parts = [{"part_number": number} for number in range(size // PART)]
-    call("POST", f"upload_id={upload_id}", json.dumps({"object_parts": parts}).encode())
-    return time.monotonic() - begun
-
-
 @pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
 def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
     """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
     few parts, the SDK included; a second file takes hardly more."""
-    rate = 70e6
+    rate = 50e6
+    alone = 1024 * MIB / rate
     with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
-        link = depot.source.add("/big.bin", 1024 * MIB, rate=rate)
+        depot.source.add("/big.bin", 1024 * MIB, rate=rate)
         depot.store.rate_bytes_per_second = rate
-        alone = max(plain_download(link), plain_upload(depot.store, 1024 * MIB))
         added, seconds = watched_relay(depot, "/big.bin", 20 * alone)
         depot.source.add("/small.bin", 8 * MIB)
         again, _ = watched_relay(depot, "/small.bin", 60)
@@ -8183,6 +7833,7 @@ nginx，redis、alpine;busybox；perl ¦ ⤶
 nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest
 nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
 a:1\u2028b:1 ¦ a:1, b:1
+#redis:6⏎# redis:6⏎// x:1⏎nginx:1 ¦ nginx:1
 nginx:1,,⏎, ¦ nginx:1
 nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
 a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
@@ -9997,8 +9648,6 @@ def test_from_chat_to_registry(factory: Factory) -> None:
         assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
-        children = [entry["digest"] for entry in space.manifest("app:attested")["manifests"]]
-        assert children == [entry["digest"] for entry in space.mirror.entries("attested")]
         text, run = ask(world, line)
         assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
         assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
@@ -11141,23 +10790,6 @@ def test_check_waits_for_no_rate_limit(healthy: Patient) -> None:
     healthy.github.faults.clear()
 
 
-@pytest.mark.parametrize(
-    "setting", ["DOCKER_REGISTRY=reg.example.com:99999", "GITHUB_API_URL=https://a:99999/x"]
-)
-def test_a_port_that_is_none_is_named(setting: str) -> None:
-    """Wherever it stands in an address; not by a traceback of `check`."""
-    name, _, value = setting.partition("=")
-    with pytest.raises(wxsync.SettingsError) as caught:
-        wxsync.load_settings(ENOUGH | {name: value})
-    assert name in str(caught.value)
-
-
-def test_chunks_without_a_size_are_refused(impatient: Depot) -> None:
-    """A negative size would be the rest of the connection to Python."""
-    body = b"-1\r\n" + bytes(300_000)
-    assert fetched(impatient, **wire("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", body)) is None
-
-
 def test_a_second_long_list_is_no_duplicate_of_the_first() -> None:
     """WeCom drops without a word what it has seen within four hours."""
     with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
@@ -11183,13 +10815,6 @@ def test_an_index_without_images_is_none(tmp_path: Path) -> None:
     skopeo = wxsync.Skopeo({}, "r.example.com", tmp_path)
     with pytest.raises(wxsync.CopyFailure, match="no image"):
         wxsync.copy_index(wxsync.Source(skopeo, "x/a/b"), image, raw, "t", tmp_path)
-
-
-@pytest.mark.parametrize("line", ['SECRET="#abc"', "SECRET='#abc' # why"])
-def test_a_quoted_value_may_begin_with_a_hash(tmp_path: Path, line: str) -> None:
-    """Only a bare one is a comment."""
-    (tmp_path / ".env").write_text(line + "\n")
-    assert wxsync.read_env_file(tmp_path / ".env") == {"SECRET": "#abc"}
 
 
 def test_digits_of_other_scripts_are_no_port() -> None:
