@@ -7783,7 +7783,6 @@ def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
 IMAGES_READ = rows("""
 nginx:latest ¦ =
 docker.io/library/nginx:latest ¦ nginx:latest
-bitnami/redis:7.0 ¦ = | bitnami_redis:7.0
 ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
 localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
@@ -7792,61 +7791,48 @@ localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/amd64+linux/arm64 nginx:1 ¦ = | nginx:1
 --platform=linux/arm/v7 nginx:1 ¦ = | nginx:1-arm-v7
 nginx@sha256:HEX ¦ = | nginx:sha256-0123456789ab
-nginx:1@sha256:HEX ¦ = | nginx:1
 registry.k8s.io/pause:3.9 => pause:3.9 ¦ = | pause:3.9
 a/b ¦ a/b:latest | a_b:latest
 index.docker.io/library/nginx ¦ nginx:latest
+registry-1.docker.io/a/b:1 ¦ a/b:1 | a_b:1
 library/nginx:1 ¦ nginx:1
 docker.io/nginx:1 ¦ nginx:1
 quay.io/library/x:1 ¦ = | quay.io_library_x:1
-10.0.0.1:5000/a:1 ¦ = | 10.0.0.1-5000_a:1
 GHCR.IO/a/b:1 ¦ ghcr.io/a/b:1 | ghcr.io_a_b:1
 a__b/c-d.e:V1_x-2 ¦ = | a__b_c-d.e:V1_x-2
 nginx:HEXHEX ¦ =
 --platform linux/arm64 nginx ¦ --platform=linux/arm64 nginx:latest | nginx:latest-arm64
-nginx:1 --platform=linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 nginx:1   --platform  linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=LINUX/ARM64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 —platform=linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=linux/arm64+linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=windows/amd64 nginx:1 ¦ = | nginx:1-windows-amd64
-k8s.gcr.io/pause:3.9=>pause ¦ k8s.gcr.io/pause:3.9 => pause | pause:3.9
 --platform=linux/arm64 nginx:1 => mine ¦ = | mine:1-arm64
 --platform=linux/arm64 nginx:1 => mine:2 ¦ = | mine:2
 a/b@sha256:HEX => b ¦ = | b:sha256-0123456789ab
+a/b:1=>c:2 ¦ a/b:1 => c:2 | c:2
 a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
-ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
 a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
+ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
 “nginx:latest” ¦ nginx:latest
 'nginx:1' ¦ nginx:1
-`nginx:1` ¦ nginx:1
 「nginx:1」 ¦ nginx:1
 \u3000nginx:1\u200b\xa0 ¦ nginx:1
-docker pull nginx:1 ¦ nginx:1
 $ sudo docker pull a/b ¦ a/b:latest | a_b:latest
-docker pull --platform linux/arm64 a/b:1 ¦ --platform=linux/arm64 a/b:1 | a_b:1-arm64
-␣␣␣␣image: a/b:1 ¦ a/b:1 | a_b:1
+docker pull --platform linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 ␣␣- image: "redis:7" ¦ redis:7
 image:1 ¦ =
-nginx,redis ¦ nginx:latest, redis:latest
-nginx，redis、alpine;busybox；perl ¦ ⤶
-nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest
+nginx，redis、alpine;busybox；perl,mongo ¦ ⤶
+nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest, mongo:latest
 nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
 a:1\u2028b:1 ¦ a:1, b:1
 #redis:6⏎# redis:6⏎// x:1⏎nginx:1 ¦ nginx:1
 nginx:1,,⏎, ¦ nginx:1
 nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
 a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
-image: ghcr.io/immich-app/immich-ml:v2 ¦ ⤶
-ghcr.io/immich-app/immich-ml:v2 | ghcr.io_immich-app_immich-ml:v2
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:HEX ¦ = | ⤶
-ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0
-docker.io/valkey/valkey:8 ¦ valkey/valkey:8 | valkey_valkey:8
+ghcr.io/immich-app/postgres:14-vc@sha256:HEX ¦ = | ghcr.io_immich-app_postgres:14-vc
 docker.io/docker_image_pusher ¦ docker_image_pusher:latest
 docker.io/xhofe:alist ¦ xhofe:alist
-rancher/rancher/shell:v0.6.2 ¦ = | rancher_rancher_shell:v0.6.2
-registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 ¦ = | ⤶
-registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3
 """)
 
 
@@ -7871,7 +7857,6 @@ def test_a_message_names_images(message: str, wanted: str) -> None:
 REFUSED = rows("""
 Nginx:latest ¦ Nginx:latest → nginx:latest
 nginx: latest ¦ nginx: latest → nginx:latest
-$(reboot):1 ¦ $(reboot):1
 --all x:1 ¦ --all x:1
 a:1⏎::set-output ¦ ::set-output
 ../x:1 ¦ ../x:1
@@ -7879,15 +7864,11 @@ acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-
 developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
 developer-wlj/windows-moviepilot/tree/v2:latest
 “platform”：“” ¦ platform
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3@sha256:0123… ¦ ghcr.io/immich-app/postgres
 nginx :1 ¦ nginx :1 → nginx:1
 nginx: ¦ nginx: → nginx:latest
 nginx:1。 ¦ nginx:1。 → nginx:1
 /nginx:1/ ¦ /nginx:1/ → nginx:1
-nginx:1 redis:2 ¦ nginx:1 redis:2 → nginx:1, redis:2
 Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
-Library/nginx:1 ¦ Library/nginx:1 → nginx:1
-Bitnami/redis:7 ¦ Bitnami/redis:7 → bitnami/redis:7
 bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
 nginx:1 && reboot ¦ nginx:1 && reboot
 nginx:1|sh ¦ nginx:1|sh
@@ -7906,7 +7887,7 @@ ftp://x/y ¦ ftp://x/y
 ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
 nginx:1HEXHEX ¦ nginx:101
 nginx@sha256:0HEX ¦ nginx@sha256:
-nginx@sha256:0123 ¦ nginx@sha256:
+nginx@sha256:0123… ¦ nginx@sha256:
 --platform=linux nginx:1 ¦ --platform=linux nginx:1
 --platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
 --platform=$(id) nginx:1 ¦ --platform=$(id) nginx:1
@@ -7940,54 +7921,14 @@ def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str
     assert all(wxsync.read_message(line).images for line in meant if line)
 
 
-CLASHES = ["a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"]
-
-
-@pytest.mark.parametrize("message", CLASHES)
-def test_two_sources_for_one_target_are_refused(message: str) -> None:
-    """Both lines are named, and how `=>` tells them apart."""
-    assert lacking([*message.split(", "), "=>"], refusal(message)) == []
-
-
-def test_256_images_are_taken_and_257_are_not() -> None:
-    """A matrix holds 256 jobs."""
-    names = [f"x/image-{number}:1" for number in range(257)]
-    assert len(wxsync.read_message("\n".join(names[:256])).images) == 256
-    assert len(wxsync.read_message("\n".join(names[:256] * 2)).images) == 256
-    assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
-
-
-# Command ¦ messages that are read as it.
-COMMANDS = rows("""
-status ¦ 状态 ¦ ␣STATUS␣
-list ¦ 列表 ¦ list
-help ¦ 帮助 ¦ help ¦ ¦ ␣⏎， ¦ 你好，在吗 ¦ hello world ¦ 镜像同步 Issue 模板 ¦ docker.cn
-help ¦ dev.aliyun.com
-help ¦ nginx ¦ flask ¦ immich ¦ jingxiang
-""")
-
-
-def test_commands_and_nonsense() -> None:
-    """What names no image is a command, or gets the help; a bare word is asked back."""
-    for command, *messages in COMMANDS:
-        for message in messages:
-            reading = wxsync.read_message(message)
-            assert (reading.command, reading.images, reading.links) == (command, (), ()), message
-    for word in COMMANDS[-1][1:]:
-        note = f"如需同步镜像 {word}，请发送 {word}:latest"
-        assert note in wxsync.read_message(word).note
-
-
-# Message ¦ how many images it names ¦ a part of the note
+# Message ¦ how many images it names
 LINKS_READ = rows("""
-https://e.com/a.pdf ¦ 0 ¦
-HTTP://e.com/a,b;c.pdf ¦ 0 ¦
-https://e.com/a⏎https://e.com/b ¦ 0 ¦
-https://e.com/a⏎nginx:1, redis ¦ 2 ¦
-https://e.com/a⏎nginx ¦ 0 ¦ nginx
-Https://cr.console.aliyun.com ¦ 0 ¦
-https://registry.aliyuncs.com ¦ 0 ¦
-https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0 ¦
+https://e.com/a.pdf ¦ 0
+HTTP://e.com/a,b;c.pdf ¦ 0
+https://e.com/a⏎https://e.com/b ¦ 0
+https://e.com/a⏎nginx:1, redis ¦ 2
+https://e.com/a⏎nginx ¦ 0
+https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0
 """)
 BAD_LINKS = r"""https:// http:///x https://user:password@e.com/x https://e.com\@127.0.0.1/x
 https://e.com:99999/x"""
@@ -7996,11 +7937,11 @@ HUB_PAGES = {"_/nginx": "nginx", "r/xhofe/alist": "xhofe/alist", "r/a/b/tags?pag
 
 def test_links() -> None:
     """Each link stands in a line of its own; a bad one stops the message, good images or not."""
-    for message, images, note in LINKS_READ:
+    for message, images in LINKS_READ:
         reading = wxsync.read_message(message)
         links = tuple(line for line in message.split("\n") if "://" in line)
         assert (reading.links, len(reading.images)) == (links, int(images)), message
-        assert reading.command == "" and note in reading.note
+        assert reading.command == "" and message.endswith("nginx") == ("nginx" in reading.note)
     for link in (*BAD_LINKS.split(), "https://e.com/a nginx:1"):
         assert "❌" in refusal(f"nginx:1\n{link}")
     for page, image in HUB_PAGES.items():  # who sends one wants the image, not a file
@@ -8022,15 +7963,13 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
     chance, accepted = random.Random(20261124), 0
     for _ in range(6000):
         message = "".join(chance.choices(PIECES_OF_LINES, k=chance.randint(1, 9)))
-        try:
+        images: tuple[wxsync.Image, ...] = ()
+        with suppress(wxsync.Failure):
             images = wxsync.read_message(message).images
-        except wxsync.Failure:
-            continue
         for image in images:
             accepted += 1
             target = image.target("").strip("/")
-            assert CANONICAL.fullmatch(image.line), message
-            assert wxsync.read_image(image.line) == image, message
+            assert CANONICAL.fullmatch(image.line) and wxsync.read_image(image.line) == image
             assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", target), message
     assert accepted > 100
 
@@ -8040,12 +7979,10 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # ---------------------------------------------------------------------------------------------
 
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
-# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
-# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
-# may start. ⏎ is a new line, a line that ends in ⤶ goes on in the next; HEX is 64 digits.
+# names replaced. `=== kind`, the text, and what must come of it: `→` canonical lines; `✗` pieces of
+# what is named, not done; `✎` lines that are offered. Nothing below: nothing may start.
 PASTES_FOUND = r"""
-=== compose, repository
-services:
+=== compose
   immich-server:
     image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
     # extends:
@@ -8053,402 +7990,248 @@ services:
     volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
   redis:
     image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
-    healthcheck:
-      test: redis-cli ping || exit 1
 → valkey/valkey:8-bookworm@sha256:HEX
 ✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
-=== compose, repository
-  send:
+=== compose with comments
     image: registry.gitlab.com/timvisee/send:latest # official image
     #image: l4rm4nd/send:latest # image of a fork with darkmode only
-  passbolt:
     image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
-  #jellyfin:
-  #  image: linuxserver/jellyfin:latest
 → registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
-=== compose, repository
-version: '3.8'
-services:
-  obsidian:
-    image: 'ghcr.io/sytone/obsidian-remote:latest'
-    platform: linux/arm64
-    ports: ["8080:8080", "8443:8443"]
-  server:
-    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
-→ ghcr.io/sytone/obsidian-remote:latest
-✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
-=== compose in one line, page
+=== compose in one line
 services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
 → nginx:1.25-alpine, redis:7
-=== compose with an anchor, repository
+=== compose with an anchor
 x-default: &default-image registry.example.com/team/app:2.1
-services:
   api: {image: *default-image, command: api}
-  worker:
     image: &worker ghcr.io/acme/worker:1.4
-  beat:
     image: *worker
 → ghcr.io/acme/worker:1.4
-=== compose, chat
+=== compose in chat
 麻烦同步一下这几个，服务器上拉不动
 
 services：
   db：
     image：mysql:8.0.27
     command：'--default-authentication-plugin=mysql_native_password'
-  wordpress：
     image：“wordpress:latest”
 谢谢！
 → mysql:8.0.27, wordpress:latest
-=== compose, a code block quoted in a thread
+=== compose quoted in a thread
 我的配置是这样的：
 > ```yaml
-> services:
->   frigate:
 >     image: 'ghcr.io/blakeblackshear/frigate:stable'
->     volumes: ['/etc/localtime:/etc/localtime:ro']
 > ```
 On Feb 28, 2026 at 7:03 PM, someone wrote:
 → ghcr.io/blakeblackshear/frigate:stable
-=== compose, change in a pull request
+=== compose, changed by a pull request
 diff --git a/docker-compose.yml b/docker-compose.yml
 @@ -10,7 +10,7 @@ services:
-   pgadmin:
 -    image: dpage/pgadmin4:8.5
 +    image: dpage/pgadmin4:8.6
 → dpage/pgadmin4:8.6
-=== GitLab CI, repository
+=== GitLab CI
 image: docker:24.0.5
 services:
   - docker:24.0.5-dind
-build:
   image:
     name: gcr.io/kaniko-project/executor:v1.23.2-debug
-    entrypoint: [""]
 test:
   image: "python:3.11-slim"
-  script: [pip install -r requirements.txt, pytest]
 → docker:24.0.5, python:3.11-slim
-=== GitHub Actions, repository
+=== GitHub Actions
     runs-on: ubuntu-latest
     container:
       image: node:20-bookworm
-    services:
-      postgres:
-        image: postgres:16
-    steps:
       - uses: actions/checkout@v4
-→ node:20-bookworm, postgres:16
-=== Ansible, repository
+→ node:20-bookworm
+=== Ansible
   community.docker.docker_container:
-    name: app
     image: "{{ app_image }}:{{ app_tag }}"
 ✗ {{ app_image }}:{{ app_tag }}
-=== Kubernetes, repository
-kind: Service
-spec:
-  ports:
+=== Kubernetes
   - port: 6379
 ---
-kind: Deployment
-spec:
-      containers:
       - name: master
         image: registry.k8s.io/redis:e2e  # or just image: redis
         imagePullPolicy: IfNotPresent
 ---
       - image: gcr.io/google_samples/gb-redisslave:v1
-        name: slave
 → registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
-=== Kubernetes, repository
-kind: CronJob
-spec:
-  schedule: "*/5 * * * *"
-  jobTemplate:
-          initContainers:
-          - name: init
-            image: cockroachdb/cockroach-k8s-init:0.2
-            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
-          containers:
-          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
-→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
-=== Kubernetes, repository
-        - name: cert-manager-controller
-          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+=== Kubernetes, names of other images
+            image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
           args:
           - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
-          env:
           - name: RELATED_IMAGE
             value: quay.io/jetstack/cert-manager-webhook:v1.14.4
 → quay.io/jetstack/cert-manager-controller:v1.14.4
-=== Kubernetes, repository
+=== Kubernetes, folded
           image: >-
             image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
 → image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
-=== Kubernetes as JSON in one line, page
-{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
-"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
-"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
+=== Kubernetes as JSON
+{"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"name":"a","image":"nginx:1.27",⤶
+"imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest","name":"b"}],⤶
+"imagePullSecrets":[{"name":"regcred"}]}}
 → nginx:1.27, quay.io/prometheus/busybox:latest
-=== kubectl get pod -o yaml, page
+=== kubectl get pod -o yaml
     kubectl.kubernetes.io/last-applied-configuration: |
-      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
-spec:
-  containers:
+      {"kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
   - image: nginx:1.14.2
-    imagePullPolicy: IfNotPresent
-status:
-  containerStatuses:
   - containerID: containerd://HEX
     image: docker.io/library/nginx:1.14.2
     imageID: docker.io/library/nginx@sha256:HEX
   - image: sha256:HEX
     imageID: docker-pullable://mysql@sha256:HEX
 → nginx:1.14.2
-=== kubectl get pod -o yaml, thread
-  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
-    imageID: ""
-        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
-redacted/redacted:": couldn''t parse image reference'
-✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
-=== ECS task, page
-{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
-  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
-  "networkMode": "awsvpc" }
-→ public.ecr.aws/docker/library/httpd:latest
-=== devcontainer.json, repository
-{
+=== devcontainer.json
 	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
 	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
 	"features": {"ghcr.io/devcontainers/features/node:1": {}},
-}
 → mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
-=== docker inspect, page
+=== docker inspect
         "Id": "HEX",
         "Image": "sha256:HEX",
-        "Config": {
-            "Hostname": "6b0f2c3d4e5f",
             "Image": "portainer/portainer-ce:2.20.3",
-            "WorkingDir": "/"
 → portainer/portainer-ce:2.20.3
-=== helm template, repository
-# Source: redis/templates/master/application.yaml
-        - name: redis
-          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
-          imagePullPolicy: "IfNotPresent"
----
-# Source: node-exporter/templates/daemonset.yaml
-          image: "quay.io/prometheus/node-exporter:v1.8.1"
-          args: [--path.procfs=/host/proc]
-→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
-=== chart template, repository
-        - name: {{ .Chart.Name }}
+=== chart template
         image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
-      initContainers:
-        - name: tokengen
           image: bitnami/kubectl
 → bitnami/kubectl:latest
 ✗ {{ .Values.image.repository }}
-=== values.yaml, repository
-kubeRBACProxy:
+=== values.yaml with a registry
   image:
     registry: quay.io
     repository: brancz/kube-rbac-proxy
     tag: v0.22.1
     sha: ""
 ✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
-=== values.yaml, repository
+=== values.yaml
 image:
   repository: ghcr.io/jukie/k8s-pull-secret-injector
-  pullPolicy: IfNotPresent
   # Overrides the image tag whose default is the chart appVersion.
   tag: "v1.0.0"
 logstash:
   image: grafana/logstash-output-loki
 → grafana/logstash-output-loki:latest
 ✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
-=== values.yaml, repository
+=== values.yaml without a tag
 image:
   registry: registry.k8s.io
   repository: kube-state-metrics/kube-state-metrics
-  # If unset use v + .Charts.appVersion
   tag: ""
-=== values.yaml, repository
+=== values.yaml with imageTag
 image: "docker.elastic.co/elasticsearch/elasticsearch"
 imageTag: "8.5.1"
-imagePullPolicy: "IfNotPresent"
 ✎ docker.elastic.co/elasticsearch/elasticsearch:8.5.1
-=== values as JSON, page
+=== values as JSON
 {"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "Always"}, "nodeSelector": {}}
 ✎ nginx:1.16.0
-=== Dockerfile, repository
+=== Dockerfile with stages
 ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
 FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
-RUN apt-get update && apt-get install --no-install-recommends -y git
 FROM $BASE_IMAGE AS argocd-base
-LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
-FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
-COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
+FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0 AS argocd-ui
 FROM argocd-base
 COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
-→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
+→ golang:1.26.6@sha256:HEX, node:24.17.0
 ✗ $BASE_IMAGE
-=== Dockerfile, repository
-# syntax=docker/dockerfile:1.4
-FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
-FROM builder as dev-envs
-RUN <<EOF
-apk add git bash
-EOF
-# install Docker tools (cli, buildx, compose)
-COPY --from=gloursdocker/docker / /
-→ python:3.10-alpine
-=== Dockerfile, repository
-FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
-FROM scratch
-COPY --from=builder /src/app /app
-→ rust:1.97.1@sha256:HEX
-=== Dockerfile, page
-ARG GO_VERSION=1.22
+=== Dockerfile with variables
 FROM golang:${GO_VERSION}-alpine AS build
 FROM ${BASE:-alpine}
-COPY --from=build /out /out
 ✗ golang:${GO_VERSION}-alpine, ${BASE
-=== Dockerfile, page
+=== Dockerfile for Windows
 # escape=`
 FROM mcr.microsoft.com/windows/servercore:ltsc2022
-SHELL ["powershell", "-Command"]
 COPY setup.exe C:\
 → mcr.microsoft.com/windows/servercore:ltsc2022
-=== Dockerfile, repository
+=== Dockerfile in small letters
 from node:lts-buster-slim as development
 run npm ci
 from development as dev-envs
 FROM --platform=linux/arm64 nginx:1.13-alpine
 → node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
-=== Dockerfile, repository
+=== Dockerfile with comments
 #FROM debian:bookworm-slim
 FROM r.j3ss.co/osquery AS osquery
 FROM ubuntu
-LABEL maintainer "Somebody <somebody@example.com>"
 COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
 → r.j3ss.co/osquery:latest, ubuntu:latest
-=== Dockerfile, one line in chat
-FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-=== kubelet through a translator, thread
+=== kubelet through a translator
 Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
-"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
-pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.
 ✗ registry. k8s. io/pause: 3.6
-=== kubelet, thread
+=== kubelet
     Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
-"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
-"https://harbor.example.com/release/name:1.1.0": invalid reference format
+"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference
 ✗ https://harbor.example.com/release/name:1.1.0
-=== kubelet, thread
-I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
-"kubernetes/pause:latest": ""
-I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
-kubernetes/pause:latest
-→ kubernetes/pause:latest
-=== containerd, thread
-level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
-Labels:map[string]string{io.cri-containerd.image: managed,},}"
+=== containerd
+level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,}"
 level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
 \"sha256:HEX\""
 → registry.example.com/k8s/pause:3.2
-=== kubeadm init, thread
-me to error execution phase preflight: [preflight] Some fatal errors occurred:
+=== kubeadm init
 	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
 10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
-error: code = Unknown desc = failed to pull and unpack image ⤶
-\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
-kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
-, error: exit status 1
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
-→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
-=== kubeadm init, thread
+error: failed to pull and unpack image \"registry.k8s.io/kube-proxy:v1.28.2\": Head ⤶
+\"https://registry.k8s.io/v2/kube-proxy/manifests/v1.28.2\": dial tcp: timeout" ⤶
+image="registry.k8s.io/kube-proxy:v1.28.2"
+→ registry.k8s.io/kube-proxy:v1.28.2
+=== kubeadm init, older
 	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
-	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
-→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
-=== docker, thread
-dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
-/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
+→ k8s.gcr.io/etcd-ppc64le:3.2.18
+=== dockerd
+level=error msg="Handler for POST /v1.24/images/create returned error: manifest for ⤶
+mariadb:10.1 not found"
 → mariadb:10.1
-=== docker, thread
-在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
-no matching manifest for linux/arm64/v8 in the manifest list entries
-=== docker, thread
+=== docker run that cannot pull
 $ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
 docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
 manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
 %3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
 → hello-world:latest
-=== docker compose, thread
-➜ docker compose up⏎[+] Running 1/1
- ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
-Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
-→ wgportal/wg-portal:v2
-=== docker build, thread
-failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
-rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
+=== docker build
+failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
 ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
 → python:3.6
-=== podman, thread
+=== podman
 Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
 Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
 kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
 → ghcr.io/podman-desktop/kubernetes-dashboard:latest
-=== GitLab runner, thread
-Using Docker executor with image deployphp/deployer:7 ...
-WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
-for deployphp/deployer, repository does not exist or may require 'docker login'
-ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
-→ deployphp/deployer:7
-=== docker, thread
+=== docker, denied
 Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
 require 'docker login': denied: requested access to the resource is denied
 → xiaoya-tvbox:latest
-=== shell, thread
+=== shell, quoted
 run "docker pull --platform linux/x86_64 mysql:5.7" firstly
 → --platform=linux/x86_64 mysql:5.7
-=== shell, repository
+=== ctr
 ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
 ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
 ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
 → eclipse-temurin:17
-=== shell, thread
-> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+=== crictl
+> crictl -D pull registry.rancher.com/rancher/nginx-ingress-controller:1.5
 DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
-mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
-→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
-=== shell, thread
+nginx-ingress-controller:1.5,Annotations:map[string]string{},},}
+→ registry.rancher.com/rancher/nginx-ingress-controller:1.5
+=== crictl in a shell
 sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
 ✗ amd64
-=== shell, repository
-docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
-docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
-✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-=== shell, repository
-list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"⏎for i in $list⏎do
-	docker pull kalid/$i⏎	docker tag kalid/$i k8s.gcr.io/$i⏎done
-✗ kalid/$i
-=== shell, repository
+=== shell script
 docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
     docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
     docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
 docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
 → k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
-=== shell, page
+=== shell, options
 k3s crictl pull rancher/mirrored-pause:3.6
 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
 registry.example.com/team/api:2.0
 podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
 git pull origin main && helm pull bitnami/redis --version 19.0.1
 → rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
-=== shell, page
+=== shell, to be filled in
 `crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
@@ -8456,150 +8239,118 @@ docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
 这个一直拉不下来，帮忙弄一下
 → ghcr.io/open-webui/open-webui:main
-=== shell on Windows, thread
+=== shell on Windows
 C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
-Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
 PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
 → xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
-=== docker run, page
+=== docker run
 docker run -d \⏎  --name open-webui -p 3000:8080 \
   --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
   --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
-=== docker run, page
-$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
-✎ alpine@sha256:HEX
-=== docker images, thread
+=== docker images
  REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
 docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
 <none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
 postgres                      13        faa0ddfa0c0f   8 days ago       371MB
 thanks for looking
 → docker_inventree-dev-server:latest, postgres:13
-=== docker images --digests, thread
+=== docker images --digests
 REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
 alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
 redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
 → redis:7.2
-=== docker images since version 29, thread
+=== docker images since version 29
                                                                      i Info →   U  In Use
 IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
 moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
 <untagged>                      09538a1f51d3       20.6kB         4.21kB
 → moby/buildkit:buildx-stable-1
-=== docker image ls that lost its columns, page
+=== docker image ls that lost its columns
 REPOSITORY TAG IMAGE ID CREATED SIZE
 quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
 → quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
-=== crictl images, thread
-IMAGE                                     TAG                 IMAGE ID            SIZE
-busybox                                   latest              8c811b4aec35f       1.15MB
-docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
-→ busybox:latest
-=== crictl images, chat
-帮忙把这些同步到我们仓库：
-$ sudo crictl images
+=== crictl images
 WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
-IMAGE                                TAG       IMAGE ID       SIZE
-registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
-registry.k8s.io/pause                3.9       e6f1816883972  322kB
-→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
-=== docker-compose images, thread
+IMAGE                      TAG      IMAGE ID        SIZE
+registry.k8s.io/pause      3.9      e6f1816883972   322kB
+docker.io/library/nginx    <none>   cd5239a0906a6   109MB
+→ registry.k8s.io/pause:3.9
+=== docker-compose images
     Container           Repository       Tag       Image Id       Size
 ------------------------------------------------------------------------
 example_backend_1    nginx              latest   35c43ace9216   133.1 MB
 example_backend_2    nginx              latest   35c43ace9216   133.1 MB
 → nginx:latest
-=== docker compose images, thread
+=== docker compose images
 $ docker compose images
 CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
 truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
 → ghcr.io/truc/hello:2.0
-=== kubeadm config images list, thread
+=== kubeadm config images list
 [root@master ~]# kubeadm config images list
 W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
 internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
-W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
 k8s.gcr.io/kube-apiserver:v1.16.1
-k8s.gcr.io/etcd:3.3.15-0
-→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
-=== kubeadm config images list, chat
-I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
-registry.k8s.io/kube-proxy:v1.29.3
-registry.k8s.io/coredns/coredns:v1.11.1
-→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
-=== kubeadm config images list through a translator, thread
+→ k8s.gcr.io/kube-apiserver:v1.16.1
+=== kubeadm config images list through a translator
 master0@master0 :~$kubeadm config images list
 Registry. k8s. io/kube apiserver: v1.27.3
-Registry. k8s. io/pause: 3.9
-=== kubectl describe pod, thread
+=== kubectl describe pod
 Node:                 node1/10.3.147.253
 Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
     Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
-      /opt/cni/bin/calico-ipam⏎  calico-node:⏎    Image:          calico/node:v3.10.3
     Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
-→ calico/cni:v3.10.3, calico/node:v3.10.3
-=== kubectl describe pod, thread
-Events:⏎  Type     Reason     Age    From               Message
-  ----     ------     ----   ----               -------
+→ calico/cni:v3.10.3
+=== kubectl describe pod, events
+  Type     Reason     Age    From               Message
   Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
   Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
   Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
 → anjia0532/echoserver:1.4, busybox:1.36
-=== kubectl -o jsonpath, page
+=== kubectl -o jsonpath
 nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
 ✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
-=== kubectl -o jsonpath | sort | uniq -c, page
-      3 registry.k8s.io/coredns/coredns:v1.10.1
-      1 registry.k8s.io/etcd:3.5.9-0
-✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
 """
 
-# Texts with nothing to start, found in the same places, ⏎ is a new line.
+# Texts with nothing to start, found in the same places.
 NOTHING_FOUND = r"""
-WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
- (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
- toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
-docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
- canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
-Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
- net/http: TLS handshake timeout
-error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
-registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
-ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
- code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⏎⤶
+docker: Error response from daemon: toomanyrequests: https://www.docker.com/increase-rate-limit
+用 docker pull 报这个错：⏎no matching manifest for linux/arm64/v8 in the manifest list entries
+ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request canceled while ... 15s
+Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25": EOF
+error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/blobs/66
+ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete⏎  12 | >>> RUN npm run
 [+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
-docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
- harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
-CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
-1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
+docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 h.example.com/acme/web:1.0⏎⤶
+docker push h.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+FROM scratch⏎COPY --from=builder /src/app /app
+CONTAINER ID   IMAGE          COMMAND     STATUS       PORTS                NAMES⏎⤶
+1467f91a2709   nginx:latest   "nginx -g"  Up 2 hours   0.0.0.0:80->80/tcp   web
 NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
 NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
-sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
-    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
-  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
-resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎ "https://m.example.com",⏎⤶
+    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"]⏎}⏎EOF
+images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
 dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
-{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
-github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎⤶
+{⏎  "repository": {"type": "git", "url": "git+https://github.com/acme/web.git"},⏎⤶
 "dependencies": {"tag": "1.0"}⏎}
 {"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
 {"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
 ---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
 properties:⏎  image:⏎    type: string⏎    format: binary
-server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
-    root /usr/share/nginx/html;⏎}
-Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
- do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎}
+Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in x⏎⤶
+    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
 Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
-2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
- [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
+2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎⤶
+10.0.0.5 - - [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
 SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
-select * from nginx_log⏎from orders⏎group by day;
 From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
 from redis import Redis⏎from flask import Flask, request⏎import os
 requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
-module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
+module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎)
 steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
 npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
 Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
@@ -8607,16 +8358,13 @@ git@github.com:docker/compose.git
 git clone -b main https://github.com/docker/compose.git && git pull origin main
 127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
 DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
-*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
+*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1
 drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
-1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，⤶
-CPU/内存
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比
 You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
  manifest⏎for the release is not found. Images and pulls are free; see image 3.
 ## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
 image: 这个字段是什么意思
-FROM users
-docker pull failed
 docker pull 一直失败，怎么办？用的 --platform linux/amd64
 ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
 message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
@@ -8627,55 +8375,42 @@ TCP/IP, CI/CD
 
 # Talk, ¦ between messages: help.
 TALK_HEARD = r"""
-14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00
-2026-11-24 10:30 ¦ 12:30, 13:30
-3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
-192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
-key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
-hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
-/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
-File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
-在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢
-From now on ¦ From China with love
+14:30 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30 ¦ 24/7
+1/2, 3/4 ¦ 2026/11/24 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok ¦ 进度 50% ¦ 好的: 谢谢
+192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
+key: value ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30 ¦ 你好，在吗
+user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh ¦ hello world
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a' ¦ help ¦ 帮助 ¦ ¦ ␣⏎，
+拉取镜像失败，请问是什么原因呢，谢谢 ¦ 镜像同步 Issue 模板 ¦ From China with love
 docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
 docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
-docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
-注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
 """
 
-# What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
-SUGGESTED = rows("""
-please sync nginx:1.25 ¦ nginx:1.25
-麻烦同步一下 nginx:1.25 ¦ nginx:1.25
-麻烦同步一下：nginx:1.25 ¦ nginx:1.25
-麻烦同步一下⏎nginx:1.25⏎redis:7 ¦
-帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ nginx:1.25, bitnami/redis:7.0
-docker run nginx:1 ¦ nginx:1
-docker run -d -p 80:80 --name web nginx ¦ nginx:latest
-podman run --rm -it quay.io/podman/hello ¦ quay.io/podman/hello:latest
-nginx:1 redis:2 ¦ nginx:1, redis:2
-2 registry.k8s.io/pause:3.9 ¦ registry.k8s.io/pause:3.9
-同步 24/7 的 nginx:1.25 ¦ nginx:1.25
-14:30 前同步 nginx:1.25 ¦ nginx:1.25
-please sync bitnami/redis to ours ¦ bitnami/redis:latest
-k8s.gcr.io/pause:3.5systemctl restart docker ¦
-registry.k8s.io//nriver/trilium-cn ¦
-""")
-
-# Two or more bare words ¦ canonical lines ¦ lines that are offered.
-BARE_WORDS = rows("""
-nginx, redis ¦ nginx:latest, redis:latest ¦
+# Message ¦ canonical lines ¦ lines that are offered; no other word may be offered.
+WORDS_HEARD = rows("""
+please sync nginx:1.25 ¦ ¦ nginx:1.25
+麻烦同步一下：nginx:1.25 ¦ ¦ nginx:1.25
+麻烦同步一下⏎nginx:1.25⏎redis:7 ¦ ¦
+帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ ¦ nginx:1.25, bitnami/redis:7.0
+docker run nginx:1 ¦ ¦ nginx:1
+podman run --rm -it quay.io/podman/hello ¦ ¦ quay.io/podman/hello:latest
+nginx:1 redis:2 ¦ ¦ nginx:1, redis:2
+2 registry.k8s.io/pause:3.9 ¦ ¦ registry.k8s.io/pause:3.9
+14:30 前同步 24/7 的 nginx:1.25 ¦ ¦ nginx:1.25
+please sync bitnami/redis to ours ¦ ¦ bitnami/redis:latest
+k8s.gcr.io/pause:3.5systemctl restart docker ¦ ¦
+registry.k8s.io//nriver/trilium-cn ¦ ¦
+nginx ¦ ¦ nginx:latest
+docker.cn ¦ ¦ docker.cn:latest
+Nginx ¦ ¦ nginx:latest
+hi,there ¦ ¦ hi:latest, there:latest
 nginx⏎myapp ¦ nginx:latest, myapp:latest ¦
 postgres、openresty；mysql ¦ postgres:latest, openresty:latest, mysql:latest ¦
-immich, alist ¦ ¦ immich:latest, alist:latest
+my-app，other-app ¦ ¦ my-app:latest, other-app:latest
 myapp⏎myworker⏎mydb ¦ ¦ myapp:latest, myworker:latest, mydb:latest
 hello world, nginx ¦ ¦
 Nginx, Redis ¦ ¦
-""")
-
-LINKS_IN_SENTENCES = rows("""
-请下载 https://example.com/a.pdf 谢谢 ¦ see https://example.com/a.pdf
-文件：https://example.com/a.pdf ¦ git clone https://github.com/docker/compose.git
 """)
 
 
@@ -8689,20 +8424,18 @@ class Paste(NamedTuple):
     offered: list[str]  # lines that are offered
 
 
-def read_pastes(found: str) -> list[Paste]:
+def read_pastes(found: str) -> Iterator[Paste]:
     """Take PASTES_FOUND apart."""
-    pastes = []
     for block in unfold(found).replace("⏎", "\n").removeprefix("=== ").split("\n=== "):
         kind, *lines = block.split("\n")
         wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
         while lines[-1][:1] in wanted:
             mark, _, values = lines.pop().partition(" ")
             wanted[mark] = values.split(", ")
-        pastes.append(Paste(kind, "\n".join(lines), *wanted.values()))
-    return pastes
+        yield Paste(kind, "\n".join(lines), *wanted.values())
 
 
-PASTES = read_pastes(PASTES_FOUND)
+PASTES = list(read_pastes(PASTES_FOUND))
 NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
 
 
@@ -8716,32 +8449,18 @@ def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
     return [image.line for image in reading.images], reading.links, reading.note
 
 
-def starts_nothing(message: str) -> str:
-    """Return what is said to a message that starts nothing."""
-    images, links, said = heard(message)
-    assert (images, links) == ([], ()), message
-    return said
-
-
-def curly(text: str) -> str:
-    """Return text with the quotes that phones and Word make."""
-    for straight, pair in (('"', "“”"), ("'", "‘’")):
-        pieces = text.split(straight)
-        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
-    return text
-
-
-DAMAGES: dict[str, Callable[[str], str]] = {
-    "none": str,
-    "Windows": lambda text: text.replace("\n", "\r\n"),
-    "colons of phones": lambda text: text.replace(":", "："),
-    "curly quotes": curly,
-    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
-    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
-    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
-    "empty lines between": lambda text: text.replace("\n", "\n\n"),
-    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
-    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
+# What a chat app does to a text: patterns, and what stands in their place.
+DAMAGES: dict[str, dict[str, str]] = {
+    "none": {},
+    "Windows": {"\n": "\r\n"},
+    "colons of phones": {":": "："},
+    "curly quotes": {'"([^"]*)"': r"“\1”", "'([^']*)'": r"‘\1’"},
+    "blanks of web pages": {"  ": "\xa0\xa0", "\t": "\xa0"},
+    "blanks of phones": {"    ": "\u3000\u3000"},
+    "blanks lost": {r"[ \t]+": " ", "(?m)^ | $": ""},
+    "empty lines between": {"\n": "\n\n"},
+    "zero width": {"^": "\ufeff", "\n": "\u200b\n"},
+    "talk around": {r"\A": "各位好，麻烦同步一下：\n", r"\Z": "\n10:30 前要用，谢谢！"},
 }
 
 
@@ -8757,17 +8476,16 @@ def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
     """97 % of the marked images are found, none is wrong, no link, and nothing where no mark is."""
-    wanted, missed, wrong = 0, [], []
-    for paste in PASTES:
-        images, links, _ = heard(DAMAGES[damage](paste.text))
-        wanted += len(paste.images)
-        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
-        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
-        wrong += links
-    wrong += [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])]
-    share = 100 * (wanted - len(missed)) / wanted
-    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
-    assert wrong == [] and share >= 97
+    wanted, found, wrong = Counter[str](), Counter[str](), []
+    for paste in (*PASTES, *(Paste("", text, [], [], []) for text in NOTHING)):
+        text = paste.text
+        for pattern, instead in DAMAGES[damage].items():
+            text = re.sub(pattern, instead, text)
+        images, links, _ = heard(text)
+        wanted.update(paste.images)
+        found.update(images)
+        wrong += [(text, line) for line in (*images, *links) if line not in paste.images]
+    assert wrong == [] and found.total() >= 0.97 * wanted.total(), wanted - found
 
 
 def test_talk_gets_help() -> None:
@@ -8778,28 +8496,33 @@ def test_talk_gets_help() -> None:
         assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
 
 
-@pytest.mark.parametrize(("message", "lines"), SUGGESTED)
-def test_only_what_looks_like_an_image_is_offered(message: str, lines: str) -> None:
-    """What is offered can be sent as it is, and does no harm then."""
-    said, offered = starts_nothing(message), lines.split(", ") if lines else []
-    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
-    assert lacking(offered, said) == [] and lacking(words, said) == list(words)
-    assert not offered or heard(lines)[0] == offered
-
-
-@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
-def test_bare_words_are_images_beside_a_well_known_one(
-    message: str, images: str, offered: str
+@pytest.mark.parametrize(("message", "images", "lines"), WORDS_HEARD)
+def test_only_what_looks_like_an_image_is_read_or_offered(
+    message: str, images: str, lines: str
 ) -> None:
-    """Other plain names are asked back with the line to send."""
+    """Bare words only beside a well-known one; what is offered can be sent as it is."""
     found, links, said = heard(message)
-    assert (", ".join(found), links) == (images, ()) and lacking(offered.split(", "), said) == []
+    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(lines.split(", "))
+    assert (", ".join(found), links) == (images, ())
+    assert lacking(lines.split(", "), said) == [] and lacking(words, said) == list(words)
+    assert not lines or ", ".join(heard(lines)[0]) == lines
 
 
-def test_a_link_in_a_sentence_is_told_as_such() -> None:
+WELL_KNOWN = "alpine busybox debian elasticsearch golang haproxy httpd mariadb memcached mongo"
+WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tomcat traefik ubuntu"
+
+
+def test_a_well_known_name_makes_a_list() -> None:
+    """Two names are a list where one of them is an official image."""
+    for name in WELL_KNOWN.split():
+        assert heard(f"my-own-app, {name}")[0] == ["my-own-app:latest", f"{name}:latest"]
+
+
+@pytest.mark.parametrize("message", ["请下载 URL 谢谢", "see URL", "文件：URL", "git clone URL"])
+def test_a_link_in_a_sentence_is_told_as_such(message: str) -> None:
     """Nothing is fetched, and the person hears why."""
-    for message in itertools.chain.from_iterable(LINKS_IN_SENTENCES):
-        assert "独占一行" in starts_nothing(message)
+    images, links, said = heard(message.replace("URL", "https://example.com/a.pdf"))
+    assert (images, links) == ([], ()) and "独占一行" in said
 
 
 def test_a_plain_list_stays_all_or_nothing() -> None:
@@ -8809,11 +8532,14 @@ def test_a_plain_list_stays_all_or_nothing() -> None:
     assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
 
 
-def test_limits_and_clashes_hold_for_pastes() -> None:
-    """256 images, one source for a target."""
-    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
-    assert len(heard("\n".join(services[:257]))[0]) == 256
-    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
+def test_limits_and_clashes_hold_for_pastes_and_lists() -> None:
+    """256 images, for a matrix holds as many jobs; one source for a target."""
+    for form in ("x/i{}:1", "  s{0}:\n    image: x/i{0}:1"):
+        lines = [form.format(number) for number in range(257)]
+        assert len(heard("\n".join(lines[:256] * 2))[0]) == 256
+        assert lacking(["256", "257"], refusal("\n".join(lines))) == []
+    for clash in ("a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"):
+        assert lacking([*clash.split(", "), "=>"], refusal(clash)) == []
     assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
 
 
