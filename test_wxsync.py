@@ -2657,7 +2657,7 @@ class Source(Peer):
         status, start = served.chosen(call)
         blocks, left = served.bytes_from(start), served.size - start
         if served.gzip:
-            packed = gzip.compress(b"".join(blocks), 1, mtime=0)
+            packed = gzip.compress(b"".join(blocks), 0, mtime=0)
             blocks, left = iter([packed]), len(packed)
         handler.send_response(status)
         # As bytes: http.server would refuse what is not Latin-1.
@@ -3202,7 +3202,7 @@ class Depot(Quick):
     USERS = itertools.count(1)
 
     def __init__(self, *before: Any, **more: str) -> None:
-        patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "0.5", "SCALE": "0.01"}
+        patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "2", "SCALE": "0.01"}
         patience |= {"MESSAGE_INTERVAL_SECONDS": "0.02", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
         patience |= {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
         # Whatever the environment says about proxies, nothing goes there.
@@ -4023,6 +4023,7 @@ assert threading.active_count() == 1 and os.listdir(".") == []
 """
 
 
+@alone
 def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
     """Under 0.2 s once it is compiled; no thread, no file, not a word."""
     here, seconds = tmp_path / "here", []
@@ -5651,8 +5652,12 @@ def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries
         user = depot.ask(f"{link}\n{depot.source.add('/next.bin', 1000)}")
         for turn in (1, 2):
             assert wait_until(lambda: depot.source.hits[path] == turn)  # noqa: B023 - at once
-            time.sleep(1.4)  # it is under way
+            died = (turn - 1) * (end == "kill")
+            assert wait_until(lambda: saved(depot)["tasks"][0].get("deaths", 0) == died)  # noqa: B023
+            assert wait_until(lambda: saved(depot)["tasks"][0]["upload"])  # it is under way
             getattr(depot.service, end)()
+            if turn == 2:
+                depot.source.files[path].rate = 0
             depot.service.start()
         told, following = depot.answers(user, 2)
         assert depot.source.hits[path] == tries, told
@@ -6200,6 +6205,7 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
     return memory.added, seconds
 
 
+@alone
 @pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
 def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
     """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
@@ -7023,6 +7029,7 @@ def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
         assert len(world.github.dispatches) == 1
 
 
+@alone
 def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
     """A second a sync, 20 messages at once: all within 4 s, each safe before; looking is quick."""
     with quick(SlowRunner(""), BAD_DISK, QUEUE_SIZE="100") as world, ThreadPoolExecutor(20) as pool:
@@ -7040,6 +7047,7 @@ def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
             begun = time.monotonic()
             assert world.service.health() and "当前状态" in world.say("状态", "zoe")
             looks.append(time.monotonic() - begun)
+            time.sleep(0.02)
         slowest = max(future.result() for future in asked)
         assert (slowest < 4, max(looks) < 0.5) == (True, True), (slowest, max(looks))
         code, seconds = world.service.terminate()
@@ -7086,7 +7094,7 @@ def test_a_file_that_a_scanner_holds_is_tried_again() -> None:
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: bool) -> None:
     """It goes on from memory and is told once, though told again later; then all is written."""
-    with quick(SlowRunner("")) as world:
+    with quick(SlowRunner(""), REWRITE_SECONDS="0.5") as world:
         for number, user in enumerate(("alice", "bob")):
             world.say(f"app{number}:1", user)
         assert wait_until(lambda: world.github.runs)
@@ -8594,11 +8602,13 @@ HOSTILE_PIECES = [
 
 @pytest.mark.parametrize("piece", HOSTILE_PIECES)
 def test_hostile_pastes_are_read_quickly(piece: str) -> None:
-    """256 KiB of anything, as long as a sent text file may be, take less than two seconds."""
-    for text in (piece * (2**18 // len(piece.encode())), f"image: nginx:1\n{piece * 9000}"):
+    """256 KiB of anything, as long as a sent text file may be, take less than two seconds; without
+    CI the same is seen at a quarter of it."""
+    size, most = (2**18, 2) if BIG else (2**16, 0.3)
+    for start in ("", "image: nginx:1\n"):
         began = time.process_time()
-        heard(text)
-        assert time.process_time() - began < 2
+        heard(start + piece * ((size - len(start)) // len(piece.encode())))
+        assert time.process_time() - began < most
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10702,9 +10712,9 @@ def fuzz(world: World, seed: int, count: int) -> Counter[int]:
 
 
 @early
-def test_10_000_mutated_callbacks_show_no_bug() -> None:
+def test_mutated_callbacks_show_no_bug() -> None:
     """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
-    runner, total = SlowRunner(""), 200_000 if LONG else 10_000
+    runner, total = SlowRunner(""), 200_000 if LONG else 10_000 if BIG else 3_000
     with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
@@ -10872,6 +10882,7 @@ def test_a_slow_disk_delays_no_confirmation_of_the_robot_either() -> None:
         assert time.monotonic() - begun < 4
 
 
+@alone
 def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
     """30 strangers send requests by the thousand; WeCom is answered within a second."""
     flood, over = b"GET / HTTP/1.1\r\n\r\n" * 1500, threading.Event()
