@@ -4295,8 +4295,7 @@ def test_plan_prints_canonical_lines_as_one_json_array() -> None:
 
 
 def test_plan_reads_images_txt_where_no_file_is_named(tmp_path: Path) -> None:
-    """In the current folder; that of the project has nothing to do. What cannot be read is an
-    error, not an empty list: no file, a folder, another encoding."""
+    """In the current folder, not the project's; what cannot be read is an error, no empty list."""
     (tmp_path / "images.txt").write_text("nginx:1\n")
     assert run_script("plan", folder=tmp_path).stdout == '["nginx:1"]\n'
     assert plan("", "images.txt", tmp_path) == (0, '["nginx:1"]\n', "")
@@ -4319,8 +4318,7 @@ IMPOSSIBLE += [["\n".join(MANY), "256", "app256:1"]]
 
 
 def test_plan_refuses_what_a_run_cannot_do() -> None:
-    """By name, before a job is started: a bad line stops the whole list, a matrix holds 256, and
-    two jobs cannot write one tag."""
+    """By name, before a job is started: a bad line, more than 256, two jobs that write one tag."""
     for text, *named in IMPOSSIBLE:
         status, out, errors = plan(text)
         assert (status, out, lacking(named, errors)) == (2, "", [])
@@ -4503,9 +4501,7 @@ def front(space: Space) -> Iterator[PickyRegistry]:
 
 
 def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
-    """The digest stays the source's; a second run finds it there and reads no layer, of an index
-    no blob at all. A tag that moved is copied again. A reset and a bad gateway on the way are no
-    reason to bother anybody."""
+    """The digest stays; a second run reads no layer, a moved tag is copied, a reset no matter."""
     front.fail("GET /v2/library/app/manifests/one", (502, {}, b"bad gateway"))
     front.fail("GET /v2/library/app/blobs/", "reset")
     layers = space.mirror.source.manifest("library/app", "one")["layers"]
@@ -4577,10 +4573,8 @@ app:some | | no-platform linux/arm64 linux/arm/v7
 
 @pytest.mark.parametrize("case", COPIES.strip().splitlines())
 def test_what_a_line_copies(space: Space, case: str) -> None:
-    """Each kind of line, its name in the target, and what arrives in a registry that refuses
-    attestations, as ACR does: one platform, that of the line and not of the machine which copies,
-    with its own digest; all of an image with that of its index, byte for byte; of several an index
-    with just those. Better no image than one that does not run: then those there are are named."""
+    """Its name, the very bytes of the wanted platform or of all, or an index of several; attestations,
+    which ACR refuses, stay behind. Better no image than one that does not run."""
     mirror, acr = space.mirror, space.mirror.acr
     host, one, multi = mirror.source.host, mirror.digest("one"), mirror.digest("multi")
     words = {"host": host, "host_": host.replace(":", "-"), "one": one, "multi": multi}
@@ -4615,8 +4609,7 @@ def test_the_refusing_registry_refuses(space: Space) -> None:
 
 
 def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> None:
-    """The workflow makes a step name of it, whatever earlier commands of the step wrote stays;
-    progress goes to stderr. On another machine than a workflow's it is only printed."""
+    """The workflow makes a step name of it; progress goes to stderr, what stood there stays."""
     for line in ("app:one", "app:absent"):
         done = space.copy(line)
         assert done.out.startswith("wxsync: ") and done.out.count("\n") == 1
@@ -4629,8 +4622,7 @@ def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> 
 
 
 def test_a_hostile_registry_cannot_forge_a_result(space: Space, front: PickyRegistry) -> None:
-    """What a registry says ends up in one printable line, cut short; however deeply it is nested,
-    it is a failure like any other."""
+    """What it says ends up in one printable line, cut short, however deeply it is nested."""
     forged = "no\nresult=wxsync: copied sha256:0\n::error::x \x1b[31m 镜像 " + "x" * 9999
     body = json.dumps({"errors": [{"code": "DENIED", "message": forged}]}).encode()
     deep = [b'{"manifests":' + b"[" * depth + b"]" * depth + b"}" for depth in (2_000, 200_000)]
@@ -4732,8 +4724,7 @@ WXSYNC_TARGET=registry.example.com target-mismatch
 
 
 def test_a_bad_line_and_wrong_secrets_run_nothing(stand_in: dict[str, str], tmp_path: Path) -> None:
-    """A line: exit status 2 and a short reason, nothing becomes a workflow command. Without a
-    target, or with another one than the chat promised, no password goes anywhere."""
+    """Nothing becomes a workflow command, no password goes elsewhere than the chat promised."""
     for line in [*re.split(" ¦ |\n", BAD_LINES.strip("\n")), "x" * 10_000]:
         done = copy(line.replace("⏎", "\n"), tmp_path, stand_in)
         assert (done.status, done.out, done.output) == (2, "", ""), line
@@ -4747,8 +4738,7 @@ def test_a_bad_line_and_wrong_secrets_run_nothing(stand_in: dict[str, str], tmp_
 
 
 def test_skopeo_gets_no_secret_in_its_environment(stand_in: dict[str, str], tmp_path: Path) -> None:
-    """It gets files; the registries.conf that was asked for is passed on as an option. A machine
-    without skopeo is a failure with a result like any other."""
+    """It gets files, the registries.conf as an option. Without skopeo there is a result."""
     conf = registries_conf(tmp_path / "mine.conf", {})
     done = copy("nginx:1", tmp_path, stand_in | {"CONTAINERS_REGISTRIES_CONF": str(conf)})
     ran = (tmp_path / "ran").read_text()
@@ -4790,8 +4780,7 @@ class SharedHost(Peer):
 
 
 def test_a_private_source_by_source_auth(space: Space, private: Registry) -> None:
-    """SOURCE_AUTH is for the source, DOCKER_PASSWORD for the target, and never the other way, even
-    if asked for. Two accounts of one registry host do not get mixed up."""
+    """SOURCE_AUTH is for the source, DOCKER_PASSWORD for the target, on one host as on two."""
     line, conf = f"{private.host}/team/app:1", space.lead(private.host)
     target = private.host.replace(":", "-") + "_team_app:1"
     good, digest = (private.user, private.password), private.digest("team/app", "1")
@@ -5194,9 +5183,8 @@ def test_env_files_are_read_as_people_write_them(tmp_path: Path) -> None:
 
 
 def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -> None:
-    """Exit 1, every name on stderr, nothing on stdout, no file written. The process environment
-    wins over the file: it mends a wrong value, and spoils a right one. A file that was asked for
-    must be there, and UTF-8."""
+    """Exit 1, every name on stderr, no file written. The process environment wins over the file,
+    both ways; a file that was asked for must be there, and UTF-8."""
     done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert lacking(ENOUGH | ROBOT, done.stderr) == [] and list(tmp_path.iterdir()) == []
@@ -5260,8 +5248,7 @@ kjr2TKI8umCBfVF3wAHk8JiPwma5VBme 4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws ww6
 
 
 def test_a_published_vector() -> None:
-    """Signature and text are as published (by Tencent, wechatpy, go-workwx); one changed digit
-    anywhere and they are not."""
+    """As published (by Tencent, wechatpy, go-workwx); with one changed digit anywhere it is not."""
     for at in range(0, len(VECTORS), 8):
         token, key, corp_id, stamp, nonce, signature, text, encrypted = VECTORS[at : at + 8]
         crypto = wxsync.Crypto(token, key, corp_id)
@@ -5276,8 +5263,7 @@ def test_a_published_vector() -> None:
 
 
 def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
-    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts. Every
-    length of padding is among them: a library that pads to 16 fails on half of them."""
+    """wechatpy, with every length of padding: a library that pads to 16 fails on half of them."""
     other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
     crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
     texts = ["😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
@@ -5353,8 +5339,8 @@ UNSIGNED = {  # what of the query is wrong -> how, the status
 
 
 def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk) -> None:
-    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same. The
-    times are signed, so clocks may differ by ten minutes."""
+    """By GET and by POST, signed or not; 400 where there is nothing to check. Clocks may differ by
+    ten minutes."""
     client = talk.client
     tries = [
         (client.encrypt("hello"), {name: value}, status)
@@ -5522,8 +5508,7 @@ def test_a_long_text_is_split_at_line_ends(desk: Desk) -> None:
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_byte_arrives(depot: Depot, length: str) -> None:
-    """Whatever the size, told or not; each call is covered by a checksum. What comes compressed
-    although nothing else than the file was asked for is stored as the file."""
+    """Whatever the size, told or not, checksummed; compressed on its way it is the same file."""
     kind, first = "application/gzip", len(depot.store.calls)
     for size in (0, 1, PART - 1, PART, PART + 1, 2 * PART, 30_000_000):
         path, before = f"/{length}-{size}.tar.gz", len(depot.store.parts_received)
@@ -5582,8 +5567,7 @@ NAMES += [[f'attachment; filename="{"长" * 500}.tar.gz"', "长" * 100 + "长" *
 
 
 def test_the_name_of_a_file() -> None:
-    """It is the one of RFC 6266, without anything that could harm; where nothing is said the
-    addresses name the file, one with an extension first."""
+    """The one of RFC 6266, harmless; else that of an address, one with an extension first."""
     for disposition, name, *addresses in NAMES:
         links = (addresses or ["example.com/a/page.html?x=y.zip"])[0].split()
         urls = [wxsync.parse_url(f"https://{link}") for link in links]
@@ -5980,8 +5964,7 @@ answers |= {"good": good, "touched": touched}
 
 
 def test_names_with_an_inside_address() -> None:
-    """A name that has an inside address among others is refused as a whole. It is looked up once
-    a connection, and what is checked is what is connected to."""
+    """One inside address refuses a name; it is looked up once, what is checked is connected to."""
     answers = run_inside(MIXED, mixed="8.8.4.4 127.0.0.1", mixed6="8.8.4.4 ::1", inner="10.0.0.1")
     assert answers.pop("good") == ["content", 1, "rebind.example.org:8000"]
     assert answers.pop("touched") == []
@@ -6117,8 +6100,7 @@ def test_nobody_holds_the_lane(impatient: Depot, name: str) -> None:
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
 def test_an_expired_address_is_asked_for_again_at_the_link(impatient: Depot, status: int) -> None:
-    """A link leads to a signed address, which has expired when the download is resumed. Where
-    there is nowhere to begin again it ends, after a few requests."""
+    """A signed address may have expired when a download is resumed; not for ever, though."""
     source, first = impatient.source, len(impatient.source.calls)
     options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
     options |= {"expired": status}
@@ -6180,8 +6162,7 @@ answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
 
 
 def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
-    """With proxies of each kind and with none, people in the chat reach nothing inside. An inside
-    answer refuses the name and is told as such; none leaves it to the proxy."""
+    """With a proxy or none nobody reaches anything inside; an inside answer is told as such."""
     for way, texts in run_inside(BY_NAME, **HIDDEN_INSIDE | OUTER).items():
         for link, text in texts.items():
             hint = "" if way == "direct" or link in INNER_LINKS else ".*(本机|本地)"
@@ -6224,8 +6205,7 @@ PROXIES: list[tuple[type[ProxyProcess], str, str]] = [
 
 @pytest.mark.parametrize(("kind", "user", "password"), PROXIES)
 def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> None:
-    """GitHub and downloads go through the proxy, but for NO_PROXY_DOMAINS; WeCom and QingStor
-    never do."""
+    """GitHub and downloads, but for NO_PROXY_DOMAINS, use it; WeCom and QingStor never do."""
     needs(kind.missing())
     with kind(user, password) as proxy, ProxyDepot(proxy) as depot:
         assert depot.proxy_is("up"), depot.log
@@ -6377,8 +6357,7 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
 
 @pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
 def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
-    """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
-    few parts, the SDK included; a second file takes hardly more."""
+    """Unchanged, without a file, as fast as the slower side, in the memory of a few parts."""
     rate = 25e6
     alone = 1024 * MIB / rate
     with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
@@ -6438,8 +6417,7 @@ def half_done(**settings: str) -> Iterator[tuple[World, SlowRunner]]:
 
 
 def test_jobs_are_found_by_their_cut_names(talk: Talk) -> None:
-    """100 characters at most; where cut names are equal, the order of the ids tells them apart.
-    One job of that name for two lines: whose it is cannot be known, so nothing is claimed."""
+    """100 characters at most; equal ones go by their ids, of one too few nothing is claimed."""
     failed = [CUT[0], CUT[2], CUT[4], CUT[6]]
     talk.runner.outcomes |= dict.fromkeys(failed, "wxsync: failed timeout")
     talk.say("\n".join(CUT))
@@ -6484,8 +6462,7 @@ SAID = [  # how the job ended | its last step; a part of what is said of it
 
 
 def test_what_a_job_says_of_itself(talk: Talk) -> None:
-    """Secrets are masked in step names; nothing in one is believed against the conclusion, and the
-    name may be cut off anywhere."""
+    """Nothing in a step name, masked or cut off anywhere, is believed against the conclusion."""
     for number, (outcome, wanted) in enumerate(SAID):
         talk = Talk(talk.world, talk.runner)
         talk.runner.outcomes[f"says:{number}"] = outcome
@@ -6539,8 +6516,7 @@ def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
 @pytest.mark.parametrize("body", [NO_RIGHT, HTML], ids=["JSON", "HTML"])
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_counts_when_it_lasts(talk: Talk, status: int, body: bytes) -> None:
-    """Once, for the run as for its jobs, and there again: nothing happened. Else it is told with
-    its number, whatever the body."""
+    """Once nothing has happened; else it is told with its number, whatever the body."""
     for where in ("GET actions/runs/", "GET jobs"):
         talk.github.fail(where, (status, {}, body))
     assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
@@ -6688,8 +6664,7 @@ def check_cancelled(world: World) -> None:
 
 @early
 def test_cancel_ends_all_that_is_ones_own() -> None:
-    """And nothing else: what runs and what waits, named in the reply; what was done is told as
-    done. Who waits behind others is dropped alone, who has nothing is told so."""
+    """And nothing else: what runs and what waits, named at once; what was done is told as done."""
     with half_done() as (world, _):
         assert "没有" in world.say("取消", "bob")
         world.say("later:1")
@@ -6778,8 +6753,7 @@ def test_killed_at_any_step_of_a_cancel_it_is_cancelled_once() -> None:
 
 @early
 def test_retry_does_what_failed_again() -> None:
-    """Only that, only one's own, after kill -9 too, and not twice, however often it is said at
-    once; all of it where the token was refused."""
+    """Only that, only one's own, after kill -9 too, and once, however often it is said at once."""
     lines = ["a:1", "--platform=all c:1"]
     runner = PlayedRunner(0.01, dict.fromkeys(lines, "wxsync: failed network refused"))
     with quick(runner) as world:
