@@ -4444,7 +4444,7 @@ class Space:
     """An empty namespace of the target, and what the workflow's job knows about it."""
 
     def __init__(self, mirror: Mirror, home: Path) -> None:
-        self.mirror, self.home = mirror, home
+        self.mirror, self.front, self.home = mirror, mirror.front, home
         self.namespace = f"space-{next(mirror.numbers)}"
         self.settings = {
             "DOCKER_REGISTRY": mirror.target.host,
@@ -4486,32 +4486,27 @@ Met = dict[tuple[str, str], "Future[Copied]"]  # (trouble, side) -> what `copy` 
 
 
 @pytest.fixture
-def space(mirror: Mirror, met: Met, told: Told, tmp_path: Path) -> Space:
-    """Return a namespace of the test's own; failures and stories (`met`, `told`) come meanwhile."""
-    return Space(mirror, tmp_path)
+def space(mirror: Mirror, met: Met, told: Told, tmp_path: Path) -> Iterator[Space]:
+    """A namespace of the test's own; failures and stories (`met`, `told`) come meanwhile. What
+    stands before the source (`front`) may go wrong."""
+    mirror.front.calls.clear()
+    yield Space(mirror, tmp_path)
+    mirror.front.faults.clear()
+    mirror.front.delay = 0
 
 
-@pytest.fixture
-def front(space: Space) -> Iterator[PickyRegistry]:
-    """What stands before the source, to go wrong in one test."""
-    space.mirror.front.calls.clear()
-    yield space.mirror.front
-    space.mirror.front.faults.clear()
-    space.mirror.front.delay = 0
-
-
-def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
+def test_copy_then_unchanged(space: Space) -> None:
     """The digest stays; a second run reads no layer, a moved tag is copied, a reset no matter."""
+    front = space.front
     front.fail("GET /v2/library/app/manifests/one", (502, {}, b"bad gateway"))
     front.fail("GET /v2/library/app/blobs/", "reset")
     layers = space.mirror.source.manifest("library/app", "one")["layers"]
     paths = {f"/v2/library/app/blobs/{layer['digest']}" for layer in layers}
-    for code in ("copied", "unchanged"):
+    for code, wanted in (("copied", paths), ("unchanged", set())):
         done = space.copy("app:one")
         assert (*done.end, done.digest) == (0, code, space.mirror.digest("one"))
         assert space.digest("app:one") == done.digest and front.faults == []
-        read = paths & {call.path for call in front.layer_reads}
-        assert read == (paths if code == "copied" else set())
+        assert paths & {call.path for call in front.layer_reads} == wanted
         front.calls.clear()
     for line in ("app:multi", "--platform=all app:attested"):
         assert space.copy(line).code == "copied"
@@ -4573,8 +4568,8 @@ app:some | | no-platform linux/arm64 linux/arm/v7
 
 @pytest.mark.parametrize("case", COPIES.strip().splitlines())
 def test_what_a_line_copies(space: Space, case: str) -> None:
-    """Its name, the very bytes of the wanted platform or of all, or an index of several; attestations,
-    which ACR refuses, stay behind. Better no image than one that does not run."""
+    """Its name, the very bytes of the wanted platform or of all, or an index of several, without
+    attestations, which ACR refuses. Better no image than one that does not run."""
     mirror, acr = space.mirror, space.mirror.acr
     host, one, multi = mirror.source.host, mirror.digest("one"), mirror.digest("multi")
     words = {"host": host, "host_": host.replace(":", "-"), "one": one, "multi": multi}
@@ -4621,20 +4616,20 @@ def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> 
     assert space.copy("app:one => b", GITHUB_OUTPUT="").out.startswith("wxsync: copied sha256:")
 
 
-def test_a_hostile_registry_cannot_forge_a_result(space: Space, front: PickyRegistry) -> None:
+def test_a_hostile_registry_cannot_forge_a_result(space: Space) -> None:
     """What it says ends up in one printable line, cut short, however deeply it is nested."""
     forged = "no\nresult=wxsync: copied sha256:0\n::error::x \x1b[31m 镜像 " + "x" * 9999
     body = json.dumps({"errors": [{"code": "DENIED", "message": forged}]}).encode()
     deep = [b'{"manifests":' + b"[" * depth + b"]" * depth + b"}" for depth in (2_000, 200_000)]
     answers = [(403, "application/json", body), *((200, OCI_INDEX, data) for data in deep)]
     for status, kind, data in answers:
-        front.fail("/manifests/one", (status, {"Content-Type": kind}, data), 99)
+        space.front.fail("/manifests/one", (status, {"Content-Type": kind}, data), 99)
         done = space.copy("app:one")
         assert done.status == 1 and (status == 200 or done.code == "source-denied")
         assert done.output == f"result={done.out}" and done.out.count("\n") == 1
         assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
         assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
-        front.faults.clear()
+        space.front.faults.clear()
 
 
 def watch(process: subprocess.Popen[bytes], temporary: Path) -> tuple[set[str], set[int]]:
@@ -4651,9 +4646,7 @@ def watch(process: subprocess.Popen[bytes], temporary: Path) -> tuple[set[str], 
     return arguments, modes
 
 
-def test_passwords_are_in_no_argument_and_in_private_files(
-    space: Space, front: PickyRegistry
-) -> None:
+def test_passwords_are_in_no_argument_and_in_private_files(space: Space) -> None:
     """Anybody on the machine can read arguments; the auth files are for the owner, and go."""
     needs("" if Path("/proc/self/cmdline").exists() else "/proc not there")
     temporary = space.home / "tmp"
@@ -4661,7 +4654,7 @@ def test_passwords_are_in_no_argument_and_in_private_files(
     source = login("private.example.com", "robot", PASSWORD)
     settings = space.settings | {"SOURCE_AUTH": source, "TMPDIR": str(temporary)}
     command = [sys.executable, str(SCRIPT), "copy", "app:multi"]
-    front.delay, quiet = 0.1, subprocess.DEVNULL
+    space.front.delay, quiet = 0.1, subprocess.DEVNULL
     environment = clean_environment(space.home, settings)
     with subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as process:
         arguments, modes = watch(process, temporary)
@@ -4952,28 +4945,26 @@ app:multi | multi amd64 | one
 """
 
 
-@pytest.mark.parametrize("case", LIES.strip().splitlines())
-def test_what_has_not_its_digest_is_never_copied(
-    space: Space, front: PickyRegistry, case: str
-) -> None:
+def test_what_has_not_its_digest_is_never_copied(space: Space) -> None:
     """A registry that answers other bytes for the digest of an image, an index or its entry."""
-    line, asked, given = case.split(" | ")
-    digest, other = (space.mirror.digest(*words.split()) for words in (asked, given))
-    lie = space.mirror.source.fetch("library/app", other)
-    kind = {"Content-Type": lie.headers["content-type"]}
-    front.fail(f"GET /manifests/{digest}", (200, kind, lie.body), 99)
-    done = space.copy(line.format(digest))
-    assert (*done.end, space.tags()) == (1, "error", []), done
-    assert "digest" in done.out.partition("error")[2]
+    for line, asked, given in (case.split(" | ") for case in LIES.strip().splitlines()):
+        digest, other = (space.mirror.digest(*words.split()) for words in (asked, given))
+        lie = space.mirror.source.fetch("library/app", other)
+        kind = {"Content-Type": lie.headers["content-type"]}
+        space.front.faults.clear()
+        space.front.fail(f"GET /manifests/{digest}", (200, kind, lie.body), 99)
+        done = space.copy(line.format(digest))
+        assert (*done.end, space.tags()) == (1, "error", []), done
+        assert "digest" in done.out.partition("error")[2]
 
 
-def test_signatures_stay_where_they_are(space: Space, front: PickyRegistry) -> None:
+def test_signatures_stay_where_they_are(space: Space) -> None:
     """They are no reason to fail where they cannot be written; the target would not hold them."""
     place = space.home / ".config" / "containers" / "registries.d"
     place.mkdir(parents=True)
-    lookaside = f"lookaside: {front.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+    lookaside = f"lookaside: {space.front.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
     (place / "x.yaml").write_text(f"default-docker:\n  {lookaside}")
-    front.fail("/signature-1", (200, {}, b"\x89signature"), 99)
+    space.front.fail("/signature-1", (200, {}, b"\x89signature"), 99)
     for line in ("app:one", "--platform=all app:attested"):
         assert space.copy(line).end == (0, "copied")
 
@@ -5012,15 +5003,13 @@ LISTINGS: list[What] = [
 
 
 @pytest.mark.parametrize("what", [*LISTINGS, pytest.param("hang", marks=in_ci)], ids=str)
-def test_a_list_of_tags_that_fails_changes_nothing(
-    space: Space, front: PickyRegistry, what: What
-) -> None:
+def test_a_list_of_tags_that_fails_changes_nothing(space: Space, what: What) -> None:
     """The tag is not found all the same, and that is told within 20 s more."""
-    front.fail("GET /tags/list", what, 9)
+    space.front.fail("GET /tags/list", what, 9)
     begun = time.monotonic()
-    done = space.copy(f"{front.host}/library/app:absent")
+    done = space.copy(f"{space.front.host}/library/app:absent")
     assert (*done.end, "nearest" in done.out) == (1, "not-found", False), done
-    assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
+    assert space.front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
 
 
 # The real program, whose copy may take three seconds in all.
@@ -5033,11 +5022,11 @@ sys.exit(wxsync.main())
 """
 
 
-def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
+def test_all_of_a_copy_has_one_deadline(space: Space) -> None:
     """Several platforms take no longer than one may; GitHub's own limit comes later."""
     script, begun = space.home / "short.py", time.monotonic()
     script.write_text(SHORT_COPY.format(folder=str(ROOT)))
-    front.delay = 0.4  # so that each step is within, and all of them are not
+    space.front.delay = 0.4  # so that each step is within, and all of them are not
     done = copy("--platform=all app:multi", space.home, space.settings, script)
     assert (*done.end, space.tags()) == (1, "timeout", []) and time.monotonic() - begun < 6
     minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
