@@ -150,8 +150,6 @@ CHOKING = ("m/x; boundary*=idna''x", "text/x; charset*=undefined''x", "m/x; boun
 
 @dataclass
 class Answer:
-    """One HTTP answer, as a fake gives it or as a request got it (then names are lower case)."""
-
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
@@ -175,7 +173,6 @@ def http_request(
     headers: Mapping[str, str] | None = None,
     timeout: float = 15,
 ) -> Answer:
-    """Send one request to a plain-http address on a connection of its own, return the answer."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
     with closing(connection):
@@ -186,7 +183,6 @@ def http_request(
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10, pause: float = 0.01) -> bool:
-    """Look at `condition` again and again, return whether it came true in time."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() >= end:
@@ -202,7 +198,6 @@ in_ci = pytest.mark.skipif(
 
 
 def free_port() -> int:
-    """Return a port that nobody has, below those that outgoing connections are given."""
     while True:
         port = random.randrange(15000, 32000)
         with socket.socket() as probe, suppress(OSError):
@@ -211,19 +206,16 @@ def free_port() -> int:
 
 
 def temporary_folder(purpose: str) -> tempfile.TemporaryDirectory[str]:
-    """Return a folder that is removed when its owner cleans up, at the latest when Python ends."""
     return tempfile.TemporaryDirectory(prefix=f"wxsync-{purpose}-", ignore_cleanup_errors=True)
 
 
 def iso(when: float) -> str:
-    """Return seconds since 1970 in GitHub's notation."""
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def run_command(
     words: Sequence[str], text: str = "", timeout: float = 120, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with `text` as its input, to its end, and return what it printed."""
     check = options.pop("check", False)
     kinds: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "timeout": timeout}
     done: subprocess.CompletedProcess[str]
@@ -232,7 +224,6 @@ def run_command(
 
 
 def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with nothing of the caller's in it but where programs are."""
     kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
     base = {name: os.environ[name] for name in kept if name in os.environ}
     return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
@@ -243,13 +234,11 @@ if os.name == "posix":  # dockerd and what it calls are where only root's own PA
 
 
 def missing_program(*names: str) -> str:
-    """Return why programs cannot be used, "" if they all can."""
     absent = [name for name in names if not shutil.which(name)]
     return f"{', '.join(absent)} not installed" if absent else ""
 
 
 def lacking(parts: Iterable[str], text: str) -> list[str]:
-    """Return the parts that are not in a text."""
     return [part for part in parts if part not in text]
 
 
@@ -309,8 +298,6 @@ def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
 
 @dataclass(frozen=True)
 class Call:
-    """One request as it arrived; header names are lower case."""
-
     time: float
     method: str
     path: str
@@ -400,7 +387,6 @@ class PeerHandler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def misbehave(self, what: str) -> None:
-        """Do what a Fault of this name says."""
         self.close_connection = True
         if what in ("hang", "mute"):
             self.hold()
@@ -420,7 +406,6 @@ class PeerHandler(BaseHTTPRequestHandler):
             self.wfile.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
 
     def hold(self) -> None:
-        """Wait until the client or the test gives up."""
         while not self.server.peer.stopping.is_set():
             if select.select([self.connection], [], [], 0.1)[0]:
                 if not self.connection.recv(1, socket.MSG_PEEK):
@@ -459,6 +444,11 @@ class PeerServer(ThreadingHTTPServer):
             self.peer.connections += 1
         super().process_request(request, client_address)
 
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        if self.peer.tls:
+            time.sleep(2 * self.peer.delay)  # TCP's round trip and TLS 1.3's
+        super().process_request_thread(request, client_address)
+
     def shutdown_request(self, request: Any) -> None:
         with self.peer.lock:
             self.open.discard(request)
@@ -473,7 +463,6 @@ class PeerServer(ThreadingHTTPServer):
 class Peer(Closing):
     """Base of the fakes. Subclasses answer in `handle`, which runs in the connection's thread."""
 
-    SERVER = PeerServer
     address = "127.0.0.1"
     tls: ssl.SSLContext | None = None
 
@@ -500,16 +489,14 @@ class Peer(Closing):
         return f"http{'s' if self.tls else ''}://{self.host}"
 
     def start(self) -> Self:
-        """Listen; the first start picks the port, later ones keep it."""
         self.stopping.clear()
-        self._server = self.SERVER(self)
+        self._server = PeerServer(self)
         self.port = self._server.server_port
         serve = self._server.serve_forever
         threading.Thread(target=serve, args=(0.05,), daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """Close the port and break every connection. What was recorded stays."""
         self.stopping.set()
         if self._server:
             self._server.shutdown()
@@ -520,12 +507,10 @@ class Peer(Closing):
     close = stop
 
     def restart(self) -> None:
-        """Be away for a moment and come back on the same port."""
         self.stop()
         self.start()
 
     def cut(self) -> None:
-        """Break every open connection, but go on listening."""
         with self.lock:
             broken = list(self._server.open) if self._server else []
         for connection in broken:
@@ -533,17 +518,14 @@ class Peer(Closing):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def fail(self, where: str, what: What, times: int = 1) -> None:
-        """Let the next `times` requests that match go wrong, see Fault."""
         with self.lock:
             self.faults += [Fault(where, what)] * times
 
     def calls_to(self, where: str) -> list[Call]:
-        """Return the recorded calls in whose "METHOD /path?query" all words of `where` occur."""
         with self.lock:
             return [call for call in self.calls if Fault(where, "").hits(call)]
 
     def note(self, call: Call) -> Fault | None:
-        """Record the call, return the fault that it meets."""
         with self.changed:
             self.calls.append(call)
             fault = next((f for f in self.faults if f.hits(call)), None)
@@ -553,7 +535,6 @@ class Peer(Closing):
         return fault
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Record the call, then answer it, or do what a fault says instead."""
         fault = self.note(call)
         if self.delay:
             self.stopping.wait(self.delay)
@@ -576,15 +557,12 @@ class Peer(Closing):
 
 
 class Message(NamedTuple):
-    """A chat message that reached a member (or would have)."""
-
     time: float
     user: str
     text: str
 
 
 def wecom_error(errcode: int, errmsg: str) -> dict[str, object]:
-    """Return an error as WeCom words it."""
     return {"errcode": errcode, "errmsg": errmsg}
 
 
@@ -636,7 +614,6 @@ class FakeWeCom(Peer):
             self._tokens = dict.fromkeys(self._tokens, errcode)
 
     def refuse(self, errcode: int, errmsg: str = "refused", times: int = 1) -> None:
-        """Answer the next `message/send` with this error."""
         body = json.dumps(wecom_error(errcode, errmsg)).encode()
         kind = {"Content-Type": "application/json"}
         self.fail("POST /cgi-bin/message/send", (200, kind, body), times)
@@ -648,8 +625,6 @@ class FakeWeCom(Peer):
     def wait_message(
         self, wanted: str | Callable[[Message], object] = "", timeout: float = 10, after: int = 0
     ) -> Message:
-        """Return the first message from number `after` on that holds, or for which, `wanted`."""
-
         def found() -> Message | None:
             for message in self.messages[after:]:
                 if wanted in message.text if isinstance(wanted, str) else wanted(message):
@@ -675,7 +650,6 @@ class FakeWeCom(Peer):
         return {"access_token": token, "expires_in": self.expires_in}
 
     def _refusal(self, call: Call) -> dict[str, object]:
-        """Return what is wrong with the token or the address of this call, {} if nothing."""
         token = call.query.get("access_token", "")
         if not token:
             return wecom_error(41001, "access_token missing")
@@ -773,8 +747,6 @@ class Reply:
 
 @dataclass(frozen=True)
 class Post:
-    """A callback request, ready to be posted as often as a test likes."""
-
     query: dict[str, str]
     body: bytes
     headers: dict[str, str]
@@ -790,7 +762,6 @@ def xml_document(fields: Mapping[str, object]) -> str:
 
 
 def envelope_fields(text: str) -> dict[str, str]:
-    """Read an XML or a JSON object of texts; the names come out in lower case."""
     if text.lstrip().startswith("{"):
         return {name.lower(): str(value) for name, value in json.loads(text).items()}
     return {child.tag.lower(): child.text or "" for child in ET.fromstring(text)}
@@ -822,7 +793,6 @@ class WeComClient:
         return self.seal(plain + bytes([pad]) * pad)
 
     def decrypt(self, encrypted: str) -> str:
-        """Return the text inside; raise ValueError when padding, length or corp id are wrong."""
         plain = self.cipher.decrypt(base64.b64decode(encrypted, validate=True))
         pad = plain[-1]
         if not 1 <= pad <= 32 or plain[-pad:] != bytes([pad]) * pad or len(plain) % 32:
@@ -838,14 +808,12 @@ class WeComClient:
         return hashlib.sha1("".join(parts).encode()).hexdigest()
 
     def signed(self, encrypted: str, timestamp: object = None) -> dict[str, str]:
-        """Return the query that belongs to an encrypted text."""
         stamp = str(int(time.time()) if timestamp is None else timestamp)
         nonce = str(secrets.randbelow(10**10))
         signature = self.signature(stamp, nonce, encrypted)
         return {"msg_signature": signature, "timestamp": stamp, "nonce": nonce}
 
     def verify_url(self, echo: str = "1616140317555161061") -> tuple[int, str]:
-        """Do what saving the callback settings does; return status and body."""
         encrypted = self.encrypt(echo)
         query = urlencode(self.signed(encrypted) | {"echostr": encrypted})
         got = http_request("GET", f"{self.callback_url}?{query}")
@@ -854,7 +822,6 @@ class WeComClient:
     def build(
         self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
     ) -> Post:
-        """Encrypt and sign a message of these inner fields."""
         as_json = fmt == "json"
         text = json.dumps(fields, ensure_ascii=False) if as_json else xml_document(fields)
         encrypted = self.encrypt(text)
@@ -865,7 +832,6 @@ class WeComClient:
         return Post(self.signed(encrypted, timestamp), body.encode(), kind)
 
     def text_fields(self, user: str, text: str, msg_id: int | None = None) -> dict[str, object]:
-        """Return the inner fields of a text message; its id is a fresh one unless given."""
         return {
             "ToUserName": self.corp_id,
             "FromUserName": user,
@@ -887,11 +853,9 @@ class WeComClient:
         timestamp: object = None,
         fmt: str = "xml",
     ) -> Reply:
-        """Post what a member typed."""
         return self.post(self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
 
     def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
-        """Post a message of another kind: image, voice, video, location, link, event."""
         fields = self.text_fields(user, "") | {"MsgType": kind} | more
         for name in ("Content", "MsgId")[: 1 + (kind == "event")]:  # an event has no MsgId
             del fields[name]
@@ -910,7 +874,6 @@ class WeComClient:
         return Reply(got.status, got.body, got.headers, fields.get("content", ""), fields)
 
     def open_reply(self, text: str) -> dict[str, str]:
-        """Check and decrypt the envelope of a passive reply, return its inner fields."""
         outer = envelope_fields(text)
         wanted = self.signature(outer["timestamp"], outer["nonce"], outer["encrypt"])
         if outer["msgsignature"] != wanted:
@@ -932,8 +895,6 @@ class Step(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """One job of a run. Change it by the methods: status and conclusion go together."""
-
     id: int
     name: str
     run: Run
@@ -950,7 +911,6 @@ class Job:
             self.status, self.started = "in_progress", time.time()
 
     def step(self, name: str, conclusion: str | None = "success") -> None:
-        """Add a step, or end the last one if it has this name and still runs."""
         with self.run.lock:
             started = now = time.time()
             if self.steps and self.steps[-1].name == name and not self.steps[-1].conclusion:
@@ -965,13 +925,9 @@ class Job:
 
 @dataclass(eq=False)
 class Run:
-    """One workflow run, as the runner fills it and as the API shows it."""
-
     id: int
-    number: int
     inputs: dict[str, str]
     ref: str
-    head_sha: str
     display_title: str = ""
     status: str = "queued"
     conclusion: str | None = None
@@ -985,7 +941,6 @@ class Run:
 
     @property
     def lines(self) -> list[str]:
-        """The canonical lines that this run was asked to copy."""
         lines: list[str] = json.loads(self.inputs.get("images") or "[]")
         return lines
 
@@ -996,22 +951,18 @@ class Run:
             return job
 
     def begin(self) -> None:
-        """Begin as the workflow does: its job `plan` has nothing to do."""
         self.status = "in_progress"
         self.add_job("plan").finish("skipped")
 
     def job(self, name: str) -> Job:
-        """Return the job of this name; raise KeyError if there is none."""
         with self.lock:
             return {job.name: job for job in self.jobs}[name]
 
     def wait(self, event: threading.Event) -> None:
-        """Wait for an event, or until the run is cancelled."""
         while not (event.is_set() or self.stop.wait(0.03)):
             pass
 
     def finish(self, conclusion: str = "") -> None:
-        """End the run; its conclusion follows from the jobs unless given."""
         with self.lock:
             ends = {job.conclusion for job in self.jobs if job.attempt == self.attempt}
             bad = "failure" if ends & {"failure", "timed_out", None} else ""
@@ -1096,27 +1047,16 @@ class Dispatch(NamedTuple):
 
 
 def blob_sha(content: bytes) -> str:
-    """Return git's name for a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def problem(status: int, message: str) -> Answer:
-    """Return an error as GitHub words it."""
     told = {"message": message, "documentation_url": "https://docs.github.com/rest"}
     return json_answer(told | {"status": str(status)}, status)
 
 
-def not_supplied(what: str) -> Answer:
-    return problem(422, f"Invalid request.\n\n{what} wasn't supplied.")
-
-
-# What else a repository holds: unused by wxsync, there to keep the size of answers honest.
-REPOSITORY_LINKS = (
-    "archive assignees blobs branches collaborators comments commits compare contents contributors "
-    "deployments downloads events forks git_commits git_refs git_tags hooks issue_comment "
-    "issue_events issues keys labels languages merges milestones notifications pulls releases "
-    "stargazers statuses subscribers subscription tags teams trees followers following gists"
-)
+# What a repository, a run or a job holds besides, so that the size of answers is honest.
+WEIGHT = {"more": "https://api.github.com/repos/octo/mirror/…" * 70}
 
 
 class FakeGitHub(Peer):
@@ -1163,7 +1103,6 @@ class FakeGitHub(Peer):
         self.jobs_lag = 0.0  # seconds by which the list of jobs is behind
         self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
         self.rate_remaining = 5000
-        self._head = hashlib.sha1(self.repo.encode()).hexdigest()
 
     # -- the frame around each call ------------------------------------------------------------
 
@@ -1189,7 +1128,7 @@ class FakeGitHub(Peer):
             ("GET actions=read", run + "/jobs", self._list_jobs),
             ("POST actions=write", run + "/cancel", self._cancel),
             ("GET secrets=read", "/actions/secrets", self._list_secrets),
-            ("GET administration=read", "/actions/permissions", self._actions),
+            ("GET administration=read", "/actions/permissions", self._permissions),
         ]
         for route, path, action in routes:
             method, _, right = route.partition(" ")
@@ -1210,7 +1149,6 @@ class FakeGitHub(Peer):
         return None
 
     def _dressed(self, call: Call, answer: Answer) -> Answer:
-        """Add ETag and the headers that every answer has; a known ETag makes it a 304."""
         if call.method == "GET" and answer.status == 200:
             answer.headers["ETag"] = f'W/"{hashlib.sha256(answer.body).hexdigest()}"'
             if call.headers.get("if-none-match") == answer.headers["ETag"]:
@@ -1219,9 +1157,7 @@ class FakeGitHub(Peer):
             if answer.status not in (304, 401) and self.rate_remaining > 0:
                 self.rate_remaining -= 1  # 304 is free
             left, reset = self.rate_remaining, int(time.time()) + 3600
-        limits = {"Limit": 5000, "Remaining": left, "Used": 5000 - left, "Reset": reset}
-        headers = {f"X-RateLimit-{name}": str(value) for name, value in limits.items()}
-        headers |= {"X-RateLimit-Resource": "core", "X-GitHub-Request-Id": secrets.token_hex(8)}
+        headers = {"X-RateLimit-Remaining": str(left), "X-RateLimit-Reset": str(reset)}
         if self.token_expires:
             headers["GitHub-Authentication-Token-Expiration"] = self.token_expires
         return Answer(answer.status, answer.body, answer.headers | headers)
@@ -1229,27 +1165,12 @@ class FakeGitHub(Peer):
     # -- repository and contents ---------------------------------------------------------------
 
     @property
-    def api(self) -> str:
-        return f"{self.url}/repos/{self.repo}"
-
-    @property
     def web(self) -> str:
         return f"https://github.com/{self.repo}"
 
-    def _small_repository(self) -> dict[str, object]:
-        """Return the repository as runs carry it."""
-        links = {f"{link}_url": f"{self.api}/{link}" for link in REPOSITORY_LINKS.split()}
-        plain = {"id": 7, "full_name": self.repo, "url": self.api, "html_url": self.web}
-        return links | plain | {"owner": {"login": self.repo.split("/")[0], "type": "User"}}
-
     def _repository(self, call: Call) -> Answer:
         own = {"default_branch": "main", "archived": self.archived, "permissions": self.permissions}
-        return json_answer(self._small_repository() | own)
-
-    def _content(self, path: str, data: bytes) -> dict[str, object]:
-        place = {"type": "file", "name": path.split("/")[-1], "path": path, "size": len(data)}
-        address = f"{self.api}/contents/{quote(path)}"
-        return place | {"sha": blob_sha(data), "url": address, "_links": {"self": address}}
+        return json_answer(WEIGHT | own)
 
     def _get_contents(self, call: Call, path: str) -> Answer:
         if (ref := call.query.get("ref", "main")) not in self.branches:
@@ -1259,36 +1180,28 @@ class FakeGitHub(Peer):
         data = self.files[path]
         small = len(data) <= 1_000_000
         text = base64.encodebytes(data).decode() if small else ""  # 76 columns, newlines included
-        more = {"encoding": "base64" if small else "none", "content": text}
-        return json_answer(self._content(path, data) | more)
+        told = {"type": "file", "path": path, "size": len(data), "sha": blob_sha(data)}
+        return json_answer(told | {"encoding": "base64" if small else "none", "content": text})
 
     def _put_contents(self, call: Call, path: str) -> Answer:
-        wish = call.json()
+        wish, old = call.json(), self.files.get(path)
         if (branch := wish.get("branch", "main")) not in self.branches:
             return problem(404, f"Branch {branch} not found")
-        for name in ("message", "content"):
+        for name in ("message", "content", *["sha"] * (old is not None)):
             if not isinstance(wish.get(name), str):
-                return not_supplied(f'"{name}"')
-        for person in ("committer", "author"):
-            if person in wish and not {"name", "email"} <= set(wish[person]):
-                return not_supplied(f'"email" of {person}')
-        old = self.files.get(path)
-        if old is not None and not wish.get("sha"):
-            return not_supplied('"sha"')
+                return problem(422, f'Invalid request.\n\n"{name}" wasn\'t supplied.')
         if old is not None and wish["sha"] != blob_sha(old):
             return problem(409, f"{path} does not match {wish['sha']}")
         content = base64.b64decode(wish["content"])
         commit = self.commit(path, content, wish["message"], branch)
-        told = {"sha": commit.sha, "message": commit.message, "parents": []}
-        body = {"content": self._content(path, content), "commit": told}
-        return json_answer(body, 200 if old is not None else 201)
+        told = {"content": {"sha": blob_sha(content)}, "commit": {"sha": commit.sha}}
+        return json_answer(told, 200 if old is not None else 201)
 
     def commit(self, path: str, content: bytes, message: str, branch: str = "main") -> Commit:
-        """Change a file, as PUT does, and as somebody else may at any moment."""
         with self.lock:
             sha = hashlib.sha1(secrets.token_bytes(20)).hexdigest()
             commit = Commit(time.time(), message, path, content, sha, branch)
-            self.files[path], self._head = content, sha
+            self.files[path] = content
             self.commits.append(commit)
             return commit
 
@@ -1326,21 +1239,18 @@ class FakeGitHub(Peer):
         if self.old_dispatch or not wish.get("return_run_details"):
             return Answer(204)
         path = f"/actions/runs/{run.id}"
-        told = {"workflow_run_id": run.id, "run_url": self.api + path, "html_url": self.web + path}
-        return json_answer(told)
+        return json_answer({"workflow_run_id": run.id, "html_url": self.web + path})
 
     def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
-        """Start a run in a thread of its own."""
         with self.lock:
             number = len(self.runs) + 1
-            run = Run(30_000_000_000 + number, number, inputs, ref, self._head)
+            run = Run(30_000_000_000 + number, inputs, ref)
             run.display_title = f"wxsync {inputs.get('request', '')}".strip()
             self.runs.append(run)
         threading.Thread(target=self._execute, args=(run,), daemon=True).start()
         return run
 
     def rerun(self, run: Run) -> None:
-        """Do what the button "Re-run all jobs" does."""
         with run.lock:
             run.attempt, run.status, run.conclusion = run.attempt + 1, "queued", None
         threading.Thread(target=self._execute, args=(run,), daemon=True).start()
@@ -1354,17 +1264,11 @@ class FakeGitHub(Peer):
                 run.finish("failure")
 
     def _run_json(self, run: Run) -> dict[str, object]:
-        path = f"/actions/runs/{run.id}"
-        names = ("jobs", "logs", "artifacts", "cancel", "rerun", "check_suite", "previous_attempt")
-        links = {f"{name}_url": f"{self.api}{path}/{name}" for name in names}
-        links |= {"url": self.api + path, "html_url": self.web + path}
-        same = ("id", "display_title", "status", "conclusion", "head_sha")
-        repository = dict.fromkeys(("repository", "head_repository"), self._small_repository())
+        names = ("id", "display_title", "status", "conclusion")
         with run.lock:
-            told = {name: getattr(run, name) for name in same}
-            told |= {"run_number": run.number, "run_attempt": run.attempt, "head_branch": run.ref}
-        told |= dict.fromkeys(("created_at", "run_started_at"), iso(run.created))
-        return links | told | {"event": "workflow_dispatch"} | repository
+            told = {name: getattr(run, name) for name in names}
+            told |= {"run_attempt": run.attempt, "run_started_at": iso(run.created)}
+        return told | {"html_url": f"{self.web}/actions/runs/{run.id}"} | WEIGHT
 
     def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
         if name != self.WORKFLOW:
@@ -1374,13 +1278,11 @@ class FakeGitHub(Peer):
         return self._page(call, "workflow_runs", [self._run_json(run) for run in seen])
 
     def _page(self, call: Call, name: str, rows: list[dict[str, object]]) -> Answer:
-        """Return one page of a list."""
         size = min(int(call.query.get("per_page", "30")), 100)
         start = size * (int(call.query.get("page", "1")) - 1)
         return json_answer({"total_count": len(rows), name: rows[start : start + size]})
 
     def run(self, run_id: int) -> Run:
-        """Return the run of this id; raise KeyError if there is none."""
         with self.lock:
             return {run.id: run for run in self.runs}[run_id]
 
@@ -1411,26 +1313,15 @@ class FakeGitHub(Peer):
             steps.append(Step("Complete job", "success", steps[-1].started, job.completed))
         return {
             "id": job.id,
-            "run_id": job.run.id,
             "run_attempt": job.attempt,
             "name": job.name if len(job.name) <= 100 else job.name[:97] + "...",
             "status": "in_progress" if job.completed and not is_over else job.status,
             "conclusion": job.conclusion if is_over else None,
-            "created_at": iso(job.created),
             "started_at": iso(job.started or job.created),
             "completed_at": iso(job.completed) if job.completed and is_over else None,
-            "url": f"{self.api}/actions/jobs/{job.id}",
             "html_url": f"{self.web}/actions/runs/{job.run.id}/job/{job.id}",
-            "labels": ["ubuntu-24.04"],
-            "steps": [self._step_json(n, step) for n, step in enumerate(steps, 1)],
-        }
-
-    def _step_json(self, number: int, step: Step) -> dict[str, object]:
-        status = "completed" if step.conclusion else "in_progress"
-        ended = iso(step.completed) if step.completed else None
-        times = {"started_at": iso(step.started), "completed_at": ended}
-        told = {"number": number, "name": step.name, "status": status}
-        return told | {"conclusion": step.conclusion} | times
+            "steps": [{"name": step.name, "conclusion": step.conclusion} for step in steps],
+        } | WEIGHT
 
     def _cancel(self, call: Call, run_id: str) -> Answer:
         run = self._visible(run_id)
@@ -1441,13 +1332,11 @@ class FakeGitHub(Peer):
         threading.Timer(0.1, run.stop.set).start()
         return json_answer({}, 202)
 
-    # -- what only `check` asks ----------------------------------------------------------------
+    def _permissions(self, call: Call) -> Answer:
+        return json_answer({"enabled": self.actions_enabled})
 
     def _list_secrets(self, call: Call) -> Answer:
         return self._page(call, "secrets", [{"name": name} for name in sorted(self.secrets)])
-
-    def _actions(self, call: Call) -> Answer:
-        return json_answer({"enabled": self.actions_enabled})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1464,24 +1353,21 @@ EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
 
 
 class Child(Closing):
-    """A process with a folder of its own."""
-
     def __init__(self, purpose: str) -> None:
         self._temporary = temporary_folder(purpose)
         self.folder = Path(self._temporary.name)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Self:
-        raise NotImplementedError
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
 
     def kill(self) -> None:
-        """End it as a crash would; its connections break, what it has stored stays."""
         if self.process:
             self.process.kill()
             self.process.wait()
 
     def restart(self) -> None:
-        """Kill it if it runs, then start it again on what it has stored."""
         self.kill()
         self.start()
 
@@ -1491,8 +1377,6 @@ class Child(Closing):
 
 
 class Daemon(Child):
-    """A real server in a process of its own on 127.0.0.1, with a password if wanted."""
-
     NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, user: str = "", password: str = "") -> None:
@@ -1511,14 +1395,12 @@ class Daemon(Child):
 
     @property
     def log(self) -> str:
-        """What it has printed, over all its starts."""
         return (self.folder / "log").read_text(errors="replace")
 
     def command(self) -> list[str]:
         raise NotImplementedError
 
     def start(self) -> Self:
-        """Start it and wait until it listens; the first start picks the port."""
         self.port = self.port or free_port()
         with open(self.folder / "log", "ab") as log:
             words = [*self.around, *self.command()]
@@ -1535,13 +1417,10 @@ class Daemon(Child):
 
 
 class Registry(Daemon):
-    """docker-registry, empty at first."""
-
     NEEDS = ("docker-registry", "skopeo", "htpasswd")
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return the header that logs in, none without a password."""
         login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
         return {"Authorization": f"Basic {login}"} if self.user else {}
 
@@ -1564,17 +1443,14 @@ class Registry(Daemon):
         return ["docker-registry", "serve", str(config)]
 
     def fetch(self, repo: str, reference: str) -> Answer:
-        """GET a manifest by tag or digest."""
         url = f"http://{self.host}/v2/{repo}/manifests/{reference}"
         return http_request("GET", url, headers=self.headers | {"Accept": MANIFESTS})
 
     def digest(self, repo: str, tag: str) -> str:
-        """Return the digest behind a tag, "" if there is none."""
         got = self.fetch(repo, tag)
         return got.headers.get("docker-content-digest", "") if got.status == 200 else ""
 
     def manifest(self, repo: str, reference: str) -> dict[str, Any]:
-        """Return a manifest or index; raise KeyError if there is none."""
         got = self.fetch(repo, reference)
         if got.status != 200:
             raise KeyError(f"{repo}:{reference}: {got.status}")
@@ -1591,7 +1467,6 @@ class ImageLayout:
         (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
     def blob(self, data: bytes, kind: str, **more: object) -> dict[str, object]:
-        """Store a blob, return its descriptor."""
         name = hashlib.sha256(data).hexdigest()
         (self.folder / "blobs" / "sha256" / name).write_bytes(data)
         return {"mediaType": kind, "digest": f"sha256:{name}", "size": len(data)} | more
@@ -1601,7 +1476,6 @@ class ImageLayout:
         return self.blob(json.dumps(full).encode(), kind, **more)
 
     def layer(self, name: str, size: int, seed: str) -> tuple[dict[str, object], str]:
-        """Return the descriptor of a layer of random bytes, and its diff id."""
         raw = io.BytesIO()
         with tarfile.open(fileobj=raw, mode="w") as archive:
             entry = tarfile.TarInfo(name)
@@ -1613,7 +1487,6 @@ class ImageLayout:
         return descriptor, "sha256:" + hashlib.sha256(plain).hexdigest()
 
     def image(self, tag: str, arch: str, sizes: Sequence[int]) -> dict[str, object]:
-        """Return the descriptor of an image for one architecture, such as "arm/v7"."""
         name, _, variant = arch.partition("/")
         cpu = {"architecture": name} | ({"variant": variant} if variant else {})
         layers = [
@@ -1640,7 +1513,6 @@ class ImageLayout:
         )
 
     def finish(self, tag: str, top: Mapping[str, object]) -> str:
-        """Name the image, return its digest."""
         names = {"org.opencontainers.image.ref.name": tag}
         index = {"schemaVersion": 2, "manifests": [dict(top) | {"annotations": names}]}
         (self.folder / "index.json").write_text(json.dumps(index))
@@ -1648,7 +1520,6 @@ class ImageLayout:
 
 
 def auth_file(path: Path, registry: Registry) -> Path:
-    """Write a docker config.json that logs in to a registry."""
     login = registry.headers.get("Authorization", "").removeprefix("Basic ")
     accounts = {registry.host: {"auth": login}} if login else {}
     path.touch(mode=0o600)
@@ -1702,7 +1573,6 @@ def registries_conf(path: Path, mapping: Mapping[str, str]) -> Path:
 def registry_error(
     status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> Answer:
-    """Return an error as registries word it."""
     return json_answer({"errors": [{"code": code, "message": message}]}, status, headers)
 
 
@@ -1718,7 +1588,6 @@ class PickyRegistry(Peer):
 
     @property
     def layer_reads(self) -> list[Call]:
-        """Return the calls that fetched a blob."""
         return self.calls_to("GET /blobs/sha256:")
 
     def handle(self, call: Call) -> Answer:
@@ -1838,8 +1707,6 @@ class ActLog:
 
 
 class ActRunner(Closing):
-    """Runs the project's own workflow file by act in host mode, in a checkout of its own."""
-
     FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
 
     def __init__(
@@ -1865,7 +1732,6 @@ class ActRunner(Closing):
 
     @staticmethod
     def program() -> str:
-        """Return the path of act, "" if there is none: beside this Python, else on PATH."""
         beside = Path(sys.executable).with_name("act")
         return str(beside) if beside.exists() else shutil.which("act") or ""
 
@@ -1909,7 +1775,6 @@ class ActRunner(Closing):
         log.close()
 
     def close(self) -> None:
-        """Stop what still runs and remove the checkout."""
         for process in list(self._running):
             process.terminate()
             process.wait()
@@ -1922,12 +1787,20 @@ class ActRunner(Closing):
 
 
 def status_of(pid: int, name: str) -> int:
-    """Return a number of /proc/PID/status, sizes in bytes; 0 when the process is gone."""
     with suppress(OSError):
         text = Path(f"/proc/{pid}/status").read_text()
         found = re.search(rf"^{name}:\s+(\d+)( kB)?", text, re.MULTILINE)
         return int(found[1]) * (1024 if found[2] else 1) if found else 0
     return 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and its children so far, in clock ticks (10 ms)."""
+    ticks = 0
+    for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Service(Child):
@@ -1948,20 +1821,14 @@ class Service(Child):
         self.log_path.touch()
 
     @property
-    def pid(self) -> int:
-        return self.process.pid if self.process else 0
-
-    @property
     def environment(self) -> dict[str, str]:
         return clean_environment(self.folder, self.settings)
 
     @property
     def log(self) -> str:
-        """All that it has printed, over all its starts."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def command(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run another command of the program (check, send, …) with the same settings."""
         full = [sys.executable, str(self.script), *words]
         return run_command(full, timeout=timeout, env=self.environment, cwd=self.folder)
 
@@ -1972,7 +1839,6 @@ class Service(Child):
         return ["-m", self.script.stem]
 
     def launch(self) -> None:
-        """Start the process and do not wait for anything."""
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self.words],
@@ -1983,10 +1849,10 @@ class Service(Child):
                 stderr=log,
             )
 
-    def start(self, timeout: float = 30) -> Self:
-        """Start it and wait until /health says 200; raise RuntimeError when it does not."""
+    def start(self, timeout: float = 30, pause: float = 0.01) -> Self:
         self.launch()
-        if not wait_until(lambda: self.healthy() or not self.alive(), timeout) or not self.alive():
+        over = wait_until(lambda: self.healthy() or not self.alive(), timeout, pause)
+        if not over or not self.alive():
             self.kill()
             raise RuntimeError("wxsync did not start:\n" + self.log[-3000:])
         return self
@@ -2023,9 +1889,7 @@ class Service(Child):
         return status_of(self.pid, "Threads")
 
     def cpu_seconds(self) -> float:
-        """User and system time so far, in steps of a clock tick (10 ms)."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.pid)
 
     def wakeups(self) -> int:
         """How often all its threads together have waited for something so far."""
@@ -2056,7 +1920,6 @@ class World(Closing):
         self._stack = ExitStack()
 
     def defaults(self) -> dict[str, str]:
-        """Return the settings that lead the service to the fakes."""
         return {
             "CORP_ID": self.wecom.corp_id,
             "AGENT_ID": str(self.wecom.agent_id),
@@ -2073,7 +1936,6 @@ class World(Closing):
         }
 
     def prepare(self) -> Self:
-        """Start the fakes and make the service ready, but do not start it."""
         for name in ("wxsync.py", f".github/workflows/{FakeGitHub.WORKFLOW}"):
             if (path := self.script.parent / name).exists():
                 self.github.files[name] = path.read_bytes()
@@ -2095,15 +1957,12 @@ class World(Closing):
         return reply.reply
 
     def hear(self, wanted: str | Callable[[Message], object] = "", timeout: float = 15) -> str:
-        """Return the text of the first message that holds `wanted`."""
         return self.wecom.wait_message(wanted, timeout).text
 
     def broken(self) -> list[str]:
-        """Return what the fakes noticed: bugs of their own, texts that WeCom would have cut."""
         return self.wecom.errors + self.github.errors + self.wecom.violations
 
     def secret_values(self) -> list[str]:
-        """Return all that must never be seen in anything that is written."""
         names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "GITHUB_TOKEN")
         tokens = [call.query.get("access_token", "") for call in self.wecom.calls]
         return [self.service.settings[name] for name in names] + sorted({t for t in tokens if t})
@@ -2119,23 +1978,49 @@ class World(Closing):
         self._stack.close()
 
 
+class ByRobot(World):
+    """A world whose chat is the robot's. `both` leaves the callback's settings in."""
+
+    both = False
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.gateway = FakeGateway()
+
+    def defaults(self) -> dict[str, str]:
+        gateway, common = self.gateway, super().defaults()
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
+        own |= {"BOT_URL": f"ws://{gateway.host}"}
+        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
+
+    def prepare(self) -> Self:
+        self._stack.enter_context(self.gateway)
+        return super().prepare()
+
+    def broken(self) -> list[str]:
+        shown = self.service.settings["BOT_SECRET"] in self.service.log
+        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
+        return super().broken() + own
+
+
 # ---------------------------------------------------------------------------------------------
 # The sandbox: what happens, as a chat
 # ---------------------------------------------------------------------------------------------
 
 
 def columns(text: str) -> int:
-    """Return how many columns a terminal needs for a text."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
-class Transcript:
-    """Prints who says what, as it happens. Two threads use it: a lock keeps lines whole."""
+def plain(text: str) -> str:
+    return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
 
+
+class Transcript:
     COLOURS: ClassVar[dict[str, str]] = {"你": "36", "wxsync": "32", "GitHub": "35"}
     PROMPT = "你> "
 
-    def __init__(self, world: World, out: TextIO, live: bool) -> None:
+    def __init__(self, world: ByRobot, out: TextIO, live: bool) -> None:
         self.world, self.out, self.live = world, out, live
         self.colour = live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.prompting = False
@@ -2145,7 +2030,6 @@ class Transcript:
         self._seen: dict[object, object] = {}
 
     def show(self, who: str, text: str, note: str = "") -> None:
-        """Print one entry; further lines stand under the first."""
         name = f"{who}·{note}" if note else who
         body = text.replace("\n", "\n" + " " * (columns(name) + 2))
         if self.colour:
@@ -2158,7 +2042,6 @@ class Transcript:
             self.last = time.monotonic()
 
     def ask(self) -> str:
-        """Return the next line that is typed."""
         self.prompting = True
         try:
             return input(self.PROMPT).strip()
@@ -2166,16 +2049,16 @@ class Transcript:
             self.prompting = False
 
     def poll(self) -> None:
-        """Print what has happened since the last time."""
         with self.lock:
             for number, commit in enumerate(self.world.github.commits):
                 if self._new(("commit", number)):
                     self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
             for run in list(self.world.github.runs):
                 self._run(run)
-            for number, message in enumerate(self.world.wecom.messages):
-                if self._new(("message", number)):
-                    self.show("wxsync", message.text, "消息")
+            for number, message in enumerate(self.world.gateway.messages):
+                if self._new(("message", number), message.text):
+                    note = "变成" if len(message.shown) > 1 else "消息"
+                    self.show("wxsync", plain(message.text), note)
             waiting = self.waiting() if self.live and time.monotonic() - self.last > 2 else ""
             if waiting and self._new("waiting", waiting):
                 self.show("…", waiting)
@@ -2186,7 +2069,6 @@ class Transcript:
         return changed
 
     def _run(self, run: Run) -> None:
-        """Print the start and the end of a run, and each of its jobs when it ends."""
         title = run.display_title
         if self._new(("run", run.id)):
             address = f"{self.world.github.web}/actions/runs/{run.id}"
@@ -2200,7 +2082,6 @@ class Transcript:
             self.show("GitHub", f"{title}  {run.conclusion}", "结束")
 
     def waiting(self) -> str:
-        """Return what is being waited for, "" if nothing."""
         for run in self.world.github.runs:
             if run.status != "completed":
                 done = sum(job.status == "completed" for job in run.jobs if job.name in run.lines)
@@ -2221,8 +2102,6 @@ ABSENT = "nosuch:1"
 
 
 class Stage:
-    """Builds the sandbox's world, with real copies where the programs for them are installed."""
-
     def __init__(self, script: Path, played: bool, tell: Callable[[str], None]) -> None:
         self.script, self.tell = script, tell
         self.registries: list[Registry] = []  # where images come from and go to, if they are copied
@@ -2231,8 +2110,7 @@ class Stage:
         self.why = Registry.missing() or ActRunner.missing() or ", ".join(absent)
         self.why = "按 --played 的要求" if played else self.why
 
-    def world(self) -> World:
-        """Start everything, return the world."""
+    def world(self) -> ByRobot:
         settings: dict[str, str | None] = {}
         if self.why:
             self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
@@ -2249,7 +2127,7 @@ class Stage:
             settings |= {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
             runner = self._runner(source, target)
         self.tell("正在启动 wxsync…")
-        return self.stack.enter_context(World(self.script, runner, settings))
+        return self.stack.enter_context(ByRobot(self.script, runner, settings))
 
     def _runner(self, source: Registry, target: Registry) -> Runner:
         folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
@@ -2264,11 +2142,9 @@ class Stage:
 
 
 class Scene(NamedTuple):
-    """One message of the story and what must come of it."""
-
     text: str
-    reply: tuple[str, ...]  # must occur in the immediate reply
-    final: tuple[str, ...]  # must occur in the message that follows; () if none may follow
+    reply: tuple[str, ...]  # must occur in the message that answers it, as it is at first
+    final: tuple[str, ...]  # must occur in what that becomes; () if it stays as it is
 
 
 STORY = (
@@ -2287,32 +2163,32 @@ STORY = (
 )
 
 
-def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
+def play_scene(scene: Scene, world: ByRobot, transcript: Transcript) -> list[str]:
     """Type a message of the story, return what was wrong with what came of it."""
     text, reply, final = scene
-    github, messages = world.github, world.wecom.messages
+    github, messages = world.github, world.gateway.messages
     commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
-
-    def told() -> str:
-        transcript.poll()
-        return "\n".join(message.text for message in messages[heard:])
-
     transcript.show("你", text)
-    said = world.say(text)
-    transcript.show("wxsync", said, "回复")
-    if final:
-        wait_until(lambda: "成功 " in told(), 90, 0.05)
-    else:
+    req_id = world.gateway.say(text)
+    message = world.gateway.hear(lambda message: message.req_id == req_id)
+
+    def is_over() -> bool:
+        transcript.poll()
+        return message.finished
+
+    wait_until(is_over, 90, 0.05)
+    if not final:
         time.sleep(1)  # whatever should not happen gets the time to
-    seen, commits = told(), len(github.commits) - commits
+    said, seen = (plain(shown) for _, shown in (message.shown[0], message.shown[-1]))
     wrong = [f"对“{text}”的回复里没有“{part}”" for part in lacking(reply, said)]
     wrong += [f"“{text}”的结果里没有“{part}”" for part in lacking(final, seen)]
-    if [commits, len(github.dispatches) - runs, bool(seen)] != [bool(final)] * 3:
-        wrong.append(f"“{text}”：{commits} 次提交，收到：{seen or '没有消息'}")
+    happened = [len(github.commits) - commits, len(github.dispatches) - runs, seen != said]
+    if happened != [bool(final)] * 3 or len(messages) != heard + 1 or not message.finished:
+        wrong.append(f"“{text}”：{happened}，看到：{[m.text for m in messages[heard:]]}")
     return wrong
 
 
-def play_story(stage: Stage, world: World, transcript: Transcript) -> list[str]:
+def play_story(stage: Stage, world: ByRobot, transcript: Transcript) -> list[str]:
     """Play STORY without a terminal, return what was wrong, nothing if all was right."""
     wrong = [line for scene in STORY for line in play_scene(scene, world, transcript)]
     for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if stage.registries else ():
@@ -2325,14 +2201,14 @@ def play_story(stage: Stage, world: World, transcript: Transcript) -> list[str]:
     return wrong + world.broken()
 
 
-CHAT_HELP = """输入的每一行都会像企业微信那样加密、签名后发给 wxsync。
+CHAT_HELP = """输入的每一行都会像发给企业微信智能机器人的消息一样到达 wxsync。
 可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest
 状态　　列表　　重试　　取消　　随便什么话
 --platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7
 命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"""
 
 
-def chat(world: World, transcript: Transcript) -> None:
+def chat(world: ByRobot, transcript: Transcript) -> None:
     """Post what is typed on a terminal as WeCom would; answers come as they come."""
     over = threading.Event()
 
@@ -2361,22 +2237,17 @@ def chat(world: World, transcript: Transcript) -> None:
     watcher.join(2)
 
 
-def post(text: str, world: World, transcript: Transcript) -> None:
-    """Post what was typed and show the immediate reply."""
+def post(text: str, world: ByRobot, transcript: Transcript) -> None:
     try:
-        got = world.client.post_text("alice", text)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
-    else:
-        shown = got.reply or f"（HTTP {got.status}，没有立即回复）"
-        transcript.show("wxsync", shown, "回复")
+        world.gateway.say(text)
+    except OSError as error:
+        transcript.show("沙盒", f"wxsync 没有连着：{error}（/log 看日志）")
 
 
 def sandbox(argv: Sequence[str]) -> int:
-    """Play WeCom and GitHub around the real wxsync.py; return 0 when all went as it should."""
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py",
-        description="沙盒：不需要账号，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
+        description="沙盒：不需要账号，在本机扮演企业微信智能机器人和 GitHub，运行真正的 wxsync.py。"
         "先演一段短故事，在终端里接着由你来聊；每一步都对，退出码才是 0。",
         epilog="还有：test 运行测试，bench 性能测试，picture 画图。",
     )
@@ -2413,8 +2284,6 @@ def sandbox(argv: Sequence[str]) -> int:
 
 
 class StoredObject(NamedTuple):
-    """What is in the bucket. Bytes are kept of small objects only, so that memory stays small."""
-
     size: int
     sha256: str
     content_type: str
@@ -2423,8 +2292,6 @@ class StoredObject(NamedTuple):
 
 @dataclass
 class OpenUpload:
-    """An upload in parts that is neither completed nor aborted."""
-
     key: str
     content_type: str
     sizes: dict[int, int] = field(default_factory=dict)
@@ -2445,8 +2312,6 @@ PLAIN_JSON = {"Content-Type": "application/json"}
 
 
 class Refused(Exception):
-    """QingStor's answer to a request that it does not do."""
-
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
@@ -2455,7 +2320,6 @@ class Refused(Exception):
 def sign_qingstor(
     secret: str, method: str, resource: str, date: str, kind: str = "", md5: str = "", own: str = ""
 ) -> str:
-    """Return QingStor's signature; `own` are the canonical x-qs- headers, a line each."""
     text = f"{method}\n{md5}\n{kind}\n{date}\n{own}{resource}"
     return base64.b64encode(hmac.digest(secret.encode(), text.encode(), "sha256")).decode()
 
@@ -2488,7 +2352,6 @@ class FakeQingStor(Peer):
 
     @property
     def settings(self) -> dict[str, str]:
-        """Settings that lead wxsync to this bucket."""
         return {
             "QINGSTOR_URL": self.url,
             "QINGSTOR_BUCKET": self.bucket,
@@ -2497,14 +2360,12 @@ class FakeQingStor(Peer):
         }
 
     def fail_part(self, number: int, times: int = 1, how: int | str = 500) -> None:
-        """Let the next tries of a part go wrong: a status, "reset", "hang" or "lost"."""
         code = "permission_denied" if how == 403 else "internal_error"
         body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
         what = how if isinstance(how, str) else (how, PLAIN_JSON, body)
         self.fail(f"PUT part_number={number}&", what, times)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Answer; bodies are forgotten afterwards, or a big upload would fill the memory."""
         begun = time.monotonic()
         try:
             if self.rate_bytes_per_second and call.body:
@@ -2547,26 +2408,19 @@ class FakeQingStor(Peer):
     # -- who asks
 
     def _check(self, call: Call, key: str) -> None:
-        """Raise Refused unless the request is signed, of now, and whole."""
+        """Raise Refused unless the request is signed (in its head, or as a link), new, and whole."""
         if self.public and key and call.method in ("GET", "HEAD") and not call.query:
             return
-        if "signature" in call.query:
-            expires = call.query.get("expires", "")
-            self._check_signature(call, call.query.get("access_key_id", ""), expires, "")
-            if int(expires) < self.clock():
-                raise Refused(403, "request_expired", "The link has expired.")
-        else:
-            self._check_header(call)
-        md5 = call.headers.get("content-md5", "")
-        if md5 and base64.b64encode(hashlib.md5(call.body).digest()).decode() != md5:
-            raise Refused(400, "bad_digest", "The Content-MD5 does not match the body.")
-        if self.forbidden:
-            raise Refused(403, "permission_denied", "You don't have enough permission.")
-
-    def _check_signature(self, call: Call, access_key: str, date: str, given: str) -> None:
-        """Check a signature that is in the head, or in the address (""), of a request."""
-        kind = call.headers.get("content-type", "") if given else ""
-        if access_key != self.access_key:
+        head, link = call.headers.get("authorization", ""), "signature" in call.query
+        found = re.fullmatch(r"QS ([^:]+):(\S+)", head)
+        if not found and not link:
+            raise Refused(401, "unauthorized", "The request is not signed.")
+        names = ("access_key_id", "signature", "expires")
+        who, given, date = (call.query.get(name, "") for name in names)
+        if found and not link:
+            who, given, date = found[1], found[2], call.headers.get("date", "")
+        kind = "" if link else call.headers.get("content-type", "")
+        if who != self.access_key:
             raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
         subs = sorted({"acl", "part_number", "upload_id", "uploads"} & set(call.query))
         pairs = "&".join(f"{n}={call.query[n]}" if call.query[n] else n for n in subs)
@@ -2575,21 +2429,16 @@ class FakeQingStor(Peer):
         lines = "".join(f"{name}:{call.headers[name].strip()}\n" for name in own)
         md5 = call.headers.get("content-md5", "")
         wanted = sign_qingstor(self.secret, call.method, resource, date, kind, md5, lines)
-        if not hmac.compare_digest(wanted, given or call.query["signature"]):
+        if not hmac.compare_digest(wanted, given):
             raise Refused(401, "signature_not_matched", "The signature does not match.")
-
-    def _check_header(self, call: Call) -> None:
-        found = re.fullmatch(r"QS ([^:]+):(\S+)", call.headers.get("authorization", ""))
-        if not found:
-            raise Refused(401, "unauthorized", "The request is not signed.")
-        date = call.headers.get("date", "")
-        try:
-            off = parsedate_to_datetime(date).timestamp() - self.clock()
-        except ValueError:
-            raise Refused(400, "invalid_date", "The Date header is malformed.") from None
-        if abs(off) > self.SKEW_SECONDS:
+        then = int(date) if link else parsedate_to_datetime(date).timestamp()
+        late, patience = self.clock() - then, 0 if link else self.SKEW_SECONDS
+        if late > patience or (late < -patience and not link):
             raise Refused(403, "request_expired", "The request time is too skewed.")
-        self._check_signature(call, found[1], date, found[2])
+        if md5 and base64.b64encode(hashlib.md5(call.body).digest()).decode() != md5:
+            raise Refused(400, "bad_digest", "The Content-MD5 does not match the body.")
+        if self.forbidden:
+            raise Refused(403, "permission_denied", "You don't have enough permission.")
 
     # -- what is asked: METHOD_kind
 
@@ -2693,8 +2542,6 @@ BLOCK = 64 * 1024
 
 @dataclass
 class Served:
-    """One path of a Source: what it holds and how it is sent."""
-
     size: int
     body: bytes | None = None  # None: made up as it goes
     length: str = "known"  # or "chunked", or "close" (the end of the connection is the end)
@@ -2721,7 +2568,6 @@ class Served:
     asked: int = 0  # how often so far
 
     def bytes_from(self, start: int) -> Iterator[bytes]:
-        """Yield the content from a position on, in blocks."""
         if self.body is not None:
             for at in range(start, len(self.body), BLOCK):
                 yield self.body[at : at + BLOCK]
@@ -2730,6 +2576,17 @@ class Served:
         for at in range(start - start % BLOCK, self.size, BLOCK):
             block = struct.pack(">QQ", self.seed, at) + filler
             yield block[max(0, start - at) : min(BLOCK, self.size - at)]
+
+    def chosen(self, call: Call) -> tuple[int, int]:
+        """Return status and start: obey Range and If-Range (RFC 9110), or as wrongly as wanted."""
+        found = re.fullmatch(r"bytes=(\d+)-", call.headers.get("range", ""))
+        condition = call.headers.get("if-range", "")
+        if found and self.ranges.isdigit():
+            return int(self.ranges), 0
+        known = not condition or condition in (self.etag, self.modified)
+        if not found or self.ranges in ("", "ignored") or not known:
+            return self.status, 0
+        return 206, max(0, int(found[1]) - 10 * (self.ranges == "wrong"))
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -2740,7 +2597,6 @@ class Served:
 
 @functools.cache
 def made_up_block(seed: int) -> bytes:
-    """Return the part of a block that is the same in all of a file, and random."""
     return random.Random(seed).randbytes(BLOCK - 16)
 
 
@@ -2753,7 +2609,6 @@ class Source(Peer):
         self.files: dict[str, Served] = {}
 
     def add(self, path: str, size: int = 0, body: bytes | None = None, **options: Any) -> str:
-        """Serve a file at `path`, see Served; return its address."""
         length = len(body) if body is not None else size
         seed = options.pop("seed", len(self.files) + 1)
         self.files[path] = Served(length, body, seed=seed, **options)
@@ -2764,7 +2619,6 @@ class Source(Peer):
 
     @property
     def hits(self) -> Counter[str]:
-        """How often each path was asked for."""
         with self.lock:
             return Counter(call.path for call in self.calls)
 
@@ -2785,92 +2639,58 @@ class Source(Peer):
             while served.again and not self.stopping.wait(0.05):
                 handler.wfile.write(served.again)
         else:
-            Sending(call, served, handler, self.stopping).send()
+            self.send(call, served, handler)
 
-
-class Sending:
-    """One answer on its way, with everything that a Served says is wrong with it."""
-
-    def __init__(
-        self, call: Call, served: Served, handler: PeerHandler, stopping: threading.Event
-    ) -> None:
-        self.call, self.served, self.handler, self.stopping = call, served, handler, stopping
-        with handler.server.peer.lock:
+    def send(self, call: Call, served: Served, handler: PeerHandler) -> None:
+        """Send a file, with everything that is wrong with it."""
+        with self.lock:
             served.asked += 1
-            self.turn = served.asked
-        if served.change and self.turn > 1:
-            self.served = replace(served, etag='"other"', seed=served.seed + 1000)
-        if served.expired and self.turn > 1:
-            self.served = replace(served, status=served.expired, size=0, ranges="")
-        self.start = 0
-        self.status = self.served.status
-
-    def send(self) -> None:
-        headers = self._headers()
-        chunked = self.served.length == "chunked"
-        self.handler.send_response(self.status)
-        for name, value in headers.items():
-            self.handler.send_header(name, value)
-        self.handler.end_headers()
-        if self.call.method == "HEAD" or self.served.location:
-            return
-        packed = self.served.gzip
-        for block in self._shaped([self.packed] if packed else self.served.bytes_from(self.start)):
-            self.handler.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
-        if chunked and not self.handler.close_connection:
-            self.handler.wfile.write(b"0\r\n\r\n")
-
-    def _headers(self) -> dict[str, str]:
-        served = self.served
-        self._choose_range()
+            turn = served.asked
+        if served.change and turn > 1:
+            served = replace(served, etag='"other"', seed=served.seed + 1000)
+        if served.expired and turn > 1:
+            served = replace(served, status=served.expired, size=0, ranges="")
+        status, start = served.chosen(call)
+        blocks, left = served.bytes_from(start), served.size - start
+        if served.gzip:
+            packed = gzip.compress(b"".join(blocks), 1, mtime=0)
+            blocks, left = iter([packed]), len(packed)
+        handler.send_response(status)
         # As bytes: http.server would refuse what is not Latin-1.
-        where = served.location.replace("{turn}", str(self.turn)).encode().decode("latin-1")
-        headers = {
+        where = served.location.replace("{turn}", str(turn)).encode()
+        told = {
             "Content-Type": served.content_type,
             "ETag": served.etag,
             "Last-Modified": served.modified,
-            "Location": where,
-            "Content-Encoding": "gzip" if served.gzip else "",
+            "Location": where.decode("latin-1"),
+            "Content-Encoding": "gzip" * served.gzip,
             "Content-Disposition": served.disposition.encode(served.charset).decode("latin-1"),
+            "Content-Range": f"bytes {start}-{served.size - 1}/{served.size}" * (status == 206),
         }
-        headers = {name: value for name, value in headers.items() if value}
-        if served.location or served.length == "known":
-            whole = len(self.packed) if served.gzip else served.size - self.start
-            headers["Content-Length"] = "0" if served.location else str(whole)
-        elif served.length == "chunked":
-            headers["Transfer-Encoding"] = "chunked"
-        else:
-            headers["Connection"] = "close"
-            self.handler.close_connection = True
-        if self.status == 206:
-            last = served.size - 1
-            headers["Content-Range"] = f"bytes {self.start}-{last}/{served.size}"
-        return headers | dict(served.headers)
-
-    def _choose_range(self) -> None:
-        """Obey Range and If-Range (RFC 9110, 13.1.5 and 14.2), or as wrongly as wanted."""
-        found = re.fullmatch(r"bytes=(\d+)-", self.call.headers.get("range", ""))
-        if not found or self.served.ranges in ("", "ignored"):
+        length = "known" if where else served.length
+        how = {"known": ("Content-Length", str(0 if where else left))}
+        how |= {"chunked": ("Transfer-Encoding", "chunked"), "close": ("Connection", "close")}
+        for name, value in (
+            {**told, how[length][0]: how[length][1]} | dict(served.headers)
+        ).items():
+            if value:
+                handler.send_header(name, value)
+        handler.end_headers()
+        if call.method == "HEAD" or where:
             return
-        if self.served.ranges.isdigit():
-            self.status = int(self.served.ranges)
-            return
-        condition = self.call.headers.get("if-range", "")
-        if condition and condition not in (self.served.etag, self.served.modified):
-            return
-        self.start, self.status = int(found[1]), 206
-        if self.served.ranges == "wrong":
-            self.start = max(0, self.start - 10)
+        handler.close_connection |= length == "close"
+        for block in self.shaped(blocks, served, turn, handler):
+            chunk = b"%x\r\n%b\r\n" % (len(block), block)
+            handler.wfile.write(chunk if length == "chunked" else block)
+        if length == "chunked" and not handler.close_connection:
+            handler.wfile.write(b"0\r\n\r\n")
 
-    @functools.cached_property
-    def packed(self) -> bytes:
-        return gzip.compress(b"".join(self.served.bytes_from(self.start)), 1, mtime=0)
-
-    def _shaped(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    def shaped(
+        self, blocks: Iterable[bytes], served: Served, turn: int, handler: PeerHandler
+    ) -> Iterator[bytes]:
         """Yield the blocks at the wanted speed, up to where the trouble comes."""
-        cuts, rate = self.served.cut_after, self.served.rate
-        cut = cuts[self.turn - 1] if self.turn <= len(cuts) else -1
-        stall = self.served.stall_after if self.turn <= self.served.stalls else -1
+        cut = served.cut_after[turn - 1] if turn <= len(served.cut_after) else -1
+        stall = served.stall_after if turn <= served.stalls else -1
         end = min((at for at in (cut, stall) if at >= 0), default=-1)
         begun, sent = time.monotonic(), 0
         for block in blocks:
@@ -2878,17 +2698,17 @@ class Sending:
             sent += len(piece)
             if piece:
                 yield piece
+            rate = served.rate
             if rate and (early := begun + sent / rate - time.monotonic()) > 0.005:
                 self.stopping.wait(early)
             if len(piece) < len(block) or sent == end:
-                self.handler.close_connection = True
+                handler.close_connection = True
                 if sent != cut:
-                    self.handler.hold()
+                    handler.hold()
                 return
 
 
 def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """Return a context for a server at this address, and the certificate to trust."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-keyout", str(key), "-out", str(certificate), "-subj", f"/CN={name}"]
@@ -2914,7 +2734,6 @@ class ProxyProcess(Daemon):
         return f"{self.SCHEME}://{login}{self.host}"
 
     def asked_for(self, port: int) -> bool:
-        """Tell whether it was ever asked for this port of 127.0.0.1."""
         return f"127.0.0.1:{port}" in self.log.replace(self.host, "")
 
 
@@ -2955,7 +2774,6 @@ exec "$PYTHON" "$FOLDER/program.py"
 
 @functools.cache
 def namespace_missing() -> str:
-    """Return why there can be no net of its own, "" if there can."""
     if why := missing_program("unshare", "ip", "mount"):
         return why
     tried = run_command(["unshare", "-n", "-m", "true"])
@@ -3013,51 +2831,43 @@ class NameServer:
 # ---------------------------------------------------------------------------------------------
 
 _FORBIDDEN_HOSTS: dict[str, str] = {
-    "loopback": "127.0.0.1 127.127.127.127 127.255.255.254",
-    "loopback, short": "127.1 127.0.1 0x7f.1 0177.1",
-    "loopback, integer": "2130706433 0x7f000001 0X7F000001 017700000001",
-    "loopback, octal and hex": "0177.0.0.1 0x7f.0x0.0x0.0x1 0x7f.0.0.1 127.0.0.0x1 00177.00.00.01",
+    "loopback": "127.0.0.1 127.255.255.254 127.1 0177.1 2130706433 0x7f000001 0X7F000001",
+    "loopback, octal and hex": "0177.0.0.1 0x7f.0x0.0x0.0x1 127.0.0.0x1 00177.00.00.01",
     "loopback, trailing dot": "127.0.0.1. localhost.",
-    "this host": "0.0.0.0 0 0.0 0x0 00000000000 0.1.2.3",
+    "this host": "0.0.0.0 0 0x0 00000000000 0.1.2.3",
     "private": "10.0.0.1 10.1 10.255.255.255 172.16.0.1 172.31.255.255 192.168.0.1 192.168.257",
-    "private, disguised": "167772161 0xa000001 3232235521 0xc0a80001 0300.0250.0.1 012.0.0.1",
-    "link-local": "169.254.0.1 169.254.255.255",
-    "metadata": "169.254.169.254 0xa9fea9fe 2852039166 0251.0376.0251.0376 169.254.43518",
+    "private, disguised": "0xa000001 3232235521 0300.0250.0.1 012.0.0.1",
+    "link-local": "169.254.0.1 169.254.169.254 0xa9fea9fe 0251.0376.0251.0376 169.254.43518",
     "metadata of Alibaba": "100.100.100.200 1684301000 0x646464c8",
     "wire server of Azure": "168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] [64:ff9b::a83f:8110]",
     "CGNAT": "100.64.0.1 100.127.255.255",
-    "protocols": "192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.170 192.0.0.255",
+    "protocols": "192.0.0.1 192.0.0.9 192.0.0.170 192.0.0.255",
     "6to4 relay": "192.88.99.1",
     "documentation": "192.0.2.1 198.51.100.1 203.0.113.1",
     "benchmarks": "198.18.0.1 198.19.255.255",
-    "multicast": "224.0.0.1 224.0.1.1 232.1.1.1 239.255.255.250 0xe0000001",
-    "reserved": "240.0.0.1 254.1.1.1",
-    "broadcast": "255.255.255.255 4294967295",
-    "IPv6 loopback": "[::1] [0:0:0:0:0:0:0:1] [0000::0001] [::0.0.0.1]",
-    "IPv6 unspecified": "[::]",
-    "IPv6 private": "[fc00::1] [fd12:3456:789a::1] [fd00:ec2::254] [fec0::1]",
+    "multicast": "224.0.0.1 232.1.1.1 239.255.255.250 0xe0000001",
+    "reserved": "240.0.0.1 254.1.1.1 255.255.255.255 4294967295",
+    "IPv6 loopback": "[::1] [0000::0001] [::0.0.0.1] [::]",
+    "IPv6 private": "[fc00::1] [fd00:ec2::254] [fec0::1]",
     "IPv6 link-local": "[fe80::1] [febf::1] [fe80::1%25lo] [fe80::1%lo]",
-    "IPv6 multicast": "[ff02::1] [ff05::2] [ff0e::1]",
+    "IPv6 multicast": "[ff02::1] [ff0e::1]",
     "IPv6 documentation": "[2001:db8::1] [100::1]",
-    "IPv4-mapped": "[::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:7f00:0001] [::ffff:10.0.0.1]"
-    " [::ffff:a9fe:a9fe] [::ffff:100.100.100.200] [::ffff:0.0.0.0] [::ffff:224.0.0.1]",
-    "IPv4-compatible": "[::127.0.0.1] [::7f00:1] [::10.0.0.1] [::169.254.169.254]",
+    "IPv4-mapped": "[::ffff:127.0.0.1] [::ffff:7f00:1] [::ffff:10.0.0.1] [::ffff:100.100.100.200]"
+    " [::ffff:0.0.0.0] [::ffff:224.0.0.1]",
+    "IPv4-compatible": "[::7f00:1] [::169.254.169.254]",
     "IPv4-translated": "[::ffff:0:127.0.0.1] [::ffff:0:a00:1]",
-    "NAT64": "[64:ff9b::7f00:1] [64:ff9b::127.0.0.1] [64:ff9b::a9fe:a9fe] [64:ff9b::10.0.0.1]",
-    "NAT64, local prefix": "[64:ff9b:1::7f00:1] [64:ff9b:1::a9fe:a9fe] [64:ff9b:1:ffff::10.0.0.1]",
-    "6to4": "[2002:7f00:1::] [2002:a00:1::1] [2002:a9fe:a9fe::1] [2002:c0a8:1::1]",
-    "Teredo": "[2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::1] [2001:0:7f00:1::]",
-    "local name": "localhost LOCALHOST LocalHost foo.localhost localhost.localdomain ip6-localhost"
-    " router.local nas.lan printer.home.arpa metadata.google.internal host.docker.internal"
-    " metadata intranet",
-    "full-width digits": "１２７.０.０.１ １２７．０．０．１ １６９.254.169.254 ２130706433",
-    "ideographic full stop": "127。0。0。1 127｡0｡0｡1 10。0。0。1 localhost。",
-    "circled digits": "①②⑦.⓪.⓪.① ①⓪.⓪.⓪.①",
-    "full-width letters": "ｌｏｃａｌｈｏｓｔ ⓛⓞⓒⓐⓛⓗⓞⓢⓣ ０ｘ７ｆ０００００１",
+    "NAT64": "[64:ff9b::7f00:1] [64:ff9b::10.0.0.1]",
+    "NAT64, local prefix": "[64:ff9b:1::7f00:1] [64:ff9b:1:ffff::10.0.0.1]",
+    "6to4": "[2002:7f00:1::] [2002:a9fe:a9fe::1]",
+    "Teredo": "[2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::1]",
+    "local name": "localhost LocalHost foo.localhost localhost.localdomain ip6-localhost"
+    " router.local nas.lan printer.home.arpa metadata.google.internal metadata intranet",
+    "other digits and stops": "１２７.０.０.１ ２130706433 127。0。0。1 10｡0｡0｡1 localhost。 ①②⑦.⓪.⓪.①",
+    "other letters": "ｌｏｃａｌｈｏｓｔ ⓛⓞⓒⓐⓛⓗⓞⓢⓣ ０ｘ７ｆ０００００１",
     "userinfo": "example.com@127.0.0.1 127.0.0.1@example.com user:pw@example.com @127.0.0.1",
-    "backslash": "example.com\\@127.0.0.1 127.0.0.1\\.example.com example.com\\127.0.0.1",
+    "backslash": "example.com\\@127.0.0.1 127.0.0.1\\.example.com",
     "percent": "%31%32%37.0.0.1 127.0.0.1%00.example.com 127.0.0.1%2f.example.com",
-    "odd port": "127.0.0.1:0 example.com:0 example.com:99999 example.com:80:80 example.com:x",
+    "odd port": "127.0.0.1:0 example.com:99999 example.com:80:80 example.com:x",
     "odd brackets": "[127.0.0.1] [::1].example.com [localhost] []",
 }
 
@@ -3074,13 +2884,12 @@ NO_HTTP = (
 )
 FORBIDDEN += [(url, "no http address") for url in NO_HTTP.split("¦")]
 
-_ALLOWED = (
-    "1.1.1.1 8.8.8.8 223.5.5.5 114.114.114.114 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.1"
-    " 100.63.255.255 100.128.0.0 169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0"
-    " 192.0.1.1 192.0.3.0 192.88.98.1 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0"
-    " 198.51.99.1 203.0.112.1 223.255.255.255 ::ffff:8.8.8.8 2400:3200::1 2606:4700:4700::1111"
-    " 2001:4860:4860::8888 240e:4c:4008::1"
-)
+_ALLOWED = """
+1.1.1.1 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.1 100.63.255.255 100.128.0.0
+169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0 192.0.1.1 192.0.3.0 192.88.98.1
+192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 198.51.99.1 203.0.112.1 223.255.255.255
+::ffff:8.8.8.8 2400:3200::1 2001:4860:4860::8888
+"""
 ALLOWED = _ALLOWED.split()
 
 
@@ -3090,8 +2899,6 @@ ALLOWED = _ALLOWED.split()
 
 
 class PeakMemory:
-    """Watches how much memory (VmRSS) a process takes while the block runs."""
-
     base = peak = 0
 
     def __init__(self, pid: int, pause: float = 0.005) -> None:
@@ -3156,8 +2963,6 @@ class SlowRunner(PlayedRunner):
 
 
 class Talk:
-    """One member's talk with a service that others have used before: sees only what is new."""
-
     def __init__(self, world: World, runner: SlowRunner) -> None:
         self.world, self.wecom, self.github = world, world.wecom, world.github
         self.runner, self.client = runner, world.client
@@ -3169,11 +2974,9 @@ class Talk:
         return self.world.say(text, self.user)
 
     def hear(self, wanted: str = "", timeout: float = 10) -> str:
-        """Return the text of the first message to this member that holds `wanted`."""
         return self.world.hear(lambda m: m.user == self.user and wanted in m.text, timeout)
 
     def ask(self, text: str) -> str:
-        """Type a request, return its final message."""
         assert "🔄" in self.say(text)
         return self.hear("成功 ")
 
@@ -3187,11 +2990,9 @@ class Talk:
 
     @property
     def inputs(self) -> list[dict[str, str]]:
-        """What each run was started with."""
         return [dispatch.inputs for dispatch in self.github.dispatches[self._dispatches :]]
 
     def calls(self, where: str = "") -> list[Call]:
-        """Return GitHub's calls since this talk began, in whose line all words of `where` occur."""
         return [call for call in self.github.calls[self._calls :] if Fault(where, "").hits(call)]
 
     def idle(self) -> bool:
@@ -3211,14 +3012,12 @@ class Talk:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
-    """A running service with everything as it is by default."""
     with quick(SlowRunner()) as world:
         yield world
 
 
 @pytest.fixture
 def talk(shared: World) -> Iterator[Talk]:
-    """A new member before the shared service."""
     runner = shared.github.runner
     assert isinstance(runner, SlowRunner)
     runner.go.clear()
@@ -3249,7 +3048,6 @@ class Desk:
         self.after_pause()
 
     def send(self, text: str, user: str = "alice") -> None:
-        """Queue a message, then deliver all there is."""
         letters = self.app.channels[""].letters(user, text, secrets.token_hex(4))
         self.app.state.change(lambda facts: facts.with_letters(letters))
         for _ in range(40):
@@ -3259,7 +3057,6 @@ class Desk:
         raise TimeoutError(f"tried in vain, pauses {self.pauses}")
 
     def send_many(self, text: str, count: int) -> None:
-        """Send a text to so many members, side by side."""
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda n: self.sender.send(f"user-{n}", text), range(count)))
 
@@ -3273,7 +3070,6 @@ def desk() -> Iterator[Desk]:
 def run_script(
     *words: str, text: str = "", settings: dict[str, str] | None = None, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program with no installed package in reach, and return what it printed."""
     environment = clean_environment(Path("/nonexistent"), settings or {})
     full = [sys.executable, "-S", str(SCRIPT), *words]
     return run_command(full, text, 20, env=environment, cwd=folder)
@@ -3347,7 +3143,6 @@ hurry(float(os.environ["SPEED"]), time.time(), time.time, time.monotonic, time.s
 
 @functools.cache
 def quick_script(before: str = "") -> Path:
-    """Return the path of QUICK, written down once, with this before it."""
     folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     script = folder / "quick.py"
@@ -3425,19 +3220,16 @@ class Depot(Quick):
         return f"user{next(self.USERS)}"
 
     def ask(self, text: str) -> str:
-        """Type a message as somebody new, who is returned."""
         user = self.user()
         self.say(text, user)
         return user
 
     def begin(self, link: str, parts: int = 1) -> str:
-        """Send a link as somebody new, and wait until so many parts of it are stored."""
         before, user = len(self.store.parts_received), self.ask(link)
         assert wait_until(lambda: len(self.store.parts_received) >= before + parts)
         return user
 
     def answers(self, user: str, count: int) -> list[str]:
-        """Return so many messages that reached somebody, who hears no more for now."""
         assert wait_until(lambda: len(self.wecom.messages_for(user)) >= count, 20), self.log
         assert wait_until(self.is_idle)
         return self.wecom.messages_for(user)
@@ -3453,7 +3245,6 @@ class Depot(Quick):
         return self.service.log
 
     def broken(self) -> list[str]:
-        """Return what went wrong, uploads that were left open included."""
         wait_until(lambda: not self.store.open_uploads, 2)
         left = list(self.store.open_uploads)
         self.store.open_uploads.clear()  # or every story after this one would fail as well
@@ -3470,7 +3261,6 @@ def disk_is(
 
 
 def room(world: World, file_bytes: int = -1) -> None:
-    """Let the running service write files up to this size, without one as it likes."""
     import resource  # Linux
 
     resource.prlimit(world.service.pid, resource.RLIMIT_FSIZE, (file_bytes, -1))
@@ -3488,7 +3278,6 @@ GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests 
 
 
 def last_state(journal: bytes) -> dict[str, Any]:
-    """Return the last whole line of a state file; raise ValueError where there is none."""
     for line in reversed(journal.split(b"\n")):
         with suppress(ValueError):
             value: dict[str, Any] = json.loads(line)
@@ -3510,7 +3299,6 @@ def finals(world: World, user: str) -> list[str]:
 
 
 def hear(world: World, user: str, wanted: str) -> str:
-    """Wait for a message to this user that holds `wanted`, return its text."""
     return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
 
 
@@ -3531,7 +3319,6 @@ def early(story: Callable[[], None]) -> Callable[[Told], None]:
 
 @pytest.fixture(scope="module")
 def told(request: pytest.FixtureRequest) -> Iterator[Told]:
-    """Start the stories of the tests that were chosen."""
     names = [item.name for item in request.session.items if item.name in STORIES]
     with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
         yield {name: pool.submit(STORIES[name]) for name in names}
@@ -3548,20 +3335,17 @@ KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{
 
 
 def read_result(text: str) -> dict[str, str]:
-    """Return the fields of a message of success, in exactly the form that users know."""
     match = RESULT.fullmatch(text)
     assert match, text
     return match.groupdict()
 
 
 def check_refusal(text: str, why: str, link: str = "") -> None:
-    """Check that a message is one sentence with what to do, and names the link."""
     match = SENTENCE.fullmatch(text)
     assert match and why in match["why"] and link in match["link"], text
 
 
 def check_object(depot: Depot, path: str, text: str) -> str:
-    """Check that the message and the bucket have the very file; return the object's key."""
     found, served = read_result(text), depot.source.files[path]
     key = found["link"].rpartition("/")[2]
     stored = depot.store.objects[key]
@@ -3599,8 +3383,6 @@ class Broken(Exception):
 
 
 class Line:
-    """One WebSocket connection at the server's end."""
-
     LIMIT = 1 << 20
 
     def __init__(self, handler: PeerHandler) -> None:
@@ -3616,7 +3398,6 @@ class Line:
             self.handler.connection.sendall(start * (opcode >= 0) + data)
 
     def tell(self, value: object) -> None:
-        """Send JSON to a client that may be gone."""
         with suppress(OSError):
             self.write(TEXT, json.dumps(value).encode())
 
@@ -3630,7 +3411,6 @@ class Line:
         return bytes(data)
 
     def _frame(self) -> tuple[int, bool, bytes]:
-        """Read one frame; raise Broken for whatever a client may not send."""
         first, second = self._exactly(2)
         opcode, fin, size, least = first & 15, first >= 128, second & 127, 0
         if size > 125:
@@ -3677,8 +3457,6 @@ class Frame(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What a req_id stands for: a callback that can be answered on one line for a while."""
-
     line: Line
     chat: str
     cmd: str
@@ -3782,7 +3560,6 @@ class FakeGateway(Peer):
         return answer if time.time() < until else Answer(404, b"expired")
 
     def wait_line(self) -> Line:
-        """Return the line that is subscribed, at once or in 10 s; raise ConnectionError."""
         with self.changed:
             self.changed.wait_for(lambda: self.line, 10)
             if not self.line:
@@ -3850,7 +3627,6 @@ class FakeGateway(Peer):
         return self.say({"eventtype": kind}, user, kind="event")
 
     def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
-        """Return the inside of a message of kind "file" for a file of this content."""
         key, pad = os.urandom(32), 32 - len(data) % 32
         sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
         path = f"/file/{secrets.token_hex(8)}"
@@ -3859,7 +3635,6 @@ class FakeGateway(Peer):
         return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
 
     def throw_out(self) -> None:
-        """Do what happens when another program takes the robot over."""
         with self.lock:
             line, self.line = self.line, None
         if line:
@@ -3888,14 +3663,12 @@ class FakeGateway(Peer):
         return message
 
     def is_doubtful(self, message: ChatMessage) -> bool:
-        """Tell whether the client could not know that this message was taken as it is now."""
         when = message.shown[-1][0]
         return when in self._unsure or self._ended.get(message.line, math.inf) < when + 1
 
     # -- frames
 
     def _take(self, line: Line, text: str) -> None:
-        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
         value = json.loads(text)
         req_id, body = value["headers"]["req_id"], value.get("body") or {}
         frame = Frame(time.time(), value["cmd"], req_id, body)
@@ -3959,7 +3732,6 @@ class FakeGateway(Peer):
         return code
 
     def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
-        """Let a chat see a new message, or a stream's new content in place of its last one."""
         stream, text, now = inside.get("id", ""), inside["content"], frame.time
         answers = [m for m in self.messages if m.req_id == frame.req_id]
         same = [m for m in answers if stream and m.stream == stream]
@@ -4021,7 +3793,6 @@ client.connect()
 
 @contextmanager
 def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool]]:
-    """Subscribe Tencent's own client; give what tells whether it comes to say a thing."""
     folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
     there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
     needs(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
@@ -4085,7 +3856,6 @@ def test_tencents_client_meets_an_unkind_gateway() -> None:
 
 @functools.cache
 def document(name: str) -> str:
-    """Return the text of a file of the project."""
     return (ROOT / name).read_text("utf-8")
 
 
@@ -4095,7 +3865,6 @@ def document_yaml(name: str) -> Any:
 
 
 def section(title: str) -> str:
-    """Return a section of README.md, its sub-sections included."""
     bare = without_code()
     head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.MULTILINE)
     if not head:
@@ -4126,14 +3895,12 @@ def table(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def env_file(settings: Mapping[str, str]) -> str:
-    """Return settings as an .env file."""
     return "".join(f"{name}='{value}'\n" for name, value in settings.items())
 
 
 def run_here(
     *words: str, folder: Path = ROOT, settings: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with nothing of this process's settings in its environment."""
     environment = clean_environment(folder, settings or {})
     return run_command(words, cwd=folder, env=environment)
 
@@ -7579,9 +7346,8 @@ def kill_at_random(seed: int, lives: int) -> None:
                 assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
                 assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
         given_up = sum("异常退出" in message.text for message in world.wecom.messages)
-        # What is given up may have been stored by a life that could not write it down.
-        over = len(world.store.objects) - (1 + sum(taken[2::3]) - given_up)
-        assert 0 <= over <= given_up and wrong == [], f"seed {seed}: {over} {wrong}"
+        stored = 1 + sum(taken[2::3]) - given_up
+        assert (len(world.store.objects), wrong) == (stored, []), f"seed {seed}"
 
 
 @early
@@ -7925,7 +7691,6 @@ def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
 IMAGES_READ = rows("""
 nginx:latest ¦ =
 docker.io/library/nginx:latest ¦ nginx:latest
-bitnami/redis:7.0 ¦ = | bitnami_redis:7.0
 ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
 localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
@@ -7934,61 +7699,48 @@ localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/amd64+linux/arm64 nginx:1 ¦ = | nginx:1
 --platform=linux/arm/v7 nginx:1 ¦ = | nginx:1-arm-v7
 nginx@sha256:HEX ¦ = | nginx:sha256-0123456789ab
-nginx:1@sha256:HEX ¦ = | nginx:1
 registry.k8s.io/pause:3.9 => pause:3.9 ¦ = | pause:3.9
 a/b ¦ a/b:latest | a_b:latest
 index.docker.io/library/nginx ¦ nginx:latest
+registry-1.docker.io/a/b:1 ¦ a/b:1 | a_b:1
 library/nginx:1 ¦ nginx:1
 docker.io/nginx:1 ¦ nginx:1
 quay.io/library/x:1 ¦ = | quay.io_library_x:1
-10.0.0.1:5000/a:1 ¦ = | 10.0.0.1-5000_a:1
 GHCR.IO/a/b:1 ¦ ghcr.io/a/b:1 | ghcr.io_a_b:1
 a__b/c-d.e:V1_x-2 ¦ = | a__b_c-d.e:V1_x-2
 nginx:HEXHEX ¦ =
 --platform linux/arm64 nginx ¦ --platform=linux/arm64 nginx:latest | nginx:latest-arm64
-nginx:1 --platform=linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 nginx:1   --platform  linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=LINUX/ARM64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 —platform=linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=linux/arm64+linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=windows/amd64 nginx:1 ¦ = | nginx:1-windows-amd64
-k8s.gcr.io/pause:3.9=>pause ¦ k8s.gcr.io/pause:3.9 => pause | pause:3.9
 --platform=linux/arm64 nginx:1 => mine ¦ = | mine:1-arm64
 --platform=linux/arm64 nginx:1 => mine:2 ¦ = | mine:2
 a/b@sha256:HEX => b ¦ = | b:sha256-0123456789ab
+a/b:1=>c:2 ¦ a/b:1 => c:2 | c:2
 a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
-ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
 a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
+ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
 “nginx:latest” ¦ nginx:latest
 'nginx:1' ¦ nginx:1
-`nginx:1` ¦ nginx:1
 「nginx:1」 ¦ nginx:1
 \u3000nginx:1\u200b\xa0 ¦ nginx:1
-docker pull nginx:1 ¦ nginx:1
 $ sudo docker pull a/b ¦ a/b:latest | a_b:latest
-docker pull --platform linux/arm64 a/b:1 ¦ --platform=linux/arm64 a/b:1 | a_b:1-arm64
-␣␣␣␣image: a/b:1 ¦ a/b:1 | a_b:1
+docker pull --platform linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 ␣␣- image: "redis:7" ¦ redis:7
 image:1 ¦ =
-nginx,redis ¦ nginx:latest, redis:latest
-nginx，redis、alpine;busybox；perl ¦ ⤶
-nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest
+nginx，redis、alpine;busybox；perl,mongo ¦ ⤶
+nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest, mongo:latest
 nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
 a:1\u2028b:1 ¦ a:1, b:1
 #redis:6⏎# redis:6⏎// x:1⏎nginx:1 ¦ nginx:1
 nginx:1,,⏎, ¦ nginx:1
 nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
 a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
-image: ghcr.io/immich-app/immich-ml:v2 ¦ ⤶
-ghcr.io/immich-app/immich-ml:v2 | ghcr.io_immich-app_immich-ml:v2
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:HEX ¦ = | ⤶
-ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0
-docker.io/valkey/valkey:8 ¦ valkey/valkey:8 | valkey_valkey:8
+ghcr.io/immich-app/postgres:14-vc@sha256:HEX ¦ = | ghcr.io_immich-app_postgres:14-vc
 docker.io/docker_image_pusher ¦ docker_image_pusher:latest
 docker.io/xhofe:alist ¦ xhofe:alist
-rancher/rancher/shell:v0.6.2 ¦ = | rancher_rancher_shell:v0.6.2
-registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 ¦ = | ⤶
-registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3
 """)
 
 
@@ -8013,7 +7765,6 @@ def test_a_message_names_images(message: str, wanted: str) -> None:
 REFUSED = rows("""
 Nginx:latest ¦ Nginx:latest → nginx:latest
 nginx: latest ¦ nginx: latest → nginx:latest
-$(reboot):1 ¦ $(reboot):1
 --all x:1 ¦ --all x:1
 a:1⏎::set-output ¦ ::set-output
 ../x:1 ¦ ../x:1
@@ -8021,15 +7772,11 @@ acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-
 developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
 developer-wlj/windows-moviepilot/tree/v2:latest
 “platform”：“” ¦ platform
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3@sha256:0123… ¦ ghcr.io/immich-app/postgres
 nginx :1 ¦ nginx :1 → nginx:1
 nginx: ¦ nginx: → nginx:latest
 nginx:1。 ¦ nginx:1。 → nginx:1
 /nginx:1/ ¦ /nginx:1/ → nginx:1
-nginx:1 redis:2 ¦ nginx:1 redis:2 → nginx:1, redis:2
 Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
-Library/nginx:1 ¦ Library/nginx:1 → nginx:1
-Bitnami/redis:7 ¦ Bitnami/redis:7 → bitnami/redis:7
 bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
 nginx:1 && reboot ¦ nginx:1 && reboot
 nginx:1|sh ¦ nginx:1|sh
@@ -8048,7 +7795,7 @@ ftp://x/y ¦ ftp://x/y
 ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
 nginx:1HEXHEX ¦ nginx:101
 nginx@sha256:0HEX ¦ nginx@sha256:
-nginx@sha256:0123 ¦ nginx@sha256:
+nginx@sha256:0123… ¦ nginx@sha256:
 --platform=linux nginx:1 ¦ --platform=linux nginx:1
 --platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
 --platform=$(id) nginx:1 ¦ --platform=$(id) nginx:1
@@ -8082,54 +7829,14 @@ def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str
     assert all(wxsync.read_message(line).images for line in meant if line)
 
 
-CLASHES = ["a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"]
-
-
-@pytest.mark.parametrize("message", CLASHES)
-def test_two_sources_for_one_target_are_refused(message: str) -> None:
-    """Both lines are named, and how `=>` tells them apart."""
-    assert lacking([*message.split(", "), "=>"], refusal(message)) == []
-
-
-def test_256_images_are_taken_and_257_are_not() -> None:
-    """A matrix holds 256 jobs."""
-    names = [f"x/image-{number}:1" for number in range(257)]
-    assert len(wxsync.read_message("\n".join(names[:256])).images) == 256
-    assert len(wxsync.read_message("\n".join(names[:256] * 2)).images) == 256
-    assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
-
-
-# Command ¦ messages that are read as it.
-COMMANDS = rows("""
-status ¦ 状态 ¦ ␣STATUS␣
-list ¦ 列表 ¦ list
-help ¦ 帮助 ¦ help ¦ ¦ ␣⏎， ¦ 你好，在吗 ¦ hello world ¦ 镜像同步 Issue 模板 ¦ docker.cn
-help ¦ dev.aliyun.com
-help ¦ nginx ¦ flask ¦ immich ¦ jingxiang
-""")
-
-
-def test_commands_and_nonsense() -> None:
-    """What names no image is a command, or gets the help; a bare word is asked back."""
-    for command, *messages in COMMANDS:
-        for message in messages:
-            reading = wxsync.read_message(message)
-            assert (reading.command, reading.images, reading.links) == (command, (), ()), message
-    for word in COMMANDS[-1][1:]:
-        note = f"如需同步镜像 {word}，请发送 {word}:latest"
-        assert note in wxsync.read_message(word).note
-
-
-# Message ¦ how many images it names ¦ a part of the note
+# Message ¦ how many images it names
 LINKS_READ = rows("""
-https://e.com/a.pdf ¦ 0 ¦
-HTTP://e.com/a,b;c.pdf ¦ 0 ¦
-https://e.com/a⏎https://e.com/b ¦ 0 ¦
-https://e.com/a⏎nginx:1, redis ¦ 2 ¦
-https://e.com/a⏎nginx ¦ 0 ¦ nginx
-Https://cr.console.aliyun.com ¦ 0 ¦
-https://registry.aliyuncs.com ¦ 0 ¦
-https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0 ¦
+https://e.com/a.pdf ¦ 0
+HTTP://e.com/a,b;c.pdf ¦ 0
+https://e.com/a⏎https://e.com/b ¦ 0
+https://e.com/a⏎nginx:1, redis ¦ 2
+https://e.com/a⏎nginx ¦ 0
+https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0
 """)
 BAD_LINKS = r"""https:// http:///x https://user:password@e.com/x https://e.com\@127.0.0.1/x
 https://e.com:99999/x"""
@@ -8138,11 +7845,11 @@ HUB_PAGES = {"_/nginx": "nginx", "r/xhofe/alist": "xhofe/alist", "r/a/b/tags?pag
 
 def test_links() -> None:
     """Each link stands in a line of its own; a bad one stops the message, good images or not."""
-    for message, images, note in LINKS_READ:
+    for message, images in LINKS_READ:
         reading = wxsync.read_message(message)
         links = tuple(line for line in message.split("\n") if "://" in line)
         assert (reading.links, len(reading.images)) == (links, int(images)), message
-        assert reading.command == "" and note in reading.note
+        assert reading.command == "" and message.endswith("nginx") == ("nginx" in reading.note)
     for link in (*BAD_LINKS.split(), "https://e.com/a nginx:1"):
         assert "❌" in refusal(f"nginx:1\n{link}")
     for page, image in HUB_PAGES.items():  # who sends one wants the image, not a file
@@ -8164,15 +7871,13 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
     chance, accepted = random.Random(20261124), 0
     for _ in range(6000):
         message = "".join(chance.choices(PIECES_OF_LINES, k=chance.randint(1, 9)))
-        try:
+        images: tuple[wxsync.Image, ...] = ()
+        with suppress(wxsync.Failure):
             images = wxsync.read_message(message).images
-        except wxsync.Failure:
-            continue
         for image in images:
             accepted += 1
             target = image.target("").strip("/")
-            assert CANONICAL.fullmatch(image.line), message
-            assert wxsync.read_image(image.line) == image, message
+            assert CANONICAL.fullmatch(image.line) and wxsync.read_image(image.line) == image
             assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", target), message
     assert accepted > 100
 
@@ -8182,12 +7887,10 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # ---------------------------------------------------------------------------------------------
 
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
-# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
-# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
-# may start. ⏎ is a new line, a line that ends in ⤶ goes on in the next; HEX is 64 digits.
+# names replaced. `=== kind`, the text, and what must come of it: `→` canonical lines; `✗` pieces of
+# what is named, not done; `✎` lines that are offered. Nothing below: nothing may start.
 PASTES_FOUND = r"""
-=== compose, repository
-services:
+=== compose
   immich-server:
     image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
     # extends:
@@ -8195,402 +7898,248 @@ services:
     volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
   redis:
     image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
-    healthcheck:
-      test: redis-cli ping || exit 1
 → valkey/valkey:8-bookworm@sha256:HEX
 ✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
-=== compose, repository
-  send:
+=== compose with comments
     image: registry.gitlab.com/timvisee/send:latest # official image
     #image: l4rm4nd/send:latest # image of a fork with darkmode only
-  passbolt:
     image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
-  #jellyfin:
-  #  image: linuxserver/jellyfin:latest
 → registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
-=== compose, repository
-version: '3.8'
-services:
-  obsidian:
-    image: 'ghcr.io/sytone/obsidian-remote:latest'
-    platform: linux/arm64
-    ports: ["8080:8080", "8443:8443"]
-  server:
-    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
-→ ghcr.io/sytone/obsidian-remote:latest
-✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
-=== compose in one line, page
+=== compose in one line
 services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
 → nginx:1.25-alpine, redis:7
-=== compose with an anchor, repository
+=== compose with an anchor
 x-default: &default-image registry.example.com/team/app:2.1
-services:
   api: {image: *default-image, command: api}
-  worker:
     image: &worker ghcr.io/acme/worker:1.4
-  beat:
     image: *worker
 → ghcr.io/acme/worker:1.4
-=== compose, chat
+=== compose in chat
 麻烦同步一下这几个，服务器上拉不动
 
 services：
   db：
     image：mysql:8.0.27
     command：'--default-authentication-plugin=mysql_native_password'
-  wordpress：
     image：“wordpress:latest”
 谢谢！
 → mysql:8.0.27, wordpress:latest
-=== compose, a code block quoted in a thread
+=== compose quoted in a thread
 我的配置是这样的：
 > ```yaml
-> services:
->   frigate:
 >     image: 'ghcr.io/blakeblackshear/frigate:stable'
->     volumes: ['/etc/localtime:/etc/localtime:ro']
 > ```
 On Feb 28, 2026 at 7:03 PM, someone wrote:
 → ghcr.io/blakeblackshear/frigate:stable
-=== compose, change in a pull request
+=== compose, changed by a pull request
 diff --git a/docker-compose.yml b/docker-compose.yml
 @@ -10,7 +10,7 @@ services:
-   pgadmin:
 -    image: dpage/pgadmin4:8.5
 +    image: dpage/pgadmin4:8.6
 → dpage/pgadmin4:8.6
-=== GitLab CI, repository
+=== GitLab CI
 image: docker:24.0.5
 services:
   - docker:24.0.5-dind
-build:
   image:
     name: gcr.io/kaniko-project/executor:v1.23.2-debug
-    entrypoint: [""]
 test:
   image: "python:3.11-slim"
-  script: [pip install -r requirements.txt, pytest]
 → docker:24.0.5, python:3.11-slim
-=== GitHub Actions, repository
+=== GitHub Actions
     runs-on: ubuntu-latest
     container:
       image: node:20-bookworm
-    services:
-      postgres:
-        image: postgres:16
-    steps:
       - uses: actions/checkout@v4
-→ node:20-bookworm, postgres:16
-=== Ansible, repository
+→ node:20-bookworm
+=== Ansible
   community.docker.docker_container:
-    name: app
     image: "{{ app_image }}:{{ app_tag }}"
 ✗ {{ app_image }}:{{ app_tag }}
-=== Kubernetes, repository
-kind: Service
-spec:
-  ports:
+=== Kubernetes
   - port: 6379
 ---
-kind: Deployment
-spec:
-      containers:
       - name: master
         image: registry.k8s.io/redis:e2e  # or just image: redis
         imagePullPolicy: IfNotPresent
 ---
       - image: gcr.io/google_samples/gb-redisslave:v1
-        name: slave
 → registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
-=== Kubernetes, repository
-kind: CronJob
-spec:
-  schedule: "*/5 * * * *"
-  jobTemplate:
-          initContainers:
-          - name: init
-            image: cockroachdb/cockroach-k8s-init:0.2
-            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
-          containers:
-          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
-→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
-=== Kubernetes, repository
-        - name: cert-manager-controller
-          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+=== Kubernetes, names of other images
+            image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
           args:
           - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
-          env:
           - name: RELATED_IMAGE
             value: quay.io/jetstack/cert-manager-webhook:v1.14.4
 → quay.io/jetstack/cert-manager-controller:v1.14.4
-=== Kubernetes, repository
+=== Kubernetes, folded
           image: >-
             image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
 → image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
-=== Kubernetes as JSON in one line, page
-{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
-"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
-"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
+=== Kubernetes as JSON
+{"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"name":"a","image":"nginx:1.27",⤶
+"imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest","name":"b"}],⤶
+"imagePullSecrets":[{"name":"regcred"}]}}
 → nginx:1.27, quay.io/prometheus/busybox:latest
-=== kubectl get pod -o yaml, page
+=== kubectl get pod -o yaml
     kubectl.kubernetes.io/last-applied-configuration: |
-      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
-spec:
-  containers:
+      {"kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
   - image: nginx:1.14.2
-    imagePullPolicy: IfNotPresent
-status:
-  containerStatuses:
   - containerID: containerd://HEX
     image: docker.io/library/nginx:1.14.2
     imageID: docker.io/library/nginx@sha256:HEX
   - image: sha256:HEX
     imageID: docker-pullable://mysql@sha256:HEX
 → nginx:1.14.2
-=== kubectl get pod -o yaml, thread
-  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
-    imageID: ""
-        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
-redacted/redacted:": couldn''t parse image reference'
-✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
-=== ECS task, page
-{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
-  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
-  "networkMode": "awsvpc" }
-→ public.ecr.aws/docker/library/httpd:latest
-=== devcontainer.json, repository
-{
+=== devcontainer.json
 	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
 	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
 	"features": {"ghcr.io/devcontainers/features/node:1": {}},
-}
 → mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
-=== docker inspect, page
+=== docker inspect
         "Id": "HEX",
         "Image": "sha256:HEX",
-        "Config": {
-            "Hostname": "6b0f2c3d4e5f",
             "Image": "portainer/portainer-ce:2.20.3",
-            "WorkingDir": "/"
 → portainer/portainer-ce:2.20.3
-=== helm template, repository
-# Source: redis/templates/master/application.yaml
-        - name: redis
-          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
-          imagePullPolicy: "IfNotPresent"
----
-# Source: node-exporter/templates/daemonset.yaml
-          image: "quay.io/prometheus/node-exporter:v1.8.1"
-          args: [--path.procfs=/host/proc]
-→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
-=== chart template, repository
-        - name: {{ .Chart.Name }}
+=== chart template
         image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
-      initContainers:
-        - name: tokengen
           image: bitnami/kubectl
 → bitnami/kubectl:latest
 ✗ {{ .Values.image.repository }}
-=== values.yaml, repository
-kubeRBACProxy:
+=== values.yaml with a registry
   image:
     registry: quay.io
     repository: brancz/kube-rbac-proxy
     tag: v0.22.1
     sha: ""
 ✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
-=== values.yaml, repository
+=== values.yaml
 image:
   repository: ghcr.io/jukie/k8s-pull-secret-injector
-  pullPolicy: IfNotPresent
   # Overrides the image tag whose default is the chart appVersion.
   tag: "v1.0.0"
 logstash:
   image: grafana/logstash-output-loki
 → grafana/logstash-output-loki:latest
 ✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
-=== values.yaml, repository
+=== values.yaml without a tag
 image:
   registry: registry.k8s.io
   repository: kube-state-metrics/kube-state-metrics
-  # If unset use v + .Charts.appVersion
   tag: ""
-=== values.yaml, repository
+=== values.yaml with imageTag
 image: "docker.elastic.co/elasticsearch/elasticsearch"
 imageTag: "8.5.1"
-imagePullPolicy: "IfNotPresent"
 ✎ docker.elastic.co/elasticsearch/elasticsearch:8.5.1
-=== values as JSON, page
+=== values as JSON
 {"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "Always"}, "nodeSelector": {}}
 ✎ nginx:1.16.0
-=== Dockerfile, repository
+=== Dockerfile with stages
 ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
 FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
-RUN apt-get update && apt-get install --no-install-recommends -y git
 FROM $BASE_IMAGE AS argocd-base
-LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
-FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
-COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
+FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0 AS argocd-ui
 FROM argocd-base
 COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
-→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
+→ golang:1.26.6@sha256:HEX, node:24.17.0
 ✗ $BASE_IMAGE
-=== Dockerfile, repository
-# syntax=docker/dockerfile:1.4
-FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
-FROM builder as dev-envs
-RUN <<EOF
-apk add git bash
-EOF
-# install Docker tools (cli, buildx, compose)
-COPY --from=gloursdocker/docker / /
-→ python:3.10-alpine
-=== Dockerfile, repository
-FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
-FROM scratch
-COPY --from=builder /src/app /app
-→ rust:1.97.1@sha256:HEX
-=== Dockerfile, page
-ARG GO_VERSION=1.22
+=== Dockerfile with variables
 FROM golang:${GO_VERSION}-alpine AS build
 FROM ${BASE:-alpine}
-COPY --from=build /out /out
 ✗ golang:${GO_VERSION}-alpine, ${BASE
-=== Dockerfile, page
+=== Dockerfile for Windows
 # escape=`
 FROM mcr.microsoft.com/windows/servercore:ltsc2022
-SHELL ["powershell", "-Command"]
 COPY setup.exe C:\
 → mcr.microsoft.com/windows/servercore:ltsc2022
-=== Dockerfile, repository
+=== Dockerfile in small letters
 from node:lts-buster-slim as development
 run npm ci
 from development as dev-envs
 FROM --platform=linux/arm64 nginx:1.13-alpine
 → node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
-=== Dockerfile, repository
+=== Dockerfile with comments
 #FROM debian:bookworm-slim
 FROM r.j3ss.co/osquery AS osquery
 FROM ubuntu
-LABEL maintainer "Somebody <somebody@example.com>"
 COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
 → r.j3ss.co/osquery:latest, ubuntu:latest
-=== Dockerfile, one line in chat
-FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-=== kubelet through a translator, thread
+=== kubelet through a translator
 Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
-"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
-pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.
 ✗ registry. k8s. io/pause: 3.6
-=== kubelet, thread
+=== kubelet
     Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
-"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
-"https://harbor.example.com/release/name:1.1.0": invalid reference format
+"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference
 ✗ https://harbor.example.com/release/name:1.1.0
-=== kubelet, thread
-I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
-"kubernetes/pause:latest": ""
-I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
-kubernetes/pause:latest
-→ kubernetes/pause:latest
-=== containerd, thread
-level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
-Labels:map[string]string{io.cri-containerd.image: managed,},}"
+=== containerd
+level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,}"
 level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
 \"sha256:HEX\""
 → registry.example.com/k8s/pause:3.2
-=== kubeadm init, thread
-me to error execution phase preflight: [preflight] Some fatal errors occurred:
+=== kubeadm init
 	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
 10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
-error: code = Unknown desc = failed to pull and unpack image ⤶
-\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
-kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
-, error: exit status 1
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
-→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
-=== kubeadm init, thread
+error: failed to pull and unpack image \"registry.k8s.io/kube-proxy:v1.28.2\": Head ⤶
+\"https://registry.k8s.io/v2/kube-proxy/manifests/v1.28.2\": dial tcp: timeout" ⤶
+image="registry.k8s.io/kube-proxy:v1.28.2"
+→ registry.k8s.io/kube-proxy:v1.28.2
+=== kubeadm init, older
 	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
-	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
-→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
-=== docker, thread
-dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
-/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
+→ k8s.gcr.io/etcd-ppc64le:3.2.18
+=== dockerd
+level=error msg="Handler for POST /v1.24/images/create returned error: manifest for ⤶
+mariadb:10.1 not found"
 → mariadb:10.1
-=== docker, thread
-在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
-no matching manifest for linux/arm64/v8 in the manifest list entries
-=== docker, thread
+=== docker run that cannot pull
 $ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
 docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
 manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
 %3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
 → hello-world:latest
-=== docker compose, thread
-➜ docker compose up⏎[+] Running 1/1
- ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
-Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
-→ wgportal/wg-portal:v2
-=== docker build, thread
-failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
-rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
+=== docker build
+failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
 ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
 → python:3.6
-=== podman, thread
+=== podman
 Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
 Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
 kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
 → ghcr.io/podman-desktop/kubernetes-dashboard:latest
-=== GitLab runner, thread
-Using Docker executor with image deployphp/deployer:7 ...
-WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
-for deployphp/deployer, repository does not exist or may require 'docker login'
-ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
-→ deployphp/deployer:7
-=== docker, thread
+=== docker, denied
 Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
 require 'docker login': denied: requested access to the resource is denied
 → xiaoya-tvbox:latest
-=== shell, thread
+=== shell, quoted
 run "docker pull --platform linux/x86_64 mysql:5.7" firstly
 → --platform=linux/x86_64 mysql:5.7
-=== shell, repository
+=== ctr
 ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
 ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
 ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
 → eclipse-temurin:17
-=== shell, thread
-> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+=== crictl
+> crictl -D pull registry.rancher.com/rancher/nginx-ingress-controller:1.5
 DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
-mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
-→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
-=== shell, thread
+nginx-ingress-controller:1.5,Annotations:map[string]string{},},}
+→ registry.rancher.com/rancher/nginx-ingress-controller:1.5
+=== crictl in a shell
 sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
 ✗ amd64
-=== shell, repository
-docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
-docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
-✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-=== shell, repository
-list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"⏎for i in $list⏎do
-	docker pull kalid/$i⏎	docker tag kalid/$i k8s.gcr.io/$i⏎done
-✗ kalid/$i
-=== shell, repository
+=== shell script
 docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
     docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
     docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
 docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
 → k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
-=== shell, page
+=== shell, options
 k3s crictl pull rancher/mirrored-pause:3.6
 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
 registry.example.com/team/api:2.0
 podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
 git pull origin main && helm pull bitnami/redis --version 19.0.1
 → rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
-=== shell, page
+=== shell, to be filled in
 `crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
@@ -8598,150 +8147,118 @@ docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
 这个一直拉不下来，帮忙弄一下
 → ghcr.io/open-webui/open-webui:main
-=== shell on Windows, thread
+=== shell on Windows
 C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
-Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
 PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
 → xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
-=== docker run, page
+=== docker run
 docker run -d \⏎  --name open-webui -p 3000:8080 \
   --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
   --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
-=== docker run, page
-$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
-✎ alpine@sha256:HEX
-=== docker images, thread
+=== docker images
  REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
 docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
 <none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
 postgres                      13        faa0ddfa0c0f   8 days ago       371MB
 thanks for looking
 → docker_inventree-dev-server:latest, postgres:13
-=== docker images --digests, thread
+=== docker images --digests
 REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
 alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
 redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
 → redis:7.2
-=== docker images since version 29, thread
+=== docker images since version 29
                                                                      i Info →   U  In Use
 IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
 moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
 <untagged>                      09538a1f51d3       20.6kB         4.21kB
 → moby/buildkit:buildx-stable-1
-=== docker image ls that lost its columns, page
+=== docker image ls that lost its columns
 REPOSITORY TAG IMAGE ID CREATED SIZE
 quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
 → quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
-=== crictl images, thread
-IMAGE                                     TAG                 IMAGE ID            SIZE
-busybox                                   latest              8c811b4aec35f       1.15MB
-docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
-→ busybox:latest
-=== crictl images, chat
-帮忙把这些同步到我们仓库：
-$ sudo crictl images
+=== crictl images
 WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
-IMAGE                                TAG       IMAGE ID       SIZE
-registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
-registry.k8s.io/pause                3.9       e6f1816883972  322kB
-→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
-=== docker-compose images, thread
+IMAGE                      TAG      IMAGE ID        SIZE
+registry.k8s.io/pause      3.9      e6f1816883972   322kB
+docker.io/library/nginx    <none>   cd5239a0906a6   109MB
+→ registry.k8s.io/pause:3.9
+=== docker-compose images
     Container           Repository       Tag       Image Id       Size
 ------------------------------------------------------------------------
 example_backend_1    nginx              latest   35c43ace9216   133.1 MB
 example_backend_2    nginx              latest   35c43ace9216   133.1 MB
 → nginx:latest
-=== docker compose images, thread
+=== docker compose images
 $ docker compose images
 CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
 truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
 → ghcr.io/truc/hello:2.0
-=== kubeadm config images list, thread
+=== kubeadm config images list
 [root@master ~]# kubeadm config images list
 W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
 internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
-W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
 k8s.gcr.io/kube-apiserver:v1.16.1
-k8s.gcr.io/etcd:3.3.15-0
-→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
-=== kubeadm config images list, chat
-I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
-registry.k8s.io/kube-proxy:v1.29.3
-registry.k8s.io/coredns/coredns:v1.11.1
-→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
-=== kubeadm config images list through a translator, thread
+→ k8s.gcr.io/kube-apiserver:v1.16.1
+=== kubeadm config images list through a translator
 master0@master0 :~$kubeadm config images list
 Registry. k8s. io/kube apiserver: v1.27.3
-Registry. k8s. io/pause: 3.9
-=== kubectl describe pod, thread
+=== kubectl describe pod
 Node:                 node1/10.3.147.253
 Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
     Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
-      /opt/cni/bin/calico-ipam⏎  calico-node:⏎    Image:          calico/node:v3.10.3
     Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
-→ calico/cni:v3.10.3, calico/node:v3.10.3
-=== kubectl describe pod, thread
-Events:⏎  Type     Reason     Age    From               Message
-  ----     ------     ----   ----               -------
+→ calico/cni:v3.10.3
+=== kubectl describe pod, events
+  Type     Reason     Age    From               Message
   Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
   Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
   Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
 → anjia0532/echoserver:1.4, busybox:1.36
-=== kubectl -o jsonpath, page
+=== kubectl -o jsonpath
 nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
 ✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
-=== kubectl -o jsonpath | sort | uniq -c, page
-      3 registry.k8s.io/coredns/coredns:v1.10.1
-      1 registry.k8s.io/etcd:3.5.9-0
-✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
 """
 
-# Texts with nothing to start, found in the same places, ⏎ is a new line.
+# Texts with nothing to start, found in the same places.
 NOTHING_FOUND = r"""
-WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
- (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
- toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
-docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
- canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
-Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
- net/http: TLS handshake timeout
-error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
-registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
-ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
- code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⏎⤶
+docker: Error response from daemon: toomanyrequests: https://www.docker.com/increase-rate-limit
+用 docker pull 报这个错：⏎no matching manifest for linux/arm64/v8 in the manifest list entries
+ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request canceled while ... 15s
+Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25": EOF
+error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/blobs/66
+ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete⏎  12 | >>> RUN npm run
 [+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
-docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
- harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
-CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
-1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
+docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 h.example.com/acme/web:1.0⏎⤶
+docker push h.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+FROM scratch⏎COPY --from=builder /src/app /app
+CONTAINER ID   IMAGE          COMMAND     STATUS       PORTS                NAMES⏎⤶
+1467f91a2709   nginx:latest   "nginx -g"  Up 2 hours   0.0.0.0:80->80/tcp   web
 NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
 NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
-sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
-    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
-  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
-resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎ "https://m.example.com",⏎⤶
+    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"]⏎}⏎EOF
+images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
 dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
-{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
-github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎⤶
+{⏎  "repository": {"type": "git", "url": "git+https://github.com/acme/web.git"},⏎⤶
 "dependencies": {"tag": "1.0"}⏎}
 {"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
 {"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
 ---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
 properties:⏎  image:⏎    type: string⏎    format: binary
-server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
-    root /usr/share/nginx/html;⏎}
-Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
- do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎}
+Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in x⏎⤶
+    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
 Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
-2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
- [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
+2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎⤶
+10.0.0.5 - - [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
 SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
-select * from nginx_log⏎from orders⏎group by day;
 From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
 from redis import Redis⏎from flask import Flask, request⏎import os
 requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
-module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
+module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎)
 steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
 npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
 Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
@@ -8749,16 +8266,13 @@ git@github.com:docker/compose.git
 git clone -b main https://github.com/docker/compose.git && git pull origin main
 127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
 DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
-*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
+*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1
 drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
-1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，⤶
-CPU/内存
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比
 You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
  manifest⏎for the release is not found. Images and pulls are free; see image 3.
 ## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
 image: 这个字段是什么意思
-FROM users
-docker pull failed
 docker pull 一直失败，怎么办？用的 --platform linux/amd64
 ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
 message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
@@ -8769,55 +8283,42 @@ TCP/IP, CI/CD
 
 # Talk, ¦ between messages: help.
 TALK_HEARD = r"""
-14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00
-2026-11-24 10:30 ¦ 12:30, 13:30
-3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
-192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
-key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
-hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
-/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
-File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
-在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢
-From now on ¦ From China with love
+14:30 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30 ¦ 24/7
+1/2, 3/4 ¦ 2026/11/24 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok ¦ 进度 50% ¦ 好的: 谢谢
+192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
+key: value ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30 ¦ 你好，在吗
+user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh ¦ hello world
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a' ¦ help ¦ 帮助 ¦ ¦ ␣⏎，
+拉取镜像失败，请问是什么原因呢，谢谢 ¦ 镜像同步 Issue 模板 ¦ From China with love
 docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
 docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
-docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
-注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
 """
 
-# What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
-SUGGESTED = rows("""
-please sync nginx:1.25 ¦ nginx:1.25
-麻烦同步一下 nginx:1.25 ¦ nginx:1.25
-麻烦同步一下：nginx:1.25 ¦ nginx:1.25
-麻烦同步一下⏎nginx:1.25⏎redis:7 ¦
-帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ nginx:1.25, bitnami/redis:7.0
-docker run nginx:1 ¦ nginx:1
-docker run -d -p 80:80 --name web nginx ¦ nginx:latest
-podman run --rm -it quay.io/podman/hello ¦ quay.io/podman/hello:latest
-nginx:1 redis:2 ¦ nginx:1, redis:2
-2 registry.k8s.io/pause:3.9 ¦ registry.k8s.io/pause:3.9
-同步 24/7 的 nginx:1.25 ¦ nginx:1.25
-14:30 前同步 nginx:1.25 ¦ nginx:1.25
-please sync bitnami/redis to ours ¦ bitnami/redis:latest
-k8s.gcr.io/pause:3.5systemctl restart docker ¦
-registry.k8s.io//nriver/trilium-cn ¦
-""")
-
-# Two or more bare words ¦ canonical lines ¦ lines that are offered.
-BARE_WORDS = rows("""
-nginx, redis ¦ nginx:latest, redis:latest ¦
+# Message ¦ canonical lines ¦ lines that are offered; no other word may be offered.
+WORDS_HEARD = rows("""
+please sync nginx:1.25 ¦ ¦ nginx:1.25
+麻烦同步一下：nginx:1.25 ¦ ¦ nginx:1.25
+麻烦同步一下⏎nginx:1.25⏎redis:7 ¦ ¦
+帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ ¦ nginx:1.25, bitnami/redis:7.0
+docker run nginx:1 ¦ ¦ nginx:1
+podman run --rm -it quay.io/podman/hello ¦ ¦ quay.io/podman/hello:latest
+nginx:1 redis:2 ¦ ¦ nginx:1, redis:2
+2 registry.k8s.io/pause:3.9 ¦ ¦ registry.k8s.io/pause:3.9
+14:30 前同步 24/7 的 nginx:1.25 ¦ ¦ nginx:1.25
+please sync bitnami/redis to ours ¦ ¦ bitnami/redis:latest
+k8s.gcr.io/pause:3.5systemctl restart docker ¦ ¦
+registry.k8s.io//nriver/trilium-cn ¦ ¦
+nginx ¦ ¦ nginx:latest
+docker.cn ¦ ¦ docker.cn:latest
+Nginx ¦ ¦ nginx:latest
+hi,there ¦ ¦ hi:latest, there:latest
 nginx⏎myapp ¦ nginx:latest, myapp:latest ¦
 postgres、openresty；mysql ¦ postgres:latest, openresty:latest, mysql:latest ¦
-immich, alist ¦ ¦ immich:latest, alist:latest
+my-app，other-app ¦ ¦ my-app:latest, other-app:latest
 myapp⏎myworker⏎mydb ¦ ¦ myapp:latest, myworker:latest, mydb:latest
 hello world, nginx ¦ ¦
 Nginx, Redis ¦ ¦
-""")
-
-LINKS_IN_SENTENCES = rows("""
-请下载 https://example.com/a.pdf 谢谢 ¦ see https://example.com/a.pdf
-文件：https://example.com/a.pdf ¦ git clone https://github.com/docker/compose.git
 """)
 
 
@@ -8831,20 +8332,18 @@ class Paste(NamedTuple):
     offered: list[str]  # lines that are offered
 
 
-def read_pastes(found: str) -> list[Paste]:
+def read_pastes(found: str) -> Iterator[Paste]:
     """Take PASTES_FOUND apart."""
-    pastes = []
     for block in unfold(found).replace("⏎", "\n").removeprefix("=== ").split("\n=== "):
         kind, *lines = block.split("\n")
         wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
         while lines[-1][:1] in wanted:
             mark, _, values = lines.pop().partition(" ")
             wanted[mark] = values.split(", ")
-        pastes.append(Paste(kind, "\n".join(lines), *wanted.values()))
-    return pastes
+        yield Paste(kind, "\n".join(lines), *wanted.values())
 
 
-PASTES = read_pastes(PASTES_FOUND)
+PASTES = list(read_pastes(PASTES_FOUND))
 NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
 
 
@@ -8858,32 +8357,18 @@ def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
     return [image.line for image in reading.images], reading.links, reading.note
 
 
-def starts_nothing(message: str) -> str:
-    """Return what is said to a message that starts nothing."""
-    images, links, said = heard(message)
-    assert (images, links) == ([], ()), message
-    return said
-
-
-def curly(text: str) -> str:
-    """Return text with the quotes that phones and Word make."""
-    for straight, pair in (('"', "“”"), ("'", "‘’")):
-        pieces = text.split(straight)
-        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
-    return text
-
-
-DAMAGES: dict[str, Callable[[str], str]] = {
-    "none": str,
-    "Windows": lambda text: text.replace("\n", "\r\n"),
-    "colons of phones": lambda text: text.replace(":", "："),
-    "curly quotes": curly,
-    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
-    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
-    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
-    "empty lines between": lambda text: text.replace("\n", "\n\n"),
-    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
-    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
+# What a chat app does to a text: patterns, and what stands in their place.
+DAMAGES: dict[str, dict[str, str]] = {
+    "none": {},
+    "Windows": {"\n": "\r\n"},
+    "colons of phones": {":": "："},
+    "curly quotes": {'"([^"]*)"': r"“\1”", "'([^']*)'": r"‘\1’"},
+    "blanks of web pages": {"  ": "\xa0\xa0", "\t": "\xa0"},
+    "blanks of phones": {"    ": "\u3000\u3000"},
+    "blanks lost": {r"[ \t]+": " ", "(?m)^ | $": ""},
+    "empty lines between": {"\n": "\n\n"},
+    "zero width": {"^": "\ufeff", "\n": "\u200b\n"},
+    "talk around": {r"\A": "各位好，麻烦同步一下：\n", r"\Z": "\n10:30 前要用，谢谢！"},
 }
 
 
@@ -8899,17 +8384,16 @@ def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
     """97 % of the marked images are found, none is wrong, no link, and nothing where no mark is."""
-    wanted, missed, wrong = 0, [], []
-    for paste in PASTES:
-        images, links, _ = heard(DAMAGES[damage](paste.text))
-        wanted += len(paste.images)
-        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
-        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
-        wrong += links
-    wrong += [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])]
-    share = 100 * (wanted - len(missed)) / wanted
-    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
-    assert wrong == [] and share >= 97
+    wanted, found, wrong = Counter[str](), Counter[str](), []
+    for paste in (*PASTES, *(Paste("", text, [], [], []) for text in NOTHING)):
+        text = paste.text
+        for pattern, instead in DAMAGES[damage].items():
+            text = re.sub(pattern, instead, text)
+        images, links, _ = heard(text)
+        wanted.update(paste.images)
+        found.update(images)
+        wrong += [(text, line) for line in (*images, *links) if line not in paste.images]
+    assert wrong == [] and found.total() >= 0.97 * wanted.total(), wanted - found
 
 
 def test_talk_gets_help() -> None:
@@ -8920,28 +8404,33 @@ def test_talk_gets_help() -> None:
         assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
 
 
-@pytest.mark.parametrize(("message", "lines"), SUGGESTED)
-def test_only_what_looks_like_an_image_is_offered(message: str, lines: str) -> None:
-    """What is offered can be sent as it is, and does no harm then."""
-    said, offered = starts_nothing(message), lines.split(", ") if lines else []
-    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
-    assert lacking(offered, said) == [] and lacking(words, said) == list(words)
-    assert not offered or heard(lines)[0] == offered
-
-
-@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
-def test_bare_words_are_images_beside_a_well_known_one(
-    message: str, images: str, offered: str
+@pytest.mark.parametrize(("message", "images", "lines"), WORDS_HEARD)
+def test_only_what_looks_like_an_image_is_read_or_offered(
+    message: str, images: str, lines: str
 ) -> None:
-    """Other plain names are asked back with the line to send."""
+    """Bare words only beside a well-known one; what is offered can be sent as it is."""
     found, links, said = heard(message)
-    assert (", ".join(found), links) == (images, ()) and lacking(offered.split(", "), said) == []
+    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(lines.split(", "))
+    assert (", ".join(found), links) == (images, ())
+    assert lacking(lines.split(", "), said) == [] and lacking(words, said) == list(words)
+    assert not lines or ", ".join(heard(lines)[0]) == lines
 
 
-def test_a_link_in_a_sentence_is_told_as_such() -> None:
+WELL_KNOWN = "alpine busybox debian elasticsearch golang haproxy httpd mariadb memcached mongo"
+WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tomcat traefik ubuntu"
+
+
+def test_a_well_known_name_makes_a_list() -> None:
+    """Two names are a list where one of them is an official image."""
+    for name in WELL_KNOWN.split():
+        assert heard(f"my-own-app, {name}")[0] == ["my-own-app:latest", f"{name}:latest"]
+
+
+@pytest.mark.parametrize("message", ["请下载 URL 谢谢", "see URL", "文件：URL", "git clone URL"])
+def test_a_link_in_a_sentence_is_told_as_such(message: str) -> None:
     """Nothing is fetched, and the person hears why."""
-    for message in itertools.chain.from_iterable(LINKS_IN_SENTENCES):
-        assert "独占一行" in starts_nothing(message)
+    images, links, said = heard(message.replace("URL", "https://example.com/a.pdf"))
+    assert (images, links) == ([], ()) and "独占一行" in said
 
 
 def test_a_plain_list_stays_all_or_nothing() -> None:
@@ -8951,11 +8440,14 @@ def test_a_plain_list_stays_all_or_nothing() -> None:
     assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
 
 
-def test_limits_and_clashes_hold_for_pastes() -> None:
-    """256 images, one source for a target."""
-    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
-    assert len(heard("\n".join(services[:257]))[0]) == 256
-    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
+def test_limits_and_clashes_hold_for_pastes_and_lists() -> None:
+    """256 images, for a matrix holds as many jobs; one source for a target."""
+    for form in ("x/i{}:1", "  s{0}:\n    image: x/i{0}:1"):
+        lines = [form.format(number) for number in range(257)]
+        assert len(heard("\n".join(lines[:256] * 2))[0]) == 256
+        assert lacking(["256", "257"], refusal("\n".join(lines))) == []
+    for clash in ("a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"):
+        assert lacking([*clash.split(", "), "=>"], refusal(clash)) == []
     assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
 
 
@@ -9728,7 +9220,7 @@ class Factory:
     def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
         with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
             (runner.checkout / "images.txt").write_text(images_txt)
-            run = Run(1, 1, inputs, "main", "0" * 40)
+            run = Run(1, inputs, "main")
             runner(inputs, run)
         return run
 
@@ -9870,24 +9362,12 @@ CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
 PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
 
 
-class RobotWorld(Quick):
-    """A quick world whose chat is the robot's. `both` leaves the callback's settings in."""
-
+class RobotWorld(ByRobot, Quick):
     def __init__(
         self, runner: Runner | None = None, both: bool = False, /, **settings: str
     ) -> None:
         super().__init__(runner, **PATIENCE | settings)
-        self.both, self.gateway = both, FakeGateway()
-
-    def defaults(self) -> dict[str, str]:
-        gateway, common = self.gateway, super().defaults()
-        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
-        own |= {"BOT_URL": f"ws://{gateway.host}"}
-        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
-
-    def prepare(self) -> Self:
-        self._stack.enter_context(self.gateway)
-        return super().prepare()
+        self.both = both
 
     def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
         """Type `text`, return the message that answers it and goes on living."""
@@ -9909,11 +9389,6 @@ class RobotWorld(Quick):
         assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
         sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
         assert not sure, f"{chat} got it again: {sure}"
-
-    def broken(self) -> list[str]:
-        shown = self.service.settings["BOT_SECRET"] in self.service.log
-        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
-        return super().broken() + own
 
 
 def code_and_rest(text: str) -> tuple[str, str]:
@@ -12103,7 +11578,7 @@ MOST_COLUMNS = 46  # of a bubble
 STYLE = """
 text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
 sans-serif;fill:#191919;white-space:pre}
-.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
+.note{fill:#8a8a8a}.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
 @media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}
 .wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine{fill:#06120b}.link{fill:#7d90c9}}
 """
@@ -12120,34 +11595,37 @@ def wrapped(line: str) -> list[str]:
     return [*pieces, line]
 
 
-class Recorder(Transcript):
-    """Keeps what the member (True) and wxsync say, with nothing in it that differs each time."""
+def chat_of(world: ByRobot) -> list[tuple[str, str]]:
+    """Return who says what in the story, with nothing in it that differs each time."""
+    said = []
+    for scene, message in zip(STORY, world.gateway.messages, strict=True):
+        first, last = (plain(shown) for _, shown in (message.shown[0], message.shown[-1]))
+        said += [("me", scene.text), ("wxsync", first)]
+        if scene.final:
+            last = re.sub(r"用时 .+", "用时 41 秒", last)
+            last = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", last)
+            said += [("note", "片刻后，同一条消息变成"), ("wxsync", last)]
+    return said
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world, io.StringIO(), False)
-        self.said: list[tuple[bool, str]] = []
 
-    def show(self, who: str, text: str, note: str = "") -> None:
-        if who in ("你", "wxsync"):
-            text = re.sub(r"用时 .+", "用时 41 秒", text)
-            text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
-            self.said.append((who == "你", re.sub(r"（#\w+）", "", text).strip()))
-
-
-def draw_chat(said: Sequence[tuple[bool, str]]) -> str:
+def draw_chat(said: Sequence[tuple[str, str]]) -> str:
     """Return a chat as an SVG picture of a phone's screen."""
     parts, y = [f'<text x="{WIDTH // 2}" y="28" text-anchor="middle">镜像同步</text>'], 46
-    for mine, text in said:
+    for kind, text in said:
+        if kind == "note":
+            parts.append(f'<text class="note" x="20" y="{y + 12}">{text}</text>')
+            y += 26
+            continue
         lines = [wrapped(line) for line in text.split("\n")]
         width = max(columns(piece) for pieces in lines for piece in pieces) * COLUMN + 24
         size = f'width="{width}" height="{sum(map(len, lines)) * LINE_HEIGHT + 17}"'
-        x, kind = (WIDTH - 14 - width, "me") if mine else (14, "wxsync")
+        x = WIDTH - 14 - width if kind == "me" else 14
         parts.append(f'<rect class="{kind}" x="{x}" y="{y}" {size} rx="6"/>')
         y += 22
         for pieces in lines:
-            kind = "link" if pieces[0].startswith("http") else "mine" if mine else "theirs"
+            words = "link" if pieces[0].startswith("http") else "mine" * (kind == "me") or "theirs"
             for piece in pieces:
-                place = f'class="{kind}" x="{x + 12}" y="{y}"'
+                place = f'class="{words}" x="{x + 12}" y="{y}"'
                 parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
                 y += LINE_HEIGHT
         y += 8
@@ -12171,12 +11649,12 @@ def picture(argv: Sequence[str]) -> int:
     stage = Stage(SCRIPT, True, lambda text: None)
     with stage.stack:
         world = stage.world()
-        recorder = Recorder(world)
-        wrong = play_story(stage, world, recorder)
+        wrong = play_story(stage, world, Transcript(world, io.StringIO(), False))
+        drawn = draw_chat(chat_of(world))
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
-    options.out.write_text(draw_chat(recorder.said), "utf-8", newline="\n")
+    options.out.write_text(drawn, "utf-8", newline="\n")
     print(options.out)
     return 0
 
@@ -12509,7 +11987,6 @@ def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Engine) 
 # ---------------------------------------------------------------------------------------------
 
 RATE = 20e6  # bytes per second of source and target, where a row limits them
-ROUND_TRIP = 0.2  # seconds to the far GitHub
 LAYERS = 5
 IMPORTS = "import http.server, ssl"  # the least that any service of this kind loads
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
@@ -12534,8 +12011,6 @@ Measure = Callable[["Benchmark"], Sequence[Any]]
 
 
 class Benchmark:
-    """One run of the benchmark: quick or not, and what several rows need."""
-
     def __init__(self, quick: bool) -> None:
         self.quick = quick
         self.begun = time.monotonic()
@@ -12552,13 +12027,11 @@ class Benchmark:
 
     @functools.cached_property
     def source(self) -> Registry:
-        """The registry that images are copied from."""
         needs(Registry.missing())
         return self.stack.enter_context(Registry())
 
     @functools.cached_property
     def big_image(self) -> str:
-        """An image of 200 MB in several layers, as a line for `copy`."""
         size = (40_000_000 if self.quick else 200_000_000) // LAYERS
         publish(self.source, "library/big", "1", sizes=[size] * LAYERS)
         return "big:1"
@@ -12569,7 +12042,6 @@ class Benchmark:
 
 
 def calm_world(settings: Mapping[str, str] | None = None, runner: Runner | None = None) -> World:
-    """Return a world that logs as users do, not as tests do."""
     return World(SCRIPT, runner, {"LOG_LEVEL": None} | dict(settings or {}))
 
 
@@ -12582,7 +12054,6 @@ def middle(values: Iterable[float], share: float = 0.5) -> float:
 
 
 def python(code: str, environment: Mapping[str, str]) -> str:
-    """Run Python code in a process of its own, return what it prints."""
     return run_command([sys.executable, "-c", code], env=environment, check=True).stdout
 
 
@@ -12595,20 +12066,6 @@ def timed(work: Callable[[], object]) -> float:
 # ---------------------------------------------------------------------------------------------
 # Benchmark: start and memory
 # ---------------------------------------------------------------------------------------------
-
-
-def is_up(port: int) -> bool:
-    with suppress(OSError):
-        answer = exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        return answer.startswith(b"HTTP/1.1 200")
-    return False
-
-
-def start_up(service: Service) -> None:
-    """Start the service, wait for the first 200."""
-    service.launch()
-    if not wait_until(lambda: is_up(service.port), 15, 0.0005):
-        raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
 
 
 @row()
@@ -12624,7 +12081,7 @@ def measure_start(bench: Benchmark) -> Sequence[Any]:
         ways = (service.compile(), service.words)
         for _ in range(bench.times(15, 5)):
             for way, service.words in enumerate(ways):
-                took[way].append(timed(lambda: start_up(service)) * 1000)
+                took[way].append(timed(lambda: service.start(pause=0.0005)) * 1000)
                 service.kill()
             took[2].append(timed(lambda: python(IMPORTS, service.environment)) * 1000)
     ms, by_hand, bare = map(middle, took)
@@ -12632,7 +12089,6 @@ def measure_start(bench: Benchmark) -> Sequence[Any]:
 
 
 def rest_mib(compiled: bool) -> float:
-    """Return the memory of a service with QingStor set and unused."""
     with FakeQingStor() as store, calm_world(store.settings) as world:
         if compiled:
             world.service.words = world.service.compile()
@@ -12662,7 +12118,6 @@ def measure_memory(bench: Benchmark) -> Sequence[Any]:
 
 
 def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
-    """Return a callback as it goes over the wire."""
     post = client.build(client.text_fields(user, text))
     lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
     lines += [f"Content-Length: {len(post.body)}", f"Connection: {connection}", "", ""]
@@ -12670,7 +12125,6 @@ def built(client: WeComClient, user: str, text: str, connection: str = "close") 
 
 
 def reply_to(client: WeComClient, answer: bytes) -> str:
-    """Return what an answer says, which must be a 200."""
     head, _, body = answer.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(answer[:200].decode(errors="replace"))
@@ -12678,13 +12132,11 @@ def reply_to(client: WeComClient, answer: bytes) -> str:
 
 
 def latencies(world: World, texts: Sequence[str]) -> list[float]:
-    """Post the messages one at a time, return the ms that each took; replies are checked."""
-    milliseconds = []
+    milliseconds, answers = [], list[bytes]()
     for request in [built(world.client, "alice", text) for text in texts]:
-        begun = time.perf_counter()
-        answer = exchange(world.service.port, request)
-        milliseconds.append((time.perf_counter() - begun) * 1000)
-        assert reply_to(world.client, answer)
+        took = timed(lambda: answers.append(exchange(world.service.port, request)))  # noqa: B023
+        milliseconds.append(took * 1000)
+    assert all(reply_to(world.client, answer) for answer in answers)
     return milliseconds
 
 
@@ -12728,10 +12180,6 @@ def callback():
     signed = client.signed(reply["Encrypt"])
     reply |= {"MsgSignature": signed["msg_signature"], "TimeStamp": signed["timestamp"]}
     return Response(xml_document(reply | {"Nonce": signed["nonce"]}), mimetype="text/xml")
-
-@app.get("/health")
-def health():
-    return "ok"
 """
 
 # The requests are in a file, each after its length; every one is used once before any repeats.
@@ -12757,13 +12205,13 @@ end
 """
 
 
-def family_cpu(pid: int) -> float:
-    """Return the CPU seconds of a process and its children so far."""
-    ticks = 0
-    for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+class Flask(Daemon):
+    NEEDS = ("gunicorn",)
+
+    def command(self) -> list[str]:
+        (self.folder / "app.py").write_text(FLASK_APP, encoding="utf-8")
+        words = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8", "-b", self.host]
+        return [*words, "--log-level", "error", "--chdir", str(self.folder), "app:app"]
 
 
 def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]:
@@ -12773,14 +12221,11 @@ def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]
     """
     port, pid = server
     command = ["wrk", "-t1", "-c100", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
-    command.append(f"http://127.0.0.1:{port}/wechat/callback")
-    cpu = family_cpu(pid)
-    done = run_command(command, check=True)
-    cpu = family_cpu(pid) - cpu
-    found = re.search(r"RESULT (\S+) (\S+) (\d+) (\d+)", done.stdout)
-    if not found:
-        raise RuntimeError(done.stdout + done.stderr)
-    return [float(found[1]), float(found[2]), cpu * 1e6 / int(found[4]), int(found[3])]
+    cpu = cpu_seconds(pid)
+    done = run_command([*command, f"http://127.0.0.1:{port}/wechat/callback"], check=True)
+    cpu = cpu_seconds(pid) - cpu
+    per_second, p99, errors, answers = map(float, done.stdout.partition("RESULT")[2].split())
+    return [per_second, p99, cpu * 1e6 / answers, errors]
 
 
 @row("wrk flask gunicorn")
@@ -12791,32 +12236,24 @@ def measure_load(bench: Benchmark) -> Sequence[Any]:
     错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；
     每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"""
     seen: list[list[list[float]]] = [[], []]
-    with temporary_folder("load") as name, calm_world() as world:
-        script, port = Path(name, "post.lua"), free_port()
+    with temporary_folder("load") as name, calm_world() as world, Flask() as flask:
+        script = Path(name, "post.lua")
         script.write_text(WRK_SCRIPT.replace("REQUESTS", f"{name}/requests"))
         with open(Path(name, "requests"), "wb") as file:
             for number in range(bench.times(60_000, 20_000)):  # each with a MsgId of its own
                 request = built(world.client, f"user{number % 500}", "help", "keep-alive")
                 file.write(b"%d\n" % len(request) + request)
-        Path(name, "app.py").write_text(FLASK_APP, encoding="utf-8")
         settings = world.service.settings | {"REPLY": world.say("help"), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8"]
-        command += ["-b", f"127.0.0.1:{port}", "--log-level", "error", "app:app"]
-        environment = clean_environment(Path(name), settings)
-        with subprocess.Popen(command, cwd=name, env=environment) as flask:
-            try:
-                if not wait_until(lambda: is_up(port), 20):
-                    raise RuntimeError("gunicorn did not start")
-                servers = ((world.service.port, world.service.pid), (port, flask.pid))
-                for server in servers:
-                    answer = exchange(server[0], built(world.client, "alice", "help"))
-                    assert "wxsync" in reply_to(world.client, answer)
-                    put_load(server, script, 1)
-                for _ in range(bench.times(2, 1)):  # in turns
-                    for server, loads in zip(servers, seen, strict=True):
-                        loads.append(put_load(server, script, bench.times(20, 4)))
-            finally:
-                flask.terminate()
+        flask.around = ["env", *(f"{name}={value}" for name, value in settings.items())]
+        flask.restart()
+        servers = ((world.service.port, world.service.pid), (flask.port, flask.pid))
+        for server in servers:
+            answer = exchange(server[0], built(world.client, "alice", "help"))
+            assert "wxsync" in reply_to(world.client, answer)
+            put_load(server, script, 1)
+        for _ in range(bench.times(2, 1)):  # in turns
+            for server, loads in zip(servers, seen, strict=True):
+                loads.append(put_load(server, script, bench.times(20, 4)))
     here, there = ([middle(column) for column in zip(*loads, strict=True)] for loads in seen)
     errors = sum(load[3] for load in seen[0])
     good = here[0] >= 1.2 * there[0] and not errors and here[1] < 150
@@ -12828,14 +12265,6 @@ def measure_load(bench: Benchmark) -> Sequence[Any]:
 # ---------------------------------------------------------------------------------------------
 
 
-class FarServer(PeerServer):
-    """A handshake that takes as long as it does to a server far away."""
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        time.sleep(2 * self.peer.delay)  # TCP's round trip and TLS 1.3's
-        super().process_request_thread(request, client_address)
-
-
 def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
     """Ask for an image and wait until its result is told; return the seconds and calls until the
     dispatch, and the connections until the result."""
@@ -12843,11 +12272,9 @@ def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
     calls, connections, runs = len(github.calls), github.connections, len(github.dispatches)
     begun = time.time()
     world.say(image)
-    if not wait_until(lambda: len(github.dispatches) > runs, 30, 0.002):
-        raise RuntimeError("no dispatch\n" + world.service.log[-2000:])
+    world.wecom.wait_message("成功 1 / 1", 60, told)
     dispatched = github.dispatches[runs].time
     until = [call for call in github.calls[calls:] if call.time <= dispatched]
-    world.wecom.wait_message("成功 1 / 1", 60, told)
     return dispatched - begun, len(until), github.connections - connections
 
 
@@ -12861,8 +12288,7 @@ def measure_dispatch(bench: Benchmark) -> Sequence[Any]:
     with temporary_folder("tls") as name:
         context, certificate = make_tls(Path(name), "127.0.0.1")
         world = calm_world({"SSL_CERT_FILE": str(certificate)})
-        world.github.tls, world.github.delay = context, ROUND_TRIP
-        world.github.SERVER = FarServer
+        world.github.tls, world.github.delay = context, 0.2  # far away
         with world:
             found = [dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")]
             time.sleep(pause)
@@ -12921,8 +12347,7 @@ class Lane(Closing):
         hosts = {"docker.io": self.source, self.target.host: self.target.host}
         self.conf = registries_conf(self.home / "registries.conf", hosts)
         self.auth = auth_file(self.home / "config.json", self.target)
-        if hasattr(os, "sync"):
-            os.sync()  # or this one would pay for what the one before left to be written
+        os.sync()  # or this one would pay for what the one before left to be written
         return self
 
     def close(self) -> None:
@@ -12930,54 +12355,51 @@ class Lane(Closing):
 
     def run(self, *command: str, **settings: str) -> str:
         done = run_here(*command, folder=self.home, settings=settings)
-        if done.returncode:
-            raise RuntimeError(f"{command}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+        assert done.returncode == 0, done
         return done.stdout
 
     def copy(self, line: str, wanted: str = "copied") -> None:
-        """Copy as a job of the workflow does."""
-        printed = self.run(
-            *(sys.executable, str(SCRIPT), "copy", line),
-            CONTAINERS_REGISTRIES_CONF=str(self.conf),
-            DOCKER_REGISTRY=self.target.host,
-            DOCKER_NAMESPACE="mirror",
-            DOCKER_USERNAME=self.target.user,
-            DOCKER_PASSWORD=self.target.password,
-        )
-        if not printed.startswith(f"wxsync: {wanted}"):
-            raise RuntimeError(printed)
+        names = ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
+        values = (self.target.host, "mirror", self.target.user, self.target.password)
+        settings = {f"DOCKER_{name}": value for name, value in zip(names, values, strict=True)}
+        settings["CONTAINERS_REGISTRIES_CONF"] = str(self.conf)
+        printed = self.run(sys.executable, str(SCRIPT), "copy", line, **settings)
+        assert printed.startswith(f"wxsync: {wanted}"), printed
 
     def skopeo(self, line: str) -> None:
-        """Copy with one bare command."""
         words = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
         words += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
         self.run(*words, f"docker://{self.target.host}/mirror/{line}")
 
     def docker(self, line: str, engine: str) -> None:
-        """Pull, tag and push."""
         program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
         source, target = f"{self.source}/library/{line}", f"{self.target.host}/mirror/{line}"
         for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
             self.run(program, *words, DOCKER_HOST=engine, DOCKER_CONFIG=str(self.home))
 
 
-def copy_seconds(bench: Benchmark, way: Callable[[Lane, str], object] = Lane.copy) -> float:
-    """Return what it takes to bring the big image into a fresh registry."""
-    image = bench.big_image
-    with Lane(bench.source.host) as lane:
-        return timed(lambda: way(lane, image))
+Way = Callable[[Lane, str], object]
+
+
+def bring(
+    bench: Benchmark, way: Way = Lane.copy, lines: Sequence[str] = (), at_once: int = 1
+) -> float:
+    """Return what it takes to bring images, or the big one, into a fresh registry."""
+    lines = lines or [bench.big_image]
+    with Lane(bench.source.host) as lane, ThreadPoolExecutor(at_once) as pool:
+        return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
 
 
 def docker_seconds(bench: Benchmark) -> float:
     with temporary_folder("docker") as name, dockerd(Path(name)) as engine:
-        return copy_seconds(bench, lambda lane, image: lane.docker(image, engine))
+        return bring(bench, lambda lane, image: lane.docker(image, engine))
 
 
 def compared(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
-    """Measure two ways in turns, return the middle of each and how many times the other ours is."""
+    """Measure two ways in turns; return the middle of ours, theirs ÷ ours, the middle of theirs."""
     took = [(ours(), theirs()) for _ in range(rounds)]
     here, there = map(middle, zip(*took, strict=True))
-    return [here, there, here / there]
+    return [here, there / here, there]
 
 
 @row("dockerd docker")
@@ -12985,10 +12407,8 @@ def measure_docker(bench: Benchmark) -> Sequence[Any]:
     """`copy`：200 MB、多层、首次，对 docker pull + tag + push
     快 ≥ 4 倍
     {seconds:.2f} s，快 {ratio:.1f} 倍（docker {docker_seconds:.2f} s）"""
-    theirs, ours, ratio = compared(
-        bench.times(2, 1), lambda: docker_seconds(bench), lambda: copy_seconds(bench)
-    )
-    return ratio >= 4, ours, ratio, theirs
+    found = compared(bench.times(2, 1), lambda: bring(bench), lambda: docker_seconds(bench))
+    return found[1] >= 4, *found
 
 
 @row()
@@ -12996,10 +12416,8 @@ def measure_copy(bench: Benchmark) -> Sequence[Any]:
     """`copy`：同一镜像，对单独的 `skopeo copy`
     ≤ 1.25 倍
     {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
-    ours, theirs, ratio = compared(
-        bench.times(5, 2), lambda: copy_seconds(bench), lambda: copy_seconds(bench, Lane.skopeo)
-    )
-    return ratio <= 1.25, ours, ratio, theirs
+    found = compared(bench.times(5, 2), lambda: bring(bench), lambda: bring(bench, Lane.skopeo))
+    return 1 / found[1] <= 1.25, found[0], 1 / found[1], found[2]
 
 
 @row()
@@ -13029,14 +12447,11 @@ def measure_many(bench: Benchmark) -> Sequence[Any]:
     for line in lines:
         publish(bench.source, f"library/{line[:-2]}", "1", sizes=[2_500_000] * 2)
 
-    def four_at_once(way: Callable[[Lane, str], object]) -> float:
-        with Lane(bench.source.host) as lane, ThreadPoolExecutor(4) as pool:
-            return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
+    def four(way: Way) -> float:
+        return bring(bench, way, lines, 4)
 
-    ours, theirs, ratio = compared(
-        bench.times(5, 1), lambda: four_at_once(Lane.copy), lambda: four_at_once(Lane.skopeo)
-    )
-    return ratio <= 1.5, ours, ratio, theirs
+    found = compared(bench.times(5, 1), lambda: four(Lane.copy), lambda: four(Lane.skopeo))
+    return 1 / found[1] <= 1.5, found[0], 1 / found[1], found[2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13045,8 +12460,6 @@ def measure_many(bench: Benchmark) -> Sequence[Any]:
 
 
 class Relayed(NamedTuple):
-    """What bringing one file from a source into the bucket took."""
-
     seconds: float
     cpu: float  # seconds, of the service
     peers: float  # seconds, of source and bucket together
@@ -13055,7 +12468,6 @@ class Relayed(NamedTuple):
 
 
 def relay(size: int, rate: float = 0.0) -> Relayed:
-    """Send the link of a file to the service, wait until it is in the bucket, check it."""
     with FakeQingStor() as store, Source() as source:
         store.rate_bytes_per_second = rate
         link = source.add("/big.bin", size, rate=rate)
@@ -13065,23 +12477,18 @@ def relay(size: int, rate: float = 0.0) -> Relayed:
             service, peers = world.service, time.process_time()
             cpu = service.cpu_seconds()
             with PeakMemory(service.pid, 0.02) as memory:
-                begun = time.perf_counter()
-                world.say(link)
-                told = world.hear("文件", 300)
-                seconds = time.perf_counter() - begun
+                told = list[str]()
+                seconds = timed(lambda: told.extend((world.say(link), world.hear("文件", 300))))
             cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
             time.sleep(1)
             after = service.rss_bytes() - memory.base
         sums = [stored.sha256 for stored in store.objects.values()]
-        if "文件上传成功" not in told or sums != [source.sha256("/big.bin")]:
-            raise RuntimeError(f"another file is in the bucket: {told}")
+        assert "文件上传成功" in told[1] and sums == [source.sha256("/big.bin")]
     return Relayed(seconds, cpu, peers, memory.added, after)
 
 
 def curl(*words: str) -> float:
-    """Run curl, return the seconds that it took."""
-    command = ["curl", "-sS", "-f", *words]
-    return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+    return timed(lambda: run_command(["curl", "-sS", "-f", *words], check=True))
 
 
 def curl_down(size: int, rate: float, to: str) -> float:
@@ -13159,8 +12566,7 @@ def measure_messages(bench: Benchmark) -> Sequence[Any]:
         path, sizes, mib = world.service.state_dir / "wxsync.state", [], []
         for number in range(1, total + 1):
             text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
-            answer = exchange(world.service.port, built(world.client, f"user{number % 300}", text))
-            assert reply_to(world.client, answer)
+            assert world.say(text, f"user{number % 300}")
             if number in (total // 10, total):
                 mib.append(world.service.rss_bytes() / MIB)
                 sizes.append(path.stat().st_size / 1024)
@@ -13190,7 +12596,6 @@ def measure_row(bench: Benchmark, name: str) -> Measured:
 
 
 def machine() -> dict[str, object]:
-    """Say what this was measured on."""
     processor = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
         models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -13241,7 +12646,6 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the tests or the benchmark, draw the picture, or play the sandbox."""
     commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
     # quietly, with the reason of each test that is skipped
     commands["test"] = lambda words: pytest.main(["-q", "-rs", __file__, *words])

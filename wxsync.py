@@ -2576,7 +2576,7 @@ class QingStor:
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             self._abort(upload.key, upload.upload_id)
-        elif size_bytes is None:
+        if size_bytes is None:  # begun once more, where a full disk kept the new id from us
             self._abort_strays(upload.key)
         return size_bytes
 
@@ -5607,7 +5607,7 @@ class Robot(Channel):
     name = "robot"
     limit_bytes = MAX_MARKDOWN_BYTES
     senders = 4
-    MOST_ANSWERS = 256  # under way at once; a thread each
+    MOST_THREADS = 900  # of the process, one for each answer under way among them
     MOST_REPLIES = 100  # waiting for one address: each is on disk, and 28 go in a minute
 
     def __init__(self, settings: Settings, network: Network, log: Log) -> None:
@@ -5618,7 +5618,6 @@ class Robot(Channel):
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
-        self._answers = threading.Semaphore(self.MOST_ANSWERS)
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
 
@@ -5845,7 +5844,7 @@ class Robot(Channel):
         self, app: App, line: WebSocket, req_id: str, body: dict[str, Any], event_type: str
     ) -> None:
         """Answer in a thread of its own: the disk may take a while, the line must be read on."""
-        if not self._answers.acquire(blocking=False):
+        if threading.active_count() >= self.MOST_THREADS:
             app.log.warning("robot: 同时来的消息过多，这一条没有处理")
             return
 
@@ -5860,8 +5859,6 @@ class Robot(Channel):
                 app.log.warning(f"robot: {failure}")
             except Exception:
                 app.log.bug("robot")
-            finally:
-                self._answers.release()
 
         threading.Thread(target=answer, daemon=True).start()
 
