@@ -5548,9 +5548,7 @@ def test_killed_again_and_again() -> None:
             assert set(depot.wecom.messages_for(user)) == {text}
 
 
-@pytest.mark.parametrize(("end", "tries"), [("kill", 2), ("terminate", 3)])
-def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries: int) -> None:
-    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
+def check_deadly(end: str, tries: int) -> None:
     with Depot() as depot:
         path = "/deadly.bin"
         link = depot.source.add(path, 2_000_000, rate=5e5)
@@ -5564,6 +5562,13 @@ def test_an_upload_that_has_killed_the_service_twice_is_given_up(end: str, tries
         assert depot.source.hits[path] == tries, told
         assert bool(SENTENCE.fullmatch(told)) == (end == "kill") and path[1:] in told
         check_object(depot, "/next.bin", following)
+
+
+@early
+def test_an_upload_that_has_killed_the_service_twice_is_given_up() -> None:
+    """The third start tells it and goes on with the next; an orderly end counts for nothing."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check_deadly, ("kill", "terminate"), (2, 3)))
 
 
 # ---------------------------------------------------------------------------------------------
