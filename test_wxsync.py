@@ -1918,6 +1918,7 @@ class World(Closing):
         self.extra = dict(settings or {})
         self.script = script
         self._stack = ExitStack()
+        self._enter = self._stack.enter_context
 
     def defaults(self) -> dict[str, str]:
         return {
@@ -1939,9 +1940,9 @@ class World(Closing):
         for name in ("wxsync.py", f".github/workflows/{FakeGitHub.WORKFLOW}"):
             if (path := self.script.parent / name).exists():
                 self.github.files[name] = path.read_bytes()
-        self._stack.enter_context(self.wecom)
-        self._stack.enter_context(self.github)
-        merged = {k: v for k, v in (self.defaults() | self.extra).items() if v is not None}
+        self._enter(self.wecom)
+        self._enter(self.github)
+        merged = {k: v for k, v in {**self.defaults(), **self.extra}.items() if v is not None}
         self.service = Service(self.script, merged)
         self._stack.callback(self.service.close)
         corp_id, agent_id = self.wecom.corp_id, self.wecom.agent_id
@@ -2071,44 +2072,41 @@ STORY_IMAGES = "library/nginx:latest library/redis:7.2 library/alpine:3.20 bitna
 ABSENT = "nosuch:1"
 
 
-class Stage:
-    def __init__(self, script: Path, played: bool, tell: Callable[[str], None]) -> None:
-        self.script, self.tell = script, tell
-        self.registries: list[Registry] = []  # where images come from and go to, if they are copied
-        self.stack = ExitStack()
-        absent = [name for name in ActRunner.FILES if not (script.parent / name).exists()]
-        self.why = Registry.missing() or ActRunner.missing() or ", ".join(absent)
-        self.why = "按 --played 的要求" if played else self.why
+class Stage(World):
+    """The sandbox's world, with real copies where the programs for them are installed."""
 
-    def world(self) -> World:
-        settings: dict[str, str | None] = {}
+    def __init__(self, played: bool, tell: Callable[[str], None]) -> None:
+        super().__init__(SCRIPT, PlayedRunner(0.6, {ABSENT: "wxsync: failed not-found unknown"}))
+        self.tell = tell
+        self.registries: list[Registry] = []  # where images come from and go to, if they are copied
+        absent = ", ".join(name for name in ActRunner.FILES if not (ROOT / name).exists())
+        why = Registry.missing() or ActRunner.missing() or absent
+        self.why = "按 --played 的要求" if played else why
+
+    def prepare(self) -> Self:
         if self.why:
             self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
-            absent = {ABSENT: "wxsync: failed not-found manifest unknown"}
-            runner: Runner = PlayedRunner(0.6, absent)
         else:
             self.tell("正在启动两个本地镜像仓库并放入示例镜像…")
-            source = self.stack.enter_context(Registry())
-            target = Registry("robot", "sandbox-" + secrets.token_hex(8))
-            self.registries = [source, self.stack.enter_context(target)]
-            for image in STORY_IMAGES.split():
-                repo, tag = image.split(":")
-                publish(source, repo, tag, ("amd64", "arm64"), (200_000,), attestation=True)
-            settings |= {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
-            runner = self._runner(source, target)
+            self.github.runner = self._copying(Path(self._enter(temporary_folder("sandbox"))))
         self.tell("正在启动 wxsync…")
-        return self.stack.enter_context(World(self.script, runner, settings))
+        return super().prepare()
 
-    def _runner(self, source: Registry, target: Registry) -> Runner:
-        folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
+    def _copying(self, folder: Path) -> Runner:
+        target = Registry("robot", "sandbox-" + secrets.token_hex(8))
+        source, target = self.registries = [self._enter(Registry()), self._enter(target)]
+        for image in STORY_IMAGES.split():
+            repo, tag = image.split(":")
+            publish(source, repo, tag, ("amd64", "arm64"), (200_000,), attestation=True)
         names = ("docker.io", "ghcr.io", "quay.io", "registry.k8s.io")
         hosts = dict.fromkeys(names, source.host) | {target.host: target.host}
         conf = registries_conf(folder / "registries.conf", hosts)
-        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
         login = {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
+        self.extra |= login
         login |= {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
         self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
-        return self.stack.enter_context(ActRunner(self.script.parent, login, environment))
+        environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
+        return self._enter(ActRunner(ROOT, login, environment))
 
 
 class Scene(NamedTuple):
@@ -2157,11 +2155,11 @@ def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
     return wrong
 
 
-def play_story(stage: Stage, world: World, transcript: Transcript) -> list[str]:
+def play_story(world: Stage, transcript: Transcript) -> list[str]:
     """Play STORY without a terminal, return what was wrong, nothing if all was right."""
     wrong = [line for scene in STORY for line in play_scene(scene, world, transcript)]
-    for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if stage.registries else ():
-        source, target = stage.registries  # what was copied must be what the source has
+    for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if world.registries else ():
+        source, target = world.registries  # what was copied must be what the source has
         repo, tag = name.split(":")
         index = source.manifest(f"library/{repo}", tag)
         copied = target.digest(f"mirror-space/{repo}", tag)
@@ -2199,21 +2197,17 @@ def chat(world: World, transcript: Transcript) -> None:
             elif text == "/log":
                 transcript.show("日志", "\n".join(world.service.log.splitlines()[-20:]))
             elif text:
-                post(text, world, transcript)
+                try:
+                    got = world.client.post_text("alice", text)
+                except (OSError, ValueError, http.client.HTTPException) as error:
+                    transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
+                else:
+                    said = got.reply or f"（HTTP {got.status}，没有立即回复）"
+                    transcript.show("wxsync", said, "回复")
     except (EOFError, KeyboardInterrupt):
         print(file=transcript.out)
     over.set()
     watcher.join(2)
-
-
-def post(text: str, world: World, transcript: Transcript) -> None:
-    try:
-        got = world.client.post_text("alice", text)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
-    else:
-        shown = got.reply or f"（HTTP {got.status}，没有立即回复）"
-        transcript.show("wxsync", shown, "回复")
 
 
 def sandbox(argv: Sequence[str]) -> int:
@@ -2223,28 +2217,23 @@ def sandbox(argv: Sequence[str]) -> int:
         "先演一段短故事，在终端里接着由你来聊；每一步都对，退出码才是 0。",
         epilog="还有：test 运行测试，bench 性能测试，picture 画图。",
     )
-    here = Path(__file__).resolve().with_name("wxsync.py")
-    parser.add_argument("--script", type=Path, default=here, help="wxsync.py 的位置")
     parser.add_argument("--played", action="store_true", help="只演示，不真正复制镜像")
     options = parser.parse_args(argv)
     out, live = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     if isinstance(out, io.TextIOWrapper):
         out.reconfigure(encoding="utf-8", errors="replace")  # Windows pipes and LANG=C know no 中文
-    stage = Stage(options.script.resolve(), options.played, lambda text: print(text, flush=True))
-    with stage.stack:
+    with ExitStack() as stack:
         try:
-            world = stage.world()
+            world = stack.enter_context(Stage(options.played, lambda text: print(text, flush=True)))
         except RuntimeError as error:
-            print(f"❌ 沙盒没能启动：{error}", file=out)
+            print(f"❌ 沙盒没能启动：{error}")
             return 1
         transcript = Transcript(world, out, live)
-        wrong = play_story(stage, world, transcript)
-        if wrong:
-            print("\n❌ 有不对的地方：", *wrong, sep="\n   ", file=out)
-            log = world.service.log.splitlines()[-30:]
-            print("\nwxsync 最近的日志：", *log, sep="\n   ", file=out)
+        if wrong := play_story(world, transcript):
+            print("\n❌ 有不对的地方：", *wrong, sep="\n   ")
+            print("\nwxsync 最近的日志：", *world.service.log.splitlines()[-30:], sep="\n   ")
         else:
-            print("\n✅ 故事演完，每一步的回答都正确", file=out)
+            print("\n✅ 故事演完，每一步的回答都正确")
         if live:
             chat(world, transcript)
         return bool(wrong)
@@ -3176,8 +3165,8 @@ class Depot(Quick):
         return super().defaults() | self.store.settings
 
     def prepare(self) -> Self:
-        self._stack.enter_context(self.store)
-        self._stack.enter_context(self.source)
+        self._enter(self.store)
+        self._enter(self.source)
         self.source.add("/probe", body=b"ok")
         return super().prepare()
 
@@ -12399,11 +12388,8 @@ def picture(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / ".github" / "chat.svg")
     options = parser.parse_args(argv)
-    stage = Stage(SCRIPT, True, lambda text: None)
-    with stage.stack:
-        world = stage.world()
-        recorder = Recorder(world)
-        wrong = play_story(stage, world, recorder)
+    with Stage(True, lambda text: None) as world:
+        wrong = play_story(world, recorder := Recorder(world))
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
