@@ -1330,10 +1330,26 @@ class Child(Closing):
         self._temporary = temporary_folder(purpose)
         self.folder = Path(self._temporary.name)
         self.process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+        self.log_path = self.folder / "log"
+        self.log_path.touch()
+
+    @property
+    def log(self) -> str:
+        """All that it has printed, over all its starts."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     @property
     def pid(self) -> int:
         return self.process.pid if self.process else 0
+
+    def launch(self, words: Sequence[str], **options: Any) -> None:
+        with open(self.log_path, "ab") as log:
+            to_log: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            self.process = subprocess.Popen(words, **to_log, **options)
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def kill(self) -> None:
         if self.process:
@@ -1350,11 +1366,12 @@ class Child(Closing):
 
 
 class Daemon(Child):
+    """A real server on 127.0.0.1, with a password if wanted."""
+
     NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
-        self.port = 0
         self.around: list[str] = []  # a command that runs it
         super().__init__("daemon")
 
@@ -1366,18 +1383,11 @@ class Daemon(Child):
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
-
     def command(self) -> list[str]:
         raise NotImplementedError
 
     def start(self) -> Self:
-        self.port = self.port or free_port()
-        with open(self.folder / "log", "ab") as log:
-            words = [*self.around, *self.command()]
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.launch([*self.around, *self.command()])
         if not wait_until(self._listens, 15):
             raise RuntimeError(f"{self.NEEDS[0]} did not start: {self.log[-500:]}")
         return self
@@ -1773,23 +1783,16 @@ class Service(Child):
         self.script = script.resolve()
         self.words = [str(self.script)]  # what Python is given: by hand, or what `compile` returns
         super().__init__("service")
-        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.callback_url = f"{self.url}/wechat/callback"
         self.state_dir = Path(settings.get("STATE_DIR") or self.folder / "state")
         self.state_dir.mkdir(parents=True, exist_ok=True)
         own = {"HOST": "127.0.0.1", "PORT": str(self.port), "STATE_DIR": str(self.state_dir)}
         self.settings = own | dict(settings)
-        self.log_path = self.folder / "log"
-        self.log_path.touch()
 
     @property
     def environment(self) -> dict[str, str]:
         return clean_environment(self.folder, self.settings)
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def command(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         full = [sys.executable, str(self.script), *words]
@@ -1801,27 +1804,14 @@ class Service(Child):
         self.settings["PYTHONPATH"] = str(self.script.parent)
         return ["-m", self.script.stem]
 
-    def launch(self) -> None:
-        with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *self.words],
-                env=self.environment,
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-
     def start(self, timeout: float = 30, pause: float = 0.01) -> Self:
-        self.launch()
+        words = [sys.executable, *self.words]
+        self.launch(words, env=self.environment, cwd=self.folder)
         over = wait_until(lambda: self.healthy() or not self.alive(), timeout, pause)
         if not over or not self.alive():
             self.kill()
             raise RuntimeError("wxsync did not start:\n" + self.log[-3000:])
         return self
-
-    def alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
 
     def healthy(self) -> bool:
         with suppress(OSError, http.client.HTTPException):
@@ -1920,6 +1910,10 @@ class World(Closing):
             raise RuntimeError(f"status {reply.status} for {text!r}\n{self.service.log[-2000:]}")
         return reply.reply
 
+    def is_idle(self) -> bool:
+        health = self.service.health()
+        return bool(health["running"] == health["queued"] == 0)
+
     def hear(self, wanted: str | Callable[[Message], object] = "", timeout: float = 15) -> str:
         return self.wecom.wait_message(wanted, timeout).text
 
@@ -1942,6 +1936,31 @@ class World(Closing):
         self._stack.close()
 
 
+class ByRobot(World):
+    """A world whose chat is the robot's. `both` leaves the callback's settings in."""
+
+    both = False
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.gateway = FakeGateway()
+
+    def defaults(self) -> dict[str, str]:
+        gateway, common = self.gateway, super().defaults()
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
+        own |= {"BOT_URL": f"ws://{gateway.host}"}
+        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
+
+    def prepare(self) -> Self:
+        self._enter(self.gateway)
+        return super().prepare()
+
+    def broken(self) -> list[str]:
+        shown = self.service.settings["BOT_SECRET"] in self.service.log
+        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
+        return super().broken() + own
+
+
 # ---------------------------------------------------------------------------------------------
 # The sandbox: what happens, as a chat
 # ---------------------------------------------------------------------------------------------
@@ -1951,11 +1970,15 @@ def columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def plain(text: str) -> str:
+    return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
+
+
 class Transcript:
     COLOURS: ClassVar[dict[str, str]] = {"你": "36", "wxsync": "32", "GitHub": "35"}
     PROMPT = "你> "
 
-    def __init__(self, world: World, out: TextIO, live: bool) -> None:
+    def __init__(self, world: ByRobot, out: TextIO, live: bool) -> None:
         self.world, self.out, self.live = world, out, live
         self.colour = live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.prompting = False
@@ -1990,9 +2013,10 @@ class Transcript:
                     self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
             for run in list(self.world.github.runs):
                 self._run(run)
-            for number, message in enumerate(self.world.wecom.messages):
-                if self._new(("message", number)):
-                    self.show("wxsync", message.text, "消息")
+            for number, message in enumerate(self.world.gateway.messages):
+                if self._new(("message", number), message.text):
+                    note = "变成" if len(message.shown) > 1 else "消息"
+                    self.show("wxsync", plain(message.text), note)
             waiting = self.waiting() if self.live and time.monotonic() - self.last > 2 else ""
             if waiting and self._new("waiting", waiting):
                 self.show("…", waiting)
@@ -2035,7 +2059,7 @@ STORY_IMAGES = "library/nginx:latest library/redis:7.2 library/alpine:3.20 bitna
 ABSENT = "nosuch:1"
 
 
-class Stage(World):
+class Stage(ByRobot):
     """The sandbox's world, with real copies where the programs for them are installed."""
 
     def __init__(self, played: bool, tell: Callable[[str], None]) -> None:
@@ -2074,8 +2098,8 @@ class Stage(World):
 
 class Scene(NamedTuple):
     text: str
-    reply: tuple[str, ...]  # must occur in the immediate reply
-    final: tuple[str, ...]  # must occur in the message that follows; () if none may follow
+    reply: tuple[str, ...]  # must occur in the message that answers it, as it is at first
+    final: tuple[str, ...]  # must occur in what that becomes; () if it stays as it is
 
 
 STORY = (
@@ -2094,27 +2118,28 @@ STORY = (
 )
 
 
-def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
+def play_scene(scene: Scene, world: ByRobot, transcript: Transcript) -> list[str]:
+    """Type a message of the story, return what was wrong with what came of it."""
     text, reply, final = scene
-    github, messages = world.github, world.wecom.messages
+    github, messages = world.github, world.gateway.messages
     commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
-
-    def told() -> str:
-        transcript.poll()
-        return "\n".join(message.text for message in messages[heard:])
-
     transcript.show("你", text)
-    said = world.say(text)
-    transcript.show("wxsync", said, "回复")
-    if final:
-        wait_until(lambda: "成功 " in told(), 90, 0.05)
-    else:
+    req_id = world.gateway.say(text)
+    message = world.gateway.hear(lambda message: message.req_id == req_id)
+
+    def is_over() -> bool:
+        transcript.poll()
+        return message.finished
+
+    wait_until(is_over, 90, 0.05)
+    if not final:
         time.sleep(1)  # whatever should not happen gets the time to
-    seen, commits = told(), len(github.commits) - commits
+    said, seen = (plain(shown) for _, shown in (message.shown[0], message.shown[-1]))
     wrong = [f"对“{text}”的回复里没有“{part}”" for part in lacking(reply, said)]
     wrong += [f"“{text}”的结果里没有“{part}”" for part in lacking(final, seen)]
-    if [commits, len(github.dispatches) - runs, bool(seen)] != [bool(final)] * 3:
-        wrong.append(f"“{text}”：{commits} 次提交，收到：{seen or '没有消息'}")
+    happened = [len(github.commits) - commits, len(github.dispatches) - runs, seen != said]
+    if happened != [bool(final)] * 3 or len(messages) != heard + 1 or not message.finished:
+        wrong.append(f"“{text}”：{happened}，看到：{[m.text for m in messages[heard:]]}")
     return wrong
 
 
@@ -2131,14 +2156,14 @@ def play_story(world: Stage, transcript: Transcript) -> list[str]:
     return wrong + world.broken()
 
 
-CHAT_HELP = """输入的每一行都会像企业微信那样加密、签名后发给 wxsync。
+CHAT_HELP = """输入的每一行都会像发给企业微信智能机器人的消息一样到达 wxsync。
 可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest
 状态　　列表　　重试　　取消　　随便什么话
 --platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7
 命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"""
 
 
-def chat(world: World, transcript: Transcript) -> None:
+def chat(world: ByRobot, transcript: Transcript) -> None:
     """Post what is typed on a terminal as WeCom would; answers come as they come."""
     over = threading.Event()
 
@@ -2161,12 +2186,9 @@ def chat(world: World, transcript: Transcript) -> None:
                 transcript.show("日志", "\n".join(world.service.log.splitlines()[-20:]))
             elif text:
                 try:
-                    got = world.client.post_text("alice", text)
-                except (OSError, ValueError, http.client.HTTPException) as error:
-                    transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
-                else:
-                    said = got.reply or f"（HTTP {got.status}，没有立即回复）"
-                    transcript.show("wxsync", said, "回复")
+                    world.gateway.say(text)
+                except OSError as error:
+                    transcript.show("沙盒", f"wxsync 没有连着：{error}（/log 看日志）")
     except (EOFError, KeyboardInterrupt):
         print(file=transcript.out)
     over.set()
@@ -2176,7 +2198,7 @@ def chat(world: World, transcript: Transcript) -> None:
 def sandbox(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py",
-        description="沙盒：不需要账号，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
+        description="沙盒：不需要账号，在本机扮演企业微信智能机器人和 GitHub，运行真正的 wxsync.py。"
         "先演一段短故事，在终端里接着由你来聊；每一步都对，退出码才是 0。",
         epilog="还有：test 运行测试，bench 性能测试，picture 画图。",
     )
@@ -2916,17 +2938,13 @@ class Talk:
     def calls(self, where: str = "") -> list[Call]:
         return [call for call in self.github.calls[self._calls :] if Fault(where, "").hits(call)]
 
-    def idle(self) -> bool:
-        health = self.world.service.health()
-        return bool(health["running"] == health["queued"] == 0)
-
     def end(self) -> None:
         """Leave everything as the next test expects it."""
         self.runner.go.set()
         self.github.faults.clear()
         self.github.denied.clear()
         self.github.old_dispatch, self.github.list_lag, self.github.jobs_lag = False, 0.0, 0.0
-        assert wait_until(self.idle)
+        assert wait_until(self.world.is_idle)
         assert self.world.broken() == []
         assert "Traceback" not in self.world.service.log
 
@@ -3099,10 +3117,6 @@ class Quick(World):
         if isinstance(self.github.runner, SlowRunner):
             self.github.runner.go.set()
 
-    def is_idle(self) -> bool:
-        health = self.service.health()
-        return bool(health["running"] == health["queued"] == 0)
-
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.open()
         log, wrong = self.service.log, [] if kind else self.broken()
@@ -3122,7 +3136,10 @@ class Depot(Quick):
         patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "0.5", "SCALE": "0.01"}
         patience |= {"MESSAGE_INTERVAL_SECONDS": "0.02", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
         patience |= {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        super().__init__(*before, **patience | more)
+        # Whatever the environment says about proxies, nothing goes there.
+        dead = {f"{scheme}_PROXY": NOWHERE for scheme in ("HTTP", "HTTPS", "ALL")}
+        dead |= {name.lower(): url for name, url in dead.items()}
+        super().__init__(*before, **dead | patience | more)
         self.store, self.source = FakeQingStor(), Source()
 
     def defaults(self) -> dict[str, str]:
@@ -3153,7 +3170,7 @@ class Depot(Quick):
         return self.wecom.messages_for(user)
 
     def answer(self, user: str, timeout: float = 20) -> str:
-        return self.wecom.wait_message(lambda m: m.user == user, timeout).text
+        return self.hear(lambda m: m.user == user, timeout)
 
     def relay(self, link: str, timeout: float = 20) -> str:
         return self.answer(self.ask(link), timeout)
@@ -3217,7 +3234,7 @@ def finals(world: World, user: str) -> list[str]:
 
 
 def hear(world: World, user: str, wanted: str) -> str:
-    return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
+    return world.hear(lambda m: m.user == user and wanted in m.text)
 
 
 STORIES: dict[str, Callable[[], None]] = {}
@@ -3856,21 +3873,15 @@ def test_the_file_reads_from_top_to_bottom() -> None:
     """Functions and classes use only what stands above them; no line is wider than 100 columns (a
     Chinese character is two), no function longer than 45 lines; none changes a global name."""
     lines = {name: node.lineno for node in TREE.body for name in names_defined_by(node)}
-    tables = symtable.symtable(SOURCE, "wxsync.py", "exec").get_children()
-    below = [
-        f"{table.get_name()} (line {table.get_lineno()}) uses {name} (line {lines[name]})"
-        for table in tables
-        for name in sorted(global_names(table) & set(lines))
-        if name != table.get_name() and lines[name] > lines.get(table.get_name(), 0)
-    ]
-    assert below == []
+    for table in symtable.symtable(SOURCE, "wxsync.py", "exec").get_children():
+        own = table.get_name()
+        used = global_names(table) & set(lines) - {own}
+        assert [name for name in used if lines[name] > lines.get(own, 0)] == [], own
     assert [n for n, line in enumerate(SOURCE.splitlines(), 1) if columns(line) > 100] == []
-    nodes = list(ast.walk(TREE))
-    sizes = {
-        f.name: (f.end_lineno or 0) - f.lineno + 1 for f in nodes if isinstance(f, ast.FunctionDef)
-    }
-    assert {name: size for name, size in sizes.items() if size > 45} == {}
-    assert [node.lineno for node in nodes if isinstance(node, ast.Global)] == []
+    for node in ast.walk(TREE):
+        assert not isinstance(node, ast.Global), node.lineno
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 45, node.name
 
 
 def test_each_promise_of_the_header_has_its_tests() -> None:
@@ -3888,28 +3899,12 @@ def test_the_job_uses_nothing_of_the_service() -> None:
     assert names["read_list"]("nginx:1\n") == (["nginx:1"], []) and callable(names["run_copy"])
 
 
-# (job, attempt) of one name -> the job that its line claims
-CLAIMS: list[tuple[list[tuple[int, int]], int | None]] = [
-    ([(7, 1)], 7),
-    ([(7, 1), (9, 2)], 9),  # run again
-    ([(7, 1), (9, 1)], None),  # one too many: which one is meant?
-]
-
-
-@pytest.mark.parametrize(("jobs", "wanted"), CLAIMS)
-def test_a_line_claims_a_job_only_when_it_is_sure(
-    jobs: list[tuple[int, int]], wanted: int | None
-) -> None:
-    """Of two jobs of one name in one attempt neither tells a success."""
-    named = [{"id": number, "name": "nginx:1", "run_attempt": attempt} for number, attempt in jobs]
-    (found,) = wxsync.match_jobs(["nginx:1"], named)
-    assert (found and found["id"]) == wanted
-
-
-@pytest.mark.parametrize("text", ["# redis:6\nnginx:1", "#redis:6\nnginx:1", "// x:1\nnginx:1"])
-def test_comments_start_nothing(text: str) -> None:
-    """A list that is sent with its comments is the list."""
-    assert [image.line for image in wxsync.read_message(text).images] == ["nginx:1"]
+def test_a_line_claims_a_job_only_when_it_is_sure() -> None:
+    """The one that was run again; of two jobs of one name in one attempt neither."""
+    for attempts, wanted in (([1], 0), ([1, 2], 1), ([1, 1], None)):
+        jobs = [{"id": n, "name": "a:1", "run_attempt": turn} for n, turn in enumerate(attempts)]
+        (found,) = wxsync.match_jobs(["a:1"], jobs)
+        assert (found and found["id"]) == wanted
 
 
 class Toy(wxsync.Channel):
@@ -3938,7 +3933,9 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
         wxsync.take_up(app)
         message = wxsync.Message("ann", "ann toy room", "nginx:1", "m1")
         assert "共 1 个镜像" in app.chat.answer(message, toy)
-        wxsync.work(app, "images")
+        threading.Thread(target=wxsync.work, args=(app, "images"), daemon=True).start()
+        while app.state.facts.tasks:
+            wxsync.follow_runs(app)
         app.posts["toy"].step()
         ((address, text),) = toy.heard
         assert address == "ann toy room" and "✅" in text and "docker pull" in text
@@ -3952,9 +3949,8 @@ sys.pycache_prefix = {cache!r}
 sys.path.insert(0, {folder!r})
 begun = time.perf_counter()
 import wxsync
-seconds = time.perf_counter() - begun
+print(time.perf_counter() - begun)
 assert threading.active_count() == 1 and os.listdir(".") == []
-print(seconds)
 """
 
 
@@ -3962,12 +3958,11 @@ def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
     """Under 0.2 s once it is compiled; no thread, no file, not a word."""
     here, seconds = tmp_path / "here", []
     here.mkdir()
-    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(SCRIPT.parent))
-    command = [sys.executable, "-S", "-c", code]
+    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(ROOT))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     for _ in range(4):
-        done = subprocess.run(command, cwd=here, env=environ, capture_output=True, check=True)
-        assert done.stderr == b"" and len(done.stdout.splitlines()) == 1
+        done = run_command([sys.executable, "-S", "-c", code], cwd=here, env=environ, check=True)
+        assert done.stderr == ""
         seconds.append(float(done.stdout))
     assert min(seconds) < 0.2
 
@@ -3977,67 +3972,62 @@ def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def plan(text: str, *file: str, folder: Path | None = None) -> tuple[int, str, str]:
-    """Run `wxsync.py plan FILE` (`-` unless given); return exit status, stdout and stderr."""
-    done = run_script("plan", *(file or "-"), text=text, folder=folder)
+def plan(text: str, file: str = "-", folder: Path | None = None) -> tuple[int, str, str]:
+    """Run `wxsync.py plan FILE`; return exit status, stdout and stderr."""
+    done = run_script("plan", file, text=text, folder=folder)
     return done.returncode, done.stdout, done.stderr
 
 
-# a list -> the canonical lines
-LISTS: dict[str, list[str]] = {
-    "": [],
-    "# nginx:latest\n\n   # more\n": [],
-    "nginx\ndocker.io/library/nginx:latest\nx/redis:7.0": ["nginx:latest", "x/redis:7.0"],
-    "--platform linux/arm64 a:1\na:1 --platform=all\n": [
-        "--platform=linux/arm64 a:1",
-        "--platform=all a:1",
-    ],
-    "k8s.io/pause:3.9   =>   pause:3.9\n": ["k8s.io/pause:3.9 => pause:3.9"],
-    "\ufeffnginx:1\r\ndocker pull redis:7\r\n": ["nginx:1", "redis:7"],  # saved by Windows' Notepad
-    "\n".join(f"app{n % 256}:1" for n in range(257)): [f"app{n}:1" for n in range(256)],
-}
+# a list ¦ the canonical lines
+LISTS = rows("""
+# nginx:latest⏎⏎   # more⏎ ¦ []
+nginx⏎docker.io/library/nginx:latest⏎x/redis:7.0 ¦ ["nginx:latest", "x/redis:7.0"]
+--platform linux/arm64 a:1⏎a:1 --platform=all ¦ ["--platform=linux/arm64 a:1", "--platform=all a:1"]
+k8s.io/pause:3.9   =>   pause:3.9⏎ ¦ ["k8s.io/pause:3.9 => pause:3.9"]
+\ufeffnginx:1\r⏎docker pull redis:7\r⏎ ¦ ["nginx:1", "redis:7"]
+""")  # the last one was saved by Windows' Notepad
+MANY = [f"app{number}:1" for number in range(257)]
+LISTS += [["", "[]"], ["\n".join([*MANY[:256], "app0:1"]), json.dumps(MANY[:256])]]
 
 
-@pytest.mark.parametrize("text", LISTS, ids=lambda text: repr(text[:20]))
-def test_plan_prints_canonical_lines_as_one_json_array(text: str) -> None:
+def test_plan_prints_canonical_lines_as_one_json_array() -> None:
     """The workflow's matrix is made of this: one line of JSON on stdout, nothing else."""
-    status, out, errors = plan(text)
-    assert (status, json.loads(out), errors, out.count("\n")) == (0, LISTS[text], "", 1)
+    for text, wanted in LISTS:
+        assert plan(text) == (0, f"{wanted}\n", ""), text
 
 
 def test_plan_reads_images_txt_where_no_file_is_named(tmp_path: Path) -> None:
     """In the current folder; that of the project has nothing to do. What cannot be read is an
     error, not an empty list: no file, a folder, another encoding."""
     (tmp_path / "images.txt").write_text("nginx:1\n")
-    done = run_script("plan", folder=tmp_path)
-    assert done.stdout == '["nginx:1"]\n'
-    assert plan("", "images.txt", folder=tmp_path) == (0, done.stdout, "")
-    assert plan("", str(SCRIPT.with_name("images.txt"))) == (0, "[]\n", "")
+    assert run_script("plan", folder=tmp_path).stdout == '["nginx:1"]\n'
+    assert plan("", "images.txt", tmp_path) == (0, '["nginx:1"]\n', "")
+    assert plan("", str(ROOT / "images.txt")) == (0, "[]\n", "")
     (tmp_path / "gbk.txt").write_bytes("镜像:1\n".encode("gbk"))
     for file in ("absent.txt", ".", "gbk.txt"):
-        status, out, errors = plan("", file, folder=tmp_path)
+        status, out, errors = plan("", file, tmp_path)
         assert (status, out, len(errors.splitlines())) == (2, "", 1)
 
 
-# a list that is not done -> what is named of it
-IMPOSSIBLE = {
-    "a:1\nNginx:2\n# ok\n$(id):1\n::set-output x": ("2", "Nginx:2", "4", "$(id):1", "5"),
-    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
-    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
-    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
-    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
-    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
-}
+# a list that is not done ¦ what is named of it
+IMPOSSIBLE = rows("""
+a:1⏎Nginx:2⏎# ok⏎$(id):1⏎::set-output x ¦ 2 ¦ Nginx:2 ¦ 4 ¦ $(id):1 ¦ 5
+a/b:1⏎a_b:1 ¦ a/b:1 ¦ a_b:1
+nginx:1⏎--platform=all nginx:1 ¦ nginx:1 ¦ --platform=all nginx:1
+nginx:1 => x:1⏎redis:1 => x:1 ¦ nginx:1 => x:1 ¦ redis:1 => x:1
+--platform=linux/arm64 a:1⏎a:1-arm64 ¦ --platform=linux/arm64 a:1 ¦ a:1-arm64
+""")
+IMPOSSIBLE += [["\n".join(MANY), "256", "app256:1"]]
 
 
-@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
-def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
+def test_plan_refuses_what_a_run_cannot_do() -> None:
     """By name, before a job is started: a bad line stops the whole list, a matrix holds 256, and
     two jobs cannot write one tag."""
-    status, out, errors = plan(text)
-    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
-    assert "Nginx" not in text or len(errors.splitlines()) == 3
-    assert not [line for line in errors.splitlines() if line.startswith("::")]
+    for text, *named in IMPOSSIBLE:
+        status, out, errors = plan(text)
+        assert (status, out, lacking(named, errors)) == (2, "", [])
+        assert "Nginx" not in text or len(errors.splitlines()) == 3
+        assert not re.search("^::", errors, re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4064,6 +4054,10 @@ class Copied(NamedTuple):
         return words[1] if words[:1] == ["failed"] else "".join(words[:1])
 
     @property
+    def end(self) -> tuple[int, str]:
+        return self.status, self.code
+
+    @property
     def digest(self) -> str:
         return self.out.split()[-1] if self.status == 0 else ""
 
@@ -4074,15 +4068,9 @@ def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRI
     temporary.mkdir(exist_ok=True)
     output.write_text("")
     own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)} | NO_WAY_OUT
-    done = subprocess.run(
-        [sys.executable, str(script), "copy", line],
-        env=clean_environment(home, own | dict(settings)),
-        cwd=home,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=150,
-        check=False,
-    )
+    words = [sys.executable, str(script), "copy", line]
+    environment = clean_environment(home, own | dict(settings))
+    done = run_command(words, timeout=150, env=environment, cwd=home)
     left = [path.name for path in temporary.iterdir()]
     return Copied(done.returncode, done.stdout, done.stderr, output.read_text("utf-8"), left)
 
@@ -4093,6 +4081,9 @@ library/app:arm arm64
 library/app:multi amd64 arm64/v8 arm/v7
 library/app:attested amd64 arm64 +
 library/app:buildx amd64 +
+library/app:some arm64 arm/v7 +
+library/app:v1-of-two amd64/v3 amd64/v1 arm64
+library/app:v1 amd64/v1
 acme/team/app:1 amd64
 """.strip().splitlines()  # +: with attestations, as `docker buildx build --push` makes by default
 
@@ -4118,13 +4109,17 @@ class Mirror:
             list(pool.map(self.publish, IMAGES))
         # app:docker is app:multi with docker's own manifests, not OCI's.
         repo = f"docker://{self.source.host}/library/app"
-        command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2"]
-        command += ["--src-tls-verify=false", "--dest-tls-verify=false"]
-        subprocess.run([*command, f"{repo}:multi", f"{repo}:docker"], check=True)
-        # app:bare is an index without the mediaType that OCI leaves optional.
-        index = self.source.manifest("library/app", "attested")
-        body = json.dumps({"schemaVersion": 2, "manifests": index["manifests"]}).encode()
-        put_manifest(self.source, "library/app", "bare", body, OCI_INDEX)
+        command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2", "--src-tls-verify=false"]
+        command += ["--dest-tls-verify=false", f"{repo}:multi", f"{repo}:docker"]
+        run_command(command, check=True)
+        # app:bare is an index without the mediaType that OCI leaves optional, app:nested and
+        # app:nested-arm one in which app:multi stands, without a platform and with one.
+        self.put_index("bare", self.source.manifest("library/app", "attested")["manifests"])
+        size = len(self.source.fetch("library/app", "multi").body)
+        entry = {"mediaType": OCI_INDEX, "size": size, "digest": self.digest("multi")}
+        self.put_index("nested", [entry])
+        arm = {"platform": {"os": "linux", "architecture": "arm64"}}
+        self.put_index("nested-arm", [entry | arm])
         self.numbers = itertools.count(1)
 
     def publish(self, image: str) -> None:
@@ -4132,10 +4127,9 @@ class Mirror:
         repo, _, tag = name.partition(":")
         publish(self.source, repo, tag, archs, (30_000, 20_000), "+" in image)
 
-    def entries(self, tag: str) -> list[dict[str, Any]]:
-        """Return the entries of an index in the source, attestations left out."""
-        entries: list[dict[str, Any]] = self.source.manifest("library/app", tag)["manifests"]
-        return [entry for entry in entries if entry["platform"]["os"] != "unknown"]
+    def put_index(self, tag: str, entries: list[dict[str, Any]]) -> None:
+        body = json.dumps({"schemaVersion": 2, "manifests": entries}).encode()
+        put_manifest(self.source, "library/app", tag, body, OCI_INDEX)
 
     def digest(self, tag: str, arch: str = "") -> str:
         """Return the digest of app:TAG (or acme) in the source, or of one architecture in it."""
@@ -4145,7 +4139,8 @@ class Mirror:
             return self.source.digest("library/app", tag)
         name, _, variant = arch.partition("/")
         wanted = {"os": "linux", "architecture": name} | ({"variant": variant} if variant else {})
-        (digest,) = [e["digest"] for e in self.entries(tag) if e["platform"] == wanted]
+        entries = self.source.manifest("library/app", tag)["manifests"]
+        (digest,) = [e["digest"] for e in entries if e["platform"] == wanted]
         return str(digest)
 
 
@@ -4176,9 +4171,6 @@ class Space:
     def digest(self, name: str) -> str:
         """Return the digest of NAME:TAG in this namespace, "" if there is none."""
         return self.mirror.target.digest(*f"{self.namespace}/{name}".split(":"))
-
-    def manifest(self, name: str) -> dict[str, Any]:
-        return self.mirror.target.manifest(*f"{self.namespace}/{name}".split(":"))
 
     def tags(self) -> list[str]:
         target = self.mirror.target
@@ -4220,14 +4212,13 @@ def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
     front.fail("GET /v2/library/app/blobs/", "reset")
     layers = space.mirror.source.manifest("library/app", "one")["layers"]
     paths = {f"/v2/library/app/blobs/{layer['digest']}" for layer in layers}
-    first = space.copy("app:one")
-    assert (first.status, first.code, first.digest) == (0, "copied", space.mirror.digest("one"))
-    assert space.digest("app:one") == first.digest
-    assert paths <= {call.path for call in front.layer_reads} and front.faults == []
-    front.calls.clear()
-    second = space.copy("app:one")
-    assert (second.status, second.code, second.digest) == (0, "unchanged", first.digest)
-    assert not paths & {call.path for call in front.layer_reads}
+    for code in ("copied", "unchanged"):
+        done = space.copy("app:one")
+        assert (*done.end, done.digest) == (0, code, space.mirror.digest("one"))
+        assert space.digest("app:one") == done.digest and front.faults == []
+        read = paths & {call.path for call in front.layer_reads}
+        assert read == (paths if code == "copied" else set())
+        front.calls.clear()
     for line in ("app:multi", "--platform=all app:attested"):
         assert space.copy(line).code == "copied"
         front.calls.clear()
@@ -4236,7 +4227,8 @@ def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
     assert space.digest("app:one") == space.mirror.digest("multi", "amd64")
 
 
-# line | what stands in the target ("" = the same) | which digest of the source it has
+# line | what stands in the target ("" = the same) | which digest of the source it has, or of which
+# tag's platforms it is an index, or why there is nothing
 COPIES = """
 app:one | | one
 docker.io/library/app:one | app:one | one
@@ -4248,99 +4240,80 @@ app:multi | | multi amd64
 app:buildx | | buildx amd64
 app:docker | | docker amd64
 app:bare | | bare amd64
---platform=linux/amd64 app:multi | app:multi | multi amd64
+app:nested | | multi amd64
 --platform=linux/arm64 app:multi | app:multi-arm64 | multi arm64/v8
 --platform=linux/arm64/v8 app:multi | app:multi-arm64-v8 | multi arm64/v8
 --platform=linux/arm64/v8 app:attested | app:attested-arm64-v8 | attested arm64
 --platform=linux/arm/v7 app:multi | app:multi-arm-v7 | multi arm/v7
 --platform=linux/arm64 app:multi => app:mine | app:mine | multi arm64/v8
 --platform=linux/arm64 app:arm | app:arm-arm64 | arm
+--platform=linux/arm64 app:nested | app:nested-arm64 | multi arm64/v8
+--platform=linux/arm64 app:nested-arm | app:nested-arm-arm64 | multi arm64/v8
+--platform=linux/amd64 app:v1-of-two | app:v1-of-two | v1-of-two amd64/v1
+--platform=linux/amd64/v1 app:multi | app:multi-amd64-v1 | multi amd64
+--platform=linux/amd64 app:v1 | app:v1 | v1
 --platform=all app:multi | app:multi | multi
 --platform=all app:docker | app:docker | docker
 --platform=all app:one | app:one | one
---platform=all app:arm | app:arm | arm
---platform=linux/amd64+linux/arm64+linux/arm/v7 app:multi | app:multi | multi
 --platform=linux/arm/v7+linux/arm64+linux/amd64 app:multi | app:multi | multi
 app@{one} | app:sha256-{one12} | one
 app:9.9@{one} | app:9.9 | one
 app@{multi} | app:sha256-{multi12} | multi amd64
 --platform=all app@{multi} | app:sha256-{multi12} | multi
+--platform=all app:attested | app:attested | attested: amd64 arm64
+--platform=all app:bare | app:bare | bare: amd64 arm64
+--platform=all app:buildx | app:buildx | buildx: amd64
+--platform=linux/amd64+linux/arm64 app:attested | app:attested | attested: amd64 arm64
+--platform=linux/amd64+linux/arm64 app:docker | app:docker | docker: amd64 arm64/v8
+--platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi | app:multi | multi: amd64 arm64/v8
+--platform=linux/amd64+linux/arm64 app:nested | app:nested | multi: amd64 arm64/v8
+app:arm | | no-platform linux/arm64
+app:some | | no-platform linux/arm64 linux/arm/v7
+--platform=linux/amd64+linux/arm64 app:some | | no-platform linux/arm64 linux/arm/v7
+--platform=linux/arm64 app:one | | no-platform
+--platform=linux/arm/v6 app:multi | | no-platform
+--platform=linux/amd64+linux/s390x app:multi | | no-platform
+--platform=linux/amd64+linux/arm64 app:one | | no-platform
 """
 
 
 @pytest.mark.parametrize("case", COPIES.strip().splitlines())
 def test_what_a_line_copies(space: Space, case: str) -> None:
-    """Each kind of line, the name it gets in the target, and the digest it keeps: of one platform
-    its own, of all there are that of the source's index, byte for byte; a digest is exact."""
-    mirror = space.mirror
+    """Each kind of line, its name in the target, and what arrives in a registry that refuses
+    attestations, as ACR does: one platform, that of the line and not of the machine which copies,
+    with its own digest; all of an image with that of its index, byte for byte; of several an index
+    with just those. Better no image than one that does not run: then those there are are named."""
+    mirror, acr = space.mirror, space.mirror.acr
     host, one, multi = mirror.source.host, mirror.digest("one"), mirror.digest("multi")
     words = {"host": host, "host_": host.replace(":", "-"), "one": one, "multi": multi}
     words |= {"one12": one[7:19], "multi12": multi[7:19]}
     line, target, wanted = (part.strip() for part in case.format(**words).split("|"))
-    digest, done = mirror.digest(*wanted.split()), space.copy(line)
-    assert (done.status, done.code, done.digest) == (0, "copied", digest), done
-    assert space.digest(target or line) == digest
-
-
-FILTERED = """
---platform=all app:attested | amd64 arm64
---platform=all app:bare | amd64 arm64
---platform=all app:buildx | amd64
---platform=linux/amd64+linux/arm64 app:attested | amd64 arm64
---platform=linux/amd64+linux/arm64 app:multi | amd64 arm64/v8
---platform=linux/amd64+linux/arm64 app:docker | amd64 arm64/v8
---platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi | amd64 arm64/v8
-"""
-
-
-@pytest.mark.parametrize("case", FILTERED.strip().splitlines())
-def test_an_index_holds_just_what_was_wanted(space: Space, case: str) -> None:
-    """Several platforms into a registry that refuses attestations, as ACR does."""
-    line, _, archs = case.partition(" | ")
-    acr, tag = space.mirror.acr, line.rpartition(":")[2]
-    refused = acr.refused
-    done = space.copy(line, DOCKER_REGISTRY=acr.host)
-    assert (done.status, done.code) == (0, "copied"), done
-    assert (done.digest, acr.refused) == (space.digest(f"app:{tag}"), refused)
-    entries = [entry["digest"] for entry in space.manifest(f"app:{tag}")["manifests"]]
-    assert sorted(entries) == sorted(space.mirror.digest(tag, arch) for arch in archs.split())
-    for digest in entries:
-        assert space.mirror.target.fetch(f"{space.namespace}/app", digest).status == 200
-    assert space.copy(line, DOCKER_REGISTRY=acr.host).code == "unchanged"
+    acr.refused, own = 0, {"DOCKER_REGISTRY": acr.host}
+    done = space.copy(line, **own)
+    if wanted.startswith("no-platform"):
+        there = wanted.partition(" ")[2]
+        assert (*done.end, space.tags()) == (1, "no-platform", []), done
+        assert done.out.endswith(f"; has {there}\n" if there else "\n")
+        return
+    assert (*done.end, done.digest) == (0, "copied", space.digest(target or line)), done
+    tag, several, archs = wanted.partition(":")
+    if not several:
+        assert done.digest == mirror.digest(*wanted.split())
+        return
+    repo = f"{space.namespace}/app"
+    index = mirror.target.manifest(repo, target.partition(":")[2])
+    entries = [entry["digest"] for entry in index["manifests"]]
+    assert sorted(entries) == sorted(mirror.digest(tag, arch) for arch in archs.split())
+    assert [mirror.target.fetch(repo, digest).status for digest in entries] == [200] * len(entries)
+    assert space.copy(line, **own).out == f"wxsync: unchanged {done.digest}\n" and not acr.refused
 
 
 def test_the_refusing_registry_refuses(space: Space) -> None:
     """What skopeo alone would do with such an image: so the tests above prove something."""
-    mirror = space.mirror
-    login = f"{mirror.target.user}:{mirror.target.password}"
+    mirror, repo = space.mirror, f"{space.mirror.acr.host}/{space.namespace}/app"
     command = ["skopeo", "--registries-conf", str(mirror.conf), "copy", "-q", "--all"]
-    command += ["--dest-creds", login, "docker://docker.io/library/app:attested"]
-    command += [f"docker://{mirror.acr.host}/{space.namespace}/app:attested"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode and "unknown manifest class" in done.stderr
-
-
-NO_PLATFORM = """
-app:arm
---platform=linux/arm64 app:one
---platform=linux/s390x app:multi
---platform=linux/arm/v6 app:multi
---platform=linux/amd64+linux/s390x app:multi
---platform=linux/amd64+linux/arm64 app:one
-"""
-
-
-def test_a_platform_that_the_image_has_not(space: Space) -> None:
-    """Better no image than one that does not run: skopeo alone would copy it in silence. Those
-    there are are named in words that can be sent, without attestations."""
-    for line in NO_PLATFORM.strip().splitlines():
-        done = space.copy(line)
-        assert (done.status, done.code, space.tags()) == (1, "no-platform", []), done
-    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
-    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
-    for line in ("app:some", "--platform=linux/amd64+linux/arm64 app:some"):
-        done = space.copy(line)
-        assert done.code == "no-platform" and done.out.endswith("; has linux/arm64 linux/arm/v7\n")
+    command += ["--dest-creds", f"robot:{PASSWORD}", "docker://docker.io/library/app:attested"]
+    assert "unknown manifest class" in run_command([*command, f"docker://{repo}:x"]).stderr
 
 
 def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> None:
@@ -4358,14 +4331,20 @@ def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> 
 
 
 def test_a_hostile_registry_cannot_forge_a_result(space: Space, front: PickyRegistry) -> None:
-    """What a registry says ends up in one printable line, cut short."""
+    """What a registry says ends up in one printable line, cut short; however deeply it is nested,
+    it is a failure like any other."""
     forged = "no\nresult=wxsync: copied sha256:0\n::error::x \x1b[31m 镜像 " + "x" * 9999
     body = json.dumps({"errors": [{"code": "DENIED", "message": forged}]}).encode()
-    front.fail("/manifests/one", (403, {"Content-Type": "application/json"}, body))
-    done = space.copy("app:one")
-    assert (done.status, done.code) == (1, "source-denied")
-    assert done.output == f"result={done.out}" and done.out.count("\n") == 1
-    assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
+    deep = [b'{"manifests":' + b"[" * depth + b"]" * depth + b"}" for depth in (2_000, 200_000)]
+    answers = [(403, "application/json", body), *((200, OCI_INDEX, data) for data in deep)]
+    for status, kind, data in answers:
+        front.fail("/manifests/one", (status, {"Content-Type": kind}, data), 99)
+        done = space.copy("app:one")
+        assert done.status == 1 and (status == 200 or done.code == "source-denied")
+        assert done.output == f"result={done.out}" and done.out.count("\n") == 1
+        assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
+        assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
+        front.faults.clear()
 
 
 def watch(process: subprocess.Popen[bytes], temporary: Path) -> tuple[set[str], set[int]]:
@@ -4403,17 +4382,14 @@ def test_passwords_are_in_no_argument_and_in_private_files(
     assert modes == {0o600} and list(temporary.iterdir()) == []
 
 
-LEAKS: list[dict[str, str]] = [
-    {},
-    {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
-    {"SOURCE_AUTH": f"robot:{PASSWORD}"},
-    {"SOURCE_AUTH": json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}})},
-]
-
-
 def test_passwords_are_never_printed_and_nothing_is_left(space: Space) -> None:
     """Also not when the copy fails because of them: a wrong one, no JSON, no base64."""
-    for changed in LEAKS:
+    broken = (f"robot:{PASSWORD}", json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}}))
+    for changed in (
+        {},
+        {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
+        *({"SOURCE_AUTH": x} for x in broken),
+    ):
         done = space.copy("app:one", **changed)
         assert PASSWORD not in done.out + done.log + done.output
         assert done.left == [] and "Traceback" not in done.log
@@ -4476,7 +4452,7 @@ def test_wrong_secrets_run_nothing(stand_in: dict[str, str], tmp_path: Path) -> 
     for case in WRONG_SECRETS.strip().splitlines():
         setting, code = case.split()
         done = copy("nginx:1", tmp_path, stand_in | dict([unquote(setting).split("=")]))
-        assert (done.status, done.code, done.output) == (1, code, f"result={done.out}")
+        assert (*done.end, done.output) == (1, code, f"result={done.out}")
         assert not (tmp_path / "ran").exists()
         assert code != "error" or "DOCKER_" in done.out  # says which Secret
 
@@ -4489,8 +4465,7 @@ def test_skopeo_gets_no_secret_in_its_environment(stand_in: dict[str, str], tmp_
     ran = (tmp_path / "ran").read_text()
     assert done.status == 1 and f"--registries-conf {conf} " in ran and PASSWORD not in ran
     done = copy("nginx:1", tmp_path, stand_in | {"PATH": str(tmp_path)})
-    assert (done.status, done.code, done.output) == (1, "error", f"result={done.out}")
-    assert "skopeo" in done.out
+    assert (*done.end, done.output) == (1, "error", f"result={done.out}") and "skopeo" in done.out
 
 
 def test_the_promised_target_is_copied_to(space: Space) -> None:
@@ -4522,8 +4497,7 @@ class SharedHost(Peer):
         self.team, self.rest = PickyRegistry(team), PickyRegistry(rest)
 
     def handle(self, call: Call) -> Answer:
-        owner = self.team if call.path.startswith("/v2/team/") else self.rest
-        return owner.handle(call)
+        return (self.team if call.path.startswith("/v2/team/") else self.rest).handle(call)
 
 
 def test_a_private_source_by_source_auth(space: Space, private: Registry) -> None:
@@ -4531,19 +4505,17 @@ def test_a_private_source_by_source_auth(space: Space, private: Registry) -> Non
     if asked for. Two accounts of one registry host do not get mixed up."""
     line, conf = f"{private.host}/team/app:1", space.lead(private.host)
     target = private.host.replace(":", "-") + "_team_app:1"
-    assert space.copy(line, **conf).code == "source-denied"
-    for auth in ("{}", login(private.host, private.user, "wrong")):
+    good, digest = (private.user, private.password), private.digest("team/app", "1")
+    for auth in ("", "{}", login(private.host, private.user, "wrong")):
         assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "source-denied"
     assert space.digest(target) == ""
-    auth = login(private.host, private.user, private.password)
-    assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "copied"
-    assert space.digest(target) == private.digest("team/app", "1")
+    assert space.copy(line, **conf, SOURCE_AUTH=login(private.host, *good)).code == "copied"
+    assert space.digest(target) == digest
     with SharedHost(private, space.mirror.target) as shared:
-        own = {"DOCKER_REGISTRY": shared.host} | space.lead(shared.host)
-        own["SOURCE_AUTH"] = login(shared.host, private.user, private.password)
-        done = space.copy(f"{shared.host}/team/app:1 => app:1", **own)
-        assert (done.status, done.code, shared.errors) == (0, "copied", []), done
-    assert space.digest("app:1") == private.digest("team/app", "1")
+        own = {"DOCKER_REGISTRY": shared.host, "SOURCE_AUTH": login(shared.host, *good)}
+        done = space.copy(f"{shared.host}/team/app:1 => app:1", **own, **space.lead(shared.host))
+        assert (*done.end, shared.errors) == (0, "copied", []), done
+    assert space.digest("app:1") == digest
     with FakeRegistry("tok401") as nosy:
         space.copy("app:one", **space.lead(hub=nosy.host))
         sent = [call.headers.get("authorization", "") for call in nosy.calls]
@@ -4555,62 +4527,46 @@ def test_a_private_source_by_source_auth(space: Space, private: Registry) -> Non
 # ---------------------------------------------------------------------------------------------
 
 # CODE where the source said it, CODE where the target did (- = it cannot), what skopeo wrote: seen
-# with real registries; A = a.example.com, MANIFEST = reading manifest 1 in A/x,
-# REUSE = trying to reuse blob sha256:75df at destination, PING = pinging container registry A
+# with real registries, beside those that TROUBLES make
 MESSAGES = r"""
 not-found - reading manifest nope in 127.0.0.1:5000/library/one: manifest unknown: manifest unknown
-not-found - Error parsing image name "docker://ghcr.io/a/b:1": MANIFEST: name unknown: repository \
-name not known to registry
+not-found - MANIFEST: name unknown: repository name not known to registry
 source-denied - MANIFEST: errors:\ndenied: requested access to the resource is denied\n\
 unauthorized: authentication required\n
-source-denied - reading manifest 1 in docker.io/x/y: unauthorized
 source-denied - reading manifest 1 in ghcr.io/a/b: denied
-source-denied - MANIFEST: unauthorized: authentication required
-- target-login REUSE: checking whether a blob sha256:75df exists in A/ns/x: unauthorized: \
-authentication required
 - target-login REUSE: unable to retrieve auth token: invalid username/password: unauthorized
 - target-denied REUSE: failed to read from destination repository ns/x: 403 (Forbidden)
-- target-denied REUSE: checking whether a blob sha256:75df exists in A/ns/x: errors:\ndenied: \
-requested access to the resource is denied\n
 - rejected writing manifest: uploading manifest sha256:75df to A/ns/x: denied: unknown manifest \
 class for application/vnd.oci.empty.v1+json
 no-platform - no image found in image index for architecture s390x, variant \"\", OS linux
 no-platform - choosing image instance: no image found in manifest list for architecture s390x
-network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: connect: connection refused
-network network PING: Get \"https://A/v2/\": dial tcp: lookup A on 127.0.0.53:53: no such host
-network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: i/o timeout
+network network pinging container registry A: Get \"https://A/v2/\": dial tcp 1.2.3.4: i/o timeout
 timeout timeout context deadline exceeded
 rate-limited rate-limited MANIFEST: toomanyrequests: You have reached your unauthenticated pull \
 rate limit. https://www.docker.com/increase-rate-limit
 network network MANIFEST: received unexpected HTTP status: 502 Bad Gateway
 not-found error MANIFEST: StatusCode: 404, <html>not found</html>
-network network http: server gave HTTP response to HTTPS client
 network network tls: failed to verify certificate: x509: certificate signed by unknown authority
 error error the moon is full
 """
-SHORT = {
-    "MANIFEST": "reading manifest 1 in A/x",
-    "REUSE": "trying to reuse blob sha256:75df at destination",
-    "PING": "pinging container registry A",
-    "A/": "a.example.com/",
-}
 
 
-@pytest.mark.parametrize("case", MESSAGES.replace("\\\n", "").strip().splitlines())
-def test_classify(case: str) -> None:
+def test_classify() -> None:
     """Each real message, by the side that it came from."""
-    at_source, at_target, text = case.split(" ", 2)
-    for word, meant in SHORT.items():
-        text = text.replace(word, meant)
-    line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
-    for code, target in ((at_source, False), (at_target, True)):
-        assert code == "-" or wxsync.classify(line, target) == code
+    for case in MESSAGES.replace("\\\n", "").strip().splitlines():
+        at_source, at_target, text = case.split(" ", 2)
+        text = text.replace("MANIFEST", "reading manifest 1 in a.example.com/x")
+        text = text.replace("REUSE", "trying to reuse blob sha256:75df at destination")
+        line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
+        for code, target in ((at_source, False), (at_target, True)):
+            assert code == "-" or wxsync.classify(line, target) == code, text
 
 
 def test_an_image_named_like_an_error_is_judged_by_the_error(space: Space) -> None:
     """The name is part of skopeo's message, and is not the message."""
-    for name in ("denied", "unauthorized", "403"):
-        assert space.copy(f"{name}:1").code == "not-found"
+    assert [space.copy(f"{n}:1").code for n in ("denied", "unauthorized", "403")] == [
+        "not-found"
+    ] * 3
     with FakeRegistry("denied") as denying:
         for name in ("eof", "x509", "writing", "uploading-x"):
             assert space.copy(f"{name}:1", **space.lead(hub=denying.host)).code == "source-denied"
@@ -4703,16 +4659,14 @@ def met(mirror: Mirror) -> Iterator[Met]:
 def test_each_trouble_has_its_code(met: Met, row: tuple[str, str]) -> None:
     """What goes wrong at either registry, and the CODE from which the chat gives advice."""
     done = met[row].result()
-    assert (done.status, done.code) == (1, MEETINGS[row]), done
-    assert done.output == f"result={done.out}" and done.left == []
+    assert (*done.end, done.output, done.left) == (1, MEETINGS[row], f"result={done.out}", [])
 
 
 def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_path: Path) -> None:
     """Where the variable is not set, `copy` uses a small file of its own."""
     break_registries_conf(tmp_path)
-    environment = clean_environment(tmp_path, {})
     command = ["skopeo", "inspect", "--raw", "docker://127.0.0.1:1/a:1"]
-    bare = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    bare = run_command(command, env=clean_environment(tmp_path, {}))
     assert "loading registries configuration" in bare.stderr  # so that file would be read
     done = met["no-TLS", "source"].result()
     assert "HTTP response to HTTPS" in done.out and "configuration" not in done.out + done.log
@@ -4722,7 +4676,6 @@ def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_p
 LIES = """
 app@{} | one | multi amd64
 app@{} | multi | attested
---platform=all app@{} | multi | attested
 --platform=linux/amd64+linux/arm64 app@{} | multi | docker
 app:multi | multi amd64 | one
 --platform=all app:multi | multi arm64/v8 | one
@@ -4740,86 +4693,19 @@ def test_what_has_not_its_digest_is_never_copied(
     kind = {"Content-Type": lie.headers["content-type"]}
     front.fail(f"GET /manifests/{digest}", (200, kind, lie.body), 99)
     done = space.copy(line.format(digest))
-    assert (done.status, done.code, space.tags()) == (1, "error", []), done
+    assert (*done.end, space.tags()) == (1, "error", []), done
     assert "digest" in done.out.partition("error")[2]
 
 
-@pytest.mark.parametrize("depth", [2_000, 200_000])
-def test_a_deeply_nested_manifest_has_a_result(
-    space: Space, front: PickyRegistry, depth: int
-) -> None:
-    """Whatever a registry answers, it is a failure like any other."""
-    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
-    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
-    done = space.copy("app:one")
-    assert (done.status, done.output) == (1, f"result={done.out}")
-    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
-
-
-# line | what arrives of app:multi | the architecture that the outer index names for it
-NESTED = """
-app:nested | amd64 |
---platform=linux/arm64 app:nested | arm64/v8 |
---platform=linux/arm64 app:nested | arm64/v8 | arm64
---platform=linux/amd64+linux/arm64 app:nested | amd64 arm64/v8 |
-"""
-
-
-@pytest.mark.parametrize("case", NESTED.strip().splitlines())
-def test_an_index_inside_an_index_is_resolved(space: Space, case: str) -> None:
-    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
-    line, archs, said = (part.strip() for part in case.split("|"))
-    inner = space.mirror.source.fetch("library/app", "multi")
-    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
-    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
-    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
-    body, kind = json.dumps(index).encode(), inner.headers["content-type"]
-    put_manifest(space.mirror.source, "library/app", "nested", body, kind)
-    done = space.copy(line)
-    assert done.code == "copied", done
-    name = f"app:{space.tags()[0]}"
-    entries = space.manifest(name).get("manifests", [])
-    arrived = {each["digest"] for each in entries} or {done.digest}
-    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
-    assert space.digest(name) == done.digest
-    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
-
-
-# what is in an image, the platform that is asked for -> the one that arrives
-FIRST_VERSIONS = [
-    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
-    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
-    (["amd64/v1"], "linux/amd64", ""),
-]
-
-
-def test_amd64_v1_is_amd64(space: Space) -> None:
-    """The first version of an architecture is what is meant where none is said."""
-    for number, (archs, wanted, arch) in enumerate(FIRST_VERSIONS):
-        publish(space.mirror.source, "library/app", f"v{number}", archs)
-        done = space.copy(f"--platform={wanted} app:v{number}")
-        digest = space.mirror.digest(f"v{number}", arch)
-        assert (done.code, done.digest) == ("copied", digest), done
-
-
-class Signatures(Peer):
-    """Where signatures lie beside a registry: there is one for everything."""
-
-    def handle(self, call: Call) -> Answer:
-        found = call.path.endswith("/signature-1")
-        return Answer(200, b"\x89signature") if found else Answer(404)
-
-
-def test_signatures_stay_where_they_are(space: Space) -> None:
+def test_signatures_stay_where_they_are(space: Space, front: PickyRegistry) -> None:
     """They are no reason to fail where they cannot be written; the target would not hold them."""
     place = space.home / ".config" / "containers" / "registries.d"
     place.mkdir(parents=True)
-    with Signatures() as signatures:
-        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
-        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
-        for line in ("app:one", "--platform=all app:attested"):
-            done = space.copy(line)
-            assert (done.status, done.code) == (0, "copied"), done
+    lookaside = f"lookaside: {front.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+    (place / "x.yaml").write_text(f"default-docker:\n  {lookaside}")
+    front.fail("/signature-1", (200, {}, b"\x89signature"), 99)
+    for line in ("app:one", "--platform=all app:attested"):
+        assert space.copy(line).end == (0, "copied")
 
 
 # repository, how many of its tags are nearest to 1.25.3, its tags
@@ -4863,7 +4749,7 @@ def test_a_list_of_tags_that_fails_changes_nothing(
     front.fail("GET /tags/list", what, 9)
     begun = time.monotonic()
     done = space.copy(f"{front.host}/library/app:absent")
-    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
+    assert (*done.end, "nearest" in done.out) == (1, "not-found", False), done
     assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
 
 
@@ -4880,11 +4766,10 @@ sys.exit(wxsync.main())
 def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
     """Several platforms take no longer than one may; GitHub's own limit comes later."""
     script, begun = space.home / "short.py", time.monotonic()
-    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
+    script.write_text(SHORT_COPY.format(folder=str(ROOT)))
     front.delay = 0.4  # so that each step is within, and all of them are not
     done = copy("--platform=all app:multi", space.home, space.settings, script)
-    assert (done.status, done.code, space.tags()) == (1, "timeout", []), done
-    assert time.monotonic() - begun < 6
+    assert (*done.end, space.tags()) == (1, "timeout", []) and time.monotonic() - begun < 6
     minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
     assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
 
@@ -4904,18 +4789,6 @@ ENOUGH = {
     "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
     "DOCKER_NAMESPACE": "mirror-space",
 }
-DEFAULTS = """
-BOT_ID='' BOT_SECRET='' BOT_URL='wss://openws.work.weixin.qq.com'
-CORP_ID='' AGENT_ID=0 SECRET='' TOKEN='' ENCODING_AES_KEY=''
-GITHUB_BRANCH='main' PORT=3000 HOST='0.0.0.0' STATE_DIR='.' ALLOWED_USERS=()
-QINGSTOR_ACCESS_KEY_ID='' QINGSTOR_SECRET_ACCESS_KEY='' QINGSTOR_ZONE='pek3a' QINGSTOR_BUCKET='tmp'
-QINGSTOR_LINK_SECONDS=0 MAX_FILE_MB=2048
-PROXY_URL='' NO_PROXY_DOMAINS=('localhost','127.0.0.1','qingstor.com')
-SYNC_TIMEOUT=300 QUEUE_SIZE=10 CALLBACK_MAX_AGE=600 LOG_LEVEL='INFO'
-WECOM_API_URL='https://qyapi.weixin.qq.com' GITHUB_API_URL='https://api.github.com'
-QINGSTOR_URL='https://qingstor.com' PROXY_TEST_URL='https://www.google.com'
-DANGEROUSLY_ALLOW_PRIVATE_URLS=''
-"""
 
 
 def problems_of(environ: dict[str, str]) -> list[str]:
@@ -4932,14 +4805,6 @@ def names_in(lines: Iterable[str]) -> list[str]:
     return [line.partition(":")[0] for line in lines]
 
 
-def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
-    """The table of settings, name by name, with the robot's group and with the callback's."""
-    for given in (OTHERS | ROBOT, ENOUGH):
-        found = vars(wxsync.load_settings(given)).items()
-        told = {f"{n}={value!r}".replace(" ", "") for n, value in found if n not in given}
-        assert told == {pair for pair in DEFAULTS.split() if pair.partition("=")[0] not in given}
-
-
 def test_all_there_is_to_mend_is_told_at_once() -> None:
     """What is missing or wrong, and `your_…`, which was copied and never filled in."""
     nothing = problems_of({})
@@ -4953,42 +4818,39 @@ def test_all_there_is_to_mend_is_told_at_once() -> None:
     assert "QINGSTOR_SECRET_ACCESS_KEY" in half
 
 
-WRONG = rows("""
+WRONG = rows(f"""
 CORP_ID ¦ ww 01
 AGENT_ID ¦ agent ¦ 0
 SECRET ¦ two words
-TOKEN ¦ with-dash ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx=
+TOKEN ¦ with-dash ¦ {"x" * 33}
+ENCODING_AES_KEY ¦ {"x" * 42} ¦ {"x" * 44} ¦ {"x" * 42}=
 GITHUB_TOKEN ¦ github pat
 GITHUB_REPO ¦ mirror ¦ https://github.com/octo/mirror
 GITHUB_BRANCH ¦ a..b
-DOCKER_REGISTRY ¦ https://registry.cn-hangzhou.aliyuncs.com ¦ registry.example.com/space
+DOCKER_REGISTRY ¦ https://reg.example.com ¦ reg.example.com/space ¦ reg.example.com:99999
 DOCKER_NAMESPACE ¦ Mirror
 PORT ¦ 0 ¦ 65536 ¦ ３０００ ¦ 30.5
 ALLOWED_USERS ¦ ,
 QINGSTOR_LINK_SECONDS ¦ -1
 MAX_FILE_MB ¦ 0
-PROXY_URL ¦ proxy.example.com:8080 ¦ ftp://proxy.example.com:8080 ¦ http://proxy.example.com
-PROXY_URL ¦ http://proxy.example.com:99999
+PROXY_URL ¦ a.example.com:80 ¦ ftp://a.example.com:80 ¦ http://a.example.com ¦ http://a:99999
 SYNC_TIMEOUT ¦ 0
 QUEUE_SIZE ¦ -1
 CALLBACK_MAX_AGE ¦ ten
 LOG_LEVEL ¦ LOUD
 WECOM_API_URL ¦ qyapi.weixin.qq.com
-GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com
+GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com ¦ https://a:99999/x
 QINGSTOR_URL ¦ https://
 PROXY_TEST_URL ¦ www.google.com
 DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ yes
 """)
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, v) for name, *many in WRONG for v in many])
-def test_a_wrong_value_is_told_by_name_and_not_repeated(name: str, value: str) -> None:
+def test_a_wrong_value_is_told_by_name_and_not_repeated() -> None:
     """One line, which says what is expected; the value itself may be a secret."""
-    (problem,) = problems_of(ENOUGH | {name: value})
-    assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
+    for name, value in [(name, value) for name, *values in WRONG for value in values]:
+        (problem,) = problems_of(ENOUGH | {name: value})
+        assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
 
 
 RIGHT = rows("""
@@ -5007,48 +4869,48 @@ DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ 1 ¦ '1'
 """)
 
 
-@pytest.mark.parametrize(("name", "text", "value"), RIGHT)
-def test_a_right_value_is_taken(name: str, text: str, value: str) -> None:
-    """Values at the edge of what is allowed."""
-    assert repr(getattr(wxsync.load_settings(ENOUGH | {name: text}), name)) == value
+def test_a_right_value_is_taken() -> None:
+    """Values at the edge of what is allowed; whatever is not given has its default."""
+    default = {entry.name: entry.default for entry in fields(wxsync.Settings)}
+    for enough in (ENOUGH, OTHERS | ROBOT):
+        for name, text, value in RIGHT:
+            found = vars(wxsync.load_settings(enough | {name: text}))
+            assert repr(found[name]) == value
+            assert {n for n in found if found[n] != default[n]} == {*enough, name}
 
 
 def test_settings_show_nothing_of_themselves() -> None:
     """Neither repr nor str of the settings holds any value."""
     keys = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
     settings = wxsync.load_settings(ENOUGH | keys | {"PROXY_URL": "http://u:hidden@h:1"})
-    shown = repr(settings) + str(settings) + f"{settings}"
     values = [str(value) for value in vars(settings).values() if len(str(value)) > 3]
-    assert lacking(values, shown) == values
+    assert lacking(values, f"{settings!r} {settings}") == values
 
 
 ENV_FILE = rows("""
-\ufeff# a comment
-⏎PLAIN=1 ¦ 1
+\ufeffPLAIN=1 ¦ 1
 export EXPORTED=2 ¦ 2
 ␣␣SPACED  =  3␣ ¦ 3
 DOUBLE="a b # c" ¦ a b # c
 SINGLE='a "b" $c' ¦ a "b" $c
+HASHED='#a' # why ¦ #a
 NOTED=4 # why ¦ 4
 HASH=a#b ¦ a#b
 EQUAL=a=b= ¦ a=b=
 EMPTY= ¦
 ONLY_NOTE= # nothing ¦
 CHINESE=值 ¦ 值
-TWICE=1 ¦ 2
-TWICE=2 ¦ 2
+TWICE=1⏎# a comment⏎⏎TWICE=2 ¦ 2
 """)
 
 
-@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
-def test_env_files_are_read_as_people_write_them(tmp_path: Path, line_end: str) -> None:
+def test_env_files_are_read_as_people_write_them(tmp_path: Path) -> None:
     """A byte order mark, CRLF, comments, `export`, quotes."""
-    path, lines = tmp_path / "settings", [row[0] for row in ENV_FILE]
-    path.write_bytes("\n".join(lines).replace("\n", line_end).encode())
-    names = [re.findall(r"[A-Z_]+", line)[0] for line in lines[1:]]
-    assert wxsync.read_env_file(path) == dict(
-        zip(names, [row[1] for row in ENV_FILE[1:]], strict=True)
-    )
+    wanted = {re.findall(r"[A-Z_]+", line)[0]: value for line, value in ENV_FILE}
+    for line_end in ("\r\n", "\n"):
+        text = "\n".join(line for line, _ in ENV_FILE).replace("\n", line_end)
+        (tmp_path / "settings").write_bytes(text.encode())
+        assert wxsync.read_env_file(tmp_path / "settings") == wanted
 
 
 def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
@@ -5061,28 +4923,20 @@ def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
     assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"SECRET=\xff\xfe"])
-def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
-    """A missing file that was asked for, and one that is no UTF-8."""
-    path = tmp_path / "settings"
-    if content is not None:
-        path.write_bytes(content)
-    done = run_script("--env", str(path), folder=tmp_path)
-    assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_process_environment_wins_over_the_file(tmp_path: Path) -> None:
-    """Both directions: it mends a wrong value of the file, and spoils a right one."""
-    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
-    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
-    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
-
-
 def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -> None:
-    """Exit 1, every name on stderr, nothing on stdout, no file written."""
+    """Exit 1, every name on stderr, nothing on stdout, no file written. The process environment
+    wins over the file: it mends a wrong value, and spoils a right one. A file that was asked for
+    must be there, and UTF-8."""
     done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert lacking(ENOUGH | ROBOT, done.stderr) == [] and list(tmp_path.iterdir()) == []
+    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
+    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
+    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
+    (tmp_path / "latin").write_bytes(b"SECRET=\xff\xfe")
+    for name in ("latin", "absent"):
+        done = run_script("--env", name, folder=tmp_path)
+        assert done.returncode == 1 and name in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5100,15 +4954,14 @@ def test_version_and_help() -> None:
     assert (done.returncode, lacking(words, done.stdout)) == (0, [])
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
-def test_commands_that_never_import_a_package(words: str) -> None:
+def test_commands_that_never_import_a_package() -> None:
     """With everything installed they import none of it either."""
-    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
-    done = run_command(command, "nginx", 20)
-    assert done.returncode == (2 if "copy" in words else 0)
-    imported = re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
-    packages = {"Crypto", "qingstor", "requests"}
-    assert "json" in imported and not packages & {name.partition(".")[0] for name in imported}
+    for words, status in (("--version", 0), ("--help", 0), ("plan -", 0), ("copy not-valid!", 2)):
+        command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
+        done = run_command(command, "nginx", 20)
+        imported = set(re.findall(r"\|\s+(\w+)[\w.]*$", done.stderr, re.MULTILINE))
+        assert done.returncode == status and "json" in imported
+        assert not imported & {"Crypto", "qingstor", "requests"}
 
 
 def test_a_service_without_files_never_imports_qingstor() -> None:
@@ -5124,76 +4977,46 @@ def test_a_service_without_files_never_imports_qingstor() -> None:
 # Encryption: the published vectors, another implementation, forgeries
 # ---------------------------------------------------------------------------------------------
 
-# Who published it: token, key, corp id; then timestamp, nonce, signature ¦ text ¦ encrypted.
+# Who published it: token, key, corp id; then timestamp, nonce, signature, text, encrypted.
 TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
-WECHATPY = ("123456", "kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR", "wx49f0ab532d5d035a")
-GO_WORKWX = (
-    "kjr2TKI8umCBfVF3wAHk8JiPwma5VBme",
-    "4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws",
-    "ww6a112864f8022910",
-)
-VECTORS = rows("""
-1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 ¦ 1616140317555161061 ¦ ⤶
+VECTORS = f"""
+{" ".join(TENCENT)}
+1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 1616140317555161061
 P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==
-1409659813 1372623149 477715d11cdb4164915debcba66cb864d751f3e6 ¦ ⤶
-<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[mycreate]]></FromUserName>⏎<CreateTime>1409659813</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[hello]]></Content>⏎⤶
-<MsgId>4561255354251345929</MsgId>⏎<AgentID>218</AgentID>⏎</xml> ¦ ⤶
-RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3QczcdCUpj91⤶
-1L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLjvd4Xgpue06DOdn⤶
-LxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMnvw2r+KqCKIw+3IQH03v+B⤶
-CA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k22Ncx4XXZS9o0MBH27Bo6BpNelZp⤶
-S+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2YoyyH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==
-1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 ¦ 5927782489442352469 ¦ ⤶
+123456 kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR wx49f0ab532d5d035a
+1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 5927782489442352469
 4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==
-1411525903 461056294 74d92dfeb87ba7c714f89d98870ae5eb62dff26d ¦ ⤶
-<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[messense]]></FromUserName>⏎<CreateTime>1411525903</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[test]]></Content>⏎⤶
-<MsgId>4363689963896700987</MsgId>⏎<AgentID>1</AgentID>⏎</xml> ¦ ⤶
-RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHCrsTyeDX⤶
-zF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpXaG4+BiYyolBug/⤶
-gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQiMS6td7vXUaWOMZnYZlF3S⤶
-o2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQipvWTT4dShyqio7mlsl5noTrb++x6⤶
-En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=
-1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 ¦ 94966531020182955848408 ¦ ⤶
+kjr2TKI8umCBfVF3wAHk8JiPwma5VBme 4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws ww6a112864f8022910
+1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 94966531020182955848408
 6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==
-""")
-PUBLISHERS = [TENCENT, TENCENT, WECHATPY, WECHATPY, GO_WORKWX]  # one for each
+""".split()
 
 
-@pytest.mark.parametrize(("account", "vector"), [*zip(PUBLISHERS, VECTORS, strict=True)])
-def test_a_published_vector(account: tuple[str, str, str], vector: list[str]) -> None:
-    """Signature and text are as published; one changed digit anywhere and they are not."""
-    crypto, (head, plain, encrypted) = wxsync.Crypto(*account), vector
-    timestamp, nonce, signature = head.split()
-    assert crypto.is_signed(signature, timestamp, nonce, encrypted)
-    assert crypto.decrypt(encrypted).decode() == plain
-    assert not crypto.is_signed(signature[:-1] + "x", timestamp, nonce, encrypted)
-    assert not crypto.is_signed(signature, timestamp, nonce + "0", encrypted)
-    assert not crypto.is_signed("签名", timestamp, nonce, encrypted)
-    with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
-        wxsync.Crypto(*account[:2], "wx5823bf96d3bd56c8").decrypt(encrypted)
-    assert caught.value.status == 403
-
-
-def test_every_length_of_padding_works_both_ways() -> None:
-    """1 to 32 bytes: a library that pads to 16 fails on half of them."""
-    client, crypto = WeComClient(*TENCENT, 1, ""), wxsync.Crypto(*TENCENT)
-    for size in range(32):
-        assert crypto.decrypt(client.encrypt("x" * size)) == b"x" * size
-        assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
+def test_a_published_vector() -> None:
+    """Signature and text are as published (by Tencent, wechatpy, go-workwx); one changed digit
+    anywhere and they are not."""
+    for at in range(0, len(VECTORS), 8):
+        token, key, corp_id, stamp, nonce, signature, text, encrypted = VECTORS[at : at + 8]
+        crypto = wxsync.Crypto(token, key, corp_id)
+        assert crypto.is_signed(signature, stamp, nonce, encrypted)
+        assert crypto.decrypt(encrypted).decode() == text
+        assert not crypto.is_signed(signature[:-1] + "x", stamp, nonce, encrypted)
+        assert not crypto.is_signed(signature, stamp, nonce + "0", encrypted)
+        assert not crypto.is_signed("签名", stamp, nonce, encrypted)
+        with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
+            wxsync.Crypto(token, key, "wx5823bf96d3bd56c8").decrypt(encrypted)
+        assert caught.value.status == 403
 
 
 def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
-    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
+    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts. Every
+    length of padding is among them: a library that pads to 16 fails on half of them."""
     other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
     crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
-    texts = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
+    texts = ["😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
     alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
     texts += ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
-    for text in texts:
+    for text in ["x" * size for size in range(33)] + texts:
         sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
         outer, _ = wxsync.read_fields(sealed)
         signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
@@ -5241,90 +5064,73 @@ def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
     return client.seal(frame + b"\0" * (size - len(frame) - len(pad)) + pad)
 
 
-FORGED: dict[str, tuple[Callable[[WeComClient], str], int]] = {
-    "not base64": (lambda client: "!" * 64, 400),
-    "no whole blocks": (lambda client: base64.b64encode(b"x" * 33).decode(), 400),
-    "noise": (lambda client: base64.b64encode(b"x" * 64).decode(), 400),
-    "blocks of 16": (lambda client: framed(client, 5, b"\5" * 5, 48), 400),
-    "padding 0": (lambda client: framed(client, 5, b"\0"), 400),
-    "padding 33": (lambda client: client.seal(b"x" * 31 + b"\x21" * 33), 400),
-    "uneven padding": (lambda client: framed(client, 5, b"\1\4\4\4"), 400),
-    "nothing but padding": (lambda client: client.seal(b"\x20" * 32), 400),
-    "a length beyond the end": (lambda client: framed(client, 60, b"\1"), 400),
-    "the greatest length": (lambda client: framed(client, 2**32 - 1, b"\1"), 400),
-    "another company": (lambda client: client.encrypt("hello", "ww9999999999999999"), 403),
-    "no company": (lambda client: client.encrypt("hello", ""), 403),
+FORGED: dict[str, Callable[[WeComClient], str]] = {
+    "not base64": lambda client: "!" * 64,
+    "no whole blocks": lambda client: base64.b64encode(b"x" * 33).decode(),
+    "noise": lambda client: base64.b64encode(b"x" * 64).decode(),
+    "blocks of 16": lambda client: framed(client, 5, b"\5" * 5, 48),
+    "padding 0": lambda client: framed(client, 5, b"\0"),
+    "padding 33": lambda client: client.seal(b"x" * 31 + b"\x21" * 33),
+    "uneven padding": lambda client: framed(client, 5, b"\1\4\4\4"),
+    "nothing but padding": lambda client: client.seal(b"\x20" * 32),
+    "a length beyond the end": lambda client: framed(client, 60, b"\1"),
+    "the greatest length": lambda client: framed(client, 2**32 - 1, b"\1"),
+    "another company": lambda client: client.encrypt("hello", "ww9999999999999999"),
+    "no company": lambda client: client.encrypt("hello", ""),
 }
-UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
-    "a wrong signature": ({"msg_signature": "0" * 40}, 403),
-    "a signature in capitals": ({"msg_signature": "é"}, 403),
-    "an old time": ({"timestamp": "1409659589"}, 403),
-    "another nonce": ({"nonce": "1"}, 403),
-    "no signature": ({"msg_signature": ""}, 400),
-    "no time": ({"timestamp": ""}, 400),
-    "a time that is none": ({"timestamp": "soon"}, 400),
-    "no nonce": ({"nonce": ""}, 400),
+UNSIGNED = {  # what of the query is wrong -> how, the status
+    "msg_signature": {"0" * 40: 403, "é": 403, "": 400},
+    "timestamp": {"1409659589": 403, "": 400, "soon": 400},
+    "nonce": {"1": 403, "": 400},
 }
 
 
-@pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
-def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk, name: str) -> None:
-    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same."""
-    make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
-    change, status = UNSIGNED.get(name, ({}, status))
-    encrypted = make(talk.client)
-    query = urlencode(talk.client.signed(encrypted) | change)
-    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
-    asked = f"{talk.client.callback_url}?{query}"
-    for got in (
-        http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}"),
-        http_request("POST", asked, body),
-    ):
-        assert (got.status, got.body) == (status, b"")
-
-
-def test_clocks_may_differ_by_ten_minutes(talk: Talk) -> None:
-    """The times are signed, so they can be trusted as far as the clocks."""
+def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk) -> None:
+    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same. The
+    times are signed, so clocks may differ by ten minutes."""
+    client = talk.client
+    tries = [
+        (client.encrypt("hello"), {name: value}, status)
+        for name, many in UNSIGNED.items()
+        for value, status in many.items()
+    ]
+    tries += [(make(client), {}, 403 if "company" in n else 400) for n, make in FORGED.items()]
+    for encrypted, change, status in tries:
+        query = urlencode(client.signed(encrypted) | change)
+        body = xml_document({"ToUserName": client.corp_id, "Encrypt": encrypted}).encode()
+        asked = f"{client.callback_url}?{query}"
+        echo = http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}")
+        for got in (echo, http_request("POST", asked, body)):
+            assert (got.status, got.body) == (status, b""), (encrypted, change)
     for age, status in ((-590, 200), (590, 200), (-610, 403), (610, 403)):
-        got = talk.client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
-        assert (got.status, status == 200 or got.raw) == (status, status == 200 or b""), age
+        reply = client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
+        assert (reply.status, status == 200 or reply.raw) == (status, status == 200 or b""), age
 
 
 DOCTYPE = '<?xml version="1.0"?><!DOCTYPE xml [<!ENTITY e "nginx:1">]>'
-ENVELOPES = {
-    "nothing": "",
-    "no XML": "hello",
-    "half of it": "<xml><Encrypt>",
-    "a document type": DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>",
-    "an entity": DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an entity nobody declared": "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an unknown encoding": '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
-    "no text in it": "<xml><Other>x</Other></xml>",
-    "JSON of no text": '{"encrypt": 7',
-    "JSON too deep": "{" + '"a":{' * 5000,
-    "JSON with a list": '{"encrypt": ["x"]}',
-}
+ENVELOPES = [
+    *("", "hello", "<xml><Encrypt>", "<xml><Other>x</Other></xml>"),
+    *(DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>", DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>"),
+    "<xml><Encrypt>&e;</Encrypt></xml>",
+    '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
+    *('{"encrypt": 7', "{" + '"a":{' * 5000, '{"encrypt": ["x"]}'),
+]
 TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
-INNER = {
-    "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
-    "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
-    "no XML": "hello",
-    "a list": "[1]",
-    "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
-}
+INNER = [
+    DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
+    DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
+    *("hello", "[1]", "<xml><FromUserName>a\x00</FromUserName></xml>"),
+]
 
 
 def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
     """Whatever a stranger posts, or WeCom's key sealed, costs an empty answer."""
-    query = talk.client.signed("x")
-    posts = [(name, text.encode(), query) for name, text in ENVELOPES.items()]
-    for name, text in INNER.items():
-        encrypted = talk.client.encrypt(text)
-        body = xml_document({"Encrypt": encrypted}).encode()
-        posts.append((f"inside: {name}", body, talk.client.signed(encrypted)))
-    for name, body, query in posts:
-        reply = talk.client.post_raw(body, query)
-        assert (reply.status, reply.raw) == (400, b""), name
+    posts = [(text, talk.client.signed("x")) for text in ENVELOPES]
+    for text in map(talk.client.encrypt, INNER):
+        posts.append((xml_document({"Encrypt": text}), talk.client.signed(text)))
+    for text, query in posts:
+        reply = talk.client.post_raw(text.encode(), query)
+        assert (reply.status, reply.raw) == (400, b""), text[:60]
     assert talk.commits == [] and talk.inputs == []
 
 
@@ -5362,16 +5168,17 @@ def test_one_token_serves_all_and_is_renewed_once_when_it_is_refused(desk: Desk,
 
 # What is wrong, and how -> the least pause, what the log tells. WeCom bans an address for an hour
 # that asks with a wrong secret again and again.
-TO_MEND: dict[str, tuple[object, float, tuple[str, ...]]] = {
-    "secret": ("another", 3600, ("SECRET",)),
-    "trusted": (False, 1, ("203.0.113.7", "企业可信IP", "60020")),
-}
+TO_MEND: list[tuple[str, object, float, tuple[str, ...]]] = [
+    ("secret", "another", 3600, ("SECRET",)),
+    ("trusted", False, 1, ("203.0.113.7", "企业可信IP", "60020")),
+]
 
 
-@pytest.mark.parametrize("name", TO_MEND)
-def test_what_a_person_must_mend_is_named_with_the_cure(desk: Desk, name: str) -> None:
+@pytest.mark.parametrize(("name", "wrong", "least", "words"), TO_MEND)
+def test_what_a_person_must_mend_is_named_with_the_cure(
+    desk: Desk, name: str, wrong: object, least: float, words: tuple[str, ...]
+) -> None:
     """It is not tried again for long, and the log names what to do, and no secret."""
-    wrong, least, words = TO_MEND[name]
     right, asked = getattr(desk.wecom, name), []
 
     def mend() -> None:
@@ -5394,8 +5201,6 @@ WECOM_TROUBLES: list[tuple[int | What, int, int, int, int]] = [
     (50003, 1, 1, 60, 3600),
     (42001, 4, 2, 1, 60),
     ("reset", 3, 3, 10, 20),
-    ("garbage", 3, 3, 10, 20),
-    ("short", 3, 3, 10, 20),
     ((502, {}, b"<html>bad gateway"), 3, 3, 10, 20),
 ]
 
@@ -5416,14 +5221,14 @@ def test_what_passes_is_waited_for(
     assert desk.wecom.token_calls <= 3
 
 
-@pytest.mark.parametrize("code", [81013, 60111])
-def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk, code: int) -> None:
+def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk) -> None:
     """The message is dropped with a line in the log, the next one goes out."""
-    desk.wecom.refuse(code)
-    desk.send("hello", "nobody")
-    desk.send("hello", "alice")
-    assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"]
-    assert str(code) in desk.written.getvalue()
+    for number, code in enumerate((81013, 60111), 1):
+        desk.wecom.refuse(code)
+        desk.send("hello", "nobody")
+        desk.send(f"hello {code}", "alice")
+        assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"] * number
+        assert str(code) in desk.written.getvalue()
 
 
 def test_equal_messages_arrive_once_each(desk: Desk) -> None:
@@ -5437,24 +5242,20 @@ def test_equal_messages_arrive_once_each(desk: Desk) -> None:
     assert len(desk.wecom.messages) == 2 and len(desk.wecom.duplicates) == 1
 
 
-TALES = {
-    "short lines": [f"第 {number} 行" for number in range(400)],
-    "one long line": ["镜" * 3000],
-    "just over": ["x" * 1970, "y" * 50],
-    "emoji": ["😀" * 900],
-}
+TALES = [[f"第 {number} 行" for number in range(400)], ["x" * 1970, "y" * 50]]
+TALES += [["镜" * 3000], ["😀" * 900]]
 
 
-@pytest.mark.parametrize("name", TALES)
-def test_a_long_text_is_split_at_line_ends(desk: Desk, name: str) -> None:
+def test_a_long_text_is_split_at_line_ends(desk: Desk) -> None:
     """No piece over 2048 bytes, none cut in a character, nothing lost, all in order."""
-    text = "\n".join(TALES[name])
-    desk.send(text)
-    pieces = desk.wecom.messages_for("alice")
-    assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
-    bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
-    glue = "\n" if len(TALES[name]) > 1 else ""
-    assert glue.join(bodies) == text
+    for lines in TALES:
+        text = "\n".join(lines)
+        desk.wecom.messages.clear()
+        desk.send(text)
+        pieces = desk.wecom.messages_for("alice")
+        assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
+        bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
+        assert ("\n" if len(lines) > 1 else "").join(bodies) == text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5482,79 +5283,63 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
     assert asked.headers["accept-encoding"] == "identity"
 
 
-# what Content-Disposition says of http://…/page.html -> the name
-NAMES = """
-attachment; filename="report.pdf" -> report.pdf
-attachment; filename=report.pdf -> report.pdf
-attachment;filename=report.pdf;size=3 -> report.pdf
-attachment; FileName = "two words.txt" -> two words.txt
-attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" -> 文档.pdf
-attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf -> 文.pdf
-attachment; filename*=ISO-8859-1''na%EFve.txt -> naïve.txt
-attachment; filename*=GBK''%CE%C4.txt -> 文.txt
-attachment; filename*=bogus''%41.txt; filename=ok.txt -> ok.txt
-attachment; filename="a\\"b.txt" -> a"b.txt
-attachment; filename="文档.pdf" -> 文档.pdf
-attachment; filename="../../etc/passwd" -> passwd
-attachment; filename="..\\\\..\\\\boot.ini" -> boot.ini
-attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd -> passwd
-attachment; filename*=UTF-8''a%00b%0A%0Dc.txt -> abc.txt
-attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe -> evilfdp.exe
-attachment; filename="...hidden" -> hidden
-attachment; filename="\x1b[31mred.txt" -> [31mred.txt
-attachment; filename="" -> page.html
-attachment; filename="/" -> page.html
-attachment; filename="..." -> page.html
-attachment; filename*=idna''%ff -> page.html
-attachment; filename*=punycode''%ff -> page.html
-attachment; filename*=undefined''%41 -> page.html
-attachment; filename*=a\0''%41 -> page.html
-attachment -> page.html
-inline -> page.html
- -> page.html
-attachment; xfilename="evil.exe"; filename="ok.txt" -> ok.txt
-attachment; filename="a; filename*=UTF-8''b.exe" -> a; filename*=UTF-8''b.exe
-"""
+# Content-Disposition ¦ the name ¦ the addresses, the last one first, unless it is …/page.html
+NAMES = rows(r"""
+attachment; filename="report.pdf" ¦ report.pdf
+attachment;filename=report.pdf;size=3 ¦ report.pdf
+attachment; FileName = "two words.txt" ¦ two words.txt
+attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" ¦ 文档.pdf
+attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf ¦ 文.pdf
+attachment; filename*=ISO-8859-1''na%EFve.txt ¦ naïve.txt
+attachment; filename*=GBK''%CE%C4.txt ¦ 文.txt
+attachment; filename*=bogus''%41.txt; filename=ok.txt ¦ ok.txt
+attachment; filename="a\"b.txt" ¦ a"b.txt
+attachment; filename="文档.pdf" ¦ 文档.pdf
+attachment; filename="../../etc/passwd" ¦ passwd
+attachment; filename="..\\..\\boot.ini" ¦ boot.ini
+attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd ¦ passwd
+attachment; filename*=UTF-8''a%00b%0A%0Dc.txt ¦ abc.txt
+attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe ¦ evilfdp.exe
+attachment; filename="...hidden" ¦ hidden
+attachment; filename="" ¦ page.html
+attachment; filename="/" ¦ page.html
+attachment; filename="..." ¦ page.html
+attachment; filename*=idna''%ff ¦ page.html
+attachment; filename*=undefined''%41 ¦ page.html
+attachment; xfilename="evil.exe"; filename="ok.txt" ¦ ok.txt
+attachment; filename="a; filename*=UTF-8''b.exe" ¦ a; filename*=UTF-8''b.exe
+inline ¦ page.html
+¦ 文.zip ¦ example.com/a/%E6%96%87.zip?x=1
+¦ tool.tar.gz ¦ cdn.example.com/0a1b2c example.com/v1/tool.tar.gz
+¦ real.zip ¦ cdn.example.com/real.zip example.com/latest
+¦ download ¦ example.com/download
+¦ download ¦ example.com/
+¦ b.txt ¦ example.com/a%2Fb.txt
+¦ download ¦ example.com/%00%0A
+""")
+NAMES += [
+    ["attachment; filename*=a\0''%41", "page.html"],
+    ['a; filename="\x1b[31m.txt"', "[31m.txt"],
+]
+NAMES += [[f'attachment; filename="{"长" * 500}.tar.gz"', "长" * 100 + "长" * 43 + ".tar.gz"]]
 
 
-@pytest.mark.parametrize("line", NAMES.strip("\n").split("\n"))
-def test_name_of_disposition(line: str) -> None:
-    """The name is the one of RFC 6266, without anything that could harm."""
-    disposition, _, name = line.partition(" -> ")
-    url = wxsync.parse_url("https://example.com/a/page.html?x=y.zip")
-    assert wxsync.read_file_name(disposition, url) == name
-
-
-# the addresses, the last one first -> the name
-ADDRESSES = """
-example.com/a/%E6%96%87.zip?x=1 -> 文.zip
-cdn.example.com/0a1b2c example.com/v1/tool.tar.gz -> tool.tar.gz
-cdn.example.com/real.zip example.com/latest -> real.zip
-example.com/download -> download
-example.com/ -> download
-example.com/a%2Fb.txt -> b.txt
-example.com/%00%0A -> download
-"""
-
-
-@pytest.mark.parametrize("line", ADDRESSES.strip().splitlines())
-def test_name_of_address(line: str) -> None:
-    """Without a disposition the addresses name the file, one with an extension first."""
-    *links, _, name = line.split()
-    urls = [wxsync.parse_url(f"https://{link}") for link in links]
-    assert wxsync.read_file_name("", *urls) == name
-    long = wxsync.read_file_name(f'attachment; filename="{"长" * 500}.tar.gz"', *urls)
-    assert len(long) <= 150 and long.endswith(".tar.gz")
+def test_the_name_of_a_file() -> None:
+    """It is the one of RFC 6266, without anything that could harm; where nothing is said the
+    addresses name the file, one with an extension first."""
+    for disposition, name, *addresses in NAMES:
+        links = (addresses or ["example.com/a/page.html?x=y.zip"])[0].split()
+        urls = [wxsync.parse_url(f"https://{link}") for link in links]
+        assert wxsync.read_file_name(disposition, *urls) == name
 
 
 # charset, what the head says of the name -> the name that is shown, the extension of the key
 SHOWN_NAMES = """
 utf-8 filename="年度报告.PDF" -> 年度报告.PDF .pdf
 gbk filename="年度报告.pdf" -> 年度报告.pdf .pdf
-utf-8 filename*=UTF-8''%E5%B9%B4.tar.gz -> 年.tar.gz .tar.gz
 utf-8 filename="../../x.p;df" -> x.p;df
 utf-8 filename="x.%2e%2e" -> x.%2e%2e
-utf-8 filename="X.TAR.GZ" -> X.TAR.GZ .tar.gz
+utf-8 filename*=UTF-8''X.TAR.GZ -> X.TAR.GZ .tar.gz
 """
 
 
@@ -5587,7 +5372,7 @@ def test_redirects(depot: Depot) -> None:
 VALIDATORS = ({"etag": '"v1"'}, {"modified": "Tue, 24 Nov 2026 08:00:00 GMT"})
 
 
-@pytest.mark.parametrize("cuts", [[1], [100_000], [5_000_000, 3_000_000], [PART, PART, 1]])
+@pytest.mark.parametrize("cuts", [[1], [5_000_000, 3_000_000], [PART, PART, 1]])
 def test_resume(depot: Depot, cuts: list[int]) -> None:
     """A download that breaks goes on where it was, if it is the same file still."""
     for validator in VALIDATORS:
@@ -5617,70 +5402,57 @@ def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
 # Files that do not arrive
 # ---------------------------------------------------------------------------------------------
 
-CUT_ALWAYS = {"cut_after": [5_000_000] * 20}
-CUT_GOOD: dict[str, Any] = CUT_ALWAYS | {"etag": '"1"', "ranges": "good"}
-SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
-    "not found": ({"status": 404}, "文件不存在（HTTP 404）"),
-    "gone": ({"status": 410}, "文件已删除"),
-    "login": ({"status": 401}, "需要登录"),
-    "forbidden": ({"status": 403}, "HTTP 403"),
-    "too many": ({"status": 429}, "HTTP 429"),
-    "broken": ({"status": 500}, "来源拒绝或出错（HTTP 500）"),
-    "busy": ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
-    "teapot": ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
-    "empty": ({"status": 204}, "HTTP 204"),
-    "no http": ({"garbage": True}, "不是正常的 HTTP"),
-    "loop": ({"status": 302, "location": "/loop"}, "不停地重定向"),
-    "to ftp": ({"status": 302, "location": "ftp://example.com/x"}, "格式不正确"),
-    "to a file": ({"status": 302, "location": "file:///etc/passwd"}, "格式不正确"),
-    "to login": ({"status": 302, "location": "http://u:p@example.com/"}, "格式不正确"),
-    "nowhere": ({"status": 302, "location": f"{NOWHERE}/"}, "连接被拒绝"),
-    "no name": ({"status": 302, "location": "http://no-such-host.invalid/"}, "域名解析失败"),
-    "no validator": (CUT_ALWAYS, "来源不支持续传"),
-    "weak validator": (CUT_GOOD | {"etag": 'W/"1"'}, "来源不支持续传"),
-    "no ranges": (CUT_GOOD | {"ranges": ""}, "来源文件已变化或不支持续传"),
-    "ignored": (CUT_GOOD | {"ranges": "ignored"}, "已变化或不支持续传"),
-    "wrong start": (CUT_GOOD | {"ranges": "wrong"}, "已变化或不支持续传"),
-    "changed": (CUT_GOOD | {"change": True}, "已变化"),
-    "416": (CUT_GOOD | {"ranges": "416"}, "HTTP 416"),
-    "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
-    "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
-}
-SLOW_SOURCES: dict[str, tuple[dict[str, Any], str]] = {  # which are asked again and again
-    "always cut": (CUT_GOOD | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
-    "stalls": ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
-    "stalls at once": ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
-    "drips": ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
-    "short chunks": ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
-    "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
-}
+BROKEN: dict[str, Any] = {"cut_after": [5_000_000] * 20, "etag": '"1"', "ranges": "good"}
+GO: dict[str, Any] = {"status": 302}
+SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
+    ({"status": 404}, "文件不存在（HTTP 404）"),
+    ({"status": 410}, "文件已删除"),
+    ({"status": 401}, "需要登录"),
+    ({"status": 403}, "HTTP 403"),
+    ({"status": 429}, "HTTP 429"),
+    ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
+    ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
+    ({"status": 204}, "HTTP 204"),
+    ({"garbage": True}, "不是正常的 HTTP"),
+    (GO | {"location": "/trouble-9"}, "不停地重定向"),
+    (GO | {"location": "file:///etc/passwd"}, "格式不正确"),
+    (GO | {"location": "http://u:p@example.com/"}, "格式不正确"),
+    (GO | {"location": f"{NOWHERE}/"}, "连接被拒绝"),
+    (GO | {"location": "http://no-such-host.invalid/"}, "域名解析失败"),
+    (BROKEN | {"etag": ""}, "来源不支持续传"),
+    (BROKEN | {"etag": 'W/"1"'}, "来源不支持续传"),
+    (BROKEN | {"ranges": ""}, "来源文件已变化或不支持续传"),
+    (BROKEN | {"ranges": "ignored"}, "已变化或不支持续传"),
+    (BROKEN | {"ranges": "wrong"}, "已变化或不支持续传"),
+    (BROKEN | {"change": True}, "已变化"),
+    (BROKEN | {"ranges": "416"}, "HTTP 416"),
+    ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
+    ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
+]
+SLOW_SOURCES: list[tuple[dict[str, Any], str]] = [  # which are asked again and again
+    (BROKEN | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
+    ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
+    ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
+    ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
+    ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
+    ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
+]
 
 
-def check_sources(depot: Depot, troubles: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+@pytest.mark.parametrize("troubles", [SOURCE_TROUBLES, pytest.param(SLOW_SOURCES, marks=in_ci)])
+def test_bad_sources(depot: Depot, troubles: list[tuple[dict[str, Any], str]]) -> None:
     """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    before, asked = set(depot.store.objects), dict[str, str]()
-    for name, (options, _) in troubles.items():
-        path = f"/{name.replace(' ', '-')}"
-        asked[name] = depot.ask(depot.source.add(path, **({"size": 12_000_000} | options)))
-    for name, user in asked.items():
-        check_refusal(depot.answer(user, 60), troubles[name][1], name.replace(" ", "-"))
-    assert set(depot.store.objects) == before
-    assert all(len(depot.wecom.messages_for(user)) == 1 for user in asked.values())
-
-
-def test_bad_sources(depot: Depot) -> None:
-    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    check_sources(depot, SOURCE_TROUBLES)
-    check_refusal(depot.relay("http://no-such-host.invalid/x"), "域名解析失败")
-    check_refusal(depot.relay(f"{NOWHERE}/x"), "连接被拒绝")
+    before, asked = set(depot.store.objects), []
+    for number, (options, _) in enumerate(troubles):
+        link = depot.source.add(f"/trouble-{number}", **({"size": 12_000_000} | options))
+        asked.append((depot.ask(link), link))
+    for (user, link), (_, why) in zip(asked, troubles, strict=True):
+        check_refusal(depot.answer(user, 60), why, link)
+        assert len(depot.wecom.messages_for(user)) == 1
     bomb = depot.source.add("/bomb", **coded(gzip.compress(bytes(80 * MIB), 1)))
-    check_refusal(depot.relay(bomb), "文件超过上限 64 MB")
-
-
-@in_ci
-def test_bad_sources_that_are_tried_again(depot: Depot) -> None:
-    """A source that breaks or stands still each time ends as each trouble does."""
-    check_sources(depot, SLOW_SOURCES)
+    for link, why in ((f"{NOWHERE}/x", "连接被拒绝"), (bomb, "文件超过上限 64 MB")):
+        check_refusal(depot.relay(link), why)
+    assert set(depot.store.objects) == before
 
 
 def test_the_limit_is_exact() -> None:
@@ -5694,7 +5466,7 @@ def test_the_limit_is_exact() -> None:
         assert len(depot.store.objects) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("how", [500, 503, "reset", "lost", pytest.param("hang", marks=in_ci)])
+@pytest.mark.parametrize("how", [500, "reset", "lost", pytest.param("hang", marks=in_ci)])
 def test_part_fails_once(depot: Depot, how: int | str) -> None:
     """A part that fails is sent again, and nothing is lost or doubled."""
     for number in (0, 2):
@@ -5705,22 +5477,21 @@ def test_part_fails_once(depot: Depot, how: int | str) -> None:
 
 
 PART_FAILS: dict[int | str, str] = {
-    500: "QingStor 暂时不可用（HTTP 500），请稍后再试",
     503: "QingStor 暂时不可用（HTTP 503），请稍后再试",
     "reset": "连接 QingStor 失败",
     403: "没有权限写入存储桶",
 }
 
 
-@pytest.mark.parametrize("how", PART_FAILS)
-def test_part_fails_always(depot: Depot, how: int | str) -> None:
+def test_part_fails_always(depot: Depot) -> None:
     """A part that cannot be sent ends the upload, which is taken back."""
     before, aborted = set(depot.store.objects), len(depot.store.aborted)
-    depot.store.fail_part(1, 3, how)
-    text = depot.relay(depot.source.add("/always.bin", 30_000_000))
-    depot.store.faults.clear()
-    check_refusal(text, PART_FAILS[how])
-    assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + 1
+    for turn, how in enumerate(PART_FAILS, 1):
+        depot.store.fail_part(1, 3, how)
+        text = depot.relay(depot.source.add("/always.bin", 10_000_000))
+        depot.store.faults.clear()
+        check_refusal(text, PART_FAILS[how])
+        assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + turn
 
 
 def test_lost_answers(depot: Depot) -> None:
@@ -5734,29 +5505,26 @@ def test_lost_answers(depot: Depot) -> None:
         assert not depot.store.faults
 
 
-TEMPERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bucket missing": ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
-    "bucket full": ({"bucket_full": True}, "存储空间已满"),
-    "no right": ({"forbidden": True}, "没有权限写入存储桶"),
-    "wrong secret": ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "wrong key": ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "clock early": ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
-    "clock late": ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
-}
+TEMPERS: list[tuple[dict[str, Any], str]] = [
+    ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
+    ({"bucket_full": True}, "存储空间已满"),
+    ({"forbidden": True}, "没有权限写入存储桶"),
+    ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
+    ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
+]
 
 
-@pytest.mark.parametrize("temper", TEMPERS)
-def test_refusals_of_qingstor(depot: Depot, temper: str) -> None:
+def test_refusals_of_qingstor(depot: Depot) -> None:
     """Each refusal is told with what to do about it, for small files and for big ones."""
-    changes, why = TEMPERS[temper]
-    before = {name: getattr(depot.store, name) for name in changes}
-    vars(depot.store).update(changes)
-    try:
+    for changes, why in TEMPERS:
+        before = {name: getattr(depot.store, name) for name in changes}
+        vars(depot.store).update(changes)
         texts = [depot.relay(depot.source.add("/refused", size)) for size in (100, 9_000_000)]
-    finally:
         vars(depot.store).update(before)
-    for text in texts:
-        check_refusal(text, why)
+        for text in texts:
+            check_refusal(text, why)
 
 
 def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
@@ -5765,45 +5533,29 @@ def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
     depot.store.bucket_full = True
     text = depot.answer(user)
     depot.store.bucket_full = False
-    assert "存储空间已满" in text
+    check_refusal(text, "存储空间已满")
 
 
 @in_ci
-def test_qingstor_goes_and_comes_back() -> None:
-    """An upload that could not be taken back is, as soon as QingStor is there again."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_qingstor_goes_and_comes_back(killed: bool) -> None:
+    """An upload that could not be taken back is, as soon as QingStor is there again; told once."""
     with Depot() as depot:
         link = depot.source.add("/down.bin", 20_000_000, rate=20_000_000.0)
         user = depot.begin(link, 2)
-        depot.store.stop()
-        assert "连接 QingStor 失败" in depot.answer(user) and len(depot.store.open_uploads) == 1
-        depot.store.start()
-        assert wait_until(lambda: len(depot.store.aborted) == 1)
-        check_object(depot, "/down.bin", depot.relay(link))
-        assert len(depot.wecom.messages_for(user)) == 1
-
-
-@in_ci
-@pytest.mark.parametrize("away", [False, True])
-def test_killed_while_uploading(away: bool) -> None:
-    """After a kill the next start undoes the upload and does it again; told once."""
-    with Depot() as depot:
-        user = depot.begin(depot.source.add("/killed.bin", 20_000_000, rate=10_000_000.0), 2)
-        depot.service.kill()
         (old,) = depot.store.open_uploads
-        depot.source.files["/killed.bin"].rate = 0
-        if away:  # the orphan cannot be settled at once
-            depot.store.stop()
-        depot.service.start()
-        text = depot.answer(user)
-        if away:
-            assert "连接 QingStor 失败" in text
-            depot.store.start()
-        else:
-            check_object(depot, "/killed.bin", text)
+        if killed:
+            depot.service.kill()
+        depot.store.stop()
+        if killed:
+            depot.service.start()
+        assert "连接 QingStor 失败" in depot.answer(user) and [*depot.store.open_uploads] == [old]
+        depot.store.start()
         assert wait_until(lambda: depot.store.aborted == [old])
+        check_object(depot, "/down.bin", depot.relay(link))
         depot.service.restart()
         time.sleep(0.3)
-        assert depot.wecom.messages_for(user) == [text]
+        assert len(depot.wecom.messages_for(user)) == 1
 
 
 @in_ci
@@ -5862,12 +5614,10 @@ def test_forbidden_addresses(link: str, why: str) -> None:
         return
     with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
         wxsync.refuse_inside(url.host, 3)
-    with pytest.raises((wxsync.Failure, OSError)) as caught:
-        wxsync.dial(url.host, 9, 3, True).close()
     # A name may also just not resolve here; an address must be refused, not tried.
     literal = not re.search(r"[g-z]", url.host.removeprefix("0x"))
-    kinds = (wxsync.Failure,) if literal else (wxsync.Failure, socket.gaierror)
-    assert isinstance(caught.value, kinds), caught.value
+    with pytest.raises(wxsync.Failure if literal else (wxsync.Failure, socket.gaierror)):
+        wxsync.dial(url.host, 9, 3, True).close()
 
 
 def test_allowed_addresses() -> None:
@@ -5890,11 +5640,10 @@ https://example.com?x=1 https://example.com/?x=1
 """
 
 
-@pytest.mark.parametrize("line", ADDRESS_FORMS.strip().splitlines())
-def test_form_of_addresses(line: str) -> None:
+def test_form_of_addresses() -> None:
     """What is typed becomes what is asked for."""
-    typed, asked = line.split()
-    assert str(wxsync.parse_url(typed)) == asked
+    for typed, asked in map(str.split, ADDRESS_FORMS.strip().splitlines()):
+        assert str(wxsync.parse_url(typed)) == asked
 
 
 # In a net of its own: whoever connects to an address that is not meant to be reached is seen.
@@ -5989,24 +5738,6 @@ def test_names_with_an_inside_address() -> None:
     assert all("不允许访问内网地址" in text for text in answers.values()), answers
 
 
-WHOLE_FILE = """
-outside.add("/inside", status=302, location="http://169.254.169.254/latest/meta-data/")
-with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-    answers["good"] = depot.relay("http://files.example.com:8000/file")
-    answers["redirected"] = depot.relay("http://files.example.com:8000/inside")
-    answers["direct"] = depot.relay(depot.source.add("/secret", body=b"secret"))
-    answers["hits"] = depot.source.hits["/secret"]
-"""
-
-
-def test_the_whole_service_keeps_outside() -> None:
-    """Unless it is allowed on purpose, people in the chat reach nothing inside."""
-    answers = run_inside(WHOLE_FILE, files="8.8.4.4")
-    assert read_result(answers["good"])["size"] == "7" and answers["hits"] == 0
-    for name in ("redirected", "direct"):
-        check_refusal(answers[name], "不允许访问内网地址")
-
-
 # ---------------------------------------------------------------------------------------------
 # Hostile origins
 # ---------------------------------------------------------------------------------------------
@@ -6059,23 +5790,19 @@ def fetched(depot: Depot, path: str = "/a.bin", **options: Any) -> bytes | None:
     return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
 
 
+BOTH: list[bytes | None] = [FIRST + SECOND]
+GZ = 'attachment; filename="a.gz"'
 # how a file is served -> what may be stored (None: it is refused, in words)
 ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
-    "members": (coded(MEMBERS), [FIRST + SECOND]),
-    "members, in small chunks": (
-        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
-        [FIRST + SECOND],
-    ),
+    "members": (coded(MEMBERS), BOTH),
+    "small chunks": (wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)), BOTH),
     "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
     "no member behind the end": (coded(PACKED + b"more"), [None]),
     "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
     # Many servers label a packed file with its packing; its checksum is that of what is sent.
     "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
     "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
-    "gzip is its type, in members": (
-        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
-        [MEMBERS],
-    ),
+    "gzip is its type, in members": (coded(MEMBERS, path="/x", disposition=GZ), [MEMBERS]),
     "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
     "compressed twice": (
         wire(OK + "Content-Encoding: gzip\nContent-Encoding: gzip", gzip.compress(PACKED)),
@@ -6089,21 +5816,17 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
         wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
         [None],
     ),
+    "a chunk without a size": (wire(CHUNKED, b"-1\r\n" + bytes(300_000)), [None]),
     "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
     "early hints": (
-        wire(
-            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
-            f"{OK}Content-Length: 4",
-            b"body",
-        ),
+        wire(f"HTTP/1.1 103 Hi\nLink: </x>\n\nHTTP/1.1 102 No\n\n{OK}Content-Length: 4", b"body"),
         [b"body"],
     ),
 }
 for line in (": 3\nContent-Length: 9", ": 9x", ": -9", ": +9", " : 9"):
     ORIGINS[f"length{line!r}"] = (wire(f"{OK}Content-Length{line}", b"x" * 9), [None])
-CODINGS = "gzip, chunked|gzip|chunked, chunked|identity|gzip\n: chunked|chunked\n: gzip"
-for line in CODINGS.split("|"):
-    said = f"{OK}\n: {line}".replace("\n\n", "\n").replace("\n: ", "\nTransfer-Encoding: ")
+for line in ("gzip, chunked", "gzip", "chunked, chunked", "identity", "gzip\n: chunked"):
+    said = OK + f"\n: {line}".replace("\n: ", "\nTransfer-Encoding: ")[1:]
     ORIGINS[f"transfer: {line!r}"] = (wire(said, in_chunks(PACKED, 999)), [None])
 
 
@@ -6123,12 +5846,13 @@ def test_bytes_behind_the_end_take_no_memory(impatient: Depot) -> None:
     assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
 
 
+HELLO = b"5\r\nhello\r\n"
 HELD: dict[str, dict[str, Any]] = {
-    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
+    "trailers": wire(CHUNKED, HELLO + b"0\r\n", b"X-More: y\r\n"),
     "just above the floor": wire(f"{OK}Content-Length: 900000", again=b"x" * 2000),
-    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
+    "a flood of trailers": wire(CHUNKED, HELLO + b"0\r\n", b"X-More: y\r\n" * 9000),
     "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
-    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
+    "a chunk size that drips": wire(CHUNKED, HELLO, b"0"),
     "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
     "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
     "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
@@ -6173,6 +5897,10 @@ PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blo
 HIDDEN_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
 HIDDEN_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
 HIDDEN_LINKS += ["https://private.example.com:8000/secret"]
+INNER_LINKS = [
+    f"http://{host}:8000/secret"
+    for host in ("127.0.0.1", "localhost", "0x7f000001", "127.1", "１２７.0.0.1", "nas.lan")
+]
 # In a net of its own: the links are sent with each kind of proxy and with none.
 BY_NAME = """
 from pathlib import Path
@@ -6184,33 +5912,32 @@ outside.add("/file", body=b"content")
 outside.add("/secret", body=b"secret")
 for name, link in zip(t.HIDDEN_INSIDE, t.HIDDEN_LINKS):
     outside.add(f"/to-{name}", status=302, location=link)
+links = [t.PUBLIC_LINKS[0], *t.HIDDEN_LINKS, *t.INNER_LINKS]
+with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+    answers["direct"] = {link: depot.relay(link) for link in links[:-1]}
 with t.temporary_folder("hosts") as folder:
     hosts = Path(folder, "hosts")
     names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
     hosts.write_text(f"{names}8.8.4.4 blocked.example.com\\n")
-    for proxy in (t.TinyProxy(), t.MicroSocks()):
+    for proxy in [kind() for kind in (t.TinyProxy, t.MicroSocks) if not kind.missing()]:
         enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
         proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
         with proxy, t.ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
             assert t.wait_until(lambda: t.UP in depot.log)
-            links = t.HIDDEN_LINKS + t.PUBLIC_LINKS
-            answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
-with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
-    answers["direct"] = {link: direct.relay(link) for link in t.HIDDEN_LINKS}
+            answers[proxy.SCHEME] = {link: depot.relay(link) for link in links + t.PUBLIC_LINKS}
 answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
 """
 
 
 def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
-    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
-    needs(TinyProxy.missing() or MicroSocks.missing())
-    wrong = []
+    """With proxies of each kind and with none, people in the chat reach nothing inside. An inside
+    answer refuses the name and is told as such; none leaves it to the proxy."""
     for way, texts in run_inside(BY_NAME, **HIDDEN_INSIDE | OUTER).items():
-        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
         for link, text in texts.items():
-            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
-            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
-    assert not wrong, "\n".join(wrong)
+            hint = "" if way == "direct" or link in INNER_LINKS else ".*(本机|本地)"
+            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else f"不允许访问内网地址{hint}"
+            assert re.search(wanted, text), f"{way}: {link}: {text}"
+    needs(TinyProxy.missing() or MicroSocks.missing())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6218,17 +5945,14 @@ def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
 # ---------------------------------------------------------------------------------------------
 
 UP, DOWN = "✅ 代理可用: ", "⚠️  代理连接失败: "
-DEAD_PROXIES = [f"{scheme}_PROXY" for scheme in ("HTTP", "HTTPS", "ALL")]
-DEAD_PROXIES += [name.lower() for name in DEAD_PROXIES]
 
 
 class ProxyDepot(Depot):
-    """A depot whose service is to use a proxy for everything but WeCom and QingStor, whatever the
-    environment says about proxies."""
+    """A depot whose service is to use a proxy for everything but WeCom and QingStor."""
 
     def __init__(self, proxy: ProxyProcess, **settings: str) -> None:
-        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com"}
-        super().__init__(**dict.fromkeys(DEAD_PROXIES, NOWHERE) | own | settings)
+        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com,localhost"}
+        super().__init__(**own | settings)
         self.proxy = proxy
         self.source.port = free_port()
         self.extra.setdefault("PROXY_TEST_URL", f"{self.source.url}/probe")
@@ -6250,7 +5974,8 @@ PROXIES: list[tuple[type[ProxyProcess], str, str]] = [
 
 @pytest.mark.parametrize(("kind", "user", "password"), PROXIES)
 def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> None:
-    """GitHub and downloads go through the proxy; WeCom and QingStor never do."""
+    """GitHub and downloads go through the proxy, but for NO_PROXY_DOMAINS; WeCom and QingStor
+    never do."""
     needs(kind.missing())
     with kind(user, password) as proxy, ProxyDepot(proxy) as depot:
         assert depot.proxy_is("up"), depot.log
@@ -6260,24 +5985,34 @@ def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> 
         assert "成功 1 / 1" in depot.answer(images)
         peers = (depot.source, depot.github, depot.wecom, depot.store)
         assert [proxy.asked_for(peer.port) for peer in peers] == [True, True, False, False]
+        before = proxy.log
+        check_object(depot, "/through.bin", depot.relay(link.replace("127.0.0.1", "localhost")))
+        assert proxy.log == before
         masked = f"{kind.SCHEME}://{'***:***@' if user else ''}127.0.0.1:{proxy.port}"
         assert [line for line in depot.said() if "代理" in line or "直连" in line] == [
             f"🌐 检测到代理配置: {masked}",
-            "   直连域名: qingstor.com",
+            "   直连域名: qingstor.com, localhost",
             f"✅ 代理可用: {masked}",
             "🔗 GitHub API 使用代理",
         ]
         assert not password or (password not in depot.log and user + ":" not in depot.log)
 
 
+@contextmanager
+def tls_source(folder: Path) -> Iterator[tuple[Source, dict[str, str]]]:
+    """A source with TLS, and the settings by which it is trusted and asked for at the start."""
+    needs(missing_program("openssl"))
+    context, certificate = make_tls(folder, "127.0.0.1")
+    with Source(tls=context) as source:
+        probe = source.add("/probe", body=b"ok")
+        yield source, {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": probe}
+
+
 def test_tls_through_a_proxy(tmp_path: Path) -> None:
     """https goes through an http proxy by CONNECT, with the certificate checked."""
-    needs(TinyProxy.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, TinyProxy("user", "secret") as proxy:
+    needs(TinyProxy.missing())
+    with tls_source(tmp_path) as (source, trust), TinyProxy("user", "secret") as proxy:
         link = source.add("/tls.bin", 9_000_000)
-        source.add("/probe", body=b"ok")
-        trust = {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": f"{source.url}/probe"}
         with ProxyDepot(proxy, **trust) as depot:
             assert depot.proxy_is("up"), depot.log
             depot.source.files |= source.files
@@ -6291,13 +6026,10 @@ def test_tls_through_a_proxy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
 def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> None:
     """A proxy that does not let us in is told of and done without."""
-    needs(kind.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, kind("user", "right") as proxy:
-        source.add("/probe", body=b"ok")
-        settings = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
-        settings |= {"PROXY_TEST_URL": f"{source.url}/probe", "SSL_CERT_FILE": str(certificate)}
-        with ProxyDepot(proxy, **settings) as depot:
+    needs(kind.missing())
+    with tls_source(tmp_path) as (_, trust), kind("user", "right") as proxy:
+        wrong = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
+        with ProxyDepot(proxy, **trust, **wrong) as depot:
             assert wait_until(lambda: DOWN in depot.log) and depot.proxy_is("down")
             assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in depot.said()
             assert "   将使用非代理模式继续运行" in depot.said() and "wrong-one" not in depot.log
@@ -6336,46 +6068,14 @@ def test_everything_down_at_the_start() -> None:
 
 
 DIRECT = "qingstor.com pek3a.qingstor.com tmp.pek3a.qingstor.com localhost 127.0.0.1 0.0.1"
-NOT_DIRECT = "evilqingstor.com qingstor.com.evil.com qingstor.co 127.0.0.10 7.0.0.1 27.0.0.1"
-NOT_DIRECT += " 10.0.0.1 192.168.0.7 api.github.com"
+NOT_DIRECT = "evilqingstor.com qingstor.com.evil.com qingstor.co 127.0.0.10 7.0.0.1 10.0.0.1"
 
 
 def test_direct_domains() -> None:
     """A name of NO_PROXY_DOMAINS means itself and what is below it, digits mean only themselves."""
     domains = "localhost,127.0.0.1,qingstor.com,0.0.1,7"
     net = network(load(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS=domains))
-    assert [host for host in DIRECT.split() if not net.is_direct(host)] == []
-    assert [host for host in NOT_DIRECT.split() if net.is_direct(host)] == []
-
-
-INNER_HOSTS = "127.0.0.1 localhost 0x7f000001 127.1 １２７.0.0.1 nas.lan"
-
-
-def test_a_proxy_is_not_a_way_inside_nor_for_direct_domains() -> None:
-    """It would resolve the name, so local ones are refused; what is direct goes past it."""
-    needs(TinyProxy.missing())
-    with TinyProxy() as proxy:
-        with ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-            assert wait_until(lambda: UP in depot.log)
-            depot.source.add("/secret", body=b"secret")
-            for host in INNER_HOSTS.split():
-                text = depot.relay(f"http://{host}:{depot.source.port}/secret")
-                assert "不允许访问内网地址" in text, text
-            assert not depot.source.hits["/secret"]
-        with ProxyDepot(proxy, NO_PROXY_DOMAINS="127.0.0.1") as depot:
-            assert wait_until(lambda: UP in depot.log)
-            before = proxy.log
-            check_object(depot, "/near.bin", depot.relay(depot.source.add("/near.bin", 1000)))
-            assert proxy.log == before
-
-
-def test_proxies_of_the_environment() -> None:
-    """Whatever the environment says about proxies, nothing goes there (with PROXY_URL neither:
-    every ProxyDepot has them)."""
-    with Depot(**dict.fromkeys(DEAD_PROXIES, NOWHERE)) as depot:
-        images = depot.ask("nginx:latest")
-        check_object(depot, "/env.bin", depot.relay(depot.source.add("/env.bin", 5_000_000)))
-        assert "成功 1 / 1" in depot.answer(images)
+    assert [h for h in f"{DIRECT} {NOT_DIRECT}".split() if net.is_direct(h)] == DIRECT.split()
 
 
 class HiddenWeCom(FakeWeCom):
@@ -6431,49 +6131,15 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
     return memory.added, seconds
 
 
-def plain_download(url: str) -> float:
-    """Return the seconds that it takes to read a file and do nothing with it."""
-    parts, begun = urlsplit(url), time.monotonic()
-    with closing(http.client.HTTPConnection(parts.netloc, blocksize=256 * 1024)) as connection:
-        connection.request("GET", parts.path)
-        response = connection.getresponse()
-        while response.read(256 * 1024):
-            pass
-    return time.monotonic() - begun
-
-
-def plain_upload(store: FakeQingStor, size: int) -> float:
-    """Return the seconds that it takes to upload so many bytes in parts, by other means."""
-    connection, body = http.client.HTTPConnection(store.host), os.urandom(PART)
-
-    def call(method: str, target: str, body: bytes = b"") -> bytes:
-        date, path = formatdate(usegmt=True), f"/{store.bucket}/plain?{target}"
-        signature = sign_qingstor(store.secret, method, path, date)
-        headers = {"Date": date, "Authorization": f"QS {store.access_key}:{signature}"}
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        data = response.read()
-        assert response.status < 300, data
-        return data
-
-    begun = time.monotonic()
-    upload_id = json.loads(call("POST", "uploads"))["upload_id"]
-    for number in range(size // PART):
-        call("PUT", f"part_number={number}&upload_id={upload_id}", body)
-    parts = [{"part_number": number} for number in range(size // PART)]
-    call("POST", f"upload_id={upload_id}", json.dumps({"object_parts": parts}).encode())
-    return time.monotonic() - begun
-
-
 @pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
 def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
     """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
     few parts, the SDK included; a second file takes hardly more."""
-    rate = 70e6
+    rate = 50e6
+    alone = 1024 * MIB / rate
     with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
-        link = depot.source.add("/big.bin", 1024 * MIB, rate=rate)
+        depot.source.add("/big.bin", 1024 * MIB, rate=rate)
         depot.store.rate_bytes_per_second = rate
-        alone = max(plain_download(link), plain_upload(depot.store, 1024 * MIB))
         added, seconds = watched_relay(depot, "/big.bin", 20 * alone)
         depot.source.add("/small.bin", 8 * MIB)
         again, _ = watched_relay(depot, "/small.bin", 60)
@@ -8084,7 +7750,6 @@ def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
 IMAGES_READ = rows("""
 nginx:latest ¦ =
 docker.io/library/nginx:latest ¦ nginx:latest
-bitnami/redis:7.0 ¦ = | bitnami_redis:7.0
 ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
 localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
@@ -8093,60 +7758,48 @@ localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/amd64+linux/arm64 nginx:1 ¦ = | nginx:1
 --platform=linux/arm/v7 nginx:1 ¦ = | nginx:1-arm-v7
 nginx@sha256:HEX ¦ = | nginx:sha256-0123456789ab
-nginx:1@sha256:HEX ¦ = | nginx:1
 registry.k8s.io/pause:3.9 => pause:3.9 ¦ = | pause:3.9
 a/b ¦ a/b:latest | a_b:latest
 index.docker.io/library/nginx ¦ nginx:latest
+registry-1.docker.io/a/b:1 ¦ a/b:1 | a_b:1
 library/nginx:1 ¦ nginx:1
 docker.io/nginx:1 ¦ nginx:1
 quay.io/library/x:1 ¦ = | quay.io_library_x:1
-10.0.0.1:5000/a:1 ¦ = | 10.0.0.1-5000_a:1
 GHCR.IO/a/b:1 ¦ ghcr.io/a/b:1 | ghcr.io_a_b:1
 a__b/c-d.e:V1_x-2 ¦ = | a__b_c-d.e:V1_x-2
 nginx:HEXHEX ¦ =
 --platform linux/arm64 nginx ¦ --platform=linux/arm64 nginx:latest | nginx:latest-arm64
-nginx:1 --platform=linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 nginx:1   --platform  linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=LINUX/ARM64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 —platform=linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=linux/arm64+linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=windows/amd64 nginx:1 ¦ = | nginx:1-windows-amd64
-k8s.gcr.io/pause:3.9=>pause ¦ k8s.gcr.io/pause:3.9 => pause | pause:3.9
 --platform=linux/arm64 nginx:1 => mine ¦ = | mine:1-arm64
 --platform=linux/arm64 nginx:1 => mine:2 ¦ = | mine:2
 a/b@sha256:HEX => b ¦ = | b:sha256-0123456789ab
+a/b:1=>c:2 ¦ a/b:1 => c:2 | c:2
 a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
-ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
 a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
+ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
 “nginx:latest” ¦ nginx:latest
 'nginx:1' ¦ nginx:1
-`nginx:1` ¦ nginx:1
 「nginx:1」 ¦ nginx:1
 \u3000nginx:1\u200b\xa0 ¦ nginx:1
-docker pull nginx:1 ¦ nginx:1
 $ sudo docker pull a/b ¦ a/b:latest | a_b:latest
-docker pull --platform linux/arm64 a/b:1 ¦ --platform=linux/arm64 a/b:1 | a_b:1-arm64
-␣␣␣␣image: a/b:1 ¦ a/b:1 | a_b:1
+docker pull --platform linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 ␣␣- image: "redis:7" ¦ redis:7
 image:1 ¦ =
-nginx,redis ¦ nginx:latest, redis:latest
-nginx，redis、alpine;busybox；perl ¦ ⤶
-nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest
+nginx，redis、alpine;busybox；perl,mongo ¦ ⤶
+nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest, mongo:latest
 nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
 a:1\u2028b:1 ¦ a:1, b:1
+#redis:6⏎# redis:6⏎// x:1⏎nginx:1 ¦ nginx:1
 nginx:1,,⏎, ¦ nginx:1
 nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
 a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
-image: ghcr.io/immich-app/immich-ml:v2 ¦ ⤶
-ghcr.io/immich-app/immich-ml:v2 | ghcr.io_immich-app_immich-ml:v2
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3-pgvectors0.2.0@sha256:HEX ¦ = | ⤶
-ghcr.io_immich-app_postgres:14-vectorchord0.4.3-pgvectors0.2.0
-docker.io/valkey/valkey:8 ¦ valkey/valkey:8 | valkey_valkey:8
+ghcr.io/immich-app/postgres:14-vc@sha256:HEX ¦ = | ghcr.io_immich-app_postgres:14-vc
 docker.io/docker_image_pusher ¦ docker_image_pusher:latest
 docker.io/xhofe:alist ¦ xhofe:alist
-rancher/rancher/shell:v0.6.2 ¦ = | rancher_rancher_shell:v0.6.2
-registry.cn-hangzhou.aliyuncs.com/rancher/rancher:v2.13.3 ¦ = | ⤶
-registry.cn-hangzhou.aliyuncs.com_rancher_rancher:v2.13.3
 """)
 
 
@@ -8171,7 +7824,6 @@ def test_a_message_names_images(message: str, wanted: str) -> None:
 REFUSED = rows("""
 Nginx:latest ¦ Nginx:latest → nginx:latest
 nginx: latest ¦ nginx: latest → nginx:latest
-$(reboot):1 ¦ $(reboot):1
 --all x:1 ¦ --all x:1
 a:1⏎::set-output ¦ ::set-output
 ../x:1 ¦ ../x:1
@@ -8179,15 +7831,11 @@ acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-
 developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
 developer-wlj/windows-moviepilot/tree/v2:latest
 “platform”：“” ¦ platform
-ghcr.io/immich-app/postgres:14-vectorchord0.4.3@sha256:0123… ¦ ghcr.io/immich-app/postgres
 nginx :1 ¦ nginx :1 → nginx:1
 nginx: ¦ nginx: → nginx:latest
 nginx:1。 ¦ nginx:1。 → nginx:1
 /nginx:1/ ¦ /nginx:1/ → nginx:1
-nginx:1 redis:2 ¦ nginx:1 redis:2 → nginx:1, redis:2
 Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
-Library/nginx:1 ¦ Library/nginx:1 → nginx:1
-Bitnami/redis:7 ¦ Bitnami/redis:7 → bitnami/redis:7
 bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
 nginx:1 && reboot ¦ nginx:1 && reboot
 nginx:1|sh ¦ nginx:1|sh
@@ -8206,7 +7854,7 @@ ftp://x/y ¦ ftp://x/y
 ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
 nginx:1HEXHEX ¦ nginx:101
 nginx@sha256:0HEX ¦ nginx@sha256:
-nginx@sha256:0123 ¦ nginx@sha256:
+nginx@sha256:0123… ¦ nginx@sha256:
 --platform=linux nginx:1 ¦ --platform=linux nginx:1
 --platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
 --platform=$(id) nginx:1 ¦ --platform=$(id) nginx:1
@@ -8240,54 +7888,14 @@ def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str
     assert all(wxsync.read_message(line).images for line in meant if line)
 
 
-CLASHES = ["a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"]
-
-
-@pytest.mark.parametrize("message", CLASHES)
-def test_two_sources_for_one_target_are_refused(message: str) -> None:
-    """Both lines are named, and how `=>` tells them apart."""
-    assert lacking([*message.split(", "), "=>"], refusal(message)) == []
-
-
-def test_256_images_are_taken_and_257_are_not() -> None:
-    """A matrix holds 256 jobs."""
-    names = [f"x/image-{number}:1" for number in range(257)]
-    assert len(wxsync.read_message("\n".join(names[:256])).images) == 256
-    assert len(wxsync.read_message("\n".join(names[:256] * 2)).images) == 256
-    assert "256" in refusal("\n".join(names)) and "257" in refusal("\n".join(names))
-
-
-# Command ¦ messages that are read as it.
-COMMANDS = rows("""
-status ¦ 状态 ¦ ␣STATUS␣
-list ¦ 列表 ¦ list
-help ¦ 帮助 ¦ help ¦ ¦ ␣⏎， ¦ 你好，在吗 ¦ hello world ¦ 镜像同步 Issue 模板 ¦ docker.cn
-help ¦ dev.aliyun.com
-help ¦ nginx ¦ flask ¦ immich ¦ jingxiang
-""")
-
-
-def test_commands_and_nonsense() -> None:
-    """What names no image is a command, or gets the help; a bare word is asked back."""
-    for command, *messages in COMMANDS:
-        for message in messages:
-            reading = wxsync.read_message(message)
-            assert (reading.command, reading.images, reading.links) == (command, (), ()), message
-    for word in COMMANDS[-1][1:]:
-        note = f"如需同步镜像 {word}，请发送 {word}:latest"
-        assert note in wxsync.read_message(word).note
-
-
-# Message ¦ how many images it names ¦ a part of the note
+# Message ¦ how many images it names
 LINKS_READ = rows("""
-https://e.com/a.pdf ¦ 0 ¦
-HTTP://e.com/a,b;c.pdf ¦ 0 ¦
-https://e.com/a⏎https://e.com/b ¦ 0 ¦
-https://e.com/a⏎nginx:1, redis ¦ 2 ¦
-https://e.com/a⏎nginx ¦ 0 ¦ nginx
-Https://cr.console.aliyun.com ¦ 0 ¦
-https://registry.aliyuncs.com ¦ 0 ¦
-https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0 ¦
+https://e.com/a.pdf ¦ 0
+HTTP://e.com/a,b;c.pdf ¦ 0
+https://e.com/a⏎https://e.com/b ¦ 0
+https://e.com/a⏎nginx:1, redis ¦ 2
+https://e.com/a⏎nginx ¦ 0
+https://8t4dibul.mirror.aliyuncs.com/funcam/115pc ¦ 0
 """)
 BAD_LINKS = r"""https:// http:///x https://user:password@e.com/x https://e.com\@127.0.0.1/x
 https://e.com:99999/x"""
@@ -8296,11 +7904,11 @@ HUB_PAGES = {"_/nginx": "nginx", "r/xhofe/alist": "xhofe/alist", "r/a/b/tags?pag
 
 def test_links() -> None:
     """Each link stands in a line of its own; a bad one stops the message, good images or not."""
-    for message, images, note in LINKS_READ:
+    for message, images in LINKS_READ:
         reading = wxsync.read_message(message)
         links = tuple(line for line in message.split("\n") if "://" in line)
         assert (reading.links, len(reading.images)) == (links, int(images)), message
-        assert reading.command == "" and note in reading.note
+        assert reading.command == "" and message.endswith("nginx") == ("nginx" in reading.note)
     for link in (*BAD_LINKS.split(), "https://e.com/a nginx:1"):
         assert "❌" in refusal(f"nginx:1\n{link}")
     for page, image in HUB_PAGES.items():  # who sends one wants the image, not a file
@@ -8322,15 +7930,13 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
     chance, accepted = random.Random(20261124), 0
     for _ in range(6000):
         message = "".join(chance.choices(PIECES_OF_LINES, k=chance.randint(1, 9)))
-        try:
+        images: tuple[wxsync.Image, ...] = ()
+        with suppress(wxsync.Failure):
             images = wxsync.read_message(message).images
-        except wxsync.Failure:
-            continue
         for image in images:
             accepted += 1
             target = image.target("").strip("/")
-            assert CANONICAL.fullmatch(image.line), message
-            assert wxsync.read_image(image.line) == image, message
+            assert CANONICAL.fullmatch(image.line) and wxsync.read_image(image.line) == image
             assert re.fullmatch(r"[a-z0-9._-]+:[A-Za-z0-9_.-]{1,128}", target), message
     assert accepted > 100
 
@@ -8340,12 +7946,10 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # ---------------------------------------------------------------------------------------------
 
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
-# names replaced. `=== kind, where it was found`, the text, and what must come of it: `→` canonical
-# lines; `✗` pieces of what is named, not done; `✎` lines that are offered. Nothing below: nothing
-# may start. ⏎ is a new line, a line that ends in ⤶ goes on in the next; HEX is 64 digits.
+# names replaced. `=== kind`, the text, and what must come of it: `→` canonical lines; `✗` pieces of
+# what is named, not done; `✎` lines that are offered. Nothing below: nothing may start.
 PASTES_FOUND = r"""
-=== compose, repository
-services:
+=== compose
   immich-server:
     image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
     # extends:
@@ -8353,402 +7957,248 @@ services:
     volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
   redis:
     image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
-    healthcheck:
-      test: redis-cli ping || exit 1
 → valkey/valkey:8-bookworm@sha256:HEX
 ✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
-=== compose, repository
-  send:
+=== compose with comments
     image: registry.gitlab.com/timvisee/send:latest # official image
     #image: l4rm4nd/send:latest # image of a fork with darkmode only
-  passbolt:
     image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
-  #jellyfin:
-  #  image: linuxserver/jellyfin:latest
 → registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
-=== compose, repository
-version: '3.8'
-services:
-  obsidian:
-    image: 'ghcr.io/sytone/obsidian-remote:latest'
-    platform: linux/arm64
-    ports: ["8080:8080", "8443:8443"]
-  server:
-    image: "ghcr.io/goauthentik/server:${AUTHENTIK_TAG}"
-→ ghcr.io/sytone/obsidian-remote:latest
-✗ ghcr.io/goauthentik/server:${AUTHENTIK_TAG}
-=== compose in one line, page
+=== compose in one line
 services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
 → nginx:1.25-alpine, redis:7
-=== compose with an anchor, repository
+=== compose with an anchor
 x-default: &default-image registry.example.com/team/app:2.1
-services:
   api: {image: *default-image, command: api}
-  worker:
     image: &worker ghcr.io/acme/worker:1.4
-  beat:
     image: *worker
 → ghcr.io/acme/worker:1.4
-=== compose, chat
+=== compose in chat
 麻烦同步一下这几个，服务器上拉不动
 
 services：
   db：
     image：mysql:8.0.27
     command：'--default-authentication-plugin=mysql_native_password'
-  wordpress：
     image：“wordpress:latest”
 谢谢！
 → mysql:8.0.27, wordpress:latest
-=== compose, a code block quoted in a thread
+=== compose quoted in a thread
 我的配置是这样的：
 > ```yaml
-> services:
->   frigate:
 >     image: 'ghcr.io/blakeblackshear/frigate:stable'
->     volumes: ['/etc/localtime:/etc/localtime:ro']
 > ```
 On Feb 28, 2026 at 7:03 PM, someone wrote:
 → ghcr.io/blakeblackshear/frigate:stable
-=== compose, change in a pull request
+=== compose, changed by a pull request
 diff --git a/docker-compose.yml b/docker-compose.yml
 @@ -10,7 +10,7 @@ services:
-   pgadmin:
 -    image: dpage/pgadmin4:8.5
 +    image: dpage/pgadmin4:8.6
 → dpage/pgadmin4:8.6
-=== GitLab CI, repository
+=== GitLab CI
 image: docker:24.0.5
 services:
   - docker:24.0.5-dind
-build:
   image:
     name: gcr.io/kaniko-project/executor:v1.23.2-debug
-    entrypoint: [""]
 test:
   image: "python:3.11-slim"
-  script: [pip install -r requirements.txt, pytest]
 → docker:24.0.5, python:3.11-slim
-=== GitHub Actions, repository
+=== GitHub Actions
     runs-on: ubuntu-latest
     container:
       image: node:20-bookworm
-    services:
-      postgres:
-        image: postgres:16
-    steps:
       - uses: actions/checkout@v4
-→ node:20-bookworm, postgres:16
-=== Ansible, repository
+→ node:20-bookworm
+=== Ansible
   community.docker.docker_container:
-    name: app
     image: "{{ app_image }}:{{ app_tag }}"
 ✗ {{ app_image }}:{{ app_tag }}
-=== Kubernetes, repository
-kind: Service
-spec:
-  ports:
+=== Kubernetes
   - port: 6379
 ---
-kind: Deployment
-spec:
-      containers:
       - name: master
         image: registry.k8s.io/redis:e2e  # or just image: redis
         imagePullPolicy: IfNotPresent
 ---
       - image: gcr.io/google_samples/gb-redisslave:v1
-        name: slave
 → registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
-=== Kubernetes, repository
-kind: CronJob
-spec:
-  schedule: "*/5 * * * *"
-  jobTemplate:
-          initContainers:
-          - name: init
-            image: cockroachdb/cockroach-k8s-init:0.2
-            args: ["-on-start=/on-start.sh", "-service=cockroachdb"]
-          containers:
-          - {name: hello, image: "busybox:1.28", imagePullPolicy: IfNotPresent}
-→ cockroachdb/cockroach-k8s-init:0.2, busybox:1.28
-=== Kubernetes, repository
-        - name: cert-manager-controller
-          image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+=== Kubernetes, names of other images
+            image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
           args:
           - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
-          env:
           - name: RELATED_IMAGE
             value: quay.io/jetstack/cert-manager-webhook:v1.14.4
 → quay.io/jetstack/cert-manager-controller:v1.14.4
-=== Kubernetes, repository
+=== Kubernetes, folded
           image: >-
             image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
 → image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
-=== Kubernetes as JSON in one line, page
-{"apiVersion":"v1","kind":"Pod","metadata":{"name":"two"},"spec":{"containers":[{"name":"a",⤶
-"image":"nginx:1.27","imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest",⤶
-"name":"b","args":["sleep","1d"]}],"imagePullSecrets":[{"name":"regcred"}]}}
+=== Kubernetes as JSON
+{"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"name":"a","image":"nginx:1.27",⤶
+"imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest","name":"b"}],⤶
+"imagePullSecrets":[{"name":"regcred"}]}}
 → nginx:1.27, quay.io/prometheus/busybox:latest
-=== kubectl get pod -o yaml, page
+=== kubectl get pod -o yaml
     kubectl.kubernetes.io/last-applied-configuration: |
-      {"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
-spec:
-  containers:
+      {"kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
   - image: nginx:1.14.2
-    imagePullPolicy: IfNotPresent
-status:
-  containerStatuses:
   - containerID: containerd://HEX
     image: docker.io/library/nginx:1.14.2
     imageID: docker.io/library/nginx@sha256:HEX
   - image: sha256:HEX
     imageID: docker-pullable://mysql@sha256:HEX
 → nginx:1.14.2
-=== kubectl get pod -o yaml, thread
-  - image: 'redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:'
-    imageID: ""
-        message: 'Failed to apply default image tag "redacted.dkr.ecr.us-east-1.amazonaws.com/⤶
-redacted/redacted:": couldn''t parse image reference'
-✗ redacted.dkr.ecr.us-east-1.amazonaws.com/redacted/redacted:
-=== ECS task, page
-{ "family": "sample-fargate", "containerDefinitions": [ { "name": "fargate-app",
-  "image": "public.ecr.aws/docker/library/httpd:latest", "essential": true } ],
-  "networkMode": "awsvpc" }
-→ public.ecr.aws/docker/library/httpd:latest
-=== devcontainer.json, repository
-{
+=== devcontainer.json
 	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
 	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
 	"features": {"ghcr.io/devcontainers/features/node:1": {}},
-}
 → mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
-=== docker inspect, page
+=== docker inspect
         "Id": "HEX",
         "Image": "sha256:HEX",
-        "Config": {
-            "Hostname": "6b0f2c3d4e5f",
             "Image": "portainer/portainer-ce:2.20.3",
-            "WorkingDir": "/"
 → portainer/portainer-ce:2.20.3
-=== helm template, repository
-# Source: redis/templates/master/application.yaml
-        - name: redis
-          image: registry-1.docker.io/bitnami/redis:7.2.4-debian-12-r9
-          imagePullPolicy: "IfNotPresent"
----
-# Source: node-exporter/templates/daemonset.yaml
-          image: "quay.io/prometheus/node-exporter:v1.8.1"
-          args: [--path.procfs=/host/proc]
-→ bitnami/redis:7.2.4-debian-12-r9, quay.io/prometheus/node-exporter:v1.8.1
-=== chart template, repository
-        - name: {{ .Chart.Name }}
+=== chart template
         image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
-      initContainers:
-        - name: tokengen
           image: bitnami/kubectl
 → bitnami/kubectl:latest
 ✗ {{ .Values.image.repository }}
-=== values.yaml, repository
-kubeRBACProxy:
+=== values.yaml with a registry
   image:
     registry: quay.io
     repository: brancz/kube-rbac-proxy
     tag: v0.22.1
     sha: ""
 ✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
-=== values.yaml, repository
+=== values.yaml
 image:
   repository: ghcr.io/jukie/k8s-pull-secret-injector
-  pullPolicy: IfNotPresent
   # Overrides the image tag whose default is the chart appVersion.
   tag: "v1.0.0"
 logstash:
   image: grafana/logstash-output-loki
 → grafana/logstash-output-loki:latest
 ✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
-=== values.yaml, repository
+=== values.yaml without a tag
 image:
   registry: registry.k8s.io
   repository: kube-state-metrics/kube-state-metrics
-  # If unset use v + .Charts.appVersion
   tag: ""
-=== values.yaml, repository
+=== values.yaml with imageTag
 image: "docker.elastic.co/elasticsearch/elasticsearch"
 imageTag: "8.5.1"
-imagePullPolicy: "IfNotPresent"
 ✎ docker.elastic.co/elasticsearch/elasticsearch:8.5.1
-=== values as JSON, page
+=== values as JSON
 {"image": {"repository": "nginx", "tag": "1.16.0", "pullPolicy": "Always"}, "nodeSelector": {}}
 ✎ nginx:1.16.0
-=== Dockerfile, repository
+=== Dockerfile with stages
 ARG BASE_IMAGE=docker.io/library/ubuntu:25.10
 FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
-RUN apt-get update && apt-get install --no-install-recommends -y git
 FROM $BASE_IMAGE AS argocd-base
-LABEL org.opencontainers.image.source="https://github.com/argoproj/argo-cd"
-FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0@sha256:HEX AS argocd-ui
-COPY ["ui/package.json", "ui/pnpm-lock.yaml", "./"]
+FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0 AS argocd-ui
 FROM argocd-base
 COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
-→ golang:1.26.6@sha256:HEX, node:24.17.0@sha256:HEX
+→ golang:1.26.6@sha256:HEX, node:24.17.0
 ✗ $BASE_IMAGE
-=== Dockerfile, repository
-# syntax=docker/dockerfile:1.4
-FROM --platform=$BUILDPLATFORM python:3.10-alpine AS builder
-FROM builder as dev-envs
-RUN <<EOF
-apk add git bash
-EOF
-# install Docker tools (cli, buildx, compose)
-COPY --from=gloursdocker/docker / /
-→ python:3.10-alpine
-=== Dockerfile, repository
-FROM --platform=${BUILDPLATFORM} docker.io/library/rust:1.97.1@sha256:HEX AS builder
-FROM scratch
-COPY --from=builder /src/app /app
-→ rust:1.97.1@sha256:HEX
-=== Dockerfile, page
-ARG GO_VERSION=1.22
+=== Dockerfile with variables
 FROM golang:${GO_VERSION}-alpine AS build
 FROM ${BASE:-alpine}
-COPY --from=build /out /out
 ✗ golang:${GO_VERSION}-alpine, ${BASE
-=== Dockerfile, page
+=== Dockerfile for Windows
 # escape=`
 FROM mcr.microsoft.com/windows/servercore:ltsc2022
-SHELL ["powershell", "-Command"]
 COPY setup.exe C:\
 → mcr.microsoft.com/windows/servercore:ltsc2022
-=== Dockerfile, repository
+=== Dockerfile in small letters
 from node:lts-buster-slim as development
 run npm ci
 from development as dev-envs
 FROM --platform=linux/arm64 nginx:1.13-alpine
 → node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
-=== Dockerfile, repository
+=== Dockerfile with comments
 #FROM debian:bookworm-slim
 FROM r.j3ss.co/osquery AS osquery
 FROM ubuntu
-LABEL maintainer "Somebody <somebody@example.com>"
 COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
 → r.j3ss.co/osquery:latest, ubuntu:latest
-=== Dockerfile, one line in chat
-FROM pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-→ pytorch/pytorch:2.4.1-cuda11.8-cudnn9-runtime
-=== kubelet through a translator, thread
+=== kubelet through a translator
 Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
-"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.⤶
-pkg.dev/v2/k8s-artifacts-prod/images/pause/manifests/3.6 : dial TCP 142.251.8.82:443: I/O timeout
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.
 ✗ registry. k8s. io/pause: 3.6
-=== kubelet, thread
+=== kubelet
     Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
-"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference ⤶
-"https://harbor.example.com/release/name:1.1.0": invalid reference format
+"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference
 ✗ https://harbor.example.com/release/name:1.1.0
-=== kubelet, thread
-I0816 20:28:50.953268   46840 kube_docker_client.go:298] Stop pulling image ⤶
-"kubernetes/pause:latest": ""
-I0816 20:28:50.954275   46840 docker.go:196] Inspected image ("HEX") does not match ⤶
-kubernetes/pause:latest
-→ kubernetes/pause:latest
-=== containerd, thread
-level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,⤶
-Labels:map[string]string{io.cri-containerd.image: managed,},}"
+=== containerd
+level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,}"
 level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
 \"sha256:HEX\""
 → registry.example.com/k8s/pause:3.2
-=== kubeadm init, thread
-me to error execution phase preflight: [preflight] Some fatal errors occurred:
+=== kubeadm init
 	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
 10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
-error: code = Unknown desc = failed to pull and unpack image ⤶
-\"registry.k8s.io/kube-proxy:v1.28.2\": failed to do request: Head \"https://registry.k8s.io/v2/⤶
-kube-proxy/manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/kube-proxy:v1.28.2"
-, error: exit status 1
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/pause:3.9: output: E0920 10:01:13.222418
-→ registry.k8s.io/kube-proxy:v1.28.2, registry.k8s.io/pause:3.9
-=== kubeadm init, thread
+error: failed to pull and unpack image \"registry.k8s.io/kube-proxy:v1.28.2\": Head ⤶
+\"https://registry.k8s.io/v2/kube-proxy/manifests/v1.28.2\": dial tcp: timeout" ⤶
+image="registry.k8s.io/kube-proxy:v1.28.2"
+→ registry.k8s.io/kube-proxy:v1.28.2
+=== kubeadm init, older
 	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
-	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/coredns:1.1.3]: exit status 1
-→ k8s.gcr.io/etcd-ppc64le:3.2.18, k8s.gcr.io/coredns:1.1.3
-=== docker, thread
-dockerd[545]: time="2017-02-28T18:49:42.837355184+01:00" level=error msg="Handler for POST ⤶
-/v1.24/images/create returned error: manifest for mariadb:10.1 not found"
+→ k8s.gcr.io/etcd-ppc64le:3.2.18
+=== dockerd
+level=error msg="Handler for POST /v1.24/images/create returned error: manifest for ⤶
+mariadb:10.1 not found"
 → mariadb:10.1
-=== docker, thread
-在 MacBook 下 M1 芯片下，用 docker pull 报这个错，这个该如何处理？
-no matching manifest for linux/arm64/v8 in the manifest list entries
-=== docker, thread
+=== docker run that cannot pull
 $ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
 docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
 manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
 %3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
 → hello-world:latest
-=== docker compose, thread
-➜ docker compose up⏎[+] Running 1/1
- ✘ wg-portal Error manifest for wgportal/wg-portal:v2 not found: manifest unknown     2.7s
-Error response from daemon: manifest for wgportal/wg-portal:v2 not found: manifest unknown
-→ wgportal/wg-portal:v2
-=== docker build, thread
-failed to solve with frontend dockerfile.v0: failed to create LLB definition: failed to authorize: ⤶
-rpc error: code = Unknown desc = failed to fetch anonymous token: Get "https://auth.docker.io/token"
+=== docker build
+failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
 ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
 → python:3.6
-=== podman, thread
+=== podman
 Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
 Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
 kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
 → ghcr.io/podman-desktop/kubernetes-dashboard:latest
-=== GitLab runner, thread
-Using Docker executor with image deployphp/deployer:7 ...
-WARNING: Failed to pull image with policy "always": Error response from daemon: pull access denied ⤶
-for deployphp/deployer, repository does not exist or may require 'docker login'
-ERROR: Job failed: failed to pull image "deployphp/deployer:7" with specified policies [always]
-→ deployphp/deployer:7
-=== docker, thread
+=== docker, denied
 Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
 require 'docker login': denied: requested access to the resource is denied
 → xiaoya-tvbox:latest
-=== shell, thread
+=== shell, quoted
 run "docker pull --platform linux/x86_64 mysql:5.7" firstly
 → --platform=linux/x86_64 mysql:5.7
-=== shell, repository
+=== ctr
 ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
 ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
 ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
 → eclipse-temurin:17
-=== shell, thread
-> crictl -D pull registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
+=== crictl
+> crictl -D pull registry.rancher.com/rancher/nginx-ingress-controller:1.5
 DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
-mirrored-nginx-ingress-controller:1.5-rancher1,Annotations:map[string]string{},},}
-→ registry.rancher.com/rancher/mirrored-nginx-ingress-controller:1.5-rancher1
-=== shell, thread
+nginx-ingress-controller:1.5,Annotations:map[string]string{},},}
+→ registry.rancher.com/rancher/nginx-ingress-controller:1.5
+=== crictl in a shell
 sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
 ✗ amd64
-=== shell, repository
-docker exec "$node" ctr -n k8s.io images pull --platform linux/amd64 quay.io/cilium/cilium:v1.15.3
-docker exec "$node" ctr -n k8s.io images pull quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-→ --platform=linux/amd64 quay.io/cilium/cilium:v1.15.3
-✗ quay.io/cilium/cilium-envoy:${CILIUM_ENVOY_TAG}
-=== shell, repository
-list="kube-apiserver:v1.12.1 kube-proxy:v1.12.1 etcd:3.2.24 pause:3.1"⏎for i in $list⏎do
-	docker pull kalid/$i⏎	docker tag kalid/$i k8s.gcr.io/$i⏎done
-✗ kalid/$i
-=== shell, repository
+=== shell script
 docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
     docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
     docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
 docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
 → k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
-=== shell, page
+=== shell, options
 k3s crictl pull rancher/mirrored-pause:3.6
 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
 registry.example.com/team/api:2.0
 podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
 git pull origin main && helm pull bitnami/redis --version 19.0.1
 → rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
-=== shell, page
+=== shell, to be filled in
 `crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
@@ -8756,150 +8206,118 @@ docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
 这个一直拉不下来，帮忙弄一下
 → ghcr.io/open-webui/open-webui:main
-=== shell on Windows, thread
+=== shell on Windows
 C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
-Error response from daemon: Get "https://registry-1.docker.io/v2/": dial tcp: i/o timeout
 PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
 → xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
-=== docker run, page
+=== docker run
 docker run -d \⏎  --name open-webui -p 3000:8080 \
   --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
   --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
-=== docker run, page
-$ sudo docker run --rm -it --gpus all -e "TZ=Asia/Shanghai" alpine@sha256:HEX sh -c "date"
-✎ alpine@sha256:HEX
-=== docker images, thread
+=== docker images
  REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
 docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
 <none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
 postgres                      13        faa0ddfa0c0f   8 days ago       371MB
 thanks for looking
 → docker_inventree-dev-server:latest, postgres:13
-=== docker images --digests, thread
+=== docker images --digests
 REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
 alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
 redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
 → redis:7.2
-=== docker images since version 29, thread
+=== docker images since version 29
                                                                      i Info →   U  In Use
 IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
 moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
 <untagged>                      09538a1f51d3       20.6kB         4.21kB
 → moby/buildkit:buildx-stable-1
-=== docker image ls that lost its columns, page
+=== docker image ls that lost its columns
 REPOSITORY TAG IMAGE ID CREATED SIZE
 quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
 → quay.io/minio/minio:RELEASE.2024-06-13T22-53-53Z
-=== crictl images, thread
-IMAGE                                     TAG                 IMAGE ID            SIZE
-busybox                                   latest              8c811b4aec35f       1.15MB
-docker.io/library/nginx                   <none>              cd5239a0906a6       109MB
-→ busybox:latest
-=== crictl images, chat
-帮忙把这些同步到我们仓库：
-$ sudo crictl images
+=== crictl images
 WARN[0000] image connect using default endpoints: [unix:///run/containerd/containerd.sock]
-IMAGE                                TAG       IMAGE ID       SIZE
-registry.k8s.io/coredns/coredns      v1.10.1   ead0a4a53df89  16.2MB
-registry.k8s.io/pause                3.9       e6f1816883972  322kB
-→ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/pause:3.9
-=== docker-compose images, thread
+IMAGE                      TAG      IMAGE ID        SIZE
+registry.k8s.io/pause      3.9      e6f1816883972   322kB
+docker.io/library/nginx    <none>   cd5239a0906a6   109MB
+→ registry.k8s.io/pause:3.9
+=== docker-compose images
     Container           Repository       Tag       Image Id       Size
 ------------------------------------------------------------------------
 example_backend_1    nginx              latest   35c43ace9216   133.1 MB
 example_backend_2    nginx              latest   35c43ace9216   133.1 MB
 → nginx:latest
-=== docker compose images, thread
+=== docker compose images
 $ docker compose images
 CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
 truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
 → ghcr.io/truc/hello:2.0
-=== kubeadm config images list, thread
+=== kubeadm config images list
 [root@master ~]# kubeadm config images list
 W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
 internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
-W0110 15:02:41.125432   23251 version.go:102] falling back to the local client version: v1.16.1
 k8s.gcr.io/kube-apiserver:v1.16.1
-k8s.gcr.io/etcd:3.3.15-0
-→ k8s.gcr.io/kube-apiserver:v1.16.1, k8s.gcr.io/etcd:3.3.15-0
-=== kubeadm config images list, chat
-I0412 10:01:02.000001    4242 version.go:256] remote version is much newer: v1.31.0
-registry.k8s.io/kube-proxy:v1.29.3
-registry.k8s.io/coredns/coredns:v1.11.1
-→ registry.k8s.io/kube-proxy:v1.29.3, registry.k8s.io/coredns/coredns:v1.11.1
-=== kubeadm config images list through a translator, thread
+→ k8s.gcr.io/kube-apiserver:v1.16.1
+=== kubeadm config images list through a translator
 master0@master0 :~$kubeadm config images list
 Registry. k8s. io/kube apiserver: v1.27.3
-Registry. k8s. io/pause: 3.9
-=== kubectl describe pod, thread
+=== kubectl describe pod
 Node:                 node1/10.3.147.253
 Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
     Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
-      /opt/cni/bin/calico-ipam⏎  calico-node:⏎    Image:          calico/node:v3.10.3
     Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
-→ calico/cni:v3.10.3, calico/node:v3.10.3
-=== kubectl describe pod, thread
-Events:⏎  Type     Reason     Age    From               Message
-  ----     ------     ----   ----               -------
+→ calico/cni:v3.10.3
+=== kubectl describe pod, events
+  Type     Reason     Age    From               Message
   Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
   Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
   Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
 → anjia0532/echoserver:1.4, busybox:1.36
-=== kubectl -o jsonpath, page
+=== kubectl -o jsonpath
 nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
 ✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
-=== kubectl -o jsonpath | sort | uniq -c, page
-      3 registry.k8s.io/coredns/coredns:v1.10.1
-      1 registry.k8s.io/etcd:3.5.9-0
-✎ registry.k8s.io/coredns/coredns:v1.10.1, registry.k8s.io/etcd:3.5.9-0
 """
 
-# Texts with nothing to start, found in the same places, ⏎ is a new line.
+# Texts with nothing to start, found in the same places.
 NOTHING_FOUND = r"""
-WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⤶
- (linux/arm64/v8) and no specific platform was requested⏎docker: Error response from daemon:⤶
- toomanyrequests: You have reached your pull rate limit: https://www.docker.com/increase-rate-limit
-docker-compose up -d⏎ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request⤶
- canceled while ... 15.1s⏎ ✘ heygem-f2f Error context canceled       15.1s
-Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25":⤶
- net/http: TLS handshake timeout
-error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/docker/⤶
-registry/v2/blobs/sha256/66/66cd971d/data?verify=1596781533: dial tcp 104.18.124.25:443: i/o timeout
-ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete successfully: exit⤶
- code: 1⏎------⏎Dockerfile:12⏎  12 | >>> RUN npm run build
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⏎⤶
+docker: Error response from daemon: toomanyrequests: https://www.docker.com/increase-rate-limit
+用 docker pull 报这个错：⏎no matching manifest for linux/arm64/v8 in the manifest list entries
+ ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request canceled while ... 15s
+Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25": EOF
+error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/blobs/66
+ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete⏎  12 | >>> RUN npm run
 [+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
-docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 harbor.example.com/acme/web:1.0⏎docker push⤶
- harbor.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
-CONTAINER ID   IMAGE          COMMAND     CREATED       STATUS       PORTS                NAMES⏎⤶
-1467f91a2709   nginx:latest   "nginx -g"  2 hours ago   Up 2 hours   0.0.0.0:80->80/tcp   web
+docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 h.example.com/acme/web:1.0⏎⤶
+docker push h.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+FROM scratch⏎COPY --from=builder /src/app /app
+CONTAINER ID   IMAGE          COMMAND     STATUS       PORTS                NAMES⏎⤶
+1467f91a2709   nginx:latest   "nginx -g"  Up 2 hours   0.0.0.0:80->80/tcp   web
 NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
 NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
-sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎    "https://docker.m.daocloud.io",⏎⤶
-    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"],⏎⤶
-  "exec-opts": ["native.cgroupdriver=systemd"]⏎}⏎EOF⏎systemctl restart docker
-resources: [a.yaml]⏎images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
+sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎ "https://m.example.com",⏎⤶
+    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"]⏎}⏎EOF
+images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
 dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
-{⏎  "name": "web", "version": "1.2.3",⏎  "repository": {"type": "git", "url": "git+https://⤶
-github.com/acme/web.git"},⏎  "scripts": {"dev": "vite --port 3000"},⏎⤶
+{⏎  "repository": {"type": "git", "url": "git+https://github.com/acme/web.git"},⏎⤶
 "dependencies": {"tag": "1.0"}⏎}
 {"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
 {"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
 ---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
 properties:⏎  image:⏎    type: string⏎    format: binary
-server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎⤶
-    root /usr/share/nginx/html;⏎}
-Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in⤶
- do_open⏎    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎}
+Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in x⏎⤶
+    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
 Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
-2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎10.0.0.5 - -⤶
- [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
+2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎⤶
+10.0.0.5 - - [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
 SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
-select * from nginx_log⏎from orders⏎group by day;
 From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
 from redis import Redis⏎from flask import Flask, request⏎import os
 requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
-module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎	golang.org/x/net v0.24.0 // x⏎)
+module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎)
 steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
 npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
 Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
@@ -8907,16 +8325,13 @@ git@github.com:docker/compose.git
 git clone -b main https://github.com/docker/compose.git && git pull origin main
 127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
 DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
-*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1⏎30 2 * * 1-5 root /opt/x.sh
+*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1
 drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
-1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比，⤶
-CPU/内存
+1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比
 You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
  manifest⏎for the release is not found. Images and pulls are free; see image 3.
 ## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
 image: 这个字段是什么意思
-FROM users
-docker pull failed
 docker pull 一直失败，怎么办？用的 --platform linux/amd64
 ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
 message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
@@ -8927,55 +8342,42 @@ TCP/IP, CI/CD
 
 # Talk, ¦ between messages: help.
 TALK_HEARD = r"""
-14:30 ¦ 10:30:45 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00
-2026-11-24 10:30 ¦ 12:30, 13:30
-3/4 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24 ¦ 16:9 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok
-192.168.1.1 ¦ 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
-key: value ¦ status: ok ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30
-hi,there ¦ user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
-/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh
-File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a'
-在吗？在的话回一下 ¦ 好的，收到，谢谢！ ¦ 拉取镜像失败，请问是什么原因呢，谢谢
-From now on ¦ From China with love
+14:30 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30 ¦ 24/7
+1/2, 3/4 ¦ 2026/11/24 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok ¦ 进度 50% ¦ 好的: 谢谢
+192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
+key: value ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30 ¦ 你好，在吗
+user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
+/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh ¦ hello world
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a' ¦ help ¦ 帮助 ¦ ¦ ␣⏎，
+拉取镜像失败，请问是什么原因呢，谢谢 ¦ 镜像同步 Issue 模板 ¦ From China with love
 docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
 docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
-docker ps -a ¦ 9:00-10:30 ¦ 明天 9:00 或 10:00 ¦ 2026-11-24 10:00:00 ¦ 42 ¦ 进度 50% ¦ 好的: 谢谢
-注意：不要发 ¦ Traceback (most recent call last):⏎  File "a.py"⏎KeyError: 'nginx'
 """
 
-# What is offered as a line to send ¦ in answer to; no other word may be offered as an image.
-SUGGESTED = rows("""
-please sync nginx:1.25 ¦ nginx:1.25
-麻烦同步一下 nginx:1.25 ¦ nginx:1.25
-麻烦同步一下：nginx:1.25 ¦ nginx:1.25
-麻烦同步一下⏎nginx:1.25⏎redis:7 ¦
-帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ nginx:1.25, bitnami/redis:7.0
-docker run nginx:1 ¦ nginx:1
-docker run -d -p 80:80 --name web nginx ¦ nginx:latest
-podman run --rm -it quay.io/podman/hello ¦ quay.io/podman/hello:latest
-nginx:1 redis:2 ¦ nginx:1, redis:2
-2 registry.k8s.io/pause:3.9 ¦ registry.k8s.io/pause:3.9
-同步 24/7 的 nginx:1.25 ¦ nginx:1.25
-14:30 前同步 nginx:1.25 ¦ nginx:1.25
-please sync bitnami/redis to ours ¦ bitnami/redis:latest
-k8s.gcr.io/pause:3.5systemctl restart docker ¦
-registry.k8s.io//nriver/trilium-cn ¦
-""")
-
-# Two or more bare words ¦ canonical lines ¦ lines that are offered.
-BARE_WORDS = rows("""
-nginx, redis ¦ nginx:latest, redis:latest ¦
+# Message ¦ canonical lines ¦ lines that are offered; no other word may be offered.
+WORDS_HEARD = rows("""
+please sync nginx:1.25 ¦ ¦ nginx:1.25
+麻烦同步一下：nginx:1.25 ¦ ¦ nginx:1.25
+麻烦同步一下⏎nginx:1.25⏎redis:7 ¦ ¦
+帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ ¦ nginx:1.25, bitnami/redis:7.0
+docker run nginx:1 ¦ ¦ nginx:1
+podman run --rm -it quay.io/podman/hello ¦ ¦ quay.io/podman/hello:latest
+nginx:1 redis:2 ¦ ¦ nginx:1, redis:2
+2 registry.k8s.io/pause:3.9 ¦ ¦ registry.k8s.io/pause:3.9
+14:30 前同步 24/7 的 nginx:1.25 ¦ ¦ nginx:1.25
+please sync bitnami/redis to ours ¦ ¦ bitnami/redis:latest
+k8s.gcr.io/pause:3.5systemctl restart docker ¦ ¦
+registry.k8s.io//nriver/trilium-cn ¦ ¦
+nginx ¦ ¦ nginx:latest
+docker.cn ¦ ¦ docker.cn:latest
+Nginx ¦ ¦ nginx:latest
+hi,there ¦ ¦ hi:latest, there:latest
 nginx⏎myapp ¦ nginx:latest, myapp:latest ¦
 postgres、openresty；mysql ¦ postgres:latest, openresty:latest, mysql:latest ¦
-immich, alist ¦ ¦ immich:latest, alist:latest
+my-app，other-app ¦ ¦ my-app:latest, other-app:latest
 myapp⏎myworker⏎mydb ¦ ¦ myapp:latest, myworker:latest, mydb:latest
 hello world, nginx ¦ ¦
 Nginx, Redis ¦ ¦
-""")
-
-LINKS_IN_SENTENCES = rows("""
-请下载 https://example.com/a.pdf 谢谢 ¦ see https://example.com/a.pdf
-文件：https://example.com/a.pdf ¦ git clone https://github.com/docker/compose.git
 """)
 
 
@@ -8989,20 +8391,18 @@ class Paste(NamedTuple):
     offered: list[str]  # lines that are offered
 
 
-def read_pastes(found: str) -> list[Paste]:
+def read_pastes(found: str) -> Iterator[Paste]:
     """Take PASTES_FOUND apart."""
-    pastes = []
     for block in unfold(found).replace("⏎", "\n").removeprefix("=== ").split("\n=== "):
         kind, *lines = block.split("\n")
         wanted: dict[str, list[str]] = {"→": [], "✗": [], "✎": []}
         while lines[-1][:1] in wanted:
             mark, _, values = lines.pop().partition(" ")
             wanted[mark] = values.split(", ")
-        pastes.append(Paste(kind, "\n".join(lines), *wanted.values()))
-    return pastes
+        yield Paste(kind, "\n".join(lines), *wanted.values())
 
 
-PASTES = read_pastes(PASTES_FOUND)
+PASTES = list(read_pastes(PASTES_FOUND))
 NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
 
 
@@ -9016,32 +8416,18 @@ def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
     return [image.line for image in reading.images], reading.links, reading.note
 
 
-def starts_nothing(message: str) -> str:
-    """Return what is said to a message that starts nothing."""
-    images, links, said = heard(message)
-    assert (images, links) == ([], ()), message
-    return said
-
-
-def curly(text: str) -> str:
-    """Return text with the quotes that phones and Word make."""
-    for straight, pair in (('"', "“”"), ("'", "‘’")):
-        pieces = text.split(straight)
-        text = pieces[0] + "".join(pair[n % 2] + piece for n, piece in enumerate(pieces[1:]))
-    return text
-
-
-DAMAGES: dict[str, Callable[[str], str]] = {
-    "none": str,
-    "Windows": lambda text: text.replace("\n", "\r\n"),
-    "colons of phones": lambda text: text.replace(":", "："),
-    "curly quotes": curly,
-    "blanks of web pages": lambda text: text.replace("  ", "\xa0\xa0").replace("\t", "\xa0"),
-    "blanks of phones": lambda text: text.replace("    ", "\u3000\u3000"),
-    "blanks lost": lambda text: re.sub(r"(?m)^ +| +$", "", re.sub(r"[ \t]+", " ", text)),
-    "empty lines between": lambda text: text.replace("\n", "\n\n"),
-    "zero width": lambda text: "\ufeff" + text.replace("\n", "\u200b\n"),
-    "talk around": lambda text: f"各位好，麻烦同步一下：\n{text}\n10:30 前要用，谢谢！",
+# What a chat app does to a text: patterns, and what stands in their place.
+DAMAGES: dict[str, dict[str, str]] = {
+    "none": {},
+    "Windows": {"\n": "\r\n"},
+    "colons of phones": {":": "："},
+    "curly quotes": {'"([^"]*)"': r"“\1”", "'([^']*)'": r"‘\1’"},
+    "blanks of web pages": {"  ": "\xa0\xa0", "\t": "\xa0"},
+    "blanks of phones": {"    ": "\u3000\u3000"},
+    "blanks lost": {r"[ \t]+": " ", "(?m)^ | $": ""},
+    "empty lines between": {"\n": "\n\n"},
+    "zero width": {"^": "\ufeff", "\n": "\u200b\n"},
+    "talk around": {r"\A": "各位好，麻烦同步一下：\n", r"\Z": "\n10:30 前要用，谢谢！"},
 }
 
 
@@ -9057,17 +8443,16 @@ def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
     """97 % of the marked images are found, none is wrong, no link, and nothing where no mark is."""
-    wanted, missed, wrong = 0, [], []
-    for paste in PASTES:
-        images, links, _ = heard(DAMAGES[damage](paste.text))
-        wanted += len(paste.images)
-        missed += [f"{paste.kind}: {line}" for line in paste.images if line not in images]
-        wrong += [f"{paste.kind}: {line}" for line in images if line not in paste.images]
-        wrong += links
-    wrong += [text for text in NOTHING if any(heard(DAMAGES[damage](text))[:2])]
-    share = 100 * (wanted - len(missed)) / wanted
-    print(f"{damage}: {share:.1f} % of {wanted} images found", *missed, sep="\n  ")
-    assert wrong == [] and share >= 97
+    wanted, found, wrong = Counter[str](), Counter[str](), []
+    for paste in (*PASTES, *(Paste("", text, [], [], []) for text in NOTHING)):
+        text = paste.text
+        for pattern, instead in DAMAGES[damage].items():
+            text = re.sub(pattern, instead, text)
+        images, links, _ = heard(text)
+        wanted.update(paste.images)
+        found.update(images)
+        wrong += [(text, line) for line in (*images, *links) if line not in paste.images]
+    assert wrong == [] and found.total() >= 0.97 * wanted.total(), wanted - found
 
 
 def test_talk_gets_help() -> None:
@@ -9078,28 +8463,33 @@ def test_talk_gets_help() -> None:
         assert not re.search(":latest|❌|请发送", reading.note) or "," in message, message
 
 
-@pytest.mark.parametrize(("message", "lines"), SUGGESTED)
-def test_only_what_looks_like_an_image_is_offered(message: str, lines: str) -> None:
-    """What is offered can be sent as it is, and does no harm then."""
-    said, offered = starts_nothing(message), lines.split(", ") if lines else []
-    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(offered)
-    assert lacking(offered, said) == [] and lacking(words, said) == list(words)
-    assert not offered or heard(lines)[0] == offered
-
-
-@pytest.mark.parametrize(("message", "images", "offered"), BARE_WORDS)
-def test_bare_words_are_images_beside_a_well_known_one(
-    message: str, images: str, offered: str
+@pytest.mark.parametrize(("message", "images", "lines"), WORDS_HEARD)
+def test_only_what_looks_like_an_image_is_read_or_offered(
+    message: str, images: str, lines: str
 ) -> None:
-    """Other plain names are asked back with the line to send."""
+    """Bare words only beside a well-known one; what is offered can be sent as it is."""
     found, links, said = heard(message)
-    assert (", ".join(found), links) == (images, ()) and lacking(offered.split(", "), said) == []
+    words = {f"{word}:latest" for word in re.findall(r"[\w./-]+", message)} - set(lines.split(", "))
+    assert (", ".join(found), links) == (images, ())
+    assert lacking(lines.split(", "), said) == [] and lacking(words, said) == list(words)
+    assert not lines or ", ".join(heard(lines)[0]) == lines
 
 
-def test_a_link_in_a_sentence_is_told_as_such() -> None:
+WELL_KNOWN = "alpine busybox debian elasticsearch golang haproxy httpd mariadb memcached mongo"
+WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tomcat traefik ubuntu"
+
+
+def test_a_well_known_name_makes_a_list() -> None:
+    """Two names are a list where one of them is an official image."""
+    for name in WELL_KNOWN.split():
+        assert heard(f"my-own-app, {name}")[0] == ["my-own-app:latest", f"{name}:latest"]
+
+
+@pytest.mark.parametrize("message", ["请下载 URL 谢谢", "see URL", "文件：URL", "git clone URL"])
+def test_a_link_in_a_sentence_is_told_as_such(message: str) -> None:
     """Nothing is fetched, and the person hears why."""
-    for message in itertools.chain.from_iterable(LINKS_IN_SENTENCES):
-        assert "独占一行" in starts_nothing(message)
+    images, links, said = heard(message.replace("URL", "https://example.com/a.pdf"))
+    assert (images, links) == ([], ()) and "独占一行" in said
 
 
 def test_a_plain_list_stays_all_or_nothing() -> None:
@@ -9109,11 +8499,14 @@ def test_a_plain_list_stays_all_or_nothing() -> None:
     assert heard("nginx:1\nredis: 7\nalpine:3")[0] == []
 
 
-def test_limits_and_clashes_hold_for_pastes() -> None:
-    """256 images, one source for a target."""
-    services = ["services:", *(f"  s{n}:\n    image: x/i{n}:1" for n in range(257))]
-    assert len(heard("\n".join(services[:257]))[0]) == 256
-    assert "256" in refusal("\n".join(services)) and "257" in refusal("\n".join(services))
+def test_limits_and_clashes_hold_for_pastes_and_lists() -> None:
+    """256 images, for a matrix holds as many jobs; one source for a target."""
+    for form in ("x/i{}:1", "  s{0}:\n    image: x/i{0}:1"):
+        lines = [form.format(number) for number in range(257)]
+        assert len(heard("\n".join(lines[:256] * 2))[0]) == 256
+        assert lacking(["256", "257"], refusal("\n".join(lines))) == []
+    for clash in ("a/b:1, a_b:1", "a/b:1, nginx:1 => a_b:1", "nginx:1, --platform=all nginx:1"):
+        assert lacking([*clash.split(", "), "=>"], refusal(clash)) == []
     assert "=>" in refusal("a:\n  image: a/b:1\nb:\n  image: a_b:1\n")
 
 
@@ -9948,8 +9341,6 @@ def test_from_chat_to_registry(factory: Factory) -> None:
         assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
-        children = [entry["digest"] for entry in space.manifest("app:attested")["manifests"]]
-        assert children == [entry["digest"] for entry in space.mirror.entries("attested")]
         text, run = ask(world, line)
         assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
         assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
@@ -10030,24 +9421,12 @@ CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
 PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
 
 
-class RobotWorld(Quick):
-    """A quick world whose chat is the robot's. `both` leaves the callback's settings in."""
-
+class RobotWorld(ByRobot, Quick):
     def __init__(
         self, runner: Runner | None = None, both: bool = False, /, **settings: str
     ) -> None:
         super().__init__(runner, **PATIENCE | settings)
-        self.both, self.gateway = both, FakeGateway()
-
-    def defaults(self) -> dict[str, str]:
-        gateway, common = self.gateway, super().defaults()
-        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
-        own |= {"BOT_URL": f"ws://{gateway.host}"}
-        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
-
-    def prepare(self) -> Self:
-        self._stack.enter_context(self.gateway)
-        return super().prepare()
+        self.both = both
 
     def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
         """Type `text`, return the message that answers it and goes on living."""
@@ -10069,11 +9448,6 @@ class RobotWorld(Quick):
         assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
         sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
         assert not sure, f"{chat} got it again: {sure}"
-
-    def broken(self) -> list[str]:
-        shown = self.service.settings["BOT_SECRET"] in self.service.log
-        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
-        return super().broken() + own
 
 
 def code_and_rest(text: str) -> tuple[str, str]:
@@ -11092,23 +10466,6 @@ def test_check_waits_for_no_rate_limit(healthy: Patient) -> None:
     healthy.github.faults.clear()
 
 
-@pytest.mark.parametrize(
-    "setting", ["DOCKER_REGISTRY=reg.example.com:99999", "GITHUB_API_URL=https://a:99999/x"]
-)
-def test_a_port_that_is_none_is_named(setting: str) -> None:
-    """Wherever it stands in an address; not by a traceback of `check`."""
-    name, _, value = setting.partition("=")
-    with pytest.raises(wxsync.SettingsError) as caught:
-        wxsync.load_settings(ENOUGH | {name: value})
-    assert name in str(caught.value)
-
-
-def test_chunks_without_a_size_are_refused(impatient: Depot) -> None:
-    """A negative size would be the rest of the connection to Python."""
-    body = b"-1\r\n" + bytes(300_000)
-    assert fetched(impatient, **wire("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", body)) is None
-
-
 def test_a_second_long_list_is_no_duplicate_of_the_first() -> None:
     """WeCom drops without a word what it has seen within four hours."""
     with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
@@ -11134,13 +10491,6 @@ def test_an_index_without_images_is_none(tmp_path: Path) -> None:
     skopeo = wxsync.Skopeo({}, "r.example.com", tmp_path)
     with pytest.raises(wxsync.CopyFailure, match="no image"):
         wxsync.copy_index(wxsync.Source(skopeo, "x/a/b"), image, raw, "t", tmp_path)
-
-
-@pytest.mark.parametrize("line", ['SECRET="#abc"', "SECRET='#abc' # why"])
-def test_a_quoted_value_may_begin_with_a_hash(tmp_path: Path, line: str) -> None:
-    """Only a bare one is a comment."""
-    (tmp_path / ".env").write_text(line + "\n")
-    assert wxsync.read_env_file(tmp_path / ".env") == {"SECRET": "#abc"}
 
 
 def test_digits_of_other_scripts_are_no_port() -> None:
@@ -12287,7 +11637,7 @@ MOST_COLUMNS = 46  # of a bubble
 STYLE = """
 text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
 sans-serif;fill:#191919;white-space:pre}
-.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
+.note{fill:#8a8a8a}.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
 @media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}
 .wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine{fill:#06120b}.link{fill:#7d90c9}}
 """
@@ -12304,34 +11654,37 @@ def wrapped(line: str) -> list[str]:
     return [*pieces, line]
 
 
-class Recorder(Transcript):
-    """Keeps what the member (True) and wxsync say, with nothing in it that differs each time."""
+def chat_of(world: ByRobot) -> list[tuple[str, str]]:
+    """Return who says what in the story, with nothing in it that differs each time."""
+    said = []
+    for scene, message in zip(STORY, world.gateway.messages, strict=True):
+        first, last = (plain(shown) for _, shown in (message.shown[0], message.shown[-1]))
+        said += [("me", scene.text), ("wxsync", first)]
+        if scene.final:
+            last = re.sub(r"用时 .+", "用时 41 秒", last)
+            last = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", last)
+            said += [("note", "片刻后，同一条消息变成"), ("wxsync", last)]
+    return said
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world, io.StringIO(), False)
-        self.said: list[tuple[bool, str]] = []
 
-    def show(self, who: str, text: str, note: str = "") -> None:
-        if who in ("你", "wxsync"):
-            text = re.sub(r"用时 .+", "用时 41 秒", text)
-            text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
-            self.said.append((who == "你", re.sub(r"（#\w+）", "", text).strip()))
-
-
-def draw_chat(said: Sequence[tuple[bool, str]]) -> str:
+def draw_chat(said: Sequence[tuple[str, str]]) -> str:
     """Return a chat as an SVG picture of a phone's screen."""
     parts, y = [f'<text x="{WIDTH // 2}" y="28" text-anchor="middle">镜像同步</text>'], 46
-    for mine, text in said:
+    for kind, text in said:
+        if kind == "note":
+            parts.append(f'<text class="note" x="20" y="{y + 12}">{text}</text>')
+            y += 26
+            continue
         lines = [wrapped(line) for line in text.split("\n")]
         width = max(columns(piece) for pieces in lines for piece in pieces) * COLUMN + 24
         size = f'width="{width}" height="{sum(map(len, lines)) * LINE_HEIGHT + 17}"'
-        x, kind = (WIDTH - 14 - width, "me") if mine else (14, "wxsync")
+        x = WIDTH - 14 - width if kind == "me" else 14
         parts.append(f'<rect class="{kind}" x="{x}" y="{y}" {size} rx="6"/>')
         y += 22
         for pieces in lines:
-            kind = "link" if pieces[0].startswith("http") else "mine" if mine else "theirs"
+            words = "link" if pieces[0].startswith("http") else "mine" * (kind == "me") or "theirs"
             for piece in pieces:
-                place = f'class="{kind}" x="{x + 12}" y="{y}"'
+                place = f'class="{words}" x="{x + 12}" y="{y}"'
                 parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
                 y += LINE_HEIGHT
         y += 8
@@ -12353,11 +11706,12 @@ def picture(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / ".github" / "chat.svg")
     options = parser.parse_args(argv)
     with Stage(True, lambda text: None) as world:
-        wrong = play_story(world, recorder := Recorder(world))
+        wrong = play_story(world, Transcript(world, io.StringIO(), False))
+        drawn = draw_chat(chat_of(world))
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
-    options.out.write_text(draw_chat(recorder.said), "utf-8", newline="\n")
+    options.out.write_text(drawn, "utf-8", newline="\n")
     print(options.out)
     return 0
 
@@ -13050,9 +12404,8 @@ class Lane(Closing):
         self.home = Path(self.stack.enter_context(temporary_folder("home")))
         hosts = {"docker.io": self.source, self.target.host: self.target.host}
         self.conf = registries_conf(self.home / "registries.conf", hosts)
-        login = self.target.headers["Authorization"].removeprefix("Basic ")
         self.auth = self.home / "config.json"
-        self.auth.write_text(json.dumps({"auths": {self.target.host: {"auth": login}}}))
+        self.auth.write_text(login(self.target.host, self.target.user, self.target.password))
         os.sync()  # or this one would pay for what the one before left to be written
         return self
 
