@@ -243,8 +243,6 @@ def lacking(parts: Iterable[str], text: str) -> list[str]:
 
 
 class Closing:
-    """What is started by `with` and closed at its end."""
-
     def start(self) -> Self:
         return self
 
@@ -313,8 +311,6 @@ class Fault(NamedTuple):
 
 
 class PeerHandler(BaseHTTPRequestHandler):
-    """Reads one request after the other from a connection and hands them to the Peer."""
-
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "peer", ""
     disable_nagle_algorithm = True
@@ -354,7 +350,6 @@ class PeerHandler(BaseHTTPRequestHandler):
         return bytes(body)
 
     def send(self, answer: Answer) -> None:
-        """Write one answer. A Content-Length that is given wins: HEAD and faults need that."""
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
@@ -440,8 +435,6 @@ class PeerServer(ThreadingHTTPServer):
 
 
 class Peer(Closing):
-    """Base of the fakes. Subclasses answer in `handle`, which runs in the connection's thread."""
-
     address = "127.0.0.1"
     tls: ssl.SSLContext | None = None
 
@@ -588,7 +581,6 @@ class FakeWeCom(Peer):
         return json_answer(wecom_error(0, "ok") | result)
 
     def expire_tokens(self, errcode: int = 42001) -> None:
-        """Make every token given so far useless; 42001 is "expired", 40014 "invalid"."""
         with self.lock:
             self._tokens = dict.fromkeys(self._tokens, errcode)
 
@@ -613,8 +605,7 @@ class FakeWeCom(Peer):
         with self.changed:
             message = self.changed.wait_for(found, timeout)
         if message is None:
-            seen = "\n---\n".join(m.text for m in self.messages[after:]) or "nothing"
-            raise TimeoutError(f"no message with {wanted!r} in {timeout} s; seen: {seen}")
+            raise TimeoutError(f"{wanted!r}: {self.messages[after:]}")
         return message
 
     def GET_gettoken(self, call: Call) -> dict[str, object]:
@@ -710,8 +701,6 @@ class FakeWeCom(Peer):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the callback answered; `reply` is the decrypted text, "" for an empty body."""
-
     status: int
     raw: bytes
     headers: dict[str, str]
@@ -727,7 +716,6 @@ class Post:
 
 
 def xml_document(fields: Mapping[str, object]) -> str:
-    """Return WeCom's XML: numbers bare, texts in CDATA, of which ]]> is split."""
     text = ""
     for name, value in fields.items():
         section = "<![CDATA[" + str(value).replace("]]>", "]]]]><![CDATA[>") + "]]>"
@@ -742,8 +730,6 @@ def envelope_fields(text: str) -> dict[str, str]:
 
 
 class WeComClient:
-    """Encrypts, signs and posts to the callback what WeCom would, and reads the reply."""
-
     def __init__(
         self, token: str, encoding_aes_key: str, corp_id: str, agent_id: int, callback_url: str
     ) -> None:
@@ -756,7 +742,6 @@ class WeComClient:
         return AES.new(self.key, AES.MODE_CBC, self.key[:16])
 
     def seal(self, plain: bytes) -> str:
-        """Encrypt bytes as they are: padding, length and corp id are the caller's affair."""
         return base64.b64encode(self.cipher.encrypt(plain)).decode()
 
     def encrypt(self, text: str, receive_id: str | None = None) -> str:
@@ -841,7 +826,6 @@ class WeComClient:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """Post any bytes; a 200 with a body must be a reply that is signed and decrypts."""
         url = self.callback_url + (f"?{urlencode(query)}" if query else "")
         got = http_request("POST", url, body, headers)
         fields = self.open_reply(got.body.decode()) if got.status == 200 and got.body else {}
@@ -1402,6 +1386,11 @@ class Daemon(Child):
 class Registry(Daemon):
     NEEDS = ("docker-registry", "skopeo", "htpasswd")
 
+    def settings(self, namespace: str) -> dict[str, str]:
+        names = ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
+        values = (self.host, namespace, self.user, self.password)
+        return {f"DOCKER_{name}": value for name, value in zip(names, values, strict=True)}
+
     @property
     def headers(self) -> dict[str, str]:
         login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
@@ -1426,11 +1415,13 @@ class Registry(Daemon):
         return ["docker-registry", "serve", str(config)]
 
     def call(self, method: str, target: str, body: bytes = b"", kind: str = "") -> Answer:
-        """Send a request that has to be done."""
         headers = self.headers | {"Content-Type": kind or "application/octet-stream"}
         got = http_request(method, f"http://{self.host}{target}", body, headers)
         assert got.status in (201, 202), got
         return got
+
+    def put(self, repo: str, reference: str, body: bytes, kind: str) -> None:
+        self.call("PUT", f"/v2/{repo}/manifests/{reference}", body, kind)
 
     def fetch(self, repo: str, reference: str) -> Answer:
         url = f"http://{self.host}/v2/{repo}/manifests/{reference}"
@@ -1449,7 +1440,6 @@ class Registry(Daemon):
 
 
 def random_layer(name: str, size: int, seed: str) -> tuple[bytes, str]:
-    """Return a packed layer of one file, and its diff id; equal arguments give equal bytes."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as archive:
         entry = tarfile.TarInfo(name)
@@ -1461,16 +1451,13 @@ def random_layer(name: str, size: int, seed: str) -> tuple[bytes, str]:
 
 
 class Publisher:
-    """Puts images into a repository; the same arguments give the same digests."""
-
     def __init__(self, registry: Registry, repo: str, tag: str) -> None:
         self.registry, self.repo, self.tag = registry, repo, tag
 
     def blob(self, data: bytes, kind: str, **more: object) -> dict[str, object]:
-        """Store a blob or a manifest, return its descriptor."""
         digest = "sha256:" + hashlib.sha256(data).hexdigest()
         if b'"schemaVersion"' in data[:20]:
-            self.registry.call("PUT", f"/v2/{self.repo}/manifests/{digest}", data, kind)
+            self.registry.put(self.repo, digest, data, kind)
         else:
             begun = self.registry.call("POST", f"/v2/{self.repo}/blobs/uploads/")
             self.registry.call("PUT", f"{begun.headers['location']}&digest={digest}", data)
@@ -1481,7 +1468,6 @@ class Publisher:
         return self.blob(json.dumps(full).encode(), OCI + kind, **more)
 
     def image(self, arch: str, sizes: Sequence[int]) -> dict[str, object]:
-        """Store an image for one architecture, such as "arm/v7"."""
         name, _, variant = arch.partition("/")
         cpu = {"architecture": name} | ({"variant": variant} if variant else {})
         seed = f"{self.repo}:{self.tag} {arch}"
@@ -1516,7 +1502,6 @@ def publish(
     sizes: Sequence[int] = (2000,),
     attestation: bool = False,
 ) -> str:
-    """Make an image and push it, return the digest of its index or only manifest."""
     new = Publisher(registry, repo, tag)
     entries = [new.image(arch, sizes) for arch in archs]
     if attestation:
@@ -1524,8 +1509,8 @@ def publish(
     top = entries[0]
     if len(entries) > 1:
         top = new.document({"manifests": entries}, "image.index.v1+json")
-    found = registry.fetch(repo, str(top["digest"]))
-    registry.call("PUT", f"/v2/{repo}/manifests/{tag}", found.body, str(top["mediaType"]))
+    body = registry.fetch(repo, str(top["digest"])).body
+    registry.put(repo, tag, body, str(top["mediaType"]))
     return str(top["digest"])
 
 
@@ -1549,10 +1534,20 @@ def registry_error(
     return json_answer({"errors": [{"code": code, "message": message}]}, status, headers)
 
 
+HOP = ("connection", "keep-alive", "transfer-encoding", "expect", "content-length", "date")
+
+
+def passed_on(call: Call, host: str, *more: str) -> Answer:
+    headers = {name: value for name, value in call.headers.items() if name not in HOP + more}
+    got = http_request(call.method, f"http://{host}{call.target}", call.body or None, headers, 60)
+    # The length of an answer to HEAD is news; any other follows from the body.
+    dropped = set(HOP) - ({"content-length"} if call.method == "HEAD" else set())
+    kept = {name: value for name, value in got.headers.items() if name not in dropped}
+    return Answer(got.status, got.body, kept)
+
+
 class PickyRegistry(Peer):
     """Stands before a Registry: records every call, refuses attestation manifests as ACR does."""
-
-    HOP = ("connection", "keep-alive", "transfer-encoding", "expect", "content-length", "date")
 
     def __init__(self, registry: Registry, picky: bool = True) -> None:
         super().__init__()
@@ -1568,18 +1563,10 @@ class PickyRegistry(Peer):
         if self.picky and manifest and EMPTY_CONFIG.encode() in call.body:
             self.refused += 1
             return registry_error(403, "DENIED", f"unknown manifest class for {EMPTY_CONFIG}")
-        headers = {name: value for name, value in call.headers.items() if name not in self.HOP}
-        url = f"http://{self.registry.host}{call.target}"
-        got = http_request(call.method, url, call.body or None, headers, timeout=60)
-        # The length of an answer to HEAD is news; any other follows from the body.
-        dropped = set(self.HOP) - ({"content-length"} if call.method == "HEAD" else set())
-        kept = {name: value for name, value in got.headers.items() if name not in dropped}
-        return Answer(got.status, got.body, kept)
+        return passed_on(call, self.registry.host)
 
 
 class FakeRegistry(Peer):
-    """A registry that only ever fails, in the ways a real one here cannot be made to."""
-
     LIMIT = "You have reached your unauthenticated pull rate limit."
 
     def __init__(self, mode: str) -> None:
@@ -1624,8 +1611,6 @@ NO_WAY_OUT = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 
 
 class ActLog:
-    """Turns what `act --json` prints, line by line, into the jobs and steps of a run."""
-
     def __init__(self, run: Run) -> None:
         self.run = run
         self.jobs: dict[str, Job] = {}
@@ -1659,7 +1644,6 @@ class ActLog:
 
     @staticmethod
     def _name(record: Mapping[str, Any]) -> str:
-        """Return the job's name as on GitHub: act adds the workflow's and, maybe, a number."""
         name = str(record["job"]).partition("/")[2].strip()
         whole = [str(value) for value in (record.get("matrix") or {}).values()]
         numbered = re.fullmatch(r"(.*)-\d+", name)
@@ -1670,7 +1654,6 @@ class ActLog:
         return "cancelled" if self.run.stop.is_set() else "failure"
 
     def close(self) -> None:
-        """End what has not ended, add the job that act does not mention when it is skipped."""
         for job in self.jobs.values():
             if job.status != "completed":
                 job.finish(self._worst)
@@ -1694,10 +1677,15 @@ class ActRunner(Closing):
             place = self.checkout / name
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project / name, place)
-        self._git("init -q -b main")
-        self._git("remote add origin https://github.com/octo/mirror")
-        self._git("add -A")
-        self._git("-c user.name=x -c user.email=x@x commit -q -m project")
+        environment = clean_environment(self.folder, {"GIT_CONFIG_NOSYSTEM": "1"})
+        for words in (
+            "init -q -b main",
+            "remote add origin https://github.com/octo/mirror",
+            "add -A",
+            "-c user.name=x -c user.email=x@x commit -q -m project",
+        ):
+            git = ["git", *words.split()]
+            run_command(git, cwd=self.checkout, env=environment, check=True)
         rows = [f"{name}='{value}'\n" for name, value in self.secrets.items()]
         self.secret_file = self.folder / "secrets"
         self.secret_file.touch(mode=0o600)
@@ -1711,10 +1699,6 @@ class ActRunner(Closing):
     @classmethod
     def missing(cls) -> str:
         return missing_program("git", "skopeo") or ("" if cls.program() else "act not installed")
-
-    def _git(self, words: str) -> None:
-        environment = clean_environment(self.folder, {"GIT_CONFIG_NOSYSTEM": "1"})
-        run_command(["git", *words.split()], cwd=self.checkout, env=environment, check=True)
 
     def command(self, inputs: Mapping[str, str]) -> list[str]:
         words = [self.program(), "workflow_dispatch", "--json", "--no-cache-server"]
@@ -1768,7 +1752,6 @@ def status_of(pid: int, name: str) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and its children so far, in clock ticks (10 ms)."""
     ticks = 0
     for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
         fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
@@ -1777,8 +1760,6 @@ def cpu_seconds(pid: int) -> float:
 
 
 class Service(Child):
-    """`python wxsync.py` as a process of its own, with these settings and nothing else."""
-
     def __init__(self, script: Path, settings: Mapping[str, str]) -> None:
         self.script = script.resolve()
         self.words = [str(self.script)]  # what Python is given: by hand, or what `compile` returns
@@ -1799,7 +1780,6 @@ class Service(Child):
         return run_command(full, timeout=timeout, env=self.environment, cwd=self.folder)
 
     def compile(self) -> list[str]:
-        """Return the words that start it from bytecode, as container, unit and task do."""
         py_compile.compile(str(self.script), doraise=True)
         self.settings["PYTHONPATH"] = str(self.script.parent)
         return ["-m", self.script.stem]
@@ -1823,7 +1803,6 @@ class Service(Child):
         return value
 
     def terminate(self, timeout: float = 15) -> tuple[int, float]:
-        """End it as systemd would; return exit code and seconds that it took."""
         if not self.process:
             return 0, 0.0
         begun = time.monotonic()
@@ -1845,7 +1824,6 @@ class Service(Child):
         return cpu_seconds(self.pid)
 
     def wakeups(self) -> int:
-        """How often all its threads together have waited for something so far."""
         tasks = Path(f"/proc/{self.pid}/task").iterdir()
         return sum(status_of(int(task.name), "voluntary_ctxt_switches") for task in tasks)
 
@@ -1904,7 +1882,6 @@ class World(Closing):
         return self
 
     def say(self, text: str, user: str = "alice") -> str:
-        """Type `text` into the chat, return the immediate reply; raise if it is not accepted."""
         reply = self.client.post_text(user, text)
         if reply.status != 200:
             raise RuntimeError(f"status {reply.status} for {text!r}\n{self.service.log[-2000:]}")
@@ -1937,8 +1914,6 @@ class World(Closing):
 
 
 class ByRobot(World):
-    """A world whose chat is the robot's. `both` leaves the callback's settings in."""
-
     both = False
 
     def __init__(self, *words: Any, **options: Any) -> None:
@@ -2060,8 +2035,6 @@ ABSENT = "nosuch:1"
 
 
 class Stage(ByRobot):
-    """The sandbox's world, with real copies where the programs for them are installed."""
-
     def __init__(self, played: bool, tell: Callable[[str], None]) -> None:
         super().__init__(SCRIPT, PlayedRunner(0.6, {ABSENT: "wxsync: failed not-found unknown"}))
         self.tell = tell
@@ -2088,12 +2061,10 @@ class Stage(ByRobot):
         names = ("docker.io", "ghcr.io", "quay.io", "registry.k8s.io")
         hosts = dict.fromkeys(names, source.host) | {target.host: target.host}
         conf = registries_conf(folder / "registries.conf", hosts)
-        login = {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
-        self.extra |= login
-        login |= {"DOCKER_USERNAME": target.user, "DOCKER_PASSWORD": target.password}
+        self.extra["DOCKER_REGISTRY"] = target.host
         self.tell("镜像复制：真实（act 运行项目的工作流，skopeo 在两个本地仓库间复制）")
         environment = {"CONTAINERS_REGISTRIES_CONF": str(conf)} | NO_WAY_OUT
-        return self._enter(ActRunner(ROOT, login, environment))
+        return self._enter(ActRunner(ROOT, target.settings("mirror-space"), environment))
 
 
 class Scene(NamedTuple):
@@ -2164,7 +2135,6 @@ CHAT_HELP = """输入的每一行都会像发给企业微信智能机器人的�
 
 
 def chat(world: ByRobot, transcript: Transcript) -> None:
-    """Post what is typed on a terminal as WeCom would; answers come as they come."""
     over = threading.Event()
 
     def watch() -> None:
@@ -2585,7 +2555,6 @@ class Source(Peer):
             self.send(call, served, handler)
 
     def send(self, call: Call, served: Served, handler: PeerHandler) -> None:
-        """Send a file, with everything that is wrong with it."""
         with self.lock:
             served.asked += 1
             turn = served.asked
@@ -2667,8 +2636,6 @@ def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
 
 
 class ProxyProcess(Daemon):
-    """A real proxy; its log names each connection that it was asked for."""
-
     SCHEME = ""
 
     @property
@@ -2891,8 +2858,6 @@ def rows(text: str) -> list[list[str]]:
 
 
 class SlowRunner(PlayedRunner):
-    """A runner whose jobs for images with `slow` in their name wait until `go` is set."""
-
     def __init__(self, slow: str = "slow/") -> None:
         super().__init__(0.01)
         self.slow, self.go = slow, threading.Event()
@@ -3128,8 +3093,6 @@ quick = Quick
 
 
 class Depot(Quick):
-    """A quick world with files: a source, and QingStor."""
-
     USERS = itertools.count(1)
 
     def __init__(self, *before: Any, **more: str) -> None:
@@ -3189,7 +3152,6 @@ class Depot(Quick):
 def disk_is(
     world: World, seconds: float = 0, file: int = 0, folder: int = 0, chance: float = 1
 ) -> None:
-    """Let each sync of a BAD_DISK take seconds, and fail with an errno by chance."""
     new = world.service.folder / "new"
     new.write_text(json.dumps([seconds, file, folder, chance, 0]))
     new.replace(new.with_name("disk"))
@@ -3202,7 +3164,6 @@ def room(world: World, file_bytes: int = -1) -> None:
 
 
 def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
-    """Return a world in which a minute takes a second, with unsent messages."""
     fast = {"SPEED": "60", "SCALE": "1", "TZ": "UTC0", "CALLBACK_MAX_AGE": "0"} | settings
     world = Quick(None, HASTY, state_file(letters=letters), **fast)
     world.wecom.speed = 60.0
@@ -3314,7 +3275,7 @@ Mood = str | int | float | None  # see FakeGateway.unkind
 
 
 class Broken(Exception):
-    """A client broke RFC 6455; str() says how."""
+    pass
 
 
 class Line:
@@ -3325,7 +3286,6 @@ class Line:
         self.pongs: list[bytes] = []
 
     def write(self, opcode: int, data: bytes, fin: bool = True) -> None:
-        """Send one frame; opcode -1 sends bare bytes."""
         size = len(data)
         kind, form = (size, "") if size < 126 else (126, "H") if size <= 0xFFFF else (127, "Q")
         start = struct.pack(f">BB{form}", opcode & 15 | fin << 7, kind, *[size] * len(form))
@@ -3400,8 +3360,6 @@ class Origin(NamedTuple):
 
 @dataclass
 class ChatMessage:
-    """A message as a person sees it. A stream is one message, whatever it shows in between."""
-
     chat: str  # the person, in a group the group
     line: Line
     shown: list[tuple[float, str]]  # when, and what
@@ -3536,7 +3494,6 @@ class FakeGateway(Peer):
         msgid: str = "",
         kind: str = "text",
     ) -> str:
-        """Let a person send a text, or the inside of another kind of message; return its req_id."""
         inside = {"content": said} if isinstance(said, str) else said
         body: dict[str, object] = {"msgid": msgid or secrets.token_hex(12), "msgtype": kind}
         body |= {"chattype": "group", "chatid": group} if group else {"chattype": "single"}
@@ -3795,7 +3752,6 @@ def document(name: str) -> str:
 
 
 def document_yaml(name: str) -> Any:
-    """Return a YAML file of the project as Python values; `on:` is read as True."""
     return pytest.importorskip("yaml").safe_load(document(name))
 
 
@@ -3809,13 +3765,11 @@ def section(title: str) -> str:
 
 
 def without_code() -> str:
-    """Return README.md with the lines of its code blocks blanked, each as long as before."""
     blank = re.compile(r"^( *)```.*?^\1```$", re.MULTILINE | re.DOTALL)
     return blank.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), document("README.md"))
 
 
 def code_blocks(text: str, language: str = "") -> list[str]:
-    """Return the fenced blocks of one language, without the indentation of the list they are in."""
     found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
     return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
 
@@ -4088,11 +4042,6 @@ acme/team/app:1 amd64
 """.strip().splitlines()  # +: with attestations, as `docker buildx build --push` makes by default
 
 
-def put_manifest(registry: Registry, repo: str, tag: str, body: bytes, kind: str) -> None:
-    url = f"http://{registry.host}/v2/{repo}/manifests/{tag}"
-    assert http_request("PUT", url, body, {"Content-Type": kind}).status == 201
-
-
 class Mirror:
     """A source, a target with a password, images in the source, and counting fronts of both."""
 
@@ -4129,7 +4078,7 @@ class Mirror:
 
     def put_index(self, tag: str, entries: list[dict[str, Any]]) -> None:
         body = json.dumps({"schemaVersion": 2, "manifests": entries}).encode()
-        put_manifest(self.source, "library/app", tag, body, OCI_INDEX)
+        self.source.put("library/app", tag, body, OCI_INDEX)
 
     def digest(self, tag: str, arch: str = "") -> str:
         """Return the digest of app:TAG (or acme) in the source, or of one architecture in it."""
@@ -4150,13 +4099,8 @@ class Space:
     def __init__(self, mirror: Mirror, home: Path) -> None:
         self.mirror, self.home = mirror, home
         self.namespace = f"space-{next(mirror.numbers)}"
-        self.settings = {
-            "DOCKER_REGISTRY": mirror.target.host,
-            "DOCKER_NAMESPACE": self.namespace,
-            "DOCKER_USERNAME": mirror.target.user,
-            "DOCKER_PASSWORD": mirror.target.password,
-            "CONTAINERS_REGISTRIES_CONF": str(mirror.conf),
-        }
+        self.settings = mirror.target.settings(self.namespace)
+        self.settings["CONTAINERS_REGISTRIES_CONF"] = str(mirror.conf)
 
     def copy(self, line: str, **changed: str) -> Copied:
         return copy(line, self.home, self.settings | changed)
@@ -4724,7 +4668,7 @@ def test_not_found_names_the_nearest_tags(space: Space) -> None:
         publish(source, repo, there[0])
         same = source.fetch(repo, there[0])
         for tag in there[1:]:
-            put_manifest(source, repo, tag, same.body, same.headers["content-type"])
+            source.put(repo, tag, same.body, same.headers["content-type"])
         done = space.copy(f"{source.host}/{repo}:1.25.3")
         detail, _, named = done.out.removesuffix("\n").partition("; nearest ")
         first, *others = named.split(" ")
@@ -10679,12 +10623,7 @@ class ForwardProxy(Peer):
             return Answer(407)
         if call.path == "/generate_204":
             return Answer(204)
-        kept = {n: v for n, v in call.headers.items() if n != "proxy-authorization"}
-        url = f"http://{call.headers['host']}{call.target}"
-        got = http_request(call.method, url, call.body or None, kept)
-        for name in ("content-length", "connection", "date", "server"):
-            got.headers.pop(name, None)
-        return got
+        return passed_on(call, call.headers["host"], "proxy-authorization")
 
 
 def forms(secret: str) -> set[str]:
@@ -12053,8 +11992,6 @@ Measured = tuple[str, bool | None, dict[str, Any]]  # text, is the target reache
 
 
 class BenchRow(NamedTuple):
-    """A line of the table. Rows that only wait are measured side by side, to save time."""
-
     what: str
     target: str
     text: str  # with the names of the figures
@@ -12103,7 +12040,6 @@ def calm_world(settings: Mapping[str, str] | None = None, runner: Runner | None 
 
 
 def middle(values: Iterable[float], share: float = 0.5) -> float:
-    """Return the value below which this share of the values lies."""
     ordered = sorted(values)
     if share == 0.5:
         return statistics.median(ordered)
@@ -12403,38 +12339,34 @@ class Lane(Closing):
         self.target = self.stack.enter_context(Registry("robot", "bench-password"))
         self.home = Path(self.stack.enter_context(temporary_folder("home")))
         hosts = {"docker.io": self.source, self.target.host: self.target.host}
-        self.conf = registries_conf(self.home / "registries.conf", hosts)
-        self.auth = self.home / "config.json"
-        self.auth.write_text(login(self.target.host, self.target.user, self.target.password))
+        self.conf = str(registries_conf(self.home / "registries.conf", hosts))
+        auth = login(self.target.host, self.target.user, self.target.password)
+        (self.home / "config.json").write_text(auth)
         os.sync()  # or this one would pay for what the one before left to be written
         return self
 
     def close(self) -> None:
         self.stack.close()
 
-    def run(self, *command: str, **settings: str) -> str:
-        done = run_here(*command, folder=self.home, settings=settings)
-        assert done.returncode == 0, done
-        return done.stdout
-
     def copy(self, line: str, wanted: str = "copied") -> None:
-        names = ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
-        values = (self.target.host, "mirror", self.target.user, self.target.password)
-        settings = {f"DOCKER_{name}": value for name, value in zip(names, values, strict=True)}
-        settings["CONTAINERS_REGISTRIES_CONF"] = str(self.conf)
-        printed = self.run(sys.executable, str(SCRIPT), "copy", line, **settings)
-        assert printed.startswith(f"wxsync: {wanted}"), printed
+        settings = self.target.settings("mirror") | {"CONTAINERS_REGISTRIES_CONF": self.conf}
+        assert copy(line, self.home, settings).code == wanted
 
     def skopeo(self, line: str) -> None:
-        words = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
-        words += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
-        self.run(*words, f"docker://{self.target.host}/mirror/{line}")
+        words = ["skopeo", "--insecure-policy", "--registries-conf", self.conf, "copy", "-q"]
+        words += ["--dest-authfile", str(self.home / "config.json")]
+        words += [
+            f"docker://docker.io/library/{line}",
+            f"docker://{self.target.host}/mirror/{line}",
+        ]
+        run_command(words, check=True)
 
     def docker(self, line: str, engine: str) -> None:
         program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
         source, target = f"{self.source}/library/{line}", f"{self.target.host}/mirror/{line}"
-        for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
-            self.run(program, *words, DOCKER_HOST=engine, DOCKER_CONFIG=str(self.home))
+        words = [program, "--config", str(self.home), "-H", engine]
+        for more in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
+            run_command([*words, *more], check=True)
 
 
 Way = Callable[[Lane, str], object]
@@ -12443,7 +12375,6 @@ Way = Callable[[Lane, str], object]
 def bring(
     bench: Benchmark, way: Way = Lane.copy, lines: Sequence[str] = (), at_once: int = 1
 ) -> float:
-    """Return what it takes to bring images, or the big one, into a fresh registry."""
     lines = lines or [bench.big_image]
     with Lane(bench.source.host) as lane, ThreadPoolExecutor(at_once) as pool:
         return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
@@ -12634,7 +12565,6 @@ def measure_messages(bench: Benchmark) -> Sequence[Any]:
 
 
 def measure_row(bench: Benchmark, name: str) -> Measured:
-    """Measure one row; what goes wrong in it costs that row only."""
     bench.tell(f"{name} …")
     text, wants = BENCH_ROWS[name].text, BENCH_ROWS[name].wants.split()
     try:
@@ -12678,7 +12608,6 @@ def print_table(found: Mapping[str, Measured], quick: bool) -> None:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure, print the table; return 1 when a row could not be measured for an error."""
     parser = argparse.ArgumentParser(prog="test_wxsync.py bench", description="性能测试")
     parser.add_argument("--json", action="store_true", help="给程序读的输出")
     parser.add_argument("--quick", action="store_true", help="一分钟左右的粗测")
