@@ -346,7 +346,7 @@ class PeerHandler(BaseHTTPRequestHandler):
             body += self.rfile.read(size)
             self.rfile.readline()
         while self.rfile.readline().strip():
-            pass  # trailers
+            pass
         return bytes(body)
 
     def send(self, answer: Answer) -> None:
@@ -445,7 +445,7 @@ class Peer(Closing):
         self.hang = False
         self.delay = 0.0
         self.skew = 0.0  # seconds by which this server's clock is wrong
-        self.connections = 0  # accepted since the first start
+        self.connections = 0
         self.port = 0
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
@@ -486,7 +486,7 @@ class Peer(Closing):
         with self.lock:
             broken = list(self._server.open) if self._server else []
         for connection in broken:
-            with suppress(OSError):  # it may be gone already
+            with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def fail(self, where: str, what: What, times: int = 1) -> None:
@@ -524,7 +524,7 @@ class Peer(Closing):
 
 
 # ---------------------------------------------------------------------------------------------
-# WeCom: the server that wxsync calls
+# WeCom: the server that wxsync calls, and the client of its callback
 # ---------------------------------------------------------------------------------------------
 
 
@@ -694,11 +694,6 @@ class FakeWeCom(Peer):
             self.messages.append(message)
 
 
-# ---------------------------------------------------------------------------------------------
-# WeCom: the client side of the callback, with a cipher of its own
-# ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Reply:
     status: int
@@ -840,13 +835,13 @@ class WeComClient:
 
 
 # ---------------------------------------------------------------------------------------------
-# GitHub: runs and their jobs
+# GitHub: runs, jobs, and the REST API
 # ---------------------------------------------------------------------------------------------
 
 
 class Step(NamedTuple):
     name: str
-    conclusion: str | None  # None while it runs
+    conclusion: str | None
     started: float
 
 
@@ -982,11 +977,6 @@ class PlayedRunner:
         return "wxsync: copied sha256:" + hashlib.sha256(line.encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------
-# GitHub: the REST API
-# ---------------------------------------------------------------------------------------------
-
-
 class Commit(NamedTuple):
     time: float
     message: str
@@ -1061,8 +1051,6 @@ class FakeGitHub(Peer):
         self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
         self.rate_remaining = 5000
 
-    # -- the frame around each call ------------------------------------------------------------
-
     def handle(self, call: Call) -> Answer:
         with self.changed:
             answer = self._answer(call)
@@ -1119,8 +1107,6 @@ class FakeGitHub(Peer):
             headers["GitHub-Authentication-Token-Expiration"] = self.token_expires
         return Answer(answer.status, answer.body, answer.headers | headers)
 
-    # -- repository and contents ---------------------------------------------------------------
-
     @property
     def web(self) -> str:
         return f"https://github.com/{self.repo}"
@@ -1161,8 +1147,6 @@ class FakeGitHub(Peer):
             self.files[path] = content
             self.commits.append(commit)
             return commit
-
-    # -- workflow, runs, jobs ------------------------------------------------------------------
 
     def _workflow(self, call: Call, name: str) -> Answer:
         if name != self.WORKFLOW:
@@ -1297,7 +1281,7 @@ class FakeGitHub(Peer):
 
 
 # ---------------------------------------------------------------------------------------------
-# Real registries and images
+# Real registries, images, and a runner that copies for real
 # ---------------------------------------------------------------------------------------------
 
 MANIFESTS = (
@@ -1356,7 +1340,7 @@ class Daemon(Child):
 
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
-        self.around: list[str] = []  # a command that runs it
+        self.around: list[str] = []
         super().__init__("daemon")
 
     @classmethod
@@ -1599,11 +1583,6 @@ class FakeRegistry(Peer):
         challenge = f'Bearer realm="{self.url}/token",service="fake"{scope}'
         headers = {"WWW-Authenticate": challenge}
         return registry_error(401, "UNAUTHORIZED", "authentication required", headers)
-
-
-# ---------------------------------------------------------------------------------------------
-# A runner that copies for real
-# ---------------------------------------------------------------------------------------------
 
 
 # `skopeo list-tags` follows no location of a registries.conf: it must not ask the real registry.
@@ -1937,7 +1916,7 @@ class ByRobot(World):
 
 
 # ---------------------------------------------------------------------------------------------
-# The sandbox: what happens, as a chat
+# The sandbox: what happens as a chat; stage and story
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2025,10 +2004,6 @@ class Transcript:
             return "wxsync 没有应答 /health"
         return "等待 wxsync 读取结果并发出消息" if health.get("running") else ""
 
-
-# ---------------------------------------------------------------------------------------------
-# The sandbox: stage, story, chat
-# ---------------------------------------------------------------------------------------------
 
 STORY_IMAGES = "library/nginx:latest library/redis:7.2 library/alpine:3.20 bitnami/redis:7.0"
 ABSENT = "nosuch:1"
@@ -2321,8 +2296,6 @@ class FakeQingStor(Peer):
             self.changed.notify_all()
         return answer
 
-    # -- who asks
-
     def _check(self, call: Call, key: str) -> None:
         """Raise Refused unless the request is signed (in its head, or as a link), new, and whole."""
         if self.public and key and call.method in ("GET", "HEAD") and not call.query:
@@ -2355,8 +2328,6 @@ class FakeQingStor(Peer):
             raise Refused(400, "bad_digest", "The Content-MD5 does not match the body.")
         if self.forbidden:
             raise Refused(403, "permission_denied", "You don't have enough permission.")
-
-    # -- what is asked: METHOD_kind
 
     def GET_acl(self, call: Call, key: str) -> Answer:
         grantees = [({"type": "user", "id": "usr-Example1"}, "FULL_CONTROL")]
@@ -2447,7 +2418,7 @@ class FakeQingStor(Peer):
 
 
 # ---------------------------------------------------------------------------------------------
-# Sources of downloads
+# Sources of downloads, proxies, a net whose loopback has addresses that look public
 # ---------------------------------------------------------------------------------------------
 
 BLOCK = 64 * 1024
@@ -2462,23 +2433,23 @@ class Served:
     disposition: str = ""  # as bytes of UTF-8, or of `charset`
     charset: str = "utf-8"
     content_type: str = "application/octet-stream"
-    gzip: bool = False  # compress, whatever was asked
+    gzip: bool = False
     location: str = ""  # {turn} in it is how often this path was asked for
     ranges: str = ""  # "", "good", "ignored" (200 and all), "wrong" (starts elsewhere), "500"
     etag: str = ""
     modified: str = ""
     change: bool = False  # after the first answer it is another file with another etag
     cut_after: Sequence[int] = ()  # bytes after which the connection breaks, one for each answer
-    stall_after: int = -1  # bytes after which nothing more comes
-    stalls: int = 1  # how many answers stall
-    rate: float = 0.0  # bytes per second
+    stall_after: int = -1
+    stalls: int = 1
+    rate: float = 0.0
     headers: Mapping[str, str] = field(default_factory=dict)
     garbage: bool = False
     expired: int = 0  # the status of every answer but the first, as of a signed address
     raw: bytes = b""  # the answer, byte for byte; then `again` twenty times a second, without end
     again: bytes = b""
     seed: int = 0
-    asked: int = 0  # how often so far
+    asked: int = 0
 
     def bytes_from(self, start: int) -> Iterator[bytes]:
         if self.body is not None:
@@ -2630,11 +2601,6 @@ def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
     return context, certificate
 
 
-# ---------------------------------------------------------------------------------------------
-# Proxies
-# ---------------------------------------------------------------------------------------------
-
-
 class ProxyProcess(Daemon):
     SCHEME = ""
 
@@ -2668,10 +2634,6 @@ class MicroSocks(ProxyProcess):
         words = ["microsocks", "-i", "127.0.0.1", "-p", str(self.port)]
         return [*words, "-u", self.user, "-P", self.password] if self.user else words
 
-
-# ---------------------------------------------------------------------------------------------
-# A net of its own, whose loopback has addresses that look public
-# ---------------------------------------------------------------------------------------------
 
 ENTER = """set -e
 ip link set lo up
@@ -2803,11 +2765,6 @@ _ALLOWED = """
 ALLOWED = _ALLOWED.split()
 
 
-# ---------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------
-
-
 class PeakMemory:
     base = peak = 0
 
@@ -2838,7 +2795,7 @@ PREFIX = "registry.cn-hangzhou.aliyuncs.com/mirror-space"  # of every target in 
 
 
 # ---------------------------------------------------------------------------------------------
-# Tools: tables, a service that many tests share, the parts of one in pieces
+# Tools: tables, services that many tests share or that do not dawdle, stories side by side
 # ---------------------------------------------------------------------------------------------
 
 
@@ -2978,10 +2935,6 @@ def run_script(
     full = [sys.executable, "-S", str(SCRIPT), *words]
     return run_command(full, text, 20, env=environment, cwd=folder)
 
-
-# ---------------------------------------------------------------------------------------------
-# Tools: services that do not dawdle, stories that wait side by side
-# ---------------------------------------------------------------------------------------------
 
 # The real service with short pauses, a clock that is off by what STATE_DIR/clock says, and the
 # patience that the environment gives.
@@ -3158,7 +3111,7 @@ def disk_is(
 
 
 def room(world: World, file_bytes: int = -1) -> None:
-    import resource  # Linux
+    import resource
 
     resource.prlimit(world.service.pid, resource.RLIMIT_FSIZE, (file_bytes, -1))
 
@@ -3297,7 +3250,7 @@ class Line:
             self.write(TEXT, json.dumps(value).encode())
 
     def cut(self) -> None:
-        with suppress(OSError):  # it may be gone already
+        with suppress(OSError):
             self.handler.connection.shutdown(socket.SHUT_RDWR)
 
     def _exactly(self, size: int) -> bytes:
@@ -3362,7 +3315,7 @@ class Origin(NamedTuple):
 class ChatMessage:
     chat: str  # the person, in a group the group
     line: Line
-    shown: list[tuple[float, str]]  # when, and what
+    shown: list[tuple[float, str]]
     req_id: str = ""  # of the message that it answers, "" for one that was pushed
     stream: str = ""
     finished: bool = True
@@ -3410,8 +3363,6 @@ class FakeGateway(Peer):
         self._origins: dict[str, Origin] = {}
         self._counted: dict[str, list[float]] = {}
         self._files: dict[str, tuple[float, Answer]] = {}
-
-    # -- the wire
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
         """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
@@ -3466,8 +3417,6 @@ class FakeGateway(Peer):
         with self.lock:
             self.line = None
         super().cut()
-
-    # -- what a test makes happen
 
     def unkind(self, where: str, what: Mood, times: int = 1) -> None:
         """Let the next frames go wrong in whose chat and JSON all words of `where` occur.
@@ -3536,8 +3485,6 @@ class FakeGateway(Peer):
                 line.write(CLOSE, struct.pack(">H", 1000))
             line.cut()
 
-    # -- what a test looks at
-
     def all_of(self, chat: str = "alice") -> list[ChatMessage]:
         with self.lock:
             return [message for message in self.messages if message.chat == chat]
@@ -3557,8 +3504,6 @@ class FakeGateway(Peer):
     def is_doubtful(self, message: ChatMessage) -> bool:
         when = message.shown[-1][0]
         return when in self._unsure or self._ended.get(message.line, math.inf) < when + 1
-
-    # -- frames
 
     def _take(self, line: Line, text: str) -> None:
         value = json.loads(text)
@@ -11988,14 +11933,14 @@ IMPORTS = "import http.server, ssl"  # the least that any service of this kind l
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
 
 
-Measured = tuple[str, bool | None, dict[str, Any]]  # text, is the target reached?, figures
+Measured = tuple[str, bool | None, dict[str, Any]]
 
 
 class BenchRow(NamedTuple):
     what: str
     target: str
     text: str  # with the names of the figures
-    wants: str  # programs and modules
+    wants: str
     waits: bool
     measure: Measure
 
@@ -12057,7 +12002,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: start and memory
+# Benchmark: start, memory, callbacks, GitHub
 # ---------------------------------------------------------------------------------------------
 
 
@@ -12103,11 +12048,6 @@ def measure_memory(bench: Benchmark) -> Sequence[Any]:
     peak = middle(relayed.peak / MIB for relayed in bench.fast_relays)
     good = rest <= 26 and max(after, peak) <= 48
     return good, rest, by_hand, int(python(OWN_RSS, dict(os.environ))) / 1024, after, peak
-
-
-# ---------------------------------------------------------------------------------------------
-# Benchmark: callbacks
-# ---------------------------------------------------------------------------------------------
 
 
 def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
@@ -12233,7 +12173,7 @@ def measure_load(bench: Benchmark) -> Sequence[Any]:
         script = Path(name, "post.lua")
         script.write_text(WRK_SCRIPT.replace("REQUESTS", f"{name}/requests"))
         with open(Path(name, "requests"), "wb") as file:
-            for number in range(bench.times(60_000, 20_000)):  # each with a MsgId of its own
+            for number in range(bench.times(60_000, 20_000)):
                 request = built(world.client, f"user{number % 500}", "help", "keep-alive")
                 file.write(b"%d\n" % len(request) + request)
         settings = world.service.settings | {"REPLY": world.say("help"), "PYTHONPATH": str(ROOT)}
@@ -12245,18 +12185,13 @@ def measure_load(bench: Benchmark) -> Sequence[Any]:
             answer = exchange(server[0], built(world.client, "alice", "help"))
             assert "wxsync" in reply_to(world.client, answer)
             put_load(server, script, 1)
-        for _ in range(bench.times(2, 1)):  # in turns
+        for _ in range(bench.times(2, 1)):
             for server, loads in zip(servers, seen, strict=True):
                 loads.append(put_load(server, script, bench.times(20, 4)))
     here, there = ([middle(column) for column in zip(*loads, strict=True)] for loads in seen)
     errors = sum(load[3] for load in seen[0])
     good = here[0] >= 1.2 * there[0] and not errors and here[1] < 150
     return good, here[0], here[0] / there[0], there[0], errors, here[1], there[1], here[2], there[2]
-
-
-# ---------------------------------------------------------------------------------------------
-# Benchmark: GitHub
-# ---------------------------------------------------------------------------------------------
 
 
 def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
@@ -12321,7 +12256,7 @@ def measure_finished(bench: Benchmark) -> Sequence[Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Benchmark: copies
+# Benchmark: copies and files
 # ---------------------------------------------------------------------------------------------
 
 
@@ -12444,14 +12379,9 @@ def measure_many(bench: Benchmark) -> Sequence[Any]:
     return 1 / found[1] <= 1.5, found[0], 1 / found[1], found[2]
 
 
-# ---------------------------------------------------------------------------------------------
-# Benchmark: files
-# ---------------------------------------------------------------------------------------------
-
-
 class Relayed(NamedTuple):
     seconds: float
-    cpu: float  # seconds, of the service
+    cpu: float
     peers: float  # seconds, of source and bucket together
     peak: int  # bytes of memory more than before
     after: int
