@@ -353,7 +353,7 @@ class PeerHandler(BaseHTTPRequestHandler):
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
-        empty = answer.status in (204, 304)
+        empty = answer.status in (101, 204, 304)
         if not empty and "content-length" not in (name.lower() for name in answer.headers):
             self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
@@ -407,9 +407,7 @@ class PeerServer(ThreadingHTTPServer):
         connection, address = super().get_request()
         if tls := self.peer.tls:
             connection.settimeout(10)
-            connection = tls.wrap_socket(
-                connection, server_side=True, do_handshake_on_connect=False
-            )
+            connection = tls.wrap_socket(connection, True, do_handshake_on_connect=False)
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -891,24 +889,11 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)  # cancelled, some time ago
     lock: Any = field(default_factory=threading.RLock)
 
-    @property
-    def lines(self) -> list[str]:
-        lines: list[str] = json.loads(self.inputs.get("images") or "[]")
-        return lines
-
     def add_job(self, name: str) -> Job:
         with self.lock:
             job = Job(self.id * 1000 + len(self.jobs), name, self, self.attempt)
             self.jobs.append(job)
             return job
-
-    def begin(self) -> None:
-        self.status = "in_progress"
-        self.add_job("plan").finish("skipped")
-
-    def job(self, name: str) -> Job:
-        with self.lock:
-            return {job.name: job for job in self.jobs}[name]
 
     def wait(self, event: threading.Event) -> None:
         while not (event.is_set() or self.stop.wait(0.03)):
@@ -945,9 +930,10 @@ class PlayedRunner:
         self.outcomes = dict(outcomes or {})
 
     def __call__(self, inputs: dict[str, str], run: Run) -> None:
-        run.begin()
-        wanted = [line for line in run.lines if self.outcomes.get(line) != "missing"]
-        jobs = [run.add_job(line) for line in wanted]
+        run.status = "in_progress"
+        run.add_job("plan").finish("skipped")  # as in the workflow: it has nothing to do
+        lines = json.loads(inputs.get("images") or "[]")
+        jobs = [run.add_job(line) for line in lines if self.outcomes.get(line) != "missing"]
         with ThreadPoolExecutor(self.concurrent) as pool:
             list(pool.map(self.play, jobs))
         run.finish()
@@ -1060,7 +1046,8 @@ class FakeGitHub(Peer):
     def _answer(self, call: Call) -> Answer:
         if refusal := self._refusal(call):
             return refusal
-        runs, flow, run = "/actions/runs", r"/actions/workflows/([^/]+)", r"/actions/runs/(\d+)"
+        runs, flow = "/actions/runs", f"/actions/workflows/{self.WORKFLOW}"
+        run = runs + r"/(\d+)"
         routes: list[tuple[str, str, Callable[..., Answer]]] = [
             ("GET metadata=read", "", self._repository),
             ("GET contents=read", "/contents/(.+)", self._get_contents),
@@ -1081,7 +1068,12 @@ class FakeGitHub(Peer):
             if match and method == call.method:
                 if right in self.denied:
                     return problem(403, "Resource not accessible by personal access token")
-                return action(call, *match.groups())
+                what: list[Any] = list(match.groups())
+                if path.startswith(run):
+                    seen = time.time() - self.run_lag
+                    what = [r for r in self.runs if str(r.id) == what[0] and r.created <= seen]
+                if len(what) == len(match.groups()):
+                    return action(call, *what)
         return problem(404, "Not Found")
 
     def _refusal(self, call: Call) -> Answer | None:
@@ -1148,16 +1140,12 @@ class FakeGitHub(Peer):
             self.commits.append(commit)
             return commit
 
-    def _workflow(self, call: Call, name: str) -> Answer:
-        if name != self.WORKFLOW:
-            return problem(404, "Not Found")
-        path = f".github/workflows/{name}"
+    def _workflow(self, call: Call) -> Answer:
+        path = f".github/workflows/{self.WORKFLOW}"
         return json_answer({"id": 161335, "path": path, "state": self.workflow_state})
 
-    def _bad_dispatch(self, call: Call, name: str, wish: Any) -> Answer | None:
+    def _bad_dispatch(self, call: Call, wish: Any) -> Answer | None:
         inputs = wish.get("inputs", {})
-        if name != self.WORKFLOW:
-            return problem(404, "Not Found")
         if wish.get("ref") not in self.branches:
             return problem(422, f"No ref found for: {wish.get('ref')}")
         if self.workflow_state != "active":
@@ -1170,9 +1158,9 @@ class FakeGitHub(Peer):
             return problem(422, "inputs are too large.")
         return None
 
-    def _dispatch(self, call: Call, name: str) -> Answer:
+    def _dispatch(self, call: Call) -> Answer:
         wish = call.json()
-        if refusal := self._bad_dispatch(call, name, wish):
+        if refusal := self._bad_dispatch(call, wish):
             return refusal
         inputs = dict(wish.get("inputs", {}))
         run = self.new_run(inputs, wish["ref"])
@@ -1211,9 +1199,7 @@ class FakeGitHub(Peer):
             told |= {"run_attempt": run.attempt, "run_started_at": iso(run.created)}
         return told | {"html_url": f"{self.web}/actions/runs/{run.id}"} | WEIGHT
 
-    def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
-        if name != self.WORKFLOW:
-            return problem(404, "Not Found")
+    def _list_runs(self, call: Call) -> Answer:
         lag = 180 if self.FILTERS & set(call.query) else self.list_lag
         seen = [run for run in reversed(self.runs) if time.time() - run.created >= lag]
         return self._page(call, "workflow_runs", [self._run_json(run) for run in seen])
@@ -1223,22 +1209,10 @@ class FakeGitHub(Peer):
         start = size * (int(call.query.get("page", "1")) - 1)
         return json_answer({"total_count": len(rows), name: rows[start : start + size]})
 
-    def run(self, run_id: int) -> Run:
-        with self.lock:
-            return {run.id: run for run in self.runs}[run_id]
+    def _get_run(self, call: Call, run: Run) -> Answer:
+        return json_answer(self._run_json(run))
 
-    def _visible(self, run_id: str) -> Run | None:
-        found = {str(run.id): run for run in self.runs if time.time() - run.created >= self.run_lag}
-        return found.get(run_id)
-
-    def _get_run(self, call: Call, run_id: str) -> Answer:
-        run = self._visible(run_id)
-        return json_answer(self._run_json(run)) if run else problem(404, "Not Found")
-
-    def _list_jobs(self, call: Call, run_id: str) -> Answer:
-        run = self._visible(run_id)
-        if not run:
-            return problem(404, "Not Found")
+    def _list_jobs(self, call: Call, run: Run) -> Answer:
         with run.lock:
             seen, all_attempts = time.time() - self.jobs_lag, call.query.get("filter") == "all"
             jobs = [job for job in run.jobs if all_attempts or job.attempt == run.attempt]
@@ -1264,10 +1238,7 @@ class FakeGitHub(Peer):
             "steps": [{"name": step.name, "conclusion": step.conclusion} for step in steps],
         } | WEIGHT
 
-    def _cancel(self, call: Call, run_id: str) -> Answer:
-        run = self._visible(run_id)
-        if not run:
-            return problem(404, "Not Found")
+    def _cancel(self, call: Call, run: Run) -> Answer:
         if run.status == "completed":
             return problem(409, "Cannot cancel a workflow run that is completed.")
         threading.Timer(0.1, run.stop.set).start()
@@ -1929,29 +1900,23 @@ def plain(text: str) -> str:
 
 
 class Transcript:
-    COLOURS: ClassVar[dict[str, str]] = {"你": "36", "wxsync": "32", "GitHub": "35"}
     PROMPT = "你> "
 
-    def __init__(self, world: ByRobot, out: TextIO, live: bool) -> None:
-        self.world, self.out, self.live = world, out, live
-        self.colour = live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    def __init__(self, world: ByRobot, out: TextIO) -> None:
+        self.world, self.out = world, out
         self.prompting = False
         self.typed: Callable[[], str] = str  # returns what stands behind the prompt
         self.lock = threading.RLock()
-        self.last = time.monotonic()
         self._seen: dict[object, object] = {}
 
     def show(self, who: str, text: str, note: str = "") -> None:
         name = f"{who}·{note}" if note else who
         body = text.replace("\n", "\n" + " " * (columns(name) + 2))
-        if self.colour:
-            name = f"\033[{self.COLOURS.get(who, '2')}m{name}\033[0m"
         with self.lock:
             line = f"{name}  {body}\n"
             if self.prompting:
                 line = f"\r\033[K{line}{self.PROMPT}{self.typed()}"
             print(line, file=self.out, end="", flush=True)
-            self.last = time.monotonic()
 
     def ask(self) -> str:
         self.prompting = True
@@ -1971,9 +1936,6 @@ class Transcript:
                 if self._new(("message", number), message.text):
                     note = "变成" if len(message.shown) > 1 else "消息"
                     self.show("wxsync", plain(message.text), note)
-            waiting = self.waiting() if self.live and time.monotonic() - self.last > 2 else ""
-            if waiting and self._new("waiting", waiting):
-                self.show("…", waiting)
 
     def _new(self, key: object, value: object = True) -> bool:
         changed = self._seen.get(key) != value
@@ -1992,17 +1954,6 @@ class Transcript:
                 self.show("GitHub", f"{job.name}  {job.conclusion}  {detail}", "任务")
         if run.status == "completed" and self._new(("end", run.id)):
             self.show("GitHub", f"{title}  {run.conclusion}", "结束")
-
-    def waiting(self) -> str:
-        for run in self.world.github.runs:
-            if run.status != "completed":
-                done = sum(job.status == "completed" for job in run.jobs if job.name in run.lines)
-                return f"等待 GitHub 运行结束：已完成 {done} / {len(run.lines)} 个镜像"
-        try:
-            health = self.world.service.health()
-        except (OSError, ValueError):
-            return "wxsync 没有应答 /health"
-        return "等待 wxsync 读取结果并发出消息" if health.get("running") else ""
 
 
 STORY_IMAGES = "library/nginx:latest library/redis:7.2 library/alpine:3.20 bitnami/redis:7.0"
@@ -2158,7 +2109,7 @@ def sandbox(argv: Sequence[str]) -> int:
         except RuntimeError as error:
             print(f"❌ 沙盒没能启动：{error}")
             return 1
-        transcript = Transcript(world, out, live)
+        transcript = Transcript(world, out)
         if wrong := play_story(world, transcript):
             print("\n❌ 有不对的地方：", *wrong, sep="\n   ")
             print("\nwxsync 最近的日志：", *world.service.log.splitlines()[-30:], sep="\n   ")
@@ -3373,20 +3324,13 @@ class FakeGateway(Peer):
         with self.lock:
             self.calls.append(call)
         handler.close_connection = True
-        if re.fullmatch(r"websocket .*upgrade.* 13 [\w+/]{22}==", " ".join(heads)):
-            self._converse(call.headers["sec-websocket-key"], handler)
-        else:
+        if not re.fullmatch(r"websocket .*upgrade.* 13 [\w+/]{22}==", " ".join(heads)):
             self.violations.append(f"a handshake with {call.headers}")
             handler.send(Answer(400))
-
-    def _converse(self, key: str, handler: PeerHandler) -> None:
-        digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
-        handler.send_response(101)
-        accept = base64.b64encode(digest).decode()
-        for name, value in UPGRADE.items() | {"Sec-WebSocket-Accept": accept}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        handler.wfile.flush()
+            return
+        key = call.headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        handler.send(Answer(101, b"", UPGRADE | {"Sec-WebSocket-Accept": accept}))
         line = Line(handler)
         try:
             while (text := line.read()) is not None:
@@ -11590,7 +11534,7 @@ def picture(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / ".github" / "chat.svg")
     options = parser.parse_args(argv)
     with Stage(True, lambda text: None) as world:
-        wrong = play_story(world, Transcript(world, io.StringIO(), False))
+        wrong = play_story(world, Transcript(world, io.StringIO()))
         drawn = draw_chat(chat_of(world))
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
