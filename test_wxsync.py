@@ -285,28 +285,20 @@ class Call:
     def target(self) -> str:
         return self.path + (f"?{urlencode(self.query)}" if self.query else "")
 
+    @property
+    def line(self) -> str:
+        return f"{self.method} {self.target}"
+
     def json(self) -> Any:
         return json.loads(self.body)
 
 
-What = tuple[int, dict[str, str], bytes] | str  # goes wrong, see Fault
+What = tuple[int, dict[str, str], bytes] | str  # goes wrong, see Peer.fail
+Mood = What | int | float | None  # of a frame, see FakeGateway
 
 
-class Fault(NamedTuple):
-    """Goes wrong once. `where` are words that must all occur in "METHOD /path?query".
-
-    `what` is an answer (status, headers, body), or one of: "reset" (the connection breaks before
-    anything is done), "lost" (the work is done, then the connection breaks), "hang" (never any
-    answer), "mute" (the work is done, but never any answer), "garbage" (not HTTP), "short" (a body
-    cut off), "big" (10 MB), "drip" (a byte now and then, for ever).
-    """
-
-    where: str
-    what: What
-
-    def hits(self, call: Call) -> bool:
-        line = f"{call.method} {call.target}"
-        return all(word in line for word in self.where.split())
+def holds(line: str, words: str) -> bool:
+    return all(word in line for word in words.split())
 
 
 class PeerHandler(BaseHTTPRequestHandler):
@@ -438,7 +430,7 @@ class Peer(Closing):
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self.errors: list[str] = []  # tracebacks of the fake itself: tests want this empty
-        self.faults: list[Fault] = []
+        self.faults: list[tuple[str, Any]] = []
         self.hang = False
         self.delay = 0.0
         self.skew = 0.0  # seconds by which this server's clock is wrong
@@ -486,28 +478,40 @@ class Peer(Closing):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
-    def fail(self, where: str, what: What, times: int = 1) -> None:
+    def fail(self, where: str, what: Mood, times: int = 1) -> None:
+        """Let what comes next go wrong, where all words occur in "METHOD /path?query".
+
+        `what` is an answer (status, headers, body), or one of: "reset" (the connection breaks
+        before anything is done), "lost" (the work is done, then the connection breaks), "hang"
+        (never any answer), "mute" (the work is done, but never any answer), "garbage" (not HTTP),
+        "short" (a body cut off), "big" (10 MB), "drip" (a byte now and then, for ever).
+        """
         with self.lock:
-            self.faults += [Fault(where, what)] * times
+            self.faults += [(where, what)] * times
+
+    def meet(self, line: str) -> Any:
+        """Return what goes wrong now, None if nothing does."""
+        for number, (where, what) in enumerate(self.faults):
+            if holds(line, where):
+                del self.faults[number]
+                return what
+        return None
 
     def calls_to(self, where: str) -> list[Call]:
         with self.lock:
-            return [call for call in self.calls if Fault(where, "").hits(call)]
+            return [call for call in self.calls if holds(call.line, where)]
 
-    def note(self, call: Call) -> Fault | None:
+    def note(self, call: Call) -> Any:
         with self.changed:
             self.calls.append(call)
-            fault = next((f for f in self.faults if f.hits(call)), None)
-            if fault:
-                self.faults.remove(fault)
             self.changed.notify_all()
-        return fault
+            return self.meet(call.line)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        fault = self.note(call)
+        what = self.note(call)
         if self.delay:
             self.stopping.wait(self.delay)
-        what = "hang" if self.hang else fault.what if fault else None
+        what = "hang" if self.hang else what
         if isinstance(what, tuple):
             handler.send(Answer(what[0], what[2], what[1]))
         elif what and what not in ("lost", "mute"):
@@ -2449,12 +2453,12 @@ class Source(Peer):
             return Counter(call.path for call in self.calls)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        fault = self.note(call)
+        what = self.note(call)
         served = self.files.get(call.target) or self.files.get(unquote(call.path))
         if self.hang:
             handler.misbehave("hang")
-        elif fault and isinstance(fault.what, str):
-            handler.misbehave(fault.what)
+        elif isinstance(what, str):
+            handler.misbehave(what)
         elif not served:
             handler.send(Answer(404, b"not found"))
         elif served.garbage:
@@ -2800,7 +2804,7 @@ class Talk:
         return [dispatch.inputs for dispatch in self.github.dispatches[self._dispatches :]]
 
     def calls(self, where: str = "") -> list[Call]:
-        return [call for call in self.github.calls[self._calls :] if Fault(where, "").hits(call)]
+        return [call for call in self.github.calls[self._calls :] if holds(call.line, where)]
 
     def end(self) -> None:
         """Leave everything as the next test expects it."""
@@ -3166,7 +3170,6 @@ def depot(shared_depot: Depot) -> Iterator[Depot]:
 # ---------------------------------------------------------------------------------------------
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # opcodes of RFC 6455
-Mood = str | int | float | None  # see FakeGateway.unkind
 
 
 class Broken(Exception):
@@ -3276,8 +3279,10 @@ class FakeGateway(Peer):
       connection: the newer throws the older out; it pushes only to who has written before
     - forgets the req_ids of earlier connections (846605; reported by users)
     - sends control characters inside its JSON, pieces with pings in between (`fragments`)
-    - what a test makes happen: `fail` (the handshake), `unkind` (frames), `write`, `ahead` (time)
-    `violations` are what the real one would drop, cut or punish.
+    `violations` are what the real one would drop, cut or punish. `fail` is for handshakes, and for
+    frames in whose chat and JSON all words occur: "cut" (the line breaks, nothing is taken),
+    "ignore" (nothing is taken or said), "lost" (taken, then the line breaks), "swallow" (taken, no
+    acknowledgement), an errcode (refused), or a float (acknowledged after so many seconds).
     """
 
     KINDS: ClassVar = {
@@ -3296,8 +3301,7 @@ class FakeGateway(Peer):
         self.messages: list[ChatMessage] = []
         self.violations: list[str] = []
         self.subscriptions: list[tuple[float, int]] = []  # when, and with which errcode it ended
-        self.moods: list[tuple[str, Mood]] = []
-        self.mood: Callable[[str], Mood] = self.next_mood  # a test may put another one here
+        self.mood: Callable[[str], Mood] = self.meet  # a test may put another one here
         self.fragments = False
         self.chats: dict[str, int] = {}  # who has written so far -> chat_type
         self._unsure: set[float] = set()  # times of frames whose acknowledgement was kept back
@@ -3309,7 +3313,7 @@ class FakeGateway(Peer):
     def serve(self, call: Call, handler: PeerHandler) -> None:
         """Answer a handshake and stay, unless a fault says otherwise; anything else is HTTP."""
         heads = [call.headers.get(name, "").lower() for name in HANDSHAKE]
-        if heads[0] != "websocket" or self.hang or any(fault.hits(call) for fault in self.faults):
+        if heads[0] != "websocket" or self.hang or any(holds(call.line, f[0]) for f in self.faults):
             super().serve(call, handler)
             return
         with self.lock:
@@ -3352,23 +3356,6 @@ class FakeGateway(Peer):
         with self.lock:
             self.line = None
         super().cut()
-
-    def unkind(self, where: str, what: Mood, times: int = 1) -> None:
-        """Let the next frames go wrong in whose chat and JSON all words of `where` occur.
-
-        `what`: "cut" (the line breaks, nothing is taken), "ignore" (nothing is taken or said),
-        "lost" (taken, then the line breaks), "swallow" (taken, no acknowledgement), an errcode
-        (refused), or a float (taken; acknowledged after so many seconds).
-        """
-        with self.lock:
-            self.moods += [(where, what)] * times
-
-    def next_mood(self, text: str) -> Mood:
-        for number, (where, what) in enumerate(self.moods):
-            if all(word in text for word in where.split()):
-                del self.moods[number]
-                return what
-        return None
 
     def say(
         self,
@@ -3612,7 +3599,7 @@ def test_tencents_client_meets_an_unkind_gateway() -> None:
         with judge(gateway, "wrong") as tells:
             wanted = "refused, hint: [17640000005], more info at e=853000 (code: 853000)"
             assert tells("error", f"Authentication failed: {wanted}") and not gateway.line
-        gateway.unkind("three", "cut")
+        gateway.fail("three", "cut")
         with judge(gateway) as tells:
             gateway.say("hello")
             assert tells("disconnected") and gateway.all_of()[0].text == "one, two"
@@ -9422,7 +9409,7 @@ def test_a_long_message_ends_in_time() -> None:
     names, runner = [f"x/{'long-' * 30}{number}:1" for number in range(200)], SlowRunner()
     runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
     with RobotWorld(runner, ROBOT_STREAM_SECONDS="3") as world:
-        world.gateway.unkind('bob "finish":true', "ignore")
+        world.gateway.fail('bob "finish":true', "ignore")
         message = world.ask("\n".join([*names, "slow/a:1"]))
         world.ask("slow/b:1", "bob")
         assert world.result("⏰") is message and "200" in message.text
@@ -9447,9 +9434,9 @@ def test_what_is_not_acknowledged_is_pushed() -> None:
     wanted = dict.fromkeys(cases, "成功 1 / 1")
     with RobotWorld(QUEUE_SIZE="100") as world:
         for user, (frame, mood) in cases.items():
-            world.gateway.unkind(f"{user} {FRAMES[frame]}", mood)
+            world.gateway.fail(f"{user} {FRAMES[frame]}", mood)
             if frame == "push":
-                world.gateway.unkind(f'{user} "finish":true', "ignore")
+                world.gateway.fail(f'{user} "finish":true', "ignore")
             elif frame == "help":
                 wanted[user] = "使用说明"
             world.gateway.say("help" if frame == "help" else f"{user}:1", user)
@@ -9540,7 +9527,7 @@ def test_random_kills_and_cuts_lose_nothing() -> None:
             timer.join()
             if not world.service.alive():
                 world.service.start()
-        gateway.mood = gateway.next_mood
+        gateway.mood = gateway.meet
         for life in range(lives):
             gateway.hear(lambda m: "成功 1 / 1" in m.text, f"user{life}", 60)
         time.sleep(2)  # what ACK_SECONDS may bring once more
@@ -9575,7 +9562,7 @@ def test_a_gateway_that_is_away_for_a_while() -> None:
 def test_a_line_that_is_dead_is_noticed() -> None:
     """Two pings without an answer: connected anew. WebSocket's own pings prove nothing."""
     with RobotWorld(ROBOT_PING_SECONDS="0.2") as world:
-        world.gateway.unkind('"cmd":"ping"', "ignore", 2)
+        world.gateway.fail('"cmd":"ping"', "ignore", 2)
         assert wait_until(lambda: len(world.gateway.subscriptions) == 2)
         before, begun = len(world.gateway.frames), time.monotonic()
         assert wait_until(lambda: len(world.gateway.frames) >= before + 5)
@@ -9616,9 +9603,9 @@ def test_another_program_takes_the_robot_over() -> None:
 def test_sigterm_ends_it_with_the_line_open() -> None:
     """Within 2 s, also while an acknowledgement is waited for; the answer follows."""
     with RobotWorld() as world:
-        world.gateway.unkind('"finish":true', "ignore", 5)
+        world.gateway.fail('"finish":true', "ignore", 5)
         world.gateway.say("nginx:1")
-        assert wait_until(lambda: len(world.gateway.moods) < 5)
+        assert wait_until(lambda: len(world.gateway.faults) < 5)
         code, seconds = world.service.terminate()
         assert code == 0 and seconds < 2
         world.service.start()
@@ -9741,7 +9728,7 @@ def test_a_burst_breaks_no_limit_and_each_is_answered() -> None:
             world.gateway.say("help", user)
         for user in people:
             world.result("使用说明", user)
-        world.gateway.mood, before = world.gateway.next_mood, len(world.gateway.messages)
+        world.gateway.mood, before = world.gateway.meet, len(world.gateway.messages)
         asked = {world.gateway.say("状态") for _ in range(40)}
         enough = before + (40 if LONG else 12)
         assert wait_until(lambda: len(world.gateway.messages) >= enough, 150)
