@@ -454,7 +454,7 @@ class Peer(Closing):
         self._server = PeerServer(self)
         self.port = self._server.server_port
         serve = self._server.serve_forever
-        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
+        threading.Thread(target=serve, args=(0.01,), daemon=True).start()
         return self
 
     def stop(self) -> None:
@@ -1147,31 +1147,26 @@ class FakeGitHub(Peer):
         path = f".github/workflows/{self.WORKFLOW}"
         return json_answer({"id": 161335, "path": path, "state": self.workflow_state})
 
-    def _bad_dispatch(self, call: Call, wish: Any) -> Answer | None:
-        inputs = wish.get("inputs", {})
-        if wish.get("ref") not in self.branches:
-            return problem(422, f"No ref found for: {wish.get('ref')}")
-        if self.workflow_state != "active":
-            return problem(422, "Cannot trigger a 'workflow_dispatch' on a disabled workflow")
-        if unknown := sorted(set(inputs) - {"images", "request", "target"}):
-            return problem(422, f"Unexpected inputs provided: {json.dumps(unknown)}")
-        if not all(isinstance(value, str) for value in inputs.values()):
-            return problem(422, "Invalid request.\n\nInputs must be strings.")
-        if len(call.body.decode()) > 65_535:
-            return problem(422, "inputs are too large.")
-        return None
-
     def _dispatch(self, call: Call) -> Answer:
         wish = call.json()
-        if refusal := self._bad_dispatch(call, wish):
-            return refusal
-        inputs = dict(wish.get("inputs", {}))
-        run = self.new_run(inputs, wish["ref"])
-        self.dispatches.append(Dispatch(run.created, wish["ref"], inputs, run.id))
+        inputs, ref = dict(wish.get("inputs", {})), wish.get("ref")
+        off = "Cannot trigger a 'workflow_dispatch' on a disabled workflow"
+        unknown = sorted(set(inputs) - {"images", "request", "target"})
+        wrong = {
+            f"No ref found for: {ref}": ref not in self.branches,
+            off: self.workflow_state != "active",
+            f"Unexpected inputs provided: {json.dumps(unknown)}": unknown,
+            "Inputs must be strings.": not all(isinstance(v, str) for v in inputs.values()),
+            "inputs are too large.": len(call.body.decode()) > 65_535,
+        }
+        if said := next((text for text, is_so in wrong.items() if is_so), ""):
+            return problem(422, said)
+        run = self.new_run(inputs, ref)
+        self.dispatches.append(Dispatch(run.created, ref, inputs, run.id))
         if self.old_dispatch or not wish.get("return_run_details"):
             return Answer(204)
-        path = f"/actions/runs/{run.id}"
-        return json_answer({"workflow_run_id": run.id, "html_url": self.web + path})
+        page = f"{self.web}/actions/runs/{run.id}"
+        return json_answer({"workflow_run_id": run.id, "html_url": page})
 
     def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
         with self.lock:
@@ -2384,14 +2379,12 @@ class Served:
     ranges: str = ""  # "", "good", "ignored" (200 and all), "wrong" (starts elsewhere), "500"
     etag: str = ""
     modified: str = ""
-    change: bool = False  # after the first answer it is another file with another etag
+    then: Mapping[str, Any] = field(default_factory=dict)  # what changes after the first answer
     cut_after: Sequence[int] = ()  # bytes after which the connection breaks, one for each answer
     stall_after: int = -1
     stalls: int = 1
     rate: float = 0.0
     headers: Mapping[str, str] = field(default_factory=dict)
-    garbage: bool = False
-    expired: int = 0  # the status of every answer but the first, as of a signed address
     raw: bytes = b""  # the answer, byte for byte; then `again` twenty times a second, without end
     again: bytes = b""
     seed: int = 0
@@ -2461,8 +2454,6 @@ class Source(Peer):
             handler.misbehave(what)
         elif not served:
             handler.send(Answer(404, b"not found"))
-        elif served.garbage:
-            handler.misbehave("garbage")
         elif served.raw:
             handler.close_connection = True
             handler.wfile.write(served.raw)
@@ -2475,10 +2466,8 @@ class Source(Peer):
         with self.lock:
             served.asked += 1
             turn = served.asked
-        if served.change and turn > 1:
-            served = replace(served, etag='"other"', seed=served.seed + 1000)
-        if served.expired and turn > 1:
-            served = replace(served, status=served.expired, size=0, ranges="")
+        if turn > 1:
+            served = replace(served, **served.then)
         status, start = served.chosen(call)
         blocks, left = served.bytes_from(start), served.size - start
         if served.gzip:
@@ -5224,7 +5213,7 @@ SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
     ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
     ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
     ({"status": 204}, "HTTP 204"),
-    ({"garbage": True}, "不是正常的 HTTP"),
+    ({"raw": b"\x16\x03\x01 this is no HTTP\r\n\r\n"}, "不是正常的 HTTP"),
     (GO | {"location": "/trouble-9"}, "不停地重定向"),
     (GO | {"location": "file:///etc/passwd"}, "格式不正确"),
     (GO | {"location": "http://u:p@example.com/"}, "格式不正确"),
@@ -5235,7 +5224,7 @@ SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
     (BROKEN | {"ranges": ""}, "来源文件已变化或不支持续传"),
     (BROKEN | {"ranges": "ignored"}, "已变化或不支持续传"),
     (BROKEN | {"ranges": "wrong"}, "已变化或不支持续传"),
-    (BROKEN | {"change": True}, "已变化"),
+    (BROKEN | {"then": {"etag": '"other"', "seed": 1000}}, "已变化"),
     (BROKEN | {"ranges": "416"}, "HTTP 416"),
     ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
     ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
@@ -5682,7 +5671,7 @@ def test_an_expired_address_is_asked_for_again_at_the_link(impatient: Depot, sta
     there is nowhere to begin again it ends, after a few requests."""
     source, first = impatient.source, len(impatient.source.calls)
     options: dict[str, Any] = {"etag": '"v"', "ranges": "good", "cut_after": [300_000], "seed": 1}
-    options |= {"expired": status}
+    options |= {"then": {"status": status, "size": 0, "ranges": ""}}
     for turn in (1, 2, 3):
         source.add(f"/signed?t={turn}", 900_000, **options)
     link = source.add("/signed.iso", status=302, location="/signed?t={turn}")
