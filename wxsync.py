@@ -4793,6 +4793,7 @@ def follow(app: App, task: Task) -> None:
     """Look once at a run; let go of one that takes long, at last with a last look at its jobs."""
     work = app.progress.of(task)
     work.since = work.since or since(app, task)
+    work.next_count = work.next_count or time.monotonic() + JOBS_SECONDS
     try:
         if work.cancels >= 0 and app.state.is_cancelled(task):
             cancel_run(app, task, work)
