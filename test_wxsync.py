@@ -7426,43 +7426,26 @@ def state_file(**keys: object) -> bytes:
     return json.dumps(WHOLE | keys).encode()
 
 
-def with_task(**changes: object) -> bytes:
-    return state_file(tasks=[TASK | changes])
-
-
-TOLERATED = {
-    "as it should be": with_task(),
-    "unknown field": with_task(colour="red"),
-    "fields of a process": with_task(done=1, total=2, since=3.0),
-    "unknown key": state_file(tasks=[TASK], colours=["red"]),
-    "missing keys": json.dumps({"version": 1, "tasks": [TASK]}).encode(),
-    "torn tail": with_task() + b"\n" + with_task(id="f" * 16)[:90],
-    "older lines": state_file(tasks=[OTHER_TASK]) + b"\n" + with_task() + b"\n",
-}
-DAMAGED = {
-    "empty": b"",
-    "cut off": json.dumps(WHOLE).encode()[:50],
-    "zeros": bytes(4096),
-    "binary": bytes(range(256)) * 10,
-    "null": b"null",
-    "a list": b"[]",
-    "nested": b"[" * 100_000,
-    "tasks null": state_file(tasks=None),
-    "a task null": state_file(tasks=[None]),
-    "nobody's": with_task(user=5),
-    "letters odd": state_file(letters=[["alice"], 5]),
-    "orphans odd": state_file(orphans=[[1, 2, 3], None]),
-    "seen odd": state_file(seen={"1": 5}),
-    "huge number": state_file(seen={"1": [10**400, "x"]}),
-    "new keys odd": state_file(finished=5, cancelled={"a": 1}, tries="x"),
-}
+WITH_TASK = state_file(tasks=[TASK])
+TOLERATED = [
+    WITH_TASK,
+    state_file(tasks=[TASK | {"colour": "red", "done": 1, "total": 2, "since": 3.0}], colours=5),
+    json.dumps({"version": 1, "tasks": [TASK]}).encode(),
+    WITH_TASK + b"\n" + state_file(tasks=[OTHER_TASK])[:-90],  # torn
+    state_file(tasks=[OTHER_TASK]) + b"\n" + WITH_TASK + b"\n",
+]
+DAMAGED = [
+    *(b"", WITH_TASK[:50], bytes(4096), b"null", b"[]", b"[" * 100_000),
+    *(state_file(tasks=odd) for odd in (None, [None], [TASK | {"user": 5}])),
+    state_file(letters=[["alice"], 5]),
+    state_file(orphans=[[1, 2, 3], None]),
+    *(state_file(seen={"1": odd}) for odd in (5, [10**400, "x"])),
+    state_file(finished=5, cancelled={"a": 1}, tries="x"),
+]
 BAD_TASKS: list[dict[str, Any]] = [
-    {"items": "nginx:1"},
-    {"items": [1]},
-    {"items": []},
+    *({"items": odd} for odd in ("nginx:1", [1], [], ["rm -rf / \n# evil"])),
     {"lane": "files", "items": []},
     {"lane": "files", "items": ["http://127.0.0.1/"], "upload": [1]},
-    {"items": ["rm -rf / \n# evil"]},
     {"lane": "trains"},
     {"stage": "waiting for a train"},
     {"stage": "late", "items": [1], "run_id": 1},
@@ -7473,14 +7456,13 @@ BAD_TASKS: list[dict[str, Any]] = [
 def test_a_state_file_is_taken_up() -> None:
     """What is unknown, missing or torn harms nothing: the request is done, nothing set aside."""
     with quick() as world:
-        for number, data in enumerate(TOLERATED.values()):
+        for number, data in enumerate(TOLERATED):
             world.service.kill()
             own = data.replace(b'"alice"', b'"user%d"' % number)  # whom GitHub has no run of yet
             world.state_file.write_bytes(own.replace(b"0123456789abcdef", b"%016d" % number))
             world.service.start()
             assert "✅" in hear(world, f"user{number}", "成功 1 / 1")
             assert wait_until(lambda: idle(world))
-        assert "damaged" not in world.service.log
         assert len(world.github.dispatches) == len(TOLERATED)
         assert not list(world.service.state_dir.glob("*damaged*"))
         assert os.name == "nt" or world.state_file.stat().st_mode & 0o777 == 0o600
@@ -7493,9 +7475,8 @@ def check_set_aside(world: Quick, data: bytes) -> None:
     world.images.write_text("redis:6\n")
     before = len(world.service.log)
     world.service.start()
-    user = f"bob{before}"
-    world.say("nginx:latest", user)
-    assert wait_until(lambda: finals(world, user), 3), f"the lane is stuck: {data[:99]!r}"
+    world.say("nginx:latest", f"bob{before}")
+    hear(world, f"bob{before}", "成功 ")
     (aside,) = world.service.state_dir.glob("*damaged*")
     assert aside.read_bytes() == data and world.images.read_text().startswith("redis:6\n")
     assert os.name == "nt" or aside.stat().st_mode & 0o777 == 0o600
@@ -7505,21 +7486,18 @@ def check_set_aside(world: Quick, data: bytes) -> None:
 
 @early
 def test_a_damaged_state_file_is_set_aside() -> None:
-    """The service starts, says it loudly, keeps the file and images.txt, and does the next task."""
-    with Depot(QINGSTOR_URL=NOWHERE) as world:
-        for data in DAMAGED.values():
-            check_set_aside(world, data)
-
-
-@early
-def test_of_a_bad_task_its_person_is_told_and_the_rest_lives_on() -> None:
-    """One odd entry is one request lost, and not unheard; what stands beside it is not lost."""
+    """The service starts, says it loudly, keeps the file and images.txt, and does the next task;
+    of a bad task its person is told, what stands beside it is not lost."""
     tasks = [TASK | {"id": f"{n:016}", "user": f"user{n}"} | bad for n, bad in enumerate(BAD_TASKS)]
     with Depot(QINGSTOR_URL=NOWHERE) as world:
+        for data in DAMAGED:
+            check_set_aside(world, data)
+        before = len(world.wecom.messages)
         check_set_aside(world, state_file(tasks=[*tasks, OTHER_TASK], letters=[("dave", "hello")]))
         assert "✅" in hear(world, "carol", "成功 1 / 1") and hear(world, "dave", "hello")
         assert all("❌" in hear(world, str(task["user"]), "重发") for task in tasks)
-        assert wait_until(lambda: idle(world)) and len(world.wecom.messages) == len(tasks) + 3
+        assert wait_until(lambda: idle(world))
+        assert len(world.wecom.messages) == before + len(tasks) + 3
 
 
 def test_an_odd_images_txt_is_kept_or_told() -> None:
@@ -7537,67 +7515,48 @@ def test_an_odd_images_txt_is_kept_or_told() -> None:
 
 
 @contextmanager
-def small_disk() -> Iterator[Path]:
-    """Mount a file system of 256 kB for a while; skip the test where that is not allowed."""
-    folder = Path(tempfile.mkdtemp(prefix="wxsync-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    mount = shutil.which("mount")
-    if not mount or subprocess.run(command, capture_output=True, check=False).returncode:
-        folder.rmdir()
-        pytest.skip("cannot mount a small file system here (needs root)")
+def mounted(folder: Path, *words: str) -> Iterator[None]:
+    """Mount something on a folder for a while; skip the test where that is not allowed."""
+    done = run_command(["mount", *words, str(folder)]) if shutil.which("mount") else None
+    if not done or done.returncode:
+        pytest.skip("cannot mount here (needs root)")
     try:
-        yield folder
+        yield
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-        folder.rmdir()
+        run_command(["umount", "-l", str(folder)], check=True)
 
 
-def disk_takes_log(world: World) -> bool:
-    """Let the service log something; tell whether the log has become longer."""
-    before = world.service.log_path.stat().st_size
-    with suppress(OSError, http.client.HTTPException):
-        world.client.post_text("alice", "x", timestamp=1)
-    return world.service.log_path.stat().st_size > before
-
-
-@pytest.mark.parametrize("log_is_there_too", [False, True])
-def test_a_full_disk_is_told_and_nothing_is_accepted(log_is_there_too: bool) -> None:
+def test_a_full_or_read_only_disk_is_told_and_nothing_is_accepted(tmp_path: Path) -> None:
     """The refusal comes as the reply, even when the log cannot be written either."""
-    with small_disk() as disk, closing(quick(STATE_DIR=str(disk)).prepare()) as world:
-        if log_is_there_too:
-            world.service.log_path = disk / "log"
-            world.service.log_path.touch()
+    with (
+        mounted(tmp_path, "-t", "tmpfs", "-o", "size=256k", "tmpfs"),
+        closing(quick(STATE_DIR=str(tmp_path)).prepare()) as world,
+    ):
+        log = world.service.log_path = tmp_path / "log"
+        log.touch()
         world.service.start()
-        world.say("列表")
-        with open(disk / "filler", "wb", 0) as filler, suppress(OSError):
+
+        def log_grows() -> bool:
+            before = log.stat().st_size
+            with suppress(OSError, http.client.HTTPException):
+                world.client.post_text("alice", "x", timestamp=1)
+            return log.stat().st_size > before
+
+        with open(tmp_path / "filler", "wb", 0) as filler, suppress(OSError):
             while filler.write(b"x" * 512):  # up to the last byte
                 pass
-        while log_is_there_too and disk_takes_log(world):
-            pass
-        for text in ("nginx:latest", "redis:7"):
-            assert "无法保存" in world.say(text)
-        assert world.service.health()["running"] == 0, "accepted all the same"
-        (disk / "filler").unlink()
+        assert wait_until(lambda: not log_grows())
+        assert [text for text in ("a:1", "b:1") if "无法保存" not in world.say(text)] == []
+        (tmp_path / "filler").unlink()
+        with mounted(tmp_path, "--bind", str(tmp_path)):
+            run_command(["mount", "-o", "remount,bind,ro", str(tmp_path)], check=True)
+            assert "无法保存" in world.say("c:1")
+            health = world.service.health()
+            assert (health["status"], health["running"]) == ("degraded", 0)
         world.say("alpine:3", "bob")
         world.hear("✅")
         assert [d.inputs["images"] for d in world.github.dispatches] == ['["alpine:3"]']
-        assert saved(world)["tasks"] == []
-
-
-def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
-    """The folder becomes read-only under the running service."""
-    with small_disk() as disk, quick(STATE_DIR=str(disk)) as world:
-        subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
-        try:
-            subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
-            assert "无法保存" in world.say("nginx:latest")
-            health = world.service.health()
-            assert (health["status"], health["running"]) == ("degraded", 0)
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
-        world.say("redis:7")
-        world.hear("✅")
-        assert len(world.github.dispatches) == 1
+        assert wait_until(lambda: idle(world))
 
 
 def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
@@ -7617,29 +7576,28 @@ def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
             begun = time.monotonic()
             assert world.service.health() and "当前状态" in world.say("状态", "zoe")
             looks.append(time.monotonic() - begun)
-        slowest = max(future.result() for future in asked)
-        assert (slowest < 4, max(looks) < 0.5) == (True, True), (slowest, max(looks))
+        assert max(future.result() for future in asked) < 4 and max(looks) < 0.5
         code, seconds = world.service.terminate()
-        assert (code, seconds < 5) == (0, True), seconds
-        assert len(saved(world)["tasks"]) == 20
+        assert code == 0 and seconds < 5 and len(saved(world)["tasks"]) == 20
 
 
-SYNC_FAILS = {
-    "a file": {"file": errno.EIO},
-    "a full disk": {"file": errno.ENOSPC},
-    "a folder": {"folder": errno.EIO},
-    "no folders here": {"folder": errno.EINVAL},
-    "not supported": {"folder": errno.ENOTSUP},
-}
+# What fails, with which errno, and whether it does for ever, as on mounts without such a thing.
+SYNC_FAILS = [
+    ("file", errno.EIO, False),
+    ("folder", errno.EIO, False),
+    ("folder", errno.EINVAL, True),
+    ("folder", errno.ENOTSUP, True),
+]
 
 
-@pytest.mark.parametrize("name", SYNC_FAILS)
-def test_what_is_refused_never_runs_and_what_is_taken_does(name: str) -> None:
+@pytest.mark.parametrize(("what", "number", "lasting"), SYNC_FAILS)
+def test_what_is_refused_never_runs_and_what_is_taken_does(
+    what: str, number: int, lasting: bool
+) -> None:
     """A sync that fails leaves nothing half; a folder that can never be synced fails nothing."""
     with quick(None, BAD_DISK) as world:
-        disk_is(world, **SYNC_FAILS[name])
+        disk_is(world, **{what: number})
         reply = world.say("app1:1")
-        lasting = name in ("no folders here", "not supported")
         assert "正在处理" in reply or ("无法保存" in reply and not lasting), reply
         world.service.kill()
         if not lasting:
@@ -7669,8 +7627,7 @@ def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: boo
         assert wait_until(lambda: world.github.runs)
         room(world, 0)
         world.open()
-        for user in ("alice", "bob"):
-            assert "✅" in hear(world, user, "成功 1 / 1")
+        assert all("✅" in hear(world, user, "成功 1 / 1") for user in ("alice", "bob"))
         assert "无法保存" in world.say("app2:1", "carol")
         assert world.service.health()["status"] == "degraded"
         if killed:  # what was told was not written down: it is told again, to the letter
@@ -7689,79 +7646,51 @@ def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: boo
 # Nothing lost: midnight
 # ---------------------------------------------------------------------------------------------
 
-# Reads a moment a line, does midnight's work at it, prints what `keep_midnight` returned.
-MIDNIGHT = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import wxsync
-settings = wxsync.load_settings(os.environ)
-log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
-moment = [0.0]
-app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
-app.state.load()
-for line in sys.stdin:
-    moment[0] = float(line)
-    print(wxsync.keep_midnight(app), flush=True)
-"""
-
 
 class Nights:
     """Midnight's work of one STATE_DIR at moments of the test's choice."""
 
     def __init__(self, github: FakeGitHub, zone: str, folder: Path) -> None:
-        self.github, self.zone, self.images = github, zone, folder / "images.txt"
+        self.github, self.zone, self.images = github, ZoneInfo(zone), folder / "images.txt"
         self.images.touch()
-        settings = World(SCRIPT).defaults() | {"GITHUB_API_URL": github.url, "TZ": zone}
-        settings |= {"WECOM_API_URL": NOWHERE, "STATE_DIR": str(folder)}
-        self.environment = clean_environment(folder, settings)
+        own = {"WECOM_API_URL": NOWHERE, "GITHUB_API_URL": github.url, "STATE_DIR": str(folder)}
+        self.settings, self.moment = wxsync.load_settings(World(SCRIPT).defaults() | own), 0.0
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-B", "-c", MIDNIGHT, str(SCRIPT.parent)],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        log = wxsync.Log("DEBUG", self.settings.secret_values(), sys.stderr)
+        self.app = wxsync.build_app(self.settings, log, lambda: self.moment, lambda seconds: None)
+        self.app.state.load()
+
+    def work(self, moment: float) -> float:
+        """Return how long it wants to wait then."""
+        self.moment = moment
+        return wxsync.keep_midnight(self.app)
 
     def seconds(self, when: str) -> float:
-        return datetime.fromisoformat(when).replace(tzinfo=ZoneInfo(self.zone)).timestamp()
-
-    def begin(self, moment: float) -> None:
-        assert self.process.stdin
-        print(moment, file=self.process.stdin, flush=True)
-
-    def end(self) -> float:
-        assert self.process.stdout
-        return float(self.process.stdout.readline())
-
-    def ask(self, line: str) -> None:
-        with open(self.images, "a") as file:
-            file.write(f"{line}\n")
+        return datetime.fromisoformat(when).replace(tzinfo=self.zone).timestamp()
 
     def step(self, text: str) -> None:
         word, _, value = text.partition(" ")
         if word == "+":
-            self.ask(value)
+            with open(self.images, "a") as file:
+                file.write(f"{value}\n")
         elif word == "=":
             assert self.images.read_text().split() == value.split()
         elif word == "pushed":
-            pushed = [commit.content.decode().strip() for commit in self.github.commits]
-            assert list(filter(None, pushed)) == value.split()
+            pushed = "".join(commit.content.decode() for commit in self.github.commits)
+            assert pushed.split() == value.split()
         elif word == "GitHub":
             {"goes": self.github.stop, "comes": self.github.start}[value]()
         elif word == "has":
             self.github.files["images.txt"] = f"{value}\n".encode()
         elif word == "restart":
-            self.process.kill()
-            self.process.communicate()
             self.start()
         else:
             when, _, wait = text.partition(" → ")
-            self.begin(self.seconds(when if when.startswith("2") else f"2026-{when}"))
+            waits = self.work(self.seconds(when if when.startswith("2") else f"2026-{when}"))
             least, most = map(float, (wait or "0-86400").split("-"))
-            assert least <= self.end() <= most
+            assert least <= waits <= most
 
 
 # promise: times at which the work is done (→ how long it waits then), lines that are added, what is
@@ -7782,17 +7711,19 @@ yesterday is lived again: 05-06 00:05, + nginx:1, 05-05 23:50, = nginx:1, pushed
 
 
 @pytest.fixture
-def nights(tmp_path: Path) -> Iterator[Callable[[str], Nights]]:
-    with FakeGitHub() as github, ExitStack() as stack:
+def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Nights]]:
+    def begin(zone: str) -> Nights:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        return Nights(github, zone, tmp_path)
 
-        def begin(zone: str) -> Nights:
-            made = Nights(github, zone, tmp_path)
-            stack.callback(lambda: made.process.kill())  # which may be another by then
-            return made
-
+    with FakeGitHub() as github:
         yield begin
+    monkeypatch.undo()
+    time.tzset()
 
 
+@POSIX
 @pytest.mark.parametrize("story", NIGHTS.replace("\n ", " ").strip().splitlines())
 def test_the_list_goes_at_midnight_only(story: str, nights: Callable[[str], Nights]) -> None:
     """Whatever GitHub and the clock do, a day's list is pushed and emptied once, at its end."""
@@ -7810,41 +7741,40 @@ Asia/Beirut 2026-10-24 23:00 to 24:00 comes twice
 """
 
 
+@POSIX
 @pytest.mark.parametrize("line", EVES.strip().splitlines())
 def test_midnight_comes_once_a_day(line: str, nights: Callable[[str], Nights]) -> None:
     """Going where it sends us, from noon on: the list is emptied within a second of 00:00:00."""
     zone, eve, *_ = line.split()
     place = nights(zone)
-    place.ask("nginx:1")
+    place.step("+ nginx:1")
     place.step(f"{eve} 00:30")
-    moment, last = place.seconds(f"{eve} 22:00"), 0.0
+    begun = moment = last = place.seconds(f"{eve} 22:00")
     while not place.github.commits:
         last = moment
-        place.begin(moment)
-        wait = place.end()
+        wait = place.work(moment)
         assert wait > 0, "a busy loop"
         moment += wait
-        assert moment < place.seconds(f"{eve} 22:00") + 5 * 3600, "no midnight"
-    local = [datetime.fromtimestamp(last - ago, ZoneInfo(zone)) for ago in (0, 1)]
+        assert moment < begun + 5 * 3600, "no midnight"
+    local = [datetime.fromtimestamp(last - ago, place.zone) for ago in (0, 1)]
     assert local[0].date() > local[1].date() and str(local[1].date()) == eve
     place.step("=")
     place.step("pushed nginx:1")
 
 
+@POSIX
 def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights]) -> None:
     """The list grows while GitHub takes its time."""
     berlin = nights("Europe/Berlin")
-    berlin.step("05-05 12:00")
-    berlin.ask("nginx:1\n# 说明")
+    for step in ("05-05 12:00", "+ nginx:1", "+ # 说明"):
+        berlin.step(step)
     berlin.github.delay = 0.3
-    berlin.begin(berlin.seconds("2026-05-06 00:00"))
-    assert wait_until(lambda: berlin.github.calls_to("PUT"))
-    berlin.ask("redis:7")
-    berlin.end()
-    (commit,) = berlin.github.commits
-    assert (
-        commit.content.decode() == "nginx:1\n# 说明\n" and berlin.images.read_text() == "redis:7\n"
-    )
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(berlin.step, "05-06 00:00")
+        assert wait_until(lambda: berlin.github.calls_to("PUT"))
+        berlin.step("+ redis:7")
+    berlin.step("pushed nginx:1 # 说明")
+    berlin.step("= redis:7")
 
 
 @early
@@ -7866,19 +7796,15 @@ def test_midnight_waits_for_the_request_that_runs() -> None:
 
 
 # What Windows has in place of fcntl, made of what Linux has in place of it.
-MSVCRT = """
-import os
-LK_NBLCK = 2
-def locking(fd, mode, count):
-    assert mode == LK_NBLCK and os.lseek(fd, 0, os.SEEK_CUR) == 0
-    os.lockf(fd, os.F_TLOCK, count)
-"""
 WINDOWS = """
-import sys
-sys.path[:0] = [{folder!r}, {source!r}]
+import os, sys, types
+def locking(fd, mode, count):
+    assert mode == 2 and os.lseek(fd, 0, os.SEEK_CUR) == 0
+    os.lockf(fd, os.F_TLOCK, count)
 sys.modules["fcntl"] = None  # some Pythons have it built in
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+sys.path.insert(0, {!r})
 import wxsync
-assert wxsync.fcntl is None
 sys.exit(wxsync.main())
 """
 
@@ -7886,9 +7812,8 @@ sys.exit(wxsync.main())
 @pytest.mark.parametrize("system", ["Linux", "Windows"])
 def test_a_second_service_says_so_and_exits(tmp_path: Path, system: str) -> None:
     """One STATE_DIR has one owner; the lock, without fcntl that of msvcrt, dies with it."""
-    (tmp_path / "msvcrt.py").write_text(MSVCRT)
     script = tmp_path / "windows.py"
-    script.write_text(WINDOWS.format(folder=str(tmp_path), source=str(SCRIPT.parent)))
+    script.write_text(WINDOWS.format(str(SCRIPT.parent)))
     with World(SCRIPT if system == "Linux" else script) as world:
         settings = {k: v for k, v in world.service.settings.items() if k != "PORT"}
         other = Service(world.service.script, settings)
@@ -7914,7 +7839,7 @@ def test_sigterm_ends_it_within_2_seconds_while_everything_hangs(what: str) -> N
         assert wait_until(lambda: peer.calls)
         time.sleep(0.3)
         code, seconds = world.service.terminate(5)
-        assert (code, seconds < 2) == (0, True), f"{code} after {seconds:.1f} s"
+        assert code == 0 and seconds < 2
         peer.hang = world.wecom.hang = False
         world.service.start()
         assert "成功" in world.hear("✅") and len(world.github.commits) == (who == "github")
@@ -9323,17 +9248,6 @@ def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
     assert talk.calls() == []
 
 
-WELL_KNOWN = "alpine busybox debian elasticsearch golang haproxy httpd mariadb memcached mongo"
-WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tomcat traefik ubuntu"
-
-
-def test_a_well_known_name_makes_a_list() -> None:
-    """Two names are a list where one of them is an official image."""
-    for name in WELL_KNOWN.split():
-        images = wxsync.read_message(f"my-own-app, {name}").images
-        assert [image.line for image in images] == ["my-own-app:latest", f"{name}:latest"]
-
-
 def test_every_bad_item_that_fits_is_named(talk: Talk) -> None:
     """Then a count of the others."""
     reply = talk.say(",".join(f"Bad{number}:1" for number in range(40)))
@@ -9405,30 +9319,22 @@ def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_one_image(talk: Talk) -> None:
-    """Confirmed at once with its target; one commit, one run, then a line ready to copy."""
-    assert talk.say("docker.io/library/story-one") == (
-        "🔄 正在处理镜像同步请求...\n共 1 个镜像：\n"
-        f"1. story-one:latest → {PREFIX}/story-one:latest"
-    )
-    result = talk.hear("成功 ").splitlines()
-    assert "✅" in result[0] and "成功 1 / 1" in result[0]
-    assert f"docker pull {PREFIX}/story-one:latest" in result
-    (run,) = talk.calls("POST dispatches")
-    assert run.json()["ref"] == "main" and run.json()["return_run_details"] is True
-    (inputs,) = talk.inputs
-    assert inputs["images"] == '["story-one:latest"]' and inputs["target"] == PREFIX
-    assert any(f"/actions/runs/{talk.github.runs[-1].id}" in line for line in result)
-    assert talk.commits == ["wxsync: story-one:latest [skip ci]"]
-    assert talk.github.files["images.txt"].endswith(b"story-one:latest\n")
-    assert talk.messages == ["\n".join(result)]
-
-
 # `bob> text` is typed by bob; `bob< text` must be in a message that reaches bob. Below either, what
 # else its reply or message holds (+), does not hold (-), or is found by a regular expression (~).
 # `* …` is what happens beside, see `Play`. Images named slow/… wait for `* go`; nosuch:1 does not
 # exist, same:1 has not changed.
 TRANSCRIPTS = r"""
+=== One image is confirmed with its target; one commit, one run, then a line ready to copy
+alice> docker.io/library/app
+~^🔄 正在处理镜像同步请求\.\.\.\n共 1 个镜像：\n1. app:latest → PREFIX/app:latest$
+alice< 成功 1 / 1
+~^✅
+~(?m)^docker pull PREFIX/app:latest$
++/actions/runs/
+* commits wxsync: app:latest [skip ci]
+* list app:latest
+* images app:latest
+* told alice
 === One of three images does not exist: it is told first, then the others, ready to copy
 alice> fresh:1，nosuch:1、same:1
 +共 3 个镜像
@@ -9606,17 +9512,6 @@ def test_a_story(story: str) -> None:
         assert world.broken() == []
 
 
-def test_a_list_that_is_too_long_goes_on_in_messages() -> None:
-    """The passive reply first, the rest by message/send, split at line ends."""
-    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
-    with quick() as world:
-        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
-        reply = world.say("列表")
-        rest = world.hear(lines[-1])
-        told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
-        assert told == lines and len(reply.encode()) <= 2048 and world.broken() == []
-
-
 # What became of a line's job ¦ a part of what is said of it.
 NOT_DONE = rows("""
 failure ¦ 失败的步骤：Copy
@@ -9624,7 +9519,6 @@ cancelled ¦ 任务被取消
 timed_out ¦ 复制超时
 skipped ¦ 任务被跳过
 neutral ¦ neutral
-action_required ¦ action_required
 missing ¦ 没有这个镜像的任务
 wxsync: failed source-denied denied ¦ 源仓库拒绝读取
 wxsync: failed target-denied denied ¦ 目标仓库拒绝写入
@@ -9654,24 +9548,24 @@ def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
     assert lacking([part for _, part in NOT_DONE], told) == []
 
 
-ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
-ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
-ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
+ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1", "https://" + "a" * 9_992]
+ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000, "A:1," * 2_500]
 
 
 def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
     """One reply that fits; no commit, no run, no file, no message, no line of it in the log."""
     folder = talk.world.service.state_dir
-    images = folder / "images.txt"
-    images.touch()
-    before, content = sorted(folder.iterdir()), images.read_bytes()
+    (folder / "images.txt").touch()
+
+    def files() -> list[tuple[str, int]]:
+        return sorted((path.name, path.stat().st_size) for path in folder.glob("*[!e]"))
+
+    before = files()
     for text in ATTACKS:
-        reply = talk.say(text)
-        assert reply and len(reply.encode()) <= 2048, text[:20]
+        assert 0 < len(talk.say(text).encode()) <= 2048, text[:20]
     time.sleep(0.2)
-    assert talk.calls() == [] and talk.messages == []
-    assert images.read_bytes() == content and sorted(folder.iterdir()) == before
-    assert [line for line in talk.world.service.log.splitlines() if line.startswith("::")] == []
+    assert talk.calls() == [] and talk.messages == [] and files() == before
+    assert not re.search("^::", talk.world.service.log, re.MULTILINE)
 
 
 def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None:
@@ -9686,31 +9580,18 @@ def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None
     assert json.loads(talk.inputs[0]["images"]) == names
 
 
-EVENTS: dict[str, dict[str, str]] = {
-    "enter_agent": {},
-    "subscribe": {},
-    "LOCATION": {"Latitude": "23.1", "Longitude": "113.3", "Precision": "119"},
-    "click": {"EventKey": "k"},
-    "template_card_event": {"TaskId": "t", "ResponseCode": "r"},
-}
-KINDS: dict[str, dict[str, object]] = {
-    "image": {"PicUrl": "http://127.0.0.1/a.png", "MediaId": "m"},
-    "voice": {"MediaId": "m", "Format": "amr"},
-    "video": {"MediaId": "m", "ThumbMediaId": "t"},
-    "location": {"Location_X": "23.1", "Location_Y": "113.3", "Label": "nginx:1"},
-    "link": {"Title": "nginx:1", "Url": "https://e.com/a"},
-    "file": {"MediaId": "m"},
-}
+EVENTS = "enter_agent subscribe LOCATION click template_card_event"
+FIELDS = {"MediaId": "m", "Label": "nginx:1", "Title": "nginx:1", "Url": "https://e.com/a"}
 
 
 @pytest.mark.parametrize("fmt", ["xml", "json"])
 def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) -> None:
     """No work, no repeat by WeCom; who sends a picture hears what is understood."""
-    for event, own in EVENTS.items():
-        reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, **own)
+    for event in EVENTS.split():
+        reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, EventKey="nginx:1")
         assert (reply.status, reply.raw) == (200, b""), event
-    for kind, more in KINDS.items():
-        assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **more).reply, kind
+    for kind in ("image", "voice", "video", "location", "link", "file"):
+        assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **FIELDS).reply, kind
     assert talk.calls() == [] and talk.messages == []
 
 
@@ -9722,18 +9603,13 @@ def test_one_connection_and_three_calls_before_polling() -> None:
     with quick(PlayedRunner(0.3)) as world:
         world.say("nginx:1")
         world.hear("成功 1 / 1")
-        api, run = f"/repos/{world.github.repo}", world.github.runs[0].id
-        calls = [f"{c.method} {c.path.removeprefix(api)}" for c in world.github.calls]
-        assert calls[:3] == [
-            "GET /contents/images.txt",
-            "PUT /contents/images.txt",
-            "POST /actions/workflows/docker-image-sync.yml/dispatches",
-        ]
-        assert set(calls[3:-1]) == {f"GET /actions/runs/{run}"}
-        assert calls[-1] == f"GET /actions/runs/{run}/jobs"
-        assert world.github.connections == 1
-        polls = [call for call in world.github.calls if call.path.endswith(f"/runs/{run}")]
-        assert len(polls) > 2 and [p for p in polls[1:] if "if-none-match" not in p.headers] == []
+        run = f"GET /actions/runs/{world.github.runs[0].id}"
+        calls = [f"{c.method} {c.path.split('mirror')[1]}" for c in world.github.calls]
+        first = ["GET /contents/images.txt", "PUT /contents/images.txt"]
+        first += ["POST /actions/workflows/docker-image-sync.yml/dispatches"]
+        polls = [c.headers for c in world.github.calls_to(run) if "jobs" not in c.path]
+        assert calls == [*first, *[run] * len(polls), f"{run}/jobs"] and len(polls) > 2
+        assert world.github.connections == 1 and all("if-none-match" in p for p in polls[1:])
         assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
 
 
@@ -9741,37 +9617,34 @@ def test_one_connection_and_three_calls_before_polling() -> None:
 # GitHub itself redirects to its own new address: method and body stay. A list may lag: 0.15 s is
 # 7.5 s here. A dispatch that never arrived is made again after ten seconds, 0.2 s here.
 LIST = "/repos/octo/mirror/contents/images.txt"
-UNKNOWN_FIELD = 'Invalid request.\n\n"return_run_details" is not a permitted key.'
-MISHAPS: dict[str, tuple[str, int, str, tuple[int, int, int]]] = {
-    "an unknown field": ("POST dispatches", 1, f"400 {UNKNOWN_FIELD}", (1, 1, 2)),
-    "somebody else wrote": ("PUT", 2, "409 images.txt does not match 0123", (3, 3, 1)),
-    "somebody else began": ("PUT", 2, '422 "sha" wasn\'t supplied.', (3, 3, 1)),
-    "the commit's answer is lost": ("PUT", 1, "lost", (2, 2, 1)),
-    "the dispatch's answer is lost": ("POST dispatches", 1, "lost", (1, 1, 1)),
-    "the list lags as well": ("POST dispatches", 1, "lost", (1, 1, 1)),
-    "the dispatch never arrived": ("POST dispatches", 1, "reset", (1, 1, 2)),
-    "a new name, seen at GET": ("GET contents", 1, "301", (2, 1, 1)),
-    "a new name, seen at PUT": ("PUT", 1, "307", (1, 2, 1)),
-}
+MISHAPS = rows(r"""
+POST dispatches ¦ 1 ¦ 400 "return_run_details" is not a permitted key. ¦ 1 1 2
+PUT ¦ 2 ¦ 409 images.txt does not match 0123 ¦ 3 3 1
+PUT ¦ 2 ¦ 422 "sha" wasn't supplied. ¦ 3 3 1
+PUT ¦ 1 ¦ lost ¦ 2 2 1
+POST dispatches ¦ 1 ¦ lost ¦ 1 1 1
+POST dispatches ¦ 1 ¦ lost ¦ 1 1 1 ¦ the list lags
+POST dispatches ¦ 1 ¦ reset ¦ 1 1 2
+GET contents ¦ 1 ¦ 301 ¦ 2 1 1
+PUT ¦ 1 ¦ 307 ¦ 1 2 1
+""")
 
 
-@pytest.mark.parametrize("name", MISHAPS)
-def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, name: str) -> None:
+@pytest.mark.parametrize("number", range(len(MISHAPS)))
+def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, number: int) -> None:
     """It is read again, looked for, or made again: one commit, one run, one result."""
-    where, times, how, wanted = MISHAPS[name]
+    where, times, how, wanted, *lag = MISHAPS[number]
     status, _, message = how.partition(" ")
     body = json.dumps({"message": message}).encode()
     what: What = (int(status), {"Location": LIST}, body) if status.isdigit() else how
-    talk.github.fail(where, what, times)
-    talk.github.list_lag = 0.15 if "lags" in name else 0.0
-    talk.github.old_dispatch = "field" in name
-    image = f"mishap-{list(MISHAPS).index(name)}:1"
-    assert "成功 1 / 1" in talk.ask(image)
-    counts = [len(talk.calls(call)) for call in ("GET contents", "PUT contents", "POST dispatches")]
-    assert tuple(counts) == wanted and len(talk.inputs) == len(talk.commits) == 1
-    posts = talk.calls("POST dispatches")
-    assert how != "reset" or posts[1].time - posts[0].time > 0.2
-    assert "field" not in name or "return_run_details" not in posts[1].json()
+    talk.github.fail(where, what, int(times))
+    talk.github.list_lag, talk.github.old_dispatch = 0.15 * len(lag), "return" in how
+    assert "成功 1 / 1" in talk.ask(f"mishap-{number}:1")
+    calls = [talk.calls(call) for call in ("GET contents", "PUT contents", "POST dispatches")]
+    assert [len(made) for made in calls] == list(map(int, wanted.split()))
+    assert len(talk.inputs) == len(talk.commits) == 1
+    assert how != "reset" or calls[2][1].time - calls[2][0].time > 0.2
+    assert "return" not in how or "return_run_details" not in calls[2][1].json()
 
 
 # What GitHub says to a call ¦ parts of what the person reads.
@@ -9841,8 +9714,10 @@ class Elsewhere(Peer):
         return json_answer({})
 
 
-@pytest.mark.parametrize("where", ["GET contents", "PUT contents", "POST dispatches", "GET runs/"])
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
+REDIRECTS = [("GET contents", 301), ("PUT contents", 302), ("POST dispatches", 307)]
+
+
+@pytest.mark.parametrize(("where", "status"), [*REDIRECTS, ("GET runs/", 308)])
 def test_no_redirect_takes_the_token_elsewhere(talk: Talk, where: str, status: int) -> None:
     """Neither to another port nor to another name of the same machine; the person is told."""
     with Elsewhere() as elsewhere:
@@ -9860,34 +9735,26 @@ def all_letters(world: World, user: str) -> list[str]:
 
 
 NOT_FOUND = "wxsync: failed not-found manifest unknown"
-FATES: dict[str, tuple[int, Callable[[int], str]]] = {
-    "one cause": (256, lambda number: NOT_FOUND),
-    "many causes": (256, lambda number: f"wxsync: failed error trouble number {number}"),
-    "half of them": (255, lambda number: "" if number % 2 else "wxsync: failed timeout"),
-}
+TROUBLE = "wxsync: failed error trouble number {}"
 
 
-@pytest.mark.parametrize("name", FATES)
-def test_256_failures_fit_in_ten_messages(name: str) -> None:
+@pytest.mark.parametrize("fates", [[NOT_FOUND], [TROUBLE], ["wxsync: failed timeout", ""]])
+def test_256_failures_fit_in_ten_messages(fates: list[str]) -> None:
     """All of one cause are named, before the first that worked; of many as many as ten hold."""
-    count, fate = FATES[name]
-    names = [f"registry.example.com/space/image-{number}:1" for number in range(count)]
-    with quick(PlayedRunner(0.0, {line: fate(n) for n, line in enumerate(names)})) as world:
-        world.say("\n".join([*names, "x/fine:1"][:256]))
+    names = [f"registry.example.com/space/image-{number}:1" for number in range(256)]
+    outcomes = {name: fates[n % len(fates)].format(n) for n, name in enumerate(names)}
+    with quick(PlayedRunner(0.0, outcomes)) as world:
+        world.say("\n".join(names))
         world.hear("成功 ")
         letters = all_letters(world, "alice")
         assert world.broken() == [] and max(len(text.encode()) for text in letters) <= 2048
-    text = "\n".join(letters)
-    told = re.findall(r"^❌ (registry\S+?)：?$", text, re.MULTILINE)
-    if name == "many causes":
-        assert len(letters) == 10 and "成功 0 / 256" in letters[0]
-        assert "/actions/runs/" in letters[0] and re.search(r"还有 \d+", letters[-1])
-    elif name == "one cause":
-        assert len(letters) <= 10 and "成功 0 / 256" in letters[0] and told == names
+    text, done = "\n".join(letters), 128 * (len(fates) - 1)
+    assert f"成功 {done} / 256" in letters[0] and "/actions/runs/" in letters[0]
+    if fates == [TROUBLE]:
+        assert len(letters) == 10 and re.search(r"还有 \d+", letters[-1])
     else:
-        failed = [line for line in names[::2] if f"❌ {line}" in text]
-        assert len(failed) == 128 and "成功 128 / 256" in text
-        assert text.index(failed[-1]) < text.index("docker pull ")
+        failed = [text.index(f"❌ {name}") for name in names[:: len(fates)]]
+        assert max(failed) < text.find("docker pull ") % len(text) and (done or len(letters) <= 10)
 
 
 # ---------------------------------------------------------------------------------------------
