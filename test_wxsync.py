@@ -150,8 +150,6 @@ CHOKING = ("m/x; boundary*=idna''x", "text/x; charset*=undefined''x", "m/x; boun
 
 @dataclass
 class Answer:
-    """One HTTP answer, as a fake gives it or as a request got it (then names are lower case)."""
-
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
@@ -175,7 +173,6 @@ def http_request(
     headers: Mapping[str, str] | None = None,
     timeout: float = 15,
 ) -> Answer:
-    """Send one request to a plain-http address on a connection of its own, return the answer."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
     with closing(connection):
@@ -186,7 +183,6 @@ def http_request(
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 10, pause: float = 0.01) -> bool:
-    """Look at `condition` again and again, return whether it came true in time."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() >= end:
@@ -202,7 +198,6 @@ in_ci = pytest.mark.skipif(
 
 
 def free_port() -> int:
-    """Return a port that nobody has, below those that outgoing connections are given."""
     while True:
         port = random.randrange(15000, 32000)
         with socket.socket() as probe, suppress(OSError):
@@ -211,19 +206,16 @@ def free_port() -> int:
 
 
 def temporary_folder(purpose: str) -> tempfile.TemporaryDirectory[str]:
-    """Return a folder that is removed when its owner cleans up, at the latest when Python ends."""
     return tempfile.TemporaryDirectory(prefix=f"wxsync-{purpose}-", ignore_cleanup_errors=True)
 
 
 def iso(when: float) -> str:
-    """Return seconds since 1970 in GitHub's notation."""
     return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def run_command(
     words: Sequence[str], text: str = "", timeout: float = 120, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with `text` as its input, to its end, and return what it printed."""
     check = options.pop("check", False)
     kinds: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "timeout": timeout}
     done: subprocess.CompletedProcess[str]
@@ -232,7 +224,6 @@ def run_command(
 
 
 def clean_environment(home: Path, settings: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with nothing of the caller's in it but where programs are."""
     kept = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
     base = {name: os.environ[name] for name in kept if name in os.environ}
     return base | {"HOME": str(home), "USERPROFILE": str(home)} | dict(settings)
@@ -243,13 +234,11 @@ if os.name == "posix":  # dockerd and what it calls are where only root's own PA
 
 
 def missing_program(*names: str) -> str:
-    """Return why programs cannot be used, "" if they all can."""
     absent = [name for name in names if not shutil.which(name)]
     return f"{', '.join(absent)} not installed" if absent else ""
 
 
 def lacking(parts: Iterable[str], text: str) -> list[str]:
-    """Return the parts that are not in a text."""
     return [part for part in parts if part not in text]
 
 
@@ -309,8 +298,6 @@ def row(wants: str = "", waits: bool = False) -> Callable[[Measure], None]:
 
 @dataclass(frozen=True)
 class Call:
-    """One request as it arrived; header names are lower case."""
-
     time: float
     method: str
     path: str
@@ -400,7 +387,6 @@ class PeerHandler(BaseHTTPRequestHandler):
             self.wfile.write(answer.body)
 
     def misbehave(self, what: str) -> None:
-        """Do what a Fault of this name says."""
         self.close_connection = True
         if what in ("hang", "mute"):
             self.hold()
@@ -420,7 +406,6 @@ class PeerHandler(BaseHTTPRequestHandler):
             self.wfile.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
 
     def hold(self) -> None:
-        """Wait until the client or the test gives up."""
         while not self.server.peer.stopping.is_set():
             if select.select([self.connection], [], [], 0.1)[0]:
                 if not self.connection.recv(1, socket.MSG_PEEK):
@@ -459,6 +444,11 @@ class PeerServer(ThreadingHTTPServer):
             self.peer.connections += 1
         super().process_request(request, client_address)
 
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        if self.peer.tls:
+            time.sleep(2 * self.peer.delay)  # TCP's round trip and TLS 1.3's
+        super().process_request_thread(request, client_address)
+
     def shutdown_request(self, request: Any) -> None:
         with self.peer.lock:
             self.open.discard(request)
@@ -473,7 +463,6 @@ class PeerServer(ThreadingHTTPServer):
 class Peer(Closing):
     """Base of the fakes. Subclasses answer in `handle`, which runs in the connection's thread."""
 
-    SERVER = PeerServer
     address = "127.0.0.1"
     tls: ssl.SSLContext | None = None
 
@@ -500,16 +489,14 @@ class Peer(Closing):
         return f"http{'s' if self.tls else ''}://{self.host}"
 
     def start(self) -> Self:
-        """Listen; the first start picks the port, later ones keep it."""
         self.stopping.clear()
-        self._server = self.SERVER(self)
+        self._server = PeerServer(self)
         self.port = self._server.server_port
         serve = self._server.serve_forever
         threading.Thread(target=serve, args=(0.05,), daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """Close the port and break every connection. What was recorded stays."""
         self.stopping.set()
         if self._server:
             self._server.shutdown()
@@ -520,12 +507,10 @@ class Peer(Closing):
     close = stop
 
     def restart(self) -> None:
-        """Be away for a moment and come back on the same port."""
         self.stop()
         self.start()
 
     def cut(self) -> None:
-        """Break every open connection, but go on listening."""
         with self.lock:
             broken = list(self._server.open) if self._server else []
         for connection in broken:
@@ -533,17 +518,14 @@ class Peer(Closing):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def fail(self, where: str, what: What, times: int = 1) -> None:
-        """Let the next `times` requests that match go wrong, see Fault."""
         with self.lock:
             self.faults += [Fault(where, what)] * times
 
     def calls_to(self, where: str) -> list[Call]:
-        """Return the recorded calls in whose "METHOD /path?query" all words of `where` occur."""
         with self.lock:
             return [call for call in self.calls if Fault(where, "").hits(call)]
 
     def note(self, call: Call) -> Fault | None:
-        """Record the call, return the fault that it meets."""
         with self.changed:
             self.calls.append(call)
             fault = next((f for f in self.faults if f.hits(call)), None)
@@ -553,7 +535,6 @@ class Peer(Closing):
         return fault
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Record the call, then answer it, or do what a fault says instead."""
         fault = self.note(call)
         if self.delay:
             self.stopping.wait(self.delay)
@@ -576,15 +557,12 @@ class Peer(Closing):
 
 
 class Message(NamedTuple):
-    """A chat message that reached a member (or would have)."""
-
     time: float
     user: str
     text: str
 
 
 def wecom_error(errcode: int, errmsg: str) -> dict[str, object]:
-    """Return an error as WeCom words it."""
     return {"errcode": errcode, "errmsg": errmsg}
 
 
@@ -636,7 +614,6 @@ class FakeWeCom(Peer):
             self._tokens = dict.fromkeys(self._tokens, errcode)
 
     def refuse(self, errcode: int, errmsg: str = "refused", times: int = 1) -> None:
-        """Answer the next `message/send` with this error."""
         body = json.dumps(wecom_error(errcode, errmsg)).encode()
         kind = {"Content-Type": "application/json"}
         self.fail("POST /cgi-bin/message/send", (200, kind, body), times)
@@ -648,8 +625,6 @@ class FakeWeCom(Peer):
     def wait_message(
         self, wanted: str | Callable[[Message], object] = "", timeout: float = 10, after: int = 0
     ) -> Message:
-        """Return the first message from number `after` on that holds, or for which, `wanted`."""
-
         def found() -> Message | None:
             for message in self.messages[after:]:
                 if wanted in message.text if isinstance(wanted, str) else wanted(message):
@@ -675,7 +650,6 @@ class FakeWeCom(Peer):
         return {"access_token": token, "expires_in": self.expires_in}
 
     def _refusal(self, call: Call) -> dict[str, object]:
-        """Return what is wrong with the token or the address of this call, {} if nothing."""
         token = call.query.get("access_token", "")
         if not token:
             return wecom_error(41001, "access_token missing")
@@ -773,8 +747,6 @@ class Reply:
 
 @dataclass(frozen=True)
 class Post:
-    """A callback request, ready to be posted as often as a test likes."""
-
     query: dict[str, str]
     body: bytes
     headers: dict[str, str]
@@ -790,7 +762,6 @@ def xml_document(fields: Mapping[str, object]) -> str:
 
 
 def envelope_fields(text: str) -> dict[str, str]:
-    """Read an XML or a JSON object of texts; the names come out in lower case."""
     if text.lstrip().startswith("{"):
         return {name.lower(): str(value) for name, value in json.loads(text).items()}
     return {child.tag.lower(): child.text or "" for child in ET.fromstring(text)}
@@ -822,7 +793,6 @@ class WeComClient:
         return self.seal(plain + bytes([pad]) * pad)
 
     def decrypt(self, encrypted: str) -> str:
-        """Return the text inside; raise ValueError when padding, length or corp id are wrong."""
         plain = self.cipher.decrypt(base64.b64decode(encrypted, validate=True))
         pad = plain[-1]
         if not 1 <= pad <= 32 or plain[-pad:] != bytes([pad]) * pad or len(plain) % 32:
@@ -838,14 +808,12 @@ class WeComClient:
         return hashlib.sha1("".join(parts).encode()).hexdigest()
 
     def signed(self, encrypted: str, timestamp: object = None) -> dict[str, str]:
-        """Return the query that belongs to an encrypted text."""
         stamp = str(int(time.time()) if timestamp is None else timestamp)
         nonce = str(secrets.randbelow(10**10))
         signature = self.signature(stamp, nonce, encrypted)
         return {"msg_signature": signature, "timestamp": stamp, "nonce": nonce}
 
     def verify_url(self, echo: str = "1616140317555161061") -> tuple[int, str]:
-        """Do what saving the callback settings does; return status and body."""
         encrypted = self.encrypt(echo)
         query = urlencode(self.signed(encrypted) | {"echostr": encrypted})
         got = http_request("GET", f"{self.callback_url}?{query}")
@@ -854,7 +822,6 @@ class WeComClient:
     def build(
         self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
     ) -> Post:
-        """Encrypt and sign a message of these inner fields."""
         as_json = fmt == "json"
         text = json.dumps(fields, ensure_ascii=False) if as_json else xml_document(fields)
         encrypted = self.encrypt(text)
@@ -865,7 +832,6 @@ class WeComClient:
         return Post(self.signed(encrypted, timestamp), body.encode(), kind)
 
     def text_fields(self, user: str, text: str, msg_id: int | None = None) -> dict[str, object]:
-        """Return the inner fields of a text message; its id is a fresh one unless given."""
         return {
             "ToUserName": self.corp_id,
             "FromUserName": user,
@@ -887,11 +853,9 @@ class WeComClient:
         timestamp: object = None,
         fmt: str = "xml",
     ) -> Reply:
-        """Post what a member typed."""
         return self.post(self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
 
     def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
-        """Post a message of another kind: image, voice, video, location, link, event."""
         fields = self.text_fields(user, "") | {"MsgType": kind} | more
         for name in ("Content", "MsgId")[: 1 + (kind == "event")]:  # an event has no MsgId
             del fields[name]
@@ -910,7 +874,6 @@ class WeComClient:
         return Reply(got.status, got.body, got.headers, fields.get("content", ""), fields)
 
     def open_reply(self, text: str) -> dict[str, str]:
-        """Check and decrypt the envelope of a passive reply, return its inner fields."""
         outer = envelope_fields(text)
         wanted = self.signature(outer["timestamp"], outer["nonce"], outer["encrypt"])
         if outer["msgsignature"] != wanted:
@@ -932,8 +895,6 @@ class Step(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """One job of a run. Change it by the methods: status and conclusion go together."""
-
     id: int
     name: str
     run: Run
@@ -950,7 +911,6 @@ class Job:
             self.status, self.started = "in_progress", time.time()
 
     def step(self, name: str, conclusion: str | None = "success") -> None:
-        """Add a step, or end the last one if it has this name and still runs."""
         with self.run.lock:
             started = now = time.time()
             if self.steps and self.steps[-1].name == name and not self.steps[-1].conclusion:
@@ -965,13 +925,9 @@ class Job:
 
 @dataclass(eq=False)
 class Run:
-    """One workflow run, as the runner fills it and as the API shows it."""
-
     id: int
-    number: int
     inputs: dict[str, str]
     ref: str
-    head_sha: str
     display_title: str = ""
     status: str = "queued"
     conclusion: str | None = None
@@ -985,7 +941,6 @@ class Run:
 
     @property
     def lines(self) -> list[str]:
-        """The canonical lines that this run was asked to copy."""
         lines: list[str] = json.loads(self.inputs.get("images") or "[]")
         return lines
 
@@ -996,22 +951,18 @@ class Run:
             return job
 
     def begin(self) -> None:
-        """Begin as the workflow does: its job `plan` has nothing to do."""
         self.status = "in_progress"
         self.add_job("plan").finish("skipped")
 
     def job(self, name: str) -> Job:
-        """Return the job of this name; raise KeyError if there is none."""
         with self.lock:
             return {job.name: job for job in self.jobs}[name]
 
     def wait(self, event: threading.Event) -> None:
-        """Wait for an event, or until the run is cancelled."""
         while not (event.is_set() or self.stop.wait(0.03)):
             pass
 
     def finish(self, conclusion: str = "") -> None:
-        """End the run; its conclusion follows from the jobs unless given."""
         with self.lock:
             ends = {job.conclusion for job in self.jobs if job.attempt == self.attempt}
             bad = "failure" if ends & {"failure", "timed_out", None} else ""
@@ -1096,27 +1047,16 @@ class Dispatch(NamedTuple):
 
 
 def blob_sha(content: bytes) -> str:
-    """Return git's name for a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def problem(status: int, message: str) -> Answer:
-    """Return an error as GitHub words it."""
     told = {"message": message, "documentation_url": "https://docs.github.com/rest"}
     return json_answer(told | {"status": str(status)}, status)
 
 
-def not_supplied(what: str) -> Answer:
-    return problem(422, f"Invalid request.\n\n{what} wasn't supplied.")
-
-
-# What else a repository holds: unused by wxsync, there to keep the size of answers honest.
-REPOSITORY_LINKS = (
-    "archive assignees blobs branches collaborators comments commits compare contents contributors "
-    "deployments downloads events forks git_commits git_refs git_tags hooks issue_comment "
-    "issue_events issues keys labels languages merges milestones notifications pulls releases "
-    "stargazers statuses subscribers subscription tags teams trees followers following gists"
-)
+# What a repository, a run or a job holds besides, so that the size of answers is honest.
+WEIGHT = {"more": "https://api.github.com/repos/octo/mirror/…" * 70}
 
 
 class FakeGitHub(Peer):
@@ -1163,7 +1103,6 @@ class FakeGitHub(Peer):
         self.jobs_lag = 0.0  # seconds by which the list of jobs is behind
         self.jobs_shown = 10_000  # how many it shows now, and 90 more each time
         self.rate_remaining = 5000
-        self._head = hashlib.sha1(self.repo.encode()).hexdigest()
 
     # -- the frame around each call ------------------------------------------------------------
 
@@ -1189,7 +1128,7 @@ class FakeGitHub(Peer):
             ("GET actions=read", run + "/jobs", self._list_jobs),
             ("POST actions=write", run + "/cancel", self._cancel),
             ("GET secrets=read", "/actions/secrets", self._list_secrets),
-            ("GET administration=read", "/actions/permissions", self._actions),
+            ("GET administration=read", "/actions/permissions", self._permissions),
         ]
         for route, path, action in routes:
             method, _, right = route.partition(" ")
@@ -1210,7 +1149,6 @@ class FakeGitHub(Peer):
         return None
 
     def _dressed(self, call: Call, answer: Answer) -> Answer:
-        """Add ETag and the headers that every answer has; a known ETag makes it a 304."""
         if call.method == "GET" and answer.status == 200:
             answer.headers["ETag"] = f'W/"{hashlib.sha256(answer.body).hexdigest()}"'
             if call.headers.get("if-none-match") == answer.headers["ETag"]:
@@ -1219,9 +1157,7 @@ class FakeGitHub(Peer):
             if answer.status not in (304, 401) and self.rate_remaining > 0:
                 self.rate_remaining -= 1  # 304 is free
             left, reset = self.rate_remaining, int(time.time()) + 3600
-        limits = {"Limit": 5000, "Remaining": left, "Used": 5000 - left, "Reset": reset}
-        headers = {f"X-RateLimit-{name}": str(value) for name, value in limits.items()}
-        headers |= {"X-RateLimit-Resource": "core", "X-GitHub-Request-Id": secrets.token_hex(8)}
+        headers = {"X-RateLimit-Remaining": str(left), "X-RateLimit-Reset": str(reset)}
         if self.token_expires:
             headers["GitHub-Authentication-Token-Expiration"] = self.token_expires
         return Answer(answer.status, answer.body, answer.headers | headers)
@@ -1229,27 +1165,12 @@ class FakeGitHub(Peer):
     # -- repository and contents ---------------------------------------------------------------
 
     @property
-    def api(self) -> str:
-        return f"{self.url}/repos/{self.repo}"
-
-    @property
     def web(self) -> str:
         return f"https://github.com/{self.repo}"
 
-    def _small_repository(self) -> dict[str, object]:
-        """Return the repository as runs carry it."""
-        links = {f"{link}_url": f"{self.api}/{link}" for link in REPOSITORY_LINKS.split()}
-        plain = {"id": 7, "full_name": self.repo, "url": self.api, "html_url": self.web}
-        return links | plain | {"owner": {"login": self.repo.split("/")[0], "type": "User"}}
-
     def _repository(self, call: Call) -> Answer:
         own = {"default_branch": "main", "archived": self.archived, "permissions": self.permissions}
-        return json_answer(self._small_repository() | own)
-
-    def _content(self, path: str, data: bytes) -> dict[str, object]:
-        place = {"type": "file", "name": path.split("/")[-1], "path": path, "size": len(data)}
-        address = f"{self.api}/contents/{quote(path)}"
-        return place | {"sha": blob_sha(data), "url": address, "_links": {"self": address}}
+        return json_answer(WEIGHT | own)
 
     def _get_contents(self, call: Call, path: str) -> Answer:
         if (ref := call.query.get("ref", "main")) not in self.branches:
@@ -1259,36 +1180,28 @@ class FakeGitHub(Peer):
         data = self.files[path]
         small = len(data) <= 1_000_000
         text = base64.encodebytes(data).decode() if small else ""  # 76 columns, newlines included
-        more = {"encoding": "base64" if small else "none", "content": text}
-        return json_answer(self._content(path, data) | more)
+        told = {"type": "file", "path": path, "size": len(data), "sha": blob_sha(data)}
+        return json_answer(told | {"encoding": "base64" if small else "none", "content": text})
 
     def _put_contents(self, call: Call, path: str) -> Answer:
-        wish = call.json()
+        wish, old = call.json(), self.files.get(path)
         if (branch := wish.get("branch", "main")) not in self.branches:
             return problem(404, f"Branch {branch} not found")
-        for name in ("message", "content"):
+        for name in ("message", "content", *["sha"] * (old is not None)):
             if not isinstance(wish.get(name), str):
-                return not_supplied(f'"{name}"')
-        for person in ("committer", "author"):
-            if person in wish and not {"name", "email"} <= set(wish[person]):
-                return not_supplied(f'"email" of {person}')
-        old = self.files.get(path)
-        if old is not None and not wish.get("sha"):
-            return not_supplied('"sha"')
+                return problem(422, f'Invalid request.\n\n"{name}" wasn\'t supplied.')
         if old is not None and wish["sha"] != blob_sha(old):
             return problem(409, f"{path} does not match {wish['sha']}")
         content = base64.b64decode(wish["content"])
         commit = self.commit(path, content, wish["message"], branch)
-        told = {"sha": commit.sha, "message": commit.message, "parents": []}
-        body = {"content": self._content(path, content), "commit": told}
-        return json_answer(body, 200 if old is not None else 201)
+        told = {"content": {"sha": blob_sha(content)}, "commit": {"sha": commit.sha}}
+        return json_answer(told, 200 if old is not None else 201)
 
     def commit(self, path: str, content: bytes, message: str, branch: str = "main") -> Commit:
-        """Change a file, as PUT does, and as somebody else may at any moment."""
         with self.lock:
             sha = hashlib.sha1(secrets.token_bytes(20)).hexdigest()
             commit = Commit(time.time(), message, path, content, sha, branch)
-            self.files[path], self._head = content, sha
+            self.files[path] = content
             self.commits.append(commit)
             return commit
 
@@ -1326,21 +1239,18 @@ class FakeGitHub(Peer):
         if self.old_dispatch or not wish.get("return_run_details"):
             return Answer(204)
         path = f"/actions/runs/{run.id}"
-        told = {"workflow_run_id": run.id, "run_url": self.api + path, "html_url": self.web + path}
-        return json_answer(told)
+        return json_answer({"workflow_run_id": run.id, "html_url": self.web + path})
 
     def new_run(self, inputs: dict[str, str], ref: str = "main") -> Run:
-        """Start a run in a thread of its own."""
         with self.lock:
             number = len(self.runs) + 1
-            run = Run(30_000_000_000 + number, number, inputs, ref, self._head)
+            run = Run(30_000_000_000 + number, inputs, ref)
             run.display_title = f"wxsync {inputs.get('request', '')}".strip()
             self.runs.append(run)
         threading.Thread(target=self._execute, args=(run,), daemon=True).start()
         return run
 
     def rerun(self, run: Run) -> None:
-        """Do what the button "Re-run all jobs" does."""
         with run.lock:
             run.attempt, run.status, run.conclusion = run.attempt + 1, "queued", None
         threading.Thread(target=self._execute, args=(run,), daemon=True).start()
@@ -1354,17 +1264,11 @@ class FakeGitHub(Peer):
                 run.finish("failure")
 
     def _run_json(self, run: Run) -> dict[str, object]:
-        path = f"/actions/runs/{run.id}"
-        names = ("jobs", "logs", "artifacts", "cancel", "rerun", "check_suite", "previous_attempt")
-        links = {f"{name}_url": f"{self.api}{path}/{name}" for name in names}
-        links |= {"url": self.api + path, "html_url": self.web + path}
-        same = ("id", "display_title", "status", "conclusion", "head_sha")
-        repository = dict.fromkeys(("repository", "head_repository"), self._small_repository())
+        names = ("id", "display_title", "status", "conclusion")
         with run.lock:
-            told = {name: getattr(run, name) for name in same}
-            told |= {"run_number": run.number, "run_attempt": run.attempt, "head_branch": run.ref}
-        told |= dict.fromkeys(("created_at", "run_started_at"), iso(run.created))
-        return links | told | {"event": "workflow_dispatch"} | repository
+            told = {name: getattr(run, name) for name in names}
+            told |= {"run_attempt": run.attempt, "run_started_at": iso(run.created)}
+        return told | {"html_url": f"{self.web}/actions/runs/{run.id}"} | WEIGHT
 
     def _list_runs(self, call: Call, name: str = WORKFLOW) -> Answer:
         if name != self.WORKFLOW:
@@ -1374,13 +1278,11 @@ class FakeGitHub(Peer):
         return self._page(call, "workflow_runs", [self._run_json(run) for run in seen])
 
     def _page(self, call: Call, name: str, rows: list[dict[str, object]]) -> Answer:
-        """Return one page of a list."""
         size = min(int(call.query.get("per_page", "30")), 100)
         start = size * (int(call.query.get("page", "1")) - 1)
         return json_answer({"total_count": len(rows), name: rows[start : start + size]})
 
     def run(self, run_id: int) -> Run:
-        """Return the run of this id; raise KeyError if there is none."""
         with self.lock:
             return {run.id: run for run in self.runs}[run_id]
 
@@ -1411,26 +1313,15 @@ class FakeGitHub(Peer):
             steps.append(Step("Complete job", "success", steps[-1].started, job.completed))
         return {
             "id": job.id,
-            "run_id": job.run.id,
             "run_attempt": job.attempt,
             "name": job.name if len(job.name) <= 100 else job.name[:97] + "...",
             "status": "in_progress" if job.completed and not is_over else job.status,
             "conclusion": job.conclusion if is_over else None,
-            "created_at": iso(job.created),
             "started_at": iso(job.started or job.created),
             "completed_at": iso(job.completed) if job.completed and is_over else None,
-            "url": f"{self.api}/actions/jobs/{job.id}",
             "html_url": f"{self.web}/actions/runs/{job.run.id}/job/{job.id}",
-            "labels": ["ubuntu-24.04"],
-            "steps": [self._step_json(n, step) for n, step in enumerate(steps, 1)],
-        }
-
-    def _step_json(self, number: int, step: Step) -> dict[str, object]:
-        status = "completed" if step.conclusion else "in_progress"
-        ended = iso(step.completed) if step.completed else None
-        times = {"started_at": iso(step.started), "completed_at": ended}
-        told = {"number": number, "name": step.name, "status": status}
-        return told | {"conclusion": step.conclusion} | times
+            "steps": [{"name": step.name, "conclusion": step.conclusion} for step in steps],
+        } | WEIGHT
 
     def _cancel(self, call: Call, run_id: str) -> Answer:
         run = self._visible(run_id)
@@ -1441,13 +1332,11 @@ class FakeGitHub(Peer):
         threading.Timer(0.1, run.stop.set).start()
         return json_answer({}, 202)
 
-    # -- what only `check` asks ----------------------------------------------------------------
+    def _permissions(self, call: Call) -> Answer:
+        return json_answer({"enabled": self.actions_enabled})
 
     def _list_secrets(self, call: Call) -> Answer:
         return self._page(call, "secrets", [{"name": name} for name in sorted(self.secrets)])
-
-    def _actions(self, call: Call) -> Answer:
-        return json_answer({"enabled": self.actions_enabled})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1464,24 +1353,21 @@ EMPTY_CONFIG = "application/vnd.oci.empty.v1+json"
 
 
 class Child(Closing):
-    """A process with a folder of its own."""
-
     def __init__(self, purpose: str) -> None:
         self._temporary = temporary_folder(purpose)
         self.folder = Path(self._temporary.name)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> Self:
-        raise NotImplementedError
+    @property
+    def pid(self) -> int:
+        return self.process.pid if self.process else 0
 
     def kill(self) -> None:
-        """End it as a crash would; its connections break, what it has stored stays."""
         if self.process:
             self.process.kill()
             self.process.wait()
 
     def restart(self) -> None:
-        """Kill it if it runs, then start it again on what it has stored."""
         self.kill()
         self.start()
 
@@ -1491,8 +1377,6 @@ class Child(Closing):
 
 
 class Daemon(Child):
-    """A real server in a process of its own on 127.0.0.1, with a password if wanted."""
-
     NEEDS: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, user: str = "", password: str = "") -> None:
@@ -1511,14 +1395,12 @@ class Daemon(Child):
 
     @property
     def log(self) -> str:
-        """What it has printed, over all its starts."""
         return (self.folder / "log").read_text(errors="replace")
 
     def command(self) -> list[str]:
         raise NotImplementedError
 
     def start(self) -> Self:
-        """Start it and wait until it listens; the first start picks the port."""
         self.port = self.port or free_port()
         with open(self.folder / "log", "ab") as log:
             words = [*self.around, *self.command()]
@@ -1535,13 +1417,10 @@ class Daemon(Child):
 
 
 class Registry(Daemon):
-    """docker-registry, empty at first."""
-
     NEEDS = ("docker-registry", "skopeo", "htpasswd")
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return the header that logs in, none without a password."""
         login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
         return {"Authorization": f"Basic {login}"} if self.user else {}
 
@@ -1564,17 +1443,14 @@ class Registry(Daemon):
         return ["docker-registry", "serve", str(config)]
 
     def fetch(self, repo: str, reference: str) -> Answer:
-        """GET a manifest by tag or digest."""
         url = f"http://{self.host}/v2/{repo}/manifests/{reference}"
         return http_request("GET", url, headers=self.headers | {"Accept": MANIFESTS})
 
     def digest(self, repo: str, tag: str) -> str:
-        """Return the digest behind a tag, "" if there is none."""
         got = self.fetch(repo, tag)
         return got.headers.get("docker-content-digest", "") if got.status == 200 else ""
 
     def manifest(self, repo: str, reference: str) -> dict[str, Any]:
-        """Return a manifest or index; raise KeyError if there is none."""
         got = self.fetch(repo, reference)
         if got.status != 200:
             raise KeyError(f"{repo}:{reference}: {got.status}")
@@ -1591,7 +1467,6 @@ class ImageLayout:
         (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
     def blob(self, data: bytes, kind: str, **more: object) -> dict[str, object]:
-        """Store a blob, return its descriptor."""
         name = hashlib.sha256(data).hexdigest()
         (self.folder / "blobs" / "sha256" / name).write_bytes(data)
         return {"mediaType": kind, "digest": f"sha256:{name}", "size": len(data)} | more
@@ -1601,7 +1476,6 @@ class ImageLayout:
         return self.blob(json.dumps(full).encode(), kind, **more)
 
     def layer(self, name: str, size: int, seed: str) -> tuple[dict[str, object], str]:
-        """Return the descriptor of a layer of random bytes, and its diff id."""
         raw = io.BytesIO()
         with tarfile.open(fileobj=raw, mode="w") as archive:
             entry = tarfile.TarInfo(name)
@@ -1613,7 +1487,6 @@ class ImageLayout:
         return descriptor, "sha256:" + hashlib.sha256(plain).hexdigest()
 
     def image(self, tag: str, arch: str, sizes: Sequence[int]) -> dict[str, object]:
-        """Return the descriptor of an image for one architecture, such as "arm/v7"."""
         name, _, variant = arch.partition("/")
         cpu = {"architecture": name} | ({"variant": variant} if variant else {})
         layers = [
@@ -1640,7 +1513,6 @@ class ImageLayout:
         )
 
     def finish(self, tag: str, top: Mapping[str, object]) -> str:
-        """Name the image, return its digest."""
         names = {"org.opencontainers.image.ref.name": tag}
         index = {"schemaVersion": 2, "manifests": [dict(top) | {"annotations": names}]}
         (self.folder / "index.json").write_text(json.dumps(index))
@@ -1648,7 +1520,6 @@ class ImageLayout:
 
 
 def auth_file(path: Path, registry: Registry) -> Path:
-    """Write a docker config.json that logs in to a registry."""
     login = registry.headers.get("Authorization", "").removeprefix("Basic ")
     accounts = {registry.host: {"auth": login}} if login else {}
     path.touch(mode=0o600)
@@ -1702,7 +1573,6 @@ def registries_conf(path: Path, mapping: Mapping[str, str]) -> Path:
 def registry_error(
     status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> Answer:
-    """Return an error as registries word it."""
     return json_answer({"errors": [{"code": code, "message": message}]}, status, headers)
 
 
@@ -1718,7 +1588,6 @@ class PickyRegistry(Peer):
 
     @property
     def layer_reads(self) -> list[Call]:
-        """Return the calls that fetched a blob."""
         return self.calls_to("GET /blobs/sha256:")
 
     def handle(self, call: Call) -> Answer:
@@ -1838,8 +1707,6 @@ class ActLog:
 
 
 class ActRunner(Closing):
-    """Runs the project's own workflow file by act in host mode, in a checkout of its own."""
-
     FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
 
     def __init__(
@@ -1865,7 +1732,6 @@ class ActRunner(Closing):
 
     @staticmethod
     def program() -> str:
-        """Return the path of act, "" if there is none: beside this Python, else on PATH."""
         beside = Path(sys.executable).with_name("act")
         return str(beside) if beside.exists() else shutil.which("act") or ""
 
@@ -1909,7 +1775,6 @@ class ActRunner(Closing):
         log.close()
 
     def close(self) -> None:
-        """Stop what still runs and remove the checkout."""
         for process in list(self._running):
             process.terminate()
             process.wait()
@@ -1922,12 +1787,20 @@ class ActRunner(Closing):
 
 
 def status_of(pid: int, name: str) -> int:
-    """Return a number of /proc/PID/status, sizes in bytes; 0 when the process is gone."""
     with suppress(OSError):
         text = Path(f"/proc/{pid}/status").read_text()
         found = re.search(rf"^{name}:\s+(\d+)( kB)?", text, re.MULTILINE)
         return int(found[1]) * (1024 if found[2] else 1) if found else 0
     return 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and its children so far, in clock ticks (10 ms)."""
+    ticks = 0
+    for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 class Service(Child):
@@ -1948,20 +1821,14 @@ class Service(Child):
         self.log_path.touch()
 
     @property
-    def pid(self) -> int:
-        return self.process.pid if self.process else 0
-
-    @property
     def environment(self) -> dict[str, str]:
         return clean_environment(self.folder, self.settings)
 
     @property
     def log(self) -> str:
-        """All that it has printed, over all its starts."""
         return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def command(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        """Run another command of the program (check, send, …) with the same settings."""
         full = [sys.executable, str(self.script), *words]
         return run_command(full, timeout=timeout, env=self.environment, cwd=self.folder)
 
@@ -1972,7 +1839,6 @@ class Service(Child):
         return ["-m", self.script.stem]
 
     def launch(self) -> None:
-        """Start the process and do not wait for anything."""
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self.words],
@@ -1983,10 +1849,10 @@ class Service(Child):
                 stderr=log,
             )
 
-    def start(self, timeout: float = 30) -> Self:
-        """Start it and wait until /health says 200; raise RuntimeError when it does not."""
+    def start(self, timeout: float = 30, pause: float = 0.01) -> Self:
         self.launch()
-        if not wait_until(lambda: self.healthy() or not self.alive(), timeout) or not self.alive():
+        over = wait_until(lambda: self.healthy() or not self.alive(), timeout, pause)
+        if not over or not self.alive():
             self.kill()
             raise RuntimeError("wxsync did not start:\n" + self.log[-3000:])
         return self
@@ -2023,9 +1889,7 @@ class Service(Child):
         return status_of(self.pid, "Threads")
 
     def cpu_seconds(self) -> float:
-        """User and system time so far, in steps of a clock tick (10 ms)."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.pid)
 
     def wakeups(self) -> int:
         """How often all its threads together have waited for something so far."""
@@ -2056,7 +1920,6 @@ class World(Closing):
         self._stack = ExitStack()
 
     def defaults(self) -> dict[str, str]:
-        """Return the settings that lead the service to the fakes."""
         return {
             "CORP_ID": self.wecom.corp_id,
             "AGENT_ID": str(self.wecom.agent_id),
@@ -2073,7 +1936,6 @@ class World(Closing):
         }
 
     def prepare(self) -> Self:
-        """Start the fakes and make the service ready, but do not start it."""
         for name in ("wxsync.py", f".github/workflows/{FakeGitHub.WORKFLOW}"):
             if (path := self.script.parent / name).exists():
                 self.github.files[name] = path.read_bytes()
@@ -2095,15 +1957,12 @@ class World(Closing):
         return reply.reply
 
     def hear(self, wanted: str | Callable[[Message], object] = "", timeout: float = 15) -> str:
-        """Return the text of the first message that holds `wanted`."""
         return self.wecom.wait_message(wanted, timeout).text
 
     def broken(self) -> list[str]:
-        """Return what the fakes noticed: bugs of their own, texts that WeCom would have cut."""
         return self.wecom.errors + self.github.errors + self.wecom.violations
 
     def secret_values(self) -> list[str]:
-        """Return all that must never be seen in anything that is written."""
         names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "GITHUB_TOKEN")
         tokens = [call.query.get("access_token", "") for call in self.wecom.calls]
         return [self.service.settings[name] for name in names] + sorted({t for t in tokens if t})
@@ -2125,13 +1984,10 @@ class World(Closing):
 
 
 def columns(text: str) -> int:
-    """Return how many columns a terminal needs for a text."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 class Transcript:
-    """Prints who says what, as it happens. Two threads use it: a lock keeps lines whole."""
-
     COLOURS: ClassVar[dict[str, str]] = {"你": "36", "wxsync": "32", "GitHub": "35"}
     PROMPT = "你> "
 
@@ -2145,7 +2001,6 @@ class Transcript:
         self._seen: dict[object, object] = {}
 
     def show(self, who: str, text: str, note: str = "") -> None:
-        """Print one entry; further lines stand under the first."""
         name = f"{who}·{note}" if note else who
         body = text.replace("\n", "\n" + " " * (columns(name) + 2))
         if self.colour:
@@ -2158,7 +2013,6 @@ class Transcript:
             self.last = time.monotonic()
 
     def ask(self) -> str:
-        """Return the next line that is typed."""
         self.prompting = True
         try:
             return input(self.PROMPT).strip()
@@ -2166,7 +2020,6 @@ class Transcript:
             self.prompting = False
 
     def poll(self) -> None:
-        """Print what has happened since the last time."""
         with self.lock:
             for number, commit in enumerate(self.world.github.commits):
                 if self._new(("commit", number)):
@@ -2186,7 +2039,6 @@ class Transcript:
         return changed
 
     def _run(self, run: Run) -> None:
-        """Print the start and the end of a run, and each of its jobs when it ends."""
         title = run.display_title
         if self._new(("run", run.id)):
             address = f"{self.world.github.web}/actions/runs/{run.id}"
@@ -2200,7 +2052,6 @@ class Transcript:
             self.show("GitHub", f"{title}  {run.conclusion}", "结束")
 
     def waiting(self) -> str:
-        """Return what is being waited for, "" if nothing."""
         for run in self.world.github.runs:
             if run.status != "completed":
                 done = sum(job.status == "completed" for job in run.jobs if job.name in run.lines)
@@ -2221,8 +2072,6 @@ ABSENT = "nosuch:1"
 
 
 class Stage:
-    """Builds the sandbox's world, with real copies where the programs for them are installed."""
-
     def __init__(self, script: Path, played: bool, tell: Callable[[str], None]) -> None:
         self.script, self.tell = script, tell
         self.registries: list[Registry] = []  # where images come from and go to, if they are copied
@@ -2232,7 +2081,6 @@ class Stage:
         self.why = "按 --played 的要求" if played else self.why
 
     def world(self) -> World:
-        """Start everything, return the world."""
         settings: dict[str, str | None] = {}
         if self.why:
             self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
@@ -2264,8 +2112,6 @@ class Stage:
 
 
 class Scene(NamedTuple):
-    """One message of the story and what must come of it."""
-
     text: str
     reply: tuple[str, ...]  # must occur in the immediate reply
     final: tuple[str, ...]  # must occur in the message that follows; () if none may follow
@@ -2288,7 +2134,6 @@ STORY = (
 
 
 def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
-    """Type a message of the story, return what was wrong with what came of it."""
     text, reply, final = scene
     github, messages = world.github, world.wecom.messages
     commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
@@ -2362,7 +2207,6 @@ def chat(world: World, transcript: Transcript) -> None:
 
 
 def post(text: str, world: World, transcript: Transcript) -> None:
-    """Post what was typed and show the immediate reply."""
     try:
         got = world.client.post_text("alice", text)
     except (OSError, ValueError, http.client.HTTPException) as error:
@@ -2373,7 +2217,6 @@ def post(text: str, world: World, transcript: Transcript) -> None:
 
 
 def sandbox(argv: Sequence[str]) -> int:
-    """Play WeCom and GitHub around the real wxsync.py; return 0 when all went as it should."""
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py",
         description="沙盒：不需要账号，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
@@ -2413,8 +2256,6 @@ def sandbox(argv: Sequence[str]) -> int:
 
 
 class StoredObject(NamedTuple):
-    """What is in the bucket. Bytes are kept of small objects only, so that memory stays small."""
-
     size: int
     sha256: str
     content_type: str
@@ -2423,8 +2264,6 @@ class StoredObject(NamedTuple):
 
 @dataclass
 class OpenUpload:
-    """An upload in parts that is neither completed nor aborted."""
-
     key: str
     content_type: str
     sizes: dict[int, int] = field(default_factory=dict)
@@ -2445,8 +2284,6 @@ PLAIN_JSON = {"Content-Type": "application/json"}
 
 
 class Refused(Exception):
-    """QingStor's answer to a request that it does not do."""
-
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code = status, code
@@ -2455,7 +2292,6 @@ class Refused(Exception):
 def sign_qingstor(
     secret: str, method: str, resource: str, date: str, kind: str = "", md5: str = "", own: str = ""
 ) -> str:
-    """Return QingStor's signature; `own` are the canonical x-qs- headers, a line each."""
     text = f"{method}\n{md5}\n{kind}\n{date}\n{own}{resource}"
     return base64.b64encode(hmac.digest(secret.encode(), text.encode(), "sha256")).decode()
 
@@ -2488,7 +2324,6 @@ class FakeQingStor(Peer):
 
     @property
     def settings(self) -> dict[str, str]:
-        """Settings that lead wxsync to this bucket."""
         return {
             "QINGSTOR_URL": self.url,
             "QINGSTOR_BUCKET": self.bucket,
@@ -2497,14 +2332,12 @@ class FakeQingStor(Peer):
         }
 
     def fail_part(self, number: int, times: int = 1, how: int | str = 500) -> None:
-        """Let the next tries of a part go wrong: a status, "reset", "hang" or "lost"."""
         code = "permission_denied" if how == 403 else "internal_error"
         body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
         what = how if isinstance(how, str) else (how, PLAIN_JSON, body)
         self.fail(f"PUT part_number={number}&", what, times)
 
     def serve(self, call: Call, handler: PeerHandler) -> None:
-        """Answer; bodies are forgotten afterwards, or a big upload would fill the memory."""
         begun = time.monotonic()
         try:
             if self.rate_bytes_per_second and call.body:
@@ -2547,26 +2380,19 @@ class FakeQingStor(Peer):
     # -- who asks
 
     def _check(self, call: Call, key: str) -> None:
-        """Raise Refused unless the request is signed, of now, and whole."""
+        """Raise Refused unless the request is signed (in its head, or as a link), new, and whole."""
         if self.public and key and call.method in ("GET", "HEAD") and not call.query:
             return
-        if "signature" in call.query:
-            expires = call.query.get("expires", "")
-            self._check_signature(call, call.query.get("access_key_id", ""), expires, "")
-            if int(expires) < self.clock():
-                raise Refused(403, "request_expired", "The link has expired.")
-        else:
-            self._check_header(call)
-        md5 = call.headers.get("content-md5", "")
-        if md5 and base64.b64encode(hashlib.md5(call.body).digest()).decode() != md5:
-            raise Refused(400, "bad_digest", "The Content-MD5 does not match the body.")
-        if self.forbidden:
-            raise Refused(403, "permission_denied", "You don't have enough permission.")
-
-    def _check_signature(self, call: Call, access_key: str, date: str, given: str) -> None:
-        """Check a signature that is in the head, or in the address (""), of a request."""
-        kind = call.headers.get("content-type", "") if given else ""
-        if access_key != self.access_key:
+        head, link = call.headers.get("authorization", ""), "signature" in call.query
+        found = re.fullmatch(r"QS ([^:]+):(\S+)", head)
+        if not found and not link:
+            raise Refused(401, "unauthorized", "The request is not signed.")
+        names = ("access_key_id", "signature", "expires")
+        who, given, date = (call.query.get(name, "") for name in names)
+        if found and not link:
+            who, given, date = found[1], found[2], call.headers.get("date", "")
+        kind = "" if link else call.headers.get("content-type", "")
+        if who != self.access_key:
             raise Refused(401, "invalid_access_key_id", "The access key id does not exist.")
         subs = sorted({"acl", "part_number", "upload_id", "uploads"} & set(call.query))
         pairs = "&".join(f"{n}={call.query[n]}" if call.query[n] else n for n in subs)
@@ -2575,21 +2401,16 @@ class FakeQingStor(Peer):
         lines = "".join(f"{name}:{call.headers[name].strip()}\n" for name in own)
         md5 = call.headers.get("content-md5", "")
         wanted = sign_qingstor(self.secret, call.method, resource, date, kind, md5, lines)
-        if not hmac.compare_digest(wanted, given or call.query["signature"]):
+        if not hmac.compare_digest(wanted, given):
             raise Refused(401, "signature_not_matched", "The signature does not match.")
-
-    def _check_header(self, call: Call) -> None:
-        found = re.fullmatch(r"QS ([^:]+):(\S+)", call.headers.get("authorization", ""))
-        if not found:
-            raise Refused(401, "unauthorized", "The request is not signed.")
-        date = call.headers.get("date", "")
-        try:
-            off = parsedate_to_datetime(date).timestamp() - self.clock()
-        except ValueError:
-            raise Refused(400, "invalid_date", "The Date header is malformed.") from None
-        if abs(off) > self.SKEW_SECONDS:
+        then = int(date) if link else parsedate_to_datetime(date).timestamp()
+        late, patience = self.clock() - then, 0 if link else self.SKEW_SECONDS
+        if late > patience or (late < -patience and not link):
             raise Refused(403, "request_expired", "The request time is too skewed.")
-        self._check_signature(call, found[1], date, found[2])
+        if md5 and base64.b64encode(hashlib.md5(call.body).digest()).decode() != md5:
+            raise Refused(400, "bad_digest", "The Content-MD5 does not match the body.")
+        if self.forbidden:
+            raise Refused(403, "permission_denied", "You don't have enough permission.")
 
     # -- what is asked: METHOD_kind
 
@@ -2679,10 +2500,6 @@ class FakeQingStor(Peer):
 
     HEAD_key = GET_key
 
-    def DELETE_key(self, call: Call, key: str) -> Answer:
-        self.objects.pop(key, None)
-        return Answer(204)
-
 
 # ---------------------------------------------------------------------------------------------
 # Sources of downloads
@@ -2693,8 +2510,6 @@ BLOCK = 64 * 1024
 
 @dataclass
 class Served:
-    """One path of a Source: what it holds and how it is sent."""
-
     size: int
     body: bytes | None = None  # None: made up as it goes
     length: str = "known"  # or "chunked", or "close" (the end of the connection is the end)
@@ -2721,7 +2536,6 @@ class Served:
     asked: int = 0  # how often so far
 
     def bytes_from(self, start: int) -> Iterator[bytes]:
-        """Yield the content from a position on, in blocks."""
         if self.body is not None:
             for at in range(start, len(self.body), BLOCK):
                 yield self.body[at : at + BLOCK]
@@ -2730,6 +2544,17 @@ class Served:
         for at in range(start - start % BLOCK, self.size, BLOCK):
             block = struct.pack(">QQ", self.seed, at) + filler
             yield block[max(0, start - at) : min(BLOCK, self.size - at)]
+
+    def chosen(self, call: Call) -> tuple[int, int]:
+        """Return status and start: obey Range and If-Range (RFC 9110), or as wrongly as wanted."""
+        found = re.fullmatch(r"bytes=(\d+)-", call.headers.get("range", ""))
+        condition = call.headers.get("if-range", "")
+        if found and self.ranges.isdigit():
+            return int(self.ranges), 0
+        known = not condition or condition in (self.etag, self.modified)
+        if not found or self.ranges in ("", "ignored") or not known:
+            return self.status, 0
+        return 206, max(0, int(found[1]) - 10 * (self.ranges == "wrong"))
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -2740,7 +2565,6 @@ class Served:
 
 @functools.cache
 def made_up_block(seed: int) -> bytes:
-    """Return the part of a block that is the same in all of a file, and random."""
     return random.Random(seed).randbytes(BLOCK - 16)
 
 
@@ -2753,7 +2577,6 @@ class Source(Peer):
         self.files: dict[str, Served] = {}
 
     def add(self, path: str, size: int = 0, body: bytes | None = None, **options: Any) -> str:
-        """Serve a file at `path`, see Served; return its address."""
         length = len(body) if body is not None else size
         seed = options.pop("seed", len(self.files) + 1)
         self.files[path] = Served(length, body, seed=seed, **options)
@@ -2764,7 +2587,6 @@ class Source(Peer):
 
     @property
     def hits(self) -> Counter[str]:
-        """How often each path was asked for."""
         with self.lock:
             return Counter(call.path for call in self.calls)
 
@@ -2785,92 +2607,58 @@ class Source(Peer):
             while served.again and not self.stopping.wait(0.05):
                 handler.wfile.write(served.again)
         else:
-            Sending(call, served, handler, self.stopping).send()
+            self.send(call, served, handler)
 
-
-class Sending:
-    """One answer on its way, with everything that a Served says is wrong with it."""
-
-    def __init__(
-        self, call: Call, served: Served, handler: PeerHandler, stopping: threading.Event
-    ) -> None:
-        self.call, self.served, self.handler, self.stopping = call, served, handler, stopping
-        with handler.server.peer.lock:
+    def send(self, call: Call, served: Served, handler: PeerHandler) -> None:
+        """Send a file, with everything that is wrong with it."""
+        with self.lock:
             served.asked += 1
-            self.turn = served.asked
-        if served.change and self.turn > 1:
-            self.served = replace(served, etag='"other"', seed=served.seed + 1000)
-        if served.expired and self.turn > 1:
-            self.served = replace(served, status=served.expired, size=0, ranges="")
-        self.start = 0
-        self.status = self.served.status
-
-    def send(self) -> None:
-        headers = self._headers()
-        chunked = self.served.length == "chunked"
-        self.handler.send_response(self.status)
-        for name, value in headers.items():
-            self.handler.send_header(name, value)
-        self.handler.end_headers()
-        if self.call.method == "HEAD" or self.served.location:
-            return
-        packed = self.served.gzip
-        for block in self._shaped([self.packed] if packed else self.served.bytes_from(self.start)):
-            self.handler.wfile.write(b"%x\r\n%b\r\n" % (len(block), block) if chunked else block)
-        if chunked and not self.handler.close_connection:
-            self.handler.wfile.write(b"0\r\n\r\n")
-
-    def _headers(self) -> dict[str, str]:
-        served = self.served
-        self._choose_range()
+            turn = served.asked
+        if served.change and turn > 1:
+            served = replace(served, etag='"other"', seed=served.seed + 1000)
+        if served.expired and turn > 1:
+            served = replace(served, status=served.expired, size=0, ranges="")
+        status, start = served.chosen(call)
+        blocks, left = served.bytes_from(start), served.size - start
+        if served.gzip:
+            packed = gzip.compress(b"".join(blocks), 1, mtime=0)
+            blocks, left = iter([packed]), len(packed)
+        handler.send_response(status)
         # As bytes: http.server would refuse what is not Latin-1.
-        where = served.location.replace("{turn}", str(self.turn)).encode().decode("latin-1")
-        headers = {
+        where = served.location.replace("{turn}", str(turn)).encode()
+        told = {
             "Content-Type": served.content_type,
             "ETag": served.etag,
             "Last-Modified": served.modified,
-            "Location": where,
-            "Content-Encoding": "gzip" if served.gzip else "",
+            "Location": where.decode("latin-1"),
+            "Content-Encoding": "gzip" * served.gzip,
             "Content-Disposition": served.disposition.encode(served.charset).decode("latin-1"),
+            "Content-Range": f"bytes {start}-{served.size - 1}/{served.size}" * (status == 206),
         }
-        headers = {name: value for name, value in headers.items() if value}
-        if served.location or served.length == "known":
-            whole = len(self.packed) if served.gzip else served.size - self.start
-            headers["Content-Length"] = "0" if served.location else str(whole)
-        elif served.length == "chunked":
-            headers["Transfer-Encoding"] = "chunked"
-        else:
-            headers["Connection"] = "close"
-            self.handler.close_connection = True
-        if self.status == 206:
-            last = served.size - 1
-            headers["Content-Range"] = f"bytes {self.start}-{last}/{served.size}"
-        return headers | dict(served.headers)
-
-    def _choose_range(self) -> None:
-        """Obey Range and If-Range (RFC 9110, 13.1.5 and 14.2), or as wrongly as wanted."""
-        found = re.fullmatch(r"bytes=(\d+)-", self.call.headers.get("range", ""))
-        if not found or self.served.ranges in ("", "ignored"):
+        length = "known" if where else served.length
+        how = {"known": ("Content-Length", str(0 if where else left))}
+        how |= {"chunked": ("Transfer-Encoding", "chunked"), "close": ("Connection", "close")}
+        for name, value in (
+            {**told, how[length][0]: how[length][1]} | dict(served.headers)
+        ).items():
+            if value:
+                handler.send_header(name, value)
+        handler.end_headers()
+        if call.method == "HEAD" or where:
             return
-        if self.served.ranges.isdigit():
-            self.status = int(self.served.ranges)
-            return
-        condition = self.call.headers.get("if-range", "")
-        if condition and condition not in (self.served.etag, self.served.modified):
-            return
-        self.start, self.status = int(found[1]), 206
-        if self.served.ranges == "wrong":
-            self.start = max(0, self.start - 10)
+        handler.close_connection |= length == "close"
+        for block in self.shaped(blocks, served, turn, handler):
+            chunk = b"%x\r\n%b\r\n" % (len(block), block)
+            handler.wfile.write(chunk if length == "chunked" else block)
+        if length == "chunked" and not handler.close_connection:
+            handler.wfile.write(b"0\r\n\r\n")
 
-    @functools.cached_property
-    def packed(self) -> bytes:
-        return gzip.compress(b"".join(self.served.bytes_from(self.start)), 1, mtime=0)
-
-    def _shaped(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    def shaped(
+        self, blocks: Iterable[bytes], served: Served, turn: int, handler: PeerHandler
+    ) -> Iterator[bytes]:
         """Yield the blocks at the wanted speed, up to where the trouble comes."""
-        cuts, rate = self.served.cut_after, self.served.rate
-        cut = cuts[self.turn - 1] if self.turn <= len(cuts) else -1
-        stall = self.served.stall_after if self.turn <= self.served.stalls else -1
+        cut = served.cut_after[turn - 1] if turn <= len(served.cut_after) else -1
+        stall = served.stall_after if turn <= served.stalls else -1
         end = min((at for at in (cut, stall) if at >= 0), default=-1)
         begun, sent = time.monotonic(), 0
         for block in blocks:
@@ -2878,17 +2666,17 @@ class Sending:
             sent += len(piece)
             if piece:
                 yield piece
+            rate = served.rate
             if rate and (early := begun + sent / rate - time.monotonic()) > 0.005:
                 self.stopping.wait(early)
             if len(piece) < len(block) or sent == end:
-                self.handler.close_connection = True
+                handler.close_connection = True
                 if sent != cut:
-                    self.handler.hold()
+                    handler.hold()
                 return
 
 
 def make_tls(folder: Path, name: str) -> tuple[ssl.SSLContext, Path]:
-    """Return a context for a server at this address, and the certificate to trust."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     command += ["-keyout", str(key), "-out", str(certificate), "-subj", f"/CN={name}"]
@@ -2914,7 +2702,6 @@ class ProxyProcess(Daemon):
         return f"{self.SCHEME}://{login}{self.host}"
 
     def asked_for(self, port: int) -> bool:
-        """Tell whether it was ever asked for this port of 127.0.0.1."""
         return f"127.0.0.1:{port}" in self.log.replace(self.host, "")
 
 
@@ -2955,7 +2742,6 @@ exec "$PYTHON" "$FOLDER/program.py"
 
 @functools.cache
 def namespace_missing() -> str:
-    """Return why there can be no net of its own, "" if there can."""
     if why := missing_program("unshare", "ip", "mount"):
         return why
     tried = run_command(["unshare", "-n", "-m", "true"])
@@ -3013,51 +2799,43 @@ class NameServer:
 # ---------------------------------------------------------------------------------------------
 
 _FORBIDDEN_HOSTS: dict[str, str] = {
-    "loopback": "127.0.0.1 127.127.127.127 127.255.255.254",
-    "loopback, short": "127.1 127.0.1 0x7f.1 0177.1",
-    "loopback, integer": "2130706433 0x7f000001 0X7F000001 017700000001",
-    "loopback, octal and hex": "0177.0.0.1 0x7f.0x0.0x0.0x1 0x7f.0.0.1 127.0.0.0x1 00177.00.00.01",
+    "loopback": "127.0.0.1 127.255.255.254 127.1 0177.1 2130706433 0x7f000001 0X7F000001",
+    "loopback, octal and hex": "0177.0.0.1 0x7f.0x0.0x0.0x1 127.0.0.0x1 00177.00.00.01",
     "loopback, trailing dot": "127.0.0.1. localhost.",
-    "this host": "0.0.0.0 0 0.0 0x0 00000000000 0.1.2.3",
+    "this host": "0.0.0.0 0 0x0 00000000000 0.1.2.3",
     "private": "10.0.0.1 10.1 10.255.255.255 172.16.0.1 172.31.255.255 192.168.0.1 192.168.257",
-    "private, disguised": "167772161 0xa000001 3232235521 0xc0a80001 0300.0250.0.1 012.0.0.1",
-    "link-local": "169.254.0.1 169.254.255.255",
-    "metadata": "169.254.169.254 0xa9fea9fe 2852039166 0251.0376.0251.0376 169.254.43518",
+    "private, disguised": "0xa000001 3232235521 0300.0250.0.1 012.0.0.1",
+    "link-local": "169.254.0.1 169.254.169.254 0xa9fea9fe 0251.0376.0251.0376 169.254.43518",
     "metadata of Alibaba": "100.100.100.200 1684301000 0x646464c8",
     "wire server of Azure": "168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] [64:ff9b::a83f:8110]",
     "CGNAT": "100.64.0.1 100.127.255.255",
-    "protocols": "192.0.0.1 192.0.0.8 192.0.0.9 192.0.0.170 192.0.0.255",
+    "protocols": "192.0.0.1 192.0.0.9 192.0.0.170 192.0.0.255",
     "6to4 relay": "192.88.99.1",
     "documentation": "192.0.2.1 198.51.100.1 203.0.113.1",
     "benchmarks": "198.18.0.1 198.19.255.255",
-    "multicast": "224.0.0.1 224.0.1.1 232.1.1.1 239.255.255.250 0xe0000001",
-    "reserved": "240.0.0.1 254.1.1.1",
-    "broadcast": "255.255.255.255 4294967295",
-    "IPv6 loopback": "[::1] [0:0:0:0:0:0:0:1] [0000::0001] [::0.0.0.1]",
-    "IPv6 unspecified": "[::]",
-    "IPv6 private": "[fc00::1] [fd12:3456:789a::1] [fd00:ec2::254] [fec0::1]",
+    "multicast": "224.0.0.1 232.1.1.1 239.255.255.250 0xe0000001",
+    "reserved": "240.0.0.1 254.1.1.1 255.255.255.255 4294967295",
+    "IPv6 loopback": "[::1] [0000::0001] [::0.0.0.1] [::]",
+    "IPv6 private": "[fc00::1] [fd00:ec2::254] [fec0::1]",
     "IPv6 link-local": "[fe80::1] [febf::1] [fe80::1%25lo] [fe80::1%lo]",
-    "IPv6 multicast": "[ff02::1] [ff05::2] [ff0e::1]",
+    "IPv6 multicast": "[ff02::1] [ff0e::1]",
     "IPv6 documentation": "[2001:db8::1] [100::1]",
-    "IPv4-mapped": "[::ffff:127.0.0.1] [::ffff:7f00:1] [0:0:0:0:0:ffff:7f00:0001] [::ffff:10.0.0.1]"
-    " [::ffff:a9fe:a9fe] [::ffff:100.100.100.200] [::ffff:0.0.0.0] [::ffff:224.0.0.1]",
-    "IPv4-compatible": "[::127.0.0.1] [::7f00:1] [::10.0.0.1] [::169.254.169.254]",
+    "IPv4-mapped": "[::ffff:127.0.0.1] [::ffff:7f00:1] [::ffff:10.0.0.1] [::ffff:100.100.100.200]"
+    " [::ffff:0.0.0.0] [::ffff:224.0.0.1]",
+    "IPv4-compatible": "[::7f00:1] [::169.254.169.254]",
     "IPv4-translated": "[::ffff:0:127.0.0.1] [::ffff:0:a00:1]",
-    "NAT64": "[64:ff9b::7f00:1] [64:ff9b::127.0.0.1] [64:ff9b::a9fe:a9fe] [64:ff9b::10.0.0.1]",
-    "NAT64, local prefix": "[64:ff9b:1::7f00:1] [64:ff9b:1::a9fe:a9fe] [64:ff9b:1:ffff::10.0.0.1]",
-    "6to4": "[2002:7f00:1::] [2002:a00:1::1] [2002:a9fe:a9fe::1] [2002:c0a8:1::1]",
-    "Teredo": "[2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::1] [2001:0:7f00:1::]",
-    "local name": "localhost LOCALHOST LocalHost foo.localhost localhost.localdomain ip6-localhost"
-    " router.local nas.lan printer.home.arpa metadata.google.internal host.docker.internal"
-    " metadata intranet",
-    "full-width digits": "１２７.０.０.１ １２７．０．０．１ １６９.254.169.254 ２130706433",
-    "ideographic full stop": "127。0。0。1 127｡0｡0｡1 10。0。0。1 localhost。",
-    "circled digits": "①②⑦.⓪.⓪.① ①⓪.⓪.⓪.①",
-    "full-width letters": "ｌｏｃａｌｈｏｓｔ ⓛⓞⓒⓐⓛⓗⓞⓢⓣ ０ｘ７ｆ０００００１",
+    "NAT64": "[64:ff9b::7f00:1] [64:ff9b::10.0.0.1]",
+    "NAT64, local prefix": "[64:ff9b:1::7f00:1] [64:ff9b:1:ffff::10.0.0.1]",
+    "6to4": "[2002:7f00:1::] [2002:a9fe:a9fe::1]",
+    "Teredo": "[2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::1]",
+    "local name": "localhost LocalHost foo.localhost localhost.localdomain ip6-localhost"
+    " router.local nas.lan printer.home.arpa metadata.google.internal metadata intranet",
+    "other digits and stops": "１２７.０.０.１ ２130706433 127。0。0。1 10｡0｡0｡1 localhost。 ①②⑦.⓪.⓪.①",
+    "other letters": "ｌｏｃａｌｈｏｓｔ ⓛⓞⓒⓐⓛⓗⓞⓢⓣ ０ｘ７ｆ０００００１",
     "userinfo": "example.com@127.0.0.1 127.0.0.1@example.com user:pw@example.com @127.0.0.1",
-    "backslash": "example.com\\@127.0.0.1 127.0.0.1\\.example.com example.com\\127.0.0.1",
+    "backslash": "example.com\\@127.0.0.1 127.0.0.1\\.example.com",
     "percent": "%31%32%37.0.0.1 127.0.0.1%00.example.com 127.0.0.1%2f.example.com",
-    "odd port": "127.0.0.1:0 example.com:0 example.com:99999 example.com:80:80 example.com:x",
+    "odd port": "127.0.0.1:0 example.com:99999 example.com:80:80 example.com:x",
     "odd brackets": "[127.0.0.1] [::1].example.com [localhost] []",
 }
 
@@ -3074,13 +2852,12 @@ NO_HTTP = (
 )
 FORBIDDEN += [(url, "no http address") for url in NO_HTTP.split("¦")]
 
-_ALLOWED = (
-    "1.1.1.1 8.8.8.8 223.5.5.5 114.114.114.114 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.1"
-    " 100.63.255.255 100.128.0.0 169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0"
-    " 192.0.1.1 192.0.3.0 192.88.98.1 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0"
-    " 198.51.99.1 203.0.112.1 223.255.255.255 ::ffff:8.8.8.8 2400:3200::1 2606:4700:4700::1111"
-    " 2001:4860:4860::8888 240e:4c:4008::1"
-)
+_ALLOWED = """
+1.1.1.1 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.1 100.63.255.255 100.128.0.0
+169.253.255.255 169.255.0.0 172.15.255.255 172.32.0.0 192.0.1.1 192.0.3.0 192.88.98.1
+192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 198.51.99.1 203.0.112.1 223.255.255.255
+::ffff:8.8.8.8 2400:3200::1 2001:4860:4860::8888
+"""
 ALLOWED = _ALLOWED.split()
 
 
@@ -3090,8 +2867,6 @@ ALLOWED = _ALLOWED.split()
 
 
 class PeakMemory:
-    """Watches how much memory (VmRSS) a process takes while the block runs."""
-
     base = peak = 0
 
     def __init__(self, pid: int, pause: float = 0.005) -> None:
@@ -3156,8 +2931,6 @@ class SlowRunner(PlayedRunner):
 
 
 class Talk:
-    """One member's talk with a service that others have used before: sees only what is new."""
-
     def __init__(self, world: World, runner: SlowRunner) -> None:
         self.world, self.wecom, self.github = world, world.wecom, world.github
         self.runner, self.client = runner, world.client
@@ -3169,11 +2942,9 @@ class Talk:
         return self.world.say(text, self.user)
 
     def hear(self, wanted: str = "", timeout: float = 10) -> str:
-        """Return the text of the first message to this member that holds `wanted`."""
         return self.world.hear(lambda m: m.user == self.user and wanted in m.text, timeout)
 
     def ask(self, text: str) -> str:
-        """Type a request, return its final message."""
         assert "🔄" in self.say(text)
         return self.hear("成功 ")
 
@@ -3187,11 +2958,9 @@ class Talk:
 
     @property
     def inputs(self) -> list[dict[str, str]]:
-        """What each run was started with."""
         return [dispatch.inputs for dispatch in self.github.dispatches[self._dispatches :]]
 
     def calls(self, where: str = "") -> list[Call]:
-        """Return GitHub's calls since this talk began, in whose line all words of `where` occur."""
         return [call for call in self.github.calls[self._calls :] if Fault(where, "").hits(call)]
 
     def idle(self) -> bool:
@@ -3211,14 +2980,12 @@ class Talk:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[World]:
-    """A running service with everything as it is by default."""
     with quick(SlowRunner()) as world:
         yield world
 
 
 @pytest.fixture
 def talk(shared: World) -> Iterator[Talk]:
-    """A new member before the shared service."""
     runner = shared.github.runner
     assert isinstance(runner, SlowRunner)
     runner.go.clear()
@@ -3249,7 +3016,6 @@ class Desk:
         self.after_pause()
 
     def send(self, text: str, user: str = "alice") -> None:
-        """Queue a message, then deliver all there is."""
         letters = self.app.channels[""].letters(user, text, secrets.token_hex(4))
         self.app.state.change(lambda facts: facts.with_letters(letters))
         for _ in range(40):
@@ -3259,7 +3025,6 @@ class Desk:
         raise TimeoutError(f"tried in vain, pauses {self.pauses}")
 
     def send_many(self, text: str, count: int) -> None:
-        """Send a text to so many members, side by side."""
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda n: self.sender.send(f"user-{n}", text), range(count)))
 
@@ -3273,7 +3038,6 @@ def desk() -> Iterator[Desk]:
 def run_script(
     *words: str, text: str = "", settings: dict[str, str] | None = None, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program with no installed package in reach, and return what it printed."""
     environment = clean_environment(Path("/nonexistent"), settings or {})
     full = [sys.executable, "-S", str(SCRIPT), *words]
     return run_command(full, text, 20, env=environment, cwd=folder)
@@ -3347,7 +3111,6 @@ hurry(float(os.environ["SPEED"]), time.time(), time.time, time.monotonic, time.s
 
 @functools.cache
 def quick_script(before: str = "") -> Path:
-    """Return the path of QUICK, written down once, with this before it."""
     folder = Path(tempfile.mkdtemp(prefix="wxsync-quick-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     script = folder / "quick.py"
@@ -3406,7 +3169,10 @@ class Depot(Quick):
         patience = {"STALL_SECONDS": "1", "CLOCK_LOOK_SECONDS": "0.5", "SCALE": "0.01"}
         patience |= {"MESSAGE_INTERVAL_SECONDS": "0.02", "QUEUE_SIZE": "1000", "MAX_FILE_MB": "64"}
         patience |= {"DANGEROUSLY_ALLOW_PRIVATE_URLS": "1"}
-        super().__init__(*before, **patience | more)
+        # Whatever the environment says about proxies, nothing goes there.
+        dead = {f"{scheme}_PROXY": NOWHERE for scheme in ("HTTP", "HTTPS", "ALL")}
+        dead |= {name.lower(): url for name, url in dead.items()}
+        super().__init__(*before, **dead | patience | more)
         self.store, self.source = FakeQingStor(), Source()
 
     def defaults(self) -> dict[str, str]:
@@ -3422,19 +3188,16 @@ class Depot(Quick):
         return f"user{next(self.USERS)}"
 
     def ask(self, text: str) -> str:
-        """Type a message as somebody new, who is returned."""
         user = self.user()
         self.say(text, user)
         return user
 
     def begin(self, link: str, parts: int = 1) -> str:
-        """Send a link as somebody new, and wait until so many parts of it are stored."""
         before, user = len(self.store.parts_received), self.ask(link)
         assert wait_until(lambda: len(self.store.parts_received) >= before + parts)
         return user
 
     def answers(self, user: str, count: int) -> list[str]:
-        """Return so many messages that reached somebody, who hears no more for now."""
         assert wait_until(lambda: len(self.wecom.messages_for(user)) >= count, 20), self.log
         assert wait_until(self.is_idle)
         return self.wecom.messages_for(user)
@@ -3450,7 +3213,6 @@ class Depot(Quick):
         return self.service.log
 
     def broken(self) -> list[str]:
-        """Return what went wrong, uploads that were left open included."""
         wait_until(lambda: not self.store.open_uploads, 2)
         left = list(self.store.open_uploads)
         self.store.open_uploads.clear()  # or every story after this one would fail as well
@@ -3467,7 +3229,6 @@ def disk_is(
 
 
 def room(world: World, file_bytes: int = -1) -> None:
-    """Let the running service write files up to this size, without one as it likes."""
     import resource  # Linux
 
     resource.prlimit(world.service.pid, resource.RLIMIT_FSIZE, (file_bytes, -1))
@@ -3485,7 +3246,6 @@ GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests 
 
 
 def last_state(journal: bytes) -> dict[str, Any]:
-    """Return the last whole line of a state file; raise ValueError where there is none."""
     for line in reversed(journal.split(b"\n")):
         with suppress(ValueError):
             value: dict[str, Any] = json.loads(line)
@@ -3507,7 +3267,6 @@ def finals(world: World, user: str) -> list[str]:
 
 
 def hear(world: World, user: str, wanted: str) -> str:
-    """Wait for a message to this user that holds `wanted`, return its text."""
     return world.wecom.wait_message(lambda m: m.user == user and wanted in m.text, 15).text
 
 
@@ -3528,7 +3287,6 @@ def early(story: Callable[[], None]) -> Callable[[Told], None]:
 
 @pytest.fixture(scope="module")
 def told(request: pytest.FixtureRequest) -> Iterator[Told]:
-    """Start the stories of the tests that were chosen."""
     names = [item.name for item in request.session.items if item.name in STORIES]
     with ThreadPoolExecutor(8) as pool:  # more would keep each other from starting
         yield {name: pool.submit(STORIES[name]) for name in names}
@@ -3545,20 +3303,17 @@ KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.tar)?(\.[a-z0-9]{
 
 
 def read_result(text: str) -> dict[str, str]:
-    """Return the fields of a message of success, in exactly the form that users know."""
     match = RESULT.fullmatch(text)
     assert match, text
     return match.groupdict()
 
 
 def check_refusal(text: str, why: str, link: str = "") -> None:
-    """Check that a message is one sentence with what to do, and names the link."""
     match = SENTENCE.fullmatch(text)
     assert match and why in match["why"] and link in match["link"], text
 
 
 def check_object(depot: Depot, path: str, text: str) -> str:
-    """Check that the message and the bucket have the very file; return the object's key."""
     found, served = read_result(text), depot.source.files[path]
     key = found["link"].rpartition("/")[2]
     stored = depot.store.objects[key]
@@ -3596,8 +3351,6 @@ class Broken(Exception):
 
 
 class Line:
-    """One WebSocket connection at the server's end."""
-
     LIMIT = 1 << 20
 
     def __init__(self, handler: PeerHandler) -> None:
@@ -3613,7 +3366,6 @@ class Line:
             self.handler.connection.sendall(start * (opcode >= 0) + data)
 
     def tell(self, value: object) -> None:
-        """Send JSON to a client that may be gone."""
         with suppress(OSError):
             self.write(TEXT, json.dumps(value).encode())
 
@@ -3627,7 +3379,6 @@ class Line:
         return bytes(data)
 
     def _frame(self) -> tuple[int, bool, bytes]:
-        """Read one frame; raise Broken for whatever a client may not send."""
         first, second = self._exactly(2)
         opcode, fin, size, least = first & 15, first >= 128, second & 127, 0
         if size > 125:
@@ -3674,8 +3425,6 @@ class Frame(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What a req_id stands for: a callback that can be answered on one line for a while."""
-
     line: Line
     chat: str
     cmd: str
@@ -3779,7 +3528,6 @@ class FakeGateway(Peer):
         return answer if time.time() < until else Answer(404, b"expired")
 
     def wait_line(self) -> Line:
-        """Return the line that is subscribed, at once or in 10 s; raise ConnectionError."""
         with self.changed:
             self.changed.wait_for(lambda: self.line, 10)
             if not self.line:
@@ -3847,7 +3595,6 @@ class FakeGateway(Peer):
         return self.say({"eventtype": kind}, user, kind="event")
 
     def share(self, data: bytes, name: str = "compose.yaml") -> dict[str, object]:
-        """Return the inside of a message of kind "file" for a file of this content."""
         key, pad = os.urandom(32), 32 - len(data) % 32
         sealed = AES.new(key, AES.MODE_CBC, key[:16]).encrypt(data + bytes([pad]) * pad)
         path = f"/file/{secrets.token_hex(8)}"
@@ -3856,7 +3603,6 @@ class FakeGateway(Peer):
         return {"url": self.url + path, "aeskey": base64.b64encode(key).decode()}
 
     def throw_out(self) -> None:
-        """Do what happens when another program takes the robot over."""
         with self.lock:
             line, self.line = self.line, None
         if line:
@@ -3885,14 +3631,12 @@ class FakeGateway(Peer):
         return message
 
     def is_doubtful(self, message: ChatMessage) -> bool:
-        """Tell whether the client could not know that this message was taken as it is now."""
         when = message.shown[-1][0]
         return when in self._unsure or self._ended.get(message.line, math.inf) < when + 1
 
     # -- frames
 
     def _take(self, line: Line, text: str) -> None:
-        """Record a frame, do what it says, acknowledge it; or do what a mood says instead."""
         value = json.loads(text)
         req_id, body = value["headers"]["req_id"], value.get("body") or {}
         frame = Frame(time.time(), value["cmd"], req_id, body)
@@ -3956,7 +3700,6 @@ class FakeGateway(Peer):
         return code
 
     def _show(self, line: Line, frame: Frame, chat: str, inside: dict[str, Any]) -> int:
-        """Let a chat see a new message, or a stream's new content in place of its last one."""
         stream, text, now = inside.get("id", ""), inside["content"], frame.time
         answers = [m for m in self.messages if m.req_id == frame.req_id]
         same = [m for m in answers if stream and m.stream == stream]
@@ -4018,7 +3761,6 @@ client.connect()
 
 @contextmanager
 def judge(gateway: FakeGateway, secret: str = "") -> Iterator[Callable[..., bool]]:
-    """Subscribe Tencent's own client; give what tells whether it comes to say a thing."""
     folder, told = os.environ.get("WXSYNC_AIBOT_SDK", ""), list[list[Any]]()
     there = folder and Path(folder, "node_modules/@wecom/aibot-node-sdk").is_dir()
     needs(missing_program("node") or ("" if there else "no SDK where WXSYNC_AIBOT_SDK says"))
@@ -4082,7 +3824,6 @@ def test_tencents_client_meets_an_unkind_gateway() -> None:
 
 @functools.cache
 def document(name: str) -> str:
-    """Return the text of a file of the project."""
     return (ROOT / name).read_text("utf-8")
 
 
@@ -4092,7 +3833,6 @@ def document_yaml(name: str) -> Any:
 
 
 def section(title: str) -> str:
-    """Return a section of README.md, its sub-sections included."""
     bare = without_code()
     head = re.search(rf"^(#+) {re.escape(title)}\n", bare, re.MULTILINE)
     if not head:
@@ -4123,14 +3863,12 @@ def table(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def env_file(settings: Mapping[str, str]) -> str:
-    """Return settings as an .env file."""
     return "".join(f"{name}='{value}'\n" for name, value in settings.items())
 
 
 def run_here(
     *words: str, folder: Path = ROOT, settings: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program with nothing of this process's settings in its environment."""
     environment = clean_environment(folder, settings or {})
     return run_command(words, cwd=folder, env=environment)
 
@@ -4168,21 +3906,15 @@ def test_the_file_reads_from_top_to_bottom() -> None:
     """Functions and classes use only what stands above them; no line is wider than 100 columns (a
     Chinese character is two), no function longer than 45 lines; none changes a global name."""
     lines = {name: node.lineno for node in TREE.body for name in names_defined_by(node)}
-    tables = symtable.symtable(SOURCE, "wxsync.py", "exec").get_children()
-    below = [
-        f"{table.get_name()} (line {table.get_lineno()}) uses {name} (line {lines[name]})"
-        for table in tables
-        for name in sorted(global_names(table) & set(lines))
-        if name != table.get_name() and lines[name] > lines.get(table.get_name(), 0)
-    ]
-    assert below == []
+    for table in symtable.symtable(SOURCE, "wxsync.py", "exec").get_children():
+        own = table.get_name()
+        used = global_names(table) & set(lines) - {own}
+        assert [name for name in used if lines[name] > lines.get(own, 0)] == [], own
     assert [n for n, line in enumerate(SOURCE.splitlines(), 1) if columns(line) > 100] == []
-    nodes = list(ast.walk(TREE))
-    sizes = {
-        f.name: (f.end_lineno or 0) - f.lineno + 1 for f in nodes if isinstance(f, ast.FunctionDef)
-    }
-    assert {name: size for name, size in sizes.items() if size > 45} == {}
-    assert [node.lineno for node in nodes if isinstance(node, ast.Global)] == []
+    for node in ast.walk(TREE):
+        assert not isinstance(node, ast.Global), node.lineno
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 45, node.name
 
 
 def test_each_promise_of_the_header_has_its_tests() -> None:
@@ -4200,28 +3932,12 @@ def test_the_job_uses_nothing_of_the_service() -> None:
     assert names["read_list"]("nginx:1\n") == (["nginx:1"], []) and callable(names["run_copy"])
 
 
-# (job, attempt) of one name -> the job that its line claims
-CLAIMS: list[tuple[list[tuple[int, int]], int | None]] = [
-    ([(7, 1)], 7),
-    ([(7, 1), (9, 2)], 9),  # run again
-    ([(7, 1), (9, 1)], None),  # one too many: which one is meant?
-]
-
-
-@pytest.mark.parametrize(("jobs", "wanted"), CLAIMS)
-def test_a_line_claims_a_job_only_when_it_is_sure(
-    jobs: list[tuple[int, int]], wanted: int | None
-) -> None:
-    """Of two jobs of one name in one attempt neither tells a success."""
-    named = [{"id": number, "name": "nginx:1", "run_attempt": attempt} for number, attempt in jobs]
-    (found,) = wxsync.match_jobs(["nginx:1"], named)
-    assert (found and found["id"]) == wanted
-
-
-@pytest.mark.parametrize("text", ["# redis:6\nnginx:1", "#redis:6\nnginx:1", "// x:1\nnginx:1"])
-def test_comments_start_nothing(text: str) -> None:
-    """A list that is sent with its comments is the list."""
-    assert [image.line for image in wxsync.read_message(text).images] == ["nginx:1"]
+def test_a_line_claims_a_job_only_when_it_is_sure() -> None:
+    """The one that was run again; of two jobs of one name in one attempt neither."""
+    for attempts, wanted in (([1], 0), ([1, 2], 1), ([1, 1], None)):
+        jobs = [{"id": n, "name": "a:1", "run_attempt": turn} for n, turn in enumerate(attempts)]
+        (found,) = wxsync.match_jobs(["a:1"], jobs)
+        assert (found and found["id"]) == wanted
 
 
 class Toy(wxsync.Channel):
@@ -4250,7 +3966,9 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
         wxsync.take_up(app)
         message = wxsync.Message("ann", "ann toy room", "nginx:1", "m1")
         assert "共 1 个镜像" in app.chat.answer(message, toy)
-        wxsync.work(app, "images")
+        threading.Thread(target=wxsync.work, args=(app, "images"), daemon=True).start()
+        while app.state.facts.tasks:
+            wxsync.follow_runs(app)
         app.posts["toy"].step()
         ((address, text),) = toy.heard
         assert address == "ann toy room" and "✅" in text and "docker pull" in text
@@ -4264,9 +3982,8 @@ sys.pycache_prefix = {cache!r}
 sys.path.insert(0, {folder!r})
 begun = time.perf_counter()
 import wxsync
-seconds = time.perf_counter() - begun
+print(time.perf_counter() - begun)
 assert threading.active_count() == 1 and os.listdir(".") == []
-print(seconds)
 """
 
 
@@ -4274,12 +3991,11 @@ def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
     """Under 0.2 s once it is compiled; no thread, no file, not a word."""
     here, seconds = tmp_path / "here", []
     here.mkdir()
-    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(SCRIPT.parent))
-    command = [sys.executable, "-S", "-c", code]
+    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(ROOT))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     for _ in range(4):
-        done = subprocess.run(command, cwd=here, env=environ, capture_output=True, check=True)
-        assert done.stderr == b"" and len(done.stdout.splitlines()) == 1
+        done = run_command([sys.executable, "-S", "-c", code], cwd=here, env=environ, check=True)
+        assert done.stderr == ""
         seconds.append(float(done.stdout))
     assert min(seconds) < 0.2
 
@@ -4289,67 +4005,62 @@ def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def plan(text: str, *file: str, folder: Path | None = None) -> tuple[int, str, str]:
-    """Run `wxsync.py plan FILE` (`-` unless given); return exit status, stdout and stderr."""
-    done = run_script("plan", *(file or "-"), text=text, folder=folder)
+def plan(text: str, file: str = "-", folder: Path | None = None) -> tuple[int, str, str]:
+    """Run `wxsync.py plan FILE`; return exit status, stdout and stderr."""
+    done = run_script("plan", file, text=text, folder=folder)
     return done.returncode, done.stdout, done.stderr
 
 
-# a list -> the canonical lines
-LISTS: dict[str, list[str]] = {
-    "": [],
-    "# nginx:latest\n\n   # more\n": [],
-    "nginx\ndocker.io/library/nginx:latest\nx/redis:7.0": ["nginx:latest", "x/redis:7.0"],
-    "--platform linux/arm64 a:1\na:1 --platform=all\n": [
-        "--platform=linux/arm64 a:1",
-        "--platform=all a:1",
-    ],
-    "k8s.io/pause:3.9   =>   pause:3.9\n": ["k8s.io/pause:3.9 => pause:3.9"],
-    "\ufeffnginx:1\r\ndocker pull redis:7\r\n": ["nginx:1", "redis:7"],  # saved by Windows' Notepad
-    "\n".join(f"app{n % 256}:1" for n in range(257)): [f"app{n}:1" for n in range(256)],
-}
+# a list ¦ the canonical lines
+LISTS = rows("""
+# nginx:latest⏎⏎   # more⏎ ¦ []
+nginx⏎docker.io/library/nginx:latest⏎x/redis:7.0 ¦ ["nginx:latest", "x/redis:7.0"]
+--platform linux/arm64 a:1⏎a:1 --platform=all ¦ ["--platform=linux/arm64 a:1", "--platform=all a:1"]
+k8s.io/pause:3.9   =>   pause:3.9⏎ ¦ ["k8s.io/pause:3.9 => pause:3.9"]
+\ufeffnginx:1\r⏎docker pull redis:7\r⏎ ¦ ["nginx:1", "redis:7"]
+""")  # the last one was saved by Windows' Notepad
+MANY = [f"app{number}:1" for number in range(257)]
+LISTS += [["", "[]"], ["\n".join([*MANY[:256], "app0:1"]), json.dumps(MANY[:256])]]
 
 
-@pytest.mark.parametrize("text", LISTS, ids=lambda text: repr(text[:20]))
-def test_plan_prints_canonical_lines_as_one_json_array(text: str) -> None:
+def test_plan_prints_canonical_lines_as_one_json_array() -> None:
     """The workflow's matrix is made of this: one line of JSON on stdout, nothing else."""
-    status, out, errors = plan(text)
-    assert (status, json.loads(out), errors, out.count("\n")) == (0, LISTS[text], "", 1)
+    for text, wanted in LISTS:
+        assert plan(text) == (0, f"{wanted}\n", ""), text
 
 
 def test_plan_reads_images_txt_where_no_file_is_named(tmp_path: Path) -> None:
     """In the current folder; that of the project has nothing to do. What cannot be read is an
     error, not an empty list: no file, a folder, another encoding."""
     (tmp_path / "images.txt").write_text("nginx:1\n")
-    done = run_script("plan", folder=tmp_path)
-    assert done.stdout == '["nginx:1"]\n'
-    assert plan("", "images.txt", folder=tmp_path) == (0, done.stdout, "")
-    assert plan("", str(SCRIPT.with_name("images.txt"))) == (0, "[]\n", "")
+    assert run_script("plan", folder=tmp_path).stdout == '["nginx:1"]\n'
+    assert plan("", "images.txt", tmp_path) == (0, '["nginx:1"]\n', "")
+    assert plan("", str(ROOT / "images.txt")) == (0, "[]\n", "")
     (tmp_path / "gbk.txt").write_bytes("镜像:1\n".encode("gbk"))
     for file in ("absent.txt", ".", "gbk.txt"):
-        status, out, errors = plan("", file, folder=tmp_path)
+        status, out, errors = plan("", file, tmp_path)
         assert (status, out, len(errors.splitlines())) == (2, "", 1)
 
 
-# a list that is not done -> what is named of it
-IMPOSSIBLE = {
-    "a:1\nNginx:2\n# ok\n$(id):1\n::set-output x": ("2", "Nginx:2", "4", "$(id):1", "5"),
-    "a/b:1\na_b:1": ("a/b:1", "a_b:1"),
-    "nginx:1\n--platform=all nginx:1": ("nginx:1", "--platform=all nginx:1"),
-    "nginx:1 => x:1\nredis:1 => x:1": ("nginx:1 => x:1", "redis:1 => x:1"),
-    "--platform=linux/arm64 a:1\na:1-arm64": ("--platform=linux/arm64 a:1", "a:1-arm64"),
-    "\n".join(f"app{number}:1" for number in range(257)): ("256", "app256:1"),
-}
+# a list that is not done ¦ what is named of it
+IMPOSSIBLE = rows("""
+a:1⏎Nginx:2⏎# ok⏎$(id):1⏎::set-output x ¦ 2 ¦ Nginx:2 ¦ 4 ¦ $(id):1 ¦ 5
+a/b:1⏎a_b:1 ¦ a/b:1 ¦ a_b:1
+nginx:1⏎--platform=all nginx:1 ¦ nginx:1 ¦ --platform=all nginx:1
+nginx:1 => x:1⏎redis:1 => x:1 ¦ nginx:1 => x:1 ¦ redis:1 => x:1
+--platform=linux/arm64 a:1⏎a:1-arm64 ¦ --platform=linux/arm64 a:1 ¦ a:1-arm64
+""")
+IMPOSSIBLE += [["\n".join(MANY), "256", "app256:1"]]
 
 
-@pytest.mark.parametrize("text", IMPOSSIBLE, ids=lambda text: text[:20])
-def test_plan_refuses_what_a_run_cannot_do(text: str) -> None:
+def test_plan_refuses_what_a_run_cannot_do() -> None:
     """By name, before a job is started: a bad line stops the whole list, a matrix holds 256, and
     two jobs cannot write one tag."""
-    status, out, errors = plan(text)
-    assert (status, out) == (2, "") and all(name in errors for name in IMPOSSIBLE[text]), errors
-    assert "Nginx" not in text or len(errors.splitlines()) == 3
-    assert not [line for line in errors.splitlines() if line.startswith("::")]
+    for text, *named in IMPOSSIBLE:
+        status, out, errors = plan(text)
+        assert (status, out, lacking(named, errors)) == (2, "", [])
+        assert "Nginx" not in text or len(errors.splitlines()) == 3
+        assert not re.search("^::", errors, re.MULTILINE)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4376,6 +4087,10 @@ class Copied(NamedTuple):
         return words[1] if words[:1] == ["failed"] else "".join(words[:1])
 
     @property
+    def end(self) -> tuple[int, str]:
+        return self.status, self.code
+
+    @property
     def digest(self) -> str:
         return self.out.split()[-1] if self.status == 0 else ""
 
@@ -4386,15 +4101,9 @@ def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRI
     temporary.mkdir(exist_ok=True)
     output.write_text("")
     own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)} | NO_WAY_OUT
-    done = subprocess.run(
-        [sys.executable, str(script), "copy", line],
-        env=clean_environment(home, own | dict(settings)),
-        cwd=home,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=150,
-        check=False,
-    )
+    words = [sys.executable, str(script), "copy", line]
+    environment = clean_environment(home, own | dict(settings))
+    done = run_command(words, timeout=150, env=environment, cwd=home)
     left = [path.name for path in temporary.iterdir()]
     return Copied(done.returncode, done.stdout, done.stderr, output.read_text("utf-8"), left)
 
@@ -4405,6 +4114,9 @@ library/app:arm arm64
 library/app:multi amd64 arm64/v8 arm/v7
 library/app:attested amd64 arm64 +
 library/app:buildx amd64 +
+library/app:some arm64 arm/v7 +
+library/app:v1-of-two amd64/v3 amd64/v1 arm64
+library/app:v1 amd64/v1
 acme/team/app:1 amd64
 """.strip().splitlines()  # +: with attestations, as `docker buildx build --push` makes by default
 
@@ -4430,13 +4142,17 @@ class Mirror:
             list(pool.map(self.publish, IMAGES))
         # app:docker is app:multi with docker's own manifests, not OCI's.
         repo = f"docker://{self.source.host}/library/app"
-        command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2"]
-        command += ["--src-tls-verify=false", "--dest-tls-verify=false"]
-        subprocess.run([*command, f"{repo}:multi", f"{repo}:docker"], check=True)
-        # app:bare is an index without the mediaType that OCI leaves optional.
-        index = self.source.manifest("library/app", "attested")
-        body = json.dumps({"schemaVersion": 2, "manifests": index["manifests"]}).encode()
-        put_manifest(self.source, "library/app", "bare", body, OCI_INDEX)
+        command = ["skopeo", "copy", "-q", "--all", "--format", "v2s2", "--src-tls-verify=false"]
+        command += ["--dest-tls-verify=false", f"{repo}:multi", f"{repo}:docker"]
+        run_command(command, check=True)
+        # app:bare is an index without the mediaType that OCI leaves optional, app:nested and
+        # app:nested-arm one in which app:multi stands, without a platform and with one.
+        self.put_index("bare", self.source.manifest("library/app", "attested")["manifests"])
+        size = len(self.source.fetch("library/app", "multi").body)
+        entry = {"mediaType": OCI_INDEX, "size": size, "digest": self.digest("multi")}
+        self.put_index("nested", [entry])
+        arm = {"platform": {"os": "linux", "architecture": "arm64"}}
+        self.put_index("nested-arm", [entry | arm])
         self.numbers = itertools.count(1)
 
     def publish(self, image: str) -> None:
@@ -4444,10 +4160,9 @@ class Mirror:
         repo, _, tag = name.partition(":")
         publish(self.source, repo, tag, archs, (30_000, 20_000), "+" in image)
 
-    def entries(self, tag: str) -> list[dict[str, Any]]:
-        """Return the entries of an index in the source, attestations left out."""
-        entries: list[dict[str, Any]] = self.source.manifest("library/app", tag)["manifests"]
-        return [entry for entry in entries if entry["platform"]["os"] != "unknown"]
+    def put_index(self, tag: str, entries: list[dict[str, Any]]) -> None:
+        body = json.dumps({"schemaVersion": 2, "manifests": entries}).encode()
+        put_manifest(self.source, "library/app", tag, body, OCI_INDEX)
 
     def digest(self, tag: str, arch: str = "") -> str:
         """Return the digest of app:TAG (or acme) in the source, or of one architecture in it."""
@@ -4457,7 +4172,8 @@ class Mirror:
             return self.source.digest("library/app", tag)
         name, _, variant = arch.partition("/")
         wanted = {"os": "linux", "architecture": name} | ({"variant": variant} if variant else {})
-        (digest,) = [e["digest"] for e in self.entries(tag) if e["platform"] == wanted]
+        entries = self.source.manifest("library/app", tag)["manifests"]
+        (digest,) = [e["digest"] for e in entries if e["platform"] == wanted]
         return str(digest)
 
 
@@ -4488,9 +4204,6 @@ class Space:
     def digest(self, name: str) -> str:
         """Return the digest of NAME:TAG in this namespace, "" if there is none."""
         return self.mirror.target.digest(*f"{self.namespace}/{name}".split(":"))
-
-    def manifest(self, name: str) -> dict[str, Any]:
-        return self.mirror.target.manifest(*f"{self.namespace}/{name}".split(":"))
 
     def tags(self) -> list[str]:
         target = self.mirror.target
@@ -4532,14 +4245,13 @@ def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
     front.fail("GET /v2/library/app/blobs/", "reset")
     layers = space.mirror.source.manifest("library/app", "one")["layers"]
     paths = {f"/v2/library/app/blobs/{layer['digest']}" for layer in layers}
-    first = space.copy("app:one")
-    assert (first.status, first.code, first.digest) == (0, "copied", space.mirror.digest("one"))
-    assert space.digest("app:one") == first.digest
-    assert paths <= {call.path for call in front.layer_reads} and front.faults == []
-    front.calls.clear()
-    second = space.copy("app:one")
-    assert (second.status, second.code, second.digest) == (0, "unchanged", first.digest)
-    assert not paths & {call.path for call in front.layer_reads}
+    for code in ("copied", "unchanged"):
+        done = space.copy("app:one")
+        assert (*done.end, done.digest) == (0, code, space.mirror.digest("one"))
+        assert space.digest("app:one") == done.digest and front.faults == []
+        read = paths & {call.path for call in front.layer_reads}
+        assert read == (paths if code == "copied" else set())
+        front.calls.clear()
     for line in ("app:multi", "--platform=all app:attested"):
         assert space.copy(line).code == "copied"
         front.calls.clear()
@@ -4548,7 +4260,8 @@ def test_copy_then_unchanged(space: Space, front: PickyRegistry) -> None:
     assert space.digest("app:one") == space.mirror.digest("multi", "amd64")
 
 
-# line | what stands in the target ("" = the same) | which digest of the source it has
+# line | what stands in the target ("" = the same) | which digest of the source it has, or of which
+# tag's platforms it is an index, or why there is nothing
 COPIES = """
 app:one | | one
 docker.io/library/app:one | app:one | one
@@ -4560,99 +4273,80 @@ app:multi | | multi amd64
 app:buildx | | buildx amd64
 app:docker | | docker amd64
 app:bare | | bare amd64
---platform=linux/amd64 app:multi | app:multi | multi amd64
+app:nested | | multi amd64
 --platform=linux/arm64 app:multi | app:multi-arm64 | multi arm64/v8
 --platform=linux/arm64/v8 app:multi | app:multi-arm64-v8 | multi arm64/v8
 --platform=linux/arm64/v8 app:attested | app:attested-arm64-v8 | attested arm64
 --platform=linux/arm/v7 app:multi | app:multi-arm-v7 | multi arm/v7
 --platform=linux/arm64 app:multi => app:mine | app:mine | multi arm64/v8
 --platform=linux/arm64 app:arm | app:arm-arm64 | arm
+--platform=linux/arm64 app:nested | app:nested-arm64 | multi arm64/v8
+--platform=linux/arm64 app:nested-arm | app:nested-arm-arm64 | multi arm64/v8
+--platform=linux/amd64 app:v1-of-two | app:v1-of-two | v1-of-two amd64/v1
+--platform=linux/amd64/v1 app:multi | app:multi-amd64-v1 | multi amd64
+--platform=linux/amd64 app:v1 | app:v1 | v1
 --platform=all app:multi | app:multi | multi
 --platform=all app:docker | app:docker | docker
 --platform=all app:one | app:one | one
---platform=all app:arm | app:arm | arm
---platform=linux/amd64+linux/arm64+linux/arm/v7 app:multi | app:multi | multi
 --platform=linux/arm/v7+linux/arm64+linux/amd64 app:multi | app:multi | multi
 app@{one} | app:sha256-{one12} | one
 app:9.9@{one} | app:9.9 | one
 app@{multi} | app:sha256-{multi12} | multi amd64
 --platform=all app@{multi} | app:sha256-{multi12} | multi
+--platform=all app:attested | app:attested | attested: amd64 arm64
+--platform=all app:bare | app:bare | bare: amd64 arm64
+--platform=all app:buildx | app:buildx | buildx: amd64
+--platform=linux/amd64+linux/arm64 app:attested | app:attested | attested: amd64 arm64
+--platform=linux/amd64+linux/arm64 app:docker | app:docker | docker: amd64 arm64/v8
+--platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi | app:multi | multi: amd64 arm64/v8
+--platform=linux/amd64+linux/arm64 app:nested | app:nested | multi: amd64 arm64/v8
+app:arm | | no-platform linux/arm64
+app:some | | no-platform linux/arm64 linux/arm/v7
+--platform=linux/amd64+linux/arm64 app:some | | no-platform linux/arm64 linux/arm/v7
+--platform=linux/arm64 app:one | | no-platform
+--platform=linux/arm/v6 app:multi | | no-platform
+--platform=linux/amd64+linux/s390x app:multi | | no-platform
+--platform=linux/amd64+linux/arm64 app:one | | no-platform
 """
 
 
 @pytest.mark.parametrize("case", COPIES.strip().splitlines())
 def test_what_a_line_copies(space: Space, case: str) -> None:
-    """Each kind of line, the name it gets in the target, and the digest it keeps: of one platform
-    its own, of all there are that of the source's index, byte for byte; a digest is exact."""
-    mirror = space.mirror
+    """Each kind of line, its name in the target, and what arrives in a registry that refuses
+    attestations, as ACR does: one platform, that of the line and not of the machine which copies,
+    with its own digest; all of an image with that of its index, byte for byte; of several an index
+    with just those. Better no image than one that does not run: then those there are are named."""
+    mirror, acr = space.mirror, space.mirror.acr
     host, one, multi = mirror.source.host, mirror.digest("one"), mirror.digest("multi")
     words = {"host": host, "host_": host.replace(":", "-"), "one": one, "multi": multi}
     words |= {"one12": one[7:19], "multi12": multi[7:19]}
     line, target, wanted = (part.strip() for part in case.format(**words).split("|"))
-    digest, done = mirror.digest(*wanted.split()), space.copy(line)
-    assert (done.status, done.code, done.digest) == (0, "copied", digest), done
-    assert space.digest(target or line) == digest
-
-
-FILTERED = """
---platform=all app:attested | amd64 arm64
---platform=all app:bare | amd64 arm64
---platform=all app:buildx | amd64
---platform=linux/amd64+linux/arm64 app:attested | amd64 arm64
---platform=linux/amd64+linux/arm64 app:multi | amd64 arm64/v8
---platform=linux/amd64+linux/arm64 app:docker | amd64 arm64/v8
---platform=linux/arm64+linux/arm64/v8+linux/amd64 app:multi | amd64 arm64/v8
-"""
-
-
-@pytest.mark.parametrize("case", FILTERED.strip().splitlines())
-def test_an_index_holds_just_what_was_wanted(space: Space, case: str) -> None:
-    """Several platforms into a registry that refuses attestations, as ACR does."""
-    line, _, archs = case.partition(" | ")
-    acr, tag = space.mirror.acr, line.rpartition(":")[2]
-    refused = acr.refused
-    done = space.copy(line, DOCKER_REGISTRY=acr.host)
-    assert (done.status, done.code) == (0, "copied"), done
-    assert (done.digest, acr.refused) == (space.digest(f"app:{tag}"), refused)
-    entries = [entry["digest"] for entry in space.manifest(f"app:{tag}")["manifests"]]
-    assert sorted(entries) == sorted(space.mirror.digest(tag, arch) for arch in archs.split())
-    for digest in entries:
-        assert space.mirror.target.fetch(f"{space.namespace}/app", digest).status == 200
-    assert space.copy(line, DOCKER_REGISTRY=acr.host).code == "unchanged"
+    acr.refused, own = 0, {"DOCKER_REGISTRY": acr.host}
+    done = space.copy(line, **own)
+    if wanted.startswith("no-platform"):
+        there = wanted.partition(" ")[2]
+        assert (*done.end, space.tags()) == (1, "no-platform", []), done
+        assert done.out.endswith(f"; has {there}\n" if there else "\n")
+        return
+    assert (*done.end, done.digest) == (0, "copied", space.digest(target or line)), done
+    tag, several, archs = wanted.partition(":")
+    if not several:
+        assert done.digest == mirror.digest(*wanted.split())
+        return
+    repo = f"{space.namespace}/app"
+    index = mirror.target.manifest(repo, target.partition(":")[2])
+    entries = [entry["digest"] for entry in index["manifests"]]
+    assert sorted(entries) == sorted(mirror.digest(tag, arch) for arch in archs.split())
+    assert [mirror.target.fetch(repo, digest).status for digest in entries] == [200] * len(entries)
+    assert space.copy(line, **own).out == f"wxsync: unchanged {done.digest}\n" and not acr.refused
 
 
 def test_the_refusing_registry_refuses(space: Space) -> None:
     """What skopeo alone would do with such an image: so the tests above prove something."""
-    mirror = space.mirror
-    login = f"{mirror.target.user}:{mirror.target.password}"
+    mirror, repo = space.mirror, f"{space.mirror.acr.host}/{space.namespace}/app"
     command = ["skopeo", "--registries-conf", str(mirror.conf), "copy", "-q", "--all"]
-    command += ["--dest-creds", login, "docker://docker.io/library/app:attested"]
-    command += [f"docker://{mirror.acr.host}/{space.namespace}/app:attested"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode and "unknown manifest class" in done.stderr
-
-
-NO_PLATFORM = """
-app:arm
---platform=linux/arm64 app:one
---platform=linux/s390x app:multi
---platform=linux/arm/v6 app:multi
---platform=linux/amd64+linux/s390x app:multi
---platform=linux/amd64+linux/arm64 app:one
-"""
-
-
-def test_a_platform_that_the_image_has_not(space: Space) -> None:
-    """Better no image than one that does not run: skopeo alone would copy it in silence. Those
-    there are are named in words that can be sent, without attestations."""
-    for line in NO_PLATFORM.strip().splitlines():
-        done = space.copy(line)
-        assert (done.status, done.code, space.tags()) == (1, "no-platform", []), done
-    assert space.copy("app:arm").out.endswith("; has linux/arm64\n")
-    publish(space.mirror.source, "library/app", "some", ["arm64", "arm/v7"], attestation=True)
-    for line in ("app:some", "--platform=linux/amd64+linux/arm64 app:some"):
-        done = space.copy(line)
-        assert done.code == "no-platform" and done.out.endswith("; has linux/arm64 linux/arm/v7\n")
+    command += ["--dest-creds", f"robot:{PASSWORD}", "docker://docker.io/library/app:attested"]
+    assert "unknown manifest class" in run_command([*command, f"docker://{repo}:x"]).stderr
 
 
 def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> None:
@@ -4670,14 +4364,20 @@ def test_the_result_is_one_line_on_stdout_and_in_github_output(space: Space) -> 
 
 
 def test_a_hostile_registry_cannot_forge_a_result(space: Space, front: PickyRegistry) -> None:
-    """What a registry says ends up in one printable line, cut short."""
+    """What a registry says ends up in one printable line, cut short; however deeply it is nested,
+    it is a failure like any other."""
     forged = "no\nresult=wxsync: copied sha256:0\n::error::x \x1b[31m 镜像 " + "x" * 9999
     body = json.dumps({"errors": [{"code": "DENIED", "message": forged}]}).encode()
-    front.fail("/manifests/one", (403, {"Content-Type": "application/json"}, body))
-    done = space.copy("app:one")
-    assert (done.status, done.code) == (1, "source-denied")
-    assert done.output == f"result={done.out}" and done.out.count("\n") == 1
-    assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
+    deep = [b'{"manifests":' + b"[" * depth + b"]" * depth + b"}" for depth in (2_000, 200_000)]
+    answers = [(403, "application/json", body), *((200, OCI_INDEX, data) for data in deep)]
+    for status, kind, data in answers:
+        front.fail("/manifests/one", (status, {"Content-Type": kind}, data), 99)
+        done = space.copy("app:one")
+        assert done.status == 1 and (status == 200 or done.code == "source-denied")
+        assert done.output == f"result={done.out}" and done.out.count("\n") == 1
+        assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
+        assert done.out.rstrip("\n").isprintable() and len(done.out) < 300
+        front.faults.clear()
 
 
 def watch(process: subprocess.Popen[bytes], temporary: Path) -> tuple[set[str], set[int]]:
@@ -4715,17 +4415,14 @@ def test_passwords_are_in_no_argument_and_in_private_files(
     assert modes == {0o600} and list(temporary.iterdir()) == []
 
 
-LEAKS: list[dict[str, str]] = [
-    {},
-    {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
-    {"SOURCE_AUTH": f"robot:{PASSWORD}"},
-    {"SOURCE_AUTH": json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}})},
-]
-
-
 def test_passwords_are_never_printed_and_nothing_is_left(space: Space) -> None:
     """Also not when the copy fails because of them: a wrong one, no JSON, no base64."""
-    for changed in LEAKS:
+    broken = (f"robot:{PASSWORD}", json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}}))
+    for changed in (
+        {},
+        {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
+        *({"SOURCE_AUTH": x} for x in broken),
+    ):
         done = space.copy("app:one", **changed)
         assert PASSWORD not in done.out + done.log + done.output
         assert done.left == [] and "Traceback" not in done.log
@@ -4788,7 +4485,7 @@ def test_wrong_secrets_run_nothing(stand_in: dict[str, str], tmp_path: Path) -> 
     for case in WRONG_SECRETS.strip().splitlines():
         setting, code = case.split()
         done = copy("nginx:1", tmp_path, stand_in | dict([unquote(setting).split("=")]))
-        assert (done.status, done.code, done.output) == (1, code, f"result={done.out}")
+        assert (*done.end, done.output) == (1, code, f"result={done.out}")
         assert not (tmp_path / "ran").exists()
         assert code != "error" or "DOCKER_" in done.out  # says which Secret
 
@@ -4801,8 +4498,7 @@ def test_skopeo_gets_no_secret_in_its_environment(stand_in: dict[str, str], tmp_
     ran = (tmp_path / "ran").read_text()
     assert done.status == 1 and f"--registries-conf {conf} " in ran and PASSWORD not in ran
     done = copy("nginx:1", tmp_path, stand_in | {"PATH": str(tmp_path)})
-    assert (done.status, done.code, done.output) == (1, "error", f"result={done.out}")
-    assert "skopeo" in done.out
+    assert (*done.end, done.output) == (1, "error", f"result={done.out}") and "skopeo" in done.out
 
 
 def test_the_promised_target_is_copied_to(space: Space) -> None:
@@ -4834,8 +4530,7 @@ class SharedHost(Peer):
         self.team, self.rest = PickyRegistry(team), PickyRegistry(rest)
 
     def handle(self, call: Call) -> Answer:
-        owner = self.team if call.path.startswith("/v2/team/") else self.rest
-        return owner.handle(call)
+        return (self.team if call.path.startswith("/v2/team/") else self.rest).handle(call)
 
 
 def test_a_private_source_by_source_auth(space: Space, private: Registry) -> None:
@@ -4843,19 +4538,17 @@ def test_a_private_source_by_source_auth(space: Space, private: Registry) -> Non
     if asked for. Two accounts of one registry host do not get mixed up."""
     line, conf = f"{private.host}/team/app:1", space.lead(private.host)
     target = private.host.replace(":", "-") + "_team_app:1"
-    assert space.copy(line, **conf).code == "source-denied"
-    for auth in ("{}", login(private.host, private.user, "wrong")):
+    good, digest = (private.user, private.password), private.digest("team/app", "1")
+    for auth in ("", "{}", login(private.host, private.user, "wrong")):
         assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "source-denied"
     assert space.digest(target) == ""
-    auth = login(private.host, private.user, private.password)
-    assert space.copy(line, **conf, SOURCE_AUTH=auth).code == "copied"
-    assert space.digest(target) == private.digest("team/app", "1")
+    assert space.copy(line, **conf, SOURCE_AUTH=login(private.host, *good)).code == "copied"
+    assert space.digest(target) == digest
     with SharedHost(private, space.mirror.target) as shared:
-        own = {"DOCKER_REGISTRY": shared.host} | space.lead(shared.host)
-        own["SOURCE_AUTH"] = login(shared.host, private.user, private.password)
-        done = space.copy(f"{shared.host}/team/app:1 => app:1", **own)
-        assert (done.status, done.code, shared.errors) == (0, "copied", []), done
-    assert space.digest("app:1") == private.digest("team/app", "1")
+        own = {"DOCKER_REGISTRY": shared.host, "SOURCE_AUTH": login(shared.host, *good)}
+        done = space.copy(f"{shared.host}/team/app:1 => app:1", **own, **space.lead(shared.host))
+        assert (*done.end, shared.errors) == (0, "copied", []), done
+    assert space.digest("app:1") == digest
     with FakeRegistry("tok401") as nosy:
         space.copy("app:one", **space.lead(hub=nosy.host))
         sent = [call.headers.get("authorization", "") for call in nosy.calls]
@@ -4867,62 +4560,46 @@ def test_a_private_source_by_source_auth(space: Space, private: Registry) -> Non
 # ---------------------------------------------------------------------------------------------
 
 # CODE where the source said it, CODE where the target did (- = it cannot), what skopeo wrote: seen
-# with real registries; A = a.example.com, MANIFEST = reading manifest 1 in A/x,
-# REUSE = trying to reuse blob sha256:75df at destination, PING = pinging container registry A
+# with real registries, beside those that TROUBLES make
 MESSAGES = r"""
 not-found - reading manifest nope in 127.0.0.1:5000/library/one: manifest unknown: manifest unknown
-not-found - Error parsing image name "docker://ghcr.io/a/b:1": MANIFEST: name unknown: repository \
-name not known to registry
+not-found - MANIFEST: name unknown: repository name not known to registry
 source-denied - MANIFEST: errors:\ndenied: requested access to the resource is denied\n\
 unauthorized: authentication required\n
-source-denied - reading manifest 1 in docker.io/x/y: unauthorized
 source-denied - reading manifest 1 in ghcr.io/a/b: denied
-source-denied - MANIFEST: unauthorized: authentication required
-- target-login REUSE: checking whether a blob sha256:75df exists in A/ns/x: unauthorized: \
-authentication required
 - target-login REUSE: unable to retrieve auth token: invalid username/password: unauthorized
 - target-denied REUSE: failed to read from destination repository ns/x: 403 (Forbidden)
-- target-denied REUSE: checking whether a blob sha256:75df exists in A/ns/x: errors:\ndenied: \
-requested access to the resource is denied\n
 - rejected writing manifest: uploading manifest sha256:75df to A/ns/x: denied: unknown manifest \
 class for application/vnd.oci.empty.v1+json
 no-platform - no image found in image index for architecture s390x, variant \"\", OS linux
 no-platform - choosing image instance: no image found in manifest list for architecture s390x
-network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: connect: connection refused
-network network PING: Get \"https://A/v2/\": dial tcp: lookup A on 127.0.0.53:53: no such host
-network network PING: Get \"https://A/v2/\": dial tcp 192.0.2.1:443: i/o timeout
+network network pinging container registry A: Get \"https://A/v2/\": dial tcp 1.2.3.4: i/o timeout
 timeout timeout context deadline exceeded
 rate-limited rate-limited MANIFEST: toomanyrequests: You have reached your unauthenticated pull \
 rate limit. https://www.docker.com/increase-rate-limit
 network network MANIFEST: received unexpected HTTP status: 502 Bad Gateway
 not-found error MANIFEST: StatusCode: 404, <html>not found</html>
-network network http: server gave HTTP response to HTTPS client
 network network tls: failed to verify certificate: x509: certificate signed by unknown authority
 error error the moon is full
 """
-SHORT = {
-    "MANIFEST": "reading manifest 1 in A/x",
-    "REUSE": "trying to reuse blob sha256:75df at destination",
-    "PING": "pinging container registry A",
-    "A/": "a.example.com/",
-}
 
 
-@pytest.mark.parametrize("case", MESSAGES.replace("\\\n", "").strip().splitlines())
-def test_classify(case: str) -> None:
+def test_classify() -> None:
     """Each real message, by the side that it came from."""
-    at_source, at_target, text = case.split(" ", 2)
-    for word, meant in SHORT.items():
-        text = text.replace(word, meant)
-    line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
-    for code, target in ((at_source, False), (at_target, True)):
-        assert code == "-" or wxsync.classify(line, target) == code
+    for case in MESSAGES.replace("\\\n", "").strip().splitlines():
+        at_source, at_target, text = case.split(" ", 2)
+        text = text.replace("MANIFEST", "reading manifest 1 in a.example.com/x")
+        text = text.replace("REUSE", "trying to reuse blob sha256:75df at destination")
+        line = f'time="2026-11-24T09:00:00Z" level=fatal msg="{text}"\n'
+        for code, target in ((at_source, False), (at_target, True)):
+            assert code == "-" or wxsync.classify(line, target) == code, text
 
 
 def test_an_image_named_like_an_error_is_judged_by_the_error(space: Space) -> None:
     """The name is part of skopeo's message, and is not the message."""
-    for name in ("denied", "unauthorized", "403"):
-        assert space.copy(f"{name}:1").code == "not-found"
+    assert [space.copy(f"{n}:1").code for n in ("denied", "unauthorized", "403")] == [
+        "not-found"
+    ] * 3
     with FakeRegistry("denied") as denying:
         for name in ("eof", "x509", "writing", "uploading-x"):
             assert space.copy(f"{name}:1", **space.lead(hub=denying.host)).code == "source-denied"
@@ -5015,16 +4692,14 @@ def met(mirror: Mirror) -> Iterator[Met]:
 def test_each_trouble_has_its_code(met: Met, row: tuple[str, str]) -> None:
     """What goes wrong at either registry, and the CODE from which the chat gives advice."""
     done = met[row].result()
-    assert (done.status, done.code) == (1, MEETINGS[row]), done
-    assert done.output == f"result={done.out}" and done.left == []
+    assert (*done.end, done.output, done.left) == (1, MEETINGS[row], f"result={done.out}", [])
 
 
 def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_path: Path) -> None:
     """Where the variable is not set, `copy` uses a small file of its own."""
     break_registries_conf(tmp_path)
-    environment = clean_environment(tmp_path, {})
     command = ["skopeo", "inspect", "--raw", "docker://127.0.0.1:1/a:1"]
-    bare = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    bare = run_command(command, env=clean_environment(tmp_path, {}))
     assert "loading registries configuration" in bare.stderr  # so that file would be read
     done = met["no-TLS", "source"].result()
     assert "HTTP response to HTTPS" in done.out and "configuration" not in done.out + done.log
@@ -5034,7 +4709,6 @@ def test_a_broken_registries_conf_of_the_machine_does_not_matter(met: Met, tmp_p
 LIES = """
 app@{} | one | multi amd64
 app@{} | multi | attested
---platform=all app@{} | multi | attested
 --platform=linux/amd64+linux/arm64 app@{} | multi | docker
 app:multi | multi amd64 | one
 --platform=all app:multi | multi arm64/v8 | one
@@ -5052,86 +4726,19 @@ def test_what_has_not_its_digest_is_never_copied(
     kind = {"Content-Type": lie.headers["content-type"]}
     front.fail(f"GET /manifests/{digest}", (200, kind, lie.body), 99)
     done = space.copy(line.format(digest))
-    assert (done.status, done.code, space.tags()) == (1, "error", []), done
+    assert (*done.end, space.tags()) == (1, "error", []), done
     assert "digest" in done.out.partition("error")[2]
 
 
-@pytest.mark.parametrize("depth", [2_000, 200_000])
-def test_a_deeply_nested_manifest_has_a_result(
-    space: Space, front: PickyRegistry, depth: int
-) -> None:
-    """Whatever a registry answers, it is a failure like any other."""
-    body = b'{"manifests":' + b"[" * depth + b"]" * depth + b"}"
-    front.fail("GET /manifests/one", (200, {"Content-Type": OCI_INDEX}, body), 99)
-    done = space.copy("app:one")
-    assert (done.status, done.output) == (1, f"result={done.out}")
-    assert done.out.startswith("wxsync: failed ") and "Traceback" not in done.log
-
-
-# line | what arrives of app:multi | the architecture that the outer index names for it
-NESTED = """
-app:nested | amd64 |
---platform=linux/arm64 app:nested | arm64/v8 |
---platform=linux/arm64 app:nested | arm64/v8 | arm64
---platform=linux/amd64+linux/arm64 app:nested | amd64 arm64/v8 |
-"""
-
-
-@pytest.mark.parametrize("case", NESTED.strip().splitlines())
-def test_an_index_inside_an_index_is_resolved(space: Space, case: str) -> None:
-    """The wanted platform arrives, not that of the machine which copies, and its digest is told."""
-    line, archs, said = (part.strip() for part in case.split("|"))
-    inner = space.mirror.source.fetch("library/app", "multi")
-    entry: dict[str, object] = {"mediaType": OCI_INDEX, "size": len(inner.body)}
-    entry |= {"platform": {"os": "linux", "architecture": said}} if said else {}
-    index = {"schemaVersion": 2, "manifests": [entry | {"digest": space.mirror.digest("multi")}]}
-    body, kind = json.dumps(index).encode(), inner.headers["content-type"]
-    put_manifest(space.mirror.source, "library/app", "nested", body, kind)
-    done = space.copy(line)
-    assert done.code == "copied", done
-    name = f"app:{space.tags()[0]}"
-    entries = space.manifest(name).get("manifests", [])
-    arrived = {each["digest"] for each in entries} or {done.digest}
-    assert arrived == {space.mirror.digest("multi", arch) for arch in archs.split()}
-    assert space.digest(name) == done.digest
-    assert space.copy(line).out == f"wxsync: unchanged {done.digest}\n"
-
-
-# what is in an image, the platform that is asked for -> the one that arrives
-FIRST_VERSIONS = [
-    (["amd64/v3", "amd64/v1", "arm64"], "linux/amd64", "amd64/v1"),
-    (["amd64", "arm64"], "linux/amd64/v1", "amd64"),
-    (["amd64/v1"], "linux/amd64", ""),
-]
-
-
-def test_amd64_v1_is_amd64(space: Space) -> None:
-    """The first version of an architecture is what is meant where none is said."""
-    for number, (archs, wanted, arch) in enumerate(FIRST_VERSIONS):
-        publish(space.mirror.source, "library/app", f"v{number}", archs)
-        done = space.copy(f"--platform={wanted} app:v{number}")
-        digest = space.mirror.digest(f"v{number}", arch)
-        assert (done.code, done.digest) == ("copied", digest), done
-
-
-class Signatures(Peer):
-    """Where signatures lie beside a registry: there is one for everything."""
-
-    def handle(self, call: Call) -> Answer:
-        found = call.path.endswith("/signature-1")
-        return Answer(200, b"\x89signature") if found else Answer(404)
-
-
-def test_signatures_stay_where_they_are(space: Space) -> None:
+def test_signatures_stay_where_they_are(space: Space, front: PickyRegistry) -> None:
     """They are no reason to fail where they cannot be written; the target would not hold them."""
     place = space.home / ".config" / "containers" / "registries.d"
     place.mkdir(parents=True)
-    with Signatures() as signatures:
-        lines = f"  lookaside: {signatures.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
-        (place / "x.yaml").write_text(f"default-docker:\n{lines}")
-        for line in ("app:one", "--platform=all app:attested"):
-            done = space.copy(line)
-            assert (done.status, done.code) == (0, "copied"), done
+    lookaside = f"lookaside: {front.url}\n  lookaside-staging: file://{place}/x.yaml/no\n"
+    (place / "x.yaml").write_text(f"default-docker:\n  {lookaside}")
+    front.fail("/signature-1", (200, {}, b"\x89signature"), 99)
+    for line in ("app:one", "--platform=all app:attested"):
+        assert space.copy(line).end == (0, "copied")
 
 
 # repository, how many of its tags are nearest to 1.25.3, its tags
@@ -5175,7 +4782,7 @@ def test_a_list_of_tags_that_fails_changes_nothing(
     front.fail("GET /tags/list", what, 9)
     begun = time.monotonic()
     done = space.copy(f"{front.host}/library/app:absent")
-    assert (done.status, done.code, "nearest" in done.out) == (1, "not-found", False), done
+    assert (*done.end, "nearest" in done.out) == (1, "not-found", False), done
     assert front.calls_to("GET /tags/list") and time.monotonic() - begun < 24
 
 
@@ -5192,11 +4799,10 @@ sys.exit(wxsync.main())
 def test_all_of_a_copy_has_one_deadline(space: Space, front: PickyRegistry) -> None:
     """Several platforms take no longer than one may; GitHub's own limit comes later."""
     script, begun = space.home / "short.py", time.monotonic()
-    script.write_text(SHORT_COPY.format(folder=str(SCRIPT.parent)))
+    script.write_text(SHORT_COPY.format(folder=str(ROOT)))
     front.delay = 0.4  # so that each step is within, and all of them are not
     done = copy("--platform=all app:multi", space.home, space.settings, script)
-    assert (done.status, done.code, space.tags()) == (1, "timeout", []), done
-    assert time.monotonic() - begun < 6
+    assert (*done.end, space.tags()) == (1, "timeout", []) and time.monotonic() - begun < 6
     minutes = re.findall(r"timeout-minutes: (\d+)", (ROOT / WORKFLOWS[0]).read_text())
     assert wxsync.COPY_SECONDS == 50 * 60 < 60 * max(map(int, minutes))
 
@@ -5216,18 +4822,6 @@ ENOUGH = {
     "DOCKER_REGISTRY": "registry.cn-hangzhou.aliyuncs.com",
     "DOCKER_NAMESPACE": "mirror-space",
 }
-DEFAULTS = """
-BOT_ID='' BOT_SECRET='' BOT_URL='wss://openws.work.weixin.qq.com'
-CORP_ID='' AGENT_ID=0 SECRET='' TOKEN='' ENCODING_AES_KEY=''
-GITHUB_BRANCH='main' PORT=3000 HOST='0.0.0.0' STATE_DIR='.' ALLOWED_USERS=()
-QINGSTOR_ACCESS_KEY_ID='' QINGSTOR_SECRET_ACCESS_KEY='' QINGSTOR_ZONE='pek3a' QINGSTOR_BUCKET='tmp'
-QINGSTOR_LINK_SECONDS=0 MAX_FILE_MB=2048
-PROXY_URL='' NO_PROXY_DOMAINS=('localhost','127.0.0.1','qingstor.com')
-SYNC_TIMEOUT=300 QUEUE_SIZE=10 CALLBACK_MAX_AGE=600 LOG_LEVEL='INFO'
-WECOM_API_URL='https://qyapi.weixin.qq.com' GITHUB_API_URL='https://api.github.com'
-QINGSTOR_URL='https://qingstor.com' PROXY_TEST_URL='https://www.google.com'
-DANGEROUSLY_ALLOW_PRIVATE_URLS=''
-"""
 
 
 def problems_of(environ: dict[str, str]) -> list[str]:
@@ -5244,14 +4838,6 @@ def names_in(lines: Iterable[str]) -> list[str]:
     return [line.partition(":")[0] for line in lines]
 
 
-def test_the_required_settings_are_enough_and_the_rest_has_its_defaults() -> None:
-    """The table of settings, name by name, with the robot's group and with the callback's."""
-    for given in (OTHERS | ROBOT, ENOUGH):
-        found = vars(wxsync.load_settings(given)).items()
-        told = {f"{n}={value!r}".replace(" ", "") for n, value in found if n not in given}
-        assert told == {pair for pair in DEFAULTS.split() if pair.partition("=")[0] not in given}
-
-
 def test_all_there_is_to_mend_is_told_at_once() -> None:
     """What is missing or wrong, and `your_…`, which was copied and never filled in."""
     nothing = problems_of({})
@@ -5265,42 +4851,39 @@ def test_all_there_is_to_mend_is_told_at_once() -> None:
     assert "QINGSTOR_SECRET_ACCESS_KEY" in half
 
 
-WRONG = rows("""
+WRONG = rows(f"""
 CORP_ID ¦ ww 01
 AGENT_ID ¦ agent ¦ 0
 SECRET ¦ two words
-TOKEN ¦ with-dash ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx
-ENCODING_AES_KEY ¦ xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx=
+TOKEN ¦ with-dash ¦ {"x" * 33}
+ENCODING_AES_KEY ¦ {"x" * 42} ¦ {"x" * 44} ¦ {"x" * 42}=
 GITHUB_TOKEN ¦ github pat
 GITHUB_REPO ¦ mirror ¦ https://github.com/octo/mirror
 GITHUB_BRANCH ¦ a..b
-DOCKER_REGISTRY ¦ https://registry.cn-hangzhou.aliyuncs.com ¦ registry.example.com/space
+DOCKER_REGISTRY ¦ https://reg.example.com ¦ reg.example.com/space ¦ reg.example.com:99999
 DOCKER_NAMESPACE ¦ Mirror
 PORT ¦ 0 ¦ 65536 ¦ ３０００ ¦ 30.5
 ALLOWED_USERS ¦ ,
 QINGSTOR_LINK_SECONDS ¦ -1
 MAX_FILE_MB ¦ 0
-PROXY_URL ¦ proxy.example.com:8080 ¦ ftp://proxy.example.com:8080 ¦ http://proxy.example.com
-PROXY_URL ¦ http://proxy.example.com:99999
+PROXY_URL ¦ a.example.com:80 ¦ ftp://a.example.com:80 ¦ http://a.example.com ¦ http://a:99999
 SYNC_TIMEOUT ¦ 0
 QUEUE_SIZE ¦ -1
 CALLBACK_MAX_AGE ¦ ten
 LOG_LEVEL ¦ LOUD
 WECOM_API_URL ¦ qyapi.weixin.qq.com
-GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com
+GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com ¦ https://a:99999/x
 QINGSTOR_URL ¦ https://
 PROXY_TEST_URL ¦ www.google.com
 DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ yes
 """)
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, v) for name, *many in WRONG for v in many])
-def test_a_wrong_value_is_told_by_name_and_not_repeated(name: str, value: str) -> None:
+def test_a_wrong_value_is_told_by_name_and_not_repeated() -> None:
     """One line, which says what is expected; the value itself may be a secret."""
-    (problem,) = problems_of(ENOUGH | {name: value})
-    assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
+    for name, value in [(name, value) for name, *values in WRONG for value in values]:
+        (problem,) = problems_of(ENOUGH | {name: value})
+        assert problem.startswith(f"{name}: ") and (len(value) < 9 or value not in problem)
 
 
 RIGHT = rows("""
@@ -5319,48 +4902,48 @@ DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ 1 ¦ '1'
 """)
 
 
-@pytest.mark.parametrize(("name", "text", "value"), RIGHT)
-def test_a_right_value_is_taken(name: str, text: str, value: str) -> None:
-    """Values at the edge of what is allowed."""
-    assert repr(getattr(wxsync.load_settings(ENOUGH | {name: text}), name)) == value
+def test_a_right_value_is_taken() -> None:
+    """Values at the edge of what is allowed; whatever is not given has its default."""
+    default = {entry.name: entry.default for entry in fields(wxsync.Settings)}
+    for enough in (ENOUGH, OTHERS | ROBOT):
+        for name, text, value in RIGHT:
+            found = vars(wxsync.load_settings(enough | {name: text}))
+            assert repr(found[name]) == value
+            assert {n for n in found if found[n] != default[n]} == {*enough, name}
 
 
 def test_settings_show_nothing_of_themselves() -> None:
     """Neither repr nor str of the settings holds any value."""
     keys = {"QINGSTOR_ACCESS_KEY_ID": "AK-hidden", "QINGSTOR_SECRET_ACCESS_KEY": "SK-hidden"}
     settings = wxsync.load_settings(ENOUGH | keys | {"PROXY_URL": "http://u:hidden@h:1"})
-    shown = repr(settings) + str(settings) + f"{settings}"
     values = [str(value) for value in vars(settings).values() if len(str(value)) > 3]
-    assert lacking(values, shown) == values
+    assert lacking(values, f"{settings!r} {settings}") == values
 
 
 ENV_FILE = rows("""
-\ufeff# a comment
-⏎PLAIN=1 ¦ 1
+\ufeffPLAIN=1 ¦ 1
 export EXPORTED=2 ¦ 2
 ␣␣SPACED  =  3␣ ¦ 3
 DOUBLE="a b # c" ¦ a b # c
 SINGLE='a "b" $c' ¦ a "b" $c
+HASHED='#a' # why ¦ #a
 NOTED=4 # why ¦ 4
 HASH=a#b ¦ a#b
 EQUAL=a=b= ¦ a=b=
 EMPTY= ¦
 ONLY_NOTE= # nothing ¦
 CHINESE=值 ¦ 值
-TWICE=1 ¦ 2
-TWICE=2 ¦ 2
+TWICE=1⏎# a comment⏎⏎TWICE=2 ¦ 2
 """)
 
 
-@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
-def test_env_files_are_read_as_people_write_them(tmp_path: Path, line_end: str) -> None:
+def test_env_files_are_read_as_people_write_them(tmp_path: Path) -> None:
     """A byte order mark, CRLF, comments, `export`, quotes."""
-    path, lines = tmp_path / "settings", [row[0] for row in ENV_FILE]
-    path.write_bytes("\n".join(lines).replace("\n", line_end).encode())
-    names = [re.findall(r"[A-Z_]+", line)[0] for line in lines[1:]]
-    assert wxsync.read_env_file(path) == dict(
-        zip(names, [row[1] for row in ENV_FILE[1:]], strict=True)
-    )
+    wanted = {re.findall(r"[A-Z_]+", line)[0]: value for line, value in ENV_FILE}
+    for line_end in ("\r\n", "\n"):
+        text = "\n".join(line for line, _ in ENV_FILE).replace("\n", line_end)
+        (tmp_path / "settings").write_bytes(text.encode())
+        assert wxsync.read_env_file(tmp_path / "settings") == wanted
 
 
 def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
@@ -5373,28 +4956,20 @@ def test_bad_lines_of_an_env_file_are_told_by_number(tmp_path: Path) -> None:
     assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"SECRET=\xff\xfe"])
-def test_an_env_file_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
-    """A missing file that was asked for, and one that is no UTF-8."""
-    path = tmp_path / "settings"
-    if content is not None:
-        path.write_bytes(content)
-    done = run_script("--env", str(path), folder=tmp_path)
-    assert done.returncode == 1 and "settings" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_the_process_environment_wins_over_the_file(tmp_path: Path) -> None:
-    """Both directions: it mends a wrong value of the file, and spoils a right one."""
-    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
-    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
-    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
-
-
 def test_wrong_settings_stop_the_start_before_anything_happens(tmp_path: Path) -> None:
-    """Exit 1, every name on stderr, nothing on stdout, no file written."""
+    """Exit 1, every name on stderr, nothing on stdout, no file written. The process environment
+    wins over the file: it mends a wrong value, and spoils a right one. A file that was asked for
+    must be there, and UTF-8."""
     done = run_script("serve", settings={"STATE_DIR": str(tmp_path / "state")}, folder=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert lacking(ENOUGH | ROBOT, done.stderr) == [] and list(tmp_path.iterdir()) == []
+    (tmp_path / ".env").write_text("PORT=1\nQUEUE_SIZE=many\nSYNC_TIMEOUT=long\n")
+    told = run_script(settings={"PORT": "0", "QUEUE_SIZE": "1"}, folder=tmp_path).stderr
+    assert "PORT" in told and "SYNC_TIMEOUT" in told and "QUEUE_SIZE" not in told
+    (tmp_path / "latin").write_bytes(b"SECRET=\xff\xfe")
+    for name in ("latin", "absent"):
+        done = run_script("--env", name, folder=tmp_path)
+        assert done.returncode == 1 and name in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5412,15 +4987,14 @@ def test_version_and_help() -> None:
     assert (done.returncode, lacking(words, done.stdout)) == (0, [])
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "plan -", "copy not-valid!"])
-def test_commands_that_never_import_a_package(words: str) -> None:
+def test_commands_that_never_import_a_package() -> None:
     """With everything installed they import none of it either."""
-    command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
-    done = run_command(command, "nginx", 20)
-    assert done.returncode == (2 if "copy" in words else 0)
-    imported = re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE)
-    packages = {"Crypto", "qingstor", "requests"}
-    assert "json" in imported and not packages & {name.partition(".")[0] for name in imported}
+    for words, status in (("--version", 0), ("--help", 0), ("plan -", 0), ("copy not-valid!", 2)):
+        command = [sys.executable, "-X", "importtime", str(SCRIPT), *words.split()]
+        done = run_command(command, "nginx", 20)
+        imported = set(re.findall(r"\|\s+(\w+)[\w.]*$", done.stderr, re.MULTILINE))
+        assert done.returncode == status and "json" in imported
+        assert not imported & {"Crypto", "qingstor", "requests"}
 
 
 def test_a_service_without_files_never_imports_qingstor() -> None:
@@ -5436,76 +5010,46 @@ def test_a_service_without_files_never_imports_qingstor() -> None:
 # Encryption: the published vectors, another implementation, forgeries
 # ---------------------------------------------------------------------------------------------
 
-# Who published it: token, key, corp id; then timestamp, nonce, signature ¦ text ¦ encrypted.
+# Who published it: token, key, corp id; then timestamp, nonce, signature, text, encrypted.
 TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
-WECHATPY = ("123456", "kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR", "wx49f0ab532d5d035a")
-GO_WORKWX = (
-    "kjr2TKI8umCBfVF3wAHk8JiPwma5VBme",
-    "4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws",
-    "ww6a112864f8022910",
-)
-VECTORS = rows("""
-1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 ¦ 1616140317555161061 ¦ ⤶
+VECTORS = f"""
+{" ".join(TENCENT)}
+1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 1616140317555161061
 P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==
-1409659813 1372623149 477715d11cdb4164915debcba66cb864d751f3e6 ¦ ⤶
-<xml><ToUserName><![CDATA[wx5823bf96d3bd56c7]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[mycreate]]></FromUserName>⏎<CreateTime>1409659813</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[hello]]></Content>⏎⤶
-<MsgId>4561255354251345929</MsgId>⏎<AgentID>218</AgentID>⏎</xml> ¦ ⤶
-RypEvHKD8QQKFhvQ6QleEB4J58tiPdvo+rtK1I9qca6aM/wvqnLSV5zEPeusUiX5L5X/0lWfrf0QADHHhGd3QczcdCUpj91⤶
-1L3vg3W/sYYvuJTs3TUUkSUXxaccAS0qhxchrRYt66wiSpGLYL42aM6A8dTT+6k4aSknmPj48kzJs8qLjvd4Xgpue06DOdn⤶
-LxAUHzM6+kDZ+HMZfJYuR+LtwGc2hgf5gsijff0ekUNXZiqATP7PF5mZxZ3Izoun1s4zG4LUMnvw2r+KqCKIw+3IQH03v+B⤶
-CA9nMELNqbSf6tiWSrXJB3LAVGUcallcrw8V2t9EL4EhzJWrQUax5wLVMNS0+rUPA3k22Ncx4XXZS9o0MBH27Bo6BpNelZp⤶
-S+/uh9KsNlY6bHCmJU9p8g7m3fVKn28H3KDYA5Pl/T8Z1ptDAVe0lXdQ2YoyyH2uyPIGHBZZIs2pDBS8R07+qN+E7Q==
-1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 ¦ 5927782489442352469 ¦ ⤶
+123456 kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR wx49f0ab532d5d035a
+1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 5927782489442352469
 4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==
-1411525903 461056294 74d92dfeb87ba7c714f89d98870ae5eb62dff26d ¦ ⤶
-<xml><ToUserName><![CDATA[wx49f0ab532d5d035a]]></ToUserName>⏎⤶
-<FromUserName><![CDATA[messense]]></FromUserName>⏎<CreateTime>1411525903</CreateTime>⏎⤶
-<MsgType><![CDATA[text]]></MsgType>⏎<Content><![CDATA[test]]></Content>⏎⤶
-<MsgId>4363689963896700987</MsgId>⏎<AgentID>1</AgentID>⏎</xml> ¦ ⤶
-RgqEoJj5A4EMYlLvWO1F86ioRjZfaex/gePD0gOXTxpsq5Yj4GNglrBb8I2BAJVODGajiFnXBu7mCPatfjsu6IHCrsTyeDX⤶
-zF6Bv283dGymzxh6ydJRvZsryDyZbLTE7rhnus50qGPMfp2wASFlzEgMW9z1ef/RD8XzaFYgm7iTdaXpXaG4+BiYyolBug/⤶
-gYNx410cvkKR2/nPwBiT+P4hIiOAQqGp/TywZBtDh1yCF2KOd0gpiMZ5jSw3e29mTvmUHzkVQiMS6td7vXUaWOMZnYZlF3S⤶
-o2SjHnwh4jYFxdgpkHHqIrH/54SNdshoQgWYEvccTKe7FS709/5t6NMxuGhcUGAPOQipvWTT4dShyqio7mlsl5noTrb++x6⤶
-En749zCpQVhDpbV6GDnTbcX2e8K9QaNWHp91eBdCRxthuL0=
-1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 ¦ 94966531020182955848408 ¦ ⤶
+kjr2TKI8umCBfVF3wAHk8JiPwma5VBme 4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws ww6a112864f8022910
+1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 94966531020182955848408
 6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==
-""")
-PUBLISHERS = [TENCENT, TENCENT, WECHATPY, WECHATPY, GO_WORKWX]  # one for each
+""".split()
 
 
-@pytest.mark.parametrize(("account", "vector"), [*zip(PUBLISHERS, VECTORS, strict=True)])
-def test_a_published_vector(account: tuple[str, str, str], vector: list[str]) -> None:
-    """Signature and text are as published; one changed digit anywhere and they are not."""
-    crypto, (head, plain, encrypted) = wxsync.Crypto(*account), vector
-    timestamp, nonce, signature = head.split()
-    assert crypto.is_signed(signature, timestamp, nonce, encrypted)
-    assert crypto.decrypt(encrypted).decode() == plain
-    assert not crypto.is_signed(signature[:-1] + "x", timestamp, nonce, encrypted)
-    assert not crypto.is_signed(signature, timestamp, nonce + "0", encrypted)
-    assert not crypto.is_signed("签名", timestamp, nonce, encrypted)
-    with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
-        wxsync.Crypto(*account[:2], "wx5823bf96d3bd56c8").decrypt(encrypted)
-    assert caught.value.status == 403
-
-
-def test_every_length_of_padding_works_both_ways() -> None:
-    """1 to 32 bytes: a library that pads to 16 fails on half of them."""
-    client, crypto = WeComClient(*TENCENT, 1, ""), wxsync.Crypto(*TENCENT)
-    for size in range(32):
-        assert crypto.decrypt(client.encrypt("x" * size)) == b"x" * size
-        assert client.decrypt(crypto.encrypt("x" * size)) == "x" * size
+def test_a_published_vector() -> None:
+    """Signature and text are as published (by Tencent, wechatpy, go-workwx); one changed digit
+    anywhere and they are not."""
+    for at in range(0, len(VECTORS), 8):
+        token, key, corp_id, stamp, nonce, signature, text, encrypted = VECTORS[at : at + 8]
+        crypto = wxsync.Crypto(token, key, corp_id)
+        assert crypto.is_signed(signature, stamp, nonce, encrypted)
+        assert crypto.decrypt(encrypted).decode() == text
+        assert not crypto.is_signed(signature[:-1] + "x", stamp, nonce, encrypted)
+        assert not crypto.is_signed(signature, stamp, nonce + "0", encrypted)
+        assert not crypto.is_signed("签名", stamp, nonce, encrypted)
+        with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
+            wxsync.Crypto(token, key, "wx5823bf96d3bd56c8").decrypt(encrypted)
+        assert caught.value.status == 403
 
 
 def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
-    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts."""
+    """wechatpy checks the signature, decrypts, and finds the text; so do we with its texts. Every
+    length of padding is among them: a library that pads to 16 fails on half of them."""
     other = pytest.importorskip("wechatpy.enterprise.crypto").WeChatCrypto(*TENCENT)
     crypto, chance = wxsync.Crypto(*TENCENT), random.Random(1)
-    texts = ["", "x", "😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
+    texts = ["😀", "]]>", "a]]>b]]>]]", "\n\n", "x" * 2048, "镜" * 682 + "ab", "&amp;"]
     alphabet = "aZ09 \n]>&<'\"镜像，。é😀👨‍👩‍👧"
     texts += ["".join(chance.choices(alphabet, k=chance.randint(1, 300))) for _ in range(40)]
-    for text in texts:
+    for text in ["x" * size for size in range(33)] + texts:
         sealed = wxsync.seal(crypto, {"ToUserName": "alice", "Content": text}, False, time.time())
         outer, _ = wxsync.read_fields(sealed)
         signed = (outer["msgsignature"], outer["timestamp"], outer["nonce"])
@@ -5553,90 +5097,73 @@ def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
     return client.seal(frame + b"\0" * (size - len(frame) - len(pad)) + pad)
 
 
-FORGED: dict[str, tuple[Callable[[WeComClient], str], int]] = {
-    "not base64": (lambda client: "!" * 64, 400),
-    "no whole blocks": (lambda client: base64.b64encode(b"x" * 33).decode(), 400),
-    "noise": (lambda client: base64.b64encode(b"x" * 64).decode(), 400),
-    "blocks of 16": (lambda client: framed(client, 5, b"\5" * 5, 48), 400),
-    "padding 0": (lambda client: framed(client, 5, b"\0"), 400),
-    "padding 33": (lambda client: client.seal(b"x" * 31 + b"\x21" * 33), 400),
-    "uneven padding": (lambda client: framed(client, 5, b"\1\4\4\4"), 400),
-    "nothing but padding": (lambda client: client.seal(b"\x20" * 32), 400),
-    "a length beyond the end": (lambda client: framed(client, 60, b"\1"), 400),
-    "the greatest length": (lambda client: framed(client, 2**32 - 1, b"\1"), 400),
-    "another company": (lambda client: client.encrypt("hello", "ww9999999999999999"), 403),
-    "no company": (lambda client: client.encrypt("hello", ""), 403),
+FORGED: dict[str, Callable[[WeComClient], str]] = {
+    "not base64": lambda client: "!" * 64,
+    "no whole blocks": lambda client: base64.b64encode(b"x" * 33).decode(),
+    "noise": lambda client: base64.b64encode(b"x" * 64).decode(),
+    "blocks of 16": lambda client: framed(client, 5, b"\5" * 5, 48),
+    "padding 0": lambda client: framed(client, 5, b"\0"),
+    "padding 33": lambda client: client.seal(b"x" * 31 + b"\x21" * 33),
+    "uneven padding": lambda client: framed(client, 5, b"\1\4\4\4"),
+    "nothing but padding": lambda client: client.seal(b"\x20" * 32),
+    "a length beyond the end": lambda client: framed(client, 60, b"\1"),
+    "the greatest length": lambda client: framed(client, 2**32 - 1, b"\1"),
+    "another company": lambda client: client.encrypt("hello", "ww9999999999999999"),
+    "no company": lambda client: client.encrypt("hello", ""),
 }
-UNSIGNED: dict[str, tuple[dict[str, str], int]] = {
-    "a wrong signature": ({"msg_signature": "0" * 40}, 403),
-    "a signature in capitals": ({"msg_signature": "é"}, 403),
-    "an old time": ({"timestamp": "1409659589"}, 403),
-    "another nonce": ({"nonce": "1"}, 403),
-    "no signature": ({"msg_signature": ""}, 400),
-    "no time": ({"timestamp": ""}, 400),
-    "a time that is none": ({"timestamp": "soon"}, 400),
-    "no nonce": ({"nonce": ""}, 400),
+UNSIGNED = {  # what of the query is wrong -> how, the status
+    "msg_signature": {"0" * 40: 403, "é": 403, "": 400},
+    "timestamp": {"1409659589": 403, "": 400, "soon": 400},
+    "nonce": {"1": 403, "": 400},
 }
 
 
-@pytest.mark.parametrize("name", [*FORGED, *UNSIGNED])
-def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk, name: str) -> None:
-    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same."""
-    make, status = FORGED.get(name, (lambda client: client.encrypt("hello"), 0))
-    change, status = UNSIGNED.get(name, ({}, status))
-    encrypted = make(talk.client)
-    query = urlencode(talk.client.signed(encrypted) | change)
-    body = xml_document({"ToUserName": talk.client.corp_id, "Encrypt": encrypted}).encode()
-    asked = f"{talk.client.callback_url}?{query}"
-    for got in (
-        http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}"),
-        http_request("POST", asked, body),
-    ):
-        assert (got.status, got.body) == (status, b"")
-
-
-def test_clocks_may_differ_by_ten_minutes(talk: Talk) -> None:
-    """The times are signed, so they can be trusted as far as the clocks."""
+def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk) -> None:
+    """By GET and by POST; 400 where there is nothing to check. Some are signed all the same. The
+    times are signed, so clocks may differ by ten minutes."""
+    client = talk.client
+    tries = [
+        (client.encrypt("hello"), {name: value}, status)
+        for name, many in UNSIGNED.items()
+        for value, status in many.items()
+    ]
+    tries += [(make(client), {}, 403 if "company" in n else 400) for n, make in FORGED.items()]
+    for encrypted, change, status in tries:
+        query = urlencode(client.signed(encrypted) | change)
+        body = xml_document({"ToUserName": client.corp_id, "Encrypt": encrypted}).encode()
+        asked = f"{client.callback_url}?{query}"
+        echo = http_request("GET", f"{asked}&{urlencode({'echostr': encrypted})}")
+        for got in (echo, http_request("POST", asked, body)):
+            assert (got.status, got.body) == (status, b""), (encrypted, change)
     for age, status in ((-590, 200), (590, 200), (-610, 403), (610, 403)):
-        got = talk.client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
-        assert (got.status, status == 200 or got.raw) == (status, status == 200 or b""), age
+        reply = client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
+        assert (reply.status, status == 200 or reply.raw) == (status, status == 200 or b""), age
 
 
 DOCTYPE = '<?xml version="1.0"?><!DOCTYPE xml [<!ENTITY e "nginx:1">]>'
-ENVELOPES = {
-    "nothing": "",
-    "no XML": "hello",
-    "half of it": "<xml><Encrypt>",
-    "a document type": DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>",
-    "an entity": DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an entity nobody declared": "<xml><Encrypt>&e;</Encrypt></xml>",
-    "an unknown encoding": '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
-    "no text in it": "<xml><Other>x</Other></xml>",
-    "JSON of no text": '{"encrypt": 7',
-    "JSON too deep": "{" + '"a":{' * 5000,
-    "JSON with a list": '{"encrypt": ["x"]}',
-}
+ENVELOPES = [
+    *("", "hello", "<xml><Encrypt>", "<xml><Other>x</Other></xml>"),
+    *(DOCTYPE + "<xml><Encrypt>x</Encrypt></xml>", DOCTYPE + "<xml><Encrypt>&e;</Encrypt></xml>"),
+    "<xml><Encrypt>&e;</Encrypt></xml>",
+    '<?xml version="1.0" encoding="ebcdic"?><xml><Encrypt>x</Encrypt></xml>',
+    *('{"encrypt": 7', "{" + '"a":{' * 5000, '{"encrypt": ["x"]}'),
+]
 TEXT_OF = "<xml><MsgType>text</MsgType><FromUserName>"
-INNER = {
-    "a document type": DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
-    "an entity": DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
-    "no XML": "hello",
-    "a list": "[1]",
-    "a control character": "<xml><FromUserName>a\x00</FromUserName></xml>",
-}
+INNER = [
+    DOCTYPE + "<xml><FromUserName>a</FromUserName></xml>",
+    DOCTYPE + TEXT_OF + "a</FromUserName><Content>&e;</Content></xml>",
+    *("hello", "[1]", "<xml><FromUserName>a\x00</FromUserName></xml>"),
+]
 
 
 def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
     """Whatever a stranger posts, or WeCom's key sealed, costs an empty answer."""
-    query = talk.client.signed("x")
-    posts = [(name, text.encode(), query) for name, text in ENVELOPES.items()]
-    for name, text in INNER.items():
-        encrypted = talk.client.encrypt(text)
-        body = xml_document({"Encrypt": encrypted}).encode()
-        posts.append((f"inside: {name}", body, talk.client.signed(encrypted)))
-    for name, body, query in posts:
-        reply = talk.client.post_raw(body, query)
-        assert (reply.status, reply.raw) == (400, b""), name
+    posts = [(text, talk.client.signed("x")) for text in ENVELOPES]
+    for text in map(talk.client.encrypt, INNER):
+        posts.append((xml_document({"Encrypt": text}), talk.client.signed(text)))
+    for text, query in posts:
+        reply = talk.client.post_raw(text.encode(), query)
+        assert (reply.status, reply.raw) == (400, b""), text[:60]
     assert talk.commits == [] and talk.inputs == []
 
 
@@ -5674,16 +5201,17 @@ def test_one_token_serves_all_and_is_renewed_once_when_it_is_refused(desk: Desk,
 
 # What is wrong, and how -> the least pause, what the log tells. WeCom bans an address for an hour
 # that asks with a wrong secret again and again.
-TO_MEND: dict[str, tuple[object, float, tuple[str, ...]]] = {
-    "secret": ("another", 3600, ("SECRET",)),
-    "trusted": (False, 1, ("203.0.113.7", "企业可信IP", "60020")),
-}
+TO_MEND: list[tuple[str, object, float, tuple[str, ...]]] = [
+    ("secret", "another", 3600, ("SECRET",)),
+    ("trusted", False, 1, ("203.0.113.7", "企业可信IP", "60020")),
+]
 
 
-@pytest.mark.parametrize("name", TO_MEND)
-def test_what_a_person_must_mend_is_named_with_the_cure(desk: Desk, name: str) -> None:
+@pytest.mark.parametrize(("name", "wrong", "least", "words"), TO_MEND)
+def test_what_a_person_must_mend_is_named_with_the_cure(
+    desk: Desk, name: str, wrong: object, least: float, words: tuple[str, ...]
+) -> None:
     """It is not tried again for long, and the log names what to do, and no secret."""
-    wrong, least, words = TO_MEND[name]
     right, asked = getattr(desk.wecom, name), []
 
     def mend() -> None:
@@ -5706,8 +5234,6 @@ WECOM_TROUBLES: list[tuple[int | What, int, int, int, int]] = [
     (50003, 1, 1, 60, 3600),
     (42001, 4, 2, 1, 60),
     ("reset", 3, 3, 10, 20),
-    ("garbage", 3, 3, 10, 20),
-    ("short", 3, 3, 10, 20),
     ((502, {}, b"<html>bad gateway"), 3, 3, 10, 20),
 ]
 
@@ -5728,14 +5254,14 @@ def test_what_passes_is_waited_for(
     assert desk.wecom.token_calls <= 3
 
 
-@pytest.mark.parametrize("code", [81013, 60111])
-def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk, code: int) -> None:
+def test_a_receiver_who_is_unknown_holds_nobody_up(desk: Desk) -> None:
     """The message is dropped with a line in the log, the next one goes out."""
-    desk.wecom.refuse(code)
-    desk.send("hello", "nobody")
-    desk.send("hello", "alice")
-    assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"]
-    assert str(code) in desk.written.getvalue()
+    for number, code in enumerate((81013, 60111), 1):
+        desk.wecom.refuse(code)
+        desk.send("hello", "nobody")
+        desk.send(f"hello {code}", "alice")
+        assert desk.pauses == [] and [m.user for m in desk.wecom.messages] == ["alice"] * number
+        assert str(code) in desk.written.getvalue()
 
 
 def test_equal_messages_arrive_once_each(desk: Desk) -> None:
@@ -5749,24 +5275,20 @@ def test_equal_messages_arrive_once_each(desk: Desk) -> None:
     assert len(desk.wecom.messages) == 2 and len(desk.wecom.duplicates) == 1
 
 
-TALES = {
-    "short lines": [f"第 {number} 行" for number in range(400)],
-    "one long line": ["镜" * 3000],
-    "just over": ["x" * 1970, "y" * 50],
-    "emoji": ["😀" * 900],
-}
+TALES = [[f"第 {number} 行" for number in range(400)], ["x" * 1970, "y" * 50]]
+TALES += [["镜" * 3000], ["😀" * 900]]
 
 
-@pytest.mark.parametrize("name", TALES)
-def test_a_long_text_is_split_at_line_ends(desk: Desk, name: str) -> None:
+def test_a_long_text_is_split_at_line_ends(desk: Desk) -> None:
     """No piece over 2048 bytes, none cut in a character, nothing lost, all in order."""
-    text = "\n".join(TALES[name])
-    desk.send(text)
-    pieces = desk.wecom.messages_for("alice")
-    assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
-    bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
-    glue = "\n" if len(TALES[name]) > 1 else ""
-    assert glue.join(bodies) == text
+    for lines in TALES:
+        text = "\n".join(lines)
+        desk.wecom.messages.clear()
+        desk.send(text)
+        pieces = desk.wecom.messages_for("alice")
+        assert desk.wecom.violations == [] and len(pieces) == -(-len(text.encode()) // 2000)
+        bodies = [re.sub(r"\n（#\w+[^）]*）$", "", piece) for piece in pieces]
+        assert ("\n" if len(lines) > 1 else "").join(bodies) == text
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5794,79 +5316,63 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
     assert asked.headers["accept-encoding"] == "identity"
 
 
-# what Content-Disposition says of http://…/page.html -> the name
-NAMES = """
-attachment; filename="report.pdf" -> report.pdf
-attachment; filename=report.pdf -> report.pdf
-attachment;filename=report.pdf;size=3 -> report.pdf
-attachment; FileName = "two words.txt" -> two words.txt
-attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" -> 文档.pdf
-attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf -> 文.pdf
-attachment; filename*=ISO-8859-1''na%EFve.txt -> naïve.txt
-attachment; filename*=GBK''%CE%C4.txt -> 文.txt
-attachment; filename*=bogus''%41.txt; filename=ok.txt -> ok.txt
-attachment; filename="a\\"b.txt" -> a"b.txt
-attachment; filename="文档.pdf" -> 文档.pdf
-attachment; filename="../../etc/passwd" -> passwd
-attachment; filename="..\\\\..\\\\boot.ini" -> boot.ini
-attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd -> passwd
-attachment; filename*=UTF-8''a%00b%0A%0Dc.txt -> abc.txt
-attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe -> evilfdp.exe
-attachment; filename="...hidden" -> hidden
-attachment; filename="\x1b[31mred.txt" -> [31mred.txt
-attachment; filename="" -> page.html
-attachment; filename="/" -> page.html
-attachment; filename="..." -> page.html
-attachment; filename*=idna''%ff -> page.html
-attachment; filename*=punycode''%ff -> page.html
-attachment; filename*=undefined''%41 -> page.html
-attachment; filename*=a\0''%41 -> page.html
-attachment -> page.html
-inline -> page.html
- -> page.html
-attachment; xfilename="evil.exe"; filename="ok.txt" -> ok.txt
-attachment; filename="a; filename*=UTF-8''b.exe" -> a; filename*=UTF-8''b.exe
-"""
+# Content-Disposition ¦ the name ¦ the addresses, the last one first, unless it is …/page.html
+NAMES = rows(r"""
+attachment; filename="report.pdf" ¦ report.pdf
+attachment;filename=report.pdf;size=3 ¦ report.pdf
+attachment; FileName = "two words.txt" ¦ two words.txt
+attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" ¦ 文档.pdf
+attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf ¦ 文.pdf
+attachment; filename*=ISO-8859-1''na%EFve.txt ¦ naïve.txt
+attachment; filename*=GBK''%CE%C4.txt ¦ 文.txt
+attachment; filename*=bogus''%41.txt; filename=ok.txt ¦ ok.txt
+attachment; filename="a\"b.txt" ¦ a"b.txt
+attachment; filename="文档.pdf" ¦ 文档.pdf
+attachment; filename="../../etc/passwd" ¦ passwd
+attachment; filename="..\\..\\boot.ini" ¦ boot.ini
+attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd ¦ passwd
+attachment; filename*=UTF-8''a%00b%0A%0Dc.txt ¦ abc.txt
+attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe ¦ evilfdp.exe
+attachment; filename="...hidden" ¦ hidden
+attachment; filename="" ¦ page.html
+attachment; filename="/" ¦ page.html
+attachment; filename="..." ¦ page.html
+attachment; filename*=idna''%ff ¦ page.html
+attachment; filename*=undefined''%41 ¦ page.html
+attachment; xfilename="evil.exe"; filename="ok.txt" ¦ ok.txt
+attachment; filename="a; filename*=UTF-8''b.exe" ¦ a; filename*=UTF-8''b.exe
+inline ¦ page.html
+¦ 文.zip ¦ example.com/a/%E6%96%87.zip?x=1
+¦ tool.tar.gz ¦ cdn.example.com/0a1b2c example.com/v1/tool.tar.gz
+¦ real.zip ¦ cdn.example.com/real.zip example.com/latest
+¦ download ¦ example.com/download
+¦ download ¦ example.com/
+¦ b.txt ¦ example.com/a%2Fb.txt
+¦ download ¦ example.com/%00%0A
+""")
+NAMES += [
+    ["attachment; filename*=a\0''%41", "page.html"],
+    ['a; filename="\x1b[31m.txt"', "[31m.txt"],
+]
+NAMES += [[f'attachment; filename="{"长" * 500}.tar.gz"', "长" * 100 + "长" * 43 + ".tar.gz"]]
 
 
-@pytest.mark.parametrize("line", NAMES.strip("\n").split("\n"))
-def test_name_of_disposition(line: str) -> None:
-    """The name is the one of RFC 6266, without anything that could harm."""
-    disposition, _, name = line.partition(" -> ")
-    url = wxsync.parse_url("https://example.com/a/page.html?x=y.zip")
-    assert wxsync.read_file_name(disposition, url) == name
-
-
-# the addresses, the last one first -> the name
-ADDRESSES = """
-example.com/a/%E6%96%87.zip?x=1 -> 文.zip
-cdn.example.com/0a1b2c example.com/v1/tool.tar.gz -> tool.tar.gz
-cdn.example.com/real.zip example.com/latest -> real.zip
-example.com/download -> download
-example.com/ -> download
-example.com/a%2Fb.txt -> b.txt
-example.com/%00%0A -> download
-"""
-
-
-@pytest.mark.parametrize("line", ADDRESSES.strip().splitlines())
-def test_name_of_address(line: str) -> None:
-    """Without a disposition the addresses name the file, one with an extension first."""
-    *links, _, name = line.split()
-    urls = [wxsync.parse_url(f"https://{link}") for link in links]
-    assert wxsync.read_file_name("", *urls) == name
-    long = wxsync.read_file_name(f'attachment; filename="{"长" * 500}.tar.gz"', *urls)
-    assert len(long) <= 150 and long.endswith(".tar.gz")
+def test_the_name_of_a_file() -> None:
+    """It is the one of RFC 6266, without anything that could harm; where nothing is said the
+    addresses name the file, one with an extension first."""
+    for disposition, name, *addresses in NAMES:
+        links = (addresses or ["example.com/a/page.html?x=y.zip"])[0].split()
+        urls = [wxsync.parse_url(f"https://{link}") for link in links]
+        assert wxsync.read_file_name(disposition, *urls) == name
 
 
 # charset, what the head says of the name -> the name that is shown, the extension of the key
 SHOWN_NAMES = """
 utf-8 filename="年度报告.PDF" -> 年度报告.PDF .pdf
 gbk filename="年度报告.pdf" -> 年度报告.pdf .pdf
-utf-8 filename*=UTF-8''%E5%B9%B4.tar.gz -> 年.tar.gz .tar.gz
 utf-8 filename="../../x.p;df" -> x.p;df
 utf-8 filename="x.%2e%2e" -> x.%2e%2e
-utf-8 filename="X.TAR.GZ" -> X.TAR.GZ .tar.gz
+utf-8 filename*=UTF-8''X.TAR.GZ -> X.TAR.GZ .tar.gz
 """
 
 
@@ -5899,7 +5405,7 @@ def test_redirects(depot: Depot) -> None:
 VALIDATORS = ({"etag": '"v1"'}, {"modified": "Tue, 24 Nov 2026 08:00:00 GMT"})
 
 
-@pytest.mark.parametrize("cuts", [[1], [100_000], [5_000_000, 3_000_000], [PART, PART, 1]])
+@pytest.mark.parametrize("cuts", [[1], [5_000_000, 3_000_000], [PART, PART, 1]])
 def test_resume(depot: Depot, cuts: list[int]) -> None:
     """A download that breaks goes on where it was, if it is the same file still."""
     for validator in VALIDATORS:
@@ -5929,70 +5435,57 @@ def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
 # Files that do not arrive
 # ---------------------------------------------------------------------------------------------
 
-CUT_ALWAYS = {"cut_after": [5_000_000] * 20}
-CUT_GOOD: dict[str, Any] = CUT_ALWAYS | {"etag": '"1"', "ranges": "good"}
-SOURCE_TROUBLES: dict[str, tuple[dict[str, Any], str]] = {
-    "not found": ({"status": 404}, "文件不存在（HTTP 404）"),
-    "gone": ({"status": 410}, "文件已删除"),
-    "login": ({"status": 401}, "需要登录"),
-    "forbidden": ({"status": 403}, "HTTP 403"),
-    "too many": ({"status": 429}, "HTTP 429"),
-    "broken": ({"status": 500}, "来源拒绝或出错（HTTP 500）"),
-    "busy": ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
-    "teapot": ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
-    "empty": ({"status": 204}, "HTTP 204"),
-    "no http": ({"garbage": True}, "不是正常的 HTTP"),
-    "loop": ({"status": 302, "location": "/loop"}, "不停地重定向"),
-    "to ftp": ({"status": 302, "location": "ftp://example.com/x"}, "格式不正确"),
-    "to a file": ({"status": 302, "location": "file:///etc/passwd"}, "格式不正确"),
-    "to login": ({"status": 302, "location": "http://u:p@example.com/"}, "格式不正确"),
-    "nowhere": ({"status": 302, "location": f"{NOWHERE}/"}, "连接被拒绝"),
-    "no name": ({"status": 302, "location": "http://no-such-host.invalid/"}, "域名解析失败"),
-    "no validator": (CUT_ALWAYS, "来源不支持续传"),
-    "weak validator": (CUT_GOOD | {"etag": 'W/"1"'}, "来源不支持续传"),
-    "no ranges": (CUT_GOOD | {"ranges": ""}, "来源文件已变化或不支持续传"),
-    "ignored": (CUT_GOOD | {"ranges": "ignored"}, "已变化或不支持续传"),
-    "wrong start": (CUT_GOOD | {"ranges": "wrong"}, "已变化或不支持续传"),
-    "changed": (CUT_GOOD | {"change": True}, "已变化"),
-    "416": (CUT_GOOD | {"ranges": "416"}, "HTTP 416"),
-    "bad compression": ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
-    "odd compression": ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
-}
-SLOW_SOURCES: dict[str, tuple[dict[str, Any], str]] = {  # which are asked again and again
-    "always cut": (CUT_GOOD | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
-    "stalls": ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
-    "stalls at once": ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
-    "drips": ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
-    "short chunks": ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
-    "cut compression": ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
-}
+BROKEN: dict[str, Any] = {"cut_after": [5_000_000] * 20, "etag": '"1"', "ranges": "good"}
+GO: dict[str, Any] = {"status": 302}
+SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
+    ({"status": 404}, "文件不存在（HTTP 404）"),
+    ({"status": 410}, "文件已删除"),
+    ({"status": 401}, "需要登录"),
+    ({"status": 403}, "HTTP 403"),
+    ({"status": 429}, "HTTP 429"),
+    ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
+    ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
+    ({"status": 204}, "HTTP 204"),
+    ({"garbage": True}, "不是正常的 HTTP"),
+    (GO | {"location": "/trouble-9"}, "不停地重定向"),
+    (GO | {"location": "file:///etc/passwd"}, "格式不正确"),
+    (GO | {"location": "http://u:p@example.com/"}, "格式不正确"),
+    (GO | {"location": f"{NOWHERE}/"}, "连接被拒绝"),
+    (GO | {"location": "http://no-such-host.invalid/"}, "域名解析失败"),
+    (BROKEN | {"etag": ""}, "来源不支持续传"),
+    (BROKEN | {"etag": 'W/"1"'}, "来源不支持续传"),
+    (BROKEN | {"ranges": ""}, "来源文件已变化或不支持续传"),
+    (BROKEN | {"ranges": "ignored"}, "已变化或不支持续传"),
+    (BROKEN | {"ranges": "wrong"}, "已变化或不支持续传"),
+    (BROKEN | {"change": True}, "已变化"),
+    (BROKEN | {"ranges": "416"}, "HTTP 416"),
+    ({"headers": {"Content-Encoding": "gzip"}}, "压缩数据已损坏"),
+    ({"headers": {"Content-Encoding": "br"}}, "不支持的压缩方式 br"),
+]
+SLOW_SOURCES: list[tuple[dict[str, Any], str]] = [  # which are asked again and again
+    (BROKEN | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
+    ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
+    ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
+    ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
+    ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
+    ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
+]
 
 
-def check_sources(depot: Depot, troubles: Mapping[str, tuple[dict[str, Any], str]]) -> None:
+@pytest.mark.parametrize("troubles", [SOURCE_TROUBLES, pytest.param(SLOW_SOURCES, marks=in_ci)])
+def test_bad_sources(depot: Depot, troubles: list[tuple[dict[str, Any], str]]) -> None:
     """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    before, asked = set(depot.store.objects), dict[str, str]()
-    for name, (options, _) in troubles.items():
-        path = f"/{name.replace(' ', '-')}"
-        asked[name] = depot.ask(depot.source.add(path, **({"size": 12_000_000} | options)))
-    for name, user in asked.items():
-        check_refusal(depot.answer(user, 60), troubles[name][1], name.replace(" ", "-"))
-    assert set(depot.store.objects) == before
-    assert all(len(depot.wecom.messages_for(user)) == 1 for user in asked.values())
-
-
-def test_bad_sources(depot: Depot) -> None:
-    """Each trouble of a source is one sentence with what to do, and leaves nothing behind."""
-    check_sources(depot, SOURCE_TROUBLES)
-    check_refusal(depot.relay("http://no-such-host.invalid/x"), "域名解析失败")
-    check_refusal(depot.relay(f"{NOWHERE}/x"), "连接被拒绝")
+    before, asked = set(depot.store.objects), []
+    for number, (options, _) in enumerate(troubles):
+        link = depot.source.add(f"/trouble-{number}", **({"size": 12_000_000} | options))
+        asked.append((depot.ask(link), link))
+    for (user, link), (_, why) in zip(asked, troubles, strict=True):
+        check_refusal(depot.answer(user, 60), why, link)
+        assert len(depot.wecom.messages_for(user)) == 1
     bomb = depot.source.add("/bomb", **coded(gzip.compress(bytes(80 * MIB), 1)))
-    check_refusal(depot.relay(bomb), "文件超过上限 64 MB")
-
-
-@in_ci
-def test_bad_sources_that_are_tried_again(depot: Depot) -> None:
-    """A source that breaks or stands still each time ends as each trouble does."""
-    check_sources(depot, SLOW_SOURCES)
+    for link, why in ((f"{NOWHERE}/x", "连接被拒绝"), (bomb, "文件超过上限 64 MB")):
+        check_refusal(depot.relay(link), why)
+    assert set(depot.store.objects) == before
 
 
 def test_the_limit_is_exact() -> None:
@@ -6006,7 +5499,7 @@ def test_the_limit_is_exact() -> None:
         assert len(depot.store.objects) == len(LENGTHS)
 
 
-@pytest.mark.parametrize("how", [500, 503, "reset", "lost", pytest.param("hang", marks=in_ci)])
+@pytest.mark.parametrize("how", [500, "reset", "lost", pytest.param("hang", marks=in_ci)])
 def test_part_fails_once(depot: Depot, how: int | str) -> None:
     """A part that fails is sent again, and nothing is lost or doubled."""
     for number in (0, 2):
@@ -6017,22 +5510,21 @@ def test_part_fails_once(depot: Depot, how: int | str) -> None:
 
 
 PART_FAILS: dict[int | str, str] = {
-    500: "QingStor 暂时不可用（HTTP 500），请稍后再试",
     503: "QingStor 暂时不可用（HTTP 503），请稍后再试",
     "reset": "连接 QingStor 失败",
     403: "没有权限写入存储桶",
 }
 
 
-@pytest.mark.parametrize("how", PART_FAILS)
-def test_part_fails_always(depot: Depot, how: int | str) -> None:
+def test_part_fails_always(depot: Depot) -> None:
     """A part that cannot be sent ends the upload, which is taken back."""
     before, aborted = set(depot.store.objects), len(depot.store.aborted)
-    depot.store.fail_part(1, 3, how)
-    text = depot.relay(depot.source.add("/always.bin", 30_000_000))
-    depot.store.faults.clear()
-    check_refusal(text, PART_FAILS[how])
-    assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + 1
+    for turn, how in enumerate(PART_FAILS, 1):
+        depot.store.fail_part(1, 3, how)
+        text = depot.relay(depot.source.add("/always.bin", 10_000_000))
+        depot.store.faults.clear()
+        check_refusal(text, PART_FAILS[how])
+        assert set(depot.store.objects) == before and len(depot.store.aborted) == aborted + turn
 
 
 def test_lost_answers(depot: Depot) -> None:
@@ -6046,29 +5538,26 @@ def test_lost_answers(depot: Depot) -> None:
         assert not depot.store.faults
 
 
-TEMPERS: dict[str, tuple[dict[str, Any], str]] = {
-    "bucket missing": ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
-    "bucket full": ({"bucket_full": True}, "存储空间已满"),
-    "no right": ({"forbidden": True}, "没有权限写入存储桶"),
-    "wrong secret": ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "wrong key": ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
-    "clock early": ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
-    "clock late": ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
-}
+TEMPERS: list[tuple[dict[str, Any], str]] = [
+    ({"bucket_missing": True}, "找不到存储桶：核对 QINGSTOR_BUCKET"),
+    ({"bucket_full": True}, "存储空间已满"),
+    ({"forbidden": True}, "没有权限写入存储桶"),
+    ({"secret": "another"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"access_key": "ANOTHER"}, "密钥不正确：核对 QINGSTOR_ACCESS_KEY_ID"),
+    ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
+    ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
+]
 
 
-@pytest.mark.parametrize("temper", TEMPERS)
-def test_refusals_of_qingstor(depot: Depot, temper: str) -> None:
+def test_refusals_of_qingstor(depot: Depot) -> None:
     """Each refusal is told with what to do about it, for small files and for big ones."""
-    changes, why = TEMPERS[temper]
-    before = {name: getattr(depot.store, name) for name in changes}
-    vars(depot.store).update(changes)
-    try:
+    for changes, why in TEMPERS:
+        before = {name: getattr(depot.store, name) for name in changes}
+        vars(depot.store).update(changes)
         texts = [depot.relay(depot.source.add("/refused", size)) for size in (100, 9_000_000)]
-    finally:
         vars(depot.store).update(before)
-    for text in texts:
-        check_refusal(text, why)
+        for text in texts:
+            check_refusal(text, why)
 
 
 def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
@@ -6077,45 +5566,29 @@ def test_bucket_fills_up_while_uploading(depot: Depot) -> None:
     depot.store.bucket_full = True
     text = depot.answer(user)
     depot.store.bucket_full = False
-    assert "存储空间已满" in text
+    check_refusal(text, "存储空间已满")
 
 
 @in_ci
-def test_qingstor_goes_and_comes_back() -> None:
-    """An upload that could not be taken back is, as soon as QingStor is there again."""
+@pytest.mark.parametrize("killed", [False, True])
+def test_qingstor_goes_and_comes_back(killed: bool) -> None:
+    """An upload that could not be taken back is, as soon as QingStor is there again; told once."""
     with Depot() as depot:
         link = depot.source.add("/down.bin", 20_000_000, rate=20_000_000.0)
         user = depot.begin(link, 2)
-        depot.store.stop()
-        assert "连接 QingStor 失败" in depot.answer(user) and len(depot.store.open_uploads) == 1
-        depot.store.start()
-        assert wait_until(lambda: len(depot.store.aborted) == 1)
-        check_object(depot, "/down.bin", depot.relay(link))
-        assert len(depot.wecom.messages_for(user)) == 1
-
-
-@in_ci
-@pytest.mark.parametrize("away", [False, True])
-def test_killed_while_uploading(away: bool) -> None:
-    """After a kill the next start undoes the upload and does it again; told once."""
-    with Depot() as depot:
-        user = depot.begin(depot.source.add("/killed.bin", 20_000_000, rate=10_000_000.0), 2)
-        depot.service.kill()
         (old,) = depot.store.open_uploads
-        depot.source.files["/killed.bin"].rate = 0
-        if away:  # the orphan cannot be settled at once
-            depot.store.stop()
-        depot.service.start()
-        text = depot.answer(user)
-        if away:
-            assert "连接 QingStor 失败" in text
-            depot.store.start()
-        else:
-            check_object(depot, "/killed.bin", text)
+        if killed:
+            depot.service.kill()
+        depot.store.stop()
+        if killed:
+            depot.service.start()
+        assert "连接 QingStor 失败" in depot.answer(user) and [*depot.store.open_uploads] == [old]
+        depot.store.start()
         assert wait_until(lambda: depot.store.aborted == [old])
+        check_object(depot, "/down.bin", depot.relay(link))
         depot.service.restart()
         time.sleep(0.3)
-        assert depot.wecom.messages_for(user) == [text]
+        assert len(depot.wecom.messages_for(user)) == 1
 
 
 @in_ci
@@ -6174,12 +5647,10 @@ def test_forbidden_addresses(link: str, why: str) -> None:
         return
     with pytest.raises(wxsync.Failure, match="不允许访问内网地址"):
         wxsync.refuse_inside(url.host, 3)
-    with pytest.raises((wxsync.Failure, OSError)) as caught:
-        wxsync.dial(url.host, 9, 3, True).close()
     # A name may also just not resolve here; an address must be refused, not tried.
     literal = not re.search(r"[g-z]", url.host.removeprefix("0x"))
-    kinds = (wxsync.Failure,) if literal else (wxsync.Failure, socket.gaierror)
-    assert isinstance(caught.value, kinds), caught.value
+    with pytest.raises(wxsync.Failure if literal else (wxsync.Failure, socket.gaierror)):
+        wxsync.dial(url.host, 9, 3, True).close()
 
 
 def test_allowed_addresses() -> None:
@@ -6202,11 +5673,10 @@ https://example.com?x=1 https://example.com/?x=1
 """
 
 
-@pytest.mark.parametrize("line", ADDRESS_FORMS.strip().splitlines())
-def test_form_of_addresses(line: str) -> None:
+def test_form_of_addresses() -> None:
     """What is typed becomes what is asked for."""
-    typed, asked = line.split()
-    assert str(wxsync.parse_url(typed)) == asked
+    for typed, asked in map(str.split, ADDRESS_FORMS.strip().splitlines()):
+        assert str(wxsync.parse_url(typed)) == asked
 
 
 # In a net of its own: whoever connects to an address that is not meant to be reached is seen.
@@ -6301,24 +5771,6 @@ def test_names_with_an_inside_address() -> None:
     assert all("不允许访问内网地址" in text for text in answers.values()), answers
 
 
-WHOLE_FILE = """
-outside.add("/inside", status=302, location="http://169.254.169.254/latest/meta-data/")
-with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-    answers["good"] = depot.relay("http://files.example.com:8000/file")
-    answers["redirected"] = depot.relay("http://files.example.com:8000/inside")
-    answers["direct"] = depot.relay(depot.source.add("/secret", body=b"secret"))
-    answers["hits"] = depot.source.hits["/secret"]
-"""
-
-
-def test_the_whole_service_keeps_outside() -> None:
-    """Unless it is allowed on purpose, people in the chat reach nothing inside."""
-    answers = run_inside(WHOLE_FILE, files="8.8.4.4")
-    assert read_result(answers["good"])["size"] == "7" and answers["hits"] == 0
-    for name in ("redirected", "direct"):
-        check_refusal(answers[name], "不允许访问内网地址")
-
-
 # ---------------------------------------------------------------------------------------------
 # Hostile origins
 # ---------------------------------------------------------------------------------------------
@@ -6371,23 +5823,19 @@ def fetched(depot: Depot, path: str = "/a.bin", **options: Any) -> bytes | None:
     return depot.store.objects[read_result(text)["link"].rpartition("/")[2]].body
 
 
+BOTH: list[bytes | None] = [FIRST + SECOND]
+GZ = 'attachment; filename="a.gz"'
 # how a file is served -> what may be stored (None: it is refused, in words)
 ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
-    "members": (coded(MEMBERS), [FIRST + SECOND]),
-    "members, in small chunks": (
-        wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)),
-        [FIRST + SECOND],
-    ),
+    "members": (coded(MEMBERS), BOTH),
+    "small chunks": (wire(f"{CHUNKED}\nContent-Encoding: gzip", in_chunks(MEMBERS, 7)), BOTH),
     "members, the last one cut": (coded(MEMBERS[:-9]), [None]),
     "no member behind the end": (coded(PACKED + b"more"), [None]),
     "empty members": (coded(gzip.compress(b"") * 99_999, length="chunked"), [None]),
     # Many servers label a packed file with its packing; its checksum is that of what is sent.
     "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
     "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
-    "gzip is its type, in members": (
-        coded(MEMBERS, path="/download", disposition='attachment; filename="a.gz"'),
-        [MEMBERS],
-    ),
+    "gzip is its type, in members": (coded(MEMBERS, path="/x", disposition=GZ), [MEMBERS]),
     "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
     "compressed twice": (
         wire(OK + "Content-Encoding: gzip\nContent-Encoding: gzip", gzip.compress(PACKED)),
@@ -6401,21 +5849,17 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
         wire(f"{CHUNKED}\nContent-Range: bytes 4-8/9".replace("200", "206"), in_chunks(FIRST, 5)),
         [None],
     ),
+    "a chunk without a size": (wire(CHUNKED, b"-1\r\n" + bytes(300_000)), [None]),
     "a head without an end": ({"raw": b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"}, [None]),
     "early hints": (
-        wire(
-            "HTTP/1.1 103 Early Hints\nLink: </x>\n\nHTTP/1.1 102 Processing\n\n"
-            f"{OK}Content-Length: 4",
-            b"body",
-        ),
+        wire(f"HTTP/1.1 103 Hi\nLink: </x>\n\nHTTP/1.1 102 No\n\n{OK}Content-Length: 4", b"body"),
         [b"body"],
     ),
 }
 for line in (": 3\nContent-Length: 9", ": 9x", ": -9", ": +9", " : 9"):
     ORIGINS[f"length{line!r}"] = (wire(f"{OK}Content-Length{line}", b"x" * 9), [None])
-CODINGS = "gzip, chunked|gzip|chunked, chunked|identity|gzip\n: chunked|chunked\n: gzip"
-for line in CODINGS.split("|"):
-    said = f"{OK}\n: {line}".replace("\n\n", "\n").replace("\n: ", "\nTransfer-Encoding: ")
+for line in ("gzip, chunked", "gzip", "chunked, chunked", "identity", "gzip\n: chunked"):
+    said = OK + f"\n: {line}".replace("\n: ", "\nTransfer-Encoding: ")[1:]
     ORIGINS[f"transfer: {line!r}"] = (wire(said, in_chunks(PACKED, 999)), [None])
 
 
@@ -6435,12 +5879,13 @@ def test_bytes_behind_the_end_take_no_memory(impatient: Depot) -> None:
     assert memory.added < 24 * MIB, f"{memory.added / MIB:.0f} MiB"
 
 
+HELLO = b"5\r\nhello\r\n"
 HELD: dict[str, dict[str, Any]] = {
-    "trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n"),
+    "trailers": wire(CHUNKED, HELLO + b"0\r\n", b"X-More: y\r\n"),
     "just above the floor": wire(f"{OK}Content-Length: 900000", again=b"x" * 2000),
-    "a flood of trailers": wire(CHUNKED, b"5\r\nhello\r\n0\r\n", b"X-More: y\r\n" * 9000),
+    "a flood of trailers": wire(CHUNKED, HELLO + b"0\r\n", b"X-More: y\r\n" * 9000),
     "chunks above the floor": wire(CHUNKED, again=in_chunks(b"x" * 2000, 1)[:-5]),
-    "a chunk size that drips": wire(CHUNKED, b"5\r\nhello\r\n", b"0"),
+    "a chunk size that drips": wire(CHUNKED, HELLO, b"0"),
     "a head that drips": {"raw": b"HTTP/1.1 200 OK\r\nX-Long: ", "again": b"x"},
     "hints": wire("HTTP/1.1 103 Early Hints", again=b"HTTP/1.1 103 Early Hints\r\n\r\n"),
     "continue": wire("HTTP/1.1 100 Continue", again=b"HTTP/1.1 100 Continue\r\n\r\n"),
@@ -6485,6 +5930,10 @@ PUBLIC_LINKS = [f"http://{name}.example.com:8000/file" for name in [*OUTER, "blo
 HIDDEN_LINKS = [f"http://{name}.example.com:8000/secret" for name in HIDDEN_INSIDE]
 HIDDEN_LINKS += [f"http://files.example.com:8000/to-{name}" for name in HIDDEN_INSIDE]
 HIDDEN_LINKS += ["https://private.example.com:8000/secret"]
+INNER_LINKS = [
+    f"http://{host}:8000/secret"
+    for host in ("127.0.0.1", "localhost", "0x7f000001", "127.1", "１２７.0.0.1", "nas.lan")
+]
 # In a net of its own: the links are sent with each kind of proxy and with none.
 BY_NAME = """
 from pathlib import Path
@@ -6496,33 +5945,32 @@ outside.add("/file", body=b"content")
 outside.add("/secret", body=b"secret")
 for name, link in zip(t.HIDDEN_INSIDE, t.HIDDEN_LINKS):
     outside.add(f"/to-{name}", status=302, location=link)
+links = [t.PUBLIC_LINKS[0], *t.HIDDEN_LINKS, *t.INNER_LINKS]
+with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
+    answers["direct"] = {link: depot.relay(link) for link in links[:-1]}
 with t.temporary_folder("hosts") as folder:
     hosts = Path(folder, "hosts")
     names = Path("/etc/hosts").read_text().replace("1.1.1.1", "8.8.4.4")
     hosts.write_text(f"{names}8.8.4.4 blocked.example.com\\n")
-    for proxy in (t.TinyProxy(), t.MicroSocks()):
+    for proxy in [kind() for kind in (t.TinyProxy, t.MicroSocks) if not kind.missing()]:
         enter = f'mount --bind {hosts} /etc/hosts && exec "$@"'
         proxy.around = ["unshare", "-m", "sh", "-c", enter, "sh"]
         with proxy, t.ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
             assert t.wait_until(lambda: t.UP in depot.log)
-            links = t.HIDDEN_LINKS + t.PUBLIC_LINKS
-            answers[proxy.SCHEME] = {link: depot.relay(link) for link in links}
-with t.Depot(DANGEROUSLY_ALLOW_PRIVATE_URLS="") as direct:
-    answers["direct"] = {link: direct.relay(link) for link in t.HIDDEN_LINKS}
+            answers[proxy.SCHEME] = {link: depot.relay(link) for link in links + t.PUBLIC_LINKS}
 answers["read"] = dict.fromkeys(["/secret"] * outside.hits["/secret"], "✅")
 """
 
 
 def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
-    """An inside answer refuses the name and is told as such; none leaves it to the proxy."""
-    needs(TinyProxy.missing() or MicroSocks.missing())
-    wrong = []
+    """With proxies of each kind and with none, people in the chat reach nothing inside. An inside
+    answer refuses the name and is told as such; none leaves it to the proxy."""
     for way, texts in run_inside(BY_NAME, **HIDDEN_INSIDE | OUTER).items():
-        refused = "不允许访问内网地址" + ("" if way == "direct" else ".*(本机|本地)")
         for link, text in texts.items():
-            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else refused
-            wrong += [] if re.search(wanted, text) else [f"{way}: {link}: {text}"]
-    assert not wrong, "\n".join(wrong)
+            hint = "" if way == "direct" or link in INNER_LINKS else ".*(本机|本地)"
+            wanted = "✅ 文件上传成功" if link in PUBLIC_LINKS else f"不允许访问内网地址{hint}"
+            assert re.search(wanted, text), f"{way}: {link}: {text}"
+    needs(TinyProxy.missing() or MicroSocks.missing())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6530,17 +5978,14 @@ def test_a_name_is_looked_up_here_before_a_proxy_gets_it() -> None:
 # ---------------------------------------------------------------------------------------------
 
 UP, DOWN = "✅ 代理可用: ", "⚠️  代理连接失败: "
-DEAD_PROXIES = [f"{scheme}_PROXY" for scheme in ("HTTP", "HTTPS", "ALL")]
-DEAD_PROXIES += [name.lower() for name in DEAD_PROXIES]
 
 
 class ProxyDepot(Depot):
-    """A depot whose service is to use a proxy for everything but WeCom and QingStor, whatever the
-    environment says about proxies."""
+    """A depot whose service is to use a proxy for everything but WeCom and QingStor."""
 
     def __init__(self, proxy: ProxyProcess, **settings: str) -> None:
-        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com"}
-        super().__init__(**dict.fromkeys(DEAD_PROXIES, NOWHERE) | own | settings)
+        own = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "qingstor.com,localhost"}
+        super().__init__(**own | settings)
         self.proxy = proxy
         self.source.port = free_port()
         self.extra.setdefault("PROXY_TEST_URL", f"{self.source.url}/probe")
@@ -6562,7 +6007,8 @@ PROXIES: list[tuple[type[ProxyProcess], str, str]] = [
 
 @pytest.mark.parametrize(("kind", "user", "password"), PROXIES)
 def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> None:
-    """GitHub and downloads go through the proxy; WeCom and QingStor never do."""
+    """GitHub and downloads go through the proxy, but for NO_PROXY_DOMAINS; WeCom and QingStor
+    never do."""
     needs(kind.missing())
     with kind(user, password) as proxy, ProxyDepot(proxy) as depot:
         assert depot.proxy_is("up"), depot.log
@@ -6572,24 +6018,34 @@ def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> 
         assert "成功 1 / 1" in depot.answer(images)
         peers = (depot.source, depot.github, depot.wecom, depot.store)
         assert [proxy.asked_for(peer.port) for peer in peers] == [True, True, False, False]
+        before = proxy.log
+        check_object(depot, "/through.bin", depot.relay(link.replace("127.0.0.1", "localhost")))
+        assert proxy.log == before
         masked = f"{kind.SCHEME}://{'***:***@' if user else ''}127.0.0.1:{proxy.port}"
         assert [line for line in depot.said() if "代理" in line or "直连" in line] == [
             f"🌐 检测到代理配置: {masked}",
-            "   直连域名: qingstor.com",
+            "   直连域名: qingstor.com, localhost",
             f"✅ 代理可用: {masked}",
             "🔗 GitHub API 使用代理",
         ]
         assert not password or (password not in depot.log and user + ":" not in depot.log)
 
 
+@contextmanager
+def tls_source(folder: Path) -> Iterator[tuple[Source, dict[str, str]]]:
+    """A source with TLS, and the settings by which it is trusted and asked for at the start."""
+    needs(missing_program("openssl"))
+    context, certificate = make_tls(folder, "127.0.0.1")
+    with Source(tls=context) as source:
+        probe = source.add("/probe", body=b"ok")
+        yield source, {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": probe}
+
+
 def test_tls_through_a_proxy(tmp_path: Path) -> None:
     """https goes through an http proxy by CONNECT, with the certificate checked."""
-    needs(TinyProxy.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, TinyProxy("user", "secret") as proxy:
+    needs(TinyProxy.missing())
+    with tls_source(tmp_path) as (source, trust), TinyProxy("user", "secret") as proxy:
         link = source.add("/tls.bin", 9_000_000)
-        source.add("/probe", body=b"ok")
-        trust = {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": f"{source.url}/probe"}
         with ProxyDepot(proxy, **trust) as depot:
             assert depot.proxy_is("up"), depot.log
             depot.source.files |= source.files
@@ -6603,13 +6059,10 @@ def test_tls_through_a_proxy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
 def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> None:
     """A proxy that does not let us in is told of and done without."""
-    needs(kind.missing() or missing_program("openssl"))
-    context, certificate = make_tls(tmp_path, "127.0.0.1")
-    with Source(tls=context) as source, kind("user", "right") as proxy:
-        source.add("/probe", body=b"ok")
-        settings = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
-        settings |= {"PROXY_TEST_URL": f"{source.url}/probe", "SSL_CERT_FILE": str(certificate)}
-        with ProxyDepot(proxy, **settings) as depot:
+    needs(kind.missing())
+    with tls_source(tmp_path) as (_, trust), kind("user", "right") as proxy:
+        wrong = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
+        with ProxyDepot(proxy, **trust, **wrong) as depot:
             assert wait_until(lambda: DOWN in depot.log) and depot.proxy_is("down")
             assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in depot.said()
             assert "   将使用非代理模式继续运行" in depot.said() and "wrong-one" not in depot.log
@@ -6648,46 +6101,14 @@ def test_everything_down_at_the_start() -> None:
 
 
 DIRECT = "qingstor.com pek3a.qingstor.com tmp.pek3a.qingstor.com localhost 127.0.0.1 0.0.1"
-NOT_DIRECT = "evilqingstor.com qingstor.com.evil.com qingstor.co 127.0.0.10 7.0.0.1 27.0.0.1"
-NOT_DIRECT += " 10.0.0.1 192.168.0.7 api.github.com"
+NOT_DIRECT = "evilqingstor.com qingstor.com.evil.com qingstor.co 127.0.0.10 7.0.0.1 10.0.0.1"
 
 
 def test_direct_domains() -> None:
     """A name of NO_PROXY_DOMAINS means itself and what is below it, digits mean only themselves."""
     domains = "localhost,127.0.0.1,qingstor.com,0.0.1,7"
     net = network(load(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS=domains))
-    assert [host for host in DIRECT.split() if not net.is_direct(host)] == []
-    assert [host for host in NOT_DIRECT.split() if net.is_direct(host)] == []
-
-
-INNER_HOSTS = "127.0.0.1 localhost 0x7f000001 127.1 １２７.0.0.1 nas.lan"
-
-
-def test_a_proxy_is_not_a_way_inside_nor_for_direct_domains() -> None:
-    """It would resolve the name, so local ones are refused; what is direct goes past it."""
-    needs(TinyProxy.missing())
-    with TinyProxy() as proxy:
-        with ProxyDepot(proxy, DANGEROUSLY_ALLOW_PRIVATE_URLS="") as depot:
-            assert wait_until(lambda: UP in depot.log)
-            depot.source.add("/secret", body=b"secret")
-            for host in INNER_HOSTS.split():
-                text = depot.relay(f"http://{host}:{depot.source.port}/secret")
-                assert "不允许访问内网地址" in text, text
-            assert not depot.source.hits["/secret"]
-        with ProxyDepot(proxy, NO_PROXY_DOMAINS="127.0.0.1") as depot:
-            assert wait_until(lambda: UP in depot.log)
-            before = proxy.log
-            check_object(depot, "/near.bin", depot.relay(depot.source.add("/near.bin", 1000)))
-            assert proxy.log == before
-
-
-def test_proxies_of_the_environment() -> None:
-    """Whatever the environment says about proxies, nothing goes there (with PROXY_URL neither:
-    every ProxyDepot has them)."""
-    with Depot(**dict.fromkeys(DEAD_PROXIES, NOWHERE)) as depot:
-        images = depot.ask("nginx:latest")
-        check_object(depot, "/env.bin", depot.relay(depot.source.add("/env.bin", 5_000_000)))
-        assert "成功 1 / 1" in depot.answer(images)
+    assert [h for h in f"{DIRECT} {NOT_DIRECT}".split() if net.is_direct(h)] == DIRECT.split()
 
 
 class HiddenWeCom(FakeWeCom):
@@ -6743,49 +6164,15 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
     return memory.added, seconds
 
 
-def plain_download(url: str) -> float:
-    """Return the seconds that it takes to read a file and do nothing with it."""
-    parts, begun = urlsplit(url), time.monotonic()
-    with closing(http.client.HTTPConnection(parts.netloc, blocksize=256 * 1024)) as connection:
-        connection.request("GET", parts.path)
-        response = connection.getresponse()
-        while response.read(256 * 1024):
-            pass
-    return time.monotonic() - begun
-
-
-def plain_upload(store: FakeQingStor, size: int) -> float:
-    """Return the seconds that it takes to upload so many bytes in parts, by other means."""
-    connection, body = http.client.HTTPConnection(store.host), os.urandom(PART)
-
-    def call(method: str, target: str, body: bytes = b"") -> bytes:
-        date, path = formatdate(usegmt=True), f"/{store.bucket}/plain?{target}"
-        signature = sign_qingstor(store.secret, method, path, date)
-        headers = {"Date": date, "Authorization": f"QS {store.access_key}:{signature}"}
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        data = response.read()
-        assert response.status < 300, data
-        return data
-
-    begun = time.monotonic()
-    upload_id = json.loads(call("POST", "uploads"))["upload_id"]
-    for number in range(size // PART):
-        call("PUT", f"part_number={number}&upload_id={upload_id}", body)
-    parts = [{"part_number": number} for number in range(size // PART)]
-    call("POST", f"upload_id={upload_id}", json.dumps({"object_parts": parts}).encode())
-    return time.monotonic() - begun
-
-
 @pytest.mark.skipif(not BIG, reason="1 GiB: only in CI, or with WXSYNC_BIG")
 def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
     """1 GiB arrives unchanged, without a file, in the time of the slower side, in the memory of a
     few parts, the SDK included; a second file takes hardly more."""
-    rate = 70e6
+    rate = 50e6
+    alone = 1024 * MIB / rate
     with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
-        link = depot.source.add("/big.bin", 1024 * MIB, rate=rate)
+        depot.source.add("/big.bin", 1024 * MIB, rate=rate)
         depot.store.rate_bytes_per_second = rate
-        alone = max(plain_download(link), plain_upload(depot.store, 1024 * MIB))
         added, seconds = watched_relay(depot, "/big.bin", 20 * alone)
         depot.source.add("/small.bin", 8 * MIB)
         again, _ = watched_relay(depot, "/small.bin", 60)
@@ -8364,6 +7751,7 @@ nginx，redis、alpine;busybox；perl,mongo ¦ ⤶
 nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest, mongo:latest
 nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
 a:1\u2028b:1 ¦ a:1, b:1
+#redis:6⏎# redis:6⏎// x:1⏎nginx:1 ¦ nginx:1
 nginx:1,,⏎, ¦ nginx:1
 nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
 a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
@@ -9791,7 +9179,7 @@ class Factory:
     def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
         with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
             (runner.checkout / "images.txt").write_text(images_txt)
-            run = Run(1, 1, inputs, "main", "0" * 40)
+            run = Run(1, inputs, "main")
             runner(inputs, run)
         return run
 
@@ -9853,8 +9241,6 @@ def test_from_chat_to_registry(factory: Factory) -> None:
         assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
-        children = [entry["digest"] for entry in space.manifest("app:attested")["manifests"]]
-        assert children == [entry["digest"] for entry in space.mirror.entries("attested")]
         text, run = ask(world, line)
         assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
         assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
@@ -10997,23 +10383,6 @@ def test_check_waits_for_no_rate_limit(healthy: Patient) -> None:
     healthy.github.faults.clear()
 
 
-@pytest.mark.parametrize(
-    "setting", ["DOCKER_REGISTRY=reg.example.com:99999", "GITHUB_API_URL=https://a:99999/x"]
-)
-def test_a_port_that_is_none_is_named(setting: str) -> None:
-    """Wherever it stands in an address; not by a traceback of `check`."""
-    name, _, value = setting.partition("=")
-    with pytest.raises(wxsync.SettingsError) as caught:
-        wxsync.load_settings(ENOUGH | {name: value})
-    assert name in str(caught.value)
-
-
-def test_chunks_without_a_size_are_refused(impatient: Depot) -> None:
-    """A negative size would be the rest of the connection to Python."""
-    body = b"-1\r\n" + bytes(300_000)
-    assert fetched(impatient, **wire("HTTP/1.1 200 OK\nTransfer-Encoding: chunked", body)) is None
-
-
 def test_a_second_long_list_is_no_duplicate_of_the_first() -> None:
     """WeCom drops without a word what it has seen within four hours."""
     with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
@@ -11039,13 +10408,6 @@ def test_an_index_without_images_is_none(tmp_path: Path) -> None:
     skopeo = wxsync.Skopeo({}, "r.example.com", tmp_path)
     with pytest.raises(wxsync.CopyFailure, match="no image"):
         wxsync.copy_index(wxsync.Source(skopeo, "x/a/b"), image, raw, "t", tmp_path)
-
-
-@pytest.mark.parametrize("line", ['SECRET="#abc"', "SECRET='#abc' # why"])
-def test_a_quoted_value_may_begin_with_a_hash(tmp_path: Path, line: str) -> None:
-    """Only a bare one is a comment."""
-    (tmp_path / ".env").write_text(line + "\n")
-    assert wxsync.read_env_file(tmp_path / ".env") == {"SECRET": "#abc"}
 
 
 def test_digits_of_other_scripts_are_no_port() -> None:
@@ -12598,7 +11960,6 @@ def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Engine) 
 # ---------------------------------------------------------------------------------------------
 
 RATE = 20e6  # bytes per second of source and target, where a row limits them
-ROUND_TRIP = 0.2  # seconds to the far GitHub
 LAYERS = 5
 IMPORTS = "import http.server, ssl"  # the least that any service of this kind loads
 OWN_RSS = f"{IMPORTS}; print(next(l.split()[1] for l in open('/proc/self/status') if 'VmRSS' in l))"
@@ -12623,8 +11984,6 @@ Measure = Callable[["Benchmark"], Sequence[Any]]
 
 
 class Benchmark:
-    """One run of the benchmark: quick or not, and what several rows need."""
-
     def __init__(self, quick: bool) -> None:
         self.quick = quick
         self.begun = time.monotonic()
@@ -12641,13 +12000,11 @@ class Benchmark:
 
     @functools.cached_property
     def source(self) -> Registry:
-        """The registry that images are copied from."""
         needs(Registry.missing())
         return self.stack.enter_context(Registry())
 
     @functools.cached_property
     def big_image(self) -> str:
-        """An image of 200 MB in several layers, as a line for `copy`."""
         size = (40_000_000 if self.quick else 200_000_000) // LAYERS
         publish(self.source, "library/big", "1", sizes=[size] * LAYERS)
         return "big:1"
@@ -12658,7 +12015,6 @@ class Benchmark:
 
 
 def calm_world(settings: Mapping[str, str] | None = None, runner: Runner | None = None) -> World:
-    """Return a world that logs as users do, not as tests do."""
     return World(SCRIPT, runner, {"LOG_LEVEL": None} | dict(settings or {}))
 
 
@@ -12671,7 +12027,6 @@ def middle(values: Iterable[float], share: float = 0.5) -> float:
 
 
 def python(code: str, environment: Mapping[str, str]) -> str:
-    """Run Python code in a process of its own, return what it prints."""
     return run_command([sys.executable, "-c", code], env=environment, check=True).stdout
 
 
@@ -12684,20 +12039,6 @@ def timed(work: Callable[[], object]) -> float:
 # ---------------------------------------------------------------------------------------------
 # Benchmark: start and memory
 # ---------------------------------------------------------------------------------------------
-
-
-def is_up(port: int) -> bool:
-    with suppress(OSError):
-        answer = exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        return answer.startswith(b"HTTP/1.1 200")
-    return False
-
-
-def start_up(service: Service) -> None:
-    """Start the service, wait for the first 200."""
-    service.launch()
-    if not wait_until(lambda: is_up(service.port), 15, 0.0005):
-        raise RuntimeError("no 200 on /health\n" + service.log[-2000:])
 
 
 @row()
@@ -12713,7 +12054,7 @@ def measure_start(bench: Benchmark) -> Sequence[Any]:
         ways = (service.compile(), service.words)
         for _ in range(bench.times(15, 5)):
             for way, service.words in enumerate(ways):
-                took[way].append(timed(lambda: start_up(service)) * 1000)
+                took[way].append(timed(lambda: service.start(pause=0.0005)) * 1000)
                 service.kill()
             took[2].append(timed(lambda: python(IMPORTS, service.environment)) * 1000)
     ms, by_hand, bare = map(middle, took)
@@ -12721,7 +12062,6 @@ def measure_start(bench: Benchmark) -> Sequence[Any]:
 
 
 def rest_mib(compiled: bool) -> float:
-    """Return the memory of a service with QingStor set and unused."""
     with FakeQingStor() as store, calm_world(store.settings) as world:
         if compiled:
             world.service.words = world.service.compile()
@@ -12751,7 +12091,6 @@ def measure_memory(bench: Benchmark) -> Sequence[Any]:
 
 
 def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
-    """Return a callback as it goes over the wire."""
     post = client.build(client.text_fields(user, text))
     lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
     lines += [f"Content-Length: {len(post.body)}", f"Connection: {connection}", "", ""]
@@ -12759,7 +12098,6 @@ def built(client: WeComClient, user: str, text: str, connection: str = "close") 
 
 
 def reply_to(client: WeComClient, answer: bytes) -> str:
-    """Return what an answer says, which must be a 200."""
     head, _, body = answer.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(answer[:200].decode(errors="replace"))
@@ -12767,13 +12105,11 @@ def reply_to(client: WeComClient, answer: bytes) -> str:
 
 
 def latencies(world: World, texts: Sequence[str]) -> list[float]:
-    """Post the messages one at a time, return the ms that each took; replies are checked."""
-    milliseconds = []
+    milliseconds, answers = [], list[bytes]()
     for request in [built(world.client, "alice", text) for text in texts]:
-        begun = time.perf_counter()
-        answer = exchange(world.service.port, request)
-        milliseconds.append((time.perf_counter() - begun) * 1000)
-        assert reply_to(world.client, answer)
+        took = timed(lambda: answers.append(exchange(world.service.port, request)))  # noqa: B023
+        milliseconds.append(took * 1000)
+    assert all(reply_to(world.client, answer) for answer in answers)
     return milliseconds
 
 
@@ -12817,10 +12153,6 @@ def callback():
     signed = client.signed(reply["Encrypt"])
     reply |= {"MsgSignature": signed["msg_signature"], "TimeStamp": signed["timestamp"]}
     return Response(xml_document(reply | {"Nonce": signed["nonce"]}), mimetype="text/xml")
-
-@app.get("/health")
-def health():
-    return "ok"
 """
 
 # The requests are in a file, each after its length; every one is used once before any repeats.
@@ -12846,13 +12178,13 @@ end
 """
 
 
-def family_cpu(pid: int) -> float:
-    """Return the CPU seconds of a process and its children so far."""
-    ticks = 0
-    for member in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+class Flask(Daemon):
+    NEEDS = ("gunicorn",)
+
+    def command(self) -> list[str]:
+        (self.folder / "app.py").write_text(FLASK_APP, encoding="utf-8")
+        words = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8", "-b", self.host]
+        return [*words, "--log-level", "error", "--chdir", str(self.folder), "app:app"]
 
 
 def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]:
@@ -12862,14 +12194,11 @@ def put_load(server: tuple[int, int], script: Path, seconds: int) -> list[float]
     """
     port, pid = server
     command = ["wrk", "-t1", "-c100", f"-d{seconds}s", "--timeout", "10s", "-s", str(script)]
-    command.append(f"http://127.0.0.1:{port}/wechat/callback")
-    cpu = family_cpu(pid)
-    done = run_command(command, check=True)
-    cpu = family_cpu(pid) - cpu
-    found = re.search(r"RESULT (\S+) (\S+) (\d+) (\d+)", done.stdout)
-    if not found:
-        raise RuntimeError(done.stdout + done.stderr)
-    return [float(found[1]), float(found[2]), cpu * 1e6 / int(found[4]), int(found[3])]
+    cpu = cpu_seconds(pid)
+    done = run_command([*command, f"http://127.0.0.1:{port}/wechat/callback"], check=True)
+    cpu = cpu_seconds(pid) - cpu
+    per_second, p99, errors, answers = map(float, done.stdout.partition("RESULT")[2].split())
+    return [per_second, p99, cpu * 1e6 / answers, errors]
 
 
 @row("wrk flask gunicorn")
@@ -12880,32 +12209,24 @@ def measure_load(bench: Benchmark) -> Sequence[Any]:
     错误 {errors:.0f} 个；p99 {p99_ms:.0f} ms（Flask {flask_p99_ms:.0f}）；
     每条 CPU {cpu_us:.0f} µs（Flask {flask_cpu_us:.0f}）"""
     seen: list[list[list[float]]] = [[], []]
-    with temporary_folder("load") as name, calm_world() as world:
-        script, port = Path(name, "post.lua"), free_port()
+    with temporary_folder("load") as name, calm_world() as world, Flask() as flask:
+        script = Path(name, "post.lua")
         script.write_text(WRK_SCRIPT.replace("REQUESTS", f"{name}/requests"))
         with open(Path(name, "requests"), "wb") as file:
             for number in range(bench.times(60_000, 20_000)):  # each with a MsgId of its own
                 request = built(world.client, f"user{number % 500}", "help", "keep-alive")
                 file.write(b"%d\n" % len(request) + request)
-        Path(name, "app.py").write_text(FLASK_APP, encoding="utf-8")
         settings = world.service.settings | {"REPLY": world.say("help"), "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "gunicorn", "-w", "2", "--threads", "8"]
-        command += ["-b", f"127.0.0.1:{port}", "--log-level", "error", "app:app"]
-        environment = clean_environment(Path(name), settings)
-        with subprocess.Popen(command, cwd=name, env=environment) as flask:
-            try:
-                if not wait_until(lambda: is_up(port), 20):
-                    raise RuntimeError("gunicorn did not start")
-                servers = ((world.service.port, world.service.pid), (port, flask.pid))
-                for server in servers:
-                    answer = exchange(server[0], built(world.client, "alice", "help"))
-                    assert "wxsync" in reply_to(world.client, answer)
-                    put_load(server, script, 1)
-                for _ in range(bench.times(2, 1)):  # in turns
-                    for server, loads in zip(servers, seen, strict=True):
-                        loads.append(put_load(server, script, bench.times(20, 4)))
-            finally:
-                flask.terminate()
+        flask.around = ["env", *(f"{name}={value}" for name, value in settings.items())]
+        flask.restart()
+        servers = ((world.service.port, world.service.pid), (flask.port, flask.pid))
+        for server in servers:
+            answer = exchange(server[0], built(world.client, "alice", "help"))
+            assert "wxsync" in reply_to(world.client, answer)
+            put_load(server, script, 1)
+        for _ in range(bench.times(2, 1)):  # in turns
+            for server, loads in zip(servers, seen, strict=True):
+                loads.append(put_load(server, script, bench.times(20, 4)))
     here, there = ([middle(column) for column in zip(*loads, strict=True)] for loads in seen)
     errors = sum(load[3] for load in seen[0])
     good = here[0] >= 1.2 * there[0] and not errors and here[1] < 150
@@ -12917,14 +12238,6 @@ def measure_load(bench: Benchmark) -> Sequence[Any]:
 # ---------------------------------------------------------------------------------------------
 
 
-class FarServer(PeerServer):
-    """A handshake that takes as long as it does to a server far away."""
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        time.sleep(2 * self.peer.delay)  # TCP's round trip and TLS 1.3's
-        super().process_request_thread(request, client_address)
-
-
 def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
     """Ask for an image and wait until its result is told; return the seconds and calls until the
     dispatch, and the connections until the result."""
@@ -12932,11 +12245,9 @@ def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
     calls, connections, runs = len(github.calls), github.connections, len(github.dispatches)
     begun = time.time()
     world.say(image)
-    if not wait_until(lambda: len(github.dispatches) > runs, 30, 0.002):
-        raise RuntimeError("no dispatch\n" + world.service.log[-2000:])
+    world.wecom.wait_message("成功 1 / 1", 60, told)
     dispatched = github.dispatches[runs].time
     until = [call for call in github.calls[calls:] if call.time <= dispatched]
-    world.wecom.wait_message("成功 1 / 1", 60, told)
     return dispatched - begun, len(until), github.connections - connections
 
 
@@ -12950,8 +12261,7 @@ def measure_dispatch(bench: Benchmark) -> Sequence[Any]:
     with temporary_folder("tls") as name:
         context, certificate = make_tls(Path(name), "127.0.0.1")
         world = calm_world({"SSL_CERT_FILE": str(certificate)})
-        world.github.tls, world.github.delay = context, ROUND_TRIP
-        world.github.SERVER = FarServer
+        world.github.tls, world.github.delay = context, 0.2  # far away
         with world:
             found = [dispatch_one(world, "nginx:1"), dispatch_one(world, "nginx:2")]
             time.sleep(pause)
@@ -13010,8 +12320,7 @@ class Lane(Closing):
         hosts = {"docker.io": self.source, self.target.host: self.target.host}
         self.conf = registries_conf(self.home / "registries.conf", hosts)
         self.auth = auth_file(self.home / "config.json", self.target)
-        if hasattr(os, "sync"):
-            os.sync()  # or this one would pay for what the one before left to be written
+        os.sync()  # or this one would pay for what the one before left to be written
         return self
 
     def close(self) -> None:
@@ -13019,54 +12328,51 @@ class Lane(Closing):
 
     def run(self, *command: str, **settings: str) -> str:
         done = run_here(*command, folder=self.home, settings=settings)
-        if done.returncode:
-            raise RuntimeError(f"{command}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+        assert done.returncode == 0, done
         return done.stdout
 
     def copy(self, line: str, wanted: str = "copied") -> None:
-        """Copy as a job of the workflow does."""
-        printed = self.run(
-            *(sys.executable, str(SCRIPT), "copy", line),
-            CONTAINERS_REGISTRIES_CONF=str(self.conf),
-            DOCKER_REGISTRY=self.target.host,
-            DOCKER_NAMESPACE="mirror",
-            DOCKER_USERNAME=self.target.user,
-            DOCKER_PASSWORD=self.target.password,
-        )
-        if not printed.startswith(f"wxsync: {wanted}"):
-            raise RuntimeError(printed)
+        names = ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
+        values = (self.target.host, "mirror", self.target.user, self.target.password)
+        settings = {f"DOCKER_{name}": value for name, value in zip(names, values, strict=True)}
+        settings["CONTAINERS_REGISTRIES_CONF"] = str(self.conf)
+        printed = self.run(sys.executable, str(SCRIPT), "copy", line, **settings)
+        assert printed.startswith(f"wxsync: {wanted}"), printed
 
     def skopeo(self, line: str) -> None:
-        """Copy with one bare command."""
         words = ["skopeo", "--insecure-policy", "--registries-conf", str(self.conf), "copy", "-q"]
         words += ["--dest-authfile", str(self.auth), f"docker://docker.io/library/{line}"]
         self.run(*words, f"docker://{self.target.host}/mirror/{line}")
 
     def docker(self, line: str, engine: str) -> None:
-        """Pull, tag and push."""
         program = "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
         source, target = f"{self.source}/library/{line}", f"{self.target.host}/mirror/{line}"
         for words in (["pull", "-q", source], ["tag", source, target], ["push", "-q", target]):
             self.run(program, *words, DOCKER_HOST=engine, DOCKER_CONFIG=str(self.home))
 
 
-def copy_seconds(bench: Benchmark, way: Callable[[Lane, str], object] = Lane.copy) -> float:
-    """Return what it takes to bring the big image into a fresh registry."""
-    image = bench.big_image
-    with Lane(bench.source.host) as lane:
-        return timed(lambda: way(lane, image))
+Way = Callable[[Lane, str], object]
+
+
+def bring(
+    bench: Benchmark, way: Way = Lane.copy, lines: Sequence[str] = (), at_once: int = 1
+) -> float:
+    """Return what it takes to bring images, or the big one, into a fresh registry."""
+    lines = lines or [bench.big_image]
+    with Lane(bench.source.host) as lane, ThreadPoolExecutor(at_once) as pool:
+        return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
 
 
 def docker_seconds(bench: Benchmark) -> float:
     with temporary_folder("docker") as name, dockerd(Path(name)) as engine:
-        return copy_seconds(bench, lambda lane, image: lane.docker(image, engine))
+        return bring(bench, lambda lane, image: lane.docker(image, engine))
 
 
 def compared(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
-    """Measure two ways in turns, return the middle of each and how many times the other ours is."""
+    """Measure two ways in turns; return the middle of ours, theirs ÷ ours, the middle of theirs."""
     took = [(ours(), theirs()) for _ in range(rounds)]
     here, there = map(middle, zip(*took, strict=True))
-    return [here, there, here / there]
+    return [here, there / here, there]
 
 
 @row("dockerd docker")
@@ -13074,10 +12380,8 @@ def measure_docker(bench: Benchmark) -> Sequence[Any]:
     """`copy`：200 MB、多层、首次，对 docker pull + tag + push
     快 ≥ 4 倍
     {seconds:.2f} s，快 {ratio:.1f} 倍（docker {docker_seconds:.2f} s）"""
-    theirs, ours, ratio = compared(
-        bench.times(2, 1), lambda: docker_seconds(bench), lambda: copy_seconds(bench)
-    )
-    return ratio >= 4, ours, ratio, theirs
+    found = compared(bench.times(2, 1), lambda: bring(bench), lambda: docker_seconds(bench))
+    return found[1] >= 4, *found
 
 
 @row()
@@ -13085,10 +12389,8 @@ def measure_copy(bench: Benchmark) -> Sequence[Any]:
     """`copy`：同一镜像，对单独的 `skopeo copy`
     ≤ 1.25 倍
     {seconds:.2f} s，{ratio:.2f} 倍（skopeo {skopeo_seconds:.2f} s）"""
-    ours, theirs, ratio = compared(
-        bench.times(5, 2), lambda: copy_seconds(bench), lambda: copy_seconds(bench, Lane.skopeo)
-    )
-    return ratio <= 1.25, ours, ratio, theirs
+    found = compared(bench.times(5, 2), lambda: bring(bench), lambda: bring(bench, Lane.skopeo))
+    return 1 / found[1] <= 1.25, found[0], 1 / found[1], found[2]
 
 
 @row()
@@ -13118,14 +12420,11 @@ def measure_many(bench: Benchmark) -> Sequence[Any]:
     for line in lines:
         publish(bench.source, f"library/{line[:-2]}", "1", sizes=[2_500_000] * 2)
 
-    def four_at_once(way: Callable[[Lane, str], object]) -> float:
-        with Lane(bench.source.host) as lane, ThreadPoolExecutor(4) as pool:
-            return timed(lambda: list(pool.map(functools.partial(way, lane), lines)))
+    def four(way: Way) -> float:
+        return bring(bench, way, lines, 4)
 
-    ours, theirs, ratio = compared(
-        bench.times(5, 1), lambda: four_at_once(Lane.copy), lambda: four_at_once(Lane.skopeo)
-    )
-    return ratio <= 1.5, ours, ratio, theirs
+    found = compared(bench.times(5, 1), lambda: four(Lane.copy), lambda: four(Lane.skopeo))
+    return 1 / found[1] <= 1.5, found[0], 1 / found[1], found[2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -13134,8 +12433,6 @@ def measure_many(bench: Benchmark) -> Sequence[Any]:
 
 
 class Relayed(NamedTuple):
-    """What bringing one file from a source into the bucket took."""
-
     seconds: float
     cpu: float  # seconds, of the service
     peers: float  # seconds, of source and bucket together
@@ -13144,7 +12441,6 @@ class Relayed(NamedTuple):
 
 
 def relay(size: int, rate: float = 0.0) -> Relayed:
-    """Send the link of a file to the service, wait until it is in the bucket, check it."""
     with FakeQingStor() as store, Source() as source:
         store.rate_bytes_per_second = rate
         link = source.add("/big.bin", size, rate=rate)
@@ -13154,23 +12450,18 @@ def relay(size: int, rate: float = 0.0) -> Relayed:
             service, peers = world.service, time.process_time()
             cpu = service.cpu_seconds()
             with PeakMemory(service.pid, 0.02) as memory:
-                begun = time.perf_counter()
-                world.say(link)
-                told = world.hear("文件", 300)
-                seconds = time.perf_counter() - begun
+                told = list[str]()
+                seconds = timed(lambda: told.extend((world.say(link), world.hear("文件", 300))))
             cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
             time.sleep(1)
             after = service.rss_bytes() - memory.base
         sums = [stored.sha256 for stored in store.objects.values()]
-        if "文件上传成功" not in told or sums != [source.sha256("/big.bin")]:
-            raise RuntimeError(f"another file is in the bucket: {told}")
+        assert "文件上传成功" in told[1] and sums == [source.sha256("/big.bin")]
     return Relayed(seconds, cpu, peers, memory.added, after)
 
 
 def curl(*words: str) -> float:
-    """Run curl, return the seconds that it took."""
-    command = ["curl", "-sS", "-f", *words]
-    return timed(lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
+    return timed(lambda: run_command(["curl", "-sS", "-f", *words], check=True))
 
 
 def curl_down(size: int, rate: float, to: str) -> float:
@@ -13248,8 +12539,7 @@ def measure_messages(bench: Benchmark) -> Sequence[Any]:
         path, sizes, mib = world.service.state_dir / "wxsync.state", [], []
         for number in range(1, total + 1):
             text = texts[-1].format(number) if number % 100 == 0 else texts[number % 7]
-            answer = exchange(world.service.port, built(world.client, f"user{number % 300}", text))
-            assert reply_to(world.client, answer)
+            assert world.say(text, f"user{number % 300}")
             if number in (total // 10, total):
                 mib.append(world.service.rss_bytes() / MIB)
                 sizes.append(path.stat().st_size / 1024)
@@ -13279,7 +12569,6 @@ def measure_row(bench: Benchmark, name: str) -> Measured:
 
 
 def machine() -> dict[str, object]:
-    """Say what this was measured on."""
     processor = platform.processor()
     if (info := Path("/proc/cpuinfo")).exists():
         models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -13330,7 +12619,6 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the tests or the benchmark, draw the picture, or play the sandbox."""
     commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
     # quietly, with the reason of each test that is skipped
     commands["test"] = lambda words: pytest.main(["-q", "-rs", __file__, *words])

@@ -2996,10 +2996,15 @@ class ImageList:
 
 
 class Letter(NamedTuple):
-    """A message to be sent: to an address, in the form of its channel."""
+    """A message to be sent: to an address, in the form of its channel.
+
+    Where a message that lives can show it, that is named: in this process alone, never on disk.
+    """
 
     address: str
     text: str
+    message_id: str = ""
+    is_last: bool = True  # it ends the message that lives
 
 
 class Finished(NamedTuple):
@@ -3102,12 +3107,14 @@ class Facts:
 def revive(kind: Any, value: Any) -> Any:
     """Return what JSON has kept as it was; raise TypeError or ValueError where it is no `kind`.
 
-    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions.
+    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions; of a
+    Letter two are kept.
     """
     if get_args(kind):  # tuple[X, ...]
         return tuple(revive(get_args(kind)[0], entry) for entry in revive(list, value))
     if kind is Task or issubclass(kind, tuple):
         hints = get_type_hints(kind)
+        hints = dict(list(hints.items())[:2]) if kind is Letter else hints
         pairs = zip(hints, revive(list, value), strict=True) if kind is not Task else value.items()
         return kind(**{k: revive(hints[k], entry) for k, entry in pairs if k in hints})
     if not isinstance(value, (int, float) if kind is float else kind):
@@ -3307,6 +3314,7 @@ class State:
     def _dump(self, facts: Facts, closed: bool = False) -> bytes:
         data = {"version": self.VERSION, "closed": closed, **vars(facts)}
         data["tasks"] = [{**vars(task)} for task in facts.tasks]
+        data["letters"] = [letter[:2] for letter in facts.letters]
         # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
         data["last"] = ""
         for task in data["tasks"] if closed else ():
@@ -4028,14 +4036,22 @@ class Channel:
         return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
 
     def letters(self, address: str, text: str, mark: str) -> list[Letter]:
-        """Return the messages for a text; with a unique mark each is unlike any other ever sent."""
-        pieces = split_text(self.render(text), self.limit_bytes - 64, MAX_RESULT_MESSAGES)
-        short = hashlib.sha256(mark.encode()).hexdigest()[:6]
+        """Return the messages for a text; in a group each begins by naming whose it is.
+
+        With a unique mark each is unlike any other ever sent.
+        """
         address, letters = self.home(address), []
+        user, _, group = split_address(address)
+        head = f"`{user}`：\n" if group else ""
+        room_bytes = self.limit_bytes - len(head.encode()) - 64
+        pieces = split_text(self.render(text), room_bytes, MAX_RESULT_MESSAGES)
+        short = hashlib.sha256(mark.encode()).hexdigest()[:6]
         for index, piece in enumerate(pieces, 1):
             of = f" {index}/{len(pieces)}" if len(pieces) > 1 else ""
-            own = piece if mark in piece and not of else f"{piece}\n（#{short}{of}）"
-            letters.append(Letter(address, own))
+            is_own = not mark or (mark in piece and not of)
+            letters.append(
+                Letter(address, head + piece + ("" if is_own else f"\n（#{short}{of}）"))
+            )
         return letters
 
     def send(self, letter: Letter) -> None:
@@ -4049,8 +4065,9 @@ class Channel:
         """
         return []
 
-    def expect(self, task: Task, letters: Sequence[Letter]) -> None:
-        """Hear that with these letters a message that showed how far a task is has to end."""
+    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
+        """Return the letters, the first as the end of the message that shows how far a task is."""
+        return letters
 
 
 def is_begun(facts: Facts, task: Task) -> bool:
@@ -4568,8 +4585,7 @@ def finish(
     not been stored. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
-    letters = channel.letters(task.user, text, mark)
-    channel.expect(task, letters)
+    letters = channel.ending(task, channel.letters(task.user, text, mark))
     at = app.now()
 
     def change(facts: Facts) -> Facts:
@@ -4746,7 +4762,7 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
         text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
         text = split_text(text, channel.limit_bytes - 200, 1)[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
-        channel.expect(task, letters)
+        letters = channel.ending(task, letters)
     app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
 
 
@@ -5555,6 +5571,7 @@ class Stream:
     last: float = 0.0  # monotonic; its latest frame
     text: str = ""
     tasks: tuple[Task, ...] = ()
+    is_ending: bool = False  # its last frame is a letter, or on its way
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
 
 
@@ -5590,7 +5607,7 @@ class Robot(Channel):
     name = "robot"
     limit_bytes = MAX_MARKDOWN_BYTES
     senders = 4
-    MOST_ANSWERS = 256  # under way at once; a thread each
+    MOST_THREADS = 900  # of the process, one for each answer under way among them
     MOST_REPLIES = 100  # waiting for one address: each is on disk, and 28 go in a minute
 
     def __init__(self, settings: Settings, network: Network, log: Log) -> None:
@@ -5601,9 +5618,6 @@ class Robot(Channel):
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
-        # the streams whose frames these letters are to be, and whether it is the last frame
-        self._letters: dict[Letter, list[tuple[Stream, bool]]] = {}
-        self._answers = threading.Semaphore(self.MOST_ANSWERS)
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
 
@@ -5628,45 +5642,33 @@ class Robot(Channel):
                 parts[index] = CODE_WORDS.sub(r"`\g<0>`", part)
         return "".join(parts)
 
-    def letters(self, address: str, text: str, mark: str) -> list[Letter]:
-        """Return the messages for a text; in a group each names whose it is."""
-        address = self.home(address)
-        user, _, group = split_address(address)
-        head = f"`{user}`：\n" if group else ""
-        pieces = split_text(self.render(text), self.limit_bytes - 160, MAX_RESULT_MESSAGES)
-        if mark and mark not in text:
-            pieces[0] += f"\n（#{hashlib.sha256(mark.encode()).hexdigest()[:6]}）"
-        return [Letter(address, head + piece) for piece in pieces]
-
     # -- what the chat and the lanes say
 
     def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
-        letters = self.letters(message.address, text, "")[:1]
+        first = self.letters(message.address, text, "")[0]
         with self._lock:
             if stream := self._streams.get(message.id):
-                stream.tasks = tuple(tasks)
-                self._letters.setdefault(letters[0], []).append((stream, not tasks))
-            if not tasks:
-                self._streams.pop(message.id, None)
-        return letters
+                stream.tasks, stream.is_ending = tuple(tasks), not tasks
+        return [first._replace(message_id=message.id, is_last=not tasks)]
 
-    def expect(self, task: Task, letters: Sequence[Letter]) -> None:
+    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
         with self._lock:
-            for message_id, stream in list(self._streams.items()):
-                if any(t.id == task.id for t in stream.tasks) and letters:
-                    del self._streams[message_id]
-                    self._letters.setdefault(letters[0], []).append((stream, True))
+            for message_id, stream in self._streams.items():
+                if any(t.id == task.id for t in stream.tasks) and not stream.is_ending:
+                    stream.is_ending = True
+                    return [letters[0]._replace(message_id=message_id), *letters[1:]]
+        return letters
 
     # -- sending
 
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
-        with self._lock:
-            frames = self._letters.get(letter, [])
-            stream, is_last = frames.pop(0) if frames else (None, False)
-            if not frames:
-                self._letters.pop(letter, None)
-        if stream and self._respond(stream, letter.text, is_last):
+        stream = self._streams.get(letter.message_id)
+        is_shown = stream is not None and self._respond(stream, letter.text, letter.is_last)
+        if letter.is_last:
+            with self._lock:
+                self._streams.pop(letter.message_id, None)
+        if is_shown:
             return
         user, _, group = split_address(letter.address)
         body = {"chatid": group or user, "chat_type": 2 if group else 1, "msgtype": "markdown"}
@@ -5842,7 +5844,7 @@ class Robot(Channel):
         self, app: App, line: WebSocket, req_id: str, body: dict[str, Any], event_type: str
     ) -> None:
         """Answer in a thread of its own: the disk may take a while, the line must be read on."""
-        if not self._answers.acquire(blocking=False):
+        if threading.active_count() >= self.MOST_THREADS:
             app.log.warning("robot: 同时来的消息过多，这一条没有处理")
             return
 
@@ -5857,8 +5859,6 @@ class Robot(Channel):
                 app.log.warning(f"robot: {failure}")
             except Exception:
                 app.log.bug("robot")
-            finally:
-                self._answers.release()
 
         threading.Thread(target=answer, daemon=True).start()
 
@@ -5878,17 +5878,15 @@ class Robot(Channel):
             return  # accepted, with its confirmation
         first, *more = self.letters(message.address, reply, "")
         waiting = sum(letter.address == first.address for letter in app.state.facts.letters)
-        with self._lock:
-            self._streams.pop(message.id, None)
-            if waiting >= self.MOST_REPLIES:
-                app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
-                return
-            for frames in self._letters.values():  # of a confirmation that did not reach the disk
-                frames[:] = [frame for frame in frames if frame[0] is not stream]
-            self._letters.setdefault(first, []).append((stream, True))
+        if waiting >= self.MOST_REPLIES:
+            app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
+            with self._lock:
+                self._streams.pop(message.id, None)
+            return
+        stream.is_ending = True
         if more:
             app.posts[self.name].send_list(message.address, [letter.text for letter in more])
-        app.state.change(lambda facts: facts.with_letters([first]))
+        app.state.change(lambda facts: facts.with_letters([first._replace(message_id=message.id)]))
 
     # -- what people send
 
@@ -5959,14 +5957,15 @@ class Robot(Channel):
     def refresh(self, app: App) -> None:
         """Show how far the requests of living messages are; end those that live too long."""
         with self._lock:
-            streams = [(k, s) for k, s in self._streams.items() if s.begun and s.line]
+            streams = list(self._streams.items())
+            streams = [(k, s) for k, s in streams if s.begun and s.line and not s.is_ending]
         for message_id, stream in streams:
             facts = app.state.facts
             tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
             now = time.monotonic()
             if now > stream.begun + ROBOT_STREAM_SECONDS or not tasks:
                 with self._lock:
-                    if self._streams.pop(message_id, None) is None:
+                    if stream.is_ending or self._streams.pop(message_id, None) is None:
                         continue
                 app.posts[self.name].pace.take(stream.address)
                 last = self.letters(stream.address, self._last_text(app, tasks), "")[0]
@@ -6348,7 +6347,7 @@ def take_up(app: App) -> None:
             text = "\n".join(["❌ 您有一个请求在重启后读不出来，请重发：", *items[:10]])
             letters = app.channel(user).letters(user, text, secrets.token_hex(4))
             app.state.change(functools.partial(Facts.with_letters, letters=letters))
-    letters = [Letter(app.channel(a).home(a), text) for a, text in app.state.facts.letters]
+    letters = [Letter(app.channel(a).home(a), text) for a, text, *_ in app.state.facts.letters]
     if letters != list(app.state.facts.letters):  # a channel has been turned off
         app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
     app.posts.update(
