@@ -6968,32 +6968,13 @@ def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
         assert code == 0 and seconds < 5 and len(saved(world)["tasks"]) == 20
 
 
-# What fails, with which errno, and whether it does for ever, as on mounts without such a thing.
-SYNC_FAILS = [
-    ("file", errno.EIO, False),
-    ("folder", errno.EIO, False),
-    ("folder", errno.EINVAL, True),
-    ("folder", errno.ENOTSUP, True),
-]
-
-
-@pytest.mark.parametrize(("what", "number", "lasting"), SYNC_FAILS)
-def test_what_is_refused_never_runs_and_what_is_taken_does(
-    what: str, number: int, lasting: bool
-) -> None:
-    """A sync that fails leaves nothing half; a folder that can never be synced fails nothing."""
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_folder_that_can_never_be_synced_fails_nothing(number: int) -> None:
+    """Some mounts have no such thing."""
     with quick(None, BAD_DISK) as world:
-        disk_is(world, **{what: number})
-        reply = world.say("app1:1")
-        assert "正在处理" in reply or ("无法保存" in reply and not lasting), reply
-        world.service.kill()
-        if not lasting:
-            disk_is(world)
-        world.service.start()
-        world.say("app2:1", "bob")
-        hear(world, "bob", "✅")
-        assert [text[0] for text in finals(world, "alice")] == ["✅"] * ("正在处理" in reply)
-        assert lasting <= (world.service.health()["status"] == "ok")
+        disk_is(world, folder=number)
+        assert "正在处理" in world.say("app:1") and "✅" in world.hear("成功 1 / 1")
+        assert world.service.health()["status"] == "ok"
 
 
 @early
@@ -7515,7 +7496,8 @@ def test_orphans_are_dropped_at_once_however_busy_it_is() -> None:
 
 @early
 def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
-    """Kept for hours, tried ever less often, no one else waits; who writes again hears at once."""
+    """Kept for hours, tried ever less often, no one else waits; who writes again hears at once.
+    What is given up, for an errcode or as `invaliduser`, is counted."""
     letters = [("alice", "first"), ("carol", "other"), ("bob", "second")]
     minutes, world = 180 if LONG else 10, hasty(letters)
     world.wecom.refused |= {"alice": 90500, "carol": 40003}
@@ -7528,6 +7510,10 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         world.say("帮助", "alice")
         world.wecom.wait_message("first", 1)
         assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
+        nobody = b'{"errcode": 0, "errmsg": "ok", "invaliduser": "dave", "msgid": "x"}'
+        world.wecom.fail("POST message/send", (200, {}, nobody))
+        world.say("app:1", "dave")
+        assert wait_until(lambda: world.service.health()["dropped"] == 2)
 
 
 @early
@@ -7557,18 +7543,6 @@ def test_after_an_outage_the_oldest_messages_come_first_soon_and_not_too_fast() 
             assert told == [letter for letter in letters if (letter[0] == "alice") == is_alice]
         others = [m.time - back for m in world.wecom.messages if m.user != "alice"]
         assert max(others) < 2
-
-
-def test_messages_that_are_given_up_are_counted() -> None:
-    """A receiver nobody knows, told by errcode or as `invaliduser`: /health says how many."""
-    with quick() as world:
-        world.wecom.known_users = {"alice"}
-        world.say("app1:1", "bob")
-        assert wait_until(lambda: world.service.health()["dropped"] == 1)
-        nobody = b'{"errcode": 0, "errmsg": "ok", "invaliduser": "alice", "msgid": "x"}'
-        world.wecom.fail("POST message/send", (200, {}, nobody))
-        world.say("app2:1", "alice")
-        assert wait_until(lambda: world.service.health()["dropped"] == 2)
 
 
 @early
@@ -7873,8 +7847,7 @@ PASTES_FOUND = r"""
 === compose
   immich-server:
     image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
-    # extends:
-    #   service: cpu # set to one of [nvenc, quicksync, rkmpp] for accelerated transcoding
+    #   service: cpu # set to one of [nvenc, quicksync, rkmpp]
     volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
   redis:
     image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
@@ -7883,8 +7856,8 @@ PASTES_FOUND = r"""
 === compose with comments
     image: registry.gitlab.com/timvisee/send:latest # official image
     #image: l4rm4nd/send:latest # image of a fork with darkmode only
-    image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
-→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
+    image: passbolt/passbolt:1-ce # or the rootless image passbolt/passbolt:1-ce-non-root
+→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:1-ce
 === compose in one line
 services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
 → nginx:1.25-alpine, redis:7
@@ -7895,10 +7868,9 @@ x-default: &default-image registry.example.com/team/app:2.1
     image: *worker
 → ghcr.io/acme/worker:1.4
 === compose in chat
-麻烦同步一下这几个，服务器上拉不动
+麻烦同步一下这几个
 
 services：
-  db：
     image：mysql:8.0.27
     command：'--default-authentication-plugin=mysql_native_password'
     image：“wordpress:latest”
@@ -7909,10 +7881,9 @@ services：
 > ```yaml
 >     image: 'ghcr.io/blakeblackshear/frigate:stable'
 > ```
-On Feb 28, 2026 at 7:03 PM, someone wrote:
+On Feb 28 at 7:03 PM, someone wrote:
 → ghcr.io/blakeblackshear/frigate:stable
 === compose, changed by a pull request
-diff --git a/docker-compose.yml b/docker-compose.yml
 @@ -10,7 +10,7 @@ services:
 -    image: dpage/pgadmin4:8.5
 +    image: dpage/pgadmin4:8.6
@@ -7923,7 +7894,6 @@ services:
   - docker:24.0.5-dind
   image:
     name: gcr.io/kaniko-project/executor:v1.23.2-debug
-test:
   image: "python:3.11-slim"
 → docker:24.0.5, python:3.11-slim
 === GitHub Actions
@@ -7941,26 +7911,24 @@ test:
 ---
       - name: master
         image: registry.k8s.io/redis:e2e  # or just image: redis
-        imagePullPolicy: IfNotPresent
 ---
       - image: gcr.io/google_samples/gb-redisslave:v1
 → registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
 === Kubernetes, names of other images
-            image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
+            image: "quay.io/jetstack/controller:v1.14.4"
           args:
-          - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
+          - --acme-http01-solver-image=quay.io/jetstack/acmesolver:v1.14.4
           - name: RELATED_IMAGE
-            value: quay.io/jetstack/cert-manager-webhook:v1.14.4
-→ quay.io/jetstack/cert-manager-controller:v1.14.4
+            value: quay.io/jetstack/webhook:v1.14.4
+→ quay.io/jetstack/controller:v1.14.4
 === Kubernetes, folded
           image: >-
-            image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
-→ image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
+            image-registry.svc:5000/openshift/httpd:latest
+→ image-registry.svc:5000/openshift/httpd:latest
 === Kubernetes as JSON
-{"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"name":"a","image":"nginx:1.27",⤶
-"imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest","name":"b"}],⤶
-"imagePullSecrets":[{"name":"regcred"}]}}
-→ nginx:1.27, quay.io/prometheus/busybox:latest
+{"kind":"Pod","spec":{"containers":[{"name":"a","image":"nginx:1.27","imagePullPolicy":"Always"},⤶
+{"image":"quay.io/prom/busybox:latest"}],"imagePullSecrets":[{"name":"regcred"}]}}
+→ nginx:1.27, quay.io/prom/busybox:latest
 === kubectl get pod -o yaml
     kubectl.kubernetes.io/last-applied-configuration: |
       {"kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
@@ -7972,7 +7940,7 @@ test:
     imageID: docker-pullable://mysql@sha256:HEX
 → nginx:1.14.2
 === devcontainer.json
-	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
+	// Or use a Dockerfile. More info: https://containers.dev/guide/dockerfile
 	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
 	"features": {"ghcr.io/devcontainers/features/node:1": {}},
 → mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
@@ -7996,7 +7964,6 @@ test:
 === values.yaml
 image:
   repository: ghcr.io/jukie/k8s-pull-secret-injector
-  # Overrides the image tag whose default is the chart appVersion.
   tag: "v1.0.0"
 logstash:
   image: grafana/logstash-output-loki
@@ -8020,7 +7987,6 @@ FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
 FROM $BASE_IMAGE AS argocd-base
 FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0 AS argocd-ui
 FROM argocd-base
-COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
 → golang:1.26.6@sha256:HEX, node:24.17.0
 ✗ $BASE_IMAGE
 === Dockerfile with variables
@@ -8046,72 +8012,63 @@ COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
 → r.j3ss.co/osquery:latest, ubuntu:latest
 === kubelet through a translator
 Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
-"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-docker.
 ✗ registry. k8s. io/pause: 3.6
 === kubelet
-    Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
-"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference
-✗ https://harbor.example.com/release/name:1.1.0
+  kubelet  Failed to apply default image tag "https://h.example.com/r/name:1": couldn't parse
+✗ https://h.example.com/r/name:1
 === containerd
 level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,}"
-level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
-\"sha256:HEX\""
-→ registry.example.com/k8s/pause:3.2
+level=info msg="PullImage \"h.example.com/pause:3.2\" returns image reference \"sha256:HEX\""
+→ h.example.com/pause:3.2
 === kubeadm init
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
-10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
-error: failed to pull and unpack image \"registry.k8s.io/kube-proxy:v1.28.2\": Head ⤶
-\"https://registry.k8s.io/v2/kube-proxy/manifests/v1.28.2\": dial tcp: timeout" ⤶
-image="registry.k8s.io/kube-proxy:v1.28.2"
-→ registry.k8s.io/kube-proxy:v1.28.2
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/proxy:v1.28.2: output: E0920 ⤶
+10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="failed ⤶
+to unpack image \"registry.k8s.io/proxy:v1.28.2\": Head \"https://registry.k8s.io/v2/proxy/⤶
+manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/proxy:v1.28.2"
+→ registry.k8s.io/proxy:v1.28.2
 === kubeadm init, older
 	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
 → k8s.gcr.io/etcd-ppc64le:3.2.18
 === dockerd
-level=error msg="Handler for POST /v1.24/images/create returned error: manifest for ⤶
-mariadb:10.1 not found"
+level=error msg="POST /v1.24/images/create returned error: manifest for mariadb:10.1 not found"
 → mariadb:10.1
 === docker run that cannot pull
 $ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
-docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
-manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
-%3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
+docker: Error response from daemon: Get "https://auth.docker.io/token?scope=repository%3Alibrary⤶
+%2Fhello-world%3Apull&service=registry.docker.io": deadline exceeded.⏎See 'docker run --help'.
 → hello-world:latest
 === docker build
 failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
 ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
 → python:3.6
 === podman
-Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
-Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
-kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
-→ ghcr.io/podman-desktop/kubernetes-dashboard:latest
+Trying to pull ghcr.io/desktop/dashboard:latest...
+Error: unable to copy from source docker://ghcr.io/desktop/dashboard:latest: reading manifest latest
+→ ghcr.io/desktop/dashboard:latest
 === docker, denied
-Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
-require 'docker login': denied: requested access to the resource is denied
+Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may
 → xiaoya-tvbox:latest
 === shell, quoted
 run "docker pull --platform linux/x86_64 mysql:5.7" firstly
 → --platform=linux/x86_64 mysql:5.7
 === ctr
 ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
-ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
 ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
 → eclipse-temurin:17
 === crictl
-> crictl -D pull registry.rancher.com/rancher/nginx-ingress-controller:1.5
-DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
-nginx-ingress-controller:1.5,Annotations:map[string]string{},},}
-→ registry.rancher.com/rancher/nginx-ingress-controller:1.5
+> crictl -D pull registry.rancher.com/ingress:1.5
+DEBU[0000] &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/ingress:1.5,},}
+→ registry.rancher.com/ingress:1.5
 === crictl in a shell
 sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
 ✗ amd64
 === shell script
-docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
-    docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
-    docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
+docker pull k8s.gcr.io/apiserver:v1.20 && \
+    docker tag k8s.gcr.io/apiserver:v1.20 ${DstImagePrefix}/apiserver:v1.20 && \
+    docker push ${DstImagePrefix}/apiserver:v1.20
 docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
-→ k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
+→ k8s.gcr.io/apiserver:v1.20, k8s.gcr.io/etcd:3.4.13-0
 === shell, options
 k3s crictl pull rancher/mirrored-pause:3.6
 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
@@ -8137,23 +8094,23 @@ docker run -d \⏎  --name open-webui -p 3000:8080 \
   --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
 === docker images
- REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
-docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
-<none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
-postgres                      13        faa0ddfa0c0f   8 days ago       371MB
+ REPOSITORY             TAG       IMAGE ID       CREATED          SIZE
+inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
+<none>                 <none>    e06963446dfe   10 minutes ago   1.22GB
+postgres               13        faa0ddfa0c0f   8 days ago       371MB
 thanks for looking
-→ docker_inventree-dev-server:latest, postgres:13
+→ inventree-dev-server:latest, postgres:13
 === docker images --digests
 REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
 alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
 redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
 → redis:7.2
 === docker images since version 29
-                                                                     i Info →   U  In Use
-IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
-moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
-<untagged>                      09538a1f51d3       20.6kB         4.21kB
-→ moby/buildkit:buildx-stable-1
+                                         i Info →   U  In Use
+IMAGE             ID             DISK USAGE   CONTENT SIZE   EXTRA
+moby/buildkit:1   0168606be231        348MB          105MB    U
+<untagged>        09538a1f51d3       20.6kB         4.21kB
+→ moby/buildkit:1
 === docker image ls that lost its columns
 REPOSITORY TAG IMAGE ID CREATED SIZE
 quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
@@ -8166,35 +8123,32 @@ docker.io/library/nginx    <none>   cd5239a0906a6   109MB
 → registry.k8s.io/pause:3.9
 === docker-compose images
     Container           Repository       Tag       Image Id       Size
-------------------------------------------------------------------------
-example_backend_1    nginx              latest   35c43ace9216   133.1 MB
+-----------------------------------------------------------------
 example_backend_2    nginx              latest   35c43ace9216   133.1 MB
 → nginx:latest
 === docker compose images
 $ docker compose images
-CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
-truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
+CONTAINER      REPOSITORY          TAG   PLATFORM      IMAGE ID       SIZE     CREATED
+truc-hello-1   ghcr.io/truc/hello  2.0   linux/arm64   00dd0d06b496   87.9MB   2 hours ago
 → ghcr.io/truc/hello:2.0
 === kubeadm config images list
 [root@master ~]# kubeadm config images list
-W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
-internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
+W0110 15:02:41.125312   23251 version.go:101] unable to get URL "https://dl.k8s.io/release/1.txt"
 k8s.gcr.io/kube-apiserver:v1.16.1
 → k8s.gcr.io/kube-apiserver:v1.16.1
 === kubeadm config images list through a translator
 master0@master0 :~$kubeadm config images list
 Registry. k8s. io/kube apiserver: v1.27.3
 === kubectl describe pod
-Node:                 node1/10.3.147.253
-Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
-    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
-    Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
+Node:           node1/10.3.147.253⏎Init Containers:⏎  upgrade-ipam:
+    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>
+    Image ID:       docker-pullable://calico/node@sha256:HEX
 → calico/cni:v3.10.3
 === kubectl describe pod, events
-  Type     Reason     Age    From               Message
-  Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
-  Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
-  Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
+  Type    Reason     Age  From       Message
+  Normal  Scheduled  17s  scheduler  Successfully assigned default/hello-k55jk to node1
+  Normal  Pulling    12s  kubelet    Pulling image "anjia0532/echoserver:1.4"
+  Normal  Pulled     10s  kubelet    Container image "busybox:1.36" already present on machine
 → anjia0532/echoserver:1.4, busybox:1.36
 === kubectl -o jsonpath
 nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
@@ -8203,16 +8157,16 @@ nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
 
 # Texts with nothing to start, found in the same places.
 NOTHING_FOUND = r"""
-WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⏎⤶
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform
 docker: Error response from daemon: toomanyrequests: https://www.docker.com/increase-rate-limit
 用 docker pull 报这个错：⏎no matching manifest for linux/arm64/v8 in the manifest list entries
  ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request canceled while ... 15s
 Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25": EOF
-error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/blobs/66
+error pulling image configuration: Get https://cloudflare.docker.com/registry-v2/blobs/66
 ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete⏎  12 | >>> RUN npm run
 [+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
-docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 h.example.com/acme/web:1.0⏎⤶
-docker push h.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+docker build -t a/web:1 .⏎docker tag a/web:1 h.example.com/web:1⏎docker push h.example.com/web:1⏎⤶
+docker save -o web.tar a/web:1⏎docker-compose pull web
 FROM scratch⏎COPY --from=builder /src/app /app
 CONTAINER ID   IMAGE          COMMAND     STATUS       PORTS                NAMES⏎⤶
 1467f91a2709   nginx:latest   "nginx -g"  Up 2 hours   0.0.0.0:80->80/tcp   web
@@ -8229,12 +8183,12 @@ dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://
 ---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
 properties:⏎  image:⏎    type: string⏎    format: binary
 server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎}
-Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in x⏎⤶
-    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
+Traceback (most recent call last):⏎  File "/urllib/request.py", line 1348, in x⏎⤶
+    h.request()⏎ConnectionRefusedError: [Errno 111] Connection refused
 Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
 2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎⤶
 10.0.0.5 - - [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
-SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
+SELECT u.id⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
 From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
 from redis import Redis⏎from flask import Flask, request⏎import os
 requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
@@ -8249,14 +8203,14 @@ DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
 */5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1
 drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
 1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比
-You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
- manifest⏎for the release is not found. Images and pulls are free; see image 3.
+You can pull an image from the registry, the image "of the day" is shown, and the manifest⏎⤶
+for the release is not found. Images and pulls are free; see image 3.
 ## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
 image: 这个字段是什么意思
 docker pull 一直失败，怎么办？用的 --platform linux/amd64
 ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
 message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
-namespaceMetadata: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
+a: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
 TCP/IP, CI/CD
 《k8s/docker 入门》今晚 8:00 直播
 """
@@ -8459,26 +8413,20 @@ def test_hostile_pastes_are_read_quickly(piece: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_signed_links() -> None:
-    """A signed link opens a private object until it expires, and only unchanged."""
+def test_links_open_what_was_stored() -> None:
+    """A signed one until it expires, and only unchanged; a plain one in a public bucket only."""
     with Depot(QINGSTOR_LINK_SECONDS="600") as depot:
         link = depot.source.add("/签名.txt", body="你好".encode())
         found = read_result(depot.relay(link))["link"]
+        plain = found.partition("?")[0]
         assert http_request("GET", found).body == "你好".encode()
-        for changed in (found.replace("expires=1", "expires=2"), found.partition("?")[0]):
-            assert http_request("GET", changed).status == 401
+        assert http_request("GET", found.replace("expires=1", "expires=2")).status == 401
+        for is_public, status in ((False, 401), (True, 200)):
+            depot.store.public = is_public
+            assert http_request("GET", plain).status == status
         for later, status in ((595, 200), (605, 403)):
             depot.store.clock = lambda later=later: time.time() + later  # type: ignore[misc]
             assert http_request("GET", found).status == status
-
-
-def test_plain_links(depot: Depot) -> None:
-    """A plain link opens an object of a bucket that everybody may read."""
-    found = read_result(depot.relay(depot.source.add("/plain.txt", body=b"open")))["link"]
-    depot.store.public = True
-    got = http_request("GET", found)
-    depot.store.public = False
-    assert (got.status, got.body) == (200, b"open") and http_request("GET", found).status == 401
 
 
 LINK_FORMS = {
@@ -8511,31 +8459,12 @@ def test_a_message_may_hold_20_links(depot: Depot) -> None:
     """All of them are answered in order, a bad one harms no other, equal ones are one; with one
     more nothing is begun, and the reply names the limit."""
     links = [depot.source.add(f"/row-{n}.bin", 1000 + n) for n in range(21)]
-    reply = depot.say("\n".join(links), depot.user())
-    assert reply.startswith("❌") and "20 个链接" in reply
+    assert re.match("❌.*20 个链接", depot.say("\n".join(links), depot.user()))
     links[1] = f"{depot.source.url}/no-such-file"
-    user = depot.ask("\n".join([*links[:20], links[0]]))
-    texts = depot.answers(user, 20)
+    texts = depot.answers(depot.ask("\n".join([*links[:20], links[0]])), 20)
     assert links[1] in texts[1] and "404" in texts.pop(1)
-    sizes = [int(read_result(text)["size"]) for text in texts]
-    assert sizes == [1000, *range(1002, 1020)]
+    assert [int(read_result(text)["size"]) for text in texts] == [1000, *range(1002, 1020)]
     assert (depot.source.hits["/row-0.bin"], depot.source.hits["/row-20.bin"]) == (1, 0)
-
-
-def test_files_run_beside_images() -> None:
-    """Files have a queue of their own, in which one waits for the other."""
-    with Depot(SlowRunner(""), QUEUE_SIZE="1") as depot:
-        slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
-        quick = depot.source.add("/quick.bin", 1000)
-        both, second = depot.ask(f"nginx:latest\n{slow}"), depot.user()
-        assert wait_until(lambda: depot.source.hits["/slow.bin"])
-        assert "已排队，前面还有 1 个" in depot.say(quick, second)
-        assert "请稍后再试" in depot.say(quick, depot.user())
-        check_object(depot, "/slow.bin", depot.answer(both))
-        check_object(depot, "/quick.bin", depot.answer(second))
-        assert len(depot.wecom.messages_for(both)) == 1
-        depot.open()
-        assert "成功 1 / 1" in depot.answers(both, 2)[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8543,59 +8472,24 @@ def test_files_run_beside_images() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_status_shows_each_person_what_is_theirs() -> None:
-    """Of another's link the host, of one's own no query; one's own place, one's own last result."""
-    with Depot(SlowRunner("")) as world:
-        link = world.source.add("/private/salary.pdf", 3_000_000, rate=2_000_000.0)
-        world.say("app1:1", "bob")
-        world.say(f"app2:1\n{link}?token=hunter2", "alice")
-        assert wait_until(lambda: world.source.hits["/private/salary.pdf"])
-        his, hers = world.say("状态", "bob"), world.say("状态", "alice")
-        assert "127.0.0.1" in his and not re.search("private|salary|hunter2", his)
-        assert "salary.pdf" in hers and "hunter2" not in hers
-        assert re.search(r"app2:1.*\n?.*前面还有 1 个", hers) and "前面还有" not in his
-        hear(world, "alice", "文件上传成功")
-        world.service.restart()
-        his, hers = world.say("状态", "bob"), world.say("状态", "alice")
-        assert "salary.pdf" in hers and not re.search("salary|hunter2", his) and "还没有" in his
+COMMANDS = {
+    "当前状态": "状态。 /状态 状态？ “状态” Status!",
+    "镜像列表": "列表! /列表 【列表】 LIST. 列表～",
+}
 
 
-@early
-def test_status_counts_what_is_done_now() -> None:
-    """Four of five are done: 状态 says so within 10 s."""
-    with quick(SlowRunner()) as world:
-        world.say("slow/count:1, c1:1, c2:1, c3:1, c4:1")
-        assert wait_until(lambda: world.github.runs)
-        assert wait_until(lambda: "4/5" in world.say("状态"), 12, 0.5), world.say("状态")
-
-
-# what is typed -> what the reply must hold; what it must not
-ANSWERED = """
-Nginx -> 如需同步镜像 nginx，请发送 nginx:latest
-hi,there -> 请发送 hi:latest there:latest; ❌ 🔄
-my-app，other-app -> my-app:latest other-app:latest; 🔄
-docker run nginx:1 -> nginx:1; docker:latest run:latest 🔄
-请同步 nginx:1 -> nginx:1; 🔄
-看看 https://example.com/a.pdf 谢谢 -> 链接要独占一行; :latest 🔄
-下载https://example.com/a.pdf -> 链接要独占一行; :latest 🔄
-https://example.com/a.pdf -> 没有启用 QINGSTOR_ACCESS_KEY_ID; 🔄
-"""
-
-
-STATUS_WORDS = "状态。 /状态 状态？ “状态” Status!"
-LIST_WORDS = "列表! /列表 【列表】 LIST. 列表～"
-
-
-def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
-    """Near misses get the line to send and no other; words of command count with whatever stands
-    around them; where files are off a link is refused."""
-    for line in ANSWERED.strip().splitlines():
-        text, _, rest = line.partition(" -> ")
-        (reply, (wanted, _, never)) = talk.say(text), rest.partition("; ")
-        assert [part for part in wanted.split() if part not in reply] == [], reply
-        assert [part for part in never.split() if part in reply] == [], reply
-    for wanted, words in {"当前状态": STATUS_WORDS, "镜像列表": LIST_WORDS}.items():
+def test_commands_are_understood_and_links_refused_where_files_are_off(talk: Talk) -> None:
+    """With whatever stands around them; a near miss is asked back and starts nothing."""
+    for wanted, words in COMMANDS.items():
         assert [word for word in words.split() if wanted not in talk.say(word)] == []
+    asked = {
+        "Nginx": "如需同步镜像 nginx，请发送 nginx:latest",
+        "看 http://e.cn/a": "链接要独占一行",
+    }
+    asked["https://e.cn/a.pdf"] = "没有启用.*QINGSTOR_ACCESS_KEY_ID"
+    for said, wanted in asked.items():
+        reply = talk.say(said)
+        assert re.search(wanted, reply) and "🔄" not in reply
     assert talk.calls() == []
 
 
@@ -8605,18 +8499,6 @@ def test_every_bad_item_that_fits_is_named(talk: Talk) -> None:
     left = re.search(r"还有 (\d+) ", reply)
     assert reply.count("• ") + int(left[1] if left else 0) == 40
     assert (1800 if left else 0) < len(reply.encode()) <= 2048
-
-
-def test_a_full_queue_is_named_and_said_once() -> None:
-    """Of images and links in one message the one that has room is done."""
-    with Depot(SlowRunner(""), QUEUE_SIZE="0") as world:
-        link = world.source.add("/slow.bin", 20_000_000, rate=1_000_000.0)
-        world.say("app0:1", "alice")
-        reply = world.say(f"app1:1\n{link}", "bob")
-        (line,) = [line for line in reply.splitlines() if "请稍后再试" in line]
-        assert "镜像" in line and "共 1 个文件" in reply
-        assert world.say(f"app1:1\n{link}", "carol").count("请稍后再试") == 1
-        world.say("取消", "bob")
 
 
 @pytest.mark.parametrize("token", ["docker", "wxsync"])
@@ -8671,7 +8553,7 @@ def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
 
 
 # `bob> text` is typed by bob; `bob< text` must be in a message that reaches bob. Below either, what
-# else its reply or message holds (+), does not hold (-), or is found by a regular expression (~).
+# else its reply or message holds (+, once: =), does not hold (-), or what a pattern finds (~).
 # `* …` is what happens beside, see `Play`. Images named slow/… wait for `* go`; nosuch:1 does not
 # exist, same:1 has not changed.
 TRANSCRIPTS = r"""
@@ -8780,6 +8662,53 @@ alice< 成功 2 / 3
 +docker pull PREFIX/slow_a:1
 * told alice bob alice
 * images slow/a:1 b:1 nosuch:1 | next:1
+=== The status shows each what is theirs: of another's link the host, of one's own no query
+* serve /private/salary.pdf 3000000 2000000
+bob> slow/app1:1, b:1, c:1
+alice> app2:1⏎SOURCE/private/salary.pdf?token=hunter2
+* hits /private/salary.pdf 1
+bob> 状态
++127.0.0.1
+-private
+-salary
+-hunter2
+-前面还有
+alice> 状态
++salary.pdf
+-hunter2
+~app2:1.*\n?.*前面还有 1 个
+* status 2/3
+alice< 文件上传成功
+* restart
+alice> 状态
++salary.pdf
+bob> 状态
++还没有
+-salary
+-hunter2
+=== Files have a queue of their own beside that of images; QUEUE_SIZE=1
+* serve /slow.bin 8000000 8000000
+* serve /quick.bin 1000 1000000
+alice> slow/a:1⏎SOURCE/slow.bin
+* hits /slow.bin 1
+bob> SOURCE/quick.bin
++已排队，前面还有 1 个
+carol> SOURCE/quick.bin
++请稍后再试
+bob< 文件上传成功
+* told alice bob
+* go
+alice< 成功 1 / 1
+=== Of images and links in one message what has room is done, the full queue named once; QUEUE_SIZE=0
+* serve /slow.bin 20000000 1000000
+alice> slow/app:1
+bob> app:1⏎SOURCE/slow.bin
++请稍后再试（镜像）
++共 1 个文件
+carol> app:1⏎SOURCE/slow.bin
+=请稍后再试
+bob> 取消
+bob< 取消
 === The same request again makes no second commit, but a run
 alice> twice:1
 alice< 成功 1 / 1
@@ -8793,7 +8722,7 @@ alice> replaces:1
 alice< 成功 1 / 1
 * list replaces:1
 === GitHub may answer 404 for a moment after it has started a run
-* lag 0.2
+* lag 0.1
 alice> nginx:1
 alice< 成功 1 / 1
 """
@@ -8802,23 +8731,23 @@ alice< 成功 1 / 1
 class Play:
     """Plays a transcript in a world of its own."""
 
-    def __init__(self, world: World, runner: SlowRunner) -> None:
-        self.world, self.github, self.runner = world, world.github, runner
-        self.heard = ""
+    def __init__(self, world: Depot) -> None:
+        self.world, self.github, self.heard = world, world.github, ""
 
     def line(self, line: str) -> None:
-        found = re.fullmatch(r"(\w*)([><+~*-]) ?(.*)", line)
+        found = re.fullmatch(r"(\w*)([><+~=*-]) ?(.*)", line)
         assert found, line
         who, mark, text = found.groups()
         if mark == ">":
+            text = text.replace("⏎", "\n").replace("SOURCE", self.world.source.url)
             self.heard = self.world.say(text, who)
         elif mark == "<":
             self.heard = self.world.hear(lambda m: m.user == who and text in m.text)
         elif mark == "*":
             assert wait_until(lambda: self.happens(*text.partition(" ")[::2])), line
         else:
-            is_there = re.search(text, self.heard) if mark == "~" else text in self.heard
-            assert bool(is_there) == (mark != "-"), f"{line}\n\n{self.heard}"
+            count = len(re.findall(text if mark == "~" else re.escape(text), self.heard))
+            assert count == 1 if mark == "=" else (count > 0) == (mark != "-"), (line, self.heard)
 
     def happens(self, what: str, rest: str) -> bool:
         """Do what a line with * says, or tell whether it holds."""
@@ -8826,7 +8755,14 @@ class Play:
         images = [" ".join(json.loads(given["images"])) for given in inputs]
         messages, health = self.world.wecom.messages, self.world.service.health()
         if what == "go":
-            self.runner.go.set()
+            self.world.open()
+        elif what == "serve":
+            path, size, rate = rest.split()
+            self.world.source.add(path, int(size), rate=float(rate))
+        elif what == "hits":
+            return self.world.source.hits[rest.split()[0]] == int(rest.split()[1])
+        elif what == "status":
+            return rest in self.world.say("状态")
         elif what == "restart":
             self.world.service.restart()  # after kill -9
         elif what == "lag":
@@ -8856,8 +8792,8 @@ def test_a_story(story: str) -> None:
     runner = SlowRunner()
     runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
     runner.outcomes["same:1"] = "wxsync: unchanged sha256:" + HEX
-    with quick(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
-        play = Play(world, runner)
+    with Depot(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
+        play = Play(world)
         for line in lines:
             play.line(line)
         assert world.broken() == []
