@@ -9058,19 +9058,18 @@ class Factory:
     """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
 
     def __init__(self, space: Space) -> None:
-        self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
-        own = {"DOCKER_REGISTRY": space.mirror.acr.host}
-        self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
+        self.space, self.acr = space, space.mirror.acr.host
+        own = {name: space.settings[f"DOCKER_{name}"] for name in ("USERNAME", "PASSWORD")}
+        self.place = {"DOCKER_REGISTRY": self.acr, "DOCKER_NAMESPACE": space.namespace}
+        self.secrets = {f"DOCKER_{name}": value for name, value in own.items()} | self.place
         self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
 
     @contextmanager
     def world(self, **changed: str) -> Iterator[World]:
         """Run WeCom, GitHub with this workflow, and the service; some Secrets may be wrong."""
-        names = ("DOCKER_REGISTRY", "DOCKER_NAMESPACE")
-        settings = {name: self.secrets[name] for name in names}
         with (
             ActRunner(SCRIPT.parent, self.secrets | changed, self.environment) as runner,
-            World(SCRIPT, runner, settings) as world,
+            World(SCRIPT, runner, self.place) as world,
         ):
             yield world
             assert world.broken() == []
@@ -9091,8 +9090,7 @@ def factory(space: Space) -> Factory:
 
 def results(run: Run) -> dict[str, str]:
     """Return for each job that ran the name of its last step, which is its result."""
-    jobs = [job for job in run.jobs if job.name != "plan"]
-    return {job.name: job.steps[-1].name for job in jobs}
+    return {job.name: job.steps[-1].name for job in run.jobs if job.name != "plan"}
 
 
 def conclusions(run: Run) -> dict[str, str | None]:
@@ -9102,7 +9100,7 @@ def conclusions(run: Run) -> dict[str, str | None]:
 def ask(world: World, text: str) -> tuple[str, Run]:
     """Say something about images, return the final message and the run that it tells about."""
     before = len(world.wecom.messages)
-    world.say(text)
+    assert "🔄" in world.say(text)
     message = world.wecom.wait_message("成功 ", 60, before).text
     return message, world.github.runs[-1]
 
@@ -9111,38 +9109,28 @@ def test_from_chat_to_registry(factory: Factory) -> None:
     """One message, one run: what is good arrives, what is not is told with its reason. Several
     platforms of an image with attestations go into a registry that refuses those, and a second
     request finds everything up to date."""
-    space = factory.space
+    space, pull = factory.space, f"docker pull {factory.acr}/{factory.space.namespace}/app"
     digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
-    expected = {
-        "app:multi": f"copied {digest}",
-        line: "copied ",
-        "app:absent": "failed not-found ",
-        "--platform=linux/s390x app:multi": "failed no-platform ",
-        "dead.example.com/a:1": "failed network ",
-    }
-    text = (
-        f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
-        "app:multi --platform linux/s390x、dead.example.com/a:1"
-    )
+    bad = {"app:absent": "not-found", "--platform=linux/s390x app:multi": "no-platform"}
+    bad["dead.example.com/a:1"] = "network"
+    expected = {"app:multi": f"copied {digest}", line: "copied "}
+    expected |= {name: f"failed {code} " for name, code in bad.items()}
     with factory.world() as world:
-        reply = world.say(text)
-        assert "共 5 个镜像" in reply and f"1. app:multi → {factory.prefix}/app:multi" in reply
-        text = world.hear("成功 ", 60)
-        run = world.github.runs[-1]
-        assert "❌" in text.splitlines()[0] and "成功 2 / 5" in text and "已是最新" not in text
-        assert f"docker pull {factory.prefix}/app:multi" in text
-        assert f"/actions/runs/{run.id}" in text
-        for bad, result in list(expected.items())[2:]:
-            assert bad in text
-            assert all(words in text for words in wxsync.COPY_REASONS[result.split()[1]])
+        text, run = ask(
+            world,
+            f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
+            "app:multi --platform linux/s390x、dead.example.com/a:1",
+        )
+        assert text.startswith("❌") and "成功 2 / 5" in text and "已是最新" not in text
+        assert lacking([f"{pull}:multi", f"/actions/runs/{run.id}", *bad], text) == []
+        assert all(lacking(wxsync.COPY_REASONS[code], text) == [] for code in bad.values())
         assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
         assert all(results(run)[k].startswith(f"wxsync: {v}") for k, v in expected.items())
         assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
         text, run = ask(world, line)
-        assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
-        assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
+        assert text.startswith("✅") and f"{pull}:attested（已是最新）" in text
         assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
     assert space.digest("app:multi") == digest
 
@@ -9151,8 +9139,7 @@ def test_a_wrong_password_in_github(factory: Factory) -> None:
     """Nothing is copied, and the chat says which Secret to look at."""
     with factory.world(DOCKER_PASSWORD="wrong-password-31") as world:
         text, run = ask(world, "app:one")
-        assert "❌" in text.splitlines()[0] and "成功 0 / 1" in text
-        assert all(words in text for words in wxsync.COPY_REASONS["target-login"])
+        assert text.startswith("❌") and lacking(wxsync.COPY_REASONS["target-login"], text) == []
         assert results(run)["app:one"].startswith("wxsync: failed target-login ")
         assert "wrong-password-31" not in world.service.log + "\n".join(run.log) + text
     assert factory.space.digest("app:one") == ""
@@ -9182,9 +9169,8 @@ def test_the_list_edited_on_github_is_copied(
 ) -> None:
     """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
     mirror = factory.space.mirror
-    arm = mirror.digest("multi", "arm64/v8")
-    run = factory.run(kind, BY_HAND, **inputs)
-    assert run.conclusion == "success" and conclusions(run)["plan"] == "success", run.log
+    arm, run = mirror.digest("multi", "arm64/v8"), factory.run(kind, BY_HAND, **inputs)
+    assert run.conclusion == conclusions(run)["plan"] == "success", run.log
     assert results(run) == {
         "app:one": f"wxsync: copied {mirror.digest('one')}",
         "--platform=linux/arm64 app:multi": f"wxsync: copied {arm}",
@@ -9195,9 +9181,8 @@ def test_the_list_edited_on_github_is_copied(
 def test_plan_decides_what_runs(factory: Factory) -> None:
     """An empty list is fine and starts no job; a bad line stops the whole list. A dispatch with
     images goes straight to the matrix, and images.txt is not looked at."""
-    lists = {"# nothing yet\n": "success", "app:one\nApp:one\n": "failure"}
-    for images_txt, conclusion in lists.items():
-        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": conclusion}
+    for images_txt, how in (("# nothing yet\n", "success"), ("app:one\nApp:one\n", "failure")):
+        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": how}
         assert factory.space.digest("app:one") == ""
     run = factory.run(ActRunner, "App:bad\n", images='["app:one => mine"]', request="r2")
     assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
