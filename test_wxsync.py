@@ -1978,6 +1978,31 @@ class World(Closing):
         self._stack.close()
 
 
+class ByRobot(World):
+    """A world whose chat is the robot's. `both` leaves the callback's settings in."""
+
+    both = False
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self.gateway = FakeGateway()
+
+    def defaults(self) -> dict[str, str]:
+        gateway, common = self.gateway, super().defaults()
+        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
+        own |= {"BOT_URL": f"ws://{gateway.host}"}
+        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
+
+    def prepare(self) -> Self:
+        self._stack.enter_context(self.gateway)
+        return super().prepare()
+
+    def broken(self) -> list[str]:
+        shown = self.service.settings["BOT_SECRET"] in self.service.log
+        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
+        return super().broken() + own
+
+
 # ---------------------------------------------------------------------------------------------
 # The sandbox: what happens, as a chat
 # ---------------------------------------------------------------------------------------------
@@ -1987,11 +2012,15 @@ def columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
+def plain(text: str) -> str:
+    return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
+
+
 class Transcript:
     COLOURS: ClassVar[dict[str, str]] = {"你": "36", "wxsync": "32", "GitHub": "35"}
     PROMPT = "你> "
 
-    def __init__(self, world: World, out: TextIO, live: bool) -> None:
+    def __init__(self, world: ByRobot, out: TextIO, live: bool) -> None:
         self.world, self.out, self.live = world, out, live
         self.colour = live and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self.prompting = False
@@ -2026,9 +2055,10 @@ class Transcript:
                     self.show("GitHub", f"{commit.sha[:7]}  {commit.message}", "提交")
             for run in list(self.world.github.runs):
                 self._run(run)
-            for number, message in enumerate(self.world.wecom.messages):
-                if self._new(("message", number)):
-                    self.show("wxsync", message.text, "消息")
+            for number, message in enumerate(self.world.gateway.messages):
+                if self._new(("message", number), message.text):
+                    note = "变成" if len(message.shown) > 1 else "消息"
+                    self.show("wxsync", plain(message.text), note)
             waiting = self.waiting() if self.live and time.monotonic() - self.last > 2 else ""
             if waiting and self._new("waiting", waiting):
                 self.show("…", waiting)
@@ -2080,7 +2110,7 @@ class Stage:
         self.why = Registry.missing() or ActRunner.missing() or ", ".join(absent)
         self.why = "按 --played 的要求" if played else self.why
 
-    def world(self) -> World:
+    def world(self) -> ByRobot:
         settings: dict[str, str | None] = {}
         if self.why:
             self.tell(f"镜像复制：演示，不真正复制（{self.why}）")
@@ -2097,7 +2127,7 @@ class Stage:
             settings |= {"DOCKER_REGISTRY": target.host, "DOCKER_NAMESPACE": "mirror-space"}
             runner = self._runner(source, target)
         self.tell("正在启动 wxsync…")
-        return self.stack.enter_context(World(self.script, runner, settings))
+        return self.stack.enter_context(ByRobot(self.script, runner, settings))
 
     def _runner(self, source: Registry, target: Registry) -> Runner:
         folder = Path(self.stack.enter_context(temporary_folder("sandbox")))
@@ -2113,8 +2143,8 @@ class Stage:
 
 class Scene(NamedTuple):
     text: str
-    reply: tuple[str, ...]  # must occur in the immediate reply
-    final: tuple[str, ...]  # must occur in the message that follows; () if none may follow
+    reply: tuple[str, ...]  # must occur in the message that answers it, as it is at first
+    final: tuple[str, ...]  # must occur in what that becomes; () if it stays as it is
 
 
 STORY = (
@@ -2133,31 +2163,32 @@ STORY = (
 )
 
 
-def play_scene(scene: Scene, world: World, transcript: Transcript) -> list[str]:
+def play_scene(scene: Scene, world: ByRobot, transcript: Transcript) -> list[str]:
+    """Type a message of the story, return what was wrong with what came of it."""
     text, reply, final = scene
-    github, messages = world.github, world.wecom.messages
+    github, messages = world.github, world.gateway.messages
     commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
-
-    def told() -> str:
-        transcript.poll()
-        return "\n".join(message.text for message in messages[heard:])
-
     transcript.show("你", text)
-    said = world.say(text)
-    transcript.show("wxsync", said, "回复")
-    if final:
-        wait_until(lambda: "成功 " in told(), 90, 0.05)
-    else:
+    req_id = world.gateway.say(text)
+    message = world.gateway.hear(lambda message: message.req_id == req_id)
+
+    def is_over() -> bool:
+        transcript.poll()
+        return message.finished
+
+    wait_until(is_over, 90, 0.05)
+    if not final:
         time.sleep(1)  # whatever should not happen gets the time to
-    seen, commits = told(), len(github.commits) - commits
+    said, seen = (plain(shown) for _, shown in (message.shown[0], message.shown[-1]))
     wrong = [f"对“{text}”的回复里没有“{part}”" for part in lacking(reply, said)]
     wrong += [f"“{text}”的结果里没有“{part}”" for part in lacking(final, seen)]
-    if [commits, len(github.dispatches) - runs, bool(seen)] != [bool(final)] * 3:
-        wrong.append(f"“{text}”：{commits} 次提交，收到：{seen or '没有消息'}")
+    happened = [len(github.commits) - commits, len(github.dispatches) - runs, seen != said]
+    if happened != [bool(final)] * 3 or len(messages) != heard + 1 or not message.finished:
+        wrong.append(f"“{text}”：{happened}，看到：{[m.text for m in messages[heard:]]}")
     return wrong
 
 
-def play_story(stage: Stage, world: World, transcript: Transcript) -> list[str]:
+def play_story(stage: Stage, world: ByRobot, transcript: Transcript) -> list[str]:
     """Play STORY without a terminal, return what was wrong, nothing if all was right."""
     wrong = [line for scene in STORY for line in play_scene(scene, world, transcript)]
     for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if stage.registries else ():
@@ -2170,14 +2201,14 @@ def play_story(stage: Stage, world: World, transcript: Transcript) -> list[str]:
     return wrong + world.broken()
 
 
-CHAT_HELP = """输入的每一行都会像企业微信那样加密、签名后发给 wxsync。
+CHAT_HELP = """输入的每一行都会像发给企业微信智能机器人的消息一样到达 wxsync。
 可以试试：nginx:latest　　redis:7.2、alpine:3.20、nosuch:1　　image: nginx:latest
 状态　　列表　　重试　　取消　　随便什么话
 --platform=linux/arm64 nginx:latest　　bitnami/redis:7.0 => my-redis:7
 命令：/help 这段说明，/log wxsync 最近的日志，/quit 或 Ctrl-D 退出"""
 
 
-def chat(world: World, transcript: Transcript) -> None:
+def chat(world: ByRobot, transcript: Transcript) -> None:
     """Post what is typed on a terminal as WeCom would; answers come as they come."""
     over = threading.Event()
 
@@ -2206,20 +2237,17 @@ def chat(world: World, transcript: Transcript) -> None:
     watcher.join(2)
 
 
-def post(text: str, world: World, transcript: Transcript) -> None:
+def post(text: str, world: ByRobot, transcript: Transcript) -> None:
     try:
-        got = world.client.post_text("alice", text)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        transcript.show("沙盒", f"wxsync 没有正确应答：{error}（/log 看日志）")
-    else:
-        shown = got.reply or f"（HTTP {got.status}，没有立即回复）"
-        transcript.show("wxsync", shown, "回复")
+        world.gateway.say(text)
+    except OSError as error:
+        transcript.show("沙盒", f"wxsync 没有连着：{error}（/log 看日志）")
 
 
 def sandbox(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="test_wxsync.py",
-        description="沙盒：不需要账号，在本机扮演企业微信和 GitHub，运行真正的 wxsync.py。"
+        description="沙盒：不需要账号，在本机扮演企业微信智能机器人和 GitHub，运行真正的 wxsync.py。"
         "先演一段短故事，在终端里接着由你来聊；每一步都对，退出码才是 0。",
         epilog="还有：test 运行测试，bench 性能测试，picture 画图。",
     )
@@ -2499,6 +2527,10 @@ class FakeQingStor(Peer):
         return Answer(200, found.body, headers)
 
     HEAD_key = GET_key
+
+    def DELETE_key(self, call: Call, key: str) -> Answer:
+        self.objects.pop(key, None)
+        return Answer(204)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7336,9 +7368,8 @@ def kill_at_random(seed: int, lives: int) -> None:
                 assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
                 assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
         given_up = sum("异常退出" in message.text for message in world.wecom.messages)
-        # What is given up may have been stored by a life that could not write it down.
-        more = len(world.store.objects) - (1 + sum(taken[2::3]) - given_up)
-        assert 0 <= more <= given_up and watching.result() == [], f"seed {seed}: {more}"
+        stored = 1 + sum(taken[2::3]) - given_up
+        assert (len(world.store.objects), watching.result()) == (stored, []), f"seed {seed}"
 
 
 @early
@@ -9205,24 +9236,12 @@ CALLBACK = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
 PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
 
 
-class RobotWorld(Quick):
-    """A quick world whose chat is the robot's. `both` leaves the callback's settings in."""
-
+class RobotWorld(ByRobot, Quick):
     def __init__(
         self, runner: Runner | None = None, both: bool = False, /, **settings: str
     ) -> None:
         super().__init__(runner, **PATIENCE | settings)
-        self.both, self.gateway = both, FakeGateway()
-
-    def defaults(self) -> dict[str, str]:
-        gateway, common = self.gateway, super().defaults()
-        own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
-        own |= {"BOT_URL": f"ws://{gateway.host}"}
-        return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
-
-    def prepare(self) -> Self:
-        self._stack.enter_context(self.gateway)
-        return super().prepare()
+        self.both = both
 
     def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
         """Type `text`, return the message that answers it and goes on living."""
@@ -9244,11 +9263,6 @@ class RobotWorld(Quick):
         assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
         sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
         assert not sure, f"{chat} got it again: {sure}"
-
-    def broken(self) -> list[str]:
-        shown = self.service.settings["BOT_SECRET"] in self.service.log
-        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
-        return super().broken() + own
 
 
 def code_and_rest(text: str) -> tuple[str, str]:
@@ -11438,7 +11452,7 @@ MOST_COLUMNS = 46  # of a bubble
 STYLE = """
 text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
 sans-serif;fill:#191919;white-space:pre}
-.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
+.note{fill:#8a8a8a}.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
 @media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}
 .wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine{fill:#06120b}.link{fill:#7d90c9}}
 """
@@ -11455,34 +11469,37 @@ def wrapped(line: str) -> list[str]:
     return [*pieces, line]
 
 
-class Recorder(Transcript):
-    """Keeps what the member (True) and wxsync say, with nothing in it that differs each time."""
+def chat_of(world: ByRobot) -> list[tuple[str, str]]:
+    """Return who says what in the story, with nothing in it that differs each time."""
+    said = []
+    for scene, message in zip(STORY, world.gateway.messages, strict=True):
+        first, last = (plain(shown) for _, shown in (message.shown[0], message.shown[-1]))
+        said += [("me", scene.text), ("wxsync", first)]
+        if scene.final:
+            last = re.sub(r"用时 .+", "用时 41 秒", last)
+            last = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", last)
+            said += [("note", "片刻后，同一条消息变成"), ("wxsync", last)]
+    return said
 
-    def __init__(self, world: World) -> None:
-        super().__init__(world, io.StringIO(), False)
-        self.said: list[tuple[bool, str]] = []
 
-    def show(self, who: str, text: str, note: str = "") -> None:
-        if who in ("你", "wxsync"):
-            text = re.sub(r"用时 .+", "用时 41 秒", text)
-            text = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", text)
-            self.said.append((who == "你", re.sub(r"（#\w+）", "", text).strip()))
-
-
-def draw_chat(said: Sequence[tuple[bool, str]]) -> str:
+def draw_chat(said: Sequence[tuple[str, str]]) -> str:
     """Return a chat as an SVG picture of a phone's screen."""
     parts, y = [f'<text x="{WIDTH // 2}" y="28" text-anchor="middle">镜像同步</text>'], 46
-    for mine, text in said:
+    for kind, text in said:
+        if kind == "note":
+            parts.append(f'<text class="note" x="20" y="{y + 12}">{text}</text>')
+            y += 26
+            continue
         lines = [wrapped(line) for line in text.split("\n")]
         width = max(columns(piece) for pieces in lines for piece in pieces) * COLUMN + 24
         size = f'width="{width}" height="{sum(map(len, lines)) * LINE_HEIGHT + 17}"'
-        x, kind = (WIDTH - 14 - width, "me") if mine else (14, "wxsync")
+        x = WIDTH - 14 - width if kind == "me" else 14
         parts.append(f'<rect class="{kind}" x="{x}" y="{y}" {size} rx="6"/>')
         y += 22
         for pieces in lines:
-            kind = "link" if pieces[0].startswith("http") else "mine" if mine else "theirs"
+            words = "link" if pieces[0].startswith("http") else "mine" * (kind == "me") or "theirs"
             for piece in pieces:
-                place = f'class="{kind}" x="{x + 12}" y="{y}"'
+                place = f'class="{words}" x="{x + 12}" y="{y}"'
                 parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
                 y += LINE_HEIGHT
         y += 8
@@ -11506,12 +11523,12 @@ def picture(argv: Sequence[str]) -> int:
     stage = Stage(SCRIPT, True, lambda text: None)
     with stage.stack:
         world = stage.world()
-        recorder = Recorder(world)
-        wrong = play_story(stage, world, recorder)
+        wrong = play_story(stage, world, Transcript(world, io.StringIO(), False))
+        drawn = draw_chat(chat_of(world))
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
-    options.out.write_text(draw_chat(recorder.said), "utf-8", newline="\n")
+    options.out.write_text(drawn, "utf-8", newline="\n")
     print(options.out)
     return 0
 

@@ -2576,7 +2576,7 @@ class QingStor:
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             self._abort(upload.key, upload.upload_id)
-        elif size_bytes is None:
+        if size_bytes is None:  # begun once more, where a full disk kept the new id from us
             self._abort_strays(upload.key)
         return size_bytes
 
