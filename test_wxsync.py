@@ -7844,8 +7844,8 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # ---------------------------------------------------------------------------------------------
 
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
-# names replaced. `=== kind`, the text, and what must come of it: `→` canonical lines; `✗` pieces of
-# what is named, not done; `✎` lines that are offered. Nothing below: nothing may start.
+# names replaced. `=== kind`, the text with what must start between « and », and what else must come
+# of it: `→` canonical lines; `✗` pieces of what is named, not done; `✎` lines that are offered.
 PASTES_FOUND = r"""
 === compose
   immich-server:
@@ -7857,54 +7857,46 @@ PASTES_FOUND = r"""
 → valkey/valkey:8-bookworm@sha256:HEX
 ✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
 === compose with comments
-  image: registry.gitlab.com/timvisee/send:latest # official image
+  image: «registry.gitlab.com/timvisee/send:latest» # official image
   #image: l4rm4nd/send:latest # image of a fork with darkmode only
-  image: passbolt/passbolt:1-ce # or the rootless image passbolt/passbolt:1-ce-non-root
-→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:1-ce
+  image: «passbolt/passbolt:1-ce» # or the rootless image passbolt/passbolt:1-ce-non-root
 === compose in one line
-services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
-→ nginx:1.25-alpine, redis:7
+services: {web: {image: «nginx:1.25-alpine», ports: ["80:80"]}, cache: {image: "«redis:7»"}}
 === compose with an anchor
 x-default: &default-image registry.example.com/team/app:2.1
   api: {image: *default-image, command: api}
-    image: &worker ghcr.io/acme/worker:1.4
+    image: &worker «ghcr.io/acme/worker:1.4»
     image: *worker
-→ ghcr.io/acme/worker:1.4
 === compose in chat
 麻烦同步一下这几个
 
 services：
-    image：mysql:8.0.27
+    image：«mysql:8.0.27»
     command：'--default-authentication-plugin=mysql_native_password'
-    image：“wordpress:latest”
+    image：“«wordpress:latest»”
 谢谢！
-→ mysql:8.0.27, wordpress:latest
 === compose quoted in a thread
 我的配置是这样的：
 > ```yaml
->     image: 'ghcr.io/blakeblackshear/frigate:stable'
+>     image: '«ghcr.io/blakeblackshear/frigate:stable»'
 > ```
 On Feb 28 at 7:03 PM, someone wrote:
-→ ghcr.io/blakeblackshear/frigate:stable
 === compose, changed by a pull request
 @@ -10,7 +10,7 @@ services:
 -    image: dpage/pgadmin4:8.5
-+    image: dpage/pgadmin4:8.6
-→ dpage/pgadmin4:8.6
++    image: «dpage/pgadmin4:8.6»
 === GitLab CI
-image: docker:24.0.5
+image: «docker:24.0.5»
 services:
   - docker:24.0.5-dind
   image:
     name: gcr.io/kaniko-project/executor:v1.23.2-debug
-  image: "python:3.11-slim"
-→ docker:24.0.5, python:3.11-slim
+  image: "«python:3.11-slim»"
 === GitHub Actions
   runs-on: ubuntu-latest
   container:
-    image: node:20-bookworm
+    image: «node:20-bookworm»
     - uses: actions/checkout@v4
-→ node:20-bookworm
 === Ansible
   community.docker.docker_container:
     image: "{{ app_image }}:{{ app_tag }}"
@@ -7913,45 +7905,38 @@ services:
   - port: 6379
 ---
       - name: master
-        image: registry.k8s.io/redis:e2e  # or just image: redis
+        image: «registry.k8s.io/redis:e2e»  # or just image: redis
 ---
-      - image: gcr.io/google_samples/gb-redisslave:v1
-→ registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
+      - image: «gcr.io/google_samples/gb-redisslave:v1»
 === Kubernetes, names of other images
-    image: "quay.io/jetstack/controller:v1.14.4"
+    image: "«quay.io/jetstack/controller:v1.14.4»"
   args:
   - --acme-http01-solver-image=quay.io/jetstack/acmesolver:v1.14.4
   - name: RELATED_IMAGE
     value: quay.io/jetstack/webhook:v1.14.4
-→ quay.io/jetstack/controller:v1.14.4
 === Kubernetes, folded
   image: >-
-    image-registry.svc:5000/openshift/httpd:latest
-→ image-registry.svc:5000/openshift/httpd:latest
+    «image-registry.svc:5000/openshift/httpd:latest»
 === Kubernetes as JSON
-{"kind":"Pod","spec":{"containers":[{"name":"a","image":"nginx:1.27","imagePullPolicy":"Always"},⤶
-{"image":"quay.io/prom/busybox:latest"}],"imagePullSecrets":[{"name":"regcred"}]}}
-→ nginx:1.27, quay.io/prom/busybox:latest
+{"kind":"Pod","spec":{"containers":[{"name":"a","image":"«nginx:1.27»","imagePullPolicy":"Always"},⤶
+{"image":"«quay.io/prom/busybox:latest»"}],"imagePullSecrets":[{"name":"regcred"}]}}
 === kubectl get pod -o yaml
     kubectl.kubernetes.io/last-applied-configuration: |
       {"kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
-  - image: nginx:1.14.2
+  - image: «nginx:1.14.2»
   - containerID: containerd://HEX
     image: docker.io/library/nginx:1.14.2
     imageID: docker.io/library/nginx@sha256:HEX
   - image: sha256:HEX
     imageID: docker-pullable://mysql@sha256:HEX
-→ nginx:1.14.2
 === devcontainer.json
 	// Or use a Dockerfile. More info: https://containers.dev/guide/dockerfile
-	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
+	"image": "«mcr.microsoft.com/devcontainers/python:1-3.11-bullseye»",
 	"features": {"ghcr.io/devcontainers/features/node:1": {}},
-→ mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
 === docker inspect
   "Id": "HEX",
   "Image": "sha256:HEX",
-      "Image": "portainer/portainer-ce:2.20.3",
-→ portainer/portainer-ce:2.20.3
+      "Image": "«portainer/portainer-ce:2.20.3»",
 === chart template
   image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
     image: bitnami/kubectl
@@ -7998,15 +7983,14 @@ FROM ${BASE:-alpine}
 ✗ golang:${GO_VERSION}-alpine, ${BASE
 === Dockerfile for Windows
 # escape=`
-FROM mcr.microsoft.com/windows/servercore:ltsc2022
+FROM «mcr.microsoft.com/windows/servercore:ltsc2022»
 COPY setup.exe C:\
-→ mcr.microsoft.com/windows/servercore:ltsc2022
 === Dockerfile in small letters
-from node:lts-buster-slim as development
+from «node:lts-buster-slim» as development
 run npm ci
 from development as dev-envs
 FROM --platform=linux/arm64 nginx:1.13-alpine
-→ node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
+→ --platform=linux/arm64 nginx:1.13-alpine
 === Dockerfile with comments
 #FROM debian:bookworm-slim
 FROM r.j3ss.co/osquery AS osquery
@@ -8022,25 +8006,20 @@ Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image 
 ✗ https://h.example.com/r/name:1
 === containerd
 level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,}"
-level=info msg="PullImage \"h.example.com/pause:3.2\" returns image reference \"sha256:HEX\""
-→ h.example.com/pause:3.2
+level=info msg="PullImage \"«h.example.com/pause:3.2»\" returns image reference \"sha256:HEX\""
 === kubeadm init
 	[ERROR ImagePull]: failed to pull image registry.k8s.io/proxy:v1.28.2: output: E0920 ⤶
 10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="failed ⤶
-to unpack image \"registry.k8s.io/proxy:v1.28.2\": Head \"https://registry.k8s.io/v2/proxy/⤶
+to unpack image \"«registry.k8s.io/proxy:v1.28.2»\": Head \"https://registry.k8s.io/v2/proxy/⤶
 manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/proxy:v1.28.2"
-→ registry.k8s.io/proxy:v1.28.2
 === kubeadm init, older
-	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
-→ k8s.gcr.io/etcd-ppc64le:3.2.18
+	[ERROR ImagePull]: failed to pull image [«k8s.gcr.io/etcd-ppc64le:3.2.18»]: exit status 1
 === dockerd
-level=error msg="POST /v1.24/images/create returned error: manifest for mariadb:10.1 not found"
-→ mariadb:10.1
+level=error msg="POST /v1.24/images/create returned error: manifest for «mariadb:10.1» not found"
 === docker run that cannot pull
-$ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
+$ docker run hello-world⏎Unable to find image '«hello-world:latest»' locally
 docker: Error response from daemon: Get "https://auth.docker.io/token?scope=repository%3Alibrary⤶
 %2Fhello-world%3Apull&service=registry.docker.io": deadline exceeded.⏎See 'docker run --help'.
-→ hello-world:latest
 === docker build
 failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
 ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
@@ -8060,37 +8039,33 @@ ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/librar
 ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
 → eclipse-temurin:17
 === crictl
-> crictl -D pull registry.rancher.com/ingress:1.5
+> crictl -D pull «registry.rancher.com/ingress:1.5»
 DEBU[0000] &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/ingress:1.5,},}
-→ registry.rancher.com/ingress:1.5
 === crictl in a shell
 sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
 ✗ amd64
 === shell script
-docker pull k8s.gcr.io/apiserver:v1.20 && \
+docker pull «k8s.gcr.io/apiserver:v1.20» && \
     docker tag k8s.gcr.io/apiserver:v1.20 ${DstImagePrefix}/apiserver:v1.20 && \
     docker push ${DstImagePrefix}/apiserver:v1.20
-docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
-→ k8s.gcr.io/apiserver:v1.20, k8s.gcr.io/etcd:3.4.13-0
+docker pull --quiet '«k8s.gcr.io/etcd:3.4.13-0»'; docker images | grep etcd
 === shell, options
-k3s crictl pull rancher/mirrored-pause:3.6
+k3s crictl pull «rancher/mirrored-pause:3.6»
 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
-registry.example.com/team/api:2.0
+«registry.example.com/team/api:2.0»
 podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
 git pull origin main && helm pull bitnami/redis --version 19.0.1
-→ rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
+→ quay.io/podman/hello:latest
 === shell, to be filled in
 `crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
 === shell, quoted in chat
-「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
+「张三：docker pull «ghcr.io/open-webui/open-webui:main»」⏎- - - - - - - - - - - - - - -
 这个一直拉不下来，帮忙弄一下
-→ ghcr.io/open-webui/open-webui:main
 === shell on Windows
-C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
-PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
-→ xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
+C:\Users\someone\Desktop>docker pull «xhofe/alist:v3.35.0»
+PS C:\Users\someone> docker pull «ghcr.io/devcontainers/color:latest»
 === docker run
 docker run -d \⏎  --name open-webui -p 3000:8080 \
   --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
@@ -8111,9 +8086,8 @@ redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
 === docker images since version 29
                                          i Info →   U  In Use
 IMAGE             ID             DISK USAGE   CONTENT SIZE   EXTRA
-moby/buildkit:1   0168606be231        348MB          105MB    U
+«moby/buildkit:1»   0168606be231        348MB          105MB    U
 <untagged>        09538a1f51d3       20.6kB         4.21kB
-→ moby/buildkit:1
 === docker image ls that lost its columns
 REPOSITORY TAG IMAGE ID CREATED SIZE
 quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
@@ -8137,22 +8111,19 @@ truc-hello-1   ghcr.io/truc/hello  2.0   linux/arm64   00dd0d06b496   87.9MB   2
 === kubeadm config images list
 [root@master ~]# kubeadm config images list
 W0110 15:02:41.125312   23251 version.go:101] unable to get URL "https://dl.k8s.io/release/1.txt"
-k8s.gcr.io/kube-apiserver:v1.16.1
-→ k8s.gcr.io/kube-apiserver:v1.16.1
+«k8s.gcr.io/kube-apiserver:v1.16.1»
 === kubeadm config images list through a translator
 master0@master0 :~$kubeadm config images list
 Registry. k8s. io/kube apiserver: v1.27.3
 === kubectl describe pod
 Node:           node1/10.3.147.253⏎Init Containers:⏎  upgrade-ipam:
-    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>
+    Image:         «calico/cni:v3.10.3»⏎    Image ID:⏎    Port:          <none>
     Image ID:       docker-pullable://calico/node@sha256:HEX
-→ calico/cni:v3.10.3
 === kubectl describe pod, events
   Type    Reason     Age  From       Message
   Normal  Scheduled  17s  scheduler  Successfully assigned default/hello-k55jk to node1
-  Normal  Pulling    12s  kubelet    Pulling image "anjia0532/echoserver:1.4"
-  Normal  Pulled     10s  kubelet    Container image "busybox:1.36" already present on machine
-→ anjia0532/echoserver:1.4, busybox:1.36
+  Normal  Pulling    12s  kubelet    Pulling image "«anjia0532/echoserver:1.4»"
+  Normal  Pulled     10s  kubelet    Container image "«busybox:1.36»" already present on machine
 === kubectl -o jsonpath
 nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
 ✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
@@ -8263,7 +8234,9 @@ def read_pastes(found: str) -> Iterator[Paste]:
         while lines[-1][:1] in wanted:
             mark, _, values = lines.pop().partition(" ")
             wanted[mark] = values.split(", ")
-        yield Paste(kind, "\n".join(lines), *wanted.values())
+        text = "\n".join(lines)
+        wanted["→"] += re.findall("«(.*?)»", text)
+        yield Paste(kind, re.sub("[«»]", "", text), *wanted.values())
 
 
 PASTES = list(read_pastes(PASTES_FOUND))
