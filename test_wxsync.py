@@ -7725,12 +7725,12 @@ def test_a_message_names_images(message: str, wanted: str) -> None:
         assert lines_and_targets(pair.partition(" | ")[0]) == [pair]
 
 
-# Message ¦ each bad item, with the line that was likely meant behind → where one is offered.
+# Message ¦ each bad item, = is the message, with the line that was likely meant behind →.
 REFUSED = rows("""
 Nginx:latest ¦ Nginx:latest → nginx:latest
 nginx: latest ¦ nginx: latest → nginx:latest
 a:1⏎::set-output ¦ ::set-output
-../x:1 ¦ ../x:1
+../x:1 ¦ =
 acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-action:v0.14.1
 developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
 developer-wlj/windows-moviepilot/tree/v2:latest
@@ -7740,27 +7740,27 @@ nginx:1。 ¦ nginx:1。 → nginx:1
 /nginx:1/ ¦ /nginx:1/ → nginx:1
 Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
 bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
-nginx:1 && reboot ¦ nginx:1 && reboot
+nginx:1 && reboot ¦ =
 nginx:`id` ¦ nginx:'id
-nginx:${{ secrets.X }} ¦ nginx:${{ secrets.X }}
+nginx:${{ secrets.X }} ¦ =
 nginx\u202e:1 ¦ nginx
 nginx:1\x1b[2K ¦ nginx:1
-a//b:1 ¦ a//b:1
-a___b:1 ¦ a___b:1
--a:1 ¦ -a:1
-nginx:1:2 ¦ nginx:1:2
-nginx:-1 ¦ nginx:-1
-ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
+a//b:1 ¦ =
+a___b:1 ¦ =
+-a:1 ¦ =
+nginx:1:2 ¦ =
+nginx:-1 ¦ =
+ghcr.io_a/b:1 ¦ =
 nginx:1HEXHEX ¦ nginx:101
 nginx@sha256:0HEX ¦ nginx@sha256:
 nginx@sha256:0123… ¦ nginx@sha256:
---platform=linux nginx:1 ¦ --platform=linux nginx:1
+--platform=linux nginx:1 ¦ =
 --platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
---platform nginx:1 ¦ --platform nginx:1
-nginx:1 --force ¦ nginx:1 --force
-nginx:1 => a/b ¦ nginx:1 => a/b
+--platform nginx:1 ¦ =
+nginx:1 --force ¦ =
+nginx:1 => a/b ¦ =
 nginx:1 => Mine:1 ¦ nginx:1 => Mine:1 → nginx:1 => mine:1
-nginx:1 => ¦ nginx:1 =>
+nginx:1 => ¦ =
 nginx:HEX012345678901234567890123456789012345678901234567890123456789 --platform=linux/arm64 ¦ ⤶
 nginx:01
 """)
@@ -7778,6 +7778,7 @@ def refusal(message: str) -> str:
 @pytest.mark.parametrize(("message", "wanted"), [(row[0], row[1:]) for row in REFUSED])
 def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str]) -> None:
     """Each bad item by name, with a correction that is accepted in its turn, if there is one."""
+    wanted = [message] if wanted == ["="] else wanted
     reply, meant = refusal(message), [item.partition(" → ")[2] for item in wanted]
     assert lacking([item.partition(" → ")[0] for item in wanted], reply) == []
     assert re.findall(r"您是不是要：(.*)", reply) == [line for line in meant if line]
@@ -8493,20 +8494,24 @@ def test_without_pycryptodome_it_does_not_start(tmp_path: Path) -> None:
     assert done.returncode == 1 and "pip install" in done.stderr and "pycryptodome" in done.stderr
 
 
-def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
+# words after `send` ¦ exit status ¦ what is printed
+SENT = rows("""
+--user alice LONG ¦ 1 ¦ 413.*(太长|过长|64)
+--user a|b nginx ¦ 1 ¦ 400.*(用户|--user)|(用户|--user).*400
+nginx ¦ 0 ¦ wxsync.*--user
+""")
+
+
+@pytest.mark.parametrize(("words", "status", "why"), SENT)
+def test_send_says_what_is_wrong_and_whom_it_speaks_for(
+    talk: Talk, words: str, status: str, why: str
+) -> None:
     """Each refusal has its own cause. Without --user the default user is said: later messages go
     there; nobody is written to who does not exist."""
-    refusals = [
-        (["x" * 70_000, "--user", "alice"], "413.*(太长|过长|64)"),
-        (["nginx", "--user", "a b"], "400.*(用户|--user)|(用户|--user).*400"),
-    ]
-    with quick() as world:
-        for words, why in refusals:
-            done = world.service.command("send", *words)
-            assert (done.returncode, done.stdout) == (1, "") and re.search(why, done.stderr)
-            assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
-        done = world.service.command("send", "nginx")
-        assert done.returncode == 0 and re.search("wxsync.*--user", done.stderr)
+    done = talk.world.service.command("send", *words.replace("LONG", "x" * 70_000).split())
+    assert done.returncode == int(status) and re.search(why, done.stderr)
+    assert bool(done.stdout) == (status == "0")
+    assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8943,17 +8948,15 @@ def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
     assert len(desk.github.commits) == 1
 
 
-def test_github_wants_quiet() -> None:
+def test_github_wants_quiet(talk: Talk) -> None:
     """While polling: not one call for that long, then the result. For an hour: that is told."""
-    with quick(PlayedRunner(0.2)) as world:
-        world.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
-        world.say("nginx:1")
-        assert "成功 1 / 1" in world.hear("成功 ")
-        times = [call.time for call in world.github.calls_to("GET actions/runs/")]
-        assert 0.95 < times[1] - times[0] < 2
-        world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
-        world.say("quota:1")
-        assert "分钟后再试" in world.hear("成功 0 / 1")
+    talk.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
+    assert "成功 1 / 1" in talk.ask("quiet:1")
+    times = [call.time for call in talk.calls("GET actions/runs/")]
+    assert 0.95 < times[1] - times[0] < 2
+    talk.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
+    talk.say("quota:1")
+    assert "分钟后再试" in talk.hear("成功 0 / 1")
 
 
 REDIRECTS = [("GET contents", 301), ("PUT contents", 302), ("POST dispatches", 307)]
