@@ -8998,16 +8998,6 @@ class Factory:
         self.secrets = {f"DOCKER_{name}": value for name, value in own.items()} | self.place
         self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
 
-    @contextmanager
-    def world(self) -> Iterator[World]:
-        """Run WeCom, GitHub with this workflow, and the service."""
-        with (
-            ActRunner(SCRIPT.parent, self.secrets, self.environment) as runner,
-            World(SCRIPT, runner, self.place) as world,
-        ):
-            yield world
-            assert world.broken() == []
-
     def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
         with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
             (runner.checkout / "images.txt").write_text(images_txt)
@@ -9046,16 +9036,18 @@ def test_from_chat_to_registry(factory: Factory) -> None:
     space, pull = factory.space, f"docker pull {factory.acr}/{factory.space.namespace}/app"
     digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
     bad = {"app:absent": "not-found", "--platform=linux/s390x app:multi": "no-platform"}
-    bad["dead.example.com/a:1"] = "network"
     expected = {"app:multi": f"copied {digest}", line: "copied "}
     expected |= {name: f"failed {code} " for name, code in bad.items()}
-    with factory.world() as world:
+    with (
+        ActRunner(SCRIPT.parent, factory.secrets, factory.environment) as runner,
+        World(SCRIPT, runner, factory.place) as world,
+    ):
         text, run = ask(
             world,
             f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
-            "app:multi --platform linux/s390x、dead.example.com/a:1",
+            "app:multi --platform linux/s390x",
         )
-        assert text.startswith("❌") and "成功 2 / 5" in text and "已是最新" not in text
+        assert text.startswith("❌") and "成功 2 / 4" in text and "已是最新" not in text
         assert lacking([f"{pull}:multi", f"/actions/runs/{run.id}", *bad], text) == []
         assert all(lacking(wxsync.COPY_REASONS[code], text) == [] for code in bad.values())
         assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
@@ -9066,6 +9058,7 @@ def test_from_chat_to_registry(factory: Factory) -> None:
         text, run = ask(world, line)
         assert text.startswith("✅") and f"{pull}:attested（已是最新）" in text
         assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
+        assert world.broken() == []
     assert space.digest("app:multi") == digest
 
 
