@@ -6436,43 +6436,26 @@ def state_file(**keys: object) -> bytes:
     return json.dumps(WHOLE | keys).encode()
 
 
-def with_task(**changes: object) -> bytes:
-    return state_file(tasks=[TASK | changes])
-
-
-TOLERATED = {
-    "as it should be": with_task(),
-    "unknown field": with_task(colour="red"),
-    "fields of a process": with_task(done=1, total=2, since=3.0),
-    "unknown key": state_file(tasks=[TASK], colours=["red"]),
-    "missing keys": json.dumps({"version": 1, "tasks": [TASK]}).encode(),
-    "torn tail": with_task() + b"\n" + with_task(id="f" * 16)[:90],
-    "older lines": state_file(tasks=[OTHER_TASK]) + b"\n" + with_task() + b"\n",
-}
-DAMAGED = {
-    "empty": b"",
-    "cut off": json.dumps(WHOLE).encode()[:50],
-    "zeros": bytes(4096),
-    "binary": bytes(range(256)) * 10,
-    "null": b"null",
-    "a list": b"[]",
-    "nested": b"[" * 100_000,
-    "tasks null": state_file(tasks=None),
-    "a task null": state_file(tasks=[None]),
-    "nobody's": with_task(user=5),
-    "letters odd": state_file(letters=[["alice"], 5]),
-    "orphans odd": state_file(orphans=[[1, 2, 3], None]),
-    "seen odd": state_file(seen={"1": 5}),
-    "huge number": state_file(seen={"1": [10**400, "x"]}),
-    "new keys odd": state_file(finished=5, cancelled={"a": 1}, tries="x"),
-}
+WITH_TASK = state_file(tasks=[TASK])
+TOLERATED = [
+    WITH_TASK,
+    state_file(tasks=[TASK | {"colour": "red", "done": 1, "total": 2, "since": 3.0}], colours=5),
+    json.dumps({"version": 1, "tasks": [TASK]}).encode(),
+    WITH_TASK + b"\n" + state_file(tasks=[OTHER_TASK])[:-90],  # torn
+    state_file(tasks=[OTHER_TASK]) + b"\n" + WITH_TASK + b"\n",
+]
+DAMAGED = [
+    *(b"", WITH_TASK[:50], bytes(4096), b"null", b"[]", b"[" * 100_000),
+    *(state_file(tasks=odd) for odd in (None, [None], [TASK | {"user": 5}])),
+    state_file(letters=[["alice"], 5]),
+    state_file(orphans=[[1, 2, 3], None]),
+    *(state_file(seen={"1": odd}) for odd in (5, [10**400, "x"])),
+    state_file(finished=5, cancelled={"a": 1}, tries="x"),
+]
 BAD_TASKS: list[dict[str, Any]] = [
-    {"items": "nginx:1"},
-    {"items": [1]},
-    {"items": []},
+    *({"items": odd} for odd in ("nginx:1", [1], [], ["rm -rf / \n# evil"])),
     {"lane": "files", "items": []},
     {"lane": "files", "items": ["http://127.0.0.1/"], "upload": [1]},
-    {"items": ["rm -rf / \n# evil"]},
     {"lane": "trains"},
     {"stage": "waiting for a train"},
     {"stage": "late", "items": [1], "run_id": 1},
@@ -6483,14 +6466,13 @@ BAD_TASKS: list[dict[str, Any]] = [
 def test_a_state_file_is_taken_up() -> None:
     """What is unknown, missing or torn harms nothing: the request is done, nothing set aside."""
     with quick() as world:
-        for number, data in enumerate(TOLERATED.values()):
+        for number, data in enumerate(TOLERATED):
             world.service.kill()
             own = data.replace(b'"alice"', b'"user%d"' % number)  # whom GitHub has no run of yet
             world.state_file.write_bytes(own.replace(b"0123456789abcdef", b"%016d" % number))
             world.service.start()
             assert "✅" in hear(world, f"user{number}", "成功 1 / 1")
             assert wait_until(lambda: idle(world))
-        assert "damaged" not in world.service.log
         assert len(world.github.dispatches) == len(TOLERATED)
         assert not list(world.service.state_dir.glob("*damaged*"))
         assert os.name == "nt" or world.state_file.stat().st_mode & 0o777 == 0o600
@@ -6503,9 +6485,8 @@ def check_set_aside(world: Quick, data: bytes) -> None:
     world.images.write_text("redis:6\n")
     before = len(world.service.log)
     world.service.start()
-    user = f"bob{before}"
-    world.say("nginx:latest", user)
-    assert wait_until(lambda: finals(world, user), 3), f"the lane is stuck: {data[:99]!r}"
+    world.say("nginx:latest", f"bob{before}")
+    hear(world, f"bob{before}", "成功 ")
     (aside,) = world.service.state_dir.glob("*damaged*")
     assert aside.read_bytes() == data and world.images.read_text().startswith("redis:6\n")
     assert os.name == "nt" or aside.stat().st_mode & 0o777 == 0o600
@@ -6515,21 +6496,18 @@ def check_set_aside(world: Quick, data: bytes) -> None:
 
 @early
 def test_a_damaged_state_file_is_set_aside() -> None:
-    """The service starts, says it loudly, keeps the file and images.txt, and does the next task."""
-    with Depot(QINGSTOR_URL=NOWHERE) as world:
-        for data in DAMAGED.values():
-            check_set_aside(world, data)
-
-
-@early
-def test_of_a_bad_task_its_person_is_told_and_the_rest_lives_on() -> None:
-    """One odd entry is one request lost, and not unheard; what stands beside it is not lost."""
+    """The service starts, says it loudly, keeps the file and images.txt, and does the next task;
+    of a bad task its person is told, what stands beside it is not lost."""
     tasks = [TASK | {"id": f"{n:016}", "user": f"user{n}"} | bad for n, bad in enumerate(BAD_TASKS)]
     with Depot(QINGSTOR_URL=NOWHERE) as world:
+        for data in DAMAGED:
+            check_set_aside(world, data)
+        before = len(world.wecom.messages)
         check_set_aside(world, state_file(tasks=[*tasks, OTHER_TASK], letters=[("dave", "hello")]))
         assert "✅" in hear(world, "carol", "成功 1 / 1") and hear(world, "dave", "hello")
         assert all("❌" in hear(world, str(task["user"]), "重发") for task in tasks)
-        assert wait_until(lambda: idle(world)) and len(world.wecom.messages) == len(tasks) + 3
+        assert wait_until(lambda: idle(world))
+        assert len(world.wecom.messages) == before + len(tasks) + 3
 
 
 def test_an_odd_images_txt_is_kept_or_told() -> None:
@@ -6547,67 +6525,39 @@ def test_an_odd_images_txt_is_kept_or_told() -> None:
 
 
 @contextmanager
-def small_disk() -> Iterator[Path]:
-    """Mount a file system of 256 kB for a while; skip the test where that is not allowed."""
-    folder = Path(tempfile.mkdtemp(prefix="wxsync-disk-"))
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    mount = shutil.which("mount")
-    if not mount or subprocess.run(command, capture_output=True, check=False).returncode:
-        folder.rmdir()
-        pytest.skip("cannot mount a small file system here (needs root)")
+def mounted(folder: Path, *words: str) -> Iterator[None]:
+    """Mount something on a folder for a while; skip the test where that is not allowed."""
+    done = run_command(["mount", *words, str(folder)]) if shutil.which("mount") else None
+    if not done or done.returncode:
+        pytest.skip("cannot mount here (needs root)")
     try:
-        yield folder
+        yield
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-        folder.rmdir()
+        run_command(["umount", "-l", str(folder)], check=True)
 
 
-def disk_takes_log(world: World) -> bool:
-    """Let the service log something; tell whether the log has become longer."""
-    before = world.service.log_path.stat().st_size
-    with suppress(OSError, http.client.HTTPException):
-        world.client.post_text("alice", "x", timestamp=1)
-    return world.service.log_path.stat().st_size > before
-
-
-@pytest.mark.parametrize("log_is_there_too", [False, True])
-def test_a_full_disk_is_told_and_nothing_is_accepted(log_is_there_too: bool) -> None:
+def test_a_full_or_read_only_disk_is_told_and_nothing_is_accepted(tmp_path: Path) -> None:
     """The refusal comes as the reply, even when the log cannot be written either."""
-    with small_disk() as disk, closing(quick(STATE_DIR=str(disk)).prepare()) as world:
-        if log_is_there_too:
-            world.service.log_path = disk / "log"
-            world.service.log_path.touch()
+    with (
+        mounted(tmp_path, "-t", "tmpfs", "-o", "size=256k", "tmpfs"),
+        closing(quick(STATE_DIR=str(tmp_path)).prepare()) as world,
+    ):
+        world.service.log_path = Path("/dev/full")
         world.service.start()
-        world.say("列表")
-        with open(disk / "filler", "wb", 0) as filler, suppress(OSError):
+        with open(tmp_path / "filler", "wb", 0) as filler, suppress(OSError):
             while filler.write(b"x" * 512):  # up to the last byte
                 pass
-        while log_is_there_too and disk_takes_log(world):
-            pass
-        for text in ("nginx:latest", "redis:7"):
-            assert "无法保存" in world.say(text)
-        assert world.service.health()["running"] == 0, "accepted all the same"
-        (disk / "filler").unlink()
+        assert [text for text in ("a:1", "b:1") if "无法保存" not in world.say(text)] == []
+        (tmp_path / "filler").unlink()
+        with mounted(tmp_path, "--bind", str(tmp_path)):
+            run_command(["mount", "-o", "remount,bind,ro", str(tmp_path)], check=True)
+            assert "无法保存" in world.say("c:1")
+            health = world.service.health()
+            assert (health["status"], health["running"]) == ("degraded", 0)
         world.say("alpine:3", "bob")
         world.hear("✅")
         assert [d.inputs["images"] for d in world.github.dispatches] == ['["alpine:3"]']
-        assert saved(world)["tasks"] == []
-
-
-def test_a_read_only_state_dir_is_told_and_nothing_is_accepted() -> None:
-    """The folder becomes read-only under the running service."""
-    with small_disk() as disk, quick(STATE_DIR=str(disk)) as world:
-        subprocess.run(["mount", "--bind", str(disk), str(disk)], check=True)
-        try:
-            subprocess.run(["mount", "-o", "remount,bind,ro", str(disk)], check=True)
-            assert "无法保存" in world.say("nginx:latest")
-            health = world.service.health()
-            assert (health["status"], health["running"]) == ("degraded", 0)
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
-        world.say("redis:7")
-        world.hear("✅")
-        assert len(world.github.dispatches) == 1
+        assert wait_until(lambda: idle(world))
 
 
 def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
@@ -6627,38 +6577,18 @@ def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
             begun = time.monotonic()
             assert world.service.health() and "当前状态" in world.say("状态", "zoe")
             looks.append(time.monotonic() - begun)
-        slowest = max(future.result() for future in asked)
-        assert (slowest < 4, max(looks) < 0.5) == (True, True), (slowest, max(looks))
+        assert max(future.result() for future in asked) < 4 and max(looks) < 0.5
         code, seconds = world.service.terminate()
-        assert (code, seconds < 5) == (0, True), seconds
-        assert len(saved(world)["tasks"]) == 20
+        assert code == 0 and seconds < 5 and len(saved(world)["tasks"]) == 20
 
 
-SYNC_FAILS = {
-    "a file": {"file": errno.EIO},
-    "a full disk": {"file": errno.ENOSPC},
-    "a folder": {"folder": errno.EIO},
-    "no folders here": {"folder": errno.EINVAL},
-    "not supported": {"folder": errno.ENOTSUP},
-}
-
-
-@pytest.mark.parametrize("name", SYNC_FAILS)
-def test_what_is_refused_never_runs_and_what_is_taken_does(name: str) -> None:
-    """A sync that fails leaves nothing half; a folder that can never be synced fails nothing."""
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_folder_that_can_never_be_synced_fails_nothing(number: int) -> None:
+    """Some mounts have no such thing."""
     with quick(None, BAD_DISK) as world:
-        disk_is(world, **SYNC_FAILS[name])
-        reply = world.say("app1:1")
-        lasting = name in ("no folders here", "not supported")
-        assert "正在处理" in reply or ("无法保存" in reply and not lasting), reply
-        world.service.kill()
-        if not lasting:
-            disk_is(world)
-        world.service.start()
-        world.say("app2:1", "bob")
-        hear(world, "bob", "✅")
-        assert [text[0] for text in finals(world, "alice")] == ["✅"] * ("正在处理" in reply)
-        assert lasting <= (world.service.health()["status"] == "ok")
+        disk_is(world, folder=number)
+        assert "正在处理" in world.say("app:1") and "✅" in world.hear("成功 1 / 1")
+        assert world.service.health()["status"] == "ok"
 
 
 @early
@@ -6673,14 +6603,13 @@ def test_a_file_that_a_scanner_holds_is_tried_again() -> None:
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: bool) -> None:
     """It goes on from memory and is told once, though told again later; then all is written."""
-    with quick(SlowRunner("")) as world:
+    with quick(SlowRunner(""), REWRITE_SECONDS="0.5") as world:
         for number, user in enumerate(("alice", "bob")):
             world.say(f"app{number}:1", user)
         assert wait_until(lambda: world.github.runs)
         room(world, 0)
         world.open()
-        for user in ("alice", "bob"):
-            assert "✅" in hear(world, user, "成功 1 / 1")
+        assert all("✅" in hear(world, user, "成功 1 / 1") for user in ("alice", "bob"))
         assert "无法保存" in world.say("app2:1", "carol")
         assert world.service.health()["status"] == "degraded"
         if killed:  # what was told was not written down: it is told again, to the letter
@@ -6699,79 +6628,51 @@ def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: boo
 # Nothing lost: midnight
 # ---------------------------------------------------------------------------------------------
 
-# Reads a moment a line, does midnight's work at it, prints what `keep_midnight` returned.
-MIDNIGHT = """
-import os, sys, time
-sys.path.insert(0, sys.argv[1])
-import wxsync
-settings = wxsync.load_settings(os.environ)
-log = wxsync.Log("DEBUG", settings.secret_values(), sys.stderr)
-moment = [0.0]
-app = wxsync.build_app(settings, log, lambda: moment[0], lambda seconds: None)
-app.state.load()
-for line in sys.stdin:
-    moment[0] = float(line)
-    print(wxsync.keep_midnight(app), flush=True)
-"""
-
 
 class Nights:
     """Midnight's work of one STATE_DIR at moments of the test's choice."""
 
     def __init__(self, github: FakeGitHub, zone: str, folder: Path) -> None:
-        self.github, self.zone, self.images = github, zone, folder / "images.txt"
+        self.github, self.zone, self.images = github, ZoneInfo(zone), folder / "images.txt"
         self.images.touch()
-        settings = World(SCRIPT).defaults() | {"GITHUB_API_URL": github.url, "TZ": zone}
-        settings |= {"WECOM_API_URL": NOWHERE, "STATE_DIR": str(folder)}
-        self.environment = clean_environment(folder, settings)
+        own = {"WECOM_API_URL": NOWHERE, "GITHUB_API_URL": github.url, "STATE_DIR": str(folder)}
+        self.settings, self.moment = wxsync.load_settings(World(SCRIPT).defaults() | own), 0.0
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-B", "-c", MIDNIGHT, str(SCRIPT.parent)],
-            env=self.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        log = wxsync.Log("DEBUG", self.settings.secret_values(), sys.stderr)
+        self.app = wxsync.build_app(self.settings, log, lambda: self.moment, lambda seconds: None)
+        self.app.state.load()
+
+    def work(self, moment: float) -> float:
+        """Return how long it wants to wait then."""
+        self.moment = moment
+        return wxsync.keep_midnight(self.app)
 
     def seconds(self, when: str) -> float:
-        return datetime.fromisoformat(when).replace(tzinfo=ZoneInfo(self.zone)).timestamp()
-
-    def begin(self, moment: float) -> None:
-        assert self.process.stdin
-        print(moment, file=self.process.stdin, flush=True)
-
-    def end(self) -> float:
-        assert self.process.stdout
-        return float(self.process.stdout.readline())
-
-    def ask(self, line: str) -> None:
-        with open(self.images, "a") as file:
-            file.write(f"{line}\n")
+        return datetime.fromisoformat(when).replace(tzinfo=self.zone).timestamp()
 
     def step(self, text: str) -> None:
         word, _, value = text.partition(" ")
         if word == "+":
-            self.ask(value)
+            with open(self.images, "a") as file:
+                file.write(f"{value}\n")
         elif word == "=":
             assert self.images.read_text().split() == value.split()
         elif word == "pushed":
-            pushed = [commit.content.decode().strip() for commit in self.github.commits]
-            assert list(filter(None, pushed)) == value.split()
+            pushed = "".join(commit.content.decode() for commit in self.github.commits)
+            assert pushed.split() == value.split()
         elif word == "GitHub":
             {"goes": self.github.stop, "comes": self.github.start}[value]()
         elif word == "has":
             self.github.files["images.txt"] = f"{value}\n".encode()
         elif word == "restart":
-            self.process.kill()
-            self.process.communicate()
             self.start()
         else:
             when, _, wait = text.partition(" → ")
-            self.begin(self.seconds(when if when.startswith("2") else f"2026-{when}"))
+            waits = self.work(self.seconds(when if when.startswith("2") else f"2026-{when}"))
             least, most = map(float, (wait or "0-86400").split("-"))
-            assert least <= self.end() <= most
+            assert least <= waits <= most
 
 
 # promise: times at which the work is done (→ how long it waits then), lines that are added, what is
@@ -6792,17 +6693,19 @@ yesterday is lived again: 05-06 00:05, + nginx:1, 05-05 23:50, = nginx:1, pushed
 
 
 @pytest.fixture
-def nights(tmp_path: Path) -> Iterator[Callable[[str], Nights]]:
-    with FakeGitHub() as github, ExitStack() as stack:
+def nights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Nights]]:
+    def begin(zone: str) -> Nights:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        return Nights(github, zone, tmp_path)
 
-        def begin(zone: str) -> Nights:
-            made = Nights(github, zone, tmp_path)
-            stack.callback(lambda: made.process.kill())  # which may be another by then
-            return made
-
+    with FakeGitHub() as github:
         yield begin
+    monkeypatch.undo()
+    time.tzset()
 
 
+@POSIX
 @pytest.mark.parametrize("story", NIGHTS.replace("\n ", " ").strip().splitlines())
 def test_the_list_goes_at_midnight_only(story: str, nights: Callable[[str], Nights]) -> None:
     """Whatever GitHub and the clock do, a day's list is pushed and emptied once, at its end."""
@@ -6820,41 +6723,40 @@ Asia/Beirut 2026-10-24 23:00 to 24:00 comes twice
 """
 
 
+@POSIX
 @pytest.mark.parametrize("line", EVES.strip().splitlines())
 def test_midnight_comes_once_a_day(line: str, nights: Callable[[str], Nights]) -> None:
     """Going where it sends us, from noon on: the list is emptied within a second of 00:00:00."""
     zone, eve, *_ = line.split()
     place = nights(zone)
-    place.ask("nginx:1")
+    place.step("+ nginx:1")
     place.step(f"{eve} 00:30")
-    moment, last = place.seconds(f"{eve} 22:00"), 0.0
+    begun = moment = last = place.seconds(f"{eve} 22:00")
     while not place.github.commits:
         last = moment
-        place.begin(moment)
-        wait = place.end()
+        wait = place.work(moment)
         assert wait > 0, "a busy loop"
         moment += wait
-        assert moment < place.seconds(f"{eve} 22:00") + 5 * 3600, "no midnight"
-    local = [datetime.fromtimestamp(last - ago, ZoneInfo(zone)) for ago in (0, 1)]
+        assert moment < begun + 5 * 3600, "no midnight"
+    local = [datetime.fromtimestamp(last - ago, place.zone) for ago in (0, 1)]
     assert local[0].date() > local[1].date() and str(local[1].date()) == eve
     place.step("=")
     place.step("pushed nginx:1")
 
 
+@POSIX
 def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights]) -> None:
     """The list grows while GitHub takes its time."""
     berlin = nights("Europe/Berlin")
-    berlin.step("05-05 12:00")
-    berlin.ask("nginx:1\n# 说明")
+    for step in ("05-05 12:00", "+ nginx:1", "+ # 说明"):
+        berlin.step(step)
     berlin.github.delay = 0.3
-    berlin.begin(berlin.seconds("2026-05-06 00:00"))
-    assert wait_until(lambda: berlin.github.calls_to("PUT"))
-    berlin.ask("redis:7")
-    berlin.end()
-    (commit,) = berlin.github.commits
-    assert (
-        commit.content.decode() == "nginx:1\n# 说明\n" and berlin.images.read_text() == "redis:7\n"
-    )
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(berlin.step, "05-06 00:00")
+        assert wait_until(lambda: berlin.github.calls_to("PUT"))
+        berlin.step("+ redis:7")
+    berlin.step("pushed nginx:1 # 说明")
+    berlin.step("= redis:7")
 
 
 @early
@@ -6876,19 +6778,15 @@ def test_midnight_waits_for_the_request_that_runs() -> None:
 
 
 # What Windows has in place of fcntl, made of what Linux has in place of it.
-MSVCRT = """
-import os
-LK_NBLCK = 2
-def locking(fd, mode, count):
-    assert mode == LK_NBLCK and os.lseek(fd, 0, os.SEEK_CUR) == 0
-    os.lockf(fd, os.F_TLOCK, count)
-"""
 WINDOWS = """
-import sys
-sys.path[:0] = [{folder!r}, {source!r}]
+import os, sys, types
+def locking(fd, mode, count):
+    assert mode == 2 and os.lseek(fd, 0, os.SEEK_CUR) == 0
+    os.lockf(fd, os.F_TLOCK, count)
 sys.modules["fcntl"] = None  # some Pythons have it built in
+sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+sys.path.insert(0, {!r})
 import wxsync
-assert wxsync.fcntl is None
 sys.exit(wxsync.main())
 """
 
@@ -6896,9 +6794,8 @@ sys.exit(wxsync.main())
 @pytest.mark.parametrize("system", ["Linux", "Windows"])
 def test_a_second_service_says_so_and_exits(tmp_path: Path, system: str) -> None:
     """One STATE_DIR has one owner; the lock, without fcntl that of msvcrt, dies with it."""
-    (tmp_path / "msvcrt.py").write_text(MSVCRT)
     script = tmp_path / "windows.py"
-    script.write_text(WINDOWS.format(folder=str(tmp_path), source=str(SCRIPT.parent)))
+    script.write_text(WINDOWS.format(str(SCRIPT.parent)))
     with World(SCRIPT if system == "Linux" else script) as world:
         settings = {k: v for k, v in world.service.settings.items() if k != "PORT"}
         other = Service(world.service.script, settings)
@@ -6924,7 +6821,7 @@ def test_sigterm_ends_it_within_2_seconds_while_everything_hangs(what: str) -> N
         assert wait_until(lambda: peer.calls)
         time.sleep(0.3)
         code, seconds = world.service.terminate(5)
-        assert (code, seconds < 2) == (0, True), f"{code} after {seconds:.1f} s"
+        assert code == 0 and seconds < 2
         peer.hang = world.wecom.hang = False
         world.service.start()
         assert "成功" in world.hear("✅") and len(world.github.commits) == (who == "github")
@@ -6965,55 +6862,44 @@ def kill_at(world: Any, step: str, say: Callable[[str], object]) -> None:
     world.service.restart()
 
 
-def check_kill(step: str) -> None:
-    """Everything happens once: one commit and one run, or one object, and one message."""
-    with Depot() as world:
-        world.source.add("/a.bin", 1000)
-        kill_at(world, step, world.say)
-        assert wait_until(lambda: idle(world)), f"{step}: {saved(world)}"
-        (told,) = world.wecom.messages_for("alice")
-        assert told[0] == "✅" and "成功" in told, step
-        image = step.startswith("image")
-        assert len(world.github.commits) == len(world.github.dispatches) == image, step
-        assert len(world.store.objects) == (not image), step
-
-
 @early
 def test_killed_at_any_step_everything_happens_once() -> None:
     """One commit, one run or one object, one final message, wherever kill -9 interrupts."""
+
+    def check(step: str) -> None:
+        with Depot() as world:
+            world.source.add("/a.bin", 1000)
+            kill_at(world, step, world.say)
+            assert wait_until(lambda: idle(world)), f"{step}: {saved(world)}"
+            (told,) = world.wecom.messages_for("alice")
+            assert told[0] == "✅" and "成功" in told, step
+            image = step.startswith("image")
+            assert len(world.github.commits) == len(world.github.dispatches) == image, step
+            assert len(world.store.objects) == (not image), step
+
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(check_kill, KILLS))
+        list(pool.map(check, KILLS))
 
 
-@contextmanager
-def watched(world: Quick) -> Iterator[list[str]]:
-    """Read the files of STATE_DIR all the time; what is returned fills with what is not whole."""
-    over, wrong, seen = threading.Event(), list[str](), [""]
-
-    def watch() -> None:
-        while not over.wait(0.002):
-            with suppress(FileNotFoundError):
-                seen.append(world.images.read_text())
-                whole = seen[-1].startswith(seen.pop(0)) and seen[-1][-1:] in ("", "\n")
-                wrong.extend([] if whole else seen)
-                try:
-                    saved(world)
-                except ValueError as error:
-                    wrong.append(f"wxsync.state: {error}")
-
-    with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(watch)
-        try:
-            yield wrong
-        finally:
-            over.set()
-    watching.result()
+def watch_files(world: Quick, over: threading.Event) -> list[str]:
+    """Read the files of STATE_DIR all the time; return what was not whole."""
+    wrong, seen = list[str](), ""
+    while not over.wait(0.002):
+        with suppress(FileNotFoundError):
+            before, seen = seen, world.images.read_text()
+            if not seen.startswith(before) or seen[-1:] not in ("", "\n"):
+                wrong += [before, seen]
+            try:
+                saved(world)
+            except ValueError as error:
+                wrong.append(f"wxsync.state: {error}")
+    return wrong
 
 
 def spoil(world: World, chance: random.Random) -> None:
     how = chance.choice(("fine", "fine", "fine", "slow", "failing", "full"))
-    errors = {"failing": chance.choice(((errno.EIO, 0), (errno.ENOSPC, 0), (0, errno.EIO)))}
-    disk_is(world, 0.2 * chance.random() * (how == "slow"), *errors.get(how, (0, 0)), 0.5)
+    fails = chance.choice(((errno.EIO, 0), (errno.ENOSPC, 0), (0, errno.EIO)))
+    disk_is(world, 0.2 * chance.random() * (how == "slow"), *fails, 0.5 * (how == "failing"))
     room(world, chance.choice((0, chance.randrange(30_000))) if how == "full" else -1)
 
 
@@ -7047,9 +6933,13 @@ def kill_at_random(seed: int, lives: int) -> None:
         world.say(links.pop())  # Python keeps what it compiled, if only half of it fits
         world.hear("文件上传成功")
         texts = [link if n % 3 == 2 else f"app{n}:1" for n, link in enumerate(links)]
-        with watched(world) as wrong:
-            taken = [live(world, chance, life, text) for life, text in enumerate(texts)]
-            assert wait_until(lambda: idle(world), 30), f"seed {seed}: {saved(world)}"
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(watch_files, world, over := threading.Event())
+            try:
+                taken = [live(world, chance, life, text) for life, text in enumerate(texts)]
+                assert wait_until(lambda: idle(world), 30), f"seed {seed}: {saved(world)}"
+            finally:
+                over.set()
         commits = Counter(commit.message for commit in world.github.commits)
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
         for life, text in enumerate(texts):
@@ -7061,7 +6951,7 @@ def kill_at_random(seed: int, lives: int) -> None:
                 assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
         given_up = sum("异常退出" in message.text for message in world.wecom.messages)
         stored = 1 + sum(taken[2::3]) - given_up
-        assert (len(world.store.objects), wrong) == (stored, []), f"seed {seed}"
+        assert (len(world.store.objects), watching.result()) == (stored, []), f"seed {seed}"
 
 
 @early
@@ -7073,23 +6963,12 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
         list(pool.map(kill_at_random, seeds, [250 if LONG else 20 if BIG else 10] * 2))
 
 
-def test_a_request_is_on_disk_before_it_is_answered() -> None:
-    """Right after the 200 the state file has the request, and so it survives kill -9."""
-    with quick(SlowRunner(""), QUEUE_SIZE="20") as world:
-        for number in range(20):
-            world.say(f"app{number}:1")
-            assert [f"app{number}:1"] in [task["items"] for task in saved(world)["tasks"]]
-        world.service.kill()
-        assert len(saved(world)["tasks"]) == 20
-
-
 def test_repeats_get_the_same_reply_and_start_nothing() -> None:
     """The same MsgId again, as XML or JSON, before and after kill -9."""
-    texts = ("nginx:latest", "Nginx:latest", "帮助", "nginx")
     with quick() as world:
 
         def replies(fmt: str) -> list[str]:
-            asked = enumerate(texts)
+            asked = enumerate(("nginx:latest", "Nginx:latest", "帮助", "nginx"))
             return [world.client.post_text("alice", t, msg_id=n, fmt=fmt).reply for n, t in asked]
 
         first = replies("xml")
@@ -7102,17 +6981,14 @@ def test_repeats_get_the_same_reply_and_start_nothing() -> None:
 
 def test_the_state_is_a_journal_that_stays_small() -> None:
     """A line a change, at most about 1 MiB of them; one line after a start and after a stop."""
-    with quick(QUEUE_SIZE="100") as world:
+    letters = [["bob", "x" * 2000]] * 100
+    with quick(None, "", state_file(letters=letters), QUEUE_SIZE="100") as world:
         path = world.state_file
         world.wecom.stop()
-        for number in range(3):
-            world.say(f"app{number}:1")
-        assert wait_until(lambda: len(saved(world)["letters"]) == 3)
-        assert path.read_bytes().strip().count(b"\n") >= 3
-        world.service.kill()
-        big = saved(world) | {"letters": [["bob", "x" * 2000]] * 100}
-        path.write_bytes(json.dumps(big).encode())
-        world.service.start()
+        assert path.read_bytes().strip().count(b"\n") == 0
+        world.say("app:1")
+        assert wait_until(lambda: len(saved(world)["letters"]) == 101)
+        assert path.read_bytes().strip().count(b"\n") >= 2
         sizes = []
         for number in range(10):
             world.say(f"site{number}:1")
@@ -7124,88 +7000,67 @@ def test_the_state_is_a_journal_that_stays_small() -> None:
 
 
 OLD_FIELDS = "id lane user items accepted stage run_id run_url started upload done total since"
-
-
-def old_task(number: int, user: str, stage: str, *items: str, **more: object) -> dict[str, Any]:
-    """Return a task as version 1.0.0 wrote it down."""
-    url = f"https://github.com/octo/mirror/actions/runs/{number}" if number else ""
-    values = [secrets.token_hex(8), "images", user, list(items), time.time(), stage, number, url]
-    values += [time.time() if number else 0.0, [], 0, 0, 1119.217606035]
-    return dict(zip(OLD_FIELDS.split(), values, strict=True)) | more
-
-
-# State files as version 1.0.0 left them when it was killed.
-FIRST_RUN, KEY_ID = 30000000001, "b58fddec-a74f-4467-8305-d81887fa1440.bin"
+# A state file as version 1.0.0 left it when it was killed.
 PROMISED = "⏳ 已有任务正在处理中，已排队，前面还有 1 个\n共 2 个镜像：\n1. bitnami/redis:7"
-OLD_STATES: dict[str, dict[str, Any]] = {
-    "running and queued": {
-        "tasks": [
-            old_task(FIRST_RUN, "alice", "running", "nginx:latest"),
-            old_task(0, "bob", "queued", "bitnami/redis:7", "--platform=linux/arm64 alpine:3.20"),
-        ],
-        "seen": {"4711": [time.time(), PROMISED]},
-    },
-    "dispatching": {"tasks": [old_task(0, "alice", "dispatching", "nginx:latest")]},
-    "late": {"tasks": [old_task(FIRST_RUN, "alice", "late", "nginx:latest")]},
-    "upload on its way": {
-        "tasks": [
-            old_task(0, "alice", "queued", "http://SOURCE/big.bin", lane="files", total=9000000)
-            | {"upload": [KEY_ID, "e939cdc4bc61568bf52f268c3ba041ef", "big.bin"]}
-        ]
-    },
-    "unsent": {
-        "letters": [
-            ["alice", f"✅ 镜像同步完成，成功 1 / 1\n用时 0 秒\n\ndocker pull {PREFIX}/app0:1"],
-            ["bob", "✅ 镜像同步完成，成功 1 / 1\n用时 0 秒\nhttps://github.com/octo/mirror"],
-        ],
-        "last": "11-24 14:40 镜像 app1:1：成功 1 / 1",
-    },
+UPLOAD = ["b58fddec-a74f-4467-8305-d81887fa1440.bin", "e939cdc4bc61568bf52f268c3ba041ef", "big.bin"]
+OLD_STATE: dict[str, Any] = {
+    "letters": [["erin", "✅ 镜像同步完成，成功 1 / 1\n用时 0 秒"], ["frank", "✅ 镜像同步完成"]],
+    "last": "11-24 14:40 镜像 app1:1：成功 1 / 1",
+    "seen": {"4711": [time.time(), PROMISED]},
 }
+
+
+def old_task(run: int, user: str, stage: str, *items: str, **more: object) -> dict[str, Any]:
+    """Return a task as version 1.0.0 wrote it down."""
+    url = f"https://github.com/octo/mirror/actions/runs/{run}" if run else ""
+    values = [secrets.token_hex(8), "images", user, list(items), time.time(), stage, run, url]
+    values += [time.time() if run else 0.0, [], 0, 0, 1119.217606035]
+    return dict(zip(OLD_FIELDS.split(), values, strict=True)) | more
 
 
 def check_old_form(data: bytes) -> None:
     """Check what version 1.0.0 checks when it reads its state file: all of it, or it takes none."""
-    state = json.loads(data)
+    state, names = json.loads(data), set(OLD_FIELDS.split())
     assert state["version"] == 1 and state.keys() >= WHOLE.keys()
     for task in state["tasks"]:
-        assert set(OLD_FIELDS.split()) >= task.keys() >= TASK.keys()
-        assert task["lane"] in ("images", "files") and len(task.get("upload", [])) in (0, 3)
+        assert names >= task.keys() >= TASK.keys() and task["lane"] in ("images", "files")
         assert task["stage"] in ("queued", "committed", "dispatching", "running", "late")
-        assert all(isinstance(task.get(name, 0), int | float) for name in OLD_FIELDS.split()[-3:])
-        assert task["items"] and all(isinstance(item, str) for item in task["items"])
+        assert len(task.get("upload", [])) in (0, 3) and all(map(str.strip, task["items"]))
+        assert all(
+            isinstance(task.get(name, 0), int | float) for name in ("done", "total", "since")
+        )
     assert all(len(letter) == 2 for letter in state["letters"]) and isinstance(state["last"], str)
     assert all(isinstance(at, float) and reply for at, reply in state["seen"].values())
 
 
-def upgrade(name: str) -> None:
-    state = WHOLE | OLD_STATES[name]
+def upgrade(stage: str) -> None:
     with closing(Depot().prepare()) as world:
-        world.source.add("/big.bin", 9_000_000)
-        for task in state["tasks"]:
-            if task["stage"] != "queued":
-                inputs = {"images": json.dumps(task["items"]), "request": task["id"]}
-                world.github.new_run(inputs)
-            if task["upload"]:
-                world.store.open_uploads[task["upload"][1]] = OpenUpload(task["upload"][0], "")
-        world.state_file.write_text(json.dumps(state).replace("SOURCE", world.source.host))
+        run, link = 30_000_000_001, world.source.add("/big.bin", 9_000_000)
+        late = old_task(run, "alice", "late", "nginx:latest")
+        begun = old_task((run + 1) * (stage == "running"), "bob", stage, "nginx:1")
+        waits = old_task(0, "carol", "queued", "bitnami/redis:7", "--platform=linux/arm64 alpine:3")
+        file = old_task(0, "dave", "queued", link, lane="files", total=9_000_000, upload=UPLOAD)
+        for task in (late, begun):
+            inputs = {"images": json.dumps(task["items"]), "request": task["id"]}
+            world.github.new_run(inputs)
+        world.store.open_uploads[UPLOAD[1]] = OpenUpload(UPLOAD[0], "")
+        world.state_file.write_bytes(state_file(tasks=[late, begun, waits, file], **OLD_STATE))
         world.service.start()
-        seen = state["seen"].get("4711", ("", ""))[1]
-        assert not seen or world.client.post_text("bob", "x", msg_id=4711).reply == seen
+        assert world.client.post_text("bob", "帮助", msg_id=4711).reply == PROMISED
         assert world.service.terminate()[0] == 0
         check_old_form(world.state_file.read_bytes())
         world.service.start()
         assert wait_until(lambda: idle(world)), saved(world)
-        told = sorted((message.user, message.text[0]) for message in world.wecom.messages)
-        assert told == [("alice", "✅"), ("bob", "✅")][: len(state["tasks"] + state["letters"])]
-        assert len(world.github.dispatches) == (name == "running and queued")
-        assert len(world.store.objects) == (name == "upload on its way") and not world.broken()
+        told = " ".join(sorted(message.user + message.text[0] for message in world.wecom.messages))
+        assert told == "alice✅ bob✅ carol✅ dave✅ erin✅ frank✅" and not world.broken()
+        assert len(world.github.dispatches) == len(world.store.objects) == 1
 
 
 @early
 def test_an_upgrade_and_a_rollback_lose_nothing() -> None:
     """What version 1.0.0 had begun is ended, told once; what we leave behind it can read."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(upgrade, OLD_STATES))
+        list(pool.map(upgrade, ("running", "dispatching")))
 
 
 def test_a_state_of_a_later_version_is_left_alone() -> None:
@@ -7238,7 +7093,8 @@ def test_orphans_are_dropped_at_once_however_busy_it_is() -> None:
 
 @early
 def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
-    """Kept for hours, tried ever less often, no one else waits; who writes again hears at once."""
+    """Kept for hours, tried ever less often, no one else waits; who writes again hears at once.
+    What is given up, for an errcode or as `invaliduser`, is counted."""
     letters = [("alice", "first"), ("carol", "other"), ("bob", "second")]
     minutes, world = 180 if LONG else 10, hasty(letters)
     world.wecom.refused |= {"alice": 90500, "carol": 40003}
@@ -7251,35 +7107,36 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         world.say("帮助", "alice")
         world.wecom.wait_message("first", 1)
         assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
+        nobody = b'{"errcode": 0, "errmsg": "ok", "invaliduser": "dave", "msgid": "x"}'
+        world.wecom.fail("POST message/send", (200, {}, nobody))
+        world.say("app:1", "dave")
+        assert wait_until(lambda: world.service.health()["dropped"] == 2)
 
 
 @early
-def test_after_an_outage_the_oldest_messages_come_first_and_soon() -> None:
-    """WeCom was away for ten minutes: all is there within two more, in the order of the queue."""
-    world = hasty([(f"user{number}", f"text {number}") for number in range(5)]).prepare()
+def test_after_an_outage_the_oldest_messages_come_first_soon_and_not_too_fast() -> None:
+    """WeCom is away for ten minutes, the service dies meanwhile: all is there within two more, in
+    the order of the queue, 30 a minute to one person, who makes nobody else wait."""
+    users = [user for n in range(5) for user in (f"user{n}", *["alice"] * 8)]
+    letters = [(user, f"text {n}") for n, user in enumerate(users)]
+    world = hasty(letters).prepare()
     with closing(world):
         world.wecom.stop()
         world.service.start()
-        time.sleep(10)
+        time.sleep(5)
+        world.service.restart()
+        time.sleep(5)
         assert world.service.health()["status"] == "degraded"
         world.wecom.start()
         back = time.time()
-        assert wait_until(lambda: len(world.wecom.messages) == 5, 8)
-        assert [m.user for m in world.wecom.messages] == [f"user{number}" for number in range(5)]
-        assert world.wecom.messages[-1].time - back < 2
+        assert wait_until(lambda: len(world.wecom.messages) == len(letters), 8)
+        assert not world.wecom.dropped
+        texts = [text for user, text in letters if user == "alice"]
+        assert world.wecom.messages_for("alice") == texts
+        others = [message for message in world.wecom.messages if message.user != "alice"]
+        assert [message.user for message in others] == [f"user{n}" for n in range(5)]
+        assert others[-1].time - back < 2
         assert wait_until(lambda: world.service.health()["status"] == "ok")
-
-
-def test_messages_that_are_given_up_are_counted() -> None:
-    """A receiver nobody knows, told by errcode or as `invaliduser`: /health says how many."""
-    with quick() as world:
-        world.wecom.known_users = {"alice"}
-        world.say("app1:1", "bob")
-        assert wait_until(lambda: world.service.health()["dropped"] == 1)
-        nobody = b'{"errcode": 0, "errmsg": "ok", "invaliduser": "alice", "msgid": "x"}'
-        world.wecom.fail("POST message/send", (200, {}, nobody))
-        world.say("app2:1", "alice")
-        assert wait_until(lambda: world.service.health()["dropped"] == 2)
 
 
 @early
@@ -7293,12 +7150,15 @@ def test_lists_give_way_to_results_and_to_newer_lists() -> None:
         world.say("app:1")
         assert wait_until(lambda: "成功 1 / 1" in str(saved(world)["letters"]))
         world.wecom.start()
-        world.wecom.wait_message(lines[-1])
+        world.hear(lines[-1])
         time.sleep(1)
-        texts = [reply, *(message.text for message in world.wecom.messages)]
-        assert "成功 1 / 1" in texts.pop(1)
-        assert [w for w in "\n".join(texts).split() if w.startswith("registry")] == lines
-        assert len(texts) <= -(-len("\n".join(lines)) // 1900)
+        result, *rest = [message.text for message in world.wecom.messages]
+        assert "成功 1 / 1" in result and len(rest) <= len("\n".join(lines)) // 1900
+        assert re.findall("^registry.*", "\n".join([reply, *rest]), re.MULTILINE) == lines
+        world.wecom.messages.clear()
+        world.say("列表")
+        world.hear(lines[-1])  # as it is no duplicate, which WeCom would drop without a word
+        assert not world.wecom.dropped
 
 
 @in_long_mode
@@ -7308,29 +7168,6 @@ def test_at_most_950_messages_an_hour_go_to_a_person() -> None:
         assert wait_until(lambda: len(world.wecom.messages) == 1100, 120), world.wecom.dropped
         times = [message.time for message in world.wecom.messages]
         assert min(b - a for a, b in zip(times, times[951:], strict=False)) > 59
-
-
-@early
-def test_messages_wait_for_wecom_in_order_and_not_too_fast() -> None:
-    """WeCom is away, the service dies meanwhile; all arrives later, in order, 30 a minute."""
-    with quick(QUEUE_SIZE="20") as world:
-        world.wecom.stop()
-        for number in range(4):
-            world.say(f"app{number}:1", "alice")
-        world.say("other:1", "bob")
-        assert wait_until(lambda: len(saved(world)["letters"]) == 5)
-        time.sleep(1.5)
-        assert world.service.health()["status"] == "degraded"
-        world.service.restart()
-        time.sleep(1)
-        world.wecom.start()
-        assert wait_until(lambda: idle(world), 30), saved(world)
-        told = [re.findall(r"app\d", text)[-1] for text in finals(world, "alice")]
-        assert told == [f"app{n}" for n in range(4)]
-        times = [message.time for message in world.wecom.messages if message.user == "alice"]
-        assert min(b - a for a, b in itertools.pairwise(times)) >= 2
-        assert len(finals(world, "bob")) == 1 and not world.wecom.dropped
-        assert world.service.health()["status"] == "ok"
 
 
 @in_long_mode
@@ -7408,7 +7245,6 @@ docker.io/library/nginx:latest ¦ nginx:latest
 ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
 localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
---platform=linux/amd64 x/y:1 ¦ = | x_y:1
 --platform=all nginx:1 ¦ = | nginx:1
 --platform=linux/amd64+linux/arm64 nginx:1 ¦ = | nginx:1
 --platform=linux/arm/v7 nginx:1 ¦ = | nginx:1-arm-v7
@@ -7437,7 +7273,6 @@ a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
 a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
 ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
 “nginx:latest” ¦ nginx:latest
-'nginx:1' ¦ nginx:1
 「nginx:1」 ¦ nginx:1
 \u3000nginx:1\u200b\xa0 ¦ nginx:1
 $ sudo docker pull a/b ¦ a/b:latest | a_b:latest
@@ -7453,7 +7288,6 @@ nginx:1,,⏎, ¦ nginx:1
 nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
 a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
 ghcr.io/immich-app/postgres:14-vc@sha256:HEX ¦ = | ghcr.io_immich-app_postgres:14-vc
-docker.io/docker_image_pusher ¦ docker_image_pusher:latest
 docker.io/xhofe:alist ¦ xhofe:alist
 """)
 
@@ -7475,49 +7309,42 @@ def test_a_message_names_images(message: str, wanted: str) -> None:
         assert lines_and_targets(pair.partition(" | ")[0]) == [pair]
 
 
-# Message ¦ each bad item, with the line that was likely meant behind → where one is offered.
+# Message ¦ each bad item, = is the message, with the line that was likely meant behind →.
 REFUSED = rows("""
 Nginx:latest ¦ Nginx:latest → nginx:latest
 nginx: latest ¦ nginx: latest → nginx:latest
---all x:1 ¦ --all x:1
 a:1⏎::set-output ¦ ::set-output
-../x:1 ¦ ../x:1
+../x:1 ¦ =
 acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-action:v0.14.1
 developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
 developer-wlj/windows-moviepilot/tree/v2:latest
 “platform”：“” ¦ platform
-nginx :1 ¦ nginx :1 → nginx:1
 nginx: ¦ nginx: → nginx:latest
 nginx:1。 ¦ nginx:1。 → nginx:1
 /nginx:1/ ¦ /nginx:1/ → nginx:1
 Nginx:1, b:1, redis: 7 ¦ Nginx:1 → nginx:1 ¦ redis: 7 → redis:7
 bitnami/Redis:7 ¦ bitnami/Redis:7 → bitnami/redis:7
-nginx:1 && reboot ¦ nginx:1 && reboot
-nginx:1|sh ¦ nginx:1|sh
+nginx:1 && reboot ¦ =
 nginx:`id` ¦ nginx:'id
-nginx:${{ secrets.X }} ¦ nginx:${{ secrets.X }}
-; rm -rf / ¦ rm -rf /
-nginx:1\x00 ¦ nginx:1
+nginx:${{ secrets.X }} ¦ =
 nginx\u202e:1 ¦ nginx
 nginx:1\x1b[2K ¦ nginx:1
-a//b:1 ¦ a//b:1
-a___b:1 ¦ a___b:1
--a:1 ¦ -a:1
-nginx:1:2 ¦ nginx:1:2
-nginx:-1 ¦ nginx:-1
-ftp://x/y ¦ ftp://x/y
-ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
+a//b:1 ¦ =
+a___b:1 ¦ =
+-a:1 ¦ =
+nginx:1:2 ¦ =
+nginx:-1 ¦ =
+ghcr.io_a/b:1 ¦ =
 nginx:1HEXHEX ¦ nginx:101
 nginx@sha256:0HEX ¦ nginx@sha256:
 nginx@sha256:0123… ¦ nginx@sha256:
---platform=linux nginx:1 ¦ --platform=linux nginx:1
+--platform=linux nginx:1 ¦ =
 --platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
---platform=$(id) nginx:1 ¦ --platform=$(id) nginx:1
---platform nginx:1 ¦ --platform nginx:1
-nginx:1 --force ¦ nginx:1 --force
-nginx:1 => a/b ¦ nginx:1 => a/b
+--platform nginx:1 ¦ =
+nginx:1 --force ¦ =
+nginx:1 => a/b ¦ =
 nginx:1 => Mine:1 ¦ nginx:1 => Mine:1 → nginx:1 => mine:1
-nginx:1 => ¦ nginx:1 =>
+nginx:1 => ¦ =
 nginx:HEX012345678901234567890123456789012345678901234567890123456789 --platform=linux/arm64 ¦ ⤶
 nginx:01
 """)
@@ -7535,6 +7362,7 @@ def refusal(message: str) -> str:
 @pytest.mark.parametrize(("message", "wanted"), [(row[0], row[1:]) for row in REFUSED])
 def test_a_bad_item_stops_the_message_and_is_told(message: str, wanted: list[str]) -> None:
     """Each bad item by name, with a correction that is accepted in its turn, if there is one."""
+    wanted = [message] if wanted == ["="] else wanted
     reply, meant = refusal(message), [item.partition(" → ")[2] for item in wanted]
     assert lacking([item.partition(" → ")[0] for item in wanted], reply) == []
     assert re.findall(r"您是不是要：(.*)", reply) == [line for line in meant if line]
@@ -7601,71 +7429,59 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # ---------------------------------------------------------------------------------------------
 
 # Texts found in public repositories, issue threads and pages, cut to the lines that matter, private
-# names replaced. `=== kind`, the text, and what must come of it: `→` canonical lines; `✗` pieces of
-# what is named, not done; `✎` lines that are offered. Nothing below: nothing may start.
+# names replaced. `=== kind`, the text with what must start between « and », and what else must come
+# of it: `→` canonical lines; `✗` pieces of what is named, not done; `✎` lines that are offered.
 PASTES_FOUND = r"""
 === compose
   immich-server:
     image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
-    # extends:
-    #   service: cpu # set to one of [nvenc, quicksync, rkmpp] for accelerated transcoding
+    #   service: cpu # set to one of [nvenc, quicksync, rkmpp]
     volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
   redis:
     image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
 → valkey/valkey:8-bookworm@sha256:HEX
 ✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
 === compose with comments
-    image: registry.gitlab.com/timvisee/send:latest # official image
-    #image: l4rm4nd/send:latest # image of a fork with darkmode only
-    image: passbolt/passbolt:latest-ce # or the rootless image passbolt/passbolt:latest-ce-non-root
-→ registry.gitlab.com/timvisee/send:latest, passbolt/passbolt:latest-ce
+  image: «registry.gitlab.com/timvisee/send:latest» # official image
+  #image: l4rm4nd/send:latest # image of a fork with darkmode only
+  image: «passbolt/passbolt:1-ce» # or the rootless image passbolt/passbolt:1-ce-non-root
 === compose in one line
-services: {web: {image: nginx:1.25-alpine, ports: ["80:80"]}, cache: {image: "redis:7"}}
-→ nginx:1.25-alpine, redis:7
+services: {web: {image: «nginx:1.25-alpine», ports: ["80:80"]}, cache: {image: "«redis:7»"}}
 === compose with an anchor
 x-default: &default-image registry.example.com/team/app:2.1
   api: {image: *default-image, command: api}
-    image: &worker ghcr.io/acme/worker:1.4
+    image: &worker «ghcr.io/acme/worker:1.4»
     image: *worker
-→ ghcr.io/acme/worker:1.4
 === compose in chat
-麻烦同步一下这几个，服务器上拉不动
+麻烦同步一下这几个
 
 services：
-  db：
-    image：mysql:8.0.27
+    image：«mysql:8.0.27»
     command：'--default-authentication-plugin=mysql_native_password'
-    image：“wordpress:latest”
+    image：“«wordpress:latest»”
 谢谢！
-→ mysql:8.0.27, wordpress:latest
 === compose quoted in a thread
 我的配置是这样的：
 > ```yaml
->     image: 'ghcr.io/blakeblackshear/frigate:stable'
+>     image: '«ghcr.io/blakeblackshear/frigate:stable»'
 > ```
-On Feb 28, 2026 at 7:03 PM, someone wrote:
-→ ghcr.io/blakeblackshear/frigate:stable
+On Feb 28 at 7:03 PM, someone wrote:
 === compose, changed by a pull request
-diff --git a/docker-compose.yml b/docker-compose.yml
 @@ -10,7 +10,7 @@ services:
 -    image: dpage/pgadmin4:8.5
-+    image: dpage/pgadmin4:8.6
-→ dpage/pgadmin4:8.6
++    image: «dpage/pgadmin4:8.6»
 === GitLab CI
-image: docker:24.0.5
+image: «docker:24.0.5»
 services:
   - docker:24.0.5-dind
   image:
     name: gcr.io/kaniko-project/executor:v1.23.2-debug
-test:
-  image: "python:3.11-slim"
-→ docker:24.0.5, python:3.11-slim
+  image: "«python:3.11-slim»"
 === GitHub Actions
-    runs-on: ubuntu-latest
-    container:
-      image: node:20-bookworm
-      - uses: actions/checkout@v4
-→ node:20-bookworm
+  runs-on: ubuntu-latest
+  container:
+    image: «node:20-bookworm»
+    - uses: actions/checkout@v4
 === Ansible
   community.docker.docker_container:
     image: "{{ app_image }}:{{ app_tag }}"
@@ -7674,50 +7490,41 @@ test:
   - port: 6379
 ---
       - name: master
-        image: registry.k8s.io/redis:e2e  # or just image: redis
-        imagePullPolicy: IfNotPresent
+        image: «registry.k8s.io/redis:e2e»  # or just image: redis
 ---
-      - image: gcr.io/google_samples/gb-redisslave:v1
-→ registry.k8s.io/redis:e2e, gcr.io/google_samples/gb-redisslave:v1
+      - image: «gcr.io/google_samples/gb-redisslave:v1»
 === Kubernetes, names of other images
-            image: "quay.io/jetstack/cert-manager-controller:v1.14.4"
-          args:
-          - --acme-http01-solver-image=quay.io/jetstack/cert-manager-acmesolver:v1.14.4
-          - name: RELATED_IMAGE
-            value: quay.io/jetstack/cert-manager-webhook:v1.14.4
-→ quay.io/jetstack/cert-manager-controller:v1.14.4
+    image: "«quay.io/jetstack/controller:v1.14.4»"
+  args:
+  - --acme-http01-solver-image=quay.io/jetstack/acmesolver:v1.14.4
+  - name: RELATED_IMAGE
+    value: quay.io/jetstack/webhook:v1.14.4
 === Kubernetes, folded
-          image: >-
-            image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
-→ image-registry.openshift-image-registry.svc:5000/openshift/httpd:latest
+  image: >-
+    «image-registry.svc:5000/openshift/httpd:latest»
 === Kubernetes as JSON
-{"apiVersion":"v1","kind":"Pod","spec":{"containers":[{"name":"a","image":"nginx:1.27",⤶
-"imagePullPolicy":"Always"},{"image":"quay.io/prometheus/busybox:latest","name":"b"}],⤶
-"imagePullSecrets":[{"name":"regcred"}]}}
-→ nginx:1.27, quay.io/prometheus/busybox:latest
+{"kind":"Pod","spec":{"containers":[{"name":"a","image":"«nginx:1.27»","imagePullPolicy":"Always"},⤶
+{"image":"«quay.io/prom/busybox:latest»"}],"imagePullSecrets":[{"name":"regcred"}]}}
 === kubectl get pod -o yaml
     kubectl.kubernetes.io/last-applied-configuration: |
       {"kind":"Pod","spec":{"containers":[{"image":"nginx:1.7.9","name":"n"}]}}
-  - image: nginx:1.14.2
+  - image: «nginx:1.14.2»
   - containerID: containerd://HEX
     image: docker.io/library/nginx:1.14.2
     imageID: docker.io/library/nginx@sha256:HEX
   - image: sha256:HEX
     imageID: docker-pullable://mysql@sha256:HEX
-→ nginx:1.14.2
 === devcontainer.json
-	// Or use a Dockerfile or Docker Compose file. More info: https://containers.dev/guide/dockerfile
-	"image": "mcr.microsoft.com/devcontainers/python:1-3.11-bullseye",
+	// Or use a Dockerfile. More info: https://containers.dev/guide/dockerfile
+	"image": "«mcr.microsoft.com/devcontainers/python:1-3.11-bullseye»",
 	"features": {"ghcr.io/devcontainers/features/node:1": {}},
-→ mcr.microsoft.com/devcontainers/python:1-3.11-bullseye
 === docker inspect
-        "Id": "HEX",
-        "Image": "sha256:HEX",
-            "Image": "portainer/portainer-ce:2.20.3",
-→ portainer/portainer-ce:2.20.3
+  "Id": "HEX",
+  "Image": "sha256:HEX",
+      "Image": "«portainer/portainer-ce:2.20.3»",
 === chart template
-        image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
-          image: bitnami/kubectl
+  image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
+    image: bitnami/kubectl
 → bitnami/kubectl:latest
 ✗ {{ .Values.image.repository }}
 === values.yaml with a registry
@@ -7730,7 +7537,6 @@ test:
 === values.yaml
 image:
   repository: ghcr.io/jukie/k8s-pull-secret-injector
-  # Overrides the image tag whose default is the chart appVersion.
   tag: "v1.0.0"
 logstash:
   image: grafana/logstash-output-loki
@@ -7754,7 +7560,6 @@ FROM docker.io/library/golang:1.26.6@sha256:HEX AS builder
 FROM $BASE_IMAGE AS argocd-base
 FROM --platform=$BUILDPLATFORM docker.io/library/node:24.17.0 AS argocd-ui
 FROM argocd-base
-COPY --from=builder /usr/local/bin/helm /usr/local/bin/helm
 → golang:1.26.6@sha256:HEX, node:24.17.0
 ✗ $BASE_IMAGE
 === Dockerfile with variables
@@ -7763,15 +7568,14 @@ FROM ${BASE:-alpine}
 ✗ golang:${GO_VERSION}-alpine, ${BASE
 === Dockerfile for Windows
 # escape=`
-FROM mcr.microsoft.com/windows/servercore:ltsc2022
+FROM «mcr.microsoft.com/windows/servercore:ltsc2022»
 COPY setup.exe C:\
-→ mcr.microsoft.com/windows/servercore:ltsc2022
 === Dockerfile in small letters
-from node:lts-buster-slim as development
+from «node:lts-buster-slim» as development
 run npm ci
 from development as dev-envs
 FROM --platform=linux/arm64 nginx:1.13-alpine
-→ node:lts-buster-slim, --platform=linux/arm64 nginx:1.13-alpine
+→ --platform=linux/arm64 nginx:1.13-alpine
 === Dockerfile with comments
 #FROM debian:bookworm-slim
 FROM r.j3ss.co/osquery AS osquery
@@ -7780,114 +7584,95 @@ COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
 → r.j3ss.co/osquery:latest, ubuntu:latest
 === kubelet through a translator
 Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
-"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-northeast1-docker.
+"registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-docker.
 ✗ registry. k8s. io/pause: 3.6
 === kubelet
-    Warning  InspectFailed  10s (x3 over 24s)  kubelet  Failed to apply default image tag ⤶
-"https://harbor.example.com/release/name:1.1.0": couldn't parse image reference
-✗ https://harbor.example.com/release/name:1.1.0
+  kubelet  Failed to apply default image tag "https://h.example.com/r/name:1": couldn't parse
+✗ https://h.example.com/r/name:1
 === containerd
 level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,}"
-level=info msg="PullImage \"registry.example.com/k8s/pause:3.2\" returns image reference ⤶
-\"sha256:HEX\""
-→ registry.example.com/k8s/pause:3.2
+level=info msg="PullImage \"«h.example.com/pause:3.2»\" returns image reference \"sha256:HEX\""
 === kubeadm init
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/kube-proxy:v1.28.2: output: E0920 ⤶
-10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="rpc ⤶
-error: failed to pull and unpack image \"registry.k8s.io/kube-proxy:v1.28.2\": Head ⤶
-\"https://registry.k8s.io/v2/kube-proxy/manifests/v1.28.2\": dial tcp: timeout" ⤶
-image="registry.k8s.io/kube-proxy:v1.28.2"
-→ registry.k8s.io/kube-proxy:v1.28.2
+	[ERROR ImagePull]: failed to pull image registry.k8s.io/proxy:v1.28.2: output: E0920 ⤶
+10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="failed ⤶
+to unpack image \"«registry.k8s.io/proxy:v1.28.2»\": Head \"https://registry.k8s.io/v2/proxy/⤶
+manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/proxy:v1.28.2"
 === kubeadm init, older
-	[ERROR ImagePull]: failed to pull image [k8s.gcr.io/etcd-ppc64le:3.2.18]: exit status 1
-→ k8s.gcr.io/etcd-ppc64le:3.2.18
+	[ERROR ImagePull]: failed to pull image [«k8s.gcr.io/etcd-ppc64le:3.2.18»]: exit status 1
 === dockerd
-level=error msg="Handler for POST /v1.24/images/create returned error: manifest for ⤶
-mariadb:10.1 not found"
-→ mariadb:10.1
+level=error msg="POST /v1.24/images/create returned error: manifest for «mariadb:10.1» not found"
 === docker run that cannot pull
-$ docker run hello-world⏎Unable to find image 'hello-world:latest' locally
-docker: Error response from daemon: Head "https://registry-1.docker.io/v2/library/hello-world/⤶
-manifests/latest": Get "https://auth.docker.io/token?scope=repository%3Alibrary%2Fhello-world⤶
-%3Apull&service=registry.docker.io": context deadline exceeded.⏎See 'docker run --help'.
-→ hello-world:latest
+$ docker run hello-world⏎Unable to find image '«hello-world:latest»' locally
+docker: Error response from daemon: Get "https://auth.docker.io/token?scope=repository%3Alibrary⤶
+%2Fhello-world%3Apull&service=registry.docker.io": deadline exceeded.⏎See 'docker run --help'.
 === docker build
 failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
 ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
 → python:3.6
 === podman
-Trying to pull ghcr.io/podman-desktop/kubernetes-dashboard:latest...
-Error: internal error: unable to copy from source docker://ghcr.io/podman-desktop/⤶
-kubernetes-dashboard:latest: reading manifest latest in ghcr.io/podman-desktop/kubernetes-dashboard
-→ ghcr.io/podman-desktop/kubernetes-dashboard:latest
+Trying to pull ghcr.io/desktop/dashboard:latest...
+Error: unable to copy from source docker://ghcr.io/desktop/dashboard:latest: reading manifest latest
+→ ghcr.io/desktop/dashboard:latest
 === docker, denied
-Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may ⤶
-require 'docker login': denied: requested access to the resource is denied
+Error response from daemon: pull access denied for xiaoya-tvbox, repository does not exist or may
 → xiaoya-tvbox:latest
 === shell, quoted
 run "docker pull --platform linux/x86_64 mysql:5.7" firstly
 → --platform=linux/x86_64 mysql:5.7
 === ctr
 ctr -n k8s.io images pull --hosts-dir "/etc/containerd/certs.d" docker.io/library/eclipse-temurin:17
-ctr -n k8s.io images tag docker.io/library/eclipse-temurin:17 192.168.133.129:30002/demo/temurin:17
 ctr -n k8s.io images push --plain-http -u admin:example 192.168.133.129:30002/demo/temurin:17
 → eclipse-temurin:17
 === crictl
-> crictl -D pull registry.rancher.com/rancher/nginx-ingress-controller:1.5
-DEBU[0000] PullImageRequest: &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/rancher/⤶
-nginx-ingress-controller:1.5,Annotations:map[string]string{},},}
-→ registry.rancher.com/rancher/nginx-ingress-controller:1.5
+> crictl -D pull «registry.rancher.com/ingress:1.5»
+DEBU[0000] &PullImageRequest{Image:&ImageSpec{Image:registry.rancher.com/ingress:1.5,},}
 === crictl in a shell
 sudo -E /bin/bash -c "env PATH=$PATH crictl pull kubesphere/kube-proxy:v1.28.12 --platform amd64"
 ✗ amd64
 === shell script
-docker pull k8s.gcr.io/kube-apiserver:v1.20.3 && \
-    docker tag k8s.gcr.io/kube-apiserver:v1.20.3 ${DstImagePrefix}/kube-apiserver:v1.20.3 && \
-    docker push ${DstImagePrefix}/kube-apiserver:v1.20.3
-docker pull --quiet 'k8s.gcr.io/etcd:3.4.13-0'; docker images | grep etcd
-→ k8s.gcr.io/kube-apiserver:v1.20.3, k8s.gcr.io/etcd:3.4.13-0
+docker pull «k8s.gcr.io/apiserver:v1.20» && \
+    docker tag k8s.gcr.io/apiserver:v1.20 ${DstImagePrefix}/apiserver:v1.20 && \
+    docker push ${DstImagePrefix}/apiserver:v1.20
+docker pull --quiet '«k8s.gcr.io/etcd:3.4.13-0»'; docker images | grep etcd
 === shell, options
-k3s crictl pull rancher/mirrored-pause:3.6
+k3s crictl pull «rancher/mirrored-pause:3.6»
 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull --creds me:secret123 ⤶
-registry.example.com/team/api:2.0
+«registry.example.com/team/api:2.0»
 podman pull --tls-verify=false --authfile /run/auth.json quay.io/podman/hello
 git pull origin main && helm pull bitnami/redis --version 19.0.1
-→ rancher/mirrored-pause:3.6, registry.example.com/team/api:2.0, quay.io/podman/hello:latest
+→ quay.io/podman/hello:latest
 === shell, to be filled in
 `crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
 === shell, quoted in chat
-「张三：docker pull ghcr.io/open-webui/open-webui:main」⏎- - - - - - - - - - - - - - -
+「张三：docker pull «ghcr.io/open-webui/open-webui:main»」⏎- - - - - - - - - - - - - - -
 这个一直拉不下来，帮忙弄一下
-→ ghcr.io/open-webui/open-webui:main
 === shell on Windows
-C:\Users\someone\Desktop>docker pull xhofe/alist:v3.35.0
-PS C:\Users\someone> docker pull ghcr.io/devcontainers/color:latest
-→ xhofe/alist:v3.35.0, ghcr.io/devcontainers/color:latest
+C:\Users\someone\Desktop>docker pull «xhofe/alist:v3.35.0»
+PS C:\Users\someone> docker pull «ghcr.io/devcontainers/color:latest»
 === docker run
 docker run -d \⏎  --name open-webui -p 3000:8080 \
   --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
   --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
 === docker images
- REPOSITORY                    TAG       IMAGE ID       CREATED          SIZE
-docker_inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
-<none>                        <none>    e06963446dfe   10 minutes ago   1.22GB
-postgres                      13        faa0ddfa0c0f   8 days ago       371MB
+ REPOSITORY             TAG       IMAGE ID       CREATED          SIZE
+inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
+<none>                 <none>    e06963446dfe   10 minutes ago   1.22GB
+postgres               13        faa0ddfa0c0f   8 days ago       371MB
 thanks for looking
-→ docker_inventree-dev-server:latest, postgres:13
+→ inventree-dev-server:latest, postgres:13
 === docker images --digests
 REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
 alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
 redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
 → redis:7.2
 === docker images since version 29
-                                                                     i Info →   U  In Use
-IMAGE                           ID             DISK USAGE   CONTENT SIZE   EXTRA
-moby/buildkit:buildx-stable-1   0168606be231        348MB          105MB    U
-<untagged>                      09538a1f51d3       20.6kB         4.21kB
-→ moby/buildkit:buildx-stable-1
+                                         i Info →   U  In Use
+IMAGE             ID             DISK USAGE   CONTENT SIZE   EXTRA
+«moby/buildkit:1»   0168606be231        348MB          105MB    U
+<untagged>        09538a1f51d3       20.6kB         4.21kB
 === docker image ls that lost its columns
 REPOSITORY TAG IMAGE ID CREATED SIZE
 quay.io/minio/minio RELEASE.2024-06-13T22-53-53Z 6d0f1c7b3f2a 5 months ago 160MB
@@ -7900,36 +7685,30 @@ docker.io/library/nginx    <none>   cd5239a0906a6   109MB
 → registry.k8s.io/pause:3.9
 === docker-compose images
     Container           Repository       Tag       Image Id       Size
-------------------------------------------------------------------------
-example_backend_1    nginx              latest   35c43ace9216   133.1 MB
+-----------------------------------------------------------------
 example_backend_2    nginx              latest   35c43ace9216   133.1 MB
 → nginx:latest
 === docker compose images
 $ docker compose images
-CONTAINER      REPOSITORY          TAG     PLATFORM      IMAGE ID       SIZE     CREATED
-truc-hello-1   ghcr.io/truc/hello  2.0     linux/arm64   00dd0d06b496   87.9MB   2 hours ago
+CONTAINER      REPOSITORY          TAG   PLATFORM      IMAGE ID       SIZE     CREATED
+truc-hello-1   ghcr.io/truc/hello  2.0   linux/arm64   00dd0d06b496   87.9MB   2 hours ago
 → ghcr.io/truc/hello:2.0
 === kubeadm config images list
 [root@master ~]# kubeadm config images list
-W0110 15:02:41.125312   23251 version.go:101] could not fetch a Kubernetes version from the ⤶
-internet: unable to get URL "https://dl.k8s.io/release/stable-1.txt": net/http: request canceled
-k8s.gcr.io/kube-apiserver:v1.16.1
-→ k8s.gcr.io/kube-apiserver:v1.16.1
+W0110 15:02:41.125312   23251 version.go:101] unable to get URL "https://dl.k8s.io/release/1.txt"
+«k8s.gcr.io/kube-apiserver:v1.16.1»
 === kubeadm config images list through a translator
 master0@master0 :~$kubeadm config images list
 Registry. k8s. io/kube apiserver: v1.27.3
 === kubectl describe pod
-Node:                 node1/10.3.147.253
-Annotations:          scheduler.alpha.kubernetes.io/critical-pod:⏎Init Containers:⏎  upgrade-ipam:
-    Image:         calico/cni:v3.10.3⏎    Image ID:⏎    Port:          <none>⏎    Command:
-    Image ID:       docker-pullable://calico/node@sha256:HEX⏎    State:          Waiting
-→ calico/cni:v3.10.3
+Node:           node1/10.3.147.253⏎Init Containers:⏎  upgrade-ipam:
+    Image:         «calico/cni:v3.10.3»⏎    Image ID:⏎    Port:          <none>
+    Image ID:       docker-pullable://calico/node@sha256:HEX
 === kubectl describe pod, events
-  Type     Reason     Age    From               Message
-  Normal   Scheduled  17s    scheduler          Successfully assigned default/hello-k55jk to node1
-  Normal   Pulling    12s    kubelet            Pulling image "anjia0532/echoserver:1.4"
-  Normal   Pulled     10s    kubelet       Container image "busybox:1.36" already present on machine
-→ anjia0532/echoserver:1.4, busybox:1.36
+  Type    Reason     Age  From       Message
+  Normal  Scheduled  17s  scheduler  Successfully assigned default/hello-k55jk to node1
+  Normal  Pulling    12s  kubelet    Pulling image "«anjia0532/echoserver:1.4»"
+  Normal  Pulled     10s  kubelet    Container image "«busybox:1.36»" already present on machine
 === kubectl -o jsonpath
 nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
 ✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
@@ -7937,20 +7716,18 @@ nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
 
 # Texts with nothing to start, found in the same places.
 NOTHING_FOUND = r"""
-WARNING: The requested image's platform (linux/amd64) does not match the detected host platform⏎⤶
+WARNING: The requested image's platform (linux/amd64) does not match the detected host platform
 docker: Error response from daemon: toomanyrequests: https://www.docker.com/increase-rate-limit
 用 docker pull 报这个错：⏎no matching manifest for linux/arm64/v8 in the manifest list entries
  ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request canceled while ... 15s
 Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25": EOF
-error pulling image configuration: Get https://production.cloudflare.docker.com/registry-v2/blobs/66
-ERROR: failed to solve: process "/bin/sh -c npm run build" did not complete⏎  12 | >>> RUN npm run
+error pulling image configuration: Get https://cloudflare.docker.com/registry-v2/blobs/66
 [+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
-docker build -t acme/web:1.0 .⏎docker tag acme/web:1.0 h.example.com/acme/web:1.0⏎⤶
-docker push h.example.com/acme/web:1.0⏎docker save -o web.tar acme/web:1.0⏎docker-compose pull web
+docker build -t a/web:1 .⏎docker tag a/web:1 h.example.com/web:1⏎docker push h.example.com/web:1⏎⤶
+docker save -o web.tar a/web:1⏎docker-compose pull web
 FROM scratch⏎COPY --from=builder /src/app /app
 CONTAINER ID   IMAGE          COMMAND     STATUS       PORTS                NAMES⏎⤶
 1467f91a2709   nginx:latest   "nginx -g"  Up 2 hours   0.0.0.0:80->80/tcp   web
-NAME   DESCRIPTION                STARS   OFFICIAL⏎nginx  Official build of Nginx.   19876   [OK]
 NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
 sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎ "https://m.example.com",⏎⤶
     "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"]⏎}⏎EOF
@@ -7961,52 +7738,40 @@ dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://
 {"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
 {"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
 ---⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
-properties:⏎  image:⏎    type: string⏎    format: binary
-server {⏎    listen 80;⏎    location / { proxy_pass http://127.0.0.1:3000; }⏎}
-Traceback (most recent call last):⏎  File "/usr/lib/python3.11/urllib/request.py", line 1348, in x⏎⤶
-    h.request(req.get_method())⏎ConnectionRefusedError: [Errno 111] Connection refused
-Exception in thread "main" java.lang.NullPointerException: x⏎	at com.example.App.main(App.java:12)
+Traceback (most recent call last):⏎  File "/urllib/request.py", line 1348, in x⏎⤶
+    h.request()⏎ConnectionRefusedError: [Errno 111] Connection refused
 2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎⤶
 10.0.0.5 - - [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
-SELECT u.id, u.name⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
+SELECT u.id⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
 From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
 from redis import Redis⏎from flask import Flask, request⏎import os
-requests==2.31.0⏎urllib3>=2.0,<3⏎uvicorn[standard]==0.29.0
 module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎)
 steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
-npm ERR! code ERESOLVE⏎npm ERR! While resolving: web@0.1.0⏎npm ERR! Found: react@18.2.0
-Looking in indexes: https://pypi.example.com/simple⏎ERROR: No matching distribution for torch==2.0
 git@github.com:docker/compose.git
-git clone -b main https://github.com/docker/compose.git && git pull origin main
-127.0.0.1 localhost⏎192.168.1.10 harbor.example.com harbor
 DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
-*/5 * * * * /usr/local/bin/backup.sh >> /var/log/backup.log 2>&1
 drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
 1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比
-You can pull an image from the registry, the image "of the day" is shown on the page, and the⤶
- manifest⏎for the release is not found. Images and pulls are free; see image 3.
+You can pull an image from the registry, the image "of the day" is shown, and the manifest⏎⤶
+for the release is not found. Images and pulls are free; see image 3.
 ## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
 image: 这个字段是什么意思
 docker pull 一直失败，怎么办？用的 --platform linux/amd64
-ERROR 1045 (28000): Access denied for user 'root'@'localhost' (using password: YES)
 message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
-namespaceMetadata: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
+a: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
 TCP/IP, CI/CD
 《k8s/docker 入门》今晚 8:00 直播
 """
 
 # Talk, ¦ between messages: help.
 TALK_HEARD = r"""
-14:30 ¦ 会议改到 14:30 ¦ 明天10:00开会，别迟到 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30 ¦ 24/7
-1/2, 3/4 ¦ 2026/11/24 ¦ 10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok ¦ 进度 50% ¦ 好的: 谢谢
+14:30 ¦ 会议改到 14:30 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24
+10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok ¦ 进度 50% ¦ 好的: 谢谢 ¦ 你好，在吗 ¦ hello world
 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
-key: value ¦ 备注：下周再说 ¦ TODO: fix it ¦ name: web⏎port: 8080⏎time: 10:30 ¦ 你好，在吗
-user@example.com ¦ a@example.com, b@example.com ¦ C:\Users\me\Desktop\a.txt ¦ D:/work/app
-/etc/nginx/nginx.conf ¦ ~/docker/data ¦ ./run.sh ¦ hello world
-File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a' ¦ help ¦ 帮助 ¦ ¦ ␣⏎，
-拉取镜像失败，请问是什么原因呢，谢谢 ¦ 镜像同步 Issue 模板 ¦ From China with love
-docker pull ¦ docker pull 好慢啊 ¦ docker pull error! ¦ docker pull is so slow today ¦ docker login
-docker拉取 ¦ docker pull 命令直接拉是可以的 ¦ docker-compose up -d ¦ docker compose pull 3x-ui
+key: value ¦ 备注：下周再说 ¦ name: web⏎port: 8080⏎time: 10:30 ¦ help ¦ 帮助 ¦ ¦ ␣⏎，
+a@example.com, b@example.com ¦ C:\Users\me\a.txt ¦ D:/work/app ¦ /etc/nginx/nginx.conf ¦ ./run.sh
+File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a' ¦ From China with love
+拉取镜像失败，请问是什么原因呢，谢谢 ¦ 镜像同步 Issue 模板 ¦ docker拉取 ¦ docker pull 好慢啊
+docker pull ¦ docker pull error! ¦ docker login ¦ docker-compose up -d ¦ docker compose pull 3x-ui
 """
 
 # Message ¦ canonical lines ¦ lines that are offered; no other word may be offered.
@@ -8054,11 +7819,13 @@ def read_pastes(found: str) -> Iterator[Paste]:
         while lines[-1][:1] in wanted:
             mark, _, values = lines.pop().partition(" ")
             wanted[mark] = values.split(", ")
-        yield Paste(kind, "\n".join(lines), *wanted.values())
+        text = "\n".join(lines)
+        wanted["→"] += re.findall("«(.*?)»", text)
+        yield Paste(kind, re.sub("[«»]", "", text), *wanted.values())
 
 
 PASTES = list(read_pastes(PASTES_FOUND))
-NOTHING = [line.replace("⏎", "\n") for line in unfold(NOTHING_FOUND).split("\n")]
+PASTES += [Paste("nothing", text, [], [], []) for (text,) in rows(NOTHING_FOUND)]
 
 
 def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
@@ -8073,7 +7840,6 @@ def heard(message: str) -> tuple[list[str], tuple[str, ...], str]:
 
 # What a chat app does to a text: patterns, and what stands in their place.
 DAMAGES: dict[str, dict[str, str]] = {
-    "none": {},
     "Windows": {"\n": "\r\n"},
     "colons of phones": {":": "："},
     "curly quotes": {'"([^"]*)"': r"“\1”", "'([^']*)'": r"‘\1’"},
@@ -8099,7 +7865,7 @@ def test_a_paste_starts_what_is_marked_and_nothing_else(paste: Paste) -> None:
 def test_pastes_are_read_whatever_a_chat_app_did_to_them(damage: str) -> None:
     """97 % of the marked images are found, none is wrong, no link, and nothing where no mark is."""
     wanted, found, wrong = Counter[str](), Counter[str](), []
-    for paste in (*PASTES, *(Paste("", text, [], [], []) for text in NOTHING)):
+    for paste in PASTES:
         text = paste.text
         for pattern, instead in DAMAGES[damage].items():
             text = re.sub(pattern, instead, text)
@@ -8194,26 +7960,20 @@ def test_hostile_pastes_are_read_quickly(piece: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_signed_links() -> None:
-    """A signed link opens a private object until it expires, and only unchanged."""
+def test_links_open_what_was_stored() -> None:
+    """A signed one until it expires, and only unchanged; a plain one in a public bucket only."""
     with Depot(QINGSTOR_LINK_SECONDS="600") as depot:
         link = depot.source.add("/签名.txt", body="你好".encode())
         found = read_result(depot.relay(link))["link"]
+        plain = found.partition("?")[0]
         assert http_request("GET", found).body == "你好".encode()
-        for changed in (found.replace("expires=1", "expires=2"), found.partition("?")[0]):
-            assert http_request("GET", changed).status == 401
+        assert http_request("GET", found.replace("expires=1", "expires=2")).status == 401
+        for is_public, status in ((False, 401), (True, 200)):
+            depot.store.public = is_public
+            assert http_request("GET", plain).status == status
         for later, status in ((595, 200), (605, 403)):
             depot.store.clock = lambda later=later: time.time() + later  # type: ignore[misc]
             assert http_request("GET", found).status == status
-
-
-def test_plain_links(depot: Depot) -> None:
-    """A plain link opens an object of a bucket that everybody may read."""
-    found = read_result(depot.relay(depot.source.add("/plain.txt", body=b"open")))["link"]
-    depot.store.public = True
-    got = http_request("GET", found)
-    depot.store.public = False
-    assert (got.status, got.body) == (200, b"open") and http_request("GET", found).status == 401
 
 
 LINK_FORMS = {
@@ -8246,31 +8006,12 @@ def test_a_message_may_hold_20_links(depot: Depot) -> None:
     """All of them are answered in order, a bad one harms no other, equal ones are one; with one
     more nothing is begun, and the reply names the limit."""
     links = [depot.source.add(f"/row-{n}.bin", 1000 + n) for n in range(21)]
-    reply = depot.say("\n".join(links), depot.user())
-    assert reply.startswith("❌") and "20 个链接" in reply
+    assert re.match("❌.*20 个链接", depot.say("\n".join(links), depot.user()))
     links[1] = f"{depot.source.url}/no-such-file"
-    user = depot.ask("\n".join([*links[:20], links[0]]))
-    texts = depot.answers(user, 20)
+    texts = depot.answers(depot.ask("\n".join([*links[:20], links[0]])), 20)
     assert links[1] in texts[1] and "404" in texts.pop(1)
-    sizes = [int(read_result(text)["size"]) for text in texts]
-    assert sizes == [1000, *range(1002, 1020)]
+    assert [int(read_result(text)["size"]) for text in texts] == [1000, *range(1002, 1020)]
     assert (depot.source.hits["/row-0.bin"], depot.source.hits["/row-20.bin"]) == (1, 0)
-
-
-def test_files_run_beside_images() -> None:
-    """Files have a queue of their own, in which one waits for the other."""
-    with Depot(SlowRunner(""), QUEUE_SIZE="1") as depot:
-        slow = depot.source.add("/slow.bin", 8_000_000, rate=8_000_000.0)
-        quick = depot.source.add("/quick.bin", 1000)
-        both, second = depot.ask(f"nginx:latest\n{slow}"), depot.user()
-        assert wait_until(lambda: depot.source.hits["/slow.bin"])
-        assert "已排队，前面还有 1 个" in depot.say(quick, second)
-        assert "请稍后再试" in depot.say(quick, depot.user())
-        check_object(depot, "/slow.bin", depot.answer(both))
-        check_object(depot, "/quick.bin", depot.answer(second))
-        assert len(depot.wecom.messages_for(both)) == 1
-        depot.open()
-        assert "成功 1 / 1" in depot.answers(both, 2)[1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8278,71 +8019,25 @@ def test_files_run_beside_images() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_status_shows_each_person_what_is_theirs() -> None:
-    """Of another's link the host, of one's own no query; one's own place, one's own last result."""
-    with Depot(SlowRunner("")) as world:
-        link = world.source.add("/private/salary.pdf", 3_000_000, rate=2_000_000.0)
-        world.say("app1:1", "bob")
-        world.say(f"app2:1\n{link}?token=hunter2", "alice")
-        assert wait_until(lambda: world.source.hits["/private/salary.pdf"])
-        his, hers = world.say("状态", "bob"), world.say("状态", "alice")
-        assert "127.0.0.1" in his and not re.search("private|salary|hunter2", his)
-        assert "salary.pdf" in hers and "hunter2" not in hers
-        assert re.search(r"app2:1.*\n?.*前面还有 1 个", hers) and "前面还有" not in his
-        hear(world, "alice", "文件上传成功")
-        world.service.restart()
-        his, hers = world.say("状态", "bob"), world.say("状态", "alice")
-        assert "salary.pdf" in hers and not re.search("salary|hunter2", his) and "还没有" in his
+COMMANDS = {
+    "当前状态": "状态。 /状态 状态？ “状态” Status!",
+    "镜像列表": "列表! /列表 【列表】 LIST. 列表～",
+}
 
 
-@early
-def test_status_counts_what_is_done_now() -> None:
-    """Four of five are done: 状态 says so within 10 s."""
-    with quick(SlowRunner()) as world:
-        world.say("slow/count:1, c1:1, c2:1, c3:1, c4:1")
-        assert wait_until(lambda: world.github.runs)
-        assert wait_until(lambda: "4/5" in world.say("状态"), 12, 0.5), world.say("状态")
-
-
-# what is typed -> what the reply must hold; what it must not
-ANSWERED = """
-Nginx -> 如需同步镜像 nginx，请发送 nginx:latest
-hi,there -> 请发送 hi:latest there:latest; ❌ 🔄
-my-app，other-app -> my-app:latest other-app:latest; 🔄
-docker run nginx:1 -> nginx:1; docker:latest run:latest 🔄
-请同步 nginx:1 -> nginx:1; 🔄
-看看 https://example.com/a.pdf 谢谢 -> 链接要独占一行; :latest 🔄
-下载https://example.com/a.pdf -> 链接要独占一行; :latest 🔄
-https://example.com/a.pdf -> 没有启用 QINGSTOR_ACCESS_KEY_ID; 🔄
-"""
-
-
-STATUS_WORDS = "状态。 /状态 状态？ “状态” Status!"
-LIST_WORDS = "列表! /列表 【列表】 LIST. 列表～"
-
-
-def test_talk_starts_nothing_and_is_answered(talk: Talk) -> None:
-    """Near misses get the line to send and no other; words of command count with whatever stands
-    around them; where files are off a link is refused."""
-    for line in ANSWERED.strip().splitlines():
-        text, _, rest = line.partition(" -> ")
-        (reply, (wanted, _, never)) = talk.say(text), rest.partition("; ")
-        assert [part for part in wanted.split() if part not in reply] == [], reply
-        assert [part for part in never.split() if part in reply] == [], reply
-    for wanted, words in {"当前状态": STATUS_WORDS, "镜像列表": LIST_WORDS}.items():
+def test_commands_are_understood_and_links_refused_where_files_are_off(talk: Talk) -> None:
+    """With whatever stands around them; talk and near misses start nothing."""
+    for wanted, words in COMMANDS.items():
         assert [word for word in words.split() if wanted not in talk.say(word)] == []
+    asked = {"你好，在吗": "使用说明", "Nginx": "如需同步镜像 nginx，请发送 nginx:latest"}
+    asked |= {
+        "看 http://e.cn/a": "链接要独占一行",
+        "http://e.cn/a": "没有启用.*QINGSTOR_ACCESS_KEY_ID",
+    }
+    for said, wanted in asked.items():
+        reply = talk.say(said)
+        assert re.search(wanted, reply) and "🔄" not in reply
     assert talk.calls() == []
-
-
-WELL_KNOWN = "alpine busybox debian elasticsearch golang haproxy httpd mariadb memcached mongo"
-WELL_KNOWN += " mysql nginx node php postgres python rabbitmq redis registry tomcat traefik ubuntu"
-
-
-def test_a_well_known_name_makes_a_list() -> None:
-    """Two names are a list where one of them is an official image."""
-    for name in WELL_KNOWN.split():
-        images = wxsync.read_message(f"my-own-app, {name}").images
-        assert [image.line for image in images] == ["my-own-app:latest", f"{name}:latest"]
 
 
 def test_every_bad_item_that_fits_is_named(talk: Talk) -> None:
@@ -8351,18 +8046,6 @@ def test_every_bad_item_that_fits_is_named(talk: Talk) -> None:
     left = re.search(r"还有 (\d+) ", reply)
     assert reply.count("• ") + int(left[1] if left else 0) == 40
     assert (1800 if left else 0) < len(reply.encode()) <= 2048
-
-
-def test_a_full_queue_is_named_and_said_once() -> None:
-    """Of images and links in one message the one that has room is done."""
-    with Depot(SlowRunner(""), QUEUE_SIZE="0") as world:
-        link = world.source.add("/slow.bin", 20_000_000, rate=1_000_000.0)
-        world.say("app0:1", "alice")
-        reply = world.say(f"app1:1\n{link}", "bob")
-        (line,) = [line for line in reply.splitlines() if "请稍后再试" in line]
-        assert "镜像" in line and "共 1 个文件" in reply
-        assert world.say(f"app1:1\n{link}", "carol").count("请稍后再试") == 1
-        world.say("取消", "bob")
 
 
 @pytest.mark.parametrize("token", ["docker", "wxsync"])
@@ -8395,20 +8078,24 @@ def test_without_pycryptodome_it_does_not_start(tmp_path: Path) -> None:
     assert done.returncode == 1 and "pip install" in done.stderr and "pycryptodome" in done.stderr
 
 
-def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
+# words after `send` ¦ exit status ¦ what is printed
+SENT = rows("""
+--user alice LONG ¦ 1 ¦ 413.*(太长|过长|64)
+--user a|b nginx ¦ 1 ¦ 400.*(用户|--user)|(用户|--user).*400
+nginx ¦ 0 ¦ wxsync.*--user
+""")
+
+
+@pytest.mark.parametrize(("words", "status", "why"), SENT)
+def test_send_says_what_is_wrong_and_whom_it_speaks_for(
+    talk: Talk, words: str, status: str, why: str
+) -> None:
     """Each refusal has its own cause. Without --user the default user is said: later messages go
     there; nobody is written to who does not exist."""
-    refusals = [
-        (["x" * 70_000, "--user", "alice"], "413.*(太长|过长|64)"),
-        (["nginx", "--user", "a b"], "400.*(用户|--user)|(用户|--user).*400"),
-    ]
-    with quick() as world:
-        for words, why in refusals:
-            done = world.service.command("send", *words)
-            assert (done.returncode, done.stdout) == (1, "") and re.search(why, done.stderr)
-            assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
-        done = world.service.command("send", "nginx")
-        assert done.returncode == 0 and re.search("wxsync.*--user", done.stderr)
+    done = talk.world.service.command("send", *words.replace("LONG", "x" * 70_000).split())
+    assert done.returncode == int(status) and re.search(why, done.stderr)
+    assert bool(done.stdout) == (status == "0")
+    assert "设置和这里" not in done.stderr and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8416,30 +8103,22 @@ def test_send_says_what_is_wrong_and_whom_it_speaks_for() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_one_image(talk: Talk) -> None:
-    """Confirmed at once with its target; one commit, one run, then a line ready to copy."""
-    assert talk.say("docker.io/library/story-one") == (
-        "🔄 正在处理镜像同步请求...\n共 1 个镜像：\n"
-        f"1. story-one:latest → {PREFIX}/story-one:latest"
-    )
-    result = talk.hear("成功 ").splitlines()
-    assert "✅" in result[0] and "成功 1 / 1" in result[0]
-    assert f"docker pull {PREFIX}/story-one:latest" in result
-    (run,) = talk.calls("POST dispatches")
-    assert run.json()["ref"] == "main" and run.json()["return_run_details"] is True
-    (inputs,) = talk.inputs
-    assert inputs["images"] == '["story-one:latest"]' and inputs["target"] == PREFIX
-    assert any(f"/actions/runs/{talk.github.runs[-1].id}" in line for line in result)
-    assert talk.commits == ["wxsync: story-one:latest [skip ci]"]
-    assert talk.github.files["images.txt"].endswith(b"story-one:latest\n")
-    assert talk.messages == ["\n".join(result)]
-
-
 # `bob> text` is typed by bob; `bob< text` must be in a message that reaches bob. Below either, what
-# else its reply or message holds (+), does not hold (-), or is found by a regular expression (~).
+# else its reply or message holds (+, once: =), does not hold (-), or what a pattern finds (~).
 # `* …` is what happens beside, see `Play`. Images named slow/… wait for `* go`; nosuch:1 does not
 # exist, same:1 has not changed.
 TRANSCRIPTS = r"""
+=== One image is confirmed with its target; one commit, one run, then a line ready to copy
+alice> docker.io/library/app
+~^🔄 正在处理镜像同步请求\.\.\.\n共 1 个镜像：\n1. app:latest → PREFIX/app:latest$
+alice< 成功 1 / 1
+~^✅
+~(?m)^docker pull PREFIX/app:latest$
++/actions/runs/
+* commits wxsync: app:latest [skip ci]
+* list app:latest
+* images app:latest
+* told alice
 === One of three images does not exist: it is told first, then the others, ready to copy
 alice> fresh:1，nosuch:1、same:1
 +共 3 个镜像
@@ -8450,11 +8129,6 @@ alice< 成功 2 / 3
 ~(?m)^docker pull PREFIX/same:1.*已是最新.*\ndocker tag PREFIX/same:1 same:1$
 -docker pull PREFIX/nosuch:1
 * commits wxsync: fresh:1 (+2) [skip ci]
-=== Talk gets the help, and nothing else happens
-alice> 你好，在吗
-+使用说明
-* calls 0
-* told
 === The status tells the last result, then what runs and what waits
 alice> before:1
 alice< 成功 1 / 1
@@ -8506,16 +8180,6 @@ dave> again:1
 dave< 成功 1 / 1
 * list slow/full:1 again:1
 * images slow/full:1 | again:1
-=== A queue is full; QUEUE_SIZE=1
-alice> slow/full:1
-bob> waits:1
-+已排队
-carol> refused:1
-~^⏳ 已有任务正在处理中，请稍后再试$
-* go
-bob< 成功 1 / 1
-* list slow/full:1 waits:1
-* images slow/full:1 | waits:1
 === A run that takes long: what is done so far, the next one starts, kill -9; SYNC_TIMEOUT=1
 alice> slow/a:1, b:1, nosuch:1
 bob> next:1
@@ -8534,6 +8198,53 @@ alice< 成功 2 / 3
 +docker pull PREFIX/slow_a:1
 * told alice bob alice
 * images slow/a:1 b:1 nosuch:1 | next:1
+=== The status shows each what is theirs: of another's link the host, of one's own no query
+* serve /private/salary.pdf 3000000 2000000
+bob> slow/app1:1, b:1, c:1
+alice> app2:1⏎SOURCE/private/salary.pdf?token=hunter2
+* hits /private/salary.pdf
+bob> 状态
++127.0.0.1
+-private
+-salary
+-hunter2
+-前面还有
+alice> 状态
++salary.pdf
+-hunter2
+~app2:1.*\n?.*前面还有 1 个
+* status 2/3
+alice< 文件上传成功
+* restart
+alice> 状态
++salary.pdf
+bob> 状态
++还没有
+-salary
+-hunter2
+=== Files have a queue of their own beside that of images; QUEUE_SIZE=1
+* serve /slow.bin 8000000 8000000
+* serve /quick.bin 1000 1000000
+alice> slow/a:1⏎SOURCE/slow.bin
+* hits /slow.bin
+bob> SOURCE/quick.bin
++已排队，前面还有 1 个
+carol> SOURCE/quick.bin
++请稍后再试
+bob< 文件上传成功
+* told alice bob
+* go
+alice< 成功 1 / 1
+=== Of images and links in one message what has room is done, the full queue named once; QUEUE_SIZE=0
+* serve /slow.bin 20000000 1000000
+alice> slow/app:1
+bob> app:1⏎SOURCE/slow.bin
++请稍后再试（镜像）
++共 1 个文件
+carol> app:1⏎SOURCE/slow.bin
+=请稍后再试
+bob> 取消
+bob< 取消
 === The same request again makes no second commit, but a run
 alice> twice:1
 alice< 成功 1 / 1
@@ -8547,7 +8258,7 @@ alice> replaces:1
 alice< 成功 1 / 1
 * list replaces:1
 === GitHub may answer 404 for a moment after it has started a run
-* lag 0.2
+* lag 0.1
 alice> nginx:1
 alice< 成功 1 / 1
 """
@@ -8556,23 +8267,23 @@ alice< 成功 1 / 1
 class Play:
     """Plays a transcript in a world of its own."""
 
-    def __init__(self, world: World, runner: SlowRunner) -> None:
-        self.world, self.github, self.runner = world, world.github, runner
-        self.heard = ""
+    def __init__(self, world: Depot) -> None:
+        self.world, self.github, self.heard = world, world.github, ""
 
     def line(self, line: str) -> None:
-        found = re.fullmatch(r"(\w*)([><+~*-]) ?(.*)", line)
+        found = re.fullmatch(r"(\w*)([><+~=*-]) ?(.*)", line)
         assert found, line
         who, mark, text = found.groups()
         if mark == ">":
+            text = text.replace("⏎", "\n").replace("SOURCE", self.world.source.url)
             self.heard = self.world.say(text, who)
         elif mark == "<":
             self.heard = self.world.hear(lambda m: m.user == who and text in m.text)
         elif mark == "*":
             assert wait_until(lambda: self.happens(*text.partition(" ")[::2])), line
         else:
-            is_there = re.search(text, self.heard) if mark == "~" else text in self.heard
-            assert bool(is_there) == (mark != "-"), f"{line}\n\n{self.heard}"
+            count = len(re.findall(text if mark == "~" else re.escape(text), self.heard))
+            assert count == 1 if mark == "=" else (count > 0) == (mark != "-"), (line, self.heard)
 
     def happens(self, what: str, rest: str) -> bool:
         """Do what a line with * says, or tell whether it holds."""
@@ -8580,7 +8291,12 @@ class Play:
         images = [" ".join(json.loads(given["images"])) for given in inputs]
         messages, health = self.world.wecom.messages, self.world.service.health()
         if what == "go":
-            self.runner.go.set()
+            self.world.open()
+        elif what == "serve":
+            path, size, rate = rest.split()
+            self.world.source.add(path, int(size), rate=float(rate))
+        elif what == "status":
+            return rest in self.world.say("状态")
         elif what == "restart":
             self.world.service.restart()  # after kill -9
         elif what == "lag":
@@ -8593,6 +8309,7 @@ class Play:
             "images": " | ".join(images),
             "commits": " | ".join(commit.message for commit in self.github.commits),
             "list": " ".join(self.github.files.get("images.txt", b"").decode().split()),
+            "hits": " ".join(sorted(self.world.source.hits)),
             "told": " ".join(message.user for message in messages),
             "health": f"{health['running']} {health['queued']}",
         }
@@ -8610,25 +8327,11 @@ def test_a_story(story: str) -> None:
     runner = SlowRunner()
     runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
     runner.outcomes["same:1"] = "wxsync: unchanged sha256:" + HEX
-    with quick(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
-        play = Play(world, runner)
+    with Depot(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
+        play = Play(world)
         for line in lines:
             play.line(line)
         assert world.broken() == []
-
-
-def test_a_list_that_is_too_long_goes_on_in_messages() -> None:
-    """The passive reply first, the rest by message/send, split at line ends. A second one is no
-    duplicate of the first, which WeCom would drop without a word."""
-    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
-    with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
-        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
-        for _ in range(2):
-            world.wecom.messages.clear()
-            reply = world.say("列表")
-            rest = world.hear(lines[-1])
-            told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
-            assert told == lines and len(reply.encode()) <= 2048 and not world.wecom.dropped
 
 
 # What became of a line's job ¦ a part of what is said of it.
@@ -8638,13 +8341,10 @@ cancelled ¦ 任务被取消
 timed_out ¦ 复制超时
 skipped ¦ 任务被跳过
 neutral ¦ neutral
-action_required ¦ action_required
 missing ¦ 没有这个镜像的任务
 wxsync: failed source-denied denied ¦ 源仓库拒绝读取
 wxsync: failed target-denied denied ¦ 目标仓库拒绝写入
-wxsync: failed target-login unauthorized ¦ 登录目标仓库失败
 wxsync: failed target-mismatch other/space ¦ 没有复制
-wxsync: failed no-platform linux/s390x ¦ 没有这个架构
 wxsync: failed rate-limited 429 ¦ 限制拉取次数
 wxsync: failed network refused ¦ 连接镜像仓库失败
 wxsync: failed rejected unknown manifest class ¦ 不接受
@@ -8668,24 +8368,24 @@ def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
     assert lacking([part for _, part in NOT_DONE], told) == []
 
 
-ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
-ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
-ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
+ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1", "https://" + "a" * 9_992]
+ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000, "A:1," * 2_500]
 
 
 def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
     """One reply that fits; no commit, no run, no file, no message, no line of it in the log."""
     folder = talk.world.service.state_dir
-    images = folder / "images.txt"
-    images.touch()
-    before, content = sorted(folder.iterdir()), images.read_bytes()
+    (folder / "images.txt").touch()
+
+    def files() -> list[tuple[str, int]]:
+        return sorted((path.name, path.stat().st_size) for path in folder.glob("*[!e]"))
+
+    before = files()
     for text in ATTACKS:
-        reply = talk.say(text)
-        assert reply and len(reply.encode()) <= 2048, text[:20]
+        assert 0 < len(talk.say(text).encode()) <= 2048, text[:20]
     time.sleep(0.2)
-    assert talk.calls() == [] and talk.messages == []
-    assert images.read_bytes() == content and sorted(folder.iterdir()) == before
-    assert [line for line in talk.world.service.log.splitlines() if line.startswith("::")] == []
+    assert talk.calls() == [] and talk.messages == [] and files() == before
+    assert not re.search("^::", talk.world.service.log, re.MULTILINE)
 
 
 def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None:
@@ -8700,31 +8400,18 @@ def test_a_confirmation_that_is_too_long_is_cut_with_a_count(talk: Talk) -> None
     assert json.loads(talk.inputs[0]["images"]) == names
 
 
-EVENTS: dict[str, dict[str, str]] = {
-    "enter_agent": {},
-    "subscribe": {},
-    "LOCATION": {"Latitude": "23.1", "Longitude": "113.3", "Precision": "119"},
-    "click": {"EventKey": "k"},
-    "template_card_event": {"TaskId": "t", "ResponseCode": "r"},
-}
-KINDS: dict[str, dict[str, object]] = {
-    "image": {"PicUrl": "http://127.0.0.1/a.png", "MediaId": "m"},
-    "voice": {"MediaId": "m", "Format": "amr"},
-    "video": {"MediaId": "m", "ThumbMediaId": "t"},
-    "location": {"Location_X": "23.1", "Location_Y": "113.3", "Label": "nginx:1"},
-    "link": {"Title": "nginx:1", "Url": "https://e.com/a"},
-    "file": {"MediaId": "m"},
-}
+EVENTS = "enter_agent subscribe LOCATION click template_card_event"
+FIELDS = {"MediaId": "m", "Label": "nginx:1", "Title": "nginx:1", "Url": "https://e.com/a"}
 
 
 @pytest.mark.parametrize("fmt", ["xml", "json"])
 def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) -> None:
     """No work, no repeat by WeCom; who sends a picture hears what is understood."""
-    for event, own in EVENTS.items():
-        reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, **own)
+    for event in EVENTS.split():
+        reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, EventKey="nginx:1")
         assert (reply.status, reply.raw) == (200, b""), event
-    for kind, more in KINDS.items():
-        assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **more).reply, kind
+    for kind in ("image", "voice", "video", "location", "link", "file"):
+        assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **FIELDS).reply, kind
     assert talk.calls() == [] and talk.messages == []
 
 
@@ -8736,18 +8423,13 @@ def test_one_connection_and_three_calls_before_polling() -> None:
     with quick(PlayedRunner(0.3)) as world:
         world.say("nginx:1")
         world.hear("成功 1 / 1")
-        api, run = f"/repos/{world.github.repo}", world.github.runs[0].id
-        calls = [f"{c.method} {c.path.removeprefix(api)}" for c in world.github.calls]
-        assert calls[:3] == [
-            "GET /contents/images.txt",
-            "PUT /contents/images.txt",
-            "POST /actions/workflows/docker-image-sync.yml/dispatches",
-        ]
-        assert set(calls[3:-1]) == {f"GET /actions/runs/{run}"}
-        assert calls[-1] == f"GET /actions/runs/{run}/jobs"
-        assert world.github.connections == 1
-        polls = [call for call in world.github.calls if call.path.endswith(f"/runs/{run}")]
-        assert len(polls) > 2 and [p for p in polls[1:] if "if-none-match" not in p.headers] == []
+        run = f"GET /actions/runs/{world.github.runs[0].id}"
+        calls = [f"{c.method} {c.path.split('mirror')[1]}" for c in world.github.calls]
+        first = ["GET /contents/images.txt", "PUT /contents/images.txt"]
+        first += ["POST /actions/workflows/docker-image-sync.yml/dispatches"]
+        polls = [c.headers for c in world.github.calls_to(run) if "jobs" not in c.path]
+        assert calls == [*first, *[run] * len(polls), f"{run}/jobs"] and len(polls) > 2
+        assert world.github.connections == 1 and all("if-none-match" in p for p in polls[1:])
         assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
 
 
@@ -8755,37 +8437,34 @@ def test_one_connection_and_three_calls_before_polling() -> None:
 # GitHub itself redirects to its own new address: method and body stay. A list may lag: 0.15 s is
 # 7.5 s here. A dispatch that never arrived is made again after ten seconds, 0.2 s here.
 LIST = "/repos/octo/mirror/contents/images.txt"
-UNKNOWN_FIELD = 'Invalid request.\n\n"return_run_details" is not a permitted key.'
-MISHAPS: dict[str, tuple[str, int, str, tuple[int, int, int]]] = {
-    "an unknown field": ("POST dispatches", 1, f"400 {UNKNOWN_FIELD}", (1, 1, 2)),
-    "somebody else wrote": ("PUT", 2, "409 images.txt does not match 0123", (3, 3, 1)),
-    "somebody else began": ("PUT", 2, '422 "sha" wasn\'t supplied.', (3, 3, 1)),
-    "the commit's answer is lost": ("PUT", 1, "lost", (2, 2, 1)),
-    "the dispatch's answer is lost": ("POST dispatches", 1, "lost", (1, 1, 1)),
-    "the list lags as well": ("POST dispatches", 1, "lost", (1, 1, 1)),
-    "the dispatch never arrived": ("POST dispatches", 1, "reset", (1, 1, 2)),
-    "a new name, seen at GET": ("GET contents", 1, "301", (2, 1, 1)),
-    "a new name, seen at PUT": ("PUT", 1, "307", (1, 2, 1)),
-}
+MISHAPS = rows(r"""
+POST dispatches ¦ 1 ¦ 400 "return_run_details" is not a permitted key. ¦ 1 1 2
+PUT ¦ 2 ¦ 409 images.txt does not match 0123 ¦ 3 3 1
+PUT ¦ 2 ¦ 422 "sha" wasn't supplied. ¦ 3 3 1
+PUT ¦ 1 ¦ lost ¦ 2 2 1
+POST dispatches ¦ 1 ¦ lost ¦ 1 1 1
+POST dispatches ¦ 1 ¦ lost ¦ 1 1 1 ¦ the list lags
+POST dispatches ¦ 1 ¦ reset ¦ 1 1 2
+GET contents ¦ 1 ¦ 301 ¦ 2 1 1
+PUT ¦ 1 ¦ 307 ¦ 1 2 1
+""")
 
 
-@pytest.mark.parametrize("name", MISHAPS)
-def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, name: str) -> None:
+@pytest.mark.parametrize("number", range(len(MISHAPS)))
+def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, number: int) -> None:
     """It is read again, looked for, or made again: one commit, one run, one result."""
-    where, times, how, wanted = MISHAPS[name]
+    where, times, how, wanted, *lag = MISHAPS[number]
     status, _, message = how.partition(" ")
     body = json.dumps({"message": message}).encode()
     what: What = (int(status), {"Location": LIST}, body) if status.isdigit() else how
-    talk.github.fail(where, what, times)
-    talk.github.list_lag = 0.15 if "lags" in name else 0.0
-    talk.github.old_dispatch = "field" in name
-    image = f"mishap-{list(MISHAPS).index(name)}:1"
-    assert "成功 1 / 1" in talk.ask(image)
-    counts = [len(talk.calls(call)) for call in ("GET contents", "PUT contents", "POST dispatches")]
-    assert tuple(counts) == wanted and len(talk.inputs) == len(talk.commits) == 1
-    posts = talk.calls("POST dispatches")
-    assert how != "reset" or posts[1].time - posts[0].time > 0.2
-    assert "field" not in name or "return_run_details" not in posts[1].json()
+    talk.github.fail(where, what, int(times))
+    talk.github.list_lag, talk.github.old_dispatch = 0.15 * len(lag), "return" in how
+    assert "成功 1 / 1" in talk.ask(f"mishap-{number}:1")
+    calls = [talk.calls(call) for call in ("GET contents", "PUT contents", "POST dispatches")]
+    assert [len(made) for made in calls] == list(map(int, wanted.split()))
+    assert len(talk.inputs) == len(talk.commits) == 1
+    assert how != "reset" or calls[2][1].time - calls[2][0].time > 0.2
+    assert "return" not in how or "return_run_details" not in calls[2][1].json()
 
 
 # What GitHub says to a call ¦ parts of what the person reads.
@@ -8835,31 +8514,24 @@ def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
     assert len(desk.github.commits) == 1
 
 
-def test_github_wants_quiet() -> None:
+def test_github_wants_quiet(talk: Talk) -> None:
     """While polling: not one call for that long, then the result. For an hour: that is told."""
-    with quick(PlayedRunner(0.2)) as world:
-        world.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
-        world.say("nginx:1")
-        assert "成功 1 / 1" in world.hear("成功 ")
-        times = [call.time for call in world.github.calls_to("GET actions/runs/")]
-        assert 0.95 < times[1] - times[0] < 2
-        world.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
-        world.say("quota:1")
-        assert "分钟后再试" in world.hear("成功 0 / 1")
+    talk.github.fail("GET actions/runs/", (429, {"Retry-After": "1"}, b"{}"))
+    assert "成功 1 / 1" in talk.ask("quiet:1")
+    times = [call.time for call in talk.calls("GET actions/runs/")]
+    assert 0.95 < times[1] - times[0] < 2
+    talk.github.fail("GET contents", (403, {"Retry-After": "3000"}, b"{}"))
+    talk.say("quota:1")
+    assert "分钟后再试" in talk.hear("成功 0 / 1")
 
 
-class Elsewhere(Peer):
-    """Another server, which would gladly take a token."""
-
-    def handle(self, call: Call) -> Answer:
-        return json_answer({})
+REDIRECTS = [("GET contents", 301), ("PUT contents", 302), ("POST dispatches", 307)]
 
 
-@pytest.mark.parametrize("where", ["GET contents", "PUT contents", "POST dispatches", "GET runs/"])
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize(("where", "status"), [*REDIRECTS, ("GET runs/", 308)])
 def test_no_redirect_takes_the_token_elsewhere(talk: Talk, where: str, status: int) -> None:
     """Neither to another port nor to another name of the same machine; the person is told."""
-    with Elsewhere() as elsewhere:
+    with FakeGitHub() as elsewhere:
         address = elsewhere.url.replace("127.0.0.1", "localhost") if status > 302 else elsewhere.url
         talk.github.fail(where, (status, {"Location": f"{address}/repos/octo/mirror"}, b""), 20)
         assert "成功 0 / 1" in talk.ask(f"redirect-{status}:1")
@@ -8874,34 +8546,26 @@ def all_letters(world: World, user: str) -> list[str]:
 
 
 NOT_FOUND = "wxsync: failed not-found manifest unknown"
-FATES: dict[str, tuple[int, Callable[[int], str]]] = {
-    "one cause": (256, lambda number: NOT_FOUND),
-    "many causes": (256, lambda number: f"wxsync: failed error trouble number {number}"),
-    "half of them": (255, lambda number: "" if number % 2 else "wxsync: failed timeout"),
-}
+TROUBLE = "wxsync: failed error trouble number {}"
 
 
-@pytest.mark.parametrize("name", FATES)
-def test_256_failures_fit_in_ten_messages(name: str) -> None:
+@pytest.mark.parametrize("fates", [[NOT_FOUND], [TROUBLE], ["wxsync: failed timeout", ""]])
+def test_256_failures_fit_in_ten_messages(fates: list[str]) -> None:
     """All of one cause are named, before the first that worked; of many as many as ten hold."""
-    count, fate = FATES[name]
-    names = [f"registry.example.com/space/image-{number}:1" for number in range(count)]
-    with quick(PlayedRunner(0.0, {line: fate(n) for n, line in enumerate(names)})) as world:
-        world.say("\n".join([*names, "x/fine:1"][:256]))
+    names = [f"registry.example.com/space/image-{number}:1" for number in range(256)]
+    outcomes = {name: fates[n % len(fates)].format(n) for n, name in enumerate(names)}
+    with quick(PlayedRunner(0.0, outcomes)) as world:
+        world.say("\n".join(names))
         world.hear("成功 ")
         letters = all_letters(world, "alice")
         assert world.broken() == [] and max(len(text.encode()) for text in letters) <= 2048
-    text = "\n".join(letters)
-    told = re.findall(r"^❌ (registry\S+?)：?$", text, re.MULTILINE)
-    if name == "many causes":
-        assert len(letters) == 10 and "成功 0 / 256" in letters[0]
-        assert "/actions/runs/" in letters[0] and re.search(r"还有 \d+", letters[-1])
-    elif name == "one cause":
-        assert len(letters) <= 10 and "成功 0 / 256" in letters[0] and told == names
+    text, done = "\n".join(letters), 128 * (len(fates) - 1)
+    assert f"成功 {done} / 256" in letters[0] and "/actions/runs/" in letters[0]
+    if fates == [TROUBLE]:
+        assert len(letters) == 10 and re.search(r"还有 \d+", letters[-1])
     else:
-        failed = [line for line in names[::2] if f"❌ {line}" in text]
-        assert len(failed) == 128 and "成功 128 / 256" in text
-        assert text.index(failed[-1]) < text.index("docker pull ")
+        failed = [text.index(f"❌ {name}") for name in names[:: len(fates)]]
+        assert "docker pull " not in text[: max(failed)] and (done or len(letters) <= 10)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8918,22 +8582,11 @@ class Factory:
     """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
 
     def __init__(self, space: Space) -> None:
-        self.space, self.prefix = space, f"{space.mirror.acr.host}/{space.namespace}"
-        own = {"DOCKER_REGISTRY": space.mirror.acr.host}
-        self.secrets = {k: v for k, v in space.settings.items() if k.startswith("DOCKER_")} | own
+        self.space, self.acr = space, space.mirror.acr.host
+        own = {name: space.settings[f"DOCKER_{name}"] for name in ("USERNAME", "PASSWORD")}
+        self.place = {"DOCKER_REGISTRY": self.acr, "DOCKER_NAMESPACE": space.namespace}
+        self.secrets = {f"DOCKER_{name}": value for name, value in own.items()} | self.place
         self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
-
-    @contextmanager
-    def world(self, **changed: str) -> Iterator[World]:
-        """Run WeCom, GitHub with this workflow, and the service; some Secrets may be wrong."""
-        names = ("DOCKER_REGISTRY", "DOCKER_NAMESPACE")
-        settings = {name: self.secrets[name] for name in names}
-        with (
-            ActRunner(SCRIPT.parent, self.secrets | changed, self.environment) as runner,
-            World(SCRIPT, runner, settings) as world,
-        ):
-            yield world
-            assert world.broken() == []
 
     def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
         with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
@@ -8951,8 +8604,7 @@ def factory(space: Space) -> Factory:
 
 def results(run: Run) -> dict[str, str]:
     """Return for each job that ran the name of its last step, which is its result."""
-    jobs = [job for job in run.jobs if job.name != "plan"]
-    return {job.name: job.steps[-1].name for job in jobs}
+    return {job.name: job.steps[-1].name for job in run.jobs if job.name != "plan"}
 
 
 def conclusions(run: Run) -> dict[str, str | None]:
@@ -8962,7 +8614,7 @@ def conclusions(run: Run) -> dict[str, str | None]:
 def ask(world: World, text: str) -> tuple[str, Run]:
     """Say something about images, return the final message and the run that it tells about."""
     before = len(world.wecom.messages)
-    world.say(text)
+    assert "🔄" in world.say(text)
     message = world.wecom.wait_message("成功 ", 60, before).text
     return message, world.github.runs[-1]
 
@@ -8971,51 +8623,33 @@ def test_from_chat_to_registry(factory: Factory) -> None:
     """One message, one run: what is good arrives, what is not is told with its reason. Several
     platforms of an image with attestations go into a registry that refuses those, and a second
     request finds everything up to date."""
-    space = factory.space
+    space, pull = factory.space, f"docker pull {factory.acr}/{factory.space.namespace}/app"
     digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
-    expected = {
-        "app:multi": f"copied {digest}",
-        line: "copied ",
-        "app:absent": "failed not-found ",
-        "--platform=linux/s390x app:multi": "failed no-platform ",
-        "dead.example.com/a:1": "failed network ",
-    }
-    text = (
-        f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
-        "app:multi --platform linux/s390x、dead.example.com/a:1"
-    )
-    with factory.world() as world:
-        reply = world.say(text)
-        assert "共 5 个镜像" in reply and f"1. app:multi → {factory.prefix}/app:multi" in reply
-        text = world.hear("成功 ", 60)
-        run = world.github.runs[-1]
-        assert "❌" in text.splitlines()[0] and "成功 2 / 5" in text and "已是最新" not in text
-        assert f"docker pull {factory.prefix}/app:multi" in text
-        assert f"/actions/runs/{run.id}" in text
-        for bad, result in list(expected.items())[2:]:
-            assert bad in text
-            assert all(words in text for words in wxsync.COPY_REASONS[result.split()[1]])
+    bad = {"app:absent": "not-found", "--platform=linux/s390x app:multi": "no-platform"}
+    expected = {"app:multi": f"copied {digest}", line: "copied "}
+    expected |= {name: f"failed {code} " for name, code in bad.items()}
+    with (
+        ActRunner(SCRIPT.parent, factory.secrets, factory.environment) as runner,
+        World(SCRIPT, runner, factory.place) as world,
+    ):
+        text, run = ask(
+            world,
+            f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
+            "app:multi --platform linux/s390x",
+        )
+        assert text.startswith("❌") and "成功 2 / 4" in text and "已是最新" not in text
+        assert lacking([f"{pull}:multi", f"/actions/runs/{run.id}", *bad], text) == []
+        assert all(lacking(wxsync.COPY_REASONS[code], text) == [] for code in bad.values())
         assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
         assert all(results(run)[k].startswith(f"wxsync: {v}") for k, v in expected.items())
         assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
         text, run = ask(world, line)
-        assert "✅" in text.splitlines()[0] and "成功 1 / 1" in text
-        assert f"docker pull {factory.prefix}/app:attested（已是最新）" in text
+        assert text.startswith("✅") and f"{pull}:attested（已是最新）" in text
         assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
+        assert world.broken() == []
     assert space.digest("app:multi") == digest
-
-
-def test_a_wrong_password_in_github(factory: Factory) -> None:
-    """Nothing is copied, and the chat says which Secret to look at."""
-    with factory.world(DOCKER_PASSWORD="wrong-password-31") as world:
-        text, run = ask(world, "app:one")
-        assert "❌" in text.splitlines()[0] and "成功 0 / 1" in text
-        assert all(words in text for words in wxsync.COPY_REASONS["target-login"])
-        assert results(run)["app:one"].startswith("wxsync: failed target-login ")
-        assert "wrong-password-31" not in world.service.log + "\n".join(run.log) + text
-    assert factory.space.digest("app:one") == ""
 
 
 def test_whoever_starts_a_run_cannot_move_the_target_or_run_a_command(factory: Factory) -> None:
@@ -9042,9 +8676,8 @@ def test_the_list_edited_on_github_is_copied(
 ) -> None:
     """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
     mirror = factory.space.mirror
-    arm = mirror.digest("multi", "arm64/v8")
-    run = factory.run(kind, BY_HAND, **inputs)
-    assert run.conclusion == "success" and conclusions(run)["plan"] == "success", run.log
+    arm, run = mirror.digest("multi", "arm64/v8"), factory.run(kind, BY_HAND, **inputs)
+    assert run.conclusion == conclusions(run)["plan"] == "success", run.log
     assert results(run) == {
         "app:one": f"wxsync: copied {mirror.digest('one')}",
         "--platform=linux/arm64 app:multi": f"wxsync: copied {arm}",
@@ -9055,9 +8688,8 @@ def test_the_list_edited_on_github_is_copied(
 def test_plan_decides_what_runs(factory: Factory) -> None:
     """An empty list is fine and starts no job; a bad line stops the whole list. A dispatch with
     images goes straight to the matrix, and images.txt is not looked at."""
-    lists = {"# nothing yet\n": "success", "app:one\nApp:one\n": "failure"}
-    for images_txt, conclusion in lists.items():
-        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": conclusion}
+    for images_txt, how in (("# nothing yet\n", "success"), ("app:one\nApp:one\n", "failure")):
+        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": how}
         assert factory.space.digest("app:one") == ""
     run = factory.run(ActRunner, "App:bad\n", images='["app:one => mine"]', request="r2")
     assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
