@@ -11812,7 +11812,7 @@ SIDE_BY_SIDE = os.name == "posix"  # a test that is `alone` needs a lock that ot
 # Fixtures that are made once: all tests that ask for one of a line run in one process, one by one.
 FAMILIES = """
 told
-mirror met space front factory private
+mirror met space factory private
 engine contained
 shared_depot depot
 shared talk
