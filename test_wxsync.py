@@ -2867,7 +2867,7 @@ def run_script(
     *words: str, text: str = "", settings: dict[str, str] | None = None, folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     environment = clean_environment(Path("/nonexistent"), settings or {})
-    full = [sys.executable, "-S", str(quick_script() if words else SCRIPT), *words]
+    full = [sys.executable, "-S", str(SCRIPT), *words]
     return run_command(full, text, 20, env=environment, cwd=folder)
 
 
@@ -3872,13 +3872,13 @@ class Copied(NamedTuple):
         return self.out.split()[-1] if self.status == 0 else ""
 
 
-def copy(line: str, home: Path, settings: Mapping[str, str], script: Path | None = None) -> Copied:
+def copy(line: str, home: Path, settings: Mapping[str, str], script: Path = SCRIPT) -> Copied:
     """Run `wxsync.py copy LINE` with these settings and nothing else of ours."""
     output, temporary = home / "output", home / "tmp"
     temporary.mkdir(exist_ok=True)
     output.write_text("")
     own = {"GITHUB_OUTPUT": str(output), "TMPDIR": str(temporary)} | NO_WAY_OUT
-    words = [sys.executable, str(script or quick_script()), "copy", line]
+    words = [sys.executable, str(script), "copy", line]
     environment = clean_environment(home, own | dict(settings))
     done = run_command(words, timeout=150, env=environment, cwd=home)
     left = [path.name for path in temporary.iterdir()]
@@ -12040,7 +12040,7 @@ class Lane(Closing):
 
     def copy(self, line: str, wanted: str = "copied") -> None:
         settings = self.target.settings("mirror") | {"CONTAINERS_REGISTRIES_CONF": self.conf}
-        assert copy(line, self.home, settings, SCRIPT).code == wanted
+        assert copy(line, self.home, settings).code == wanted
 
     def skopeo(self, line: str) -> None:
         words = ["skopeo", "--insecure-policy", "--registries-conf", self.conf, "copy", "-q"]
