@@ -11839,6 +11839,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return scheduler
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes: most tests wait most of their time."""
     return min(8, (os.cpu_count() or 1) + 2)
