@@ -7910,6 +7910,7 @@ a//b:1 ¦ a//b:1
 a___b:1 ¦ a___b:1
 -a:1 ¦ -a:1
 nginx:1:2 ¦ nginx:1:2
+example.com:٤٤٣/a:1 ¦ example.com:٤٤٣/a:1
 nginx:-1 ¦ nginx:-1
 ftp://x/y ¦ ftp://x/y
 ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
@@ -8582,6 +8583,13 @@ HOSTILE_PIECES = [
     *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
     *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
     *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
+    *(
+        "\n",
+        " \n",
+        "hello\n",
+        "a\t",
+        "".join(f"pull access denied for i{n}, " for n in range(3000)),
+    ),
 ]
 
 
@@ -9020,17 +9028,6 @@ def test_a_story(story: str) -> None:
         for line in lines:
             play.line(line)
         assert world.broken() == []
-
-
-def test_a_list_that_is_too_long_goes_on_in_messages() -> None:
-    """The passive reply first, the rest by message/send, split at line ends."""
-    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
-    with quick() as world:
-        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
-        reply = world.say("列表")
-        rest = world.hear(lines[-1])
-        told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
-        assert told == lines and len(reply.encode()) <= 2048 and world.broken() == []
 
 
 # What became of a line's job ¦ a part of what is said of it.
@@ -9599,7 +9596,8 @@ def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
 
 
 def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
-    """What a person typed is code or is left out: no link, no mention, no heading."""
+    """What a person typed is code or is left out: no link, no mention, no heading; nor is there
+    any markdown in what is shown outside of code, whoever it is from."""
     people = [next(PEOPLE) for _ in TYPED]
     for user, text in zip(people, TYPED, strict=True):
         robot.ask(text, user)
@@ -9608,6 +9606,8 @@ def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
     assert wait_until(lambda: all(message.finished for message in messages))
     shown = [text for message in messages for _, text in message.shown]
     assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+    own = object.__new__(wxsync.Robot).render("<@x> [x](y) ~~x~~ |x| **x** `<@x>`\n# x\n > x")
+    assert "`<@x>`" in own and not re.search(r"(?m)[<\[\]*#~|]|^ *>", code_and_rest(own)[1])
 
 
 def test_what_a_run_says_is_no_markdown_and_fits() -> None:
@@ -10348,25 +10348,35 @@ def test_a_client_that_never_reads_costs_nothing() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["source", "store"])
-def test_an_answer_that_chokes_the_parser_is_an_odd_answer(where: str) -> None:
-    """Python's email parser raises what is no HTTPException: its person hears, the lane goes on."""
-    with Depot() as depot:
-        peer: Peer = depot.source if where == "source" else depot.store
-        peer.fail("", (200, CHOKING_HEAD, b"{}"), 3)
-        depot.relay(depot.source.add("/first.txt", body=b"first"))
-        assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
+CHOKES: What = (200, CHOKING_HEAD, b"{}")  # Python's email parser raises what is no HTTPException
+JSON_HEAD = {"Content-Type": "application/json"}
+ODD_PEERS: list[Sequence[tuple[str, str, What]]] = [  # who ¦ at which call ¦ says what
+    [("source", "", CHOKES)] * 3,
+    [("store", "", CHOKES)] * 3,
+    *(
+        [("store", "PUT", (403, {}, b"")), ("store", "HEAD", (200, {"Content-Length": n}, b""))]
+        for n in ("-5", "many", "")
+    ),
+    *(
+        [("store", "POST uploads", (200, JSON_HEAD, b'{"upload_id":"%s"}' % odd))]
+        for odd in (b"\\ud800", b"x" * 1000)
+    ),
+]
 
 
-def test_no_text_takes_long_to_read() -> None:
-    """Empty lines and refusals by the thousand: a second is a hundred times what they need."""
-    texts = ["hello" + "\n" * 60_000, "hello" + " \n" * 30_000, "hello\n" * 10_000, "a\t" * 30_000]
-    texts += ["".join(f"pull access denied for img{n}, " for n in range(3000))]
-    for text in texts:
-        begun = time.thread_time()
-        with suppress(wxsync.Failure):
-            wxsync.read_message(text)
-        assert time.thread_time() < begun + 1, text[:30]
+@pytest.mark.parametrize("faults", ODD_PEERS, ids=range(len(ODD_PEERS)))
+def test_an_odd_answer_is_told_and_holds_no_lane(
+    depot: Depot, faults: Sequence[tuple[str, str, What]]
+) -> None:
+    """Heads that choke the parser, sizes and ids that are none: one word, and nothing is left."""
+    for who, where, what in faults:
+        getattr(depot, who).fail(where, what)
+    size = 9_000_000 if "uploads" in faults[0][1] else 5
+    told = depot.relay(depot.source.add("/odd.bin", size))
+    depot.source.faults.clear()
+    depot.store.faults.clear()
+    assert told and "-5 字节" not in told and wxsync.INTERNAL_ERROR not in told
+    assert "uploads" not in faults[0][1] or ("❌" in told and saved(depot)["orphans"] == [])
 
 
 @early
@@ -10385,25 +10395,13 @@ def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
 @early
 def test_the_robot_says_what_was_cancelled() -> None:
     """The reply to 取消 is a message of its own, and nothing waits for more of it."""
-    runner = SlowRunner()
-    with RobotWorld(runner) as world:
+    with RobotWorld(SlowRunner()) as world:
         world.ask("slow/a:1")
         said = world.ask("取消")
         assert "正在停止" in said.text and "slow/a:1" in said.text
         assert wait_until(lambda: said.finished, 5)
-        runner.go.set()
-        world.gateway.hear(lambda m: "已取消" in m.text and m is not said, "alice")
-
-
-@pytest.mark.parametrize("length", ["-5", "many", ""])
-def test_a_store_that_tells_an_odd_size_holds_no_lane(length: str) -> None:
-    """A look at what became of an upload may be answered with anything."""
-    with Depot() as depot:
-        depot.store.fail("PUT", (403, {}, b""))
-        depot.store.fail("HEAD", (200, {"Content-Length": length}, b""), 2)
-        told = depot.relay(depot.source.add("/refused.txt", body=b"refused"))
-        assert "-5 字节" not in told
-        assert "✅" in depot.relay(depot.source.add("/next.txt", body=b"next"))
+        world.open()
+        world.gateway.hear(lambda m: "已取消" in m.text and m is not said)
 
 
 @early
@@ -10439,10 +10437,9 @@ def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
     post = wxsync.Post(chat, state, log, lambda seconds: None)
     post.pace = wxsync.Pace([(1000.0, 0.001)])
     state.change(lambda facts: facts.with_letters([wxsync.Letter("ann", "result")]))
-    with suppress(StopIteration):
-        while not chat.heard:
-            post._not_before.clear()
-            post.step()
+    while not chat.heard and not post.dropped:
+        post._not_before.clear()
+        post.step()
     assert post.dropped == 0 and state.facts.letters == ()
 
 
@@ -10457,23 +10454,23 @@ def test_an_address_whose_pace_was_forgotten_can_be_written_to() -> None:
 
 @early
 def test_words_without_end_leave_room_for_others() -> None:
-    """What one person's words are answered with is bounded, on disk as well."""
+    """What one person's words are answered with is bounded, on disk as well; what finds no room
+    leaves no message open, and where there is room again words are answered again."""
     with RobotWorld() as world:
+
+        def waiting() -> int:
+            return str(saved(world)["letters"]).count("eve robot")
+
         for _ in range(300):
             world.gateway.say("help", "eve")
         world.gateway.say("nginx:1", "bob")
         world.result(chat="bob")
-        assert sum(letter[0].startswith("eve") for letter in saved(world)["letters"]) <= 100
-
-
-def test_check_leaves_a_folder_as_it_is(tmp_path: Path) -> None:
-    """Before the first start, perhaps by root, whose files the service could not write."""
-    with RobotWorld() as world:
-        world.service.terminate()
-        with temporary_folder("unused") as folder:
-            world.service.settings["STATE_DIR"] = folder
-            world.service.command("check")
-            assert os.listdir(folder) == []
+        assert waiting() <= 100 and "这一条没有回答" in world.service.log
+        assert wait_until(lambda: waiting() <= 90, 30)
+        for _ in range(10):
+            world.gateway.say("help", "eve")
+        assert wait_until(lambda: waiting() > 95, 3)
+        assert all(message.finished for message in world.gateway.all_of("eve"))
 
 
 @early
@@ -10488,27 +10485,19 @@ def test_files_of_several_people_take_turns() -> None:
         assert wait_until(lambda: len(depot.wecom.messages_for(many)) == 3, 15)
 
 
-def test_short_secrets_are_warned_of() -> None:
-    """What is too short to be masked without masking words is named, its value is not."""
-    with World(SCRIPT, PlayedRunner(0.01), {"SECRET": "abc-42"}) as world:
-        assert "SECRET 太短" in world.service.log and "abc-42" not in world.service.log
+HOLES = [  # a message whose note leaves no room, its link, lines that are longer than the room
+    "https://e.com/x\nimage: nginx\n" + "\n".join(f"image: Aaaa{n}" for n in range(24)),
+    "image: nginx\n" + "\n".join(f"image: Aaaa{n}" for n in range(400)),
+    "image: nginx\n" + "\n".join(f"image: ${{{'x' * 300}{n}}}" for n in range(40)),
+]
 
 
-HOLES = {  # a message whose note leaves no room, its link, and lines that are longer than the room
-    "links and bad lines": "https://e.com/x\nimage: nginx\n"
-    + "\n".join(f"image: Aaaa{n}" for n in range(24)),
-    "many bad lines": "image: nginx\n" + "\n".join(f"image: Aaaa{n}" for n in range(400)),
-    "long variables": "image: nginx\n"
-    + "\n".join("image: ${" + "x" * 300 + f"{n}}}" for n in range(40)),
-}
-
-
-@pytest.mark.parametrize("name", HOLES)
-def test_a_note_without_end_leaves_the_service_alive(talk: Talk, name: str) -> None:
+def test_a_note_without_end_leaves_the_service_alive(talk: Talk) -> None:
     """However much could not be done, the reply fits and others are answered meanwhile."""
-    reply = talk.say(HOLES[name])
-    assert "nginx:latest" in reply and len(reply.encode()) <= 2048
-    assert "共 1 个镜像" in talk.world.say("redis:1", "bob")
+    for text in HOLES:
+        reply = talk.say(text)
+        assert "nginx:latest" in reply and len(reply.encode()) <= 2048
+        assert "共 1 个镜像" in talk.world.say("redis:1", "bob")
 
 
 def test_a_text_is_cut_whatever_the_room() -> None:
@@ -10520,44 +10509,36 @@ def test_a_text_is_cut_whatever_the_room() -> None:
 
 def test_check_waits_for_no_rate_limit(healthy: Patient) -> None:
     """A limit is told; nobody asks again and again for leave to ask."""
-    before = len(healthy.github.calls)
-    healthy.github.fail("", (429, {"Retry-After": "1"}, b"{}"), 1000)
+    healthy.github.fail("", (429, {"Retry-After": "1"}, b"{}"), 20)
     assert any("限制调用次数" in found.text for found in checked(healthy))
-    assert len(healthy.github.calls) < before + 20
+    assert healthy.github.faults
     healthy.github.faults.clear()
 
 
-def test_a_second_long_list_is_no_duplicate_of_the_first() -> None:
-    """WeCom drops without a word what it has seen within four hours."""
+def test_a_long_list_goes_on_in_messages_each_time() -> None:
+    """The passive reply first, the rest by message/send, split at line ends; WeCom would drop
+    without a word what it has seen within four hours."""
     with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
         names = [f"registry.example.com/a/rather/long/name-{n}:1" for n in range(120)]
-        (world.service.state_dir / "images.txt").write_text("\n".join(names) + "\n")
+        world.images.write_text("\n".join(names) + "\n")
         for _ in range(2):
             world.wecom.messages.clear()
             reply = world.say("列表")
-            assert wait_until(lambda: any(names[-1] in m.text for m in world.wecom.messages))
-            texts = "\n".join([reply, *(m.text for m in world.wecom.messages)])
+            world.hear(names[-1])
+            texts = "\n".join([reply, *world.wecom.messages_for("alice")])
             assert [w for w in texts.split() if w.startswith("registry")] == names
+            assert len(reply.encode()) <= 2048
         assert not world.wecom.dropped
 
 
 def test_an_index_without_images_is_none(tmp_path: Path) -> None:
     """Attestations alone are nothing that could be copied."""
-    entry = {
-        "digest": "sha256:" + "0" * 64,
-        "platform": {"architecture": "unknown", "os": "unknown"},
-    }
-    raw = json.dumps({"mediaType": OCI_INDEX, "schemaVersion": 2, "manifests": [entry]}).encode()
+    entry = {"digest": "sha256:" + "0" * 64, "platform": {"architecture": "unknown"}}
+    index = {"mediaType": OCI_INDEX, "schemaVersion": 2, "manifests": [entry]}
     image = wxsync.read_image("--platform=all a/b:1")
-    skopeo = wxsync.Skopeo({}, "r.example.com", tmp_path)
+    source = wxsync.Source(wxsync.Skopeo({}, "r.example.com", tmp_path), "x/a/b")
     with pytest.raises(wxsync.CopyFailure, match="no image"):
-        wxsync.copy_index(wxsync.Source(skopeo, "x/a/b"), image, raw, "t", tmp_path)
-
-
-def test_digits_of_other_scripts_are_no_port() -> None:
-    """Python's \\d is every digit of Unicode; what goes to git is ASCII."""
-    with pytest.raises(wxsync.BadImage):
-        wxsync.read_image("example.com:٤٤٣/a/b:1")
+        wxsync.copy_index(source, image, json.dumps(index).encode(), "t", tmp_path)
 
 
 def test_a_retry_that_is_sent_twice_runs_once(talk: Talk) -> None:
@@ -10830,76 +10811,62 @@ def test_no_secret_is_written_when_it_is_wrong() -> None:
 
 
 def test_users_cannot_forge_log_lines() -> None:
-    """Newlines, escapes and direction marks in what users type stay inside their line."""
-    with quick() as world:
+    """Newlines, escapes and direction marks in what users type, or in anything that is logged,
+    stay inside their line."""
+    log = wxsync.Log("DEBUG", [], out := io.StringIO())
+    runner = PlayedRunner(0.0)
+    with quick(runner) as world:
         for mark in ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e"):
             forged = f"{mark}2026-01-01 00:00:00 ERROR forged"
-            for user, text in (
-                ("alice", f"nginx:1{forged}"),
-                ("alice", f"https://example.com/{forged}"),
-                ("alice", forged),
-                (f"al{forged}", "nginx:1"),
-            ):
-                with suppress(ValueError):
-                    world.client.post_text(user, text, fmt="json")
-            world.github.runner = PlayedRunner(0.0, {"nginx:2": f"wxsync: failed error {forged}"})
+            log.info(forged)
+            for text in (f"nginx:1{forged}", f"https://example.com/{forged}", forged):
+                world.client.post_text("alice", text, fmt="json")
+            world.client.post_text(f"al{forged}", "nginx:1", fmt="json")
+            runner.outcomes["nginx:2"] = f"wxsync: failed error {forged}"
             world.say("nginx:2", "bob")
         assert wait_until(lambda: not saved(world)["tasks"])
-        log = world.service.log
-        assert log.splitlines() == log.split("\n")[:-1]
-        for line in log.splitlines():
-            assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
-            assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
+        for text in (out.getvalue(), world.service.log):
+            assert text.splitlines() == text.split("\n")[:-1]
+            for line in text.splitlines():
+                assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
+                assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
+        assert out.getvalue().count("ERROR forged") == 8
 
 
 def test_a_slow_disk_delays_no_confirmation_of_the_robot_either() -> None:
     """A second a sync, 20 people at once: each hears within 4 s, senders wait for no disk."""
-    world = RobotWorld(SlowRunner(""), QUEUE_SIZE="100")
+    world, users = RobotWorld(SlowRunner(""), QUEUE_SIZE="100"), [f"user{n}" for n in range(20)]
     world.script = quick_script(BAD_DISK)
     with world:
         disk_is(world, seconds=1)
-        begun, users = time.monotonic(), [f"user{number}" for number in range(20)]
         for user in users:
             world.gateway.say(f"{user}:1", user)
-        assert wait_until(lambda: all(world.gateway.all_of(user) for user in users), 6)
-        assert time.monotonic() - begun < 4
+        assert wait_until(lambda: all(map(world.gateway.all_of, users)), 4)
 
 
 def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
-    """30 strangers send requests by the thousand; WeCom is answered within a second."""
+    """30 strangers send requests by the thousand; WeCom is answered within two seconds."""
     flood, over = b"GET / HTTP/1.1\r\n\r\n" * 1500, threading.Event()
-
-    def send_on(port: int) -> None:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 2) as stranger:
-            threading.Thread(target=drain, args=(stranger,), daemon=True).start()
-            while not over.is_set():
-                stranger.sendall(flood)
 
     def drain(stranger: socket.socket) -> None:
         with suppress(OSError):
             while stranger.recv(1 << 18):
                 pass
 
-    with World(SCRIPT) as world, ThreadPoolExecutor(30) as pool:
-        for _ in range(30):
-            pool.submit(send_on, world.service.port)
+    def send_on(stranger: socket.socket) -> None:
+        with suppress(OSError):
+            while not over.is_set():
+                stranger.sendall(flood)
+
+    with World(SCRIPT) as world, ThreadPoolExecutor(60) as pool, ExitStack() as stack:
+        stack.callback(over.set)
+        for stranger in connected(world, stack, 30):
+            pool.submit(send_on, stranger)
+            pool.submit(drain, stranger)
         time.sleep(0.5)
         begun = time.monotonic()
         assert "当前状态" in world.say("状态")
-        seconds = time.monotonic() - begun
-        over.set()
-        assert seconds < 2, seconds
-
-
-def test_an_odd_upload_id_is_refused_and_leaves_nothing() -> None:
-    """What is no text at all, or longer than any id."""
-    with Depot() as depot:
-        kind = {"Content-Type": "application/json"}
-        for body in (b'{"upload_id":"\\ud800"}', b'{"upload_id":"' + b"x" * 1000 + b'"}'):
-            depot.store.fail("POST uploads", (200, kind, body))
-            told = depot.relay(depot.source.add("/big.bin", 9_000_000))
-            assert "❌" in told and wxsync.INTERNAL_ERROR not in told
-        assert saved(depot)["orphans"] == []
+        assert time.monotonic() - begun < 2
 
 
 # ---------------------------------------------------------------------------------------------
