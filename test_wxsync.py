@@ -9757,15 +9757,14 @@ def test_killed_at_any_step_the_robot_answers() -> None:
 @early
 def test_random_kills_and_cuts_lose_nothing() -> None:
     """What was accepted is answered; twice only where an acknowledgement was lost."""
-    seed, lives = secrets.randbits(32), 400 if LONG else 40 if BIG else 16
-    chance, bad = random.Random(seed), ("cut", "lost", "ignore", "swallow")
+    chance, bad = random.Random(seed := secrets.randbits(32)), ("cut", "lost", "ignore", "swallow")
+    users = [f"user{life}x" for life in range(400 if LONG else 40 if BIG else 16)]
     with RobotWorld(QUEUE_SIZE="1000") as world:
-        gateway = world.gateway
+        gateway, ends = world.gateway, itertools.cycle((world.service.kill, world.gateway.cut))
         gateway.mood = lambda frame: chance.choice(bad) if chance.random() < 0.1 else None
         world.github.rate_remaining = 1_000_000
-        for life in range(lives):
-            user, seen = f"user{life}", functools.partial(gateway.all_of, f"user{life}")
-            end = world.service.kill if life % 2 else gateway.cut
+        for user, end in zip(users, ends, strict=False):
+            seen = functools.partial(gateway.all_of, user)
             timer = threading.Timer(chance.uniform(0, 0.4), end)
             timer.start()
             while not seen():  # as a person does who sees no answer
@@ -9773,19 +9772,19 @@ def test_random_kills_and_cuts_lose_nothing() -> None:
                     world.service.start()
                 if wait_until(lambda: gateway.line, 0.5):
                     with suppress(OSError):
-                        gateway.say(f"app{life}:1", user, msgid=f"m{life}")
+                        gateway.say(f"{user}:1", user, msgid=user)
                     wait_until(seen, 1.5)
             timer.join()
-            if not world.service.alive():
-                world.service.start()
+        if not world.service.alive():
+            world.service.start()
         gateway.mood = gateway.next_mood
-        for life in range(lives):
-            gateway.hear(lambda m: "成功 1 / 1" in m.text, f"user{life}", 60)
+        for user in users:
+            gateway.hear(lambda m: "成功 1 / 1" in m.text, user, 60)
         time.sleep(2)  # what ACK_SECONDS may bring once more
-        for life in range(lives):
-            world.check_copies(f"user{life}")
+        for user in users:
+            world.check_copies(user)
         runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
-        assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
+        assert runs == {f'["{user}:1"]': 1 for user in users}, f"seed {seed}"
 
 
 @early
@@ -10949,54 +10948,55 @@ def healthy(patient: Patient) -> Iterator[Patient]:
     (patient.service.folder / ".env").unlink(missing_ok=True)
 
 
-CHECK = table("""
-| what is the matter | the line | words in it | what is changed: a setting, or a switch of a fake |
-|---|---|---|---|
-| wrong SECRET | ❌ 企业微信 | SECRET; 应用详情页 | SECRET=secret-of-another-app |
-| wrong CORP_ID | ❌ 企业微信 | CORP_ID; 我的企业 | CORP_ID=wwother |
-| wrong AGENT_ID | ❌ 企业微信 | AGENT_ID; 应用详情页 | AGENT_ID=1000099 |
-| untrusted IP | ❌ 企业微信 | 60020; 企业可信IP; 203.0.113.7 | wecom.trusted=False |
-| no WeCom | ❌ 企业微信 | WECOM_API_URL | WECOM_API_URL=http://127.0.0.1:9 |
-| wrong token | ❌ GitHub | GITHUB_TOKEN; 换一个新的 | GITHUB_TOKEN=github_pat_wrong |
-| no repository | ❌ GitHub | octo/other; 核对仓库名 | GITHUB_REPO=octo/other |
-| no GitHub | ❌ GitHub | PROXY_URL; GITHUB_API_URL | GITHUB_API_URL=http://127.0.0.1:9 |
-| sees nothing | ❌ GitHub | 缺少权限 Metadata: Read | github.denied={'metadata=read'} |
-| no branch | ❌ GitHub 上的 wxsync.py | master; 分支 | GITHUB_BRANCH=master |
-| no program | ❌ GitHub 上的 wxsync.py | main; 读不到 | github.files={} |
-| no reading | ❌ GitHub 上的 wxsync.py | 权限 Contents: Read | github.denied={'contents=read'} |
-| another | ⚠️ GitHub 上的 wxsync.py | 更新到同一版本 | github.files={'wxsync.py': b'old'} |
-| no push | ❌ GitHub 仓库 | Contents: Read and write | github.permissions={'pull': True} |
-| no writing | ❌ GitHub 仓库 | Contents: Read and write | github.denied={'contents=write'} |
-| archived | ❌ GitHub 仓库 | 已归档; Unarchive | github.archived=True |
-| no Actions | ❌ GitHub 工作流 | 权限 Actions: Read and write | github.denied={'actions=read'} |
-| no starting | ❌ GitHub 工作流 | Actions: Read and write | github.denied={'actions=write'} |
-| no workflow | ❌ GitHub 工作流 | docker-image-sync.yml | github.WORKFLOW='other.yml' |
-| disabled | ❌ GitHub 工作流 | Enable workflow | github.workflow_state='disabled' |
-| Actions off | ❌ GitHub Actions | Settings → Actions | github.actions_enabled=False |
-| Secret | ❌ GitHub Secrets | 缺少 DOCKER_USERNAME： | github.secrets=secrets-{'DOCKER_USERNAME'} |
-| where | ❌ GitHub Secrets | Secrets and variables → Actions | github.secrets=set() |
-| Secrets unseen | ⚠️ GitHub Secrets | DOCKER_PASSWORD; 自行确认 | github.denied={'secrets=read'} |
-| expires | ⚠️ GitHub 令牌 | 09:00 UTC; 更换 | github.token_expires='2027-10-12 09:00 UTC' |
-| proxy | ❌ 代理 | 127.0.0.1:9; 核对地址; PROXY_TEST | PROXY_URL=http://u:not-told@127.0.0.1:9 |
-| clock | ❌ 时钟 | 秒：timedatectl | wecom.skew=-3600.0; github.skew=-3600.0 |
-| QingStor's clock | ❌ 时钟 | 秒：timedatectl | store.skew=3600.0 |
-| bucket | ✅ QingStor | tmp; 密钥正确 | LOG_LEVEL=INFO |
-| closed links | ❌ QingStor 链接 | QINGSTOR_LINK_SECONDS=86400 | store.public=False |
-| signed links | ✅ QingStor 链接 | 600 秒 | store.public=False; QINGSTOR_LINK_SECONDS=600 |
-| wrong key | ❌ QingStor | QINGSTOR_SECRET_ACCESS_KEY | QINGSTOR_SECRET_ACCESS_KEY=not-the-key |
-| no bucket | ❌ QingStor | QINGSTOR_BUCKET | store.bucket_missing=True |
-| no QingStor | ❌ QingStor | QINGSTOR_URL | QINGSTOR_URL=http://127.0.0.1:9 |
-| a file | ❌ STATE_DIR | TMP/file | STATE_DIR=TMP/file |
-| in a file | ❌ STATE_DIR | TMP/file/state | STATE_DIR=TMP/file/state |
-| to be made | ✅ STATE_DIR | TMP/a/b | STATE_DIR=TMP/a/b |
+# the one complaint ¦ words in it ¦ what is changed: a setting, or a switch of a fake
+CHECK = rows("""
+❌ 企业微信 ¦ SECRET; 应用详情页 ¦ SECRET=secret-of-another-app
+❌ 企业微信 ¦ CORP_ID; 我的企业 ¦ CORP_ID=wwother
+❌ 企业微信 ¦ AGENT_ID; 应用详情页 ¦ AGENT_ID=1000099
+❌ 企业微信 ¦ 60020; 企业可信IP; 203.0.113.7 ¦ wecom.trusted=False
+❌ 企业微信 ¦ WECOM_API_URL ¦ WECOM_API_URL=http://127.0.0.1:9
+❌ GitHub ¦ GITHUB_TOKEN; 换一个新的 ¦ GITHUB_TOKEN=github_pat_wrong
+❌ GitHub ¦ octo/other; 核对仓库名 ¦ GITHUB_REPO=octo/other
+❌ GitHub ¦ PROXY_URL; GITHUB_API_URL ¦ GITHUB_API_URL=http://127.0.0.1:9
+❌ GitHub ¦ 缺少权限 Metadata: Read ¦ github.denied={'metadata=read'}
+❌ GitHub 上的 wxsync.py ¦ master; 分支 ¦ GITHUB_BRANCH=master
+❌ GitHub 上的 wxsync.py ¦ main; 读不到 ¦ github.files={}
+❌ GitHub 上的 wxsync.py ¦ 权限 Contents: Read ¦ github.denied={'contents=read'}
+⚠️ GitHub 上的 wxsync.py ¦ 更新到同一版本 ¦ github.files={'wxsync.py': b'old'}
+❌ GitHub 仓库 ¦ Contents: Read and write ¦ github.permissions={'pull': True}
+❌ GitHub 仓库 ¦ Contents: Read and write ¦ github.denied={'contents=write'}
+❌ GitHub 仓库 ¦ 已归档; Unarchive ¦ github.archived=True
+❌ GitHub 工作流 ¦ 权限 Actions: Read and write ¦ github.denied={'actions=read'}
+❌ GitHub 工作流 ¦ Actions: Read and write ¦ github.denied={'actions=write'}
+❌ GitHub 工作流 ¦ docker-image-sync.yml ¦ github.WORKFLOW='other.yml'
+❌ GitHub 工作流 ¦ Enable workflow ¦ github.workflow_state='disabled'
+❌ GitHub Actions ¦ Settings → Actions ¦ github.actions_enabled=False
+❌ GitHub Secrets ¦ 缺少 DOCKER_USERNAME： ¦ github.secrets=secrets-{'DOCKER_USERNAME'}
+❌ GitHub Secrets ¦ Secrets and variables → Actions ¦ github.secrets=set()
+⚠️ GitHub Secrets ¦ DOCKER_PASSWORD; 自行确认 ¦ github.denied={'secrets=read'}
+⚠️ GitHub 令牌 ¦ 09:00 UTC; 更换 ¦ github.token_expires='2027-10-12 09:00 UTC'
+❌ 代理 ¦ 127.0.0.1:9; 核对地址; PROXY_TEST ¦ PROXY_URL=http://u:not-told@127.0.0.1:9
+❌ 时钟 ¦ 秒：timedatectl ¦ wecom.skew=-3600.0; github.skew=-3600.0
+❌ 时钟 ¦ 秒：timedatectl ¦ store.skew=3600.0
+✅ QingStor ¦ tmp; 密钥正确 ¦ LOG_LEVEL=INFO
+❌ QingStor 链接 ¦ QINGSTOR_LINK_SECONDS=86400 ¦ store.public=False
+✅ QingStor 链接 ¦ 600 秒 ¦ store.public=False; QINGSTOR_LINK_SECONDS=600
+❌ QingStor ¦ QINGSTOR_SECRET_ACCESS_KEY ¦ QINGSTOR_SECRET_ACCESS_KEY=not-the-key
+❌ QingStor ¦ QINGSTOR_BUCKET ¦ store.bucket_missing=True
+❌ QingStor ¦ QINGSTOR_URL ¦ QINGSTOR_URL=http://127.0.0.1:9
+❌ STATE_DIR ¦ TMP/file ¦ STATE_DIR=TMP/file
+❌ STATE_DIR ¦ TMP/file/state ¦ STATE_DIR=TMP/file/state
+✅ STATE_DIR ¦ TMP/a/b ¦ STATE_DIR=TMP/a/b
 """)
 
 
-@pytest.mark.parametrize("kind", CHECK)
-def test_check_tells_a_trouble_and_its_cure(healthy: Patient, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("row", CHECK, ids=lambda row: row[2])
+def test_check_tells_a_trouble_and_its_cure(
+    healthy: Patient, tmp_path: Path, row: list[str]
+) -> None:
     """One trouble, one line that says what to click or to type, and no other complaint."""
     (tmp_path / "file").touch()
-    line, words, changes = (cell.replace("TMP", str(tmp_path)) for cell in CHECK[kind])
+    line, words, changes = (cell.replace("TMP", str(tmp_path)) for cell in row)
     settings: dict[str, str] = {}
     for name, value in (change.split("=", 1) for change in changes.split("; ")):
         place, _, switch = name.rpartition(".")
@@ -11300,45 +11300,43 @@ def test_ci_runs_the_first_two_commands_of_readme() -> None:
     assert [f"{step['run']}\n" for step in plain] == commands
 
 
-README_LIMITS = {
-    "一条消息的镜像": f"{wxsync.MAX_IMAGES} 个",
-    "一个镜像的复制时间": f"{wxsync.COPY_SECONDS / 60:.0f} 分钟",
-    "跟踪一次运行": f"{wxsync.WATCH_SECONDS / 3600:.0f} 小时",
-    "排队": f"{settings_of_code()['QUEUE_SIZE']} 个",
-    "单个文件": f"{settings_of_code()['MAX_FILE_MB']} MB",
-    "一条企业微信消息": f"{wxsync.MAX_TEXT_BYTES} 字节",
-    "发给同一个人": "每分钟 28 条、每小时 950 条",
-    "images.txt 的行": f"{wxsync.MAX_LIST_LINES} 行",
-    "发给机器人的文本文件": f"{wxsync.MAX_PASTE_BYTES // 1024} KiB",
-    "一条机器人消息": f"{wxsync.MAX_MARKDOWN_BYTES} 字节",
-    "一个文件的传输时间": f"{wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时",
-    "传输时服务异常退出": f"{wxsync.TRIES - 1} 次",
-    "结果": f"最多 {wxsync.MAX_RESULT_MESSAGES} 条消息",
-    "回调请求": f"{wxsync.MAX_BODY_BYTES // 1024} KiB",
-    "一条消息的链接": f"{wxsync.MAX_LINKS} 个",
-}
+NUMBERS = rows(f"""
+限制 ¦ 一条消息的镜像 ¦ {wxsync.MAX_IMAGES} 个
+限制 ¦ 一个镜像的复制时间 ¦ {wxsync.COPY_SECONDS / 60:.0f} 分钟
+限制 ¦ 跟踪一次运行 ¦ {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+限制 ¦ 排队 ¦ {settings_of_code()["QUEUE_SIZE"]} 个
+限制 ¦ 单个文件 ¦ {settings_of_code()["MAX_FILE_MB"]} MB
+限制 ¦ 一条企业微信消息 ¦ {wxsync.MAX_TEXT_BYTES} 字节
+限制 ¦ 发给同一个人 ¦ 每分钟 28 条、每小时 950 条
+限制 ¦ images.txt 的行 ¦ {wxsync.MAX_LIST_LINES} 行
+限制 ¦ 发给机器人的文本文件 ¦ {wxsync.MAX_PASTE_BYTES // 1024} KiB
+限制 ¦ 一条机器人消息 ¦ {wxsync.MAX_MARKDOWN_BYTES} 字节
+限制 ¦ 一个文件的传输时间 ¦ {wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时
+限制 ¦ 传输时服务异常退出 ¦ {wxsync.TRIES - 1} 次
+限制 ¦ 结果 ¦ 最多 {wxsync.MAX_RESULT_MESSAGES} 条消息
+限制 ¦ 回调请求 ¦ {wxsync.MAX_BODY_BYTES // 1024} KiB
+限制 ¦ 一条消息的链接 ¦ {wxsync.MAX_LINKS} 个
+限制 ¦ 分块 {wxsync.PART_BYTES // 2**20} MiB
+限制 ¦ 5 分半钟
+怎么用 ¦ 最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+按日志 ¦ 两小时内不再尝试
+按日志 ¦ 10 分钟后再试
+按日志 ¦ 最多等 10 分钟
+审计与核对 ¦ 超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写
+""")
 
 
 def test_readme_states_the_true_numbers() -> None:
     """Those of the table of limits, and those that stand elsewhere."""
-    limits = table(section("限制"))
-    assert [what for what, text in README_LIMITS.items() if text not in limits[what][0]] == []
     workflow = document_yaml(".github/workflows/docker-image-sync.yml")
-    minutes = workflow["jobs"]["copy"]["timeout-minutes"]
-    for title, text in (
-        ("限制", f"任务 {minutes} 分钟"),
-        ("限制", f"分块 {wxsync.PART_BYTES // 2**20} MiB"),
-        ("限制", "5 分半钟"),
-        ("怎么用", f"最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时"),
-        ("按日志", "两小时内不再尝试"),
-        ("按日志", "10 分钟后再试"),
-        ("按日志", "最多等 10 分钟"),
-        ("审计与核对", f"超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写"),
-    ):
-        assert text in section(title)
+    minutes, limits = workflow["jobs"]["copy"]["timeout-minutes"], table(section("限制"))
+    for title, *row, text in (*NUMBERS, ["限制", f"任务 {minutes} 分钟"]):
+        assert text in (limits[row[0]][0] if row else section(title)), text
     assert minutes * 60 > wxsync.COPY_SECONDS and int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
-    for buckets, count in (((wxsync.ROBOT_PACE, 60), 28), ((wxsync.HOURLY_PACE, 3600), 950)):
-        (burst, seconds), window = buckets
+    for (burst, seconds), window, count in (
+        (wxsync.ROBOT_PACE, 60, 28),
+        (wxsync.HOURLY_PACE, 3600, 950),
+    ):
         assert burst + window / seconds == count
     assert (wxsync.ROBOT_STREAM_SECONDS, wxsync.WECOM_ERRORS[40001][1]) == (330, 7200)
     assert wxsync.TAKEOVER_SECONDS == wxsync.GITHUB_WAIT_SECONDS == 600
@@ -11778,11 +11776,6 @@ LEFT_OUT = re.compile(
     r"/(tests?|idlelib|tkinter|turtledemo|lib2to3|__pycache__|config-[^/]*|site-packages"
     r"|dist-packages|ensurepip)/|\.(a|pyc)$|EXTERNALLY-MANAGED$"
 )
-ABOUT_PYTHON = """
-import json, os, sys, sysconfig
-paths = sysconfig.get_paths()
-print(json.dumps([os.path.realpath(sys.executable), paths["stdlib"], paths["purelib"]]))
-"""
 TRUST = "/etc/ssl/certs/ca-certificates.crt"
 
 
@@ -11795,52 +11788,38 @@ def libraries(files: Sequence[str]) -> set[str]:
     return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
 
 
-def fill_root(base: Path) -> None:
+def fill_root(root: Path) -> None:
     """Make what an image named python:3.X-slim has: this machine's files, at their paths."""
-    found = run_here(sys.executable, "-c", "import sys; print(sys.base_prefix, *sys.version_info)")
-    prefix, major, minor = found.stdout.split()[:3]
-    python = f"{prefix}/bin/python{major}.{minor}"
-    program, stdlib, packages = json.loads(run_here(python, "-I", "-c", ABOUT_PYTHON).stdout)
+    program = os.path.realpath(sys.executable)
+    about = "import sysconfig as s; print(s.get_path('stdlib'), s.get_path('purelib'))"
+    stdlib, packages = run_here(program, "-I", "-c", about).stdout.split()
     tools = [path for path in map(shutil.which, TOOLS) if path]
-    extensions = [str(file) for file in Path(stdlib, "lib-dynload").glob("*.so")]
-    files = {*tools, *libraries([program, *extensions, *tools])}
+    extensions = map(str, Path(stdlib, "lib-dynload").glob("*.so"))
+    files = {program, *tools, *libraries([program, *extensions, *tools])}
     for tree in (stdlib, "/usr/share/zoneinfo"):
-        files |= {os.path.join(place, name) for place, _, names in os.walk(tree) for name in names}
-    files = {name for name in files if os.path.exists(name) and not LEFT_OUT.search(name)}
-    links = ("bin", "sbin", "lib", "lib64")  # so that /lib/… and /usr/lib/… are the same
-    folders = {str(place) for name in (program, *files) for place in Path(name).parents}
-    folders -= {"/", *(f"/{name}" for name in links)}
-    names = [*sorted(folders), program, *sorted(files)]
-    (listed := base.with_name("files")).write_text("".join(f"{name[1:]}\n" for name in names))
-    words = ["tar", "-C", "/", "--no-recursion", "--hard-dereference", "--mode=a+rX,go-w", "-h"]
-    words += ["--owner=0", "--group=0", r"--transform=s,^\(bin\|sbin\|lib\|lib64\)/,usr/\1/,"]
-    done = run_here(*words, "-cf", str(base), "-T", str(listed))
+        files |= {str(file) for file in Path(tree).rglob("*") if file.is_file()}
+    for name in ("bin", "sbin", "lib", "lib64"):  # so that /lib/… and /usr/lib/… are the same
+        (root / "usr" / name).mkdir(parents=True)
+        (root / name).symlink_to(f"usr/{name}")
+    files = {name for name in files if not LEFT_OUT.search(name)}
+    done = run_here("cp", "-L", "--parents", *files, str(root))
     assert done.returncode == 0, done.stderr
-    with tarfile.open(base, "a") as archive:
-
-        def put(name: str, data: bytes, kind: bytes = tarfile.REGTYPE, link: str = "") -> None:
-            entry = tarfile.TarInfo(name.lstrip("/"))
-            entry.size, entry.type, entry.linkname = len(data), kind, link
-            entry.mode = 0o644 if kind == tarfile.REGTYPE else 0o1777
-            archive.addfile(entry, io.BytesIO(data))
-
-        for name in links:
-            put(name, b"", tarfile.SYMTYPE, f"usr/{name}")
-        for name in ("python", "python3"):
-            put(f"usr/local/bin/{name}", b"", tarfile.SYMTYPE, program)
-        for name in ("tmp", "var/tmp", "proc", "sys", "dev"):
-            put(name, b"", tarfile.DIRTYPE)
-        wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
-        wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for name in wheel.namelist():
-                put(f"{packages}/{name}", wheel.read(name))
-        put("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
-        put("etc/group", b"root:x:0:\n")
-        put("etc/nsswitch.conf", b"hosts: files dns\n")
-        # The package index is reached as this machine reaches it.
-        if trusted := ssl.get_default_verify_paths().cafile:
-            put(TRUST, Path(trusted).read_bytes())
+    for name in ("usr/local/bin", "etc", "proc", "sys", "dev", "tmp", "var/tmp"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for name in ("python", "python3"):
+        (root / "usr/local/bin" / name).symlink_to(program)
+    wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
+    wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
+    zipfile.ZipFile(wheels[0]).extractall(f"{root}{packages}")
+    (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    (root / "etc/group").write_text("root:x:0:\n")
+    (root / "etc/nsswitch.conf").write_text("hosts: files dns\n")
+    # The package index is reached as this machine reaches it.
+    if trusted := ssl.get_default_verify_paths().cafile:
+        (root / TRUST[1:]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(trusted, root / TRUST[1:])
+    run_here("chmod", "-R", "a+rX,go-w", str(root))
+    run_here("chmod", "1777", f"{root}/tmp", f"{root}/var/tmp")
 
 
 def compose_program() -> str:
@@ -11949,11 +11928,13 @@ def build_engine(stack: ExitStack) -> Engine:
     needs(missing_program("dockerd", "docker", "ldd"))
     needs("" if compose_program() else "docker compose not installed")
     folder = Path(stack.enter_context(temporary_folder("docker")))
-    engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
-    fill_root(base)
-    values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
-    words = ("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
-    assert engine.docker(*words).returncode == 0
+    engine, base = Engine(folder, stack.enter_context(dockerd(folder))), str(folder / "base.tar")
+    fill_root(folder / "root")
+    assert run_here("tar", "-C", f"{folder}/root", "-cf", base, ".").returncode == 0
+    values = (
+        f"LANG=C.UTF-8 PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
+    )
+    assert engine.docker("import", "--change", f"ENV {values}", base, base_image()).returncode == 0
     engine.types("cp env.example .env")
     built = engine.types("docker compose build", 110)
     if "NewConnectionError" in built.stdout + built.stderr:
