@@ -9069,7 +9069,7 @@ def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
 
 ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
 ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
-ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
+ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992, "a:1 " * 10_000]
 
 
 def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
@@ -9567,9 +9567,6 @@ def test_one_message_that_lives() -> None:
         assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
 
 
-AT_ONCE = (
-    "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1 在吗>使用说明"
-)
 TYPED = (
     "[evil](http://evil.example):1",
     "[evil]: http://evil.example",
@@ -9582,17 +9579,6 @@ TYPED = (
     "evil.example/a__b__c/d_e:1",
     "evil:1, x=>:1\u2028# evil",
 )
-
-
-def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
-    """Commands, talk and refusals: said once, for good."""
-    asked = {next(PEOPLE): case.split(">") for case in AT_ONCE.split()}
-    for user, (text, wanted) in asked.items():
-        assert wanted in robot.ask(text, user).text
-    time.sleep(0.1)
-    for user, case in asked.items():
-        (message,) = robot.gateway.all_of(user)
-        assert message.finished and len(message.shown) == 1, case
 
 
 def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
@@ -9642,16 +9628,17 @@ def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld) -> None:
         assert "🔄" not in robot.ask(f"@Bot {talk}", user, group).text
 
 
-@pytest.mark.parametrize("limit", ["SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"])
-def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
+@early
+def test_a_message_ends_in_time_and_the_result_follows() -> None:
     """⏰ ends it with what is done so far, also while it waits; the result is a new message."""
-    with RobotWorld(SlowRunner(), **{limit: "1"}) as world:
-        message, other = world.ask("slow/a:1, b:1", group="G1"), world.ask("slow/c:1", "bob")
-        assert wait_until(lambda: message.finished and other.finished, 5)
-        assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
-        world.open()
-        assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
-        assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
+    for limit in ("SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"):
+        with RobotWorld(SlowRunner(), **{limit: "1"}) as world:
+            message, other = world.ask("slow/a:1, b:1", group="G1"), world.ask("slow/c:1", "bob")
+            assert wait_until(lambda: message.finished and other.finished, 5)  # noqa: B023
+            assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
+            world.open()
+            assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
+            assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
 
 
 @early
@@ -9755,39 +9742,6 @@ def test_killed_at_any_step_the_robot_answers() -> None:
 
 
 @early
-def test_random_kills_and_cuts_lose_nothing() -> None:
-    """What was accepted is answered; twice only where an acknowledgement was lost."""
-    chance, bad = random.Random(seed := secrets.randbits(32)), ("cut", "lost", "ignore", "swallow")
-    users = [f"user{life}x" for life in range(400 if LONG else 40 if BIG else 16)]
-    with RobotWorld(QUEUE_SIZE="1000") as world:
-        gateway, ends = world.gateway, itertools.cycle((world.service.kill, world.gateway.cut))
-        gateway.mood = lambda frame: chance.choice(bad) if chance.random() < 0.1 else None
-        world.github.rate_remaining = 1_000_000
-        for user, end in zip(users, ends, strict=False):
-            seen = functools.partial(gateway.all_of, user)
-            timer = threading.Timer(chance.uniform(0, 0.4), end)
-            timer.start()
-            while not seen():  # as a person does who sees no answer
-                if not world.service.alive():
-                    world.service.start()
-                if wait_until(lambda: gateway.line, 0.5):
-                    with suppress(OSError):
-                        gateway.say(f"{user}:1", user, msgid=user)
-                    wait_until(seen, 1.5)
-            timer.join()
-        if not world.service.alive():
-            world.service.start()
-        gateway.mood = gateway.next_mood
-        for user in users:
-            gateway.hear(lambda m: "成功 1 / 1" in m.text, user, 60)
-        time.sleep(2)  # what ACK_SECONDS may bring once more
-        for user in users:
-            world.check_copies(user)
-        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
-        assert runs == {f'["{user}:1"]': 1 for user in users}, f"seed {seed}"
-
-
-@early
 def test_a_gateway_that_is_away_for_a_while() -> None:
     """Closed or silent, in a run and at a start: /health says so, and all arrives later."""
     for silent in (False, True):
@@ -9865,70 +9819,64 @@ def test_sigterm_ends_it_with_the_line_open() -> None:
 # -- other messages and events
 
 
+FULL, WRONG_KEY = 256 << 10, base64.b64encode(b"x" * 32).decode()
+AT_ONCE = "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1"
 PICTURE = {"msgtype": "image", "image": {"url": "http://127.0.0.1:1/a", "aeskey": "x"}}
 WORDS = {"msgtype": "text", "text": {"content": "mixed:1"}}
-OTHER_KINDS: list[tuple[str, dict[str, object], str]] = [
-    ("voice", {"content": "voice:1"}, "共 1 个镜像"),
+# its kind ¦ what is in it: of a file its bytes, what is odd about it, how it goes wrong ¦ the answer
+SENT: list[tuple[str, tuple[bytes, Mapping[str, object], str] | dict[str, object], str]] = [
+    *(("text", {"content": text}, seen) for text, seen in re.findall(r"(\S+)>(\S*)", AT_ONCE)),
+    ("voice", {"content": "voice:1"}, "🔄"),
     ("voice", {"content": "状态。"}, "状态"),
-    ("mixed", {"msg_item": [PICTURE, WORDS]}, "共 1 个镜像"),
+    ("mixed", {"msg_item": [PICTURE, WORDS]}, "🔄"),
     ("mixed", {"msg_item": [PICTURE]}, ""),
     ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
     ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
     ("of_tomorrow", {"content": "nginx:1"}, ""),
+    ("file", (b"services:\n  web:\n    image: file1:1 # x\n", {}, ""), "🔄"),
+    ("file", ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, ""), "🔄"),  # as Windows writes it
+    ("file", (b"image: file4:1\n".ljust(FULL, b"#"), {}, ""), "🔄"),
+    ("file", (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""), ""),
+    ("file", (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""), ""),
+    ("file", (b"", {}, ""), ""),
+    *(("file", (b"nginx:1", {"aeskey": key}, ""), "") for key in (WRONG_KEY, "x", None)),
+    *(
+        ("file", (b"nginx:1", {"url": url}, ""), "")
+        for url in (None, "http://127.0.0.1:1/", "file:///etc/passwd")
+    ),
+    *(("file", (b"nginx:1", {}, fault), "") for fault in ("reset", "short", "big")),
 ]
 
 
-def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld) -> None:
-    """A picture, a film: one finished stream about what is understood, and nothing happens. Who
-    enters is welcomed with the help, in time; other events are met with silence."""
-    guest = next(PEOPLE)
-    req_id = robot.gateway.event("enter_chat", guest)
+def test_what_is_sent_counts_by_its_text_or_gets_a_word(robot: RobotWorld) -> None:
+    """Words, voices, text files are read; the rest hears what is understood, in one finished
+    stream, and nothing happens. Who enters is welcomed in time, other events are met by silence."""
+    guest, gateway, messages = next(PEOPLE), robot.gateway, list[ChatMessage]()
+    req_id = gateway.event("enter_chat", guest)
     for event in ("template_card_event", "feedback_event", "of_tomorrow"):
-        robot.gateway.event(event, guest)
-    welcome = robot.gateway.hear(lambda m: "使用说明" in m.text, guest, 5)
-    for kind, body, wanted in OTHER_KINDS:
+        gateway.event(event, guest)
+    welcome = gateway.hear(lambda m: "使用说明" in m.text, guest, 5)
+    for kind, body, wanted in SENT:
         user, before = next(PEOPLE), len(robot.github.calls)
-        robot.gateway.say(body, user, kind=kind)
-        message = robot.gateway.hear(lambda m: m.shown, user)
-        assert wanted in message.shown[0][1]
-        if wanted.startswith("共"):
-            robot.result(chat=user)
+        data = str(body).encode()
+        if isinstance(body, tuple):
+            data, odd, fault = body
+            gateway.fail("GET /file/", fault, 5 if fault else 0)
+            body = gateway.share(data) | dict(odd)
+        gateway.say(body, user, kind=kind)
+        message = gateway.hear(lambda m: m.shown, user)
+        gateway.faults.clear()
+        assert wanted in message.shown[0][1], body
+        if wanted == "🔄":
+            robot.result("✅", user)
+            named = json.loads(robot.github.dispatches[-1].inputs["images"])
+            assert named == re.findall(r"\b[a-z]+\d?:1", data.decode("utf-8-sig")), named
         else:
-            assert message.finished and len(robot.github.calls) == before
-    assert welcome.req_id == req_id and robot.gateway.all_of(guest) == [welcome]
-
-
-FULL = 256 << 10
-WRONG_KEY = base64.b64encode(b"x" * 32).decode()
-SENT_FILES: dict[str, tuple[bytes, dict[str, object] | str, str]] = {
-    "compose": (b"services:\n  web:\n    image: file1:1 # x\n", {}, "file1:1"),
-    "list, as Windows writes it": ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, "file3:1"),
-    "256 KiB": (b"image: file4:1\n".ljust(FULL, b"#"), {}, "file4:1"),
-    "more than 256 KiB": (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""),
-    "no text": (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""),
-    "empty": (b"", {}, ""),
-    "another key": (b"nginx:1", {"aeskey": WRONG_KEY}, ""),
-    "a bad key": (b"nginx:1", {"aeskey": "x"}, ""),
-    "no key": (b"nginx:1", {"aeskey": None}, ""),
-    "no address": (b"nginx:1", {"url": None}, ""),
-    "not there": (b"nginx:1", {"url": "http://127.0.0.1:1/"}, ""),
-    "no web address": (b"nginx:1", {"url": "file:///etc/passwd"}, ""),
-    **{fault: (b"nginx:1", fault, "") for fault in ("reset", "short", "big")},
-}
-
-
-@pytest.mark.parametrize("name", SENT_FILES)
-def test_a_text_file_is_read_like_a_paste(robot: RobotWorld, name: str) -> None:
-    """Decrypted as WeCom says; whatever is wrong with it, its sender hears, and nothing happens."""
-    user, (data, odd, wanted), before = next(PEOPLE), SENT_FILES[name], len(robot.github.calls)
-    if isinstance(odd, str):
-        robot.gateway.fail("GET /file/", odd, 5)
-    more = odd if isinstance(odd, dict) else {}
-    robot.gateway.say(robot.gateway.share(data) | more, user, kind="file")
-    message = robot.gateway.hear(lambda m: m.finished, user)
-    robot.gateway.faults.clear()
-    assert wanted in message.shown[0][1]
-    assert wanted or len(robot.github.calls) == before
+            assert message.finished and len(robot.github.calls) == before, body
+            messages.append(message)
+    time.sleep(0.1)
+    assert welcome.req_id == req_id and gateway.all_of(guest) == [welcome]
+    assert [m for m in messages if gateway.all_of(m.chat) != [m] or len(m.shown) > 1] == []
 
 
 def test_repeats_get_nothing_twice() -> None:
@@ -10613,14 +10561,6 @@ def test_half_characters_in_json_do_no_harm(name: str) -> None:
         assert "正在处理" in world.say("redis:7", "bob")
 
 
-def test_one_message_does_not_bring_dozens_of_messages() -> None:
-    """What is offered as the likely correction is cut like everything else."""
-    with quick() as world:
-        world.say("a:1 " * 10_000)
-        state = world.service.state_dir / "wxsync.state"
-        assert not state.exists() or len(saved(world)["letters"]) <= 10
-
-
 PIECES = b"]]> <![CDATA[ &#0; &amp; \0 \xff\xfe \\ud800 -1 1e999 null [[[[ </xml> <Encrypt>".split()
 PIECES += b'" => @sha256: --platform= http://[ nginx:1 % + = \xed\xa0\x80 MsgId {"a":'.split()
 PIECES += [b"<!DOCTYPE x>", "，".encode(), "→".encode(), b"\r\n\r\n"]
@@ -11049,69 +10989,53 @@ def test_check_tells_a_state_dir_of_somebody_else(healthy: Patient, tmp_path: Pa
     assert (told.mark, str(place) in told.text, "chown" in told.text) == ("❌", True, True)
 
 
-class Registries(NamedTuple):
-    """A registry with TLS, and settings that lead to it."""
-
-    peer: Source
-    settings: dict[str, str]
+Trusted = tuple[Source, dict[str, str]]  # a registry with TLS, and settings that lead to it
 
 
 @pytest.fixture(scope="module")
-def tls_registry() -> Iterator[Registries]:
+def tls_registry() -> Iterator[Trusted]:
     needs(missing_program("openssl"))
     with temporary_folder("tls") as name:
         tls, certificate = make_tls(Path(name), "127.0.0.1")
         with Source(tls=tls) as peer:
             peer.add("/v2/", body=b"{}")
-            target = {"DOCKER_REGISTRY": peer.host, "SSL_CERT_FILE": str(certificate)}
-            yield Registries(peer, target)
+            yield peer, {"DOCKER_REGISTRY": peer.host, "SSL_CERT_FILE": str(certificate)}
 
 
-REGISTRY_TROUBLES: dict[str, tuple[dict[str, str], int, float, str]] = {
-    "all well": ({}, 200, 0.0, ""),
-    "clock wrong": ({}, 200, -3600.0, "时钟：.* 秒：timedatectl"),
-    "not a registry": ({}, 404, 0.0, "目标仓库：.* HTTP 404.*核对 DOCKER_REGISTRY"),
-    "strange certificate": ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, "目标仓库：.*证书"),
-}
+REGISTRY_TROUBLES: list[tuple[dict[str, str], int, float, str]] = [
+    ({}, 200, 0.0, ""),
+    ({}, 200, -3600.0, "时钟：.* 秒：timedatectl"),
+    ({}, 404, 0.0, "目标仓库：.* HTTP 404.*核对 DOCKER_REGISTRY"),
+    ({"SSL_CERT_FILE": os.devnull}, 200, 0.0, "目标仓库：.*证书"),
+]
 
 
-@pytest.mark.parametrize("kind", REGISTRY_TROUBLES)
-def test_check_of_a_registry_with_tls(tls_registry: Registries, kind: str) -> None:
+def test_check_of_a_registry_with_tls(tls_registry: Trusted) -> None:
     """Exit status 0 where everything is right, at last; else one ❌. --json has the same lines."""
-    settings, status, skew, words = REGISTRY_TROUBLES[kind]
-    tls_registry.peer.files["/v2/"].status, tls_registry.peer.skew = status, skew
-    with closing(World(SCRIPT, None, tls_registry.settings | settings).prepare()) as world:
-        plain, as_json = (world.service.command("check", *more) for more in ((), ("--json",)))
-    wrong = [f"{line.name}：{line.text}" for line in findings(plain.stdout) if line.mark == "❌"]
-    assert plain.returncode == as_json.returncode == len(wrong) == int(bool(words))
-    assert not words or re.match(words, wrong[0])
-    rows = json.loads(as_json.stdout)
-    assert {frozenset(row) for row in rows} == {frozenset(("mark", "name", "text"))}
-    lines = [(line.mark, line.name) for line in findings(plain.stdout)]
-    assert [(row["mark"], row["name"]) for row in rows] == lines
-
-
-# The real check with less patience: what is tested is that it keeps to its patience.
-IMPATIENT = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import wxsync
-wxsync.CHECK_SECONDS = 1.5
-sys.exit(wxsync.main(["check"]))
-"""
+    peer, target = tls_registry
+    for settings, peer.files["/v2/"].status, peer.skew, words in REGISTRY_TROUBLES:
+        with closing(World(SCRIPT, None, target | settings).prepare()) as world:
+            plain, as_json = (world.service.command("check", *more) for more in ((), ("--json",)))
+        found = findings(plain.stdout)
+        wrong = [f"{line.name}：{line.text}" for line in found if line.mark == "❌"]
+        assert plain.returncode == as_json.returncode == len(wrong) == int(bool(words))
+        assert not words or re.match(words, wrong[0])
+        rows = json.loads(as_json.stdout)
+        assert {frozenset(row) for row in rows} == {frozenset(("mark", "name", "text"))}
+        assert [(row["mark"], row["name"]) for row in rows] == [line[:2] for line in found]
 
 
 def test_check_takes_seconds_while_every_server_hangs() -> None:
     """Side by side, so that the slowest one decides; each says that it did not answer."""
+    impatient = "import sys, wxsync; wxsync.CHECK_SECONDS = 1.5; sys.exit(wxsync.main(['check']))"
     with socket.create_server(("127.0.0.1", 0)) as silent, Source() as proxy:
         more = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "nobody.example.com"}
         more |= {"DOCKER_REGISTRY": f"127.0.0.1:{silent.getsockname()[1]}"}
         with closing(Patient(SCRIPT, None, more).prepare()) as world:
             for peer in (world.wecom, world.github, world.store, proxy):
                 peer.hang = True
-            begun, service = time.monotonic(), world.service
-            words = (sys.executable, "-c", IMPATIENT)
-            done = run_here(*words, folder=service.folder, settings=service.settings)
+            begun, own = time.monotonic(), world.service.settings | {"PYTHONPATH": str(ROOT)}
+            done = run_here(sys.executable, "-c", impatient, folder=Path(os.sep), settings=own)
             taken = time.monotonic() - begun
     wrong = sorted(line.name for line in findings(done.stdout) if line.mark == "❌")
     assert (done.returncode, taken < 2.5, wxsync.CHECK_SECONDS <= 15) == (1, True, True)
@@ -11544,11 +11468,11 @@ def settled() -> Iterator[Newcomer]:
 
 @in_ci
 @POSIX
-def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: Registries) -> None:
+def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: Trusted) -> None:
     """Checking, starting, sending, upgrading and the audit, with nothing changed but .env."""
     _, start = code_blocks(section("第四步：填设置，检查，启动"), "sh")
     (send,) = code_blocks(section("另一条路：自建应用的回调"), "sh")
-    with closing(World(SCRIPT, None, tls_registry.settings).prepare()) as world:
+    with closing(World(SCRIPT, None, tls_registry[1]).prepare()) as world:
         settled.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
         (settled.place / ".env").write_text(env_file(world.service.settings), "utf-8")
         with settled.starts(start, settled.place) as process:
@@ -11580,12 +11504,12 @@ exec {ExecStart}
 
 @in_ci
 @POSIX
-def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Registries) -> None:
+def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Trusted) -> None:
     """The installation and the check of the section, then the unit's own line in its folder."""
     needs(namespace_missing())
     install, check, _ = code_blocks(section("systemd"), "sh")
     script = AS_THE_UNIT_DOES.format(install=install, check=check, **unit_of_readme()[1])
-    world = World(SCRIPT, None, tls_registry.settings)
+    world = World(SCRIPT, None, tls_registry[1])
     with temporary_folder("unit") as name, closing(world.prepare()):
         newcomer, own = Newcomer(Path(name)), dict(world.service.settings)
         newcomer.environment["SSL_CERT_FILE"] = own.pop("SSL_CERT_FILE")
@@ -11701,27 +11625,33 @@ def draw_chat(said: Sequence[tuple[str, str]]) -> str:
             parts.append(f'<text class="note" x="20" y="{y + 12}">{text}</text>')
             y += 26
             continue
-        lines = [wrapped(line) for line in text.split("\n")]
-        width = max(columns(piece) for pieces in lines for piece in pieces) * COLUMN + 24
-        size = f'width="{width}" height="{sum(map(len, lines)) * LINE_HEIGHT + 17}"'
+        own = "mine" if kind == "me" else "theirs"
+        pieces = [
+            (piece, "link" if line.startswith("http") else own)
+            for line in text.split("\n")
+            for piece in wrapped(line)
+        ]
+        width = max(columns(piece) for piece, _ in pieces) * COLUMN + 24
         x = WIDTH - 14 - width if kind == "me" else 14
+        size = f'width="{width}" height="{len(pieces) * LINE_HEIGHT + 17}"'
         parts.append(f'<rect class="{kind}" x="{x}" y="{y}" {size} rx="6"/>')
         y += 22
-        for pieces in lines:
-            words = "link" if pieces[0].startswith("http") else "mine" * (kind == "me") or "theirs"
-            for piece in pieces:
-                place = f'class="{words}" x="{x + 12}" y="{y}"'
-                parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
-                y += LINE_HEIGHT
+        for piece, words in pieces:
+            place = f'class="{words}" x="{x + 12}" y="{y}"'
+            parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
+            y += LINE_HEIGHT
         y += 8
-    head = [
-        '<svg xmlns="http://www.w3.org/2000/svg" role="img"',
-        f' width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">',
-        "<title>企业微信里的一次对话：发镜像名，收到结果</title>",
-        f"<style>{STYLE.strip()}</style>",
-        f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1}" rx="14"/>',
-    ]
-    return "\n".join([*head, *parts, "</svg>", ""])
+    return "\n".join(
+        [
+            '<svg xmlns="http://www.w3.org/2000/svg" role="img"',
+            f' width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">',
+            "<title>企业微信里的一次对话：发镜像名，收到结果</title>",
+            f"<style>{STYLE.strip()}</style>",
+            f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1}" rx="14"/>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
 
 
 def picture(argv: Sequence[str]) -> int:
@@ -11890,25 +11820,29 @@ class Engine:
         plugin.parent.mkdir(parents=True)
         plugin.symlink_to(compose_program())
         self.project.mkdir()
-        names = ("wxsync.py", "LICENSE", "Dockerfile", ".dockerignore", "docker-compose.yml")
-        for name in (*names, "env.example"):
-            shutil.copy(ROOT / name, self.project / name)
+        names = "wxsync.py LICENSE Dockerfile .dockerignore docker-compose.yml env.example"
+        for name in names.split():
+            shutil.copy(ROOT / name, self.project)
         (self.project / "over.yml").write_text(OVERRIDE)
         self.lines = "\n".join(code_blocks(section("Docker Compose"), "sh")).splitlines()
         kept = ("PIP_INDEX_URL", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
-        self.settings = {name: os.environ[name] for name in kept if name in os.environ}
-        self.settings |= {"DOCKER_HOST": address, "DOCKER_BUILDKIT": "0"}
-        self.settings |= {"DOCKER_CONFIG": f"{folder}/.docker"}
-        self.settings |= {"COMPOSE_FILE": "docker-compose.yml:over.yml"}
-        # /usr/bin first: another docker on PATH may be too new for this dockerd
-        self.settings |= {"PATH": f"/usr/bin:{os.environ['PATH']}"}
+        self.settings = {name: os.environ[name] for name in kept if name in os.environ} | {
+            "DOCKER_HOST": address,
+            "DOCKER_BUILDKIT": "0",
+            "DOCKER_CONFIG": f"{folder}/.docker",
+            "COMPOSE_FILE": "docker-compose.yml:over.yml",
+            # /usr/bin first: another docker on PATH may be too new for this dockerd
+            "PATH": f"/usr/bin:{os.environ['PATH']}",
+        }
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run something beside the project's files, for which `docker` means this engine."""
         return run_here(*words, folder=self.project, settings=self.settings)
 
-    def docker(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return self.run("docker", *words)
+    def docker(self, *words: str) -> str:
+        done = self.run("docker", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
 
     def types(self, beginning: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Run the line of README.md that begins like this, for so long at most."""
@@ -11917,9 +11851,7 @@ class Engine:
 
     def inspect(self, name: str, what: str) -> Any:
         """Return a part of what docker knows of a container, an image or a volume."""
-        done = self.docker("inspect", "--format", f"{{{{json {what}}}}}", name)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(self.docker("inspect", "--format", f"{{{{json {what}}}}}", name))
 
 
 def build_engine(stack: ExitStack) -> Engine:
@@ -11934,7 +11866,7 @@ def build_engine(stack: ExitStack) -> Engine:
     values = (
         f"LANG=C.UTF-8 PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
     )
-    assert engine.docker("import", "--change", f"ENV {values}", base, base_image()).returncode == 0
+    engine.docker("import", "--change", f"ENV {values}", base, base_image())
     engine.types("cp env.example .env")
     built = engine.types("docker compose build", 110)
     if "NewConnectionError" in built.stdout + built.stderr:
@@ -11959,14 +11891,13 @@ def engine(building: Future[Engine]) -> Engine:
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     """No .env, no pip, no root, no more megabytes than README says; its program is compiled for
     good. New versions of packages come, so some megabytes more or less are as well."""
-    made = engine.docker("create", "wxsync").stdout.strip()
-    engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
+    made, file = engine.docker("create", "wxsync"), engine.folder / "image.tar"
+    engine.docker("export", "-o", str(file), made)
     engine.docker("rm", made)
-    with tarfile.open(engine.folder / "image.tar") as image:
+    with tarfile.open(file) as image:
         names = image.getnames()
         own = sorted(n for n in names if n.startswith("app/") and not n.endswith("__"))
-        text = {name: image.extractfile(name) for name in own}
-        _, code, program = (file.read() if file else b"" for file in text.values())
+        _, code, program = ((image.extractfile(n) or io.BytesIO()).read() for n in own)
     assert program == SCRIPT.read_bytes()
     assert code[4:8] == b"\1\0\0\0"  # by hash, which nobody compares: PEP 552
     shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
@@ -11982,17 +11913,16 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
 @pytest.mark.parametrize("command", ["--version", "plan -", "check"])
 def test_commands_run_in_the_image(engine: Engine, command: str) -> None:
     """Read-only and without a right or a network, as a stranger would try it."""
-    words = ["run", "--rm", "-i", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-    words += ["--security-opt", "no-new-privileges", "wxsync", "python", "wxsync.py"]
-    done = engine.docker(*words, *command.split())
+    words = "docker run --rm -i --network none --read-only --cap-drop ALL --security-opt"
+    words = f"{words} no-new-privileges wxsync python wxsync.py {command}"
+    done = engine.run(*words.split())
     assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
 
 
 def test_the_compose_file_is_valid(engine: Engine) -> None:
     """As docker compose itself reads it, the ports published as .env says."""
-    done = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    assert done.returncode == 0, done.stderr
-    service = json.loads(done.stdout)["services"]["image-sync"]
+    read = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    service = json.loads(read)["services"]["image-sync"]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
     assert service["environment"]["STATE_DIR"] == "/data"
@@ -12007,10 +11937,10 @@ def contained(engine: Engine) -> Iterator[Engine]:
         (engine.project / ".env").write_text(env_file(settings))
         started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
-        engine.name = engine.docker("compose", "ps", "-q", "image-sync").stdout.strip()
+        engine.name = engine.docker("compose", "ps", "-q", "image-sync")
         state = functools.partial(engine.inspect, engine.name, ".State.Health.Status")
         healthy = wait_until(lambda: state() == "healthy", 15, 0.2)
-        assert healthy and world.service.healthy(), engine.docker("compose", "logs").stdout
+        assert healthy and world.service.healthy(), engine.docker("compose", "logs")
         yield engine
         engine.docker("compose", "down", "-v", "-t", "1")
 
@@ -12019,8 +11949,8 @@ def test_a_container_may_write_only_its_volume(contained: Engine) -> None:
     """Not root, no capability, everything but /data and /tmp read-only. As README shows `check`,
     the settings reach it, the folder is the volume's, and one registry does not answer."""
     code = "import os; print(os.getuid(), os.getgid(), open('/proc/1/status').read()); "
-    words = ("exec", "-T", "image-sync", "python", "-c", code + "open('/app/x', 'w')")
-    done = contained.docker("compose", *words)
+    words = ("docker", "compose", "exec", "-T", "image-sync", "python", "-c")
+    done = contained.run(*words, code + "open('/app/x', 'w')")
     assert done.stdout.startswith("10001 10001 ") and "Read-only file system" in done.stderr
     assert re.findall(r"^CapBnd:\s+(\w+)$", done.stdout, re.MULTILINE) == ["0" * 16]
     found = findings(contained.types("docker compose run").stdout)
@@ -12041,11 +11971,11 @@ def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Engine) 
     assert Path(mount["Source"], "images.txt").read_text() == "nginx:latest\n"
     assert Path(mount["Source"], "wxsync.state").exists()
     begun = time.monotonic()
-    assert engine.docker("compose", "stop").returncode == 0
+    engine.docker("compose", "stop")
     assert time.monotonic() - begun < 5
     assert engine.inspect(engine.name, ".State.ExitCode") == 0
     assert "已停止" in engine.types("docker compose logs", 1.5).stdout
-    assert engine.docker("compose", "start").returncode == 0
+    engine.docker("compose", "start")
     assert wait_until(world.service.healthy, 10)
     assert "nginx:latest" in world.say("列表") and world.broken() == []
 
