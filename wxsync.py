@@ -2576,7 +2576,7 @@ class QingStor:
         size_bytes = self.size_bytes(upload.key)
         if size_bytes is None and upload.upload_id:
             self._abort(upload.key, upload.upload_id)
-        elif size_bytes is None:
+        if size_bytes is None:  # begun once more, where a full disk kept the new id from us
             self._abort_strays(upload.key)
         return size_bytes
 
@@ -4793,6 +4793,7 @@ def follow(app: App, task: Task) -> None:
     """Look once at a run; let go of one that takes long, at last with a last look at its jobs."""
     work = app.progress.of(task)
     work.since = work.since or since(app, task)
+    work.next_count = work.next_count or time.monotonic() + JOBS_SECONDS
     try:
         if work.cancels >= 0 and app.state.is_cancelled(task):
             cancel_run(app, task, work)
@@ -6226,17 +6227,6 @@ class Doctor:
         yield finding("QingStor 链接", bool(seconds) or is_public, text, cure)
 
 
-CHECK_HINTS = {
-    "本机": "检查 STATE_DIR",
-    "代理": "检查 PROXY_URL",
-    "智能机器人": "检查网络和 BOT_URL",
-    "企业微信": "检查网络和 WECOM_API_URL",
-    "GitHub": "检查网络和 GITHUB_API_URL，连不上时设置 PROXY_URL",
-    "目标仓库": "检查网络和 DOCKER_REGISTRY",
-    "QingStor": "检查网络、QINGSTOR_URL 和 QINGSTOR_ZONE",
-}
-
-
 def run_checks(doctor: Doctor) -> list[Finding]:
     """Ask every system side by side, for CHECK_SECONDS in all; return what was found, in order."""
     app = doctor.app
@@ -6245,31 +6235,38 @@ def run_checks(doctor: Doctor) -> list[Finding]:
         clients["企业微信"] = channel.wecom.client
     if app.store:
         clients["QingStor"] = app.store.client
-    steps = [doctor.host(), doctor.proxy(), doctor.robot(), doctor.application()]
-    steps += [doctor.repository(), doctor.registry(), doctor.bucket()]
-    findings: dict[str, list[Finding]] = {name: [] for name in CHECK_HINTS}
+    steps = {
+        "本机": (doctor.host, "检查 STATE_DIR"),
+        "代理": (doctor.proxy, "检查 PROXY_URL"),
+        "智能机器人": (doctor.robot, "检查网络和 BOT_URL"),
+        "企业微信": (doctor.application, "检查网络和 WECOM_API_URL"),
+        "GitHub": (doctor.repository, "检查网络和 GITHUB_API_URL，连不上时设置 PROXY_URL"),
+        "目标仓库": (doctor.registry, "检查网络和 DOCKER_REGISTRY"),
+        "QingStor": (doctor.bucket, "检查网络和 QINGSTOR_URL、QINGSTOR_ZONE"),
+    }
+    findings: dict[str, list[Finding]] = {name: [] for name in steps}
 
-    def collect(name: str, check: Iterator[Finding]) -> None:
+    def collect(name: str) -> None:
+        check, hint = steps[name]
         try:
-            findings[name].extend(check)
+            findings[name].extend(check())
         except Unreachable as failure:
-            findings[name].append(Finding("❌", name, f"{failure}；{CHECK_HINTS[name]}"))
+            findings[name].append(Finding("❌", name, f"{failure}；{hint}"))
         except Failure as failure:
             findings[name].append(Finding("❌", name, str(failure)))
         except (OSError, ImportError, ValueError, LookupError, AttributeError, TypeError) as error:
-            text = f"看不懂（{shown(str(error))}）：核对地址；{CHECK_HINTS[name]}"
+            text = f"看不懂（{shown(str(error))}）：核对地址；{hint}"
             findings[name].append(Finding("❌", name, text))
 
-    pairs = zip(CHECK_HINTS, steps, strict=True)
-    threads = {p[0]: threading.Thread(target=collect, args=p, daemon=True) for p in pairs}
+    threads = {n: threading.Thread(target=collect, args=(n,), daemon=True) for n in steps}
     for thread in threads.values():
         thread.start()
     deadline = time.monotonic() + CHECK_SECONDS
     for name, thread in threads.items():
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
-            text = f"{CHECK_SECONDS:.0f} 秒内没有回答；{CHECK_HINTS[name]}"
-            findings[name] = [*findings[name], Finding("❌", name, text)]
+            late = Finding("❌", name, f"{CHECK_SECONDS:.0f} 秒内没有回答；{steps[name][1]}")
+            findings[name] = [*findings[name], late]
     findings["时钟"] = list(doctor.clock(clients))
     return [found for group in findings.values() for found in group]
 
