@@ -9074,7 +9074,9 @@ AT_ONCE = "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:l
 PICTURE = {"msgtype": "image", "image": {"url": "http://127.0.0.1:1/a", "aeskey": "x"}}
 WORDS = {"msgtype": "text", "text": {"content": "mixed:1"}}
 # its kind ¦ what is in it: of a file its bytes, what is odd about it, how it goes wrong ¦ the answer
-SENT: list[tuple[str, tuple[bytes, Mapping[str, object], str] | dict[str, object], str]] = [
+SENT_TO_ROBOT: list[
+    tuple[str, tuple[bytes, Mapping[str, object], str] | dict[str, object], str]
+] = [
     *(("text", {"content": text}, seen) for text, seen in re.findall(r"(\S+)>(\S*)", AT_ONCE)),
     ("voice", {"content": "voice:1"}, "🔄"),
     ("voice", {"content": "状态。"}, "状态"),
@@ -9105,7 +9107,7 @@ def test_what_is_sent_counts_by_its_text_or_gets_a_word(robot: RobotWorld) -> No
     for event in ("template_card_event", "feedback_event", "of_tomorrow"):
         gateway.event(event, guest)
     welcome = gateway.hear(lambda m: "使用说明" in m.text, guest, 5)
-    for kind, body, wanted in SENT:
+    for kind, body, wanted in SENT_TO_ROBOT:
         user, before = next(PEOPLE), len(robot.github.calls)
         data = str(body).encode()
         if isinstance(body, tuple):
@@ -9609,15 +9611,12 @@ class Shaky(wxsync.Channel):
     """A chat that is away for long, then refuses once with a code that nobody knows."""
 
     def __init__(self) -> None:
-        self.tries, self.heard = 0, 0
+        away = [wxsync.Unreachable("away")] * 2 * wxsync.KEEP_TRIES
+        self.faults = iter([*away, wxsync.ChannelError("odd", 0.01, is_known=False)])
 
     def send(self, letter: wxsync.Letter) -> None:
-        self.tries += 1
-        if self.tries < 2 * wxsync.KEEP_TRIES:
-            raise wxsync.Unreachable("away")
-        if self.tries == 2 * wxsync.KEEP_TRIES:
-            raise wxsync.ChannelError("odd", 0.01, is_known=False)
-        self.heard += 1
+        if fault := next(self.faults, None):
+            raise fault
 
 
 def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
@@ -9628,10 +9627,10 @@ def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
     post = wxsync.Post(chat, state, log, lambda seconds: None)
     post.pace = wxsync.Pace([(1000.0, 0.001)])
     state.change(lambda facts: facts.with_letters([wxsync.Letter("ann", "result")]))
-    while not chat.heard and not post.dropped:
+    while state.facts.letters:
         post._not_before.clear()
         post.step()
-    assert post.dropped == 0 and state.facts.letters == ()
+    assert post.dropped == 0 and next(chat.faults, None) is None
 
 
 def test_an_address_whose_pace_was_forgotten_can_be_written_to() -> None:
@@ -10016,7 +10015,7 @@ def findings(output: str) -> list[Found]:
     """Read what check printed; a line of another form is a failure."""
     found = [re.fullmatch(r"(✅|⚠️|❌) ([^：]+)：(.+)", line) for line in output.splitlines()]
     assert all(found), output
-    return [Found(match[1], match[2], match[3]) for match in found if match]
+    return [Found(*match.groups()) for match in found if match]
 
 
 class Patient(World):
