@@ -9130,6 +9130,7 @@ def test_what_is_sent_counts_by_its_text_or_gets_a_word(robot: RobotWorld) -> No
     assert [m for m in messages if gateway.all_of(m.chat) != [m] or len(m.shown) > 1] == []
 
 
+@early
 def test_repeats_get_nothing_twice() -> None:
     """By msgid, at once and after kill -9; another message with the same text is another."""
     with RobotWorld() as world:
@@ -9147,6 +9148,7 @@ def test_repeats_get_nothing_twice() -> None:
         assert wait_until(lambda: len(world.github.dispatches) == 2)
 
 
+@early
 def test_a_stranger_gets_one_refusal_in_chat_and_group() -> None:
     """ALLOWED_USERS holds for the robot, too; a stranger's file is not even fetched."""
     with RobotWorld(ALLOWED_USERS="alice", DANGEROUSLY_ALLOW_PRIVATE_URLS="1") as world:
@@ -9253,6 +9255,7 @@ ODD_HANDSHAKES: list[What] = [
 ]
 
 
+@early
 def test_garbage_does_not_end_the_service() -> None:
     """Odd JSON, unknown commands, binary are passed over, then a message in pieces, with pings, is
     answered; after broken frames and handshakes the next message is, on a new line."""
@@ -9307,6 +9310,7 @@ def test_with_the_robot_alone_http_serves_health_only(robot: RobotWorld) -> None
     assert got.returncode == 1 and "TOKEN" in got.stdout + got.stderr
 
 
+@early
 def test_both_entrances_side_by_side() -> None:
     """Each is answered where it came in; a proxy that is down holds GitHub up, not the robot."""
     with RobotWorld(None, True, HTTPS_PROXY=NOWHERE) as world:
@@ -9751,6 +9755,7 @@ def test_a_sender_is_one_person(talk: Talk) -> None:
         assert talk.client.post(post).status == 400 and talk.calls() == [], sender
 
 
+@early
 def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
     """ALLOWED_USERS, whatever the stranger types; case does not matter to WeCom."""
     with quick(ALLOWED_USERS="Alice, bob") as world:
@@ -9763,6 +9768,7 @@ def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
         assert "正在处理" in world.say("nginx:1", "aLICE")
 
 
+@early
 def test_half_characters_in_json_do_no_harm() -> None:
     """A lone surrogate is no text: it must neither show a bug nor poison the state."""
     with quick() as world:
