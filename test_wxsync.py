@@ -9232,19 +9232,18 @@ HARMLESS: list[tuple[bytes, int]] = [
     (b"x", PONG),
     (b"\x01\0" + b"\0\0" * 50_000 + b"\x80\0", -1),  # empty fragments
 ]
-HARMFUL: list[tuple[bytes, int]] = [  # these may end the line, the first three do
+HARMFUL: list[tuple[bytes, int]] = [  # these may end the line, the first seven do
     (b" " * (1 << 20) + b"x", TEXT),
     (b"\x01\0" + LARGE * 17, -1),  # fragments over 1 MiB
     (b"\x81\x7f\x7f" + b"\xff" * 7, -1),  # a length over 1 MiB
     (b"\x81\x81abcdx", -1),  # masked
-    (b"\x83\0", -1),  # a reserved opcode, a reserved bit
-    (b"\xf1\0", -1),
-    (b"\x80\x01x", -1),  # continued from nothing
-    (b"\x01\x01{\x81\x02{}", -1),  # a text in a text
-    (b"\x09\0", -1),  # a ping in pieces, a long one
-    (b"\x89\x7e\0\x7e" + b"x" * 126, -1),
+    (b"\xf1\0", -1),  # a reserved bit
     (b"\x88\x01x", -1),  # half a close, a whole one
     (struct.pack(">H", 1001) + b"bye", CLOSE),
+    (b"\x83\0", -1),  # a reserved opcode
+    (b"\x80\x01x", -1),  # continued from nothing
+    (b"\x01\x01{\x81\x02{}", -1),  # a text in a text
+    (b"\x09\0\x89\x7e\0\x7e" + b"x" * 126, -1),  # a ping in pieces, a long one
 ]
 ODD_HANDSHAKES: list[What] = [
     (502, {}, b"<html>"),
@@ -9274,7 +9273,7 @@ def test_garbage_does_not_end_the_service() -> None:
             with suppress(OSError):  # it may hang up before it has all
                 line.write(opcode, data)
             gone = functools.partial(lambda old: gateway.line is not old, line)
-            assert number > 2 or wait_until(gone), data[:20]
+            assert number > 6 or wait_until(gone), data[:20]
             time.sleep(0.05)
             gateway.cut()  # so that what comes next meets a line that is whole
             assert "使用说明" in world.ask("help", next(PEOPLE)).text, data[:20]
@@ -10396,29 +10395,31 @@ def test_ci_runs_the_first_two_commands_of_readme() -> None:
 
 
 # section ¦ the thing ¦ behind it in its line: the number
+README_LIMITS = rows(f"""
+一条消息的镜像 ¦ {wxsync.MAX_IMAGES} 个
+一个镜像的复制时间 ¦ {wxsync.COPY_SECONDS / 60:.0f} 分钟
+跟踪一次运行 ¦ {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+排队 ¦ {settings_of_code()["QUEUE_SIZE"]} 个
+单个文件 ¦ {settings_of_code()["MAX_FILE_MB"]} MB
+一条企业微信消息 ¦ {wxsync.MAX_TEXT_BYTES} 字节
+发给同一个人 ¦ 每分钟 28 条、每小时 950 条
+images.txt 的行 ¦ {wxsync.MAX_LIST_LINES} 行
+发给机器人的文本文件 ¦ {wxsync.MAX_PASTE_BYTES // 1024} KiB
+一条机器人消息 ¦ {wxsync.MAX_MARKDOWN_BYTES} 字节
+一个文件的传输时间 ¦ {wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时
+传输时服务异常退出 ¦ {wxsync.TRIES - 1} 次
+结果 ¦ 最多 {wxsync.MAX_RESULT_MESSAGES} 条消息
+回调请求 ¦ {wxsync.MAX_BODY_BYTES // 1024} KiB
+一条消息的链接 ¦ {wxsync.MAX_LINKS} 个
+""")
 NUMBERS = rows(f"""
-限制 ¦ 一条消息的镜像 ¦ {wxsync.MAX_IMAGES} 个
-限制 ¦ 一个镜像的复制时间 ¦ {wxsync.COPY_SECONDS / 60:.0f} 分钟
-限制 ¦ 跟踪一次运行 ¦ {wxsync.WATCH_SECONDS / 3600:.0f} 小时
-限制 ¦ 排队 ¦ {settings_of_code()["QUEUE_SIZE"]} 个
-限制 ¦ 单个文件 ¦ {settings_of_code()["MAX_FILE_MB"]} MB
-限制 ¦ 一条企业微信消息 ¦ {wxsync.MAX_TEXT_BYTES} 字节
-限制 ¦ 发给同一个人 ¦ 每分钟 28 条、每小时 950 条
-限制 ¦ images.txt 的行 ¦ {wxsync.MAX_LIST_LINES} 行
-限制 ¦ 发给机器人的文本文件 ¦ {wxsync.MAX_PASTE_BYTES // 1024} KiB
-限制 ¦ 一条机器人消息 ¦ {wxsync.MAX_MARKDOWN_BYTES} 字节
-限制 ¦ 一个文件的传输时间 ¦ {wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时
-限制 ¦ 传输时服务异常退出 ¦ {wxsync.TRIES - 1} 次
-限制 ¦ 结果 ¦ 最多 {wxsync.MAX_RESULT_MESSAGES} 条消息
-限制 ¦ 回调请求 ¦ {wxsync.MAX_BODY_BYTES // 1024} KiB
-限制 ¦ 一条消息的链接 ¦ {wxsync.MAX_LINKS} 个
-限制 ¦ ¦ 分块 {wxsync.PART_BYTES // MIB} MiB
-限制 ¦ ¦ 5 分半钟
-怎么用 ¦ ¦ 最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时
-按日志 ¦ ¦ 两小时内不再尝试
-按日志 ¦ ¦ 10 分钟后再试
-按日志 ¦ ¦ 最多等 10 分钟
-审计与核对 ¦ ¦ 超过 {wxsync.JOURNAL_BYTES // MIB} MiB 就重写
+限制 ¦ 分块 {wxsync.PART_BYTES // MIB} MiB
+限制 ¦ 5 分半钟
+怎么用 ¦ 最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+按日志 ¦ 两小时内不再尝试
+按日志 ¦ 10 分钟后再试
+按日志 ¦ 最多等 10 分钟
+审计与核对 ¦ 超过 {wxsync.JOURNAL_BYTES // MIB} MiB 就重写
 """)
 
 
@@ -10426,8 +10427,10 @@ def test_readme_states_the_true_numbers() -> None:
     """Those of the table of limits, and those that stand elsewhere."""
     workflow = document_yaml(".github/workflows/docker-image-sync.yml")
     minutes = workflow["jobs"]["copy"]["timeout-minutes"]
-    for title, what, text in [*NUMBERS, ["限制", "", f"任务 {minutes} 分钟"]]:
-        assert text in (table(section(title))[what][0] if what else section(title)), what
+    told = table(section("限制"))
+    assert [what for what, text in README_LIMITS if text not in told[what][0]] == []
+    for title, text in [*NUMBERS, ["限制", f"任务 {minutes} 分钟"]]:
+        assert text in section(title)
     assert minutes * 60 > wxsync.COPY_SECONDS and int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
     for (burst, seconds), window, count in (
         (wxsync.ROBOT_PACE, 60, 28),
