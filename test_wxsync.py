@@ -9236,7 +9236,7 @@ HARMFUL: list[tuple[bytes, int]] = [  # these may end the line, the first seven 
     (b" " * (1 << 20) + b"x", TEXT),
     (b"\x01\0" + LARGE * 17, -1),  # fragments over 1 MiB
     (b"\x81\x7f\x7f" + b"\xff" * 7, -1),  # a length over 1 MiB
-    (b"\x81\x81abcdx", -1),  # masked
+    (b"\x81\x80\x8a\0\x8a\0", -1),  # masked; without a mask three harmless frames
     (b"\xf1\0", -1),  # a reserved bit
     (b"\x88\x01x", -1),  # half a close, a whole one
     (struct.pack(">H", 1001) + b"bye", CLOSE),
