@@ -8833,7 +8833,7 @@ def test_what_a_run_says_is_no_markdown_and_fits() -> None:
     runner.outcomes["x:1"] = (
         "wxsync: failed error `[evil](http://evil.example) ``` <@evil> **evil**"
     )
-    with RobotWorld(runner, ROBOT_STREAM_SECONDS="6") as world:
+    with RobotWorld(runner, ROBOT_STREAM_SECONDS="12") as world:
         gateway = world.gateway
         world.ask("\n".join([*names, "x:1"]))
         world.result("成功 0 / 251")
