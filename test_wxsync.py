@@ -7105,7 +7105,7 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         tries = [c for c in world.wecom.calls_to("message/send") if b'"alice"' in c.body]
         assert 4 < len(tries) < 12 + minutes and tries[-1].time - tries[0].time > minutes / 3
         world.wecom.refused.clear()
-        world.wecom.wait_message("first", 15)
+        world.wecom.wait_message("first", 20)
         assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
         nobody = b'{"errcode": 0, "errmsg": "ok", "invaliduser": "dave", "msgid": "x"}'
         world.wecom.fail("POST message/send", (200, {}, nobody))
