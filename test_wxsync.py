@@ -3432,6 +3432,8 @@ class FakeGateway(Peer):
             code = self._do(line, frame, origin) if taken else what
             if taken and what is not None:
                 self._unsure.add(frame.time)
+            if what in ("cut", "lost") and self.line is line:
+                self.line = None  # at once: nobody can be told anything on it any more
             self.changed.notify_all()
         said = "ok" if not code else f"refused, hint: [17640000005], more info at e={code}"
         ack = {"headers": {"req_id": req_id}, "errcode": code, "errmsg": said}
