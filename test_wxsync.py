@@ -3772,11 +3772,11 @@ assert threading.active_count() == 1 and os.listdir(".") == []
 @alone
 def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
     """Under 0.2 s once it is compiled; no thread, no file, not a word."""
-    here, seconds = tmp_path / "here", []
+    here, seconds = tmp_path / "here", [1.0]
     here.mkdir()
     code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(ROOT))
     environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    for _ in range(4):
+    while min(seconds) >= 0.2 and len(seconds) < 12:  # a busy machine may be free for one of them
         done = run_command([sys.executable, "-S", "-c", code], cwd=here, env=environ, check=True)
         assert done.stderr == ""
         seconds.append(float(done.stdout))
@@ -9207,14 +9207,14 @@ def test_a_burst_breaks_no_limit_and_each_is_answered() -> None:
 def test_refreshes_keep_their_distance_and_give_way() -> None:
     """A message that changes all the time is refreshed once in REFRESH_SECONDS, and when changed;
     it leaves room for answers and for its own result."""
-    with RobotWorld(PlayedRunner(0.05, concurrent=1), REFRESH_SECONDS="0.1") as world:
+    with RobotWorld(PlayedRunner(0.05, concurrent=1), REFRESH_SECONDS="0.3") as world:
         message = world.ask(", ".join(f"app{number}:1" for number in range(80)))
         time.sleep(3)
         asked = time.time()
         assert world.ask("状态").shown[0][0] < asked + 1
         assert world.result("成功 80 / 80") is message
         times, texts = zip(*message.shown, strict=True)
-        assert all(b - a > 0.08 for a, b in itertools.pairwise(times[1:-1])), times
+        assert all(b - a > 0.24 for a, b in itertools.pairwise(times[1:-1])), times
         assert len(times) >= 4 and all(a != b for a, b in itertools.pairwise(texts))
         assert times[-1] < (world.github.runs[0].completed or 0) + 2
 
