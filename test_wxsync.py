@@ -6591,6 +6591,23 @@ def test_a_folder_that_can_never_be_synced_fails_nothing(number: int) -> None:
         assert world.service.health()["status"] == "ok"
 
 
+@pytest.mark.parametrize(
+    "fails", [{"file": errno.EIO}, {"file": errno.ENOSPC}, {"folder": errno.EIO}], ids=str
+)
+def test_what_a_sync_that_fails_refuses_never_runs(fails: dict[str, int]) -> None:
+    """Nothing half is left: what was refused does not run after a kill, what was taken does."""
+    with quick(None, BAD_DISK) as world:
+        disk_is(world, **fails)
+        reply = world.say("app1:1")
+        assert "正在处理" in reply or "无法保存" in reply
+        world.service.kill()
+        disk_is(world)
+        world.service.start()
+        world.say("app2:1", "bob")
+        hear(world, "bob", "✅")
+        assert [text[0] for text in finals(world, "alice")] == ["✅"] * ("正在处理" in reply)
+
+
 @early
 def test_a_file_that_a_scanner_holds_is_tried_again() -> None:
     """On Windows os.replace fails while somebody reads the file: a second is waited."""
@@ -9354,6 +9371,7 @@ def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
             said = world.service.command("check").stdout.splitlines()
             (line,) = [line for line in said if "机器人：" in line]
             assert line.startswith(mark) and ("853000" in line) == (mark == "❌")
+        assert [*world.service.state_dir.iterdir()] == []
         assert wait_until(lambda: not world.gateway.line)
         world.service.start()
         assert wait_until(world.is_up) and "机器人：" in world.service.command("check").stdout
