@@ -6604,6 +6604,23 @@ def test_a_folder_that_can_never_be_synced_fails_nothing(number: int) -> None:
         assert world.service.health()["status"] == "ok"
 
 
+@pytest.mark.parametrize(
+    "fails", [{"file": errno.EIO}, {"file": errno.ENOSPC}, {"folder": errno.EIO}], ids=str
+)
+def test_what_a_sync_that_fails_refuses_never_runs(fails: dict[str, int]) -> None:
+    """Nothing half is left: what was refused does not run after a kill, what was taken does."""
+    with quick(None, BAD_DISK) as world:
+        disk_is(world, **fails)
+        reply = world.say("app1:1")
+        assert "正在处理" in reply or "无法保存" in reply
+        world.service.kill()
+        disk_is(world)
+        world.service.start()
+        world.say("app2:1", "bob")
+        hear(world, "bob", "✅")
+        assert [text[0] for text in finals(world, "alice")] == ["✅"] * ("正在处理" in reply)
+
+
 @early
 def test_a_file_that_a_scanner_holds_is_tried_again() -> None:
     """On Windows os.replace fails while somebody reads the file: a second is waited."""
@@ -6975,6 +6992,16 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
         list(pool.map(kill_at_random, seeds, [250 if LONG else 20 if BIG else 10] * 2))
 
 
+def test_a_request_is_on_disk_before_it_is_answered() -> None:
+    """Right after the 200 the state file has the request, and so it survives kill -9."""
+    with quick(SlowRunner(""), QUEUE_SIZE="20") as world:
+        for number in range(20):
+            world.say(f"app{number}:1")
+            assert [f"app{number}:1"] in [task["items"] for task in saved(world)["tasks"]]
+        world.service.kill()
+        assert len(saved(world)["tasks"]) == 20
+
+
 def test_repeats_get_the_same_reply_and_start_nothing() -> None:
     """The same MsgId again, as XML or JSON, before and after kill -9."""
     with quick() as world:
@@ -7107,8 +7134,8 @@ def test_orphans_are_dropped_at_once_however_busy_it_is() -> None:
 
 @early
 def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
-    """Kept for hours, tried ever less often, no one else waits. What is
-    given up, for an errcode or as `invaliduser`, is counted."""
+    """Kept for hours, tried ever less often, no one else waits; who writes again hears at once.
+    What is given up, for an errcode or as `invaliduser`, is counted."""
     letters = [("alice", "first"), ("carol", "other"), ("bob", "second")]
     minutes, world = 180 if LONG else 10, hasty(letters)
     world.wecom.refused |= {"alice": 90500, "carol": 40003}
@@ -7116,9 +7143,12 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         hear(world, "bob", "second")
         time.sleep(minutes)
         tries = [c for c in world.wecom.calls_to("message/send") if b'"alice"' in c.body]
+        before = len(world.wecom.calls)
+        assert wait_until(lambda: len(world.wecom.calls) > before)  # the next is minutes away
         assert 4 < len(tries) < 12 + minutes and tries[-1].time - tries[0].time > minutes / 3
         world.wecom.refused.clear()
-        world.wecom.wait_message("first", 20)
+        world.say("帮助", "alice")
+        world.wecom.wait_message("first", 3)
         assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
         nobody = b'{"errcode": 0, "errmsg": "ok", "invaliduser": "dave", "msgid": "x"}'
         world.wecom.fail("POST message/send", (200, {}, nobody))
@@ -7742,6 +7772,7 @@ FROM scratch⏎COPY --from=builder /src/app /app
 CONTAINER ID   IMAGE          COMMAND     STATUS       PORTS                NAMES⏎⤶
 1467f91a2709   nginx:latest   "nginx -g"  Up 2 hours   0.0.0.0:80->80/tcp   web
 NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
+{⏎  "registry-mirrors": [⏎    "https://k8s.gcr.io"⏎  ]⏎}
 sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎ "https://m.example.com",⏎⤶
     "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"]⏎}⏎EOF
 images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
@@ -9356,6 +9387,7 @@ def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
             said = world.service.command("check").stdout.splitlines()
             (line,) = [line for line in said if "机器人：" in line]
             assert line.startswith(mark) and ("853000" in line) == (mark == "❌")
+        assert [*world.service.state_dir.iterdir()] == []
         assert wait_until(lambda: not world.gateway.line)
         world.service.start()
         assert wait_until(world.is_up) and "机器人：" in world.service.command("check").stdout

@@ -3784,6 +3784,8 @@ def read_message(text: str) -> Reading:
     text = re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
     text = re.sub(r"\n[ \t\n]*\n", "\n", text)  # thousands of empty lines would take their time
     links, items = split_items(text)
+    if re.search(r"[{\[]\s*\n", text.translate(TIDY)):
+        links = []  # lines of JSON, such as a mirror in daemon.json
     if links and (paste := Paste(text)) and not _is_list(items):
         # Terminals wrap errors so that a line begins with an address: no link of the person's.
         return Reading(
@@ -4449,9 +4451,13 @@ class Post:
             self._lists[address] = pieces
             self._state.changed.notify_all()
 
-    def sign_of_life(self) -> None:
-        """Try at once what an outage holds up: the other side has just been heard."""
+    def sign_of_life(self, address: str = "") -> None:
+        """Try at once what an outage or an errcode holds up: the other side was just heard."""
         self._lives += 1
+        if address in self._not_before:
+            with self._state.changed:
+                self._not_before.pop(address, None)
+                self._state.changed.notify_all()
 
     def _next(self) -> Letter:
         """Wait for a message that may go now and return it, its address marked as busy."""
@@ -5373,7 +5379,7 @@ class Callback:
         if message.user == app.settings.CORP_ID:  # our own reply, sent back to us
             raise Rejected(403, "sender")
         channel, post = app.channels[""], app.posts[""]
-        post.sign_of_life()
+        post.sign_of_life(message.address)
         if posted.kind == "event":
             return Reply(200)
         is_new = app.chat.recall(message.id) is None
@@ -5868,6 +5874,7 @@ class Robot(Channel):
         message = self._message(body)
         if message is None:
             return
+        app.posts[self.name].sign_of_life(message.address)
         stream = Stream(req_id, message.address, line)
         with self._lock:
             if message.id in self._streams or app.chat.recall(message.id) is not None:
