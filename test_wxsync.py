@@ -58,7 +58,7 @@ import py_compile
 import random
 import re
 import secrets
-import select
+import selectors
 import shutil
 import signal
 import socket
@@ -375,8 +375,9 @@ class PeerHandler(BaseHTTPRequestHandler):
             self.wfile.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
 
     def hold(self) -> None:
+        self.connection.settimeout(0.1)
         while not self.server.peer.stopping.is_set():
-            if select.select([self.connection], [], [], 0.1)[0]:
+            with suppress(TimeoutError):
                 if not self.connection.recv(1, socket.MSG_PEEK):
                     return
                 time.sleep(0.1)  # a pipelined request: still no answer
@@ -9563,13 +9564,14 @@ def flood(stranger: socket.socket, seconds: float, reads: bool) -> None:
     """Send requests without end, and read their answers, or not."""
     over, many = time.monotonic() + seconds, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
     rest = many
-    with suppress(OSError):
+    with suppress(OSError), selectors.DefaultSelector() as selector:  # of any number of files
+        selector.register(stranger, selectors.EVENT_WRITE | selectors.EVENT_READ * reads)
         while time.monotonic() < over:
-            full, free, _ = select.select([stranger] * reads, [stranger], [], 0.1)
-            if free:
-                rest = rest[stranger.send(rest) :] or many
-            if full:
-                stranger.recv(1 << 18)
+            for _, ready in selector.select(0.1):
+                if ready & selectors.EVENT_WRITE:
+                    rest = rest[stranger.send(rest) :] or many
+                if ready & selectors.EVENT_READ:
+                    stranger.recv(1 << 18)
 
 
 @early

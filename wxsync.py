@@ -342,7 +342,6 @@ DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 # a host as in DOCKER_REGISTRY, a namespace, and what to say of others
 REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:[0-9]+)?", "应只有主机名，不带 https:// 和路径")
 NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
-BARE_NAME = re.compile(NAME)
 # Names that are images even where nothing else says so: what Docker Hub calls official.
 OFFICIAL_NAMES = (
     "adminer alpine amazoncorretto busybox caddy cassandra centos clickhouse composer consul "
@@ -365,14 +364,14 @@ TIDY = {
     ord("–"): "-",
     ord("→"): "=>",
 }
-PASTED = re.compile(
+PASTED = (
     r"(?i)(?:[-*•]\s+)?(?:\$\s+|#\s+(?=(?:sudo\s+)?docker\s))?(?:sudo\s+)?"
     r"(?:docker\s+(?:image\s+)?pull\s+)?(?:image\s*:\s+)?"
 )
 
 
 # "# docker" is a prompt
-COMMENT = re.compile(r"\s*(?:#(?! (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) )|//)")
+COMMENT = r"\s*(?:#(?! (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) )|//)"
 
 
 class BadImage(ValueError):
@@ -520,7 +519,7 @@ def read_image(text: str) -> Image:
 def tidy(item: str) -> str:
     """Return an item without what comes with it from a phone, a terminal or a compose file."""
     item = re.sub("—+", "--", item).translate(TIDY)
-    item = PASTED.sub("", item.strip().strip("\"'`").strip(), count=1)
+    item = re.sub(PASTED, "", item.strip().strip("\"'`").strip(), count=1)
     if re.match(r"(?i)image:[^/:\s]+[/:]", item):  # but not the image "image"
         item = item[6:]
     return re.sub(r"\s+", " ", item).strip("\"'` ")
@@ -1091,7 +1090,7 @@ class SettingsError(Exception):
 
 
 # KEY=value as a shell would write it: `export`, quotes, a comment behind a space
-ENV_LINE = re.compile(
+ENV_LINE = (
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
 )
 
@@ -1104,7 +1103,7 @@ def read_env_file(path: Path) -> dict[str, str]:
         raise SettingsError([f"{path}: 读不出来：{error}"]) from error
     values, problems = {}, []
     for line_number, line in enumerate(map(str.strip, lines), 1):
-        if match := ENV_LINE.fullmatch(line):
+        if match := re.fullmatch(ENV_LINE, line):
             bare = "" if (match[4] or "").startswith("#") else match[4]
             values[match[1]] = next(v for v in (match[2], match[3], bare) if v is not None)
         elif line and not line.startswith("#"):
@@ -1234,8 +1233,8 @@ class Log:
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 # a registered name or an IPv6 address (RFC 3986, 3.2.2), as urlsplit leaves them
-HOST_PATTERN = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?|[0-9a-f:]*:[0-9a-f:.]*")
-LOCAL_NAME = re.compile(r"(.*\.)?(localhost|local|internal|lan|home\.arpa|localdomain)|[^.:]*")
+HOST_PATTERN = r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?|[0-9a-f:]*:[0-9a-f:.]*"
+LOCAL_NAME = r"(.*\.)?(localhost|local|internal|lan|home\.arpa|localdomain)|[^.:]*"
 URL_SAFE = "/%:@!$&'()*+,;=~-._?"
 
 
@@ -1268,7 +1267,7 @@ def parse_url(text: str) -> Url:
     except ValueError as error:
         raise Failure(f"链接格式不正确：{quoted(text)}") from error
     odd = re.search(r"[\s\\\x00-\x1f\x7f]", text) or "@" in parts.netloc
-    if odd or parts.scheme not in DEFAULT_PORTS or not HOST_PATTERN.fullmatch(host) or not port:
+    if odd or parts.scheme not in DEFAULT_PORTS or not re.fullmatch(HOST_PATTERN, host) or not port:
         raise Failure(f"链接格式不正确（不能有空格、反斜杠或用户名密码）：{quoted(text)}")
     return Url(parts.scheme, host, port, path + query)
 
@@ -1388,7 +1387,7 @@ def refuse_inside(host: str, seconds: float) -> None:
         # inet_aton knows the old spellings (127.1, 0x7f000001, 2130706433), as resolvers do.
         address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
     except OSError:
-        inside = bool(LOCAL_NAME.fullmatch(host))
+        inside = bool(re.fullmatch(LOCAL_NAME, host))
     else:
         inside = not is_outside(address)
     if inside:
@@ -1997,7 +1996,7 @@ LIST_PATH = "images.txt"
 GITHUB_API_VERSION = "2022-11-28"  # the last one in which return_run_details exists
 JOB_NAME_CHARACTERS = 100  # longer ones are cut to 97 and "..." (actions/runner, JobDisplayName)
 # The last step's name; part of its "wxsync" is "***" where one of the Secrets happens to be that.
-STEP_NAME = re.compile(r"[a-z*]{1,12}: (copied|unchanged|failed ([a-z-]+))\b\s?(.*)")
+STEP_NAME = r"[a-z*]{1,12}: (copied|unchanged|failed ([a-z-]+))\b\s?(.*)"
 JOB_CONCLUSIONS = {"cancelled": "任务被取消", "skipped": "任务被跳过", "stale": "任务没有开始"}
 # What a branch that does not take commits says, with 403, 409 or 422.
 PROTECTED = r"(?i)rule violation|protected|GH00[36]|pull request|not authorized to push|declined"
@@ -2077,8 +2076,8 @@ def read_outcome(line: str, job: Any, mask: Callable[[str], str]) -> Outcome:
         return Outcome(line, "running", "", url)
     listed = job.get("steps")
     steps = [s for s in listed if isinstance(s, dict)] if isinstance(listed, list) else []
-    names = [str(s.get("name")) for s in steps if STEP_NAME.match(str(s.get("name")))]
-    said = STEP_NAME.match((names or [""])[-1])
+    names = [str(s.get("name")) for s in steps if re.match(STEP_NAME, str(s.get("name")))]
+    said = re.match(STEP_NAME, (names or [""])[-1])
     if job.get("conclusion") == "success" and not (said and said[2]):
         return Outcome(line, said[1] if said else "", said[3] if said else "", url)
     if said and said[2] in COPY_REASONS:
@@ -2614,7 +2613,7 @@ def _header_text(value: str) -> str:
 
 
 # one parameter of Content-Disposition (RFC 6266, 4.1): token, or quoted-string with its escapes
-DISPOSITION = re.compile(r';\s*([\w-]+\*?)\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)')
+DISPOSITION = r';\s*([\w-]+\*?)\s*=\s*("(?:\\.|[^"\\])*"|[^;]*)'
 
 
 def read_file_name(disposition: str, *urls: Url) -> str:
@@ -2623,7 +2622,7 @@ def read_file_name(disposition: str, *urls: Url) -> str:
     Folders, control characters and leading dots are taken off; the answer is never empty.
     """
     names = []
-    given = {key.lower(): value.strip() for key, value in DISPOSITION.findall(disposition)}
+    given = {key.lower(): value.strip() for key, value in re.findall(DISPOSITION, disposition)}
     charset, quote, extended = given.get("filename*", "").partition("'")
     if quote:
         with contextlib.suppress(LookupError, ValueError):  # a charset that is none, as "idna"
@@ -2655,7 +2654,7 @@ STATUS_TEXTS = {
     410: "文件已删除",
     429: "来源限流",
 }
-PACKED = re.compile(r"(?i).*\.(gz|tgz|gzip|z|svgz|emz)")
+PACKED = r"(?i).*\.(gz|tgz|gzip|z|svgz|emz)"
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -2852,7 +2851,7 @@ class Download:
         """
         pieces, inflate = self._sent(), zlib.decompressobj(47)
         stored, head = False, b""
-        if PACKED.fullmatch(self.name):
+        if re.fullmatch(PACKED, self.name):
             while len(head) < 1024 and (piece := next(pieces, b"")):
                 head += piece
             stored = zlib.decompressobj(47).decompress(head, 2) != GZIP_MAGIC
@@ -3398,7 +3397,7 @@ COMMANDS = {
 # A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
 # tag (prose). What is no plain reference is named, nothing is guessed.
 MARKS = tuple(
-    re.compile("".join(parts), re.IGNORECASE)
+    "(?i)" + "".join(parts)
     for parts in (
         # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
         #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
@@ -3437,40 +3436,36 @@ MARKS = tuple(
 )
 TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
 # Options of pull (and of the tools) whose value is the next word; options of run that have none.
-WITH_VALUE = re.compile(
+WITH_VALUE = (
     r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|"
     r"policy|snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
     r"runtime-endpoint|image-endpoint|timeout|context|log-level)"
 )
-ALONE = re.compile(
+ALONE = (
     r"-[ditPq]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|"
     r"no-healthcheck)|.*=.*"
 )
 # REPOSITORY   TAG   IMAGE ID …        CONTAINER   REPOSITORY   TAG …        IMAGE   ID   DISK USAGE
-TABLE = re.compile(
+TABLE = (
     r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|"
     r"(?P<one>IMAGE)\s+ID\s+D"
 )
 # a chart's values: registry, repository and tag on lines near each other
-PARTS = re.compile(
+PARTS = (
     r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
     r"""["']?([^\s"',}#{&]*)"""
 )
 # what stands at a mark and is none: ids, numbers, YAML's own signs, platforms, files
-NO_IMAGE = re.compile(
+NO_IMAGE = (
     r"(?:sha256:)?[0-9a-f]{12,}|[\d.:/]+|null|~|[|>][-+]?|[&*].*|data:.*|(?:linux|windows)/\w+|"
     r"/.*|.*\.(?:png|jpe?g|gif|svg|webp|ico)"
 )
 PULL_TALK = frozenset(("failed", "fails", "error", "timeout", "slow", "stuck"))
-INSTRUCTION = re.compile(
-    r"(?im)^[^\w\n]*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
-)
-SQL = re.compile(r"(?im)^[ \t]*(?:SELECT|DELETE|INSERT|UPDATE)\s")
-KLOG = re.compile(r"(?m)^[IWEF]\d{4} |kubeadm config images")
+INSTRUCTION = r"(?im)^[^\w\n]*(?:RUN|COPY|ADD|CMD|ENTRYPOINT|WORKDIR|ENV|EXPOSE|ARG|LABEL|USER)\s"
+SQL = r"(?im)^[ \t]*(?:SELECT|DELETE|INSERT|UPDATE)\s"
+KLOG = r"(?m)^[IWEF]\d{4} |kubeadm config images"
 # what kubectl applied before, not what is
-APPLIED = re.compile(
-    r"(?m)^([ \t]*+).*last-applied-configuration.*(?:(?<=[|>-])\s*\n.*)?(?:\n\1[ \t]+\S.*)*"
-)
+APPLIED = r"(?m)^([ \t]*+).*last-applied-configuration.*(?:(?<=[|>-])\s*\n.*)?(?:\n\1[ \t]+\S.*)*"
 
 
 class Paste:
@@ -3481,11 +3476,11 @@ class Paste:
         self.named: dict[str, str] = {}  # marked, but no plain reference -> why
         self.offers: dict[str, None] = {}  # lines to send, where a person has to say so
         text = re.sub(r"\r\n?|[\u2028\u2029]", "\n", text.translate(TIDY)).replace("\\\n", " ")
-        text = APPLIED.sub("", re.sub(r"\x1b\[[0-9;]*m", "", text))
+        text = re.sub(APPLIED, "", re.sub(r"\x1b\[[0-9;]*m", "", text))
         text = re.sub(r"(?i)(image:) *[|>]-?\n\s*", r"\1 ", text)
-        self._is_build = bool(INSTRUCTION.search(text))
-        self._is_sql = bool(SQL.search(text))
-        self._is_listed = bool(KLOG.search(text))
+        self._is_build = bool(re.search(INSTRUCTION, text))
+        self._is_sql = bool(re.search(SQL, text))
+        self._is_listed = bool(re.search(KLOG, text))
         self._stages = {"scratch"}
         self._denied: list[str] = []
         self._table: re.Match[str] | None = None
@@ -3507,7 +3502,7 @@ class Paste:
         """Take what stands at a mark: an image, or named with the reason, or nothing."""
         ref = ref.strip(" \"'`")
         ref = ref.rstrip(".:,;)]}…") if loose else ref
-        if not ref or NO_IMAGE.fullmatch(ref) or (loose and not re.search("[:@]", ref)):
+        if not ref or re.fullmatch(NO_IMAGE, ref) or (loose and not re.search("[:@]", ref)):
             return
         line = f"--platform={platform} {ref}" if platform else ref
         try:
@@ -3524,9 +3519,9 @@ class Paste:
             self.images[image.line] = image
 
     def _read_line(self, line: str) -> None:
-        if COMMENT.match(line):
+        if re.match(COMMENT, line):
             return
-        if head := TABLE.match(line):
+        if head := re.match(TABLE, line):
             self._table = head
         elif self._table and re.search(r"\s[0-9a-f]{12,13}(?=\s|$)", line):
             self._read_row(line.split(), self._table)
@@ -3534,9 +3529,9 @@ class Paste:
             self._take(line)
         else:
             for mark in MARKS:
-                for found in mark.finditer(line):
+                for found in re.finditer(mark, line):
                     self._read_mark(found.groupdict())
-                if mark is MARKS[0] and mark.match(line):
+                if mark is MARKS[0] and re.match(mark, line):
                     return  # what follows is a comment
             self._read_commands(line)
 
@@ -3573,9 +3568,9 @@ class Paste:
             word, *words = words
             if word.startswith("-"):
                 name, equals, value = word.partition("=")
-                takes = (
-                    ALONE.fullmatch(word) is None if verb == "run" else WITH_VALUE.fullmatch(word)
-                )
+                takes = bool(re.fullmatch(WITH_VALUE, word))
+                if verb == "run":
+                    takes = not re.fullmatch(ALONE, word)
                 if takes and not equals and words:
                     value, *words = words
                     while value[:1] in ('"', "'") and value.count(value[0]) == 1 and words:
@@ -3604,7 +3599,7 @@ class Paste:
         """Offer `repository:` with the `tag:` beside it, as in a chart's values."""
         parts: dict[str, str] = {}
         end = 0
-        for found in [*PARTS.finditer(text), None]:
+        for found in [*re.finditer(PARTS, text), None]:
             if not found or found[1].lower() in parts or found.start() - end > 300:
                 name, tag = parts.get("repository", ""), parts.get("tag", "")
                 if parts.get("image") and parts.get("imagetag"):
@@ -3652,7 +3647,7 @@ def split_items(text: str) -> tuple[list[str], list[str]]:
         link = line.translate({0xFEFF: None, 0x200B: None}).strip(" \t\u3000\"'`“”‘’<>")
         if re.match(r"(?i)https?://", link):
             links.append(link)
-        elif not COMMENT.match(line):
+        elif not re.match(COMMENT, line):
             items += filter(None, map(tidy, re.split(r"[,，、;；]", line)))
     return list(dict.fromkeys(links)), items
 
@@ -3768,7 +3763,7 @@ def _read_items(text: str, items: list[str]) -> Reading:
     if any(map(_is_attempt, items)):
         return Reading(images=_read_images(items))
     items = [item.lower() if len(items) == 1 else item for item in items]
-    names = [item for item in items if BARE_NAME.fullmatch(item) and len(item) <= 128]
+    names = [item for item in items if re.fullmatch(NAME, item) and len(item) <= 128]
     if items and names == items and not all(map(is_talk, names)):
         return _read_bare(names)
     if re.search(r"(?i)https?://", text):
@@ -5557,7 +5552,7 @@ class WebSocket:
 # one tells.
 
 # names of settings, and bare domains, which a client might make a link of
-CODE_WORDS = re.compile(
+CODE_WORDS = (
     r"(?<![\w/.-])[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+(?![\w/.-])|"
     r"(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
 )
@@ -5582,7 +5577,7 @@ class Stream:
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
 
 
-NO_NAME = re.compile(r"(?i)[不别勿莫请看吗了]|更新|下午|上午|\bnot\b|n't\b|please")
+NO_NAME = r"(?i)[不别勿莫请看吗了]|更新|下午|上午|\bnot\b|n't\b|please"
 
 
 def without_mention(text: str) -> str:
@@ -5599,7 +5594,7 @@ def without_mention(text: str) -> str:
         known = word.lower() in COMMANDS or word.startswith(("--platform", "http://", "https://"))
         if known or word in OFFICIAL or re.search(r"[:/,，]", word):
             # What is more than a name is talk, and read with what follows.
-            start = 1 if NO_NAME.search(" ".join(words[1:index])) else index
+            start = 1 if re.search(NO_NAME, " ".join(words[1:index])) else index
             return " ".join(words[start:]) + newline + rest
     return " ".join(words[2:]) + newline + rest if len(words) > 2 and not rest else rest
 
@@ -5646,7 +5641,7 @@ class Robot(Channel):
                 parts[index] = part.replace("（已是最新）", "  # 已是最新")
             else:
                 part = re.sub(r"(?m)^(\s*)>", r"\1＞", part.translate(DEFANGED))
-                parts[index] = CODE_WORDS.sub(r"`\g<0>`", part)
+                parts[index] = re.sub(CODE_WORDS, r"`\g<0>`", part)
         return "".join(parts)
 
     # -- what the chat and the lanes say
