@@ -3481,6 +3481,7 @@ class Paste:
         self._is_build = bool(re.search(INSTRUCTION, text))
         self._is_sql = bool(re.search(SQL, text))
         self._is_listed = bool(re.search(KLOG, text))
+        self._marks = [re.compile(mark) for mark in MARKS]
         self._stages = {"scratch"}
         self._denied: list[str] = []
         self._table: re.Match[str] | None = None
@@ -3528,10 +3529,10 @@ class Paste:
         elif self._is_listed and re.fullmatch(r"[\w.-]+/[\w./-]+:[\w.-]+", line):
             self._take(line)
         else:
-            for mark in MARKS:
-                for found in re.finditer(mark, line):
+            for mark in self._marks:
+                for found in mark.finditer(line):
                     self._read_mark(found.groupdict())
-                if mark is MARKS[0] and re.match(mark, line):
+                if mark is self._marks[0] and mark.match(line):
                     return  # what follows is a comment
             self._read_commands(line)
 
