@@ -64,8 +64,8 @@ they last. Locks may be held together in this order only: App.list_lock, ImageLi
 Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All others are held alone.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
-Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images or
-relay_file -> finish -> Post.step -> Channel.send.
+Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images, and
+beside it follow_runs, or relay_file -> finish -> Post.step -> Channel.send.
 
 Verify a copy with `python wxsync.py --version`, which prints how the file's own SHA-256 begins.
 """
