@@ -52,6 +52,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import platform
 import py_compile
@@ -3749,9 +3750,9 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
         wxsync.take_up(app)
         message = wxsync.Message("ann", "ann toy room", "nginx:1", "m1")
         assert "共 1 个镜像" in app.chat.answer(message, toy)
-        threading.Thread(target=wxsync.work, args=(app, "images"), daemon=True).start()
-        while app.state.facts.tasks:
-            wxsync.follow_runs(app)
+        which = operator.methodcaller("lane", "images")
+        wxsync.repeat(log, app.sleep, lambda: wxsync.follow_runs(app, which))
+        wxsync.work(app, "images")
         app.posts["toy"].step()
         ((address, text),) = toy.heard
         assert address == "ann toy room" and "✅" in text and "docker pull" in text
@@ -6190,6 +6191,23 @@ def test_a_cancel_that_github_does_not_take_is_told() -> None:
 
 
 @early
+def test_what_is_cancelled_does_not_begin_while_the_disk_is_slow() -> None:
+    """The request before it ends just while its cancel is on the way to the disk."""
+    with quick(SlowRunner(), BAD_DISK) as world, ThreadPoolExecutor(1) as pool:
+        world.say("slow/a:1")
+        world.say("b:1", "bob")
+        assert wait_until(lambda: world.github.runs)
+        disk_is(world, 0.5)
+        reply = pool.submit(world.say, "取消", "bob")
+        time.sleep(0.2)
+        world.open()
+        assert "不再排队" in reply.result()
+        hear(world, "alice", "成功 1 / 1")
+        time.sleep(1)
+        assert "b:1" not in str(world.github.commits) and not world.wecom.messages_for("bob")
+
+
+@early
 def test_cancel_before_there_is_a_run() -> None:
     """While it waits for GitHub nothing is started; a dispatch under way is cancelled behind it."""
     with quick(SlowRunner()) as world:
@@ -8238,7 +8256,7 @@ alice< ⏰
 -slow_a
 bob< 成功 1 / 1
 alice> 状态
-~仍在跟踪\D*1
+~仍在跟踪\D*1[\s\S]*slow/a:1[\s\S]*2/3
 * restart
 * go
 alice< 成功 2 / 3
@@ -8818,6 +8836,37 @@ def robot(shared_robot: RobotWorld) -> Iterator[RobotWorld]:
     """A world that many tests use: each with people of its own (`next(PEOPLE)`)."""
     yield shared_robot
     assert wait_until(shared_robot.is_idle) and wait_until(shared_robot.is_up)
+
+
+def test_no_message_stays_open_whose_last_frame_is_refused() -> None:
+    """The result comes by itself, and the message says so."""
+    with RobotWorld() as world:
+        world.gateway.fail('"finish":true', 45009)
+        message = world.ask("nginx:1")
+        world.pushed()
+        assert wait_until(lambda: message.finished) and "请看下一条" in message.text
+
+
+@early
+def test_no_message_stays_open_whose_last_frame_waits_for_the_pace() -> None:
+    """At the end of its time it is ended; the result comes when the pace allows it."""
+    patience = {"ROBOT_STREAM_SECONDS": "3", "ACK_SECONDS": "0.5", "REFRESH_SECONDS": "4"}
+    with RobotWorld(SlowRunner(), **patience) as world:
+        message = world.ask("slow/a:1")
+        for _ in range(10):
+            world.gateway.say("状态")
+        world.open()
+        assert wait_until(lambda: message.finished, 6) and "请看下一条" in message.text
+        assert world.pushed()
+
+
+def test_what_comes_before_the_subscription_is_acknowledged_is_answered() -> None:
+    """It is not lost between the two."""
+    with RobotWorld() as world:
+        world.gateway.fail("aibot_subscribe", 0.4)
+        world.gateway.cut()
+        assert wait_until(lambda: len(world.gateway.subscriptions) == 2)
+        assert "共 1 个镜像" in world.ask("nginx:1").shown[0][1] and world.result()
 
 
 def test_one_message_that_lives() -> None:
@@ -9649,6 +9698,16 @@ def test_the_robot_says_what_was_cancelled() -> None:
         assert wait_until(lambda: said.finished, 5)
         runner.go.set()
         world.gateway.hear(lambda m: "已取消" in m.text and m is not said, "alice")
+
+
+@pytest.mark.parametrize("where", ["DELETE upload_id", "GET uploads"])
+def test_an_upload_whose_id_was_lost_goes_though_the_store_stumbles(where: str) -> None:
+    """The answer that named it was lost, and then it could not be dropped at once."""
+    with Depot() as depot:
+        depot.store.fail("POST uploads", "lost")
+        depot.store.fail(where, (500, {}, b""), 3)
+        depot.relay(depot.source.add("/big.bin", 9_000_000))
+        assert wait_until(lambda: not depot.store.open_uploads)
 
 
 @early

@@ -57,11 +57,12 @@ What a crash leaves of a request, and what the next start does about it:
     finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
 
 Threads. The main one holds every HTTP connection and waits for nothing; one alone writes the state.
-Each lane (images, files) is one; runs, orphans, midnight, the proxy and living messages have
-one each that looks now and then; letters go out by one for WeCom and four for the robot, whose line
-is read by one. What waits for the disk, a message to the robot and a download have their own while
-they last. Locks may be held together in this order only: App.list_lock, ImageList's; a Client's,
-Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All others are held alone.
+Each lane (images, files) is one; runs, those that take long, orphans, midnight, the proxy and
+living messages have one each that looks now and then; letters go out by one for WeCom and four for
+the robot, whose line is read by one. What waits for the disk, a message to the robot and a download
+have their own while they last. Locks may be held together in this order only: App.list_lock,
+ImageList's; a Client's, Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All
+others are held alone.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
 Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images, and
@@ -1560,7 +1561,7 @@ def ask_http_proxy(sock: socket.socket, proxy: Proxy, url: Url) -> None:
         raise OSError(0, explain(error)) from error
     if status in (401, 407):
         raise OSError(0, "代理的用户名或密码不正确")
-    if status != 200:
+    if not 200 <= status < 300:
         raise OSError(0, f"代理拒绝连接 {url.host}（{status}）")
 
 
@@ -2514,14 +2515,13 @@ class QingStor:
 
     def initiate(self, key: str, content_type: str) -> str:
         """Begin an object in parts; return its upload id."""
+        tries = itertools.count()
 
         def attempt() -> str:
             name = "initiate_multipart_upload"
-            try:
-                answer = self.require(self.call(name, key, tries=1, content_type=content_type))
-            except Unreachable:  # it may have begun all the same
+            if next(tries):  # it may have begun all the same
                 self._abort_strays(key)
-                raise
+            answer = self.require(self.call(name, key, tries=1, content_type=content_type))
             upload_id = str((read_json(answer.body, dict) or {}).get("upload_id", ""))
             if not re.fullmatch(UPLOAD_ID, upload_id):
                 raise Failure("QingStor 的回答里没有 upload_id")
@@ -2535,14 +2535,20 @@ class QingStor:
             self.require(answer)
 
     def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun without our learning their id."""
-        with contextlib.suppress(Failure):
+        """Drop uploads of a key that were begun without our learning their id.
+
+        Raises Unreachable; a store that does not list them is left alone.
+        """
+        try:
             answer = self.require(self.call("list_multipart_uploads", prefix=key))
             listed = (read_json(answer.body, dict) or {}).get("uploads")
             for entry in listed if isinstance(listed, list) else []:
                 upload_id = pick(entry, "upload_id", str)
                 if pick(entry, "key", str).startswith(key) and re.fullmatch(UPLOAD_ID, upload_id):
                     self._abort(entry["key"], upload_id)
+        except Failure as failure:
+            if isinstance(failure, Unreachable):
+                raise
 
     def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
         """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
@@ -3071,6 +3077,10 @@ class Facts:
         """Return the tasks that run and wait in a lane, without those it has let go of."""
         return tuple(t for t in self.tasks if t.lane == lane and t.stage != "late")
 
+    def late(self) -> tuple[Task, ...]:
+        """Return the tasks whose runs have outlived SYNC_TIMEOUT."""
+        return tuple(t for t in self.tasks if t.stage == "late")
+
     def with_task(self, task: Task, **changes: Any) -> Facts:
         """Return Facts in which a task has other fields."""
         same = self.task(task.id, task.lane)
@@ -3216,6 +3226,11 @@ class State:
         self.resumed = frozenset(task.id for task in facts.tasks)
         self._writer.start()
         return [entry for name, entry in damaged if name == "tasks"]
+
+    def ready(self, lane: str) -> list[Task]:
+        """Return the tasks of a lane but those whose end waits for the disk."""
+        tasks = self.facts.lane(lane)
+        return [task for task in tasks if self._next.task(task.id, lane)]
 
     def is_cancelled(self, task: Task) -> bool:
         """Tell whether the person has called a task off."""
@@ -4307,8 +4322,10 @@ class Chat:
             for ahead, waiting in enumerate(tasks):
                 if ahead and waiting.person == person:
                     lines.append(f"　您的 {title(waiting, True)}：前面还有 {ahead} 个")
-        if late := sum(task.stage == "late" for task in facts.tasks):
-            lines.append(f"超时后仍在跟踪：{late} 个")
+        if late := facts.late():
+            lines.append(f"超时后仍在跟踪：{len(late)} 个")
+        for task in (task for task in late if task.person == person):
+            lines += [f"　您的 {title(task, True)}：", *progress_lines(task, self._progress)]
         if trouble := self._trouble():
             lines.append(f"⚠️ {trouble}")
         if last := facts.finished.get(person):
@@ -4823,18 +4840,19 @@ def follow(app: App, task: Task) -> None:
         tell_late(app, task, stage="late")
 
 
-def follow_runs(app: App) -> None:
-    """Look once at every run, and at the clock of the request that waits for GitHub."""
+def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
+    """Look once at the runs of these tasks, and at the clock of the one that waits for GitHub."""
     with app.state.changed:
-        while not (tasks := [t for t in app.state.facts.tasks if t.lane == "images"]):
+        while not (tasks := which(app.state.facts)):
             app.state.changed.wait()
-    for task in sorted(tasks, key=lambda task: task.stage == "late"):
+    begun = time.monotonic()
+    for task in tasks:
         work = app.progress.of(task)
         if task.run_id:
             attempt(app, task, functools.partial(follow, app, task))
         elif work.since and not work.is_told and is_late(app, work):
             tell_late(app, task)
-    app.sleep(POLL_SECONDS)
+    app.sleep(max(POLL_SECONDS / 4, POLL_SECONDS - (time.monotonic() - begun)))
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -4950,7 +4968,7 @@ def keep_settling(app: App) -> None:
 def work(app: App, lane: str) -> None:
     """Do one task of a lane, or the first part of one."""
     with app.state.changed:
-        while not (tasks := app.state.facts.lane(lane)):
+        while not (tasks := app.state.ready(lane)):
             app.state.changed.wait()
     task = tasks[0]
     progress = app.progress.of(task)
@@ -5560,6 +5578,7 @@ CODE_WORDS = (
 # what markdown and mentions are made of -> what looks like it
 DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
 LINE_DOWN = "智能机器人的长连接断开了"
+SEE_NEXT = "⏩ 这条消息不再更新，请看下一条"
 
 
 @dataclass
@@ -5692,15 +5711,16 @@ class Robot(Channel):
             stream.begun = stream.begun or time.monotonic()
             stream.last, stream.text = time.monotonic(), text
             content = {"id": stream.id, "finish": finish, "content": text}
-            body = {"msgtype": "stream", "stream": content}
-            try:
+            found: dict[str, Any] = {}
+            with contextlib.suppress(Failure):
+                body = {"msgtype": "stream", "stream": content}
                 found = self._ask("aibot_respond_msg", stream.req_id, body)
-            except Failure:
-                found = {"errcode": -1}
-            is_taken = bool(found.get("errcode") == 0)
-            if not is_taken and not finish and (line := self._line):
+            is_taken = found.get("errcode") == 0
+            is_open = bool(found) or not finish  # of a last frame without answer nobody knows
+            if not is_taken and is_open and (line := self._line):
                 with contextlib.suppress(OSError):  # nothing more will come: it must not stay open
-                    last = {"msgtype": "stream", "stream": {**content, "finish": True}}
+                    content |= {"finish": True, "content": SEE_NEXT}
+                    last = {"msgtype": "stream", "stream": content}
                     self._write(line, "aibot_respond_msg", stream.req_id, last)
             if finish or not is_taken:
                 stream.line = None  # a late acknowledgement must not pass for that of another frame
@@ -5742,14 +5762,14 @@ class Robot(Channel):
             pause, line = 0.0, None
             try:
                 line = WebSocket.connect(self._network, self._settings.BOT_URL)
-                code, said = self._subscribe(line)
+                code, said, early = self._subscribe(line)
                 if code:
                     self.trouble = f"智能机器人订阅被拒绝（{code} {said}）：核对 BOT_ID、BOT_SECRET"
                     pause = REFUSED_PAUSES[min(refusals, len(REFUSED_PAUSES) - 1)]
                     refusals += 1
                 else:
                     refusals = 0
-                    pause = self._read(app, line)
+                    pause = self._read(app, line, early)
             except (OSError, Failure) as error:
                 self.trouble = f"{LINE_DOWN}：{explain(error)}"
             finally:
@@ -5763,24 +5783,27 @@ class Robot(Channel):
         """Subscribe and leave, for `check`; return errcode and errmsg; raise Unreachable."""
         line = WebSocket.connect(self._network, self._settings.BOT_URL)
         try:
-            return self._subscribe(line)
+            return self._subscribe(line)[:2]
         except OSError as error:
             raise Unreachable(f"{LINE_DOWN}：{explain(error)}") from error
         finally:
             line.close()
 
-    def _subscribe(self, line: WebSocket) -> tuple[int, str]:
-        """Subscribe; return errcode and errmsg; raise OSError, Unreachable."""
+    def _subscribe(self, line: WebSocket) -> tuple[int, str, list[bytes]]:
+        """Subscribe; return errcode, errmsg and what came before; raise OSError, Unreachable."""
+        early: list[bytes] = []
         body = {"bot_id": self._settings.BOT_ID, "secret": self._settings.BOT_SECRET}
         req_id = secrets.token_hex(12)
         self._write(line, "aibot_subscribe", req_id, body)
         deadline = time.monotonic() + ACK_SECONDS
         while (left := deadline - time.monotonic()) > 0:
-            found = self._parse(line.read(left) or b"")
+            data = line.read(left) or b""
+            found = self._parse(data)
             if found.get("headers", {}).get("req_id") == req_id:
                 code = found.get("errcode", -1)
                 said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
-                return code if isinstance(code, int) else -1, said
+                return code if isinstance(code, int) else -1, said, early
+            early.append(data)
         raise Unreachable("智能机器人没有回答订阅")
 
     @staticmethod
@@ -5802,7 +5825,7 @@ class Robot(Channel):
         if line:
             line.close()
 
-    def _read(self, app: App, line: WebSocket) -> float:
+    def _read(self, app: App, line: WebSocket, early: list[bytes]) -> float:
         """Read the line until it ends (OSError); return a pause where another program took it."""
         with self._lock:
             self._line = line
@@ -5812,7 +5835,8 @@ class Robot(Channel):
         pings = 0  # without an answer
         next_ping = time.monotonic() + ROBOT_PING_SECONDS
         while True:
-            data = line.read(max(0.0, next_ping - time.monotonic()))
+            left = max(0.0, next_ping - time.monotonic())
+            data = early.pop(0) if early else line.read(left)
             if time.monotonic() >= next_ping:
                 if pings == 2:
                     raise TimeoutError
@@ -5961,20 +5985,23 @@ class Robot(Channel):
     def refresh(self, app: App) -> None:
         """Show how far the requests of living messages are; end those that live too long."""
         with self._lock:
-            streams = list(self._streams.items())
-            streams = [(k, s) for k, s in streams if s.begun and s.line and not s.is_ending]
+            streams = [(k, s) for k, s in self._streams.items() if s.begun and s.line]
         for message_id, stream in streams:
             facts = app.state.facts
             tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
             now = time.monotonic()
-            if now > stream.begun + ROBOT_STREAM_SECONDS or not tasks:
+            is_old = now > stream.begun + ROBOT_STREAM_SECONDS
+            if is_old or not (tasks or stream.is_ending):
                 with self._lock:
-                    if stream.is_ending or self._streams.pop(message_id, None) is None:
+                    if self._streams.pop(message_id, None) is None:
                         continue
                 app.posts[self.name].pace.take(stream.address)
-                last = self.letters(stream.address, self._last_text(app, tasks), "")[0]
-                if not self._respond(stream, last.text, True):
+                # A last letter that still waits for the pace becomes a message of its own.
+                text = SEE_NEXT if stream.is_ending else self._last_text(app, tasks)
+                last = self.letters(stream.address, text, "")[0]
+                if not self._respond(stream, last.text, True) and not stream.is_ending:
                     app.state.change(functools.partial(Facts.with_letters, letters=[last]))
+            if is_old or stream.is_ending or not tasks:
                 continue
             begun = [t for t in tasks if app.progress.is_begun(t)]
             text = self.render("\n\n".join(living_text(t, app.progress) for t in begun))
@@ -6181,10 +6208,10 @@ class Doctor:
         yield Finding("✅", "GitHub 令牌", f"{kind}，能访问 {settings.GITHUB_REPO}")
         if ends := self.app.github.token_ends:
             yield Finding("⚠️", "GitHub 令牌", f"{shown(ends)} 到期，到期前请更换 GITHUB_TOKEN")
-        if found.get("archived"):
-            yield Finding("❌", "GitHub 仓库", "仓库已归档，不能写：Settings → Unarchive")
         body = {"message": "", "content": "", "branch": NO_BRANCH}
         why = self._refused("PUT", f"/contents/{LIST_PATH}", body, GitHub.WRITE)
+        if found.get("archived"):
+            why = "仓库已归档，不能写：Settings → Unarchive"
         push = bool((found.get("permissions") or {}).get("push")) and not why
         cure = why or f"令牌的主人没有写权限：换有权限的账号，令牌要有 {GitHub.WRITE}"
         yield finding("GitHub 仓库", push, "可以写入", cure)
@@ -6258,7 +6285,8 @@ def run_checks(doctor: Doctor) -> list[Finding]:
         except Failure as failure:
             findings[name].append(Finding("❌", name, str(failure)))
         except (OSError, ImportError, ValueError, LookupError, AttributeError, TypeError) as error:
-            text = f"看不懂（{shown(str(error))}）：核对地址；{hint}"
+            said = f"（{explain(error)}）" if isinstance(error, OSError) else ""
+            text = f"看不懂对方的回答{said}：核对地址；{hint}"
             findings[name].append(Finding("❌", name, text))
 
     threads = {n: threading.Thread(target=collect, args=(n,), daemon=True) for n in steps}
@@ -6367,7 +6395,8 @@ def start_threads(app: App) -> None:
         start(lambda: keep_probing(app))
     start(lambda: work(app, "images"))
     start(lambda: work(app, "files"))
-    start(lambda: follow_runs(app))
+    start(lambda: follow_runs(app, lambda facts: facts.lane("images")))
+    start(lambda: follow_runs(app, Facts.late))
     start(lambda: keep_settling(app))
     start(lambda: app.sleep(keep_midnight(app)))
     for name, post in app.posts.items():
