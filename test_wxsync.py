@@ -6190,6 +6190,26 @@ def test_a_cancel_that_github_does_not_take_is_told() -> None:
             assert said in heard and heard.count("成功 ") == 1
 
 
+@in_ci
+def test_a_finished_run_is_told_within_5_seconds_beside_late_ones() -> None:
+    """At its real pace, over a slow line, while three long runs go on after SYNC_TIMEOUT."""
+    with quick(SlowRunner(), SCALE="1", SYNC_TIMEOUT="1") as world:
+        for n in range(3):
+            world.say("\n".join(f"slow/u{n}-{k}:1" for k in range(250)), f"u{n}")
+            hear(world, f"u{n}", "⏰")
+        world.service.settings["SYNC_TIMEOUT"] = "60"
+        world.service.restart()
+        world.github.delay = 0.3
+        for n in range(4):
+            world.say(f"app{n}:1", "bob")
+            runs = world.github.runs
+            assert wait_until(lambda: len(runs) > 3 + n and runs[-1].completed, 30)  # noqa: B023
+            ended = time.time()
+            assert wait_until(lambda: len(finals(world, "bob")) > n, 10)  # noqa: B023
+            assert time.time() - ended < 5
+        world.github.delay = 0.0
+
+
 @early
 def test_what_is_cancelled_does_not_begin_while_the_disk_is_slow() -> None:
     """The request before it ends just while its cancel is on the way to the disk."""
