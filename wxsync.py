@@ -5803,7 +5803,8 @@ class Robot(Channel):
                 code = found.get("errcode", -1)
                 said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
                 return code if isinstance(code, int) else -1, said, early
-            early.append(data)
+            if data and len(early) < self.MOST_REPLIES:
+                early.append(data)
         raise Unreachable("智能机器人没有回答订阅")
 
     @staticmethod
