@@ -201,13 +201,19 @@ def wait_until(condition: Callable[[], object], timeout: float = 10, pause: floa
     return True
 
 
+GIVEN: set[int] = set()  # ports; a service that is down for a moment keeps its own
+
+
 def free_port() -> int:
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    ports = range(15000 + int(worker[2:]), 32000, 16) if worker else range(15000, 32000)
     while True:
-        port = random.randrange(15000 + worker, 32000, 16)
+        port = random.choice(ports)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in GIVEN:
+                GIVEN.add(port)
+                return port
 
 
 def temporary_folder(purpose: str) -> tempfile.TemporaryDirectory[str]:
@@ -9010,7 +9016,7 @@ FRAMES = {  # of one person's request: how the first one of a kind is known
 def test_what_is_not_acknowledged_is_pushed() -> None:
     """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
     cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
-    with RobotWorld(QUEUE_SIZE="100") as world:
+    with RobotWorld(QUEUE_SIZE="100", ACK_SECONDS="2") as world:
         for user, (frame, mood) in cases.items():
             world.gateway.fail(f"{user} {FRAMES[frame]}", mood)
             if frame == "push":
@@ -9022,7 +9028,7 @@ def test_what_is_not_acknowledged_is_pushed() -> None:
                 world.result(chat=user)
             else:
                 world.pushed("使用说明" if frame == "help" else "成功 1 / 1", user)
-        time.sleep(1.5)  # what ACK_SECONDS may bring once more
+        time.sleep(2.5)  # what ACK_SECONDS may bring once more
         helped = [user for user, (frame, _) in cases.items() if frame == "help"]
         world.check_copies(helped, "使用说明")
         world.check_copies(cases.keys() - helped)
@@ -9152,7 +9158,8 @@ def waits(world: RobotWorld, expected: Sequence[float], scale: float = 0.004) ->
 @early
 def test_a_wrong_secret_is_told_and_tried_again() -> None:
     """After 1 and 5 minutes, then every 10; the log has the errcode, /health says "down"."""
-    with RobotWorld(BOT_SECRET="another-secret-1f2e3d", SCALE="0.004") as world:
+    patience = {"SCALE": "0.004", "ACK_SECONDS": "5"}
+    with RobotWorld(BOT_SECRET="another-secret-1f2e3d", **patience) as world:
         waits(world, [60, 300, 600, 600])
         assert "853000" in world.service.log and not world.is_up()
         world.gateway.secret = "another-secret-1f2e3d"
@@ -9162,7 +9169,7 @@ def test_a_wrong_secret_is_told_and_tried_again() -> None:
 @early
 def test_another_program_takes_the_robot_over() -> None:
     """Said in the log and in /health; tried again after 10 minutes, and then all arrives."""
-    with RobotWorld(SlowRunner(), SCALE="0.004") as world:
+    with RobotWorld(SlowRunner(), SCALE="0.004", ACK_SECONDS="5") as world:
         world.ask("slow/a:1")
         world.gateway.subscriptions[0] = (time.time(), 0)
         world.gateway.throw_out()
