@@ -7192,6 +7192,7 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         assert wait_until(lambda: len(world.wecom.calls) > before)  # the next is minutes away
         assert 4 < len(tries) < 12 + minutes and tries[-1].time - tries[0].time > minutes / 3
         world.wecom.refused.clear()
+        time.sleep(0.3)  # until that refusal has been noted
         world.say("帮助", "alice")
         world.wecom.wait_message("first", 3)
         assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
@@ -8967,7 +8968,8 @@ def test_what_a_run_says_is_no_markdown_and_fits() -> None:
         gateway.fail('bob "finish":true', "ignore")
         message = world.ask("\n".join([*names, "slow/a:1"]))
         world.ask("slow/b:1", "bob")
-        assert world.result("⏰") is message and "250" in message.text
+        late = gateway.hear(lambda m: m.finished and "⏰" in m.text, timeout=60)
+        assert late is message and "250" in message.text
         assert world.pushed("⏰", "bob")
 
 
@@ -9449,11 +9451,11 @@ def test_both_entrances_side_by_side() -> None:
 def test_the_gateways_certificate_is_checked(tls_registry: Trusted) -> None:
     """An unknown one is shown nothing, not even the handshake."""
     server, trust = tls_registry
-    for certificate, wanted in ((os.devnull, "证书"), (trust["SSL_CERT_FILE"], "404")):
+    for certificate, wanted in ((os.devnull, "证书"), (trust["SSL_CERT_FILE"], "（404")):
         before = len(server.calls)
         with RobotWorld(BOT_URL=f"wss://{server.host}", SSL_CERT_FILE=certificate) as world:
             assert wait_until(lambda: wanted in world.service.log)  # noqa: B023
-        assert (len(server.calls) > before) == (wanted == "404")
+        assert (len(server.calls) > before) == (wanted == "（404")
 
 
 def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
