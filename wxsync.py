@@ -3116,14 +3116,14 @@ class Facts:
 def revive(kind: Any, value: Any) -> Any:
     """Return what JSON has kept as it was; raise TypeError or ValueError where it is no `kind`.
 
-    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions; of a
-    Letter two are kept.
+    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions; fields
+    of a tuple that have a default are this process's own, and not kept.
     """
     if get_args(kind):  # tuple[X, ...]
         return tuple(revive(get_args(kind)[0], entry) for entry in revive(list, value))
     if kind is Task or issubclass(kind, tuple):
-        hints = get_type_hints(kind)
-        hints = dict(list(hints.items())[:2]) if kind is Letter else hints
+        own = () if kind is Task else kind._field_defaults
+        hints = {k: hint for k, hint in get_type_hints(kind).items() if k not in own}
         pairs = zip(hints, revive(list, value), strict=True) if kind is not Task else value.items()
         return kind(**{k: revive(hints[k], entry) for k, entry in pairs if k in hints})
     if not isinstance(value, (int, float) if kind is float else kind):
@@ -3328,7 +3328,7 @@ class State:
     def _dump(self, facts: Facts, closed: bool = False) -> bytes:
         data = {"version": self.VERSION, "closed": closed, **vars(facts)}
         data["tasks"] = [{**vars(task)} for task in facts.tasks]
-        data["letters"] = [letter[:2] for letter in facts.letters]
+        data["letters"] = [(letter.address, letter.text) for letter in facts.letters]
         # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
         data["last"] = ""
         for task in data["tasks"] if closed else ():
@@ -3795,7 +3795,7 @@ def read_message(text: str) -> Reading:
     text = re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
     text = re.sub(r"\n[ \t\n]*\n", "\n", text)  # thousands of empty lines would take their time
     links, items = split_items(text)
-    if re.search(r"[{\[]\s*\n", text.translate(TIDY)):
+    if links and re.search(r"[{\[]\s*\n", text.translate(TIDY)):
         links = []  # lines of JSON, such as a mirror in daemon.json
     if links and (paste := Paste(text)) and not _is_list(items):
         # Terminals wrap errors so that a line begins with an address: no link of the person's.
@@ -3945,6 +3945,11 @@ class Work:
     odd_looks: int = 0  # in a row
     open_looks: int = 0  # since the run ended, with jobs that have not
     cancels: int = 0  # tries; below 0: done with it
+
+    @property
+    def is_open(self) -> bool:
+        """Tell whether there is an image of which there is nothing to say yet."""
+        return any(outcome.is_open for outcome in self.outcomes)
 
 
 class Progress:
@@ -4750,20 +4755,24 @@ def look(app: App, task: Task, work: Work) -> None:
     if is_counted := time.monotonic() >= work.next_count:
         work.next_count = time.monotonic() + JOBS_SECONDS
         work.outcomes = app.github.outcomes(task.run, task.items)
-    if not is_counted or not any(outcome.is_open for outcome in work.outcomes):
+    if not is_counted or not work.is_open:
         seconds = app.github.run_seconds(task.run)
     if seconds is not None:
         work.outcomes = app.github.outcomes(task.run, task.items)
-        work.open_looks += any(outcome.is_open for outcome in work.outcomes)
-        is_settled = work.open_looks * POLL_SECONDS >= SETTLE_SECONDS
-        if is_settled or not any(outcome.is_open for outcome in work.outcomes):
+        work.open_looks += work.is_open
+        if not work.is_open or work.open_looks * POLL_SECONDS >= SETTLE_SECONDS:
             finish_images(app, task, work.outcomes, seconds)
 
 
-def since(app: App, task: Task) -> float:
-    """Return when a task's work began (monotonic); after a restart only the clock knows."""
-    begun = task.started or app.now()
-    return time.monotonic() - min(max(0.0, app.now() - begun), WATCH_SECONDS)
+def begun(app: App, task: Task) -> Work:
+    """Return the Work of a task that is worked on; after a restart only the clock knows since when.
+
+    (Task.started is the run's; what had none begins now.)
+    """
+    work = app.progress.of(task)
+    age_seconds = max(0.0, app.now() - (task.started or app.now()))
+    work.since = work.since or time.monotonic() - min(age_seconds, WATCH_SECONDS)
+    return work
 
 
 def is_late(app: App, work: Work) -> bool:
@@ -4786,7 +4795,7 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
 
 
 def sync_images(app: App, task: Task) -> None:
-    """Run one image request from where it stands: commit, dispatch, follow; raise Failure."""
+    """Run one image request from where it stands: commit, dispatch, wait; raise Failure."""
     with app.list_lock:
         patience = Patience(GITHUB_WAIT_SECONDS)
         content = b""
@@ -4810,8 +4819,7 @@ def sync_images(app: App, task: Task) -> None:
 
 def follow(app: App, task: Task) -> None:
     """Look once at a run; let go of one that takes long, at last with a last look at its jobs."""
-    work = app.progress.of(task)
-    work.since = work.since or since(app, task)
+    work = begun(app, task)
     work.next_count = work.next_count or time.monotonic() + JOBS_SECONDS
     try:
         if work.cancels >= 0 and app.state.is_cancelled(task):
@@ -4845,14 +4853,14 @@ def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
     with app.state.changed:
         while not (tasks := which(app.state.facts)):
             app.state.changed.wait()
-    begun = time.monotonic()
+    began = time.monotonic()
     for task in tasks:
         work = app.progress.of(task)
         if task.run_id:
             attempt(app, task, functools.partial(follow, app, task))
         elif work.since and not work.is_told and is_late(app, work):
             tell_late(app, task)
-    app.sleep(max(POLL_SECONDS / 4, POLL_SECONDS - (time.monotonic() - begun)))
+    app.sleep(max(POLL_SECONDS / 4, POLL_SECONDS - (time.monotonic() - began)))
 
 
 # ---- Files -------------------------------------------------------------------------------------
@@ -4971,8 +4979,7 @@ def work(app: App, lane: str) -> None:
         while not (tasks := app.state.ready(lane)):
             app.state.changed.wait()
     task = tasks[0]
-    progress = app.progress.of(task)
-    progress.since = progress.since or since(app, task)
+    begun(app, task)
     step = sync_images if lane == "images" else relay_file
     attempt(app, task, functools.partial(step, app, task))
 
@@ -5990,32 +5997,33 @@ class Robot(Channel):
         for message_id, stream in streams:
             facts = app.state.facts
             tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
-            now = time.monotonic()
-            is_old = now > stream.begun + ROBOT_STREAM_SECONDS
+            is_old = time.monotonic() > stream.begun + ROBOT_STREAM_SECONDS
             if is_old or not (tasks or stream.is_ending):
-                with self._lock:
-                    if self._streams.pop(message_id, None) is None:
-                        continue
-                app.posts[self.name].pace.take(stream.address)
-                # A last letter that still waits for the pace becomes a message of its own.
-                text = SEE_NEXT if stream.is_ending else self._last_text(app, tasks)
-                last = self.letters(stream.address, text, "")[0]
-                if not self._respond(stream, last.text, True) and not stream.is_ending:
-                    app.state.change(functools.partial(Facts.with_letters, letters=[last]))
-            if is_old or stream.is_ending or not tasks:
-                continue
-            begun = [t for t in tasks if app.progress.is_begun(t)]
-            text = self.render("\n\n".join(living_text(t, app.progress) for t in begun))
-            pace = app.posts[self.name].pace
-            is_due = now >= stream.last + REFRESH_SECONDS
-            if (
-                is_due
-                and begun
-                and text != stream.text
-                and not pace.wait_seconds(stream.address, 3)
-            ):
-                pace.take(stream.address)
-                self._respond(stream, text, False)
+                self._end(app, message_id, stream, tasks)
+            elif not stream.is_ending:
+                self._show(app, stream, tasks)
+
+    def _end(self, app: App, message_id: str, stream: Stream, tasks: Sequence[Task]) -> None:
+        """End a message that has lived too long, or whose request is gone."""
+        with self._lock:
+            if self._streams.pop(message_id, None) is None:
+                return
+        app.posts[self.name].pace.take(stream.address)
+        # A last letter that still waits for the pace becomes a message of its own.
+        text = SEE_NEXT if stream.is_ending else self._last_text(app, tasks)
+        last = self.letters(stream.address, text, "")[0]
+        if not self._respond(stream, last.text, True) and not stream.is_ending:
+            app.state.change(functools.partial(Facts.with_letters, letters=[last]))
+
+    def _show(self, app: App, stream: Stream, tasks: Sequence[Task]) -> None:
+        """Show how far tasks are, where that is new and the pace leaves room."""
+        works = [t for t in tasks if app.progress.is_begun(t)]
+        text = self.render("\n\n".join(living_text(t, app.progress) for t in works))
+        is_due = time.monotonic() >= stream.last + REFRESH_SECONDS
+        pace = app.posts[self.name].pace
+        if is_due and text not in ("", stream.text) and not pace.wait_seconds(stream.address, 3):
+            pace.take(stream.address)
+            self._respond(stream, text, False)
 
     @staticmethod
     def _last_text(app: App, tasks: Sequence[Task]) -> str:
