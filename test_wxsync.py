@@ -2256,7 +2256,7 @@ class FakeQingStor(Peer):
         return answer
 
     def _check(self, call: Call, key: str) -> None:
-        """Raise Refused unless the request is signed (in its head, or as a link), new, and whole."""
+        """Raise Refused unless the request is signed (in its head or as a link), new, and whole."""
         if self.public and key and call.method in ("GET", "HEAD") and not call.query:
             return
         head, link = call.headers.get("authorization", ""), "signature" in call.query
@@ -9200,7 +9200,7 @@ FULL, WRONG_KEY = 256 << 10, base64.b64encode(b"x" * 32).decode()
 AT_ONCE = "help>使用说明 状态>状态 列表> 重试> 取消> nginx>nginx:latest Nginx:1>nginx:1"
 PICTURE = {"msgtype": "image", "image": {"url": "http://127.0.0.1:1/a", "aeskey": "x"}}
 WORDS = {"msgtype": "text", "text": {"content": "mixed:1"}}
-# its kind ¦ what is in it: of a file its bytes, what is odd about it, how it goes wrong ¦ the answer
+# its kind ¦ what is in it: of a file its bytes, what is odd, how it goes wrong ¦ the answer
 SENT_TO_ROBOT: list[
     tuple[str, tuple[bytes, Mapping[str, object], str] | dict[str, object], str]
 ] = [
@@ -10887,7 +10887,8 @@ MOST_COLUMNS = 46  # of a bubble
 STYLE = """
 text{font:13px -apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",
 sans-serif;fill:#191919;white-space:pre}
-.note{fill:#8a8a8a}.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
+.note{fill:#8a8a8a}
+.page{fill:#ededed;stroke:#c8c8c8}.wxsync{fill:#fff}.me{fill:#95ec69}.link{fill:#576b95}
 @media (prefers-color-scheme:dark){text{fill:#d5d5d5}.page{fill:#111;stroke:#3a3a3a}
 .wxsync{fill:#2c2c2c}.me{fill:#3eb575}.mine{fill:#06120b}.link{fill:#7d90c9}}
 """
