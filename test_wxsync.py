@@ -2953,6 +2953,12 @@ def quick_script(before: str = "") -> Path:
     return script
 
 
+def zone_of(hour: float) -> str:
+    """Return the TZ where it is `hour` o'clock now; at noon no midnight comes in between."""
+    minutes, seconds = divmod(int(hour * 3600 - time.time()) % 86400, 60)
+    return f"TST-{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
 def is_calm(log: str) -> bool:
     return "Traceback" not in log and wxsync.INTERNAL_ERROR not in log
 
@@ -2966,7 +2972,8 @@ class Quick(World):
     def __init__(
         self, runner: Runner | None = None, before: str = "", state: bytes = b"", /, **more: str
     ) -> None:
-        super().__init__(quick_script(before), runner or PlayedRunner(0.01), more)
+        settings = {"TZ": zone_of(12)} | more
+        super().__init__(quick_script(before), runner or PlayedRunner(0.01), settings)
         self.state = state
 
     def prepare(self) -> Self:
@@ -6837,9 +6844,7 @@ def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights])
 @early
 def test_midnight_waits_for_the_request_that_runs() -> None:
     """The day ends in the middle of a run: only after it the list is emptied."""
-    east = 86400 - 60 - time.time() % 86400  # where it is 23:59 now
-    zone = f"TST-{int(east // 3600)}:{int(east // 60 % 60):02}:{int(east % 60):02}"
-    with quick(SlowRunner(""), TZ=zone) as world:
+    with quick(SlowRunner(""), TZ=zone_of(23.98)) as world:
         assert wait_until(world.state_file.exists)
         world.say("nginx:1")
         assert wait_until(lambda: world.github.runs)
