@@ -607,11 +607,11 @@ class FakeWeCom(Peer):
             return [message.text for message in self.messages if message.user == user]
 
     def wait_message(
-        self, wanted: str | Callable[[Message], object] = "", timeout: float = 10, after: int = 0
+        self, wanted: str = "", user: str = "", timeout: float = 20, after: int = 0
     ) -> Message:
         def found() -> Message | None:
             for message in self.messages[after:]:
-                if wanted in message.text if isinstance(wanted, str) else wanted(message):
+                if wanted in message.text and user in ("", message.user):
                     return message
             return None
 
@@ -1851,8 +1851,8 @@ class World(Closing):
         health = self.service.health()
         return bool(health["running"] == health["queued"] == 0)
 
-    def hear(self, wanted: str | Callable[[Message], object] = "", timeout: float = 15) -> str:
-        return self.wecom.wait_message(wanted, timeout).text
+    def hear(self, wanted: str = "", user: str = "", timeout: float = 20) -> str:
+        return self.wecom.wait_message(wanted, user, timeout).text
 
     def broken(self) -> list[str]:
         return self.wecom.errors + self.github.errors + self.wecom.violations
@@ -2786,7 +2786,7 @@ class Talk:
         return self.world.say(text, self.user)
 
     def hear(self, wanted: str = "", timeout: float = 10) -> str:
-        return self.world.hear(lambda m: m.user == self.user and wanted in m.text, timeout)
+        return self.world.hear(wanted, self.user, timeout)
 
     def ask(self, text: str) -> str:
         assert "🔄" in self.say(text)
@@ -3038,11 +3038,8 @@ class Depot(Quick):
         assert wait_until(self.is_idle)
         return self.wecom.messages_for(user)
 
-    def answer(self, user: str, timeout: float = 20) -> str:
-        return self.hear(lambda m: m.user == user, timeout)
-
     def relay(self, link: str, timeout: float = 20) -> str:
-        return self.answer(self.ask(link), timeout)
+        return self.hear("", self.ask(link), timeout)
 
     @property
     def log(self) -> str:
@@ -3095,10 +3092,6 @@ def idle(world: World) -> bool:
 
 def finals(world: World, user: str) -> list[str]:
     return [text for text in world.wecom.messages_for(user) if "成功 " in text]
-
-
-def hear(world: World, user: str, wanted: str) -> str:
-    return world.hear(lambda m: m.user == user and wanted in m.text)
 
 
 GATES: list[threading.Event] = []  # opened in the end, or jobs of failed tests would wait for ever
@@ -5134,7 +5127,7 @@ def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
     elif how == "breaks-twice":
         depot.source.fail(f"GET {path}", "reset")
         depot.source.cut()
-    check_object(depot, path, depot.answer(user))
+    check_object(depot, path, depot.hear("", user))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5186,7 +5179,7 @@ def test_bad_sources(depot: Depot, troubles: list[tuple[dict[str, Any], str]]) -
         link = depot.source.add(f"/trouble-{number}", **({"size": 12_000_000} | options))
         asked.append((depot.ask(link), link))
     for (user, link), (_, why) in zip(asked, troubles, strict=True):
-        check_refusal(depot.answer(user, 60), why, link)
+        check_refusal(depot.hear("", user, 60), why, link)
         assert len(depot.wecom.messages_for(user)) == 1
     bomb = depot.source.add("/bomb", **coded(gzip.compress(bytes(80 * MIB), 1)))
     for link, why in ((f"{NOWHERE}/x", "连接被拒绝"), (bomb, "文件超过上限 64 MB")):
@@ -5262,7 +5255,7 @@ def test_refusals_of_qingstor(depot: Depot) -> None:
             check_refusal(text, why)
     user = depot.begin(depot.source.add("/filling.bin", 20_000_000, rate=10_000_000.0))
     depot.store.bucket_full = True
-    text = depot.answer(user)
+    text = depot.hear("", user)
     depot.store.bucket_full = False
     check_refusal(text, "存储空间已满")
 
@@ -5280,7 +5273,7 @@ def test_qingstor_goes_and_comes_back(killed: bool) -> None:
         depot.store.stop()
         if killed:
             depot.service.start()
-        assert "连接 QingStor 失败" in depot.answer(user) and [*depot.store.open_uploads] == [old]
+        assert "连接 QingStor 失败" in depot.hear("", user) and [*depot.store.open_uploads] == [old]
         depot.store.start()
         assert wait_until(lambda: depot.store.aborted == [old])
         check_object(depot, "/down.bin", depot.relay(link))
@@ -5297,7 +5290,7 @@ def test_killed_again_and_again() -> None:
             user = depot.ask(depot.source.add("/again.bin", 9_000_000, rate=15_000_000.0))
             time.sleep(pause)
             depot.service.restart()
-            text = depot.answer(user)
+            text = depot.hear("", user)
             assert read_result(text)["size"] == "9000000" and depot.broken() == []
             assert wait_until(depot.is_idle) and len(depot.store.objects) == turn
             # The very same text may be sent twice: WeCom's duplicate check is what drops it.
@@ -5713,7 +5706,7 @@ def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> 
         images = depot.ask("nginx:latest")
         link = depot.source.add("/through.bin", 9_000_000)
         check_object(depot, "/through.bin", depot.relay(link))
-        assert "成功 1 / 1" in depot.answer(images)
+        assert "成功 1 / 1" in depot.hear("", images)
         peers = (depot.source, depot.github, depot.wecom, depot.store)
         assert [proxy.asked_for(peer.port) for peer in peers] == [True, True, False, False]
         before = proxy.log
@@ -5765,7 +5758,7 @@ def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> 
             assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in depot.said()
             assert "   将使用非代理模式继续运行" in depot.said() and "wrong-one" not in depot.log
             check_object(depot, "/a.bin", depot.relay(depot.source.add("/a.bin", 1000)))
-            assert "成功 1 / 1" in depot.answer(depot.ask("nginx:latest"))
+            assert "成功 1 / 1" in depot.hear("", depot.ask("nginx:latest"))
 
 
 @pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
@@ -5778,8 +5771,8 @@ def test_proxy_killed_and_started_again(kind: type[ProxyProcess]) -> None:
         user = depot.begin(depot.source.add("/cut.bin", 12_000_000, **options))
         images = depot.ask("nginx:latest")
         proxy.kill()
-        check_object(depot, "/cut.bin", depot.answer(user))
-        assert "成功 1 / 1" in depot.answer(images)
+        check_object(depot, "/cut.bin", depot.hear("", user))
+        assert "成功 1 / 1" in depot.hear("", images)
         assert "   将使用非代理模式继续运行" in depot.said() and depot.log.count(DOWN) == 1
         proxy.start()
         assert wait_until(lambda: depot.log.count(UP) == 2) and depot.proxy_is("up")
@@ -5845,7 +5838,7 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
                     opened += [os.readlink(link)] * is_big
             time.sleep(0.02)
     seconds = time.monotonic() - begun
-    check_object(depot, path, depot.answer(user, 1))
+    check_object(depot, path, depot.hear("", user, 1))
     files = [file for file in depot.service.folder.rglob("*") if file.is_file()]
     assert not opened and sum(file.stat().st_size for file in files) < 4 * MIB
     return memory.added, seconds
@@ -5897,7 +5890,7 @@ def late(said: str = "late:1", **settings: str) -> Iterator[tuple[World, SlowRun
     runner = SlowRunner("")
     with quick(runner, SYNC_TIMEOUT="1", **settings) as world:
         world.say(said)
-        hear(world, "alice", "⏰")
+        world.hear("⏰", "alice")
         yield world, runner
 
 
@@ -5943,7 +5936,7 @@ def test_jobs_that_never_end_have_not_succeeded() -> None:
     with quick() as world:
         world.github.jobs_lag = 1e9
         world.say("nginx:1")
-        assert "docker pull" not in world.hear("成功 0 / 1", 50)
+        assert "docker pull" not in world.hear("成功 0 / 1", timeout=50)
 
 
 SAID = [  # how the job ended | its last step; a part of what is said of it
@@ -5996,7 +5989,7 @@ def test_a_rerun_is_followed_to_its_end() -> None:
         time.sleep(0.5)
         assert finals(world, "alice") == []
         runner.go.set()
-        hear(world, "alice", "成功 2 / 2")
+        world.hear("成功 2 / 2", "alice")
         assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
 
 
@@ -6032,7 +6025,7 @@ def test_a_deleted_run_is_told_soon() -> None:
     with late() as (world, _):
         world.github.runs.clear()
         before = len(world.github.calls)
-        text = hear(world, "alice", "成功 0 / 1")
+        text = world.hear("成功 0 / 1", "alice")
         assert re.search("404|删除|不存在", text) and "6 小时" not in text
         assert 3 <= len(world.github.calls) - before <= 20
 
@@ -6067,10 +6060,10 @@ def test_a_limit_without_end_is_told() -> None:
         world.say("limited:1")
         assert wait_until(lambda: world.service.health()["status"] == "degraded")
         assert re.search("⚠️.*限", world.say("状态"))
-        assert "限" in world.hear("成功 0 / 1", 20) and len(world.github.calls) <= 620
+        assert "限" in world.hear("成功 0 / 1") and len(world.github.calls) <= 620
         world.github.faults.clear()
         world.say("after:1", "bob")
-        assert "✅" in hear(world, "bob", "成功 1 / 1") and len(world.github.dispatches) == 1
+        assert "✅" in world.hear("成功 1 / 1", "bob") and len(world.github.dispatches) == 1
         assert wait_until(lambda: world.service.health()["status"] == "ok")
 
 
@@ -6082,7 +6075,7 @@ def test_the_waits_of_one_request_are_added_up() -> None:
             world.github.fail("PUT contents", limit(100), puts)
             world.github.fail("POST dispatches", limit(100), posts)
             world.say("adds:1")
-            assert final in world.hear("成功 ", 20)
+            assert final in world.hear("成功 ")
             assert len(world.github.calls_to("POST dispatches")) <= tries
 
 
@@ -6097,7 +6090,7 @@ def test_midnight_does_not_hold_up_requests_for_ever() -> None:
         (world.service.state_dir / "clock").write_text("86400")
         assert wait_until(lambda: len(world.github.calls) > before)
         world.say("tomorrow:1", "bob")
-        assert "限" in world.wecom.wait_message(lambda m: m.user == "bob", 20).text
+        assert "限" in world.wecom.wait_message("", "bob").text
         world.github.faults.clear()
         images = world.service.state_dir / "images.txt"
         assert wait_until(lambda: "today" not in images.read_text())
@@ -6127,12 +6120,12 @@ def test_waiting_for_github_counts_as_work() -> None:
         with quick(SYNC_TIMEOUT="1") as world:
             world.github.fail("POST dispatches", limit(80), 3)
             world.say("patient:1")
-            assert "patient:1" in hear(world, "alice", "⏰")
+            assert "patient:1" in world.hear("⏰", "alice")
             assert world.service.health()["status"] == "degraded" and "⚠️" in world.say("状态")
             assert world.github.dispatches == [] and finals(world, "alice") == []
             if restart:
                 world.service.restart()
-            assert "✅" in world.hear("成功 1 / 1", 12) and wait_until(lambda: idle(world))
+            assert "✅" in world.hear("成功 1 / 1", timeout=12) and wait_until(lambda: idle(world))
             assert len(world.github.dispatches) == 1 and len(world.wecom.messages) == 2
 
 
@@ -6140,11 +6133,11 @@ def test_waiting_for_github_counts_as_work() -> None:
 def test_six_hours_end_with_a_last_look() -> None:
     """A run that has not ended by then: its jobs that have are told as what they are."""
     with half_done(SYNC_TIMEOUT="1") as (world, _):
-        hear(world, "alice", "⏰")
+        world.hear("⏰", "alice")
         world.service.kill()
         (world.service.state_dir / "clock").write_text(str(7 * 3600))
         world.service.start()
-        text = hear(world, "alice", "成功 1 / 2")
+        text = world.hear("成功 1 / 2", "alice")
         assert f"docker pull {PREFIX}/b:1" in text and "❌ slow/a:1" in text
 
 
@@ -6153,7 +6146,7 @@ def test_six_hours_end_with_a_last_look() -> None:
 
 def check_cancelled(world: World) -> None:
     """alice's final message comes once, and tells what was done before she stopped the rest."""
-    text = hear(world, "alice", "成功 1 / 2")
+    text = world.hear("成功 1 / 2", "alice")
     assert f"docker pull {PREFIX}/b:1" in text and "slow_a" not in text and "取消" in text
     assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
     assert world.github.runs[0].conclusion == "cancelled"
@@ -6172,7 +6165,7 @@ def test_cancel_ends_all_that_is_ones_own() -> None:
         reply = world.say("取消")
         assert "slow/a:1" in reply and "later:1" in reply and "carol" not in reply
         check_cancelled(world)
-        hear(world, "carol", "成功 1 / 1")
+        world.hear("成功 1 / 1", "carol")
         assert len(world.github.dispatches) == 2 and len(world.github.calls_to("POST cancel")) == 1
 
 
@@ -6198,7 +6191,7 @@ def test_a_cancel_that_github_does_not_take_is_told() -> None:
                 time.sleep(0.8)  # until it gives up
             if final == "成功 2 / 2":
                 runner.go.set()
-            hear(world, "alice", final)
+            world.hear(final, "alice")
             heard = "\n".join([reply, *world.wecom.messages_for("alice")])
             assert said in heard and heard.count("成功 ") == 1
 
@@ -6209,7 +6202,7 @@ def test_a_finished_run_is_told_within_5_seconds_beside_late_ones() -> None:
     with quick(SlowRunner(), SCALE="1", SYNC_TIMEOUT="1") as world:
         for n in range(3):
             world.say("\n".join(f"slow/u{n}-{k}:1" for k in range(250)), f"u{n}")
-            hear(world, f"u{n}", "⏰")
+            world.hear("⏰", f"u{n}")
         world.service.settings["SYNC_TIMEOUT"] = "60"
         world.service.restart()
         world.github.delay = 0.3
@@ -6235,7 +6228,7 @@ def test_what_is_cancelled_does_not_begin_while_the_disk_is_slow() -> None:
         time.sleep(0.2)
         world.open()
         assert "不再排队" in reply.result()
-        hear(world, "alice", "成功 1 / 1")
+        world.hear("成功 1 / 1", "alice")
         time.sleep(1)
         assert "b:1" not in str(world.github.commits) and not world.wecom.messages_for("bob")
 
@@ -6255,7 +6248,7 @@ def test_cancel_before_there_is_a_run() -> None:
         assert wait_until(lambda: world.github.calls_to("POST dispatches"))
         assert "slow/a:1" in world.say("取消")
         world.github.delay = 0.0
-        hear(world, "alice", "成功 0 / 1")
+        world.hear("成功 0 / 1", "alice")
         assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) <= 2
         assert [d.inputs["images"] for d in world.github.dispatches] == ['["slow/a:1"]']
         assert wait_until(lambda: world.github.runs[0].conclusion == "cancelled")
@@ -6276,7 +6269,7 @@ def test_killed_at_any_step_of_a_cancel_it_is_cancelled_once() -> None:
         who, method, path, how, timeout = step.split()
         with half_done(SYNC_TIMEOUT=timeout) as (world, _):
             if timeout == "1":
-                hear(world, "alice", "⏰")
+                world.hear("⏰", "alice")
             peer: Peer = getattr(world, who)
             peer.fail(f"{method} {path}", how)
             assert "slow/a:1" in world.say("取消")
@@ -6293,7 +6286,7 @@ def test_retry_does_what_failed_again() -> None:
     with quick(runner) as world:
         assert "没有" in world.say("重试")
         world.say(f"{lines[0]}, b:1, {lines[1]}")
-        assert "重试" in hear(world, "alice", "成功 1 / 3")
+        assert "重试" in world.hear("成功 1 / 3", "alice")
         assert "没有" in world.say("retry", "bob")
         assert wait_until(lambda: idle(world))
         world.service.restart()
@@ -6301,18 +6294,18 @@ def test_retry_does_what_failed_again() -> None:
         with ThreadPoolExecutor(4) as pool:
             (reply,) = (text for text in pool.map(world.say, ["重试"] * 4) if "🔄" in text)
         assert "共 2 个镜像" in reply and "b:1" not in reply
-        hear(world, "alice", "成功 2 / 2")
+        world.hear("成功 2 / 2", "alice")
         assert json.loads(world.github.dispatches[1].inputs["images"]) == lines
         assert "没有" in world.say("重试") and len(world.github.dispatches) == 2
         runner.outcomes["d:1"] = "wxsync: failed not-found manifest unknown"
         world.say("d:1", "bob")
-        assert "重试" not in hear(world, "bob", "成功 0 / 1")  # it would not help
+        assert "重试" not in world.hear("成功 0 / 1", "bob")  # it would not help
         world.github.fail("GET contents", (401, {}, b"{}"), 9)
         world.say("whole:1, whole:2", "carol")
-        hear(world, "carol", "成功 0 / 2")
+        world.hear("成功 0 / 2", "carol")
         world.github.faults.clear()
         assert "共 2 个镜像" in world.say("重试", "carol")
-        hear(world, "carol", "成功 2 / 2")
+        world.hear("成功 2 / 2", "carol")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6366,7 +6359,7 @@ def check_odd_answers(where: str) -> None:
             assert re.match("[✅❌].*成功 ", said) and len(said) < 600, (where, what)
             assert wxsync.INTERNAL_ERROR not in said
         world.say("nginx:latest", "zoe")
-        assert "✅" in hear(world, "zoe", "成功 ")
+        assert "✅" in world.hear("成功 ", "zoe")
 
 
 @early
@@ -6381,14 +6374,14 @@ def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
     """Among the runs that are watched after SYNC_TIMEOUT one gets an odd answer."""
     with late("alice:1") as (world, runner):
         world.say("bob:1", "bob")
-        hear(world, "bob", "⏰")
+        world.hear("⏰", "bob")
         job = b'{"name": "alice:1", "status": "completed", "conclusion": "success", "steps": 5}'
         world.github.fail("GET /jobs", (200, {}, b'{"jobs": [%s]}' % job), 50)
         runner.go.set()
         time.sleep(1)
         world.github.faults.clear()
         for user in ("alice", "bob"):
-            hear(world, user, "成功 ")
+            world.hear("成功 ", user)
 
 
 CENTURIES = [{"Retry-After": seconds} for seconds in ("9" * 400, "99999999")]
@@ -6427,7 +6420,7 @@ def test_a_run_whose_start_is_said_unintelligibly_is_found() -> None:
     with world:
         for number, github.said in enumerate((b"", b"[]", b"<html>", b'{"workflow_run_id": "7"}')):
             world.say("nginx:1", f"user{number}")
-            assert "✅" in hear(world, f"user{number}", "成功 "), github.said
+            assert "✅" in world.hear("成功 ", f"user{number}"), github.said
             assert len(github.dispatches) == number + 1
 
 
@@ -6441,7 +6434,7 @@ def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
             (world.service.state_dir / "clock").write_text(str(hours * 3600))
             time.sleep(0.5)
             runner.go.set()
-            hear(world, "alice", "✅")
+            world.hear("✅", "alice")
             assert wait_until(lambda: idle(world))
             assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
 
@@ -6452,7 +6445,7 @@ def hang_once(where: str) -> None:
         world.github.fail(where, "drip" if where.startswith("GET /jobs") else "hang")
         begun = time.monotonic()
         world.say("nginx:1")
-        assert "✅" in world.hear("成功 1 / 1", 35), where
+        assert "✅" in world.hear("成功 1 / 1", timeout=35), where
         assert time.monotonic() - begun > 5
         assert len(world.github.dispatches) == len(world.github.commits) == 1
 
@@ -6534,7 +6527,7 @@ def test_a_state_file_is_taken_up() -> None:
             own = data.replace(b'"alice"', b'"user%d"' % number)  # whom GitHub has no run of yet
             world.state_file.write_bytes(own.replace(b"0123456789abcdef", b"%016d" % number))
             world.service.start()
-            assert "✅" in hear(world, f"user{number}", "成功 1 / 1")
+            assert "✅" in world.hear("成功 1 / 1", f"user{number}")
             assert wait_until(lambda: idle(world))
         assert len(world.github.dispatches) == len(TOLERATED)
         assert not list(world.service.state_dir.glob("*damaged*"))
@@ -6549,7 +6542,7 @@ def check_set_aside(world: Quick, data: bytes) -> None:
     before = len(world.service.log)
     world.service.start()
     world.say("nginx:latest", f"bob{before}")
-    hear(world, f"bob{before}", "成功 ")
+    world.hear("成功 ", f"bob{before}")
     (aside,) = world.service.state_dir.glob("*damaged*")
     assert aside.read_bytes() == data and world.images.read_text().startswith("redis:6\n")
     assert os.name == "nt" or aside.stat().st_mode & 0o777 == 0o600
@@ -6567,8 +6560,8 @@ def test_a_damaged_state_file_is_set_aside() -> None:
             check_set_aside(world, data)
         before = len(world.wecom.messages)
         check_set_aside(world, state_file(tasks=[*tasks, OTHER_TASK], letters=[("dave", "hello")]))
-        assert "✅" in hear(world, "carol", "成功 1 / 1") and hear(world, "dave", "hello")
-        assert all("❌" in hear(world, str(task["user"]), "重发") for task in tasks)
+        assert "✅" in world.hear("成功 1 / 1", "carol") and world.hear("hello", "dave")
+        assert all("❌" in world.hear("重发", str(task["user"])) for task in tasks)
         assert wait_until(lambda: idle(world))
         assert len(world.wecom.messages) == before + len(tasks) + 3
 
@@ -6579,12 +6572,12 @@ def test_an_odd_images_txt_is_kept_or_told() -> None:
         world.images.write_bytes(b"\xff\xfe\x00rubbish\xed\xa0\x80")
         assert "rubbish" in world.say("列表")
         world.say("nginx:latest")
-        hear(world, "alice", "✅")
+        world.hear("✅", "alice")
         assert world.images.read_bytes() == b"\xff\xfe\x00rubbish\xed\xa0\x80\nnginx:latest\n"
         world.images.unlink()
         world.images.mkdir()
         world.say("nginx:latest", "bob")
-        assert "images.txt" in hear(world, "bob", "❌") and world.say("列表")
+        assert "images.txt" in world.hear("❌", "bob") and world.say("列表")
 
 
 @contextmanager
@@ -6669,7 +6662,7 @@ def test_what_a_sync_that_fails_refuses_never_runs(fails: dict[str, int]) -> Non
         disk_is(world)
         world.service.start()
         world.say("app2:1", "bob")
-        hear(world, "bob", "✅")
+        world.hear("✅", "bob")
         assert [text[0] for text in finals(world, "alice")] == ["✅"] * ("正在处理" in reply)
 
 
@@ -6691,7 +6684,7 @@ def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: boo
         assert wait_until(lambda: world.github.runs)
         room(world, 0)
         world.open()
-        assert all("✅" in hear(world, user, "成功 1 / 1") for user in ("alice", "bob"))
+        assert all("✅" in world.hear("成功 1 / 1", user) for user in ("alice", "bob"))
         assert "无法保存" in world.say("app2:1", "carol")
         assert world.service.health()["status"] == "degraded"
         if killed:  # what was told was not written down: it is told again, to the letter
@@ -6702,7 +6695,7 @@ def test_a_disk_that_is_full_after_a_request_was_taken_fails_nothing(killed: boo
         assert wait_until(lambda: world.service.health()["status"] == "ok")
         assert wait_until(lambda: world.images.read_text() == "app0:1\napp1:1\n")
         world.service.restart()
-        assert world.say("app3:1", "dave") and hear(world, "dave", "✅")
+        assert world.say("app3:1", "dave") and world.hear("✅", "dave")
         assert len(world.wecom.messages) == len(world.github.dispatches) == 3
 
 
@@ -7190,7 +7183,7 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
     minutes, world = 180 if LONG else 10, hasty(letters)
     world.wecom.refused |= {"alice": 90500, "carol": 40003}
     with world:
-        hear(world, "bob", "second")
+        world.hear("second", "bob")
         time.sleep(minutes)
         tries = [c for c in world.wecom.calls_to("message/send") if b'"alice"' in c.body]
         before = len(world.wecom.calls)
@@ -7199,7 +7192,7 @@ def test_an_errcode_that_nobody_knows_loses_no_message() -> None:
         world.wecom.refused.clear()
         time.sleep(0.3)  # until that refusal has been noted
         world.say("帮助", "alice")
-        world.wecom.wait_message("first", 3)
+        world.wecom.wait_message("first", timeout=3)
         assert world.service.health()["dropped"] == 1  # carol's: that code means an unknown user
         nobody = b'{"errcode": 0, "errmsg": "ok", "invaliduser": "dave", "msgid": "x"}'
         world.wecom.fail("POST message/send", (200, {}, nobody))
@@ -8095,7 +8088,7 @@ def test_status_shows_how_far(depot: Depot) -> None:
     text = depot.say("状态", depot.user())
     found = re.search(r"文件：进行中.*\n　▓+░* (\d+)%，([\d.]+) / 20\.0 MB，([\d.]+) MB/s", text)
     assert found and 40 <= int(found[1]) <= 100 and float(found[2]) >= 8, text
-    check_object(depot, "/watched.bin", depot.answer(user))
+    check_object(depot, "/watched.bin", depot.hear("", user))
     assert "文件：空闲" in depot.say("状态", depot.user())
 
 
@@ -8375,7 +8368,7 @@ class Play:
             text = text.replace("⏎", "\n").replace("SOURCE", self.world.source.url)
             self.heard = self.world.say(text, who)
         elif mark == "<":
-            self.heard = self.world.hear(lambda m: m.user == who and text in m.text)
+            self.heard = self.world.hear(text, who)
         elif mark == "*":
             assert wait_until(lambda: self.happens(*text.partition(" ")[::2])), line
         else:
@@ -8713,7 +8706,7 @@ def ask(world: World, text: str) -> tuple[str, Run]:
     """Say something about images, return the final message and the run that it tells about."""
     before = len(world.wecom.messages)
     assert "🔄" in world.say(text)
-    message = world.wecom.wait_message("成功 ", 60, before).text
+    message = world.wecom.wait_message("成功 ", "", 60, before).text
     return message, world.github.runs[-1]
 
 
@@ -9447,7 +9440,7 @@ def test_both_entrances_side_by_side() -> None:
     with RobotWorld(None, True, HTTPS_PROXY=NOWHERE) as world:
         assert "共 1 个镜像" in world.say("a:1", "bob")
         world.ask("b:1")
-        assert "a:1" in hear(world, "bob", "成功 1 / 1") and "b:1" in world.result().text
+        assert "a:1" in world.hear("成功 1 / 1", "bob") and "b:1" in world.result().text
         assert world.gateway.all_of("bob") == [] and world.wecom.messages_for("alice") == []
     with RobotWorld(PROXY_URL=NOWHERE, NO_PROXY_DOMAINS="x.example") as world:
         assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
@@ -9717,7 +9710,7 @@ def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
         options: dict[str, Any] = {"rate": 5e6, "etag": '"v"', "ranges": "good"}
         user = depot.begin(depot.source.add("/long.bin", 30_000_000, **options))
         assert "正在停止" in depot.say("取消", user)
-        assert "已取消上传" in depot.answer(user, 5)
+        assert "已取消上传" in depot.hear("", user, 5)
         time.sleep(1)
         assert depot.source.hits["/long.bin"] == 1
 
@@ -9825,7 +9818,7 @@ def test_files_of_several_people_take_turns() -> None:
         links = [depot.source.add(f"/{n}.bin", 400_000, rate=4e5) for n in range(3)]
         many = depot.ask("\n".join(links))
         one = depot.ask(depot.source.add("/one.bin", body=b"one"))
-        depot.answer(one)
+        depot.hear("", one)
         assert len(depot.wecom.messages_for(many)) < 3
         assert wait_until(lambda: len(depot.wecom.messages_for(many)) == 3, 15)
 
@@ -10088,7 +10081,7 @@ def test_no_secret_is_written_in_any_story() -> None:
             github.fail("POST /dispatches", (422, {}, said))
             proxy.stop()
             world.say("late:1", "ivan")
-            assert "bad token" in hear(world, "ivan", "成功 0 / 1")
+            assert "bad token" in world.hear("成功 0 / 1", "ivan")
             search(world, [*keys.values(), "p@ss/Wörd-123456", proxy.url_login, proxy.login])
 
 
@@ -11236,7 +11229,7 @@ def test_a_container_works_stops_cleanly_and_keeps_its_state(contained: Engine) 
     """From callback to result, the list on the volume; SIGTERM is heard; what it knew it knows."""
     engine, world = contained, contained.world
     assert world.say("nginx:latest").startswith("🔄")
-    assert "docker pull" in world.hear("成功 1 / 1", 30)
+    assert "docker pull" in world.hear("成功 1 / 1", timeout=30)
     shown = re.findall(r"`(docker compose exec .+?)`", section("Docker Compose"))[0]
     done = engine.run("bash", "-c", shown)
     assert (done.returncode, done.stdout.startswith("如需同步镜像 nginx")) == (0, True)
@@ -11532,7 +11525,7 @@ def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
     calls, connections, runs = len(github.calls), github.connections, len(github.dispatches)
     begun = time.time()
     world.say(image)
-    world.wecom.wait_message("成功 1 / 1", 60, told)
+    world.wecom.wait_message("成功 1 / 1", "", 60, told)
     dispatched = github.dispatches[runs].time
     until = [call for call in github.calls[calls:] if call.time <= dispatched]
     return dispatched - begun, len(until), github.connections - connections
@@ -11564,7 +11557,7 @@ def watch_run(seconds: float) -> tuple[float, float, float]:
     GitHub's calls a minute, and the share of them that were answered by 304, which is free."""
     with calm_world(runner=PlayedRunner(seconds)) as world:
         world.say("nginx:latest")
-        world.hear("成功 1 / 1", seconds + 30)
+        world.hear("成功 1 / 1", timeout=seconds + 30)
         github, told = world.github, world.wecom.messages[-1].time
         begun, ended = github.dispatches[0].time, github.runs[0].completed or 0.0
         waiting = sum(call.time > begun for call in github.calls)
@@ -11729,7 +11722,9 @@ def relay(size: int, rate: float = 0.0) -> Relayed:
             cpu = service.cpu_seconds()
             with PeakMemory(service.pid, 0.02) as memory:
                 told = list[str]()
-                seconds = timed(lambda: told.extend((world.say(link), world.hear("文件", 300))))
+                seconds = timed(
+                    lambda: told.extend((world.say(link), world.hear("文件", timeout=300)))
+                )
             cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
             time.sleep(1)
             after = service.rss_bytes() - memory.base
