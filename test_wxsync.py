@@ -5790,6 +5790,20 @@ def test_everything_down_at_the_start() -> None:
         assert "连接 QingStor 失败" in depot.relay(depot.source.add("/down.bin", 1000))
 
 
+def test_any_2xx_answer_to_connect_is_a_tunnel() -> None:
+    """RFC 9110, 9.3.6; with any other the proxy is told of."""
+    url, proxy = wxsync.parse_url("https://example.com/"), wxsync.Proxy("http", "p", 1, "", "")
+    for status in (200, 204, 299, 302, 401, 407, 503):
+        ours, other = socket.socketpair()
+        with ours, other:
+            other.sendall(f"HTTP/1.1 {status} Said\r\n\r\n".encode())
+            if 200 <= status < 300:
+                wxsync.ask_http_proxy(ours, proxy, url)
+            else:
+                with pytest.raises(OSError, match="代理"):
+                    wxsync.ask_http_proxy(ours, proxy, url)
+
+
 def test_direct_domains() -> None:
     """A name of NO_PROXY_DOMAINS means itself and what is below it, digits mean only themselves."""
     domains = "localhost,127.0.0.1,qingstor.com,0.0.1,7"
@@ -10087,10 +10101,11 @@ def test_no_secret_is_written_in_any_story() -> None:
 
 def test_no_secret_is_written_when_it_is_wrong() -> None:
     """Both tokens are refused: the words for it do not repeat them."""
-    wrong = {"SECRET": "wrong-secret/value+1", "GITHUB_TOKEN": "ghp_wrong0token0value"}
+    wrong = {"SECRET": "x7/q+w", "GITHUB_TOKEN": "ghp_wrong0token0value"}
     with quick(**wrong, DOCKER_REGISTRY="127.0.0.1:9") as world:
         world.say("nginx:1")
         assert wait_until(lambda: "40001" in world.service.log)
+        assert "SECRET 太短" in world.service.log  # to be masked
         search(world, wrong.values())
 
 
@@ -10228,11 +10243,13 @@ CHECK = rows("""
 ❌ GitHub 工作流 ¦ docker-image-sync.yml ¦ github.WORKFLOW='other.yml'
 ❌ GitHub 工作流 ¦ Enable workflow ¦ github.workflow_state='disabled'
 ❌ GitHub Actions ¦ Settings → Actions ¦ github.actions_enabled=False
+❌ GitHub ¦ 看不懂 ¦ github.permissions=7
 ❌ GitHub Secrets ¦ 缺少 DOCKER_USERNAME： ¦ github.secrets=secrets-{'DOCKER_USERNAME'}
 ❌ GitHub Secrets ¦ Secrets and variables → Actions ¦ github.secrets=set()
 ⚠️ GitHub Secrets ¦ DOCKER_PASSWORD; 自行确认 ¦ github.denied={'secrets=read'}
 ⚠️ GitHub 令牌 ¦ 09:00 UTC; 更换 ¦ github.token_expires='2027-10-12 09:00 UTC'
 ❌ 代理 ¦ 127.0.0.1:9; 核对地址; PROXY_TEST ¦ PROXY_URL=http://u:not-told@127.0.0.1:9
+⚠️ 密钥 ¦ TOKEN 太短 ¦ TOKEN=x7Qw
 ❌ 时钟 ¦ 秒：timedatectl ¦ wecom.skew=-3600.0; github.skew=-3600.0
 ❌ 时钟 ¦ 秒：timedatectl ¦ store.skew=3600.0
 ✅ QingStor ¦ tmp; 密钥正确 ¦ LOG_LEVEL=INFO
