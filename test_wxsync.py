@@ -1883,7 +1883,7 @@ class ByRobot(World):
     def defaults(self) -> dict[str, str]:
         gateway, common = self.gateway, super().defaults()
         own = {"BOT_ID": gateway.bot_id, "BOT_SECRET": gateway.secret}
-        own |= {"BOT_URL": f"ws://{gateway.host}"}
+        own |= {"BOT_URL": gateway.url.replace("http", "ws", 1)}
         return own | {k: v for k, v in common.items() if self.both or k not in CALLBACK}
 
     def prepare(self) -> Self:
@@ -9454,6 +9454,18 @@ def test_the_gateways_certificate_is_checked(tls_registry: Trusted) -> None:
         with RobotWorld(BOT_URL=f"wss://{server.host}", SSL_CERT_FILE=certificate) as world:
             assert wait_until(lambda: wanted in world.service.log)  # noqa: B023
         assert (len(server.calls) > before) == (wanted == "（404")
+
+
+def test_a_message_that_lives_over_tls() -> None:
+    """As over a plain line: nothing comes before it is asked for, frames and records differ."""
+    needs(missing_program("openssl"))
+    with temporary_folder("tls") as name:
+        tls, certificate = make_tls(Path(name), "127.0.0.1")
+        world = RobotWorld(SSL_CERT_FILE=str(certificate))
+        world.gateway.tls = tls
+        with world:
+            message = world.ask(", ".join(f"{'long' * 60}/app{n}:1" for n in range(200)))
+            assert world.result("成功 200 / 200") is message
 
 
 def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:

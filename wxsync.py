@@ -5480,7 +5480,10 @@ class WebSocket:
             said = shown(f"{response.status} {response.reason}")
             raise Unreachable(f"{url.host} 没有接受 WebSocket（{said}）")
         wire.link.settimeout(0.0)
-        return cls(wire, response.fp.peek())  # what came right behind the head
+        early = b""  # what came right behind the head
+        with contextlib.suppress(ssl.SSLWantReadError):  # where nothing did, peek reads on
+            early = response.fp.peek()
+        return cls(wire, early)
 
     def send(self, kind: int, data: bytes) -> None:
         """Write one masked frame; raise OSError."""
