@@ -5448,17 +5448,15 @@ TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 
 
 class WebSocket:
-    """One connection. One thread reads; any may write. OpenSSL wants one at a time, so no call
-    blocks inside of it: waiting is done by select, outside of the lock."""
+    """One connection. One thread reads; any may write, a whole frame at a time. OpenSSL wants one
+    call at a time: the reader waits outside of the lock, a writer for ACK_SECONDS in it."""
 
     def __init__(self, wire: Wire, early: bytes) -> None:
         self._sock = wire.link
         self._wire = wire
-        self._lock = threading.Lock()  # one call of OpenSSL at a time
-        self._writing = threading.Lock()  # a frame is whole before the next one begins
+        self._lock = threading.Lock()
         self._data = bytearray(early)
         self._message = bytearray()  # fragments
-        self._kind = 0
 
     @classmethod
     def connect(cls, network: Network, address: str) -> WebSocket:
@@ -5493,82 +5491,60 @@ class WebSocket:
         mask = secrets.token_bytes(4)
         mask_number = int.from_bytes((mask * (length // 4 + 1))[:length], "big")
         masked = (int.from_bytes(data, "big") ^ mask_number).to_bytes(length, "big")
-        left = memoryview(bytes([128 | kind]) + size + mask + masked)
-        deadline = time.monotonic() + ACK_SECONDS
-        with self._writing:
-            while left:
-                try:
-                    with self._lock:
-                        left = left[self._sock.send(left) :]
-                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                    if time.monotonic() > deadline:
-                        shut(self._sock)  # half a frame is out: nothing may follow it
-                        raise TimeoutError from error
-                    self._wait([], [self._sock], 0.2)
-
-    @staticmethod
-    def _wait(reading: list[socket.socket], writing: list[socket.socket], seconds: float) -> bool:
-        """Wait until a socket is ready; tell whether one to read is; raise OSError."""
-        try:
-            return bool(select.select(reading, writing, [], seconds)[0])
-        except ValueError as error:  # closed meanwhile
-            raise ConnectionAbortedError("closed") from error
-
-    def _receive(self, seconds: float) -> bool:
-        """Take what has come, waiting for at most so long; tell whether there was something."""
-        with self._lock:
-            waiting = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()
-        if not waiting and not self._wait([self._sock], [], seconds):
-            return False
         with self._lock:
             try:
-                piece = self._sock.recv(READ_BYTES)
+                self._sock.settimeout(ACK_SECONDS)
+                self._sock.sendall(bytes([128 | kind]) + size + mask + masked)
+                self._sock.settimeout(0.0)
+            except OSError:
+                shut(self._sock)  # half a frame may be out: nothing may follow it
+                raise
+
+    def _receive(self, seconds: float) -> bool:
+        """Take what comes within so long; tell whether something did; raise OSError."""
+        select.select([self._sock], [], [], max(0.0, seconds))
+        with self._lock:
+            try:
+                piece = self._sock.recv(READ_BYTES)  # a record of TLS as a whole: no rest stays
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return True
+                return False
         if not piece:
             raise ConnectionResetError("closed by the other side")
         self._data += piece
         return True
 
-    def _frame(self) -> tuple[int, bool, bytes] | None:
-        """Return kind, whether it is the last one, and content of a whole frame; raise OSError."""
-        data = self._data
-        if len(data) < 2:
-            return None
-        size, start = data[1] & 127, 2
-        if size > 125:
-            start = 4 if size == 126 else 10
-            if len(data) < start:
-                return None
-            size = int.from_bytes(data[2:start], "big")
-        if data[0] & 0x70 or data[1] & 128 or size + len(self._message) > MAX_FRAME_BYTES:
-            raise ConnectionAbortedError("odd or too large a frame")
-        if len(data) < start + size:
-            return None
-        frame = data[0] & 15, bool(data[0] & 128), bytes(data[start : start + size])
-        del data[: start + size]
-        return frame
+    def _take(self, size: int) -> bytes:
+        """Return the next bytes of a frame that has begun; raise OSError."""
+        deadline = time.monotonic() + STALL_SECONDS
+        while len(self._data) < size:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            self._receive(1.0)
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
 
     def read(self, seconds: float) -> bytes | None:
-        """Return the next text message; None when none came in time; raise OSError at the end."""
-        deadline = time.monotonic() + seconds
-        while True:
-            while frame := self._frame():
-                kind, is_last, data = frame
-                if kind == PING:
-                    self.send(PONG, data[:125])
-                elif kind == CLOSE:
-                    raise ConnectionResetError("closed by the other side")
-                elif kind < CLOSE:
-                    self._kind = kind or self._kind
-                    self._message += data
-                    if is_last:
-                        message, self._message = bytes(self._message), bytearray()
-                        if self._kind == TEXT:
-                            return message
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._receive(left):
-                return None
+        """Read a frame that begins in time; return the message that it ends; raise OSError."""
+        if not self._data and not self._receive(seconds):
+            return None
+        first, size = self._take(2)
+        odd = first & 0x70 or size & 128
+        if size in (126, 127):
+            size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
+        if odd or size + len(self._message) > MAX_FRAME_BYTES:
+            raise ConnectionAbortedError("odd or too large a frame")
+        kind, data = first & 15, self._take(size)
+        if kind == PING:
+            self.send(PONG, data[:125])
+        elif kind == CLOSE:
+            raise ConnectionResetError("closed by the other side")
+        elif kind < CLOSE:  # text, binary or a piece: whoever parses it will see
+            self._message += data
+            if first & 128:
+                message, self._message = bytes(self._message), bytearray()
+                return message
+        return None
 
     def close(self) -> None:
         shut(self._sock)
