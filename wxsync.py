@@ -88,6 +88,7 @@ import ipaddress
 import itertools
 import json
 import os
+import queue
 import re
 import secrets
 import select
@@ -4033,12 +4034,7 @@ class Channel:
     name = ""
     limit_bytes = MAX_TEXT_BYTES
     senders = 1  # how many messages may be under way at once
-    trouble = ""  # what is wrong with its line
-
-    @property
-    def state(self) -> str:
-        """Return "up" or "down"."""
-        return "up"
+    trouble = ""  # what is wrong with its line, "" while it is up
 
     def pace(self) -> list[tuple[float, float]]:
         """Return what the other side takes of one address: see Pace."""
@@ -5425,10 +5421,9 @@ class Callback:
         app = self._app
         lanes = [len(app.state.facts.lane(lane)) for lane in ("images", "files")]
         proxy, robot = app.network.proxy_state, app.channels.get("robot")
-        bot = robot.state if robot else "off"
-        is_down = proxy == "down" or bot == "down"
+        bot = "off" if robot is None else "down" if robot.trouble else "up"
         return {
-            "status": "degraded" if is_down or app.trouble() else "ok",
+            "status": "degraded" if proxy == "down" or app.trouble() else "ok",
             "version": VERSION,
             "uptime_seconds": int(time.monotonic() - app.started),
             "running": sum(min(ahead, 1) for ahead in lanes),
@@ -5624,14 +5619,10 @@ class Robot(Channel):
         self._log = log
         self._lock = threading.Lock()
         self._line: WebSocket | None = None  # subscribed
-        self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
+        self._acks: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}  # by req_id
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
-
-    @property
-    def state(self) -> str:
-        return "up" if self._line else "down"
 
     def pace(self) -> list[tuple[float, float]]:
         """Return what WeCom lets a robot send to one chat."""
@@ -5679,14 +5670,9 @@ class Robot(Channel):
         if is_shown:
             return
         user, _, group = split_address(letter.address)
-        body = {"chatid": group or user, "chat_type": 2 if group else 1, "msgtype": "markdown"}
-        found = self._ask(
-            "aibot_send_msg", secrets.token_hex(12), {**body, "markdown": {"content": letter.text}}
-        )
-        code = found.get("errcode")
-        if code != 0:
-            said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
-            raise ChannelError(f"智能机器人 {code}：{said}", 5.0, False)
+        body: dict[str, Any] = {"chatid": group or user, "chat_type": 2 if group else 1}
+        body |= {"msgtype": "markdown", "markdown": {"content": letter.text}}
+        self._ask("aibot_send_msg", secrets.token_hex(12), body)
 
     def _respond(self, stream: Stream, text: str, finish: bool) -> bool:
         """Write one frame of a stream; tell whether it was acknowledged."""
@@ -5697,86 +5683,78 @@ class Robot(Channel):
             stream.begun = stream.begun or time.monotonic()
             stream.last, stream.text = time.monotonic(), text
             content = {"id": stream.id, "finish": finish, "content": text}
-            found: dict[str, Any] = {}
-            with contextlib.suppress(Failure):
-                body = {"msgtype": "stream", "stream": content}
-                found = self._ask("aibot_respond_msg", stream.req_id, body)
-            is_taken = found.get("errcode") == 0
-            is_open = bool(found) or not finish  # of a last frame without answer nobody knows
-            if not is_taken and is_open and (line := self._line):
-                with contextlib.suppress(OSError):  # nothing more will come: it must not stay open
+            body = {"msgtype": "stream", "stream": content}
+            try:
+                self._ask("aibot_respond_msg", stream.req_id, body)
+            except Failure as failure:
+                stream.line = None  # a late answer must not pass for that to another frame
+                # It must not stay open; only of a last frame without answer nobody knows.
+                if isinstance(failure, ChannelError) or not finish:
                     content |= {"finish": True, "content": SEE_NEXT}
-                    last = {"msgtype": "stream", "stream": content}
-                    self._write(line, "aibot_respond_msg", stream.req_id, last)
-            if finish or not is_taken:
-                stream.line = None  # a late acknowledgement must not pass for that of another frame
-            return is_taken
+                    with contextlib.suppress(Failure):
+                        self._write(self._line, "aibot_respond_msg", stream.req_id, body)
+                return False
+            stream.line = None if finish else stream.line
+            return True
 
     @staticmethod
-    def _write(line: WebSocket, command: str, req_id: str, body: Any = None) -> None:
-        """Send one frame; raise OSError."""
+    def _write(line: WebSocket | None, command: str, req_id: str, body: Any = None) -> None:
+        """Send one frame; raise Unreachable."""
         frame = {"cmd": command, "headers": {"req_id": req_id}} | ({"body": body} if body else {})
-        line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
-
-    def _ask(self, command: str, req_id: str, body: Any) -> dict[str, Any]:
-        """Send a command and return its acknowledgement; raise Unreachable."""
-        line = self._line
-        if line is None:
-            raise Unreachable(LINE_DOWN)
-        event = threading.Event()
-        found: list[dict[str, Any]] = []
-        with self._lock:
-            self._acks[req_id] = event, found
         try:
-            self._write(line, command, req_id, body)
-            is_answered = event.wait(ACK_SECONDS)
+            if line is None:
+                raise ConnectionError
+            line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
         except OSError as error:
             raise Unreachable(LINE_DOWN) from error
+
+    def _ask(self, command: str, req_id: str, body: Any) -> None:
+        """Send a command and wait for its acknowledgement; raise Unreachable or ChannelError."""
+        answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._acks[req_id] = answers
+        try:
+            self._write(self._line, command, req_id, body)
+            found = answers.get(timeout=ACK_SECONDS)
+        except queue.Empty as error:
+            raise Unreachable("智能机器人没有确认收到") from error
         finally:
-            with self._lock:
-                self._acks.pop(req_id, None)
+            self._acks.pop(req_id, None)
         if not found:
-            raise Unreachable(LINE_DOWN if is_answered else "智能机器人没有确认收到")
-        return found[0]
+            raise Unreachable(LINE_DOWN)
+        self._check(found, "拒绝了一条消息", 5.0)
+
+    def _check(self, found: Mapping[str, Any], what: str, pause_seconds: float) -> None:
+        """Raise ChannelError where an answer has another errcode than 0."""
+        if found.get("errcode") != 0:
+            said = shown(self._log.mask(f"{found.get('errcode')} {found.get('errmsg', '')}"), 80)
+            raise ChannelError(f"智能机器人{what}（{said}）", pause_seconds, False)
 
     # -- the line
 
     def run(self, app: App) -> None:
-        """Keep the line for ever: connect, subscribe, read; after each fault again, later."""
-        refusals = 0
-        while True:
-            pause, line = 0.0, None
-            try:
-                line = WebSocket.connect(self._network, self._settings.BOT_URL)
-                code, said, early = self._subscribe(line)
-                if code:
-                    self.trouble = f"智能机器人订阅被拒绝（{code} {said}）：核对 BOT_ID、BOT_SECRET"
-                    pause = REFUSED_PAUSES[min(refusals, len(REFUSED_PAUSES) - 1)]
-                    refusals += 1
-                else:
-                    refusals = 0
-                    pause = self._read(app, line, early)
-            except (OSError, Failure) as error:
-                self.trouble = f"{LINE_DOWN}：{explain(error)}"
-            finally:
-                self._hang_up(line)
-            pause = pause or min(30.0, 2.0**self._faults)
-            self._faults = min(self._faults + 1, 5)
-            app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
-            app.sleep(pause)
-
-    def try_once(self) -> tuple[int, str]:
-        """Subscribe and leave, for `check`; return errcode and errmsg; raise Unreachable."""
-        line = WebSocket.connect(self._network, self._settings.BOT_URL)
+        """Keep the line as long as it lasts: connect, subscribe, read; then wait a while."""
+        line = None
         try:
-            return self._subscribe(line)[:2]
-        except OSError as error:
-            raise Unreachable(f"{LINE_DOWN}：{explain(error)}") from error
+            line = WebSocket.connect(self._network, self._settings.BOT_URL)
+            self._read(app, line, self._subscribe(line))
+        except (OSError, Failure) as error:
+            self.trouble = f"{LINE_DOWN}：{explain(error)}"
+            pause = min(30.0, 2.0**self._faults)
+            if isinstance(error, ChannelError):  # refused, or taken over
+                pause = error.pause_seconds
+            self._faults = min(self._faults + 1, 5)
         finally:
-            line.close()
+            self._hang_up(line)
+        app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
+        app.sleep(pause)
 
-    def _subscribe(self, line: WebSocket) -> tuple[int, str, list[bytes]]:
-        """Subscribe; return errcode, errmsg and what came before; raise OSError, Unreachable."""
+    def try_once(self) -> None:
+        """Subscribe and leave, for `check`; raise OSError or Failure."""
+        with contextlib.closing(WebSocket.connect(self._network, self._settings.BOT_URL)) as line:
+            self._subscribe(line)
+
+    def _subscribe(self, line: WebSocket) -> list[bytes]:
+        """Subscribe; return what came before that was acknowledged; raise OSError or Failure."""
         early: list[bytes] = []
         body = {"bot_id": self._settings.BOT_ID, "secret": self._settings.BOT_SECRET}
         req_id = secrets.token_hex(12)
@@ -5785,10 +5763,10 @@ class Robot(Channel):
         while (left := deadline - time.monotonic()) > 0:
             data = line.read(left) or b""
             found = self._parse(data)
-            if found.get("headers", {}).get("req_id") == req_id:
-                code = found.get("errcode", -1)
-                said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
-                return code if isinstance(code, int) else -1, said, early
+            if found["headers"].get("req_id") == req_id:
+                pause = REFUSED_PAUSES[min(self._faults, len(REFUSED_PAUSES) - 1)]
+                self._check(found, "拒绝订阅，核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
+                return early
             if data and len(early) < self.MOST_REPLIES:
                 early.append(data)
         raise Unreachable("智能机器人没有回答订阅")
@@ -5806,29 +5784,25 @@ class Robot(Channel):
         with self._lock:
             self._line = None
             self._streams.clear()
-            waiting = [event for event, _ in self._acks.values()]
-        for event in waiting:
-            event.set()  # with nothing found: the line is down
+        for answers in list(self._acks.values()):
+            answers.put({})  # none will come
         if line:
             line.close()
 
-    def _read(self, app: App, line: WebSocket, early: list[bytes]) -> float:
-        """Read the line until it ends (OSError); return a pause where another program took it."""
-        with self._lock:
-            self._line = line
-        self.trouble = ""
+    def _read(self, app: App, line: WebSocket, early: list[bytes]) -> NoReturn:
+        """Read the line until it ends: OSError, ChannelError where another program took it."""
+        self._line, self.trouble = line, ""
         app.log.info("🤖 智能机器人已连接")
         app.posts[self.name].sign_of_life()
         pings = 0  # without an answer
         next_ping = time.monotonic() + ROBOT_PING_SECONDS
         while True:
-            left = max(0.0, next_ping - time.monotonic())
-            data = early.pop(0) if early else line.read(left)
+            data = early.pop(0) if early else line.read(next_ping - time.monotonic())
             if time.monotonic() >= next_ping:
                 if pings == 2:
                     raise TimeoutError
                 pings += 1
-                self._write(line, "ping", f"ping{secrets.token_hex(8)}")
+                self._write(line, "ping", secrets.token_hex(12))
                 next_ping = time.monotonic() + ROBOT_PING_SECONDS
             if data is None:
                 continue
@@ -5836,17 +5810,14 @@ class Robot(Channel):
             frame = self._parse(data)
             req_id = str(frame["headers"].get("req_id"))
             if "cmd" not in frame:
-                pings = 0 if req_id.startswith("ping") else pings
-                with self._lock:
-                    event, found = self._acks.get(req_id, (None, []))
-                found.append(frame)
-                if event:
-                    event.set()
+                pings = 0
+                if answers := self._acks.get(req_id):
+                    answers.put(frame)
             elif frame["cmd"] in ("aibot_msg_callback", "aibot_event_callback"):
                 event_type = self._event(frame["body"])
                 if event_type == "disconnected_event":
-                    self.trouble = "另一个程序正在使用同一个智能机器人，本机的长连接已被踢下线"
-                    return TAKEOVER_SECONDS
+                    text = "另一个程序正在使用同一个智能机器人，本机的长连接已被踢下线"
+                    raise ChannelError(text, TAKEOVER_SECONDS, True)
                 self._begin_answer(app, line, req_id, frame["body"], event_type)
 
     @staticmethod
@@ -6142,9 +6113,8 @@ class Doctor:
             cure = "服务正在运行，但长连接没有连上：看它的日志"
             yield finding("智能机器人", is_up, "服务正在运行，长连接已连上", cure)
             return
-        code, said = robot.try_once()
-        cure = f"订阅被拒绝（{code} {said}）：核对 BOT_ID 和 BOT_SECRET，机器人要设为长连接方式"
-        yield finding("智能机器人", not code, "BOT_ID 和 BOT_SECRET 正确", cure)
+        robot.try_once()
+        yield Finding("✅", "智能机器人", "BOT_ID 和 BOT_SECRET 正确")
         del lock  # held until here
 
     # -- GitHub
