@@ -4079,8 +4079,8 @@ class Channel:
         """
         return []
 
-    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
-        """Return the letters, the first as the end of the message that shows how far a task is."""
+    def ending(self, request: str, letters: list[Letter]) -> list[Letter]:
+        """Return the letters, the first as the end of the message that shows how far it is."""
         return letters
 
 
@@ -4605,7 +4605,7 @@ def finish(
     not been stored. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
-    letters = channel.ending(task, channel.letters(task.user, text, mark))
+    letters = channel.ending(task.id, channel.letters(task.user, text, mark))
     at = app.now()
 
     def change(facts: Facts) -> Facts:
@@ -4786,7 +4786,7 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
         text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
         text = split_text(text, channel.limit_bytes - 200, 1)[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
-        letters = channel.ending(task, letters)
+        letters = channel.ending(task.id, letters)
     app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
 
 
@@ -5566,15 +5566,13 @@ SEE_NEXT = "⏩ 这条消息不再更新，请看下一条"
 class Stream:
     """A message that lives. Of this process and one connection alone; owned by the Robot."""
 
+    message_id: str
     req_id: str
     address: str
-    line: object  # the WebSocket on which it can be answered
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     begun: float = 0.0  # monotonic; its first frame
-    last: float = 0.0  # monotonic; its latest frame
     text: str = ""
-    tasks: tuple[Task, ...] = ()
-    is_ending: bool = False  # its last frame is a letter, or on its way
+    request: str = ""  # id of the tasks that it shows; "" where its last frame is a letter
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
 
 
@@ -5617,7 +5615,7 @@ class Robot(Channel):
         self._settings = settings
         self._network = network
         self._log = log
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a message has one stream, a stream one ending
         self._line: WebSocket | None = None  # subscribed
         self._acks: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}  # by req_id
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
@@ -5645,17 +5643,16 @@ class Robot(Channel):
 
     def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
         first = self.letters(message.address, text, "")[0]
-        with self._lock:
-            if stream := self._streams.get(message.id):
-                stream.tasks, stream.is_ending = tuple(tasks), not tasks
+        if stream := self._streams.get(message.id):
+            stream.request = tasks[0].id if tasks else ""
         return [first._replace(message_id=message.id, is_last=not tasks)]
 
-    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
+    def ending(self, request: str, letters: list[Letter]) -> list[Letter]:
         with self._lock:
-            for message_id, stream in self._streams.items():
-                if any(t.id == task.id for t in stream.tasks) and not stream.is_ending:
-                    stream.is_ending = True
-                    return [letters[0]._replace(message_id=message_id), *letters[1:]]
+            for stream in list(self._streams.values()):
+                if stream.request == request:
+                    stream.request = ""
+                    return [letters[0]._replace(message_id=stream.message_id), *letters[1:]]
         return letters
 
     # -- sending
@@ -5663,11 +5660,7 @@ class Robot(Channel):
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
         stream = self._streams.get(letter.message_id)
-        is_shown = stream is not None and self._respond(stream, letter.text, letter.is_last)
-        if letter.is_last:
-            with self._lock:
-                self._streams.pop(letter.message_id, None)
-        if is_shown:
+        if stream and self._respond(stream, letter.text, letter.is_last):
             return
         user, _, group = split_address(letter.address)
         body: dict[str, Any] = {"chatid": group or user, "chat_type": 2 if group else 1}
@@ -5675,26 +5668,25 @@ class Robot(Channel):
         self._ask("aibot_send_msg", secrets.token_hex(12), body)
 
     def _respond(self, stream: Stream, text: str, finish: bool) -> bool:
-        """Write one frame of a stream; tell whether it was acknowledged."""
+        """Write one frame of a stream; tell whether it was acknowledged: if not, it is over."""
+        content = {"id": stream.id, "finish": finish, "content": text}
+        body = {"msgtype": "stream", "stream": content}
         with stream.lock:
-            age = time.monotonic() - stream.begun if stream.begun else 0.0
-            if stream.line is not self._line or age > ROBOT_STREAM_SECONDS + ACK_SECONDS:
+            if self._streams.get(stream.message_id) is not stream:
                 return False
-            stream.begun = stream.begun or time.monotonic()
-            stream.last, stream.text = time.monotonic(), text
-            content = {"id": stream.id, "finish": finish, "content": text}
-            body = {"msgtype": "stream", "stream": content}
+            stream.begun, stream.text = stream.begun or time.monotonic(), text
             try:
                 self._ask("aibot_respond_msg", stream.req_id, body)
             except Failure as failure:
-                stream.line = None  # a late answer must not pass for that to another frame
+                self._streams.pop(stream.message_id, None)
                 # It must not stay open; only of a last frame without answer nobody knows.
                 if isinstance(failure, ChannelError) or not finish:
                     content |= {"finish": True, "content": SEE_NEXT}
                     with contextlib.suppress(Failure):
                         self._write(self._line, "aibot_respond_msg", stream.req_id, body)
                 return False
-            stream.line = None if finish else stream.line
+            if finish:
+                self._streams.pop(stream.message_id, None)
             return True
 
     @staticmethod
@@ -5781,9 +5773,8 @@ class Robot(Channel):
         return found
 
     def _hang_up(self, line: WebSocket | None) -> None:
-        with self._lock:
-            self._line = None
-            self._streams.clear()
+        self._line = None
+        self._streams.clear()
         for answers in list(self._acks.values()):
             answers.put({})  # none will come
         if line:
@@ -5818,16 +5809,14 @@ class Robot(Channel):
                 if event_type == "disconnected_event":
                     text = "另一个程序正在使用同一个智能机器人，本机的长连接已被踢下线"
                     raise ChannelError(text, TAKEOVER_SECONDS, True)
-                self._begin_answer(app, line, req_id, frame["body"], event_type)
+                self._begin_answer(app, req_id, frame["body"], event_type)
 
     @staticmethod
     def _event(body: Mapping[str, Any]) -> str:
         event = body.get("event")
         return str(event.get("eventtype")) if isinstance(event, dict) else ""
 
-    def _begin_answer(
-        self, app: App, line: WebSocket, req_id: str, body: dict[str, Any], event_type: str
-    ) -> None:
+    def _begin_answer(self, app: App, req_id: str, body: dict[str, Any], event_type: str) -> None:
         """Answer in a thread of its own: the disk may take a while, the line must be read on."""
         if threading.active_count() >= self.MOST_THREADS:
             app.log.warning("robot: 同时来的消息过多，这一条没有处理")
@@ -5839,7 +5828,7 @@ class Robot(Channel):
                     welcome = {"msgtype": "text", "text": {"content": Channel().render(HELP)}}
                     self._ask("aibot_respond_welcome_msg", req_id, welcome)
                 elif not event_type:
-                    self._answer(app, line, req_id, body)
+                    self._answer(app, req_id, body)
             except Failure as failure:
                 app.log.warning(f"robot: {failure}")
             except Exception:
@@ -5847,13 +5836,13 @@ class Robot(Channel):
 
         threading.Thread(target=answer, daemon=True).start()
 
-    def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
+    def _answer(self, app: App, req_id: str, body: dict[str, Any]) -> None:
         """Answer one message by a letter; where it is no work, that finishes its stream."""
         message = self._message(body)
         if message is None:
             return
         app.posts[self.name].sign_of_life(message.address)
-        stream = Stream(req_id, message.address, line)
+        stream = Stream(message.id, req_id, message.address)
         with self._lock:
             if message.id in self._streams or app.chat.recall(message.id) is not None:
                 return  # a repeat
@@ -5866,10 +5855,9 @@ class Robot(Channel):
         waiting = sum(letter.address == first.address for letter in app.state.facts.letters)
         if waiting >= self.MOST_REPLIES:
             app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
-            with self._lock:
-                self._streams.pop(message.id, None)
+            self._streams.pop(message.id, None)
             return
-        stream.is_ending = True
+        stream.request = ""
         if more:
             app.posts[self.name].send_list(message.address, [letter.text for letter in more])
         app.state.change(lambda facts: facts.with_letters([first._replace(message_id=message.id)]))
@@ -5941,60 +5929,38 @@ class Robot(Channel):
     # -- messages that live
 
     def refresh(self, app: App) -> None:
-        """Show how far the requests of living messages are; end those that live too long."""
-        with self._lock:
-            streams = [(k, s) for k, s in self._streams.items() if s.begun and s.line]
-        for message_id, stream in streams:
-            facts = app.state.facts
-            tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
-            is_old = time.monotonic() > stream.begun + ROBOT_STREAM_SECONDS
-            if is_old or not (tasks or stream.is_ending):
-                self._end(app, message_id, stream, tasks)
-            elif not stream.is_ending:
-                self._show(app, stream, tasks)
-
-    def _end(self, app: App, message_id: str, stream: Stream, tasks: Sequence[Task]) -> None:
-        """End a message that has lived too long, or whose request is gone."""
-        with self._lock:
-            if self._streams.pop(message_id, None) is None:
-                return
-        app.posts[self.name].pace.take(stream.address)
-        # A last letter that still waits for the pace becomes a message of its own.
-        text = SEE_NEXT if stream.is_ending else self._last_text(app, tasks)
-        last = self.letters(stream.address, text, "")[0]
-        if not self._respond(stream, last.text, True) and not stream.is_ending:
-            app.state.change(functools.partial(Facts.with_letters, letters=[last]))
-
-    def _show(self, app: App, stream: Stream, tasks: Sequence[Task]) -> None:
-        """Show how far tasks are, where that is new and the pace leaves room."""
-        works = [t for t in tasks if app.progress.is_begun(t)]
-        text = self.render("\n\n".join(living_text(t, app.progress) for t in works))
-        is_due = time.monotonic() >= stream.last + REFRESH_SECONDS
-        pace = app.posts[self.name].pace
-        if is_due and text not in ("", stream.text) and not pace.wait_seconds(stream.address, 3):
-            pace.take(stream.address)
-            self._respond(stream, text, False)
-
-    @staticmethod
-    def _last_text(app: App, tasks: Sequence[Task]) -> str:
-        """Return what a message says at last whose request goes on without it, or is gone."""
-        if not tasks:
-            return "⏹ 已取消"
-        if not app.progress.is_begun(tasks[0]):
-            return "⏰ 还在排队，结束后再通知您"
-        work = app.progress.of(tasks[0])
-        work.is_told = True
-        if tasks[0].lane == "images":
-            return late_text(work.outcomes, app.settings.target_prefix, tasks[0].run_url)
-        return "\n".join(["⏰ 还在上传，结束后再通知您", *progress_lines(tasks[0], app.progress)])
-
-    def keep_refreshing(self, app: App) -> None:
-        """Wait until a message lives, then look at it every second."""
+        """Look once at the messages that live: show how far they are, end those that are old."""
         with app.state.changed:
             while not self._streams:
                 app.state.changed.wait()
-        self.refresh(app)
-        app.sleep(1.0)
+        for stream in list(self._streams.values()):
+            if stream.begun:
+                self._look(app, stream, stream.request)
+        app.sleep(REFRESH_SECONDS)
+
+    def _look(self, app: App, stream: Stream, request: str) -> None:
+        """Show how far a request is; end its message where that is old, or the request is gone."""
+        age = time.monotonic() - stream.begun
+        tasks = [task for task in app.state.facts.tasks if task.id == request]
+        begun = [task for task in tasks if app.progress.is_begun(task)]
+        text = "\n\n".join(living_text(task, app.progress) for task in begun)
+        pace = app.posts[self.name].pace
+        if request and tasks and age < ROBOT_STREAM_SECONDS:
+            text = self.render(text)
+            if text not in ("", stream.text) and not pace.wait_seconds(stream.address, 3):
+                pace.take(stream.address)
+                self._respond(stream, text, False)
+        elif request:
+            for task in begun:
+                app.progress.of(task).is_told = True
+            text = f"⏰ 还没有完成，结束后再通知您\n\n{text}".strip() if tasks else "⏹ 已取消"
+            letters = self.ending(request, self.letters(stream.address, text, "")[:1])
+            if letters[0].message_id:  # else something else has ended it meanwhile
+                app.state.change(functools.partial(Facts.with_letters, letters=letters))
+        elif age > ROBOT_STREAM_SECONDS + ACK_SECONDS:
+            # A last letter that still waits for the pace becomes a message of its own.
+            pace.take(stream.address)
+            self._respond(stream, SEE_NEXT, True)
 
 
 # ================================================================================================
@@ -6363,7 +6329,7 @@ def start_threads(app: App) -> None:
     robot = app.channels.get(Robot.name)
     if isinstance(robot, Robot):
         start(lambda: robot.run(app))
-        start(lambda: robot.keep_refreshing(app))
+        start(lambda: robot.refresh(app))
     threading.Thread(target=warm_up, daemon=True).start()
 
 
