@@ -5598,6 +5598,12 @@ def without_mention(text: str) -> str:
     return " ".join(words[2:]) + newline + rest if len(words) > 2 and not rest else rest
 
 
+def part(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an object in a foreign object, {} where there is none."""
+    inside = found.get(name)
+    return inside if isinstance(inside, dict) else {}
+
+
 class Robot(Channel):
     """The robot's line: one thread reads, each message is answered in one of its own.
 
@@ -5755,7 +5761,7 @@ class Robot(Channel):
         while (left := deadline - time.monotonic()) > 0:
             data = line.read(left) or b""
             found = self._parse(data)
-            if found["headers"].get("req_id") == req_id:
+            if part(found, "headers").get("req_id") == req_id:
                 pause = REFUSED_PAUSES[min(self._faults, len(REFUSED_PAUSES) - 1)]
                 self._check(found, "拒绝订阅，核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
                 return early
@@ -5765,12 +5771,8 @@ class Robot(Channel):
 
     @staticmethod
     def _parse(data: bytes) -> dict[str, Any]:
-        """Return a frame with the parts that are objects; control characters are taken out."""
-        found: dict[str, Any] = read_json(re.sub(rb"[\x00-\x08\x0b-\x1f]", b"", data), dict) or {}
-        for name in ("headers", "body"):
-            if not isinstance(found.get(name), dict):
-                found[name] = {}
-        return found
+        """Return a frame without its control characters, {} for garbage."""
+        return read_json(re.sub(rb"[\x00-\x08\x0b-\x1f]", b"", data), dict) or {}
 
     def _hang_up(self, line: WebSocket | None) -> None:
         self._line = None
@@ -5799,24 +5801,19 @@ class Robot(Channel):
                 continue
             self._faults = 0
             frame = self._parse(data)
-            req_id = str(frame["headers"].get("req_id"))
+            req_id, body = str(part(frame, "headers").get("req_id")), part(frame, "body")
             if "cmd" not in frame:
                 pings = 0
                 if answers := self._acks.get(req_id):
                     answers.put(frame)
             elif frame["cmd"] in ("aibot_msg_callback", "aibot_event_callback"):
-                event_type = self._event(frame["body"])
+                event_type = part(body, "event").get("eventtype")
                 if event_type == "disconnected_event":
                     text = "另一个程序正在使用同一个智能机器人，本机的长连接已被踢下线"
                     raise ChannelError(text, TAKEOVER_SECONDS, True)
-                self._begin_answer(app, req_id, frame["body"], event_type)
+                self._begin_answer(app, req_id, body, event_type)
 
-    @staticmethod
-    def _event(body: Mapping[str, Any]) -> str:
-        event = body.get("event")
-        return str(event.get("eventtype")) if isinstance(event, dict) else ""
-
-    def _begin_answer(self, app: App, req_id: str, body: dict[str, Any], event_type: str) -> None:
+    def _begin_answer(self, app: App, req_id: str, body: dict[str, Any], event_type: Any) -> None:
         """Answer in a thread of its own: the disk may take a while, the line must be read on."""
         if threading.active_count() >= self.MOST_THREADS:
             app.log.warning("robot: 同时来的消息过多，这一条没有处理")
@@ -5847,7 +5844,11 @@ class Robot(Channel):
             if message.id in self._streams or app.chat.recall(message.id) is not None:
                 return  # a repeat
             self._streams[message.id] = stream
-        text, note = self._content(body, app.chat.refusal(message.user))
+        text, note = "", app.chat.refusal(message.user)
+        try:
+            text = "" if note else self._text(body)
+        except Failure as failure:
+            note = f"❌ {failure}"
         reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
             return  # accepted, with its confirmation
@@ -5866,51 +5867,33 @@ class Robot(Channel):
 
     def _message(self, body: Mapping[str, Any]) -> Message | None:
         """Return whose message it is, without its text; None where nobody could be answered."""
-        sender, group = body.get("from"), str(body.get("chatid") or "")
-        user = str(sender.get("userid") or "") if isinstance(sender, dict) else ""
-        group = group if body.get("chattype") == "group" else ""
-        message_id = str(body.get("msgid") or "")
+        user = str(part(body, "from").get("userid") or "")
+        group = str(body.get("chatid") or "") if body.get("chattype") == "group" else ""
         if not USER_PATTERN.fullmatch(user) or not re.fullmatch(r"[\x21-\x7e]{0,128}", group):
             return None
-        if not re.fullmatch(r"[\x21-\x7e]{1,128}", message_id):
-            message_id = hashlib.sha256(json.dumps(dict(body), sort_keys=True).encode()).hexdigest()
+        given = str(body.get("msgid") or body).encode(errors="replace")
+        message_id = hashlib.sha256(given).hexdigest()[:32]
         return Message(user, f"{user} {self.name} {group}".strip(), "", message_id)
 
-    def _content(self, body: Mapping[str, Any], refusal: str) -> tuple[str, str]:
-        """Return the text of a message, and what to say instead of understanding it."""
-        try:
-            text = "" if refusal else self._text(body)
-        except Failure as failure:
-            return "", f"❌ {failure}"
-        if body.get("chattype") == "group":
-            text = without_mention(text)
-        is_talk = str(body.get("msgtype")) in ("text", "voice", "mixed")
-        note = "" if text.strip() or is_talk else ONLY_TEXT
-        return text.encode(errors="replace").decode(), refusal or note
-
     def _text(self, body: Mapping[str, Any]) -> str:
-        """Return the text of a message of any kind, "" where it has none; raise Failure."""
+        """Return the text of a message, "" where it has none; raise Failure."""
         kind = str(body.get("msgtype"))
-        part = body.get(kind)
-        if not isinstance(part, dict):
-            return ""
-        if kind == "mixed":
-            listed = part.get("msg_item")
-            items = listed if isinstance(listed, list) else []
-            texts = [self._text(item) for item in items if isinstance(item, dict)]
-            return "\n".join(filter(None, texts))
+        inside, pieces = part(body, kind), []
         if kind == "file":
-            return self._file(str(part.get("url")), str(part.get("aeskey")))
-        return str(part.get("content") or "") if kind in ("text", "voice") else ""
+            return self._file(str(inside.get("url")), str(inside.get("aeskey")))
+        if kind in ("text", "voice"):
+            pieces = [inside]
+        elif kind == "mixed" and isinstance(items := inside.get("msg_item"), list):
+            pieces = [part(item, "text") for item in items if isinstance(item, dict)]
+        text = "\n".join(str(piece["content"]) for piece in pieces if piece.get("content"))
+        text = text.encode(errors="replace").decode()  # JSON can hold half of a surrogate pair
+        return without_mention(text) if body.get("chattype") == "group" else text
 
     def _file(self, link: str, key: str) -> str:
         """Return a sent text file of at most MAX_PASTE_BYTES; raise Failure for another."""
-        if not link.startswith(("http://", "https://")):
-            raise Failure("这个文件没有下载地址")
         url = parse_url(link)
         vet = self._settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
-        wire = self._network.open(url, proxied=False, vet=vet)
-        with contextlib.closing(wire):
+        with contextlib.closing(self._network.open(url, proxied=False, vet=vet)) as wire:
             answer = wire.exchange("GET", url.target, {}, None, CALL_SECONDS)
         if answer.status != 200:
             raise Failure(f"这个文件取不到（HTTP {answer.status}），请再发一次")
@@ -5918,12 +5901,11 @@ class Robot(Channel):
             cipher = aes(base64.b64decode(key + "=" * (-len(key) % 4)))
             plain = unpad(cipher.decrypt(answer.body), 0)
             text = plain.decode("utf-8-sig")
-        except (ValueError, TypeError) as error:
-            raise Failure(
-                "这个文件读不懂：只看得懂文本文件（compose、清单、images.txt）"
-            ) from error
-        if len(plain) > MAX_PASTE_BYTES or "\0" in text:
-            raise Failure("只看得懂 256 KiB 以内的文本文件（compose、清单、images.txt）")
+            if len(plain) > MAX_PASTE_BYTES or "\0" in text:
+                raise ValueError("no paste")
+        except ValueError as error:
+            what = "只看得懂 256 KiB 以内的文本文件（compose、清单、images.txt）"
+            raise Failure(what) from error
         return text
 
     # -- messages that live
