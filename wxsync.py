@@ -5636,14 +5636,11 @@ class Robot(Channel):
 
     def render(self, text: str) -> str:
         """Return markdown in which, outside of code, only line ends count."""
-        parts = re.split(r"(?ms)(^```$.*?^```$|`[^`\n]*`)", text)
-        for index, part in enumerate(parts):
-            if index % 2:
-                parts[index] = part.replace("（已是最新）", "  # 已是最新")
-            else:
-                part = re.sub(r"(?m)^(\s*)>", r"\1＞", part.translate(DEFANGED))
-                parts[index] = re.sub(CODE_WORDS, r"`\g<0>`", part)
-        return "".join(parts)
+        parts = re.split(r"(?ms)(^```$.*?^```$|`[^`\n]*`)", text)  # every other one is code
+        for index in range(0, len(parts), 2):
+            plain = re.sub(r"(?m)^(\s*)>", r"\1＞", parts[index].translate(DEFANGED))
+            parts[index] = re.sub(CODE_WORDS, r"`\g<0>`", plain)
+        return "".join(parts).replace("（已是最新）", "  # 已是最新")  # in a block, to be copied
 
     # -- what the chat and the lanes say
 
@@ -5859,9 +5856,8 @@ class Robot(Channel):
             self._streams.pop(message.id, None)
             return
         stream.request = ""
-        if more:
-            app.posts[self.name].send_list(message.address, [letter.text for letter in more])
-        app.state.change(lambda facts: facts.with_letters([first._replace(message_id=message.id)]))
+        letters = [first._replace(message_id=message.id), *more]
+        app.state.change(lambda facts: facts.with_letters(letters))
 
     # -- what people send
 
