@@ -5557,7 +5557,7 @@ CODE_WORDS = (
     r"(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
 )
 # what markdown and mentions are made of -> what looks like it
-DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
+DEFANGED = str.maketrans("<[]*#~|", "＜［］＊＃～｜")
 LINE_DOWN = "智能机器人的长连接断开了"
 SEE_NEXT = "⏩ 这条消息不再更新，请看下一条"
 
@@ -5566,9 +5566,8 @@ SEE_NEXT = "⏩ 这条消息不再更新，请看下一条"
 class Stream:
     """A message that lives. Of this process and one connection alone; owned by the Robot."""
 
-    message_id: str
+    message: Message  # which it answers, without its text
     req_id: str
-    address: str
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     begun: float = 0.0  # monotonic; its first frame
     text: str = ""
@@ -5655,7 +5654,7 @@ class Robot(Channel):
             for stream in list(self._streams.values()):
                 if stream.request == request:
                     stream.request = ""
-                    return [letters[0]._replace(message_id=stream.message_id), *letters[1:]]
+                    return [letters[0]._replace(message_id=stream.message.id), *letters[1:]]
         return letters
 
     # -- sending
@@ -5675,13 +5674,13 @@ class Robot(Channel):
         content = {"id": stream.id, "finish": finish, "content": text}
         body = {"msgtype": "stream", "stream": content}
         with stream.lock:
-            if self._streams.get(stream.message_id) is not stream:
+            if self._streams.get(stream.message.id) is not stream:
                 return False
             stream.begun, stream.text = stream.begun or time.monotonic(), text
             try:
                 self._ask("aibot_respond_msg", stream.req_id, body)
             except Failure as failure:
-                self._streams.pop(stream.message_id, None)
+                self._streams.pop(stream.message.id, None)
                 # It must not stay open; only of a last frame without answer nobody knows.
                 if isinstance(failure, ChannelError) or not finish:
                     content |= {"finish": True, "content": SEE_NEXT}
@@ -5689,7 +5688,7 @@ class Robot(Channel):
                         self._write(self._line, "aibot_respond_msg", stream.req_id, body)
                 return False
             if finish:
-                self._streams.pop(stream.message_id, None)
+                self._streams.pop(stream.message.id, None)
             return True
 
     @staticmethod
@@ -5739,7 +5738,12 @@ class Robot(Channel):
                 pause = error.pause_seconds
             self._faults = min(self._faults + 1, 5)
         finally:
-            self._hang_up(line)
+            self._line = None
+            self._streams.clear()
+            for answers in list(self._acks.values()):
+                answers.put({})  # none will come
+            if line:
+                line.close()
         app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
         app.sleep(pause)
 
@@ -5770,14 +5774,6 @@ class Robot(Channel):
     def _parse(data: bytes) -> dict[str, Any]:
         """Return a frame without its control characters, {} for garbage."""
         return read_json(re.sub(rb"[\x00-\x08\x0b-\x1f]", b"", data), dict) or {}
-
-    def _hang_up(self, line: WebSocket | None) -> None:
-        self._line = None
-        self._streams.clear()
-        for answers in list(self._acks.values()):
-            answers.put({})  # none will come
-        if line:
-            line.close()
 
     def _read(self, app: App, line: WebSocket, early: list[bytes]) -> NoReturn:
         """Read the line until it ends: OSError, ChannelError where another program took it."""
@@ -5836,7 +5832,7 @@ class Robot(Channel):
         if message is None:
             return
         app.posts[self.name].sign_of_life(message.address)
-        stream = Stream(message.id, req_id, message.address)
+        stream = Stream(message, req_id)
         with self._lock:
             if message.id in self._streams or app.chat.recall(message.id) is not None:
                 return  # a repeat
@@ -5925,19 +5921,19 @@ class Robot(Channel):
         pace = app.posts[self.name].pace
         if request and tasks and age < ROBOT_STREAM_SECONDS:
             text = self.render(text)
-            if text not in ("", stream.text) and not pace.wait_seconds(stream.address, 3):
-                pace.take(stream.address)
+            if text not in ("", stream.text) and not pace.wait_seconds(stream.message.address, 3):
+                pace.take(stream.message.address)
                 self._respond(stream, text, False)
         elif request:
             for task in begun:
                 app.progress.of(task).is_told = True
             text = f"⏰ 还没有完成，结束后再通知您\n\n{text}".strip() if tasks else "⏹ 已取消"
-            letters = self.ending(request, self.letters(stream.address, text, "")[:1])
+            letters = self.ending(request, self.letters(stream.message.address, text, "")[:1])
             if letters[0].message_id:  # else something else has ended it meanwhile
                 app.state.change(functools.partial(Facts.with_letters, letters=letters))
         elif age > ROBOT_STREAM_SECONDS + ACK_SECONDS:
             # A last letter that still waits for the pace becomes a message of its own.
-            pace.take(stream.address)
+            pace.take(stream.message.address)
             self._respond(stream, SEE_NEXT, True)
 
 
