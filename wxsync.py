@@ -5459,19 +5459,17 @@ class WebSocket:
         url = parse_url(re.sub("^ws", "http", address))
         wire = network.open(url, proxied=False)
         key = base64.b64encode(secrets.token_bytes(16)).decode()
+        digest = hashlib.sha1((key + WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
+        accept = base64.b64encode(digest).decode()
         headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": key}
         try:
             with cut_off(wire.link, CONNECT_SECONDS):
                 response = wire.ask("GET", url.target, {**headers, "Sec-WebSocket-Version": "13"})
+            if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
+                raise OSError(0, f"没有接受 WebSocket（{response.status} {response.reason}）")
         except (OSError, http.client.HTTPException) as error:
             wire.close()
             raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
-        digest = hashlib.sha1((key + WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
-        accept = base64.b64encode(digest).decode()
-        if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
-            wire.close()
-            said = shown(f"{response.status} {response.reason}")
-            raise Unreachable(f"{url.host} 没有接受 WebSocket（{said}）")
         wire.link.settimeout(0.0)
         early = b""  # what came right behind the head
         with contextlib.suppress(ssl.SSLWantReadError):  # where nothing did, peek reads on
