@@ -61,8 +61,8 @@ Each lane (images, files) is one; runs, those that take long, orphans, midnight,
 living messages have one each that looks now and then; letters go out by one for WeCom and four for
 the robot, whose line is read by one. What waits for the disk, a message to the robot and a download
 have their own while they last. Locks may be held together in this order only: App.list_lock,
-ImageList's; a Client's, Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All
-others are held alone.
+ImageList's; a Client's, Network's; State.changed, a Pace's; Robot's, Chat's; a Stream's,
+WebSocket's. All others are held alone.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
 Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images, and
