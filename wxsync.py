@@ -61,8 +61,8 @@ Each lane (images, files) is one; runs, those that take long, orphans, midnight,
 living messages have one each that looks now and then; letters go out by one for WeCom and four for
 the robot, whose line is read by one. What waits for the disk, a message to the robot and a download
 have their own while they last. Locks may be held together in this order only: App.list_lock,
-ImageList's; a Client's, Network's; State.changed, Robot's; a Stream's, Robot's or WebSocket's. All
-others are held alone.
+ImageList's; a Client's, Network's; State.changed, a Pace's; Robot's, Chat's; a Stream's,
+WebSocket's. All others are held alone.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
 Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images, and
@@ -88,6 +88,7 @@ import ipaddress
 import itertools
 import json
 import os
+import queue
 import re
 import secrets
 import select
@@ -4033,12 +4034,7 @@ class Channel:
     name = ""
     limit_bytes = MAX_TEXT_BYTES
     senders = 1  # how many messages may be under way at once
-    trouble = ""  # what is wrong with its line
-
-    @property
-    def state(self) -> str:
-        """Return "up" or "down"."""
-        return "up"
+    trouble = ""  # what is wrong with its line, "" while it is up
 
     def pace(self) -> list[tuple[float, float]]:
         """Return what the other side takes of one address: see Pace."""
@@ -4083,8 +4079,8 @@ class Channel:
         """
         return []
 
-    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
-        """Return the letters, the first as the end of the message that shows how far a task is."""
+    def ending(self, request: str, letters: list[Letter]) -> list[Letter]:
+        """Return the letters, the first as the end of the message that shows how far it is."""
         return letters
 
 
@@ -4609,7 +4605,7 @@ def finish(
     not been stored. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
-    letters = channel.ending(task, channel.letters(task.user, text, mark))
+    letters = channel.ending(task.id, channel.letters(task.user, text, mark))
     at = app.now()
 
     def change(facts: Facts) -> Facts:
@@ -4790,7 +4786,7 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
         text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
         text = split_text(text, channel.limit_bytes - 200, 1)[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
-        letters = channel.ending(task, letters)
+        letters = channel.ending(task.id, letters)
     app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
 
 
@@ -5425,10 +5421,9 @@ class Callback:
         app = self._app
         lanes = [len(app.state.facts.lane(lane)) for lane in ("images", "files")]
         proxy, robot = app.network.proxy_state, app.channels.get("robot")
-        bot = robot.state if robot else "off"
-        is_down = proxy == "down" or bot == "down"
+        bot = "off" if robot is None else "down" if robot.trouble else "up"
         return {
-            "status": "degraded" if is_down or app.trouble() else "ok",
+            "status": "degraded" if proxy == "down" or app.trouble() else "ok",
             "version": VERSION,
             "uptime_seconds": int(time.monotonic() - app.started),
             "running": sum(min(ahead, 1) for ahead in lanes),
@@ -5448,17 +5443,15 @@ TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 
 
 class WebSocket:
-    """One connection. One thread reads; any may write. OpenSSL wants one at a time, so no call
-    blocks inside of it: waiting is done by select, outside of the lock."""
+    """One connection. One thread reads; any may write, a whole frame at a time. OpenSSL wants one
+    call at a time: the reader waits outside of the lock, a writer for ACK_SECONDS in it."""
 
     def __init__(self, wire: Wire, early: bytes) -> None:
         self._sock = wire.link
         self._wire = wire
-        self._lock = threading.Lock()  # one call of OpenSSL at a time
-        self._writing = threading.Lock()  # a frame is whole before the next one begins
+        self._lock = threading.Lock()
         self._data = bytearray(early)
         self._message = bytearray()  # fragments
-        self._kind = 0
 
     @classmethod
     def connect(cls, network: Network, address: str) -> WebSocket:
@@ -5466,19 +5459,17 @@ class WebSocket:
         url = parse_url(re.sub("^ws", "http", address))
         wire = network.open(url, proxied=False)
         key = base64.b64encode(secrets.token_bytes(16)).decode()
+        digest = hashlib.sha1((key + WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
+        accept = base64.b64encode(digest).decode()
         headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": key}
         try:
             with cut_off(wire.link, CONNECT_SECONDS):
                 response = wire.ask("GET", url.target, {**headers, "Sec-WebSocket-Version": "13"})
+            if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
+                raise OSError(0, f"没有接受 WebSocket（{response.status} {response.reason}）")
         except (OSError, http.client.HTTPException) as error:
             wire.close()
             raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
-        digest = hashlib.sha1((key + WEBSOCKET_GUID).encode(), usedforsecurity=False).digest()
-        accept = base64.b64encode(digest).decode()
-        if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
-            wire.close()
-            said = shown(f"{response.status} {response.reason}")
-            raise Unreachable(f"{url.host} 没有接受 WebSocket（{said}）")
         wire.link.settimeout(0.0)
         early = b""  # what came right behind the head
         with contextlib.suppress(ssl.SSLWantReadError):  # where nothing did, peek reads on
@@ -5493,82 +5484,60 @@ class WebSocket:
         mask = secrets.token_bytes(4)
         mask_number = int.from_bytes((mask * (length // 4 + 1))[:length], "big")
         masked = (int.from_bytes(data, "big") ^ mask_number).to_bytes(length, "big")
-        left = memoryview(bytes([128 | kind]) + size + mask + masked)
-        deadline = time.monotonic() + ACK_SECONDS
-        with self._writing:
-            while left:
-                try:
-                    with self._lock:
-                        left = left[self._sock.send(left) :]
-                except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                    if time.monotonic() > deadline:
-                        shut(self._sock)  # half a frame is out: nothing may follow it
-                        raise TimeoutError from error
-                    self._wait([], [self._sock], 0.2)
-
-    @staticmethod
-    def _wait(reading: list[socket.socket], writing: list[socket.socket], seconds: float) -> bool:
-        """Wait until a socket is ready; tell whether one to read is; raise OSError."""
-        try:
-            return bool(select.select(reading, writing, [], seconds)[0])
-        except ValueError as error:  # closed meanwhile
-            raise ConnectionAbortedError("closed") from error
-
-    def _receive(self, seconds: float) -> bool:
-        """Take what has come, waiting for at most so long; tell whether there was something."""
-        with self._lock:
-            waiting = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()
-        if not waiting and not self._wait([self._sock], [], seconds):
-            return False
         with self._lock:
             try:
-                piece = self._sock.recv(READ_BYTES)
+                self._sock.settimeout(ACK_SECONDS)
+                self._sock.sendall(bytes([128 | kind]) + size + mask + masked)
+                self._sock.settimeout(0.0)
+            except OSError:
+                shut(self._sock)  # half a frame may be out: nothing may follow it
+                raise
+
+    def _receive(self, seconds: float) -> bool:
+        """Take what comes within so long; tell whether something did; raise OSError."""
+        select.select([self._sock], [], [], max(0.0, seconds))
+        with self._lock:
+            try:
+                piece = self._sock.recv(READ_BYTES)  # a record of TLS as a whole: no rest stays
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return True
+                return False
         if not piece:
             raise ConnectionResetError("closed by the other side")
         self._data += piece
         return True
 
-    def _frame(self) -> tuple[int, bool, bytes] | None:
-        """Return kind, whether it is the last one, and content of a whole frame; raise OSError."""
-        data = self._data
-        if len(data) < 2:
-            return None
-        size, start = data[1] & 127, 2
-        if size > 125:
-            start = 4 if size == 126 else 10
-            if len(data) < start:
-                return None
-            size = int.from_bytes(data[2:start], "big")
-        if data[0] & 0x70 or data[1] & 128 or size + len(self._message) > MAX_FRAME_BYTES:
-            raise ConnectionAbortedError("odd or too large a frame")
-        if len(data) < start + size:
-            return None
-        frame = data[0] & 15, bool(data[0] & 128), bytes(data[start : start + size])
-        del data[: start + size]
-        return frame
+    def _take(self, size: int) -> bytes:
+        """Return the next bytes of a frame that has begun; raise OSError."""
+        deadline = time.monotonic() + STALL_SECONDS
+        while len(self._data) < size:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            self._receive(1.0)
+        taken = bytes(self._data[:size])
+        del self._data[:size]
+        return taken
 
     def read(self, seconds: float) -> bytes | None:
-        """Return the next text message; None when none came in time; raise OSError at the end."""
-        deadline = time.monotonic() + seconds
-        while True:
-            while frame := self._frame():
-                kind, is_last, data = frame
-                if kind == PING:
-                    self.send(PONG, data[:125])
-                elif kind == CLOSE:
-                    raise ConnectionResetError("closed by the other side")
-                elif kind < CLOSE:
-                    self._kind = kind or self._kind
-                    self._message += data
-                    if is_last:
-                        message, self._message = bytes(self._message), bytearray()
-                        if self._kind == TEXT:
-                            return message
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._receive(left):
-                return None
+        """Read a frame that begins in time; return the message that it ends; raise OSError."""
+        if not self._data and not self._receive(seconds):
+            return None
+        first, size = self._take(2)
+        odd = first & 0x70 or size & 128
+        if size in (126, 127):
+            size = int.from_bytes(self._take(2 if size == 126 else 8), "big")
+        if odd or size + len(self._message) > MAX_FRAME_BYTES:
+            raise ConnectionAbortedError("odd or too large a frame")
+        kind, data = first & 15, self._take(size)
+        if kind == PING:
+            self.send(PONG, data[:125])
+        elif kind == CLOSE:
+            raise ConnectionResetError("closed by the other side")
+        elif kind < CLOSE:  # text, binary or a piece: whoever parses it will see
+            self._message += data
+            if first & 128:
+                message, self._message = bytes(self._message), bytearray()
+                return message
+        return None
 
     def close(self) -> None:
         shut(self._sock)
@@ -5586,7 +5555,7 @@ CODE_WORDS = (
     r"(?<![\w./:-])(?:[\w-]+\.)+[a-z]{2,}(?::\w+)?\b"
 )
 # what markdown and mentions are made of -> what looks like it
-DEFANGED = dict(zip(map(ord, "<[]*#~|"), "＜［］＊＃～｜", strict=True))
+DEFANGED = str.maketrans("<[]*#~|", "＜［］＊＃～｜")
 LINE_DOWN = "智能机器人的长连接断开了"
 SEE_NEXT = "⏩ 这条消息不再更新，请看下一条"
 
@@ -5595,15 +5564,12 @@ SEE_NEXT = "⏩ 这条消息不再更新，请看下一条"
 class Stream:
     """A message that lives. Of this process and one connection alone; owned by the Robot."""
 
+    message: Message  # which it answers, without its text
     req_id: str
-    address: str
-    line: object  # the WebSocket on which it can be answered
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     begun: float = 0.0  # monotonic; its first frame
-    last: float = 0.0  # monotonic; its latest frame
     text: str = ""
-    tasks: tuple[Task, ...] = ()
-    is_ending: bool = False  # its last frame is a letter, or on its way
+    request: str = ""  # id of the tasks that it shows; "" where its last frame is a letter
     lock: threading.Lock = field(default_factory=threading.Lock)  # one frame at a time
 
 
@@ -5629,6 +5595,12 @@ def without_mention(text: str) -> str:
     return " ".join(words[2:]) + newline + rest if len(words) > 2 and not rest else rest
 
 
+def part(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an object in a foreign object, {} where there is none."""
+    inside = found.get(name)
+    return inside if isinstance(inside, dict) else {}
+
+
 class Robot(Channel):
     """The robot's line: one thread reads, each message is answered in one of its own.
 
@@ -5646,16 +5618,12 @@ class Robot(Channel):
         self._settings = settings
         self._network = network
         self._log = log
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a message has one stream, a stream one ending
         self._line: WebSocket | None = None  # subscribed
-        self._acks: dict[str, tuple[threading.Event, list[dict[str, Any]]]] = {}
+        self._acks: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}  # by req_id
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
-
-    @property
-    def state(self) -> str:
-        return "up" if self._line else "down"
 
     def pace(self) -> list[tuple[float, float]]:
         """Return what WeCom lets a robot send to one chat."""
@@ -5665,30 +5633,26 @@ class Robot(Channel):
 
     def render(self, text: str) -> str:
         """Return markdown in which, outside of code, only line ends count."""
-        parts = re.split(r"(?ms)(^```$.*?^```$|`[^`\n]*`)", text)
-        for index, part in enumerate(parts):
-            if index % 2:
-                parts[index] = part.replace("（已是最新）", "  # 已是最新")
-            else:
-                part = re.sub(r"(?m)^(\s*)>", r"\1＞", part.translate(DEFANGED))
-                parts[index] = re.sub(CODE_WORDS, r"`\g<0>`", part)
-        return "".join(parts)
+        parts = re.split(r"(?ms)(^```$.*?^```$|`[^`\n]*`)", text)  # every other one is code
+        for index in range(0, len(parts), 2):
+            plain = re.sub(r"(?m)^(\s*)>", r"\1＞", parts[index].translate(DEFANGED))
+            parts[index] = re.sub(CODE_WORDS, r"`\g<0>`", plain)
+        return "".join(parts).replace("（已是最新）", "  # 已是最新")  # in a block, to be copied
 
     # -- what the chat and the lanes say
 
     def confirm(self, message: Message, text: str, tasks: Sequence[Task]) -> list[Letter]:
         first = self.letters(message.address, text, "")[0]
-        with self._lock:
-            if stream := self._streams.get(message.id):
-                stream.tasks, stream.is_ending = tuple(tasks), not tasks
+        if stream := self._streams.get(message.id):
+            stream.request = tasks[0].id if tasks else ""
         return [first._replace(message_id=message.id, is_last=not tasks)]
 
-    def ending(self, task: Task, letters: list[Letter]) -> list[Letter]:
+    def ending(self, request: str, letters: list[Letter]) -> list[Letter]:
         with self._lock:
-            for message_id, stream in self._streams.items():
-                if any(t.id == task.id for t in stream.tasks) and not stream.is_ending:
-                    stream.is_ending = True
-                    return [letters[0]._replace(message_id=message_id), *letters[1:]]
+            for stream in list(self._streams.values()):
+                if stream.request == request:
+                    stream.request = ""
+                    return [letters[0]._replace(message_id=stream.message.id), *letters[1:]]
         return letters
 
     # -- sending
@@ -5696,111 +5660,98 @@ class Robot(Channel):
     def send(self, letter: Letter) -> None:
         """Deliver a letter: as a frame of its stream where it has one, else as a new message."""
         stream = self._streams.get(letter.message_id)
-        is_shown = stream is not None and self._respond(stream, letter.text, letter.is_last)
-        if letter.is_last:
-            with self._lock:
-                self._streams.pop(letter.message_id, None)
-        if is_shown:
+        if stream and self._respond(stream, letter.text, letter.is_last):
             return
         user, _, group = split_address(letter.address)
-        body = {"chatid": group or user, "chat_type": 2 if group else 1, "msgtype": "markdown"}
-        found = self._ask(
-            "aibot_send_msg", secrets.token_hex(12), {**body, "markdown": {"content": letter.text}}
-        )
-        code = found.get("errcode")
-        if code != 0:
-            said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
-            raise ChannelError(f"智能机器人 {code}：{said}", 5.0, False)
+        body: dict[str, Any] = {"chatid": group or user, "chat_type": 2 if group else 1}
+        body |= {"msgtype": "markdown", "markdown": {"content": letter.text}}
+        self._ask("aibot_send_msg", secrets.token_hex(12), body)
 
     def _respond(self, stream: Stream, text: str, finish: bool) -> bool:
-        """Write one frame of a stream; tell whether it was acknowledged."""
+        """Write one frame of a stream; tell whether it was acknowledged: if not, it is over."""
+        content = {"id": stream.id, "finish": finish, "content": text}
+        body = {"msgtype": "stream", "stream": content}
         with stream.lock:
-            age = time.monotonic() - stream.begun if stream.begun else 0.0
-            if stream.line is not self._line or age > ROBOT_STREAM_SECONDS + ACK_SECONDS:
+            if self._streams.get(stream.message.id) is not stream:
                 return False
-            stream.begun = stream.begun or time.monotonic()
-            stream.last, stream.text = time.monotonic(), text
-            content = {"id": stream.id, "finish": finish, "content": text}
-            found: dict[str, Any] = {}
-            with contextlib.suppress(Failure):
-                body = {"msgtype": "stream", "stream": content}
-                found = self._ask("aibot_respond_msg", stream.req_id, body)
-            is_taken = found.get("errcode") == 0
-            is_open = bool(found) or not finish  # of a last frame without answer nobody knows
-            if not is_taken and is_open and (line := self._line):
-                with contextlib.suppress(OSError):  # nothing more will come: it must not stay open
+            stream.begun, stream.text = stream.begun or time.monotonic(), text
+            try:
+                self._ask("aibot_respond_msg", stream.req_id, body)
+            except Failure as failure:
+                self._streams.pop(stream.message.id, None)
+                # It must not stay open; only of a last frame without answer nobody knows.
+                if isinstance(failure, ChannelError) or not finish:
                     content |= {"finish": True, "content": SEE_NEXT}
-                    last = {"msgtype": "stream", "stream": content}
-                    self._write(line, "aibot_respond_msg", stream.req_id, last)
-            if finish or not is_taken:
-                stream.line = None  # a late acknowledgement must not pass for that of another frame
-            return is_taken
+                    with contextlib.suppress(Failure):
+                        self._write(self._line, "aibot_respond_msg", stream.req_id, body)
+                return False
+            if finish:
+                self._streams.pop(stream.message.id, None)
+            return True
 
     @staticmethod
-    def _write(line: WebSocket, command: str, req_id: str, body: Any = None) -> None:
-        """Send one frame; raise OSError."""
+    def _write(line: WebSocket | None, command: str, req_id: str, body: Any = None) -> None:
+        """Send one frame; raise Unreachable."""
         frame = {"cmd": command, "headers": {"req_id": req_id}} | ({"body": body} if body else {})
-        line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
-
-    def _ask(self, command: str, req_id: str, body: Any) -> dict[str, Any]:
-        """Send a command and return its acknowledgement; raise Unreachable."""
-        line = self._line
-        if line is None:
-            raise Unreachable(LINE_DOWN)
-        event = threading.Event()
-        found: list[dict[str, Any]] = []
-        with self._lock:
-            self._acks[req_id] = event, found
         try:
-            self._write(line, command, req_id, body)
-            is_answered = event.wait(ACK_SECONDS)
+            if line is None:
+                raise ConnectionError
+            line.send(TEXT, json.dumps(frame, ensure_ascii=False).encode())
         except OSError as error:
             raise Unreachable(LINE_DOWN) from error
+
+    def _ask(self, command: str, req_id: str, body: Any) -> None:
+        """Send a command and wait for its acknowledgement; raise Unreachable or ChannelError."""
+        answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._acks[req_id] = answers
+        try:
+            self._write(self._line, command, req_id, body)
+            found = answers.get(timeout=ACK_SECONDS)
+        except queue.Empty as error:
+            raise Unreachable("智能机器人没有确认收到") from error
         finally:
-            with self._lock:
-                self._acks.pop(req_id, None)
+            self._acks.pop(req_id, None)
         if not found:
-            raise Unreachable(LINE_DOWN if is_answered else "智能机器人没有确认收到")
-        return found[0]
+            raise Unreachable(LINE_DOWN)
+        self._check(found, "拒绝了一条消息", 5.0)
+
+    def _check(self, found: Mapping[str, Any], what: str, pause_seconds: float) -> None:
+        """Raise ChannelError where an answer has another errcode than 0."""
+        if found.get("errcode") != 0:
+            said = shown(self._log.mask(f"{found.get('errcode')} {found.get('errmsg', '')}"), 80)
+            raise ChannelError(f"智能机器人{what}（{said}）", pause_seconds, False)
 
     # -- the line
 
     def run(self, app: App) -> None:
-        """Keep the line for ever: connect, subscribe, read; after each fault again, later."""
-        refusals = 0
-        while True:
-            pause, line = 0.0, None
-            try:
-                line = WebSocket.connect(self._network, self._settings.BOT_URL)
-                code, said, early = self._subscribe(line)
-                if code:
-                    self.trouble = f"智能机器人订阅被拒绝（{code} {said}）：核对 BOT_ID、BOT_SECRET"
-                    pause = REFUSED_PAUSES[min(refusals, len(REFUSED_PAUSES) - 1)]
-                    refusals += 1
-                else:
-                    refusals = 0
-                    pause = self._read(app, line, early)
-            except (OSError, Failure) as error:
-                self.trouble = f"{LINE_DOWN}：{explain(error)}"
-            finally:
-                self._hang_up(line)
-            pause = pause or min(30.0, 2.0**self._faults)
-            self._faults = min(self._faults + 1, 5)
-            app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
-            app.sleep(pause)
-
-    def try_once(self) -> tuple[int, str]:
-        """Subscribe and leave, for `check`; return errcode and errmsg; raise Unreachable."""
-        line = WebSocket.connect(self._network, self._settings.BOT_URL)
+        """Keep the line as long as it lasts: connect, subscribe, read; then wait a while."""
+        line = None
         try:
-            return self._subscribe(line)[:2]
-        except OSError as error:
-            raise Unreachable(f"{LINE_DOWN}：{explain(error)}") from error
+            line = WebSocket.connect(self._network, self._settings.BOT_URL)
+            self._read(app, line, self._subscribe(line))
+        except (OSError, Failure) as error:
+            self.trouble = f"{LINE_DOWN}：{explain(error)}"
+            pause = min(30.0, 2.0**self._faults)
+            if isinstance(error, ChannelError):  # refused, or taken over
+                pause = error.pause_seconds
+            self._faults = min(self._faults + 1, 5)
         finally:
-            line.close()
+            self._line = None
+            self._streams.clear()
+            for answers in list(self._acks.values()):
+                answers.put({})  # none will come
+            if line:
+                line.close()
+        app.log.warning(f"robot: {self.trouble}；{pause:.0f} 秒后重试")
+        app.sleep(pause)
 
-    def _subscribe(self, line: WebSocket) -> tuple[int, str, list[bytes]]:
-        """Subscribe; return errcode, errmsg and what came before; raise OSError, Unreachable."""
+    def try_once(self) -> None:
+        """Subscribe and leave, for `check`; raise OSError or Failure."""
+        with contextlib.closing(WebSocket.connect(self._network, self._settings.BOT_URL)) as line:
+            self._subscribe(line)
+
+    def _subscribe(self, line: WebSocket) -> list[bytes]:
+        """Subscribe; return what came before that was acknowledged; raise OSError or Failure."""
         early: list[bytes] = []
         body = {"bot_id": self._settings.BOT_ID, "secret": self._settings.BOT_SECRET}
         req_id = secrets.token_hex(12)
@@ -5809,78 +5760,51 @@ class Robot(Channel):
         while (left := deadline - time.monotonic()) > 0:
             data = line.read(left) or b""
             found = self._parse(data)
-            if found.get("headers", {}).get("req_id") == req_id:
-                code = found.get("errcode", -1)
-                said = shown(self._log.mask(str(found.get("errmsg", ""))), 80)
-                return code if isinstance(code, int) else -1, said, early
+            if part(found, "headers").get("req_id") == req_id:
+                pause = REFUSED_PAUSES[min(self._faults, len(REFUSED_PAUSES) - 1)]
+                self._check(found, "拒绝订阅，核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
+                return early
             if data and len(early) < self.MOST_REPLIES:
                 early.append(data)
         raise Unreachable("智能机器人没有回答订阅")
 
     @staticmethod
     def _parse(data: bytes) -> dict[str, Any]:
-        """Return a frame with the parts that are objects; control characters are taken out."""
-        found: dict[str, Any] = read_json(re.sub(rb"[\x00-\x08\x0b-\x1f]", b"", data), dict) or {}
-        for name in ("headers", "body"):
-            if not isinstance(found.get(name), dict):
-                found[name] = {}
-        return found
+        """Return a frame without its control characters, {} for garbage."""
+        return read_json(re.sub(rb"[\x00-\x08\x0b-\x1f]", b"", data), dict) or {}
 
-    def _hang_up(self, line: WebSocket | None) -> None:
-        with self._lock:
-            self._line = None
-            self._streams.clear()
-            waiting = [event for event, _ in self._acks.values()]
-        for event in waiting:
-            event.set()  # with nothing found: the line is down
-        if line:
-            line.close()
-
-    def _read(self, app: App, line: WebSocket, early: list[bytes]) -> float:
-        """Read the line until it ends (OSError); return a pause where another program took it."""
-        with self._lock:
-            self._line = line
-        self.trouble = ""
+    def _read(self, app: App, line: WebSocket, early: list[bytes]) -> NoReturn:
+        """Read the line until it ends: OSError, ChannelError where another program took it."""
+        self._line, self.trouble = line, ""
         app.log.info("🤖 智能机器人已连接")
         app.posts[self.name].sign_of_life()
         pings = 0  # without an answer
         next_ping = time.monotonic() + ROBOT_PING_SECONDS
         while True:
-            left = max(0.0, next_ping - time.monotonic())
-            data = early.pop(0) if early else line.read(left)
+            data = early.pop(0) if early else line.read(next_ping - time.monotonic())
             if time.monotonic() >= next_ping:
                 if pings == 2:
                     raise TimeoutError
                 pings += 1
-                self._write(line, "ping", f"ping{secrets.token_hex(8)}")
+                self._write(line, "ping", secrets.token_hex(12))
                 next_ping = time.monotonic() + ROBOT_PING_SECONDS
             if data is None:
                 continue
             self._faults = 0
             frame = self._parse(data)
-            req_id = str(frame["headers"].get("req_id"))
+            req_id, body = str(part(frame, "headers").get("req_id")), part(frame, "body")
             if "cmd" not in frame:
-                pings = 0 if req_id.startswith("ping") else pings
-                with self._lock:
-                    event, found = self._acks.get(req_id, (None, []))
-                found.append(frame)
-                if event:
-                    event.set()
+                pings = 0
+                if answers := self._acks.get(req_id):
+                    answers.put(frame)
             elif frame["cmd"] in ("aibot_msg_callback", "aibot_event_callback"):
-                event_type = self._event(frame["body"])
+                event_type = part(body, "event").get("eventtype")
                 if event_type == "disconnected_event":
-                    self.trouble = "另一个程序正在使用同一个智能机器人，本机的长连接已被踢下线"
-                    return TAKEOVER_SECONDS
-                self._begin_answer(app, line, req_id, frame["body"], event_type)
+                    text = "另一个程序正在使用同一个智能机器人，本机的长连接已被踢下线"
+                    raise ChannelError(text, TAKEOVER_SECONDS, True)
+                self._begin_answer(app, req_id, body, event_type)
 
-    @staticmethod
-    def _event(body: Mapping[str, Any]) -> str:
-        event = body.get("event")
-        return str(event.get("eventtype")) if isinstance(event, dict) else ""
-
-    def _begin_answer(
-        self, app: App, line: WebSocket, req_id: str, body: dict[str, Any], event_type: str
-    ) -> None:
+    def _begin_answer(self, app: App, req_id: str, body: dict[str, Any], event_type: Any) -> None:
         """Answer in a thread of its own: the disk may take a while, the line must be read on."""
         if threading.active_count() >= self.MOST_THREADS:
             app.log.warning("robot: 同时来的消息过多，这一条没有处理")
@@ -5892,7 +5816,7 @@ class Robot(Channel):
                     welcome = {"msgtype": "text", "text": {"content": Channel().render(HELP)}}
                     self._ask("aibot_respond_welcome_msg", req_id, welcome)
                 elif not event_type:
-                    self._answer(app, line, req_id, body)
+                    self._answer(app, req_id, body)
             except Failure as failure:
                 app.log.warning(f"robot: {failure}")
             except Exception:
@@ -5900,18 +5824,22 @@ class Robot(Channel):
 
         threading.Thread(target=answer, daemon=True).start()
 
-    def _answer(self, app: App, line: WebSocket, req_id: str, body: dict[str, Any]) -> None:
+    def _answer(self, app: App, req_id: str, body: dict[str, Any]) -> None:
         """Answer one message by a letter; where it is no work, that finishes its stream."""
         message = self._message(body)
         if message is None:
             return
         app.posts[self.name].sign_of_life(message.address)
-        stream = Stream(req_id, message.address, line)
+        stream = Stream(message, req_id)
         with self._lock:
             if message.id in self._streams or app.chat.recall(message.id) is not None:
                 return  # a repeat
             self._streams[message.id] = stream
-        text, note = self._content(body, app.chat.refusal(message.user))
+        text, note = "", app.chat.refusal(message.user)
+        try:
+            text = "" if note else self._text(body)
+        except Failure as failure:
+            note = f"❌ {failure}"
         reply = app.chat.answer(message._replace(content=text), self, note)
         if message.id in app.state.facts.seen:
             return  # accepted, with its confirmation
@@ -5919,63 +5847,43 @@ class Robot(Channel):
         waiting = sum(letter.address == first.address for letter in app.state.facts.letters)
         if waiting >= self.MOST_REPLIES:
             app.log.warning("robot: 同一个人的消息过多，这一条没有回答")
-            with self._lock:
-                self._streams.pop(message.id, None)
+            self._streams.pop(message.id, None)
             return
-        stream.is_ending = True
-        if more:
-            app.posts[self.name].send_list(message.address, [letter.text for letter in more])
-        app.state.change(lambda facts: facts.with_letters([first._replace(message_id=message.id)]))
+        stream.request = ""
+        letters = [first._replace(message_id=message.id), *more]
+        app.state.change(lambda facts: facts.with_letters(letters))
 
     # -- what people send
 
     def _message(self, body: Mapping[str, Any]) -> Message | None:
         """Return whose message it is, without its text; None where nobody could be answered."""
-        sender, group = body.get("from"), str(body.get("chatid") or "")
-        user = str(sender.get("userid") or "") if isinstance(sender, dict) else ""
-        group = group if body.get("chattype") == "group" else ""
-        message_id = str(body.get("msgid") or "")
+        user = str(part(body, "from").get("userid") or "")
+        group = str(body.get("chatid") or "") if body.get("chattype") == "group" else ""
         if not USER_PATTERN.fullmatch(user) or not re.fullmatch(r"[\x21-\x7e]{0,128}", group):
             return None
-        if not re.fullmatch(r"[\x21-\x7e]{1,128}", message_id):
-            message_id = hashlib.sha256(json.dumps(dict(body), sort_keys=True).encode()).hexdigest()
+        given = str(body.get("msgid") or body).encode(errors="replace")
+        message_id = hashlib.sha256(given).hexdigest()[:32]
         return Message(user, f"{user} {self.name} {group}".strip(), "", message_id)
 
-    def _content(self, body: Mapping[str, Any], refusal: str) -> tuple[str, str]:
-        """Return the text of a message, and what to say instead of understanding it."""
-        try:
-            text = "" if refusal else self._text(body)
-        except Failure as failure:
-            return "", f"❌ {failure}"
-        if body.get("chattype") == "group":
-            text = without_mention(text)
-        is_talk = str(body.get("msgtype")) in ("text", "voice", "mixed")
-        note = "" if text.strip() or is_talk else ONLY_TEXT
-        return text.encode(errors="replace").decode(), refusal or note
-
     def _text(self, body: Mapping[str, Any]) -> str:
-        """Return the text of a message of any kind, "" where it has none; raise Failure."""
+        """Return the text of a message, "" where it has none; raise Failure."""
         kind = str(body.get("msgtype"))
-        part = body.get(kind)
-        if not isinstance(part, dict):
-            return ""
-        if kind == "mixed":
-            listed = part.get("msg_item")
-            items = listed if isinstance(listed, list) else []
-            texts = [self._text(item) for item in items if isinstance(item, dict)]
-            return "\n".join(filter(None, texts))
+        inside, pieces = part(body, kind), []
         if kind == "file":
-            return self._file(str(part.get("url")), str(part.get("aeskey")))
-        return str(part.get("content") or "") if kind in ("text", "voice") else ""
+            return self._file(str(inside.get("url")), str(inside.get("aeskey")))
+        if kind in ("text", "voice"):
+            pieces = [inside]
+        elif kind == "mixed" and isinstance(items := inside.get("msg_item"), list):
+            pieces = [part(item, "text") for item in items if isinstance(item, dict)]
+        text = "\n".join(str(piece["content"]) for piece in pieces if piece.get("content"))
+        text = text.encode(errors="replace").decode()  # JSON can hold half of a surrogate pair
+        return without_mention(text) if body.get("chattype") == "group" else text
 
     def _file(self, link: str, key: str) -> str:
         """Return a sent text file of at most MAX_PASTE_BYTES; raise Failure for another."""
-        if not link.startswith(("http://", "https://")):
-            raise Failure("这个文件没有下载地址")
         url = parse_url(link)
         vet = self._settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
-        wire = self._network.open(url, proxied=False, vet=vet)
-        with contextlib.closing(wire):
+        with contextlib.closing(self._network.open(url, proxied=False, vet=vet)) as wire:
             answer = wire.exchange("GET", url.target, {}, None, CALL_SECONDS)
         if answer.status != 200:
             raise Failure(f"这个文件取不到（HTTP {answer.status}），请再发一次")
@@ -5983,71 +5891,48 @@ class Robot(Channel):
             cipher = aes(base64.b64decode(key + "=" * (-len(key) % 4)))
             plain = unpad(cipher.decrypt(answer.body), 0)
             text = plain.decode("utf-8-sig")
-        except (ValueError, TypeError) as error:
-            raise Failure(
-                "这个文件读不懂：只看得懂文本文件（compose、清单、images.txt）"
-            ) from error
-        if len(plain) > MAX_PASTE_BYTES or "\0" in text:
-            raise Failure("只看得懂 256 KiB 以内的文本文件（compose、清单、images.txt）")
+            if len(plain) > MAX_PASTE_BYTES or "\0" in text:
+                raise ValueError("no paste")
+        except ValueError as error:
+            what = "只看得懂 256 KiB 以内的文本文件（compose、清单、images.txt）"
+            raise Failure(what) from error
         return text
 
     # -- messages that live
 
     def refresh(self, app: App) -> None:
-        """Show how far the requests of living messages are; end those that live too long."""
-        with self._lock:
-            streams = [(k, s) for k, s in self._streams.items() if s.begun and s.line]
-        for message_id, stream in streams:
-            facts = app.state.facts
-            tasks = [t for s in stream.tasks if (t := facts.task(s.id, s.lane))]
-            is_old = time.monotonic() > stream.begun + ROBOT_STREAM_SECONDS
-            if is_old or not (tasks or stream.is_ending):
-                self._end(app, message_id, stream, tasks)
-            elif not stream.is_ending:
-                self._show(app, stream, tasks)
-
-    def _end(self, app: App, message_id: str, stream: Stream, tasks: Sequence[Task]) -> None:
-        """End a message that has lived too long, or whose request is gone."""
-        with self._lock:
-            if self._streams.pop(message_id, None) is None:
-                return
-        app.posts[self.name].pace.take(stream.address)
-        # A last letter that still waits for the pace becomes a message of its own.
-        text = SEE_NEXT if stream.is_ending else self._last_text(app, tasks)
-        last = self.letters(stream.address, text, "")[0]
-        if not self._respond(stream, last.text, True) and not stream.is_ending:
-            app.state.change(functools.partial(Facts.with_letters, letters=[last]))
-
-    def _show(self, app: App, stream: Stream, tasks: Sequence[Task]) -> None:
-        """Show how far tasks are, where that is new and the pace leaves room."""
-        works = [t for t in tasks if app.progress.is_begun(t)]
-        text = self.render("\n\n".join(living_text(t, app.progress) for t in works))
-        is_due = time.monotonic() >= stream.last + REFRESH_SECONDS
-        pace = app.posts[self.name].pace
-        if is_due and text not in ("", stream.text) and not pace.wait_seconds(stream.address, 3):
-            pace.take(stream.address)
-            self._respond(stream, text, False)
-
-    @staticmethod
-    def _last_text(app: App, tasks: Sequence[Task]) -> str:
-        """Return what a message says at last whose request goes on without it, or is gone."""
-        if not tasks:
-            return "⏹ 已取消"
-        if not app.progress.is_begun(tasks[0]):
-            return "⏰ 还在排队，结束后再通知您"
-        work = app.progress.of(tasks[0])
-        work.is_told = True
-        if tasks[0].lane == "images":
-            return late_text(work.outcomes, app.settings.target_prefix, tasks[0].run_url)
-        return "\n".join(["⏰ 还在上传，结束后再通知您", *progress_lines(tasks[0], app.progress)])
-
-    def keep_refreshing(self, app: App) -> None:
-        """Wait until a message lives, then look at it every second."""
+        """Look once at the messages that live: show how far they are, end those that are old."""
         with app.state.changed:
             while not self._streams:
                 app.state.changed.wait()
-        self.refresh(app)
-        app.sleep(1.0)
+        for stream in list(self._streams.values()):
+            if stream.begun:
+                self._look(app, stream, stream.request)
+        app.sleep(REFRESH_SECONDS)
+
+    def _look(self, app: App, stream: Stream, request: str) -> None:
+        """Show how far a request is; end its message where that is old, or the request is gone."""
+        age = time.monotonic() - stream.begun
+        tasks = [task for task in app.state.facts.tasks if task.id == request]
+        begun = [task for task in tasks if app.progress.is_begun(task)]
+        text = "\n\n".join(living_text(task, app.progress) for task in begun)
+        pace = app.posts[self.name].pace
+        if request and tasks and age < ROBOT_STREAM_SECONDS:
+            text = self.render(text)
+            if text not in ("", stream.text) and not pace.wait_seconds(stream.message.address, 3):
+                pace.take(stream.message.address)
+                self._respond(stream, text, False)
+        elif request:
+            for task in begun:
+                app.progress.of(task).is_told = True
+            text = f"⏰ 还没有完成，结束后再通知您\n\n{text}".strip() if tasks else "⏹ 已取消"
+            letters = self.ending(request, self.letters(stream.message.address, text, "")[:1])
+            if letters[0].message_id:  # else something else has ended it meanwhile
+                app.state.change(functools.partial(Facts.with_letters, letters=letters))
+        elif age > ROBOT_STREAM_SECONDS + ACK_SECONDS:
+            # A last letter that still waits for the pace becomes a message of its own.
+            pace.take(stream.message.address)
+            self._respond(stream, SEE_NEXT, True)
 
 
 # ================================================================================================
@@ -6166,9 +6051,8 @@ class Doctor:
             cure = "服务正在运行，但长连接没有连上：看它的日志"
             yield finding("智能机器人", is_up, "服务正在运行，长连接已连上", cure)
             return
-        code, said = robot.try_once()
-        cure = f"订阅被拒绝（{code} {said}）：核对 BOT_ID 和 BOT_SECRET，机器人要设为长连接方式"
-        yield finding("智能机器人", not code, "BOT_ID 和 BOT_SECRET 正确", cure)
+        robot.try_once()
+        yield Finding("✅", "智能机器人", "BOT_ID 和 BOT_SECRET 正确")
         del lock  # held until here
 
     # -- GitHub
@@ -6417,7 +6301,7 @@ def start_threads(app: App) -> None:
     robot = app.channels.get(Robot.name)
     if isinstance(robot, Robot):
         start(lambda: robot.run(app))
-        start(lambda: robot.keep_refreshing(app))
+        start(lambda: robot.refresh(app))
     threading.Thread(target=warm_up, daemon=True).start()
 
 
