@@ -5623,6 +5623,7 @@ class Robot(Channel):
         self._acks: dict[str, queue.SimpleQueue[dict[str, Any]]] = {}  # by req_id
         self._streams: dict[str, Stream] = {}  # message id -> its stream, while it lives
         self._faults = 0  # of the line since something came over it
+        self._refusals = 0  # in a row
         self.trouble = "智能机器人还没有连上"
 
     def pace(self) -> list[tuple[float, float]]:
@@ -5761,8 +5762,10 @@ class Robot(Channel):
             data = line.read(left) or b""
             found = self._parse(data)
             if part(found, "headers").get("req_id") == req_id:
-                pause = REFUSED_PAUSES[min(self._faults, len(REFUSED_PAUSES) - 1)]
+                pause = REFUSED_PAUSES[min(self._refusals, len(REFUSED_PAUSES) - 1)]
+                self._refusals += 1
                 self._check(found, "拒绝订阅，核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
+                self._refusals = 0
                 return early
             if data and len(early) < self.MOST_REPLIES:
                 early.append(data)
@@ -5835,7 +5838,8 @@ class Robot(Channel):
             if message.id in self._streams or app.chat.recall(message.id) is not None:
                 return  # a repeat
             self._streams[message.id] = stream
-        text, note = "", app.chat.refusal(message.user)
+        is_text = str(body.get("msgtype")) in ("text", "voice", "mixed", "file")
+        text, note = "", app.chat.refusal(message.user) or ("" if is_text else ONLY_TEXT)
         try:
             text = "" if note else self._text(body)
         except Failure as failure:
