@@ -3227,6 +3227,11 @@ class State:
         self._writer.start()
         return [entry for name, entry in damaged if name == "tasks"]
 
+    def wait_for(self, look: Callable[[Facts], T]) -> T:
+        """Wait until a look at the facts finds something, and return that."""
+        with self.changed:
+            return self.changed.wait_for(lambda: look(self.facts))
+
     def ready(self, lane: str) -> list[Task]:
         """Return the tasks of a lane but those whose end waits for the disk."""
         tasks = self.facts.lane(lane)
@@ -4812,9 +4817,8 @@ def sync_images(app: App, task: Task) -> None:
             task = advance(app, task, stage="committed")
         if task.stage in ("committed", "dispatching"):
             task = find_or_start_run(app, task, patience)
-        with app.state.changed:  # it is followed beside the lane, until it ends or takes long
-            while any(waiting.id == task.id for waiting in app.state.facts.lane("images")):
-                app.state.changed.wait()
+        # It is followed beside the lane, until it ends or takes long.
+        app.state.wait_for(lambda facts: all(t.id != task.id for t in facts.lane("images")))
 
 
 def follow(app: App, task: Task) -> None:
@@ -4850,9 +4854,7 @@ def follow(app: App, task: Task) -> None:
 
 def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
     """Look once at the runs of these tasks, and at the clock of the one that waits for GitHub."""
-    with app.state.changed:
-        while not (tasks := which(app.state.facts)):
-            app.state.changed.wait()
+    tasks = app.state.wait_for(which)
     began = time.monotonic()
     for task in tasks:
         work = app.progress.of(task)
@@ -4950,10 +4952,7 @@ def relay_file(app: App, task: Task) -> None:
 
 def keep_settling(app: App) -> None:
     """Drop what uploads that failed have left behind, trying every minute while there is any."""
-    with app.state.changed:
-        while not (orphans := app.state.facts.orphans):
-            app.state.changed.wait()
-    for orphan in orphans:
+    for orphan in app.state.wait_for(lambda facts: facts.orphans):
         try:
             if app.store:
                 app.store.drop(orphan)
@@ -4975,10 +4974,7 @@ def keep_settling(app: App) -> None:
 
 def work(app: App, lane: str) -> None:
     """Do one task of a lane, or the first part of one."""
-    with app.state.changed:
-        while not (tasks := app.state.ready(lane)):
-            app.state.changed.wait()
-    task = tasks[0]
+    task = app.state.wait_for(lambda facts: app.state.ready(lane))[0]
     begun(app, task)
     step = sync_images if lane == "images" else relay_file
     attempt(app, task, functools.partial(step, app, task))
@@ -6040,9 +6036,7 @@ class Robot(Channel):
 
     def keep_refreshing(self, app: App) -> None:
         """Wait until a message lives, then look at it every second."""
-        with app.state.changed:
-            while not self._streams:
-                app.state.changed.wait()
+        app.state.wait_for(lambda facts: self._streams)
         self.refresh(app)
         app.sleep(1.0)
 
