@@ -3276,59 +3276,55 @@ class State:
     # -- writing
 
     def _write_for_ever(self) -> None:
-        is_dirty = False
+        why = ""
         while True:
-            with self.changed:
-                while not (self._waiting or self._stopping):
-                    if not self.changed.wait(REWRITE_SECONDS if is_dirty else None) and is_dirty:
-                        break
+            with self.changed:  # after a failure it is tried again, though nothing may have come
+                pause = REWRITE_SECONDS if why else None
+                self.changed.wait_for(lambda: self._waiting or self._stopping, pause)
                 if self._stopping and not self._waiting:
                     return
                 batch, self._waiting, self._since = self._waiting, [], []
                 facts = self._next
-            is_dirty = not self._write(facts)
-            why = self.trouble
+            why = self._write(facts)
             with self.changed:
-                if is_dirty:  # what waits for the disk is refused, all of it
+                if why:  # what waits for the disk is refused, all of it
                     batch, self._waiting = batch + self._waiting, []
                     self._next = self.facts
                 else:
                     self.facts = functools.reduce(lambda f, change: change(f), self._since, facts)
-            if is_dirty:
+            if why:
                 self._write(self.facts)  # a restart must not find what is refused
             with self.changed:
                 for answer in batch:
                     answer.append(why)
                 self.changed.notify_all()
 
-    def _write(self, facts: Facts) -> bool:
-        """Add a line to the journal, or begin it anew; tell whether the disk took it."""
-        size_bytes, is_append = self._size_bytes, False
+    def _write(self, facts: Facts) -> str:
+        """Add a line to the journal, or begin it anew; return why the disk did not take it."""
+        why, is_append = "", False
         try:
             line = self._dump(facts)
             if hasattr(os, "statvfs") and not os.statvfs(self._path.parent).f_bavail:
                 # A line might still fit where the file ends, but nothing else that follows from it.
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            is_append = size_bytes + len(line) <= JOURNAL_BYTES
-            if not is_append:
-                write_atomically(self._path, line)
-                self._size_bytes = len(line)
-            else:
+            if is_append := self._size_bytes + len(line) <= JOURNAL_BYTES:
                 with open(self._path, "ab") as file:
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
-                self._size_bytes += len(line)
+            else:
+                write_atomically(self._path, line)
+                self._size_bytes = 0
+            self._size_bytes += len(line)
         except (OSError, MemoryError, ValueError) as error:
             if is_append:
                 with contextlib.suppress(OSError):
-                    os.truncate(self._path, size_bytes)
+                    os.truncate(self._path, self._size_bytes)
             self._size_bytes = JOURNAL_BYTES  # whatever is there now: begun anew next time
-            self.trouble = f"写入 {self._path.name} 失败：{explain(error)}"
-            self._log.error(f"❌ {self.trouble}")
-            return False
-        self.trouble = ""
-        return True
+            why = f"写入 {self._path.name} 失败：{explain(error)}"
+            self._log.error(f"❌ {why}")
+        self.trouble = why
+        return why
 
     def _dump(self, facts: Facts, closed: bool = False) -> bytes:
         data = {"version": self.VERSION, "closed": closed, **vars(facts)}
