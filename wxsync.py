@@ -106,16 +106,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import (
-    Any,
-    NamedTuple,
-    NoReturn,
-    TextIO,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar, get_args, get_type_hints
 from xml.parsers import expat
 
 try:
@@ -3031,8 +3022,7 @@ class Said(NamedTuple):
 STAGES = ("queued", "committed", "dispatching", "running", "late")
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """An accepted request. `stage` says how far it is, for a restart to go on from there."""
 
     id: str
@@ -3084,7 +3074,7 @@ class Facts:
     def with_task(self, task: Task, **changes: Any) -> Facts:
         """Return Facts in which a task has other fields."""
         same = self.task(task.id, task.lane)
-        tasks = (replace(t, **changes) if t is same else t for t in self.tasks)
+        tasks = (t._replace(**changes) if t is same else t for t in self.tasks)
         return replace(self, tasks=tuple(tasks))
 
     def without_task(self, task: Task) -> Facts:
@@ -3101,30 +3091,27 @@ class Facts:
         """Return Facts that know what came of a request, or of one more part of it."""
         last = self.finished.get(task.person)
         before = last.failed if last and last.id == task.id else ()
-        people = {k: v for k, v in self.finished.items() if k != task.person}
-        people = newest(people, MAX_REMEMBERED - 1)
-        people[task.person] = Finished(task.id, at, title, (*before, *failed))
-        return replace(self, finished=people)
+        others = {k: v for k, v in self.finished.items() if k != task.person}
+        result = Finished(task.id, at, title, (*before, *failed))
+        return replace(self, finished=newest({**others, task.person: result}, MAX_REMEMBERED))
 
     def with_seen(self, message_id: str, at: float, reply: str, keep_seconds: float) -> Facts:
         """Return Facts that remember the reply to a message, and no more than need be."""
         seen = {k: v for k, v in self.seen.items() if at - v.at < keep_seconds}
-        seen = newest(seen, MAX_REMEMBERED - 1)
-        return replace(self, seen={**seen, message_id: Said(at, reply)})
+        return replace(self, seen=newest({**seen, message_id: Said(at, reply)}, MAX_REMEMBERED))
 
 
 def revive(kind: Any, value: Any) -> Any:
-    """Return what JSON has kept as it was; raise TypeError or ValueError where it is no `kind`.
+    """Return what JSON has kept as it was; raise some error where that is no `kind`.
 
-    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions; fields
-    of a tuple that have a default are this process's own, and not kept.
+    A tuple is written as an object or as a list of its first fields; unknown fields are those of
+    other versions.
     """
     if get_args(kind):  # tuple[X, ...]
         return tuple(revive(get_args(kind)[0], entry) for entry in revive(list, value))
-    if kind is Task or issubclass(kind, tuple):
-        own = () if kind is Task else kind._field_defaults
-        hints = {k: hint for k, hint in get_type_hints(kind).items() if k not in own}
-        pairs = zip(hints, revive(list, value), strict=True) if kind is not Task else value.items()
+    if issubclass(kind, tuple):
+        hints = get_type_hints(kind)
+        pairs = zip(hints, value, strict=False) if isinstance(value, list) else value.items()
         return kind(**{k: revive(hints[k], entry) for k, entry in pairs if k in hints})
     if not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(kind)
@@ -3132,17 +3119,25 @@ def revive(kind: Any, value: Any) -> Any:
 
 
 def read_task(entry: Any) -> Task:
-    """Return the Task that was written as entry; raise TypeError or ValueError where it is none."""
+    """Return the Task that was written as entry; raise some error where it is none.
+
+    An upload that was on its way when the process died may be why.
+    """
     task: Task = revive(Task, entry)
     is_known = task.lane in ("images", "files") and task.stage in STAGES
     is_whole = task.items and len(task.upload) in (0, 3)
     if not is_known or not is_whole or not USER_PATTERN.fullmatch(task.person):
         raise ValueError("lane, stage, items, upload or user")
-    if not re.fullmatch(r"(https?://[\x21-\x7e]{1,200})?", task.run_url):
-        task = replace(task, run_url="")
     if task.lane == "images":  # a line is taken as it is now canonical
-        task = replace(task, items=tuple(read_image(line).line for line in task.items))
+        task = task._replace(items=tuple(read_image(line).line for line in task.items))
+    if task.upload and "deaths" in entry:  # who stops in peace leaves it out
+        task = task._replace(deaths=task.deaths + 1)
     return task
+
+
+# What Facts hold many of -> its kind.
+KINDS: dict[str, type[Any]] = {"tasks": Task, "letters": Letter, "orphans": Upload}
+KINDS |= {"seen": Said, "finished": Finished, "cancelled": str}
 
 
 def read_facts(data: Mapping[str, Any]) -> tuple[Facts, list[tuple[str, Any]]]:
@@ -3150,22 +3145,15 @@ def read_facts(data: Mapping[str, Any]) -> tuple[Facts, list[tuple[str, Any]]]:
     bad: list[tuple[str, Any]] = []
     day = data.get("midnight")
     found: dict[str, Any] = {"midnight": day if isinstance(day, str) else ""}
-    for name, kind in get_type_hints(Facts).items():
-        if name in found:
-            continue
-        is_map = get_origin(kind) is Mapping
-        written = data.get(name)
-        if not isinstance(written, dict if is_map else list):
-            bad += [(name, written)] if name in data else []
-            continue
-        inside = get_args(kind)[1 if is_map else 0]
-        kept: dict[Any, Any] = {}
-        for key, entry in written.items() if isinstance(written, dict) else enumerate(written):
+    for name, kind in KINDS.items():
+        written, kept = data.get(name, []), dict[Any, Any]()
+        listed = written if isinstance(written, list) else [written]  # what is no list is bad
+        for key, entry in written.items() if isinstance(written, dict) else enumerate(listed):
             try:
-                kept[key] = read_task(entry) if name == "tasks" else revive(inside, entry)
-            except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+                kept[key] = read_task(entry) if kind is Task else revive(kind, entry)
+            except (TypeError, ValueError, AttributeError, OverflowError):
                 bad.append((name, entry))
-        found[name] = kept if is_map else tuple(kept.values())
+        found[name] = kept if kind in (Said, Finished) else tuple(kept.values())
     return Facts(**found), bad
 
 
@@ -3203,26 +3191,23 @@ class State:
         """Read the file and start writing; return the tasks in it that could not be read.
 
         What is damaged is set aside, never a reason not to start. Raises Failure for a file of a
-        later version. An upload that was on its way when the process died may be why.
+        later version.
         """
         written = self._path.read_bytes() if self._path.exists() else b"{}"
         lines = (read_json(line, dict) for line in [written, *reversed(written.splitlines())])
-        data = next((line for line in lines if line is not None), None)  # a crash may tear the last
-        facts, damaged = read_facts(data or {})
-        version = (data or {}).get("version", 1)
-        if isinstance(version, int | float) and version > self.VERSION:
+        # A crash may tear the last line. Where none is whole that is damage, too.
+        data = next((line for line in lines if line is not None), {"tasks": None})
+        if (version := data.get("version", self.VERSION)) != self.VERSION:
             name = self._path.name
             raise Failure(f"{name} 是更新的版本写的（version {version}），请用新版本启动")
-        if damaged or data is None:
+        facts, damaged = read_facts(data)
+        if damaged:
             aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
             with contextlib.suppress(OSError):
-                aside.touch(0o600)
-                aside.write_bytes(written)
-            text = f"❌ 状态文件有 {len(damaged) or 1} 处读不懂，原文件另存为 {aside.name}"
+                write_atomically(aside, written)
+            text = f"❌ 状态文件有 {len(damaged)} 处读不懂，原文件另存为 {aside.name}"
             self._log.error(f"{text}；受影响的请求请重发")
-        died = not (data or {}).get("closed")
-        tasks = (replace(t, deaths=t.deaths + (died and t.upload != ())) for t in facts.tasks)
-        self.facts = self._next = replace(facts, tasks=tuple(tasks))
+        self.facts = self._next = facts
         self.resumed = frozenset(task.id for task in facts.tasks)
         self._writer.start()
         return [entry for name, entry in damaged if name == "tasks"]
@@ -3327,8 +3312,8 @@ class State:
         return why
 
     def _dump(self, facts: Facts, closed: bool = False) -> bytes:
-        data = {"version": self.VERSION, "closed": closed, **vars(facts)}
-        data["tasks"] = [{**vars(task)} for task in facts.tasks]
+        data = {"version": self.VERSION, **vars(facts)}
+        data["tasks"] = [task._asdict() for task in facts.tasks]
         data["letters"] = [(letter.address, letter.text) for letter in facts.letters]
         # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
         data["last"] = ""
@@ -4626,7 +4611,7 @@ def finish(
         if not item or not items:
             return facts.without_task(task)
         others = [t for t in facts.tasks if t is not current]
-        rest = replace(current, items=tuple(items), upload=(), deaths=0)
+        rest = current._replace(items=tuple(items), upload=(), deaths=0)
         return replace(facts, tasks=(*others, rest))
 
     try:
@@ -4640,7 +4625,7 @@ def finish(
 def advance(app: App, task: Task, **changes: Any) -> Task:
     """Change fields of a task; on disk on return. Returns the Task as it is then."""
     app.state.change(lambda facts: facts.with_task(task, **changes))
-    return replace(task, **changes)
+    return task._replace(**changes)
 
 
 def stop_if_cancelled(app: App, task: Task) -> None:
