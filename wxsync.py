@@ -2927,31 +2927,30 @@ class ImageList:
     def __init__(self, folder: Path, log: Log) -> None:
         self.path = folder / LIST_PATH
         self._log = log
-        self._lock = threading.RLock()
-        self._unwritten: str | None = None  # what the disk did not take
+        self._lock = threading.Lock()
+        self._unwritten: bytes | None = None  # what the disk did not take
         self.trouble = ""
 
-    def read(self) -> str:
+    def read(self) -> bytes:
         """Return the list; raise Failure."""
         if self._unwritten is not None:
             return self._unwritten
         try:
-            return self.path.read_bytes().decode("utf-8", "surrogateescape")
+            return self.path.read_bytes()
         except FileNotFoundError:
-            return ""
+            return b""
         except OSError as error:
             text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
             raise Failure(text) from error
 
-    def _write(self, lines: Iterable[str]) -> bytes:
+    def _write(self, lines: Iterable[bytes]) -> bytes:
         """Replace the file, return its bytes; what a full disk does not take waits for `save`."""
-        text = "".join(f"{line}\n" for line in lines)
-        data = text.encode("utf-8", "surrogateescape")
+        data = b"".join(line + b"\n" for line in lines)
         try:
             write_atomically(self.path, data)
             self._unwritten, self.trouble = None, ""
         except OSError as error:
-            self._unwritten = text
+            self._unwritten = data
             self.trouble = f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
             self._log.error(f"❌ {self.trouble}")
         return data
@@ -2963,30 +2962,28 @@ class ImageList:
                 self._write(self._unwritten.splitlines())
 
     def add(self, lines: Sequence[str]) -> bytes:
-        """Append the lines that are not there yet; return the whole content. Raises Failure.
+        """Append the lines, if one is not there yet; return the whole content. Raises Failure.
 
         What `plan` would refuse is kept out, so that an edit by hand can always run: an older line
-        with the target of a new one goes, and so do the oldest lines over MAX_LIST_LINES.
+        with the target of one of these goes, and so do the oldest lines over MAX_LIST_LINES.
         """
+        taken = {read_image(line).target("") for line in lines}
+
+        def is_free(line: bytes) -> bool:
+            images = read_list(line.decode(errors="replace"))[0]
+            return taken.isdisjoint(read_image(image).target("") for image in images)
+
         with self._lock:
-            text = self.read()
-            old = text.splitlines()
-            present = {line.strip() for line in old}
-            new = [line for line in lines if line not in present]
-            if not new and (self.path.exists() or self._unwritten):
-                return text.encode("utf-8", "surrogateescape")
-            taken = {read_image(line).target("") for line in new}
-            targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
-            kept = [line for line in old if taken.isdisjoint(targets[line])]
-            older = [line for line in kept if targets[line] and line.strip() not in lines]
-            over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
-            for line in older[: max(0, over)]:
-                kept.remove(line)
-            return self._write([*kept, *new])
+            old, new = self.read().splitlines(), [line.encode() for line in lines]
+            if {line.strip() for line in old}.issuperset(new):
+                return self.read()
+            kept = [line for line in old if is_free(line)]
+            over = len(kept) + len(new) - MAX_LIST_LINES
+            return self._write([*kept[max(0, over) :], *new])
 
     def remove(self, uploaded: bytes) -> None:
         """Take out what was uploaded; lines that came meanwhile stay."""
-        gone = set(uploaded.decode("utf-8", "surrogateescape").splitlines())
+        gone = set(uploaded.splitlines())
         with self._lock:
             self._write(line for line in self.read().splitlines() if line not in gone)
 
@@ -4180,7 +4177,7 @@ class Chat:
 
     def _list(self) -> str:
         try:
-            lines = self._images.read().encode(errors="replace").decode().strip()
+            lines = self._images.read().decode(errors="replace").strip()
         except Failure as failure:
             raise Failure(f"❌ {failure}") from failure
         lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
@@ -4980,7 +4977,7 @@ def set_midnight(app: App, day: str) -> None:
 def empty_list(app: App, day: str) -> None:
     """Upload images.txt and empty it, when no image request runs; raise Failure."""
     with app.list_lock:
-        if uploaded := app.images.read().encode("utf-8", "surrogateescape"):
+        if uploaded := app.images.read():
             message = f"wxsync: 每日列表 {day} [skip ci]"
             app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
             app.images.remove(uploaded)
