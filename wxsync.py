@@ -106,7 +106,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, TypeVar, get_args, get_type_hints
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, get_args, get_type_hints
 from xml.parsers import expat
 
 try:
@@ -3330,29 +3330,29 @@ class State:
                 write_atomically(self._path, self._dump(self.facts, closed=True))
 
 
-class StateLock:
-    """STATE_DIR/wxsync.lock: held while the process lives, freed by the system when it dies."""
+def take_lock(folder: Path) -> BinaryIO:
+    """Return STATE_DIR/wxsync.lock, locked until it is closed or the process dies.
 
-    def __init__(self, folder: Path) -> None:
-        """Take the lock; raise Failure when another process has it or it cannot be written."""
-        path = folder / "wxsync.lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 - open as long as the process
-        except OSError as error:
-            raise Failure(f"STATE_DIR {folder} 不能写：{error.strerror}") from error
-        try:
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
+    Raises Failure when another process has it or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "wxsync.lock", "a+b")  # noqa: SIM115 - open as long as the process
+    except OSError as error:
+        raise Failure(f"STATE_DIR {folder} 不能写：{error.strerror}") from error
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
 
-                lock: Any = msvcrt
-                self._file.seek(0)
-                lock.locking(self._file.fileno(), lock.LK_NBLCK, 1)
-        except OSError as error:
-            self._file.close()
-            raise Failure(f"另一个 wxsync 正在使用 STATE_DIR {folder}，请先停掉它") from error
+            lock: Any = msvcrt
+            file.seek(0)
+            lock.locking(file.fileno(), lock.LK_NBLCK, 1)
+    except OSError as error:
+        file.close()
+        raise Failure(f"另一个 wxsync 正在使用 STATE_DIR {folder}，请先停掉它") from error
+    return file
 
 
 # ================================================================================================
@@ -6128,7 +6128,7 @@ class Doctor:
             return
         folder = Path(settings.STATE_DIR)
         try:  # where no service has ever been nothing is written
-            lock = StateLock(folder) if (folder / "wxsync.lock").exists() else None
+            lock = take_lock(folder) if (folder / "wxsync.lock").exists() else None
         except Failure:
             state = ask_service(settings, "GET", "/health", b"").body
             is_up = (read_json(state, dict) or {}).get("bot") == "up"
@@ -6401,7 +6401,7 @@ def serve(
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if not is_installed(module) and (module == "Crypto" or settings.QINGSTOR_ACCESS_KEY_ID):
                 raise Failure(f"没有安装 {package}：pip install {package}")
-        lock = StateLock(Path(settings.STATE_DIR))
+        lock = take_lock(Path(settings.STATE_DIR))
         app = build_app(settings, log, now, sleep)
         take_up(app)
         names = settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID
