@@ -4969,11 +4969,6 @@ def seconds_to_midnight(moment: float) -> float:
     return max(0.0, time.mktime((year, month, day + 1, 0, 0, 0, 0, 0, -1)) - moment)
 
 
-def set_midnight(app: App, day: str) -> None:
-    """Note the day up to which the list has been emptied."""
-    app.state.change(lambda facts: replace(facts, midnight=day))
-
-
 def empty_list(app: App, day: str) -> None:
     """Upload images.txt and empty it, when no image request runs; raise Failure."""
     with app.list_lock:
@@ -4981,25 +4976,25 @@ def empty_list(app: App, day: str) -> None:
             message = f"wxsync: 每日列表 {day} [skip ci]"
             app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
             app.images.remove(uploaded)
-        set_midnight(app, day_of(app.now()))
+    app.log.info(f"midnight: 列表已上传并清空 day={day}")
 
 
 def keep_midnight(app: App) -> float:
     """Do midnight's work if a day has begun since it was done; return the seconds to wait."""
     now, last = app.now(), app.state.facts.midnight
-    today = day_of(now)
     app.images.save()
-    if not last or last > today:
-        set_midnight(app, today)  # the first start, or the clock has been ahead
-    elif last < today:
-        try:
+    try:
+        if last and last < day_of(now):
             empty_list(app, last)
-            app.log.info(f"midnight: 列表已上传并清空 day={last}")
-        except Failure as failure:
-            app.log.warning(f"midnight: {failure}；{MIDNIGHT_RETRY_SECONDS:.0f} 秒后重试")
-            return MIDNIGHT_RETRY_SECONDS
+            now = app.now()
+    except Failure as failure:
+        app.log.warning(f"midnight: {failure}；{MIDNIGHT_RETRY_SECONDS:.0f} 秒后重试")
+        return MIDNIGHT_RETRY_SECONDS
+    # The list is today's now, as it is at the first start and where the clock has been ahead.
+    if last != (today := day_of(now)):
+        app.state.change(lambda facts: replace(facts, midnight=today))
     # In short steps, for a clock that is set meanwhile does not end a long one.
-    return min(CLOCK_LOOK_SECONDS, seconds_to_midnight(app.now()))
+    return min(CLOCK_LOOK_SECONDS, seconds_to_midnight(now))
 
 
 # ================================================================================================
