@@ -4377,36 +4377,24 @@ class Pace:
     def __init__(self, buckets: Sequence[tuple[float, float]]) -> None:
         self._buckets = buckets
         self._lock = threading.Lock()
-        self._left: dict[str, list[tuple[float, float]]] = {}  # tokens and when (monotonic)
-
-    def _now(self, address: str) -> list[tuple[float, float]]:
-        now, kept = time.monotonic(), self._left.get(address)
-        if kept is None:
-            return [(burst, now) for burst, _ in self._buckets]
-        pairs = zip(self._buckets, kept, strict=True)
-        return [(min(burst, left + (now - at) / each), now) for (burst, each), (left, at) in pairs]
+        self._full: dict[str, list[float]] = {}  # when each bucket is full again (monotonic)
 
     def wait_seconds(self, address: str, spare: float = 0.0) -> float:
         """Return the seconds until a message may go that leaves `spare` tokens."""
-        with self._lock:
-            pairs = zip(self._buckets, self._now(address), strict=True)
-            return max(0.0, *((1 + spare - left) * each for (_, each), (left, _) in pairs))
+        now = time.monotonic()
+        pairs = zip(self._buckets, self._full.get(address, []), strict=False)
+        waits = [at - now - (burst - 1 - spare) * each for (burst, each), at in pairs]
+        return max([0.0, *waits])
 
     def take(self, address: str, tokens: float = 1.0) -> None:
-        """Count a message."""
+        """Count a message that has just arrived."""
         with self._lock:
-            left = [(left - tokens, at) for left, at in self._now(address)]
-            self._left.pop(address, None)  # so that the first one is the longest unused
-            self._left[address] = left
-            if len(self._left) > MAX_REMEMBERED:
-                del self._left[next(iter(self._left))]
-
-    def restart(self, address: str) -> None:
-        """Count the time for one more from now on: the message that was taken has arrived."""
-        with self._lock:
-            if address in self._left:
-                now = time.monotonic()
-                self._left[address] = [(left, now) for left, _ in self._left[address]]
+            now = time.monotonic()
+            before = self._full.get(address, [now] * len(self._buckets))
+            pairs = zip(self._buckets, before, strict=True)
+            full = [max(now, at) + tokens * each for (_, each), at in pairs]
+            others = {k: v for k, v in self._full.items() if k != address}
+            self._full = newest({**others, address: full}, MAX_REMEMBERED)
 
 
 class Post:
@@ -4478,7 +4466,6 @@ class Post:
                     seconds = max(seconds, self.pace.wait_seconds(letter.address))
                     if seconds <= 0:
                         self._busy.add(letter.address)
-                        self.pace.take(letter.address)
                         return letter
                     wait = min(seconds, wait or seconds)
                 self._state.changed.wait(wait)
@@ -4490,25 +4477,23 @@ class Post:
         """Send one message, or note why it could not be sent."""
         letter = self._next()
         try:
-            self._channel.send(letter)
-        except Failure as failure:
-            is_over = self._failed(letter, failure)
-        except BaseException:
+            self._try(letter)
+        finally:
             with self._state.changed:
                 self._busy.discard(letter.address)
-            raise
-        else:
-            is_over, self._trouble, self._outage_tries = True, "", 0
-        if is_over:
-            self._forget(letter)
-        with self._state.changed:
-            self._busy.discard(letter.address)
-            self._state.changed.notify_all()
+                self._state.changed.notify_all()
 
-    def _forget(self, letter: Letter) -> None:
-        """Take a message that was sent or given up off the disk."""
+    def _try(self, letter: Letter) -> None:
+        """Send a message, and forget it once it was sent or is given up."""
+        try:
+            self._channel.send(letter)
+        except Failure as failure:
+            if not self._failed(letter, failure):
+                return
+        else:
+            self._trouble, self._outage_tries = "", 0
         self._tries.pop(letter.address, None)
-        self.pace.restart(letter.address)
+        self.pace.take(letter.address)
         with self._state.changed:
             if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
                 self._lists[letter.address] = pieces[1:]
