@@ -147,6 +147,7 @@ MAX_PASTE_BYTES = 256 * 1024  # of a sent file; a typed message is far shorter
 MAX_COMMAND_WORDS = 500  # of one docker command in a paste
 MAX_LINE_CHARACTERS = 64 * 1024  # of a paste's line; a whole manifest may be one
 KEEP_TRIES = 60  # of one message whose errcode nobody knows: about half a day
+ODD_SECONDS = 900.0  # the longest pause between them
 OUTAGE_SECONDS = 60.0  # the longest pause between looks at a service that is away
 # The robot (facts of WeCom's document 101463).
 MAX_MARKDOWN_BYTES = 20_480
@@ -3084,6 +3085,13 @@ class Facts:
         """Return Facts with more messages to be sent."""
         return replace(self, letters=(*self.letters, *letters))
 
+    def without_letter(self, letter: Letter) -> Facts:
+        """Return Facts without a message, if it is still to be sent."""
+        letters = list(self.letters)
+        if letter in letters:
+            letters.remove(letter)
+        return replace(self, letters=tuple(letters))
+
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
         """Return Facts that know what came of a request, or of one more part of it."""
         last = self.finished.get(task.person)
@@ -4414,25 +4422,16 @@ class Post:
         self._log = log
         self._sleep = sleep
         self.pace = Pace(channel.pace())
-        self._busy: set[str] = set()  # addresses; this and the rest under state.changed
+        self._busy: set[str] = set()  # addresses; this and the next two under state.changed
         self._lists: dict[str, list[str]] = {}
         self._not_before: dict[str, float] = {}  # address -> monotonic
-        self._tries: dict[str, int] = {}
-        self._outage_tries = 0
+        self._tries: dict[str, int] = {}  # in vain: address, or "" for what meets all -> how many
         self._lives = 0  # signs of life so far
-        self._dropped_at = 0.0
         self.dropped = 0  # messages given up since the start
-        self._trouble = ""
+        self.trouble = ""  # until a message goes again
         for address in {letter.address for letter in state.facts.letters}:
             # It may have got as many as it may just before a restart.
             self.pace.take(address, channel.pace()[0][0])
-
-    @property
-    def trouble(self) -> str:
-        """Return what is wrong with sending; a dropped message counts for an hour."""
-        if not self._trouble and self._dropped_at and time.monotonic() < self._dropped_at + 3600:
-            return f"有 {self.dropped} 条消息没有送到，已丢弃"
-        return self._trouble
 
     def send_list(self, address: str, pieces: list[str]) -> None:
         """Send the rest of a long reply, in place of an older one that still waits."""
@@ -4455,7 +4454,7 @@ class Post:
                 now, wait = time.monotonic(), None
                 first: dict[str, Letter] = {}
                 for letter in self._state.facts.letters:
-                    if self._owns(letter.address):
+                    if split_address(letter.address)[1] == self._channel.name:
                         first.setdefault(letter.address, letter)
                 for address, pieces in self._lists.items():
                     first.setdefault(address, Letter(address, pieces[0]))
@@ -4469,9 +4468,6 @@ class Post:
                         return letter
                     wait = min(seconds, wait or seconds)
                 self._state.changed.wait(wait)
-
-    def _owns(self, address: str) -> bool:
-        return split_address(address)[1] == self._channel.name
 
     def step(self) -> None:
         """Send one message, or note why it could not be sent."""
@@ -4491,46 +4487,36 @@ class Post:
             if not self._failed(letter, failure):
                 return
         else:
-            self._trouble, self._outage_tries = "", 0
-        self._tries.pop(letter.address, None)
+            self.trouble = ""
         self.pace.take(letter.address)
+        for who in ("", letter.address):
+            self._tries.pop(who, None)
         with self._state.changed:
             if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
                 self._lists[letter.address] = pieces[1:]
                 if not pieces[1:]:
                     del self._lists[letter.address]
                 return
-
-        def change(facts: Facts) -> Facts:
-            letters = list(facts.letters)
-            if letter in letters:
-                letters.remove(letter)
-            return replace(facts, letters=tuple(letters))
-
         # A crash before it is written sends the letter again, whether it is waited for or not.
-        self._state.change(change, is_waiting=False)
+        self._state.change(lambda facts: facts.without_letter(letter), is_waiting=False)
 
     def _failed(self, letter: Letter, failure: Failure) -> bool:
         """Note a failure; tell whether the message is given up."""
-        known = not isinstance(failure, ChannelError) or failure.is_known
+        is_odd = isinstance(failure, ChannelError) and not failure.is_known
         least = failure.pause_seconds if isinstance(failure, ChannelError) else 1.0
-        with self._state.changed:
-            tries = self._tries[letter.address] = self._tries.get(letter.address, 0) + (not known)
-            if not least or (not known and tries > KEEP_TRIES):
-                self.dropped += 1
-                self._dropped_at, self._trouble = time.monotonic(), ""
-                text = f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃"
-                self._log.error(text)
-                return True
-            self._trouble = str(failure)
-            if known:
-                self._outage_tries += 1
-                pause = max(least, min(OUTAGE_SECONDS, 2.0 ** min(self._outage_tries, 9)))
-            else:
-                pause = max(least, min(900.0, 5.0 * 2.0 ** min(tries - 1, 8)))
-                self._not_before[letter.address] = time.monotonic() + pause
+        who, most = (letter.address, ODD_SECONDS) if is_odd else ("", OUTAGE_SECONDS)
+        tries = self._tries[who] = self._tries.get(who, 0) + 1
+        if not least or (is_odd and tries > KEEP_TRIES):
+            self.dropped += 1
+            self.trouble = f"有 {self.dropped} 条消息没有送到，已丢弃"
+            self._log.error(f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃")
+            return True
+        self.trouble = str(failure)
+        pause = max(least, min(most, 2.0 ** min(tries, 10)))
         self._log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
-        if known:
+        if is_odd:
+            self._not_before[letter.address] = time.monotonic() + pause
+        else:
             self._sit_out(pause)
         return False
 
