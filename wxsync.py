@@ -2992,13 +2992,14 @@ class ImageList:
 class Letter(NamedTuple):
     """A message to be sent: to an address, in the form of its channel.
 
-    Where a message that lives can show it, that is named: in this process alone, never on disk.
+    What has a default is of this process alone, never on disk.
     """
 
     address: str
     text: str
-    message_id: str = ""
+    message_id: str = ""  # where a message that lives can show it
     is_last: bool = True  # it ends the message that lives
+    is_list: bool = False  # the rest of a long reply: any other message goes first
 
 
 class Finished(NamedTuple):
@@ -3084,6 +3085,12 @@ class Facts:
     def with_letters(self, letters: Iterable[Letter]) -> Facts:
         """Return Facts with more messages to be sent."""
         return replace(self, letters=(*self.letters, *letters))
+
+    def with_list(self, rest: Sequence[Letter]) -> Facts:
+        """Return Facts with the rest of a long reply, in place of an older one that still waits."""
+        addresses = {letter.address for letter in rest}
+        others = (a for a in self.letters if not (a.is_list and a.address in addresses))
+        return replace(self, letters=(*others, *(a._replace(is_list=True) for a in rest)))
 
     def without_letter(self, letter: Letter) -> Facts:
         """Return Facts without a message, if it is still to be sent."""
@@ -4409,8 +4416,7 @@ class Post:
     """Sends a channel's letters: for each address in order, the oldest first, at its pace.
 
     What fails for everybody holds up all, and is tried again every minute at least, or when a sign
-    of life comes; an odd errcode holds up only its address. Lists (long replies) wait in memory
-    until no letter does; a newer one replaces an older.
+    of life comes; an odd errcode holds up only its address. Lists (long replies) give way.
     """
 
     def __init__(
@@ -4422,8 +4428,7 @@ class Post:
         self._log = log
         self._sleep = sleep
         self.pace = Pace(channel.pace())
-        self._busy: set[str] = set()  # addresses; this and the next two under state.changed
-        self._lists: dict[str, list[str]] = {}
+        self._busy: set[str] = set()  # addresses; this and the next one under state.changed
         self._not_before: dict[str, float] = {}  # address -> monotonic
         self._tries: dict[str, int] = {}  # in vain: address, or "" for what meets all -> how many
         self._lives = 0  # signs of life so far
@@ -4432,12 +4437,6 @@ class Post:
         for address in {letter.address for letter in state.facts.letters}:
             # It may have got as many as it may just before a restart.
             self.pace.take(address, channel.pace()[0][0])
-
-    def send_list(self, address: str, pieces: list[str]) -> None:
-        """Send the rest of a long reply, in place of an older one that still waits."""
-        with self._state.changed:
-            self._lists[address] = pieces
-            self._state.changed.notify_all()
 
     def sign_of_life(self, address: str = "") -> None:
         """Try at once what an outage or an errcode holds up: the other side was just heard."""
@@ -4453,11 +4452,9 @@ class Post:
             while True:
                 now, wait = time.monotonic(), None
                 first: dict[str, Letter] = {}
-                for letter in self._state.facts.letters:
+                for letter in sorted(self._state.facts.letters, key=lambda a: a.is_list):
                     if split_address(letter.address)[1] == self._channel.name:
                         first.setdefault(letter.address, letter)
-                for address, pieces in self._lists.items():
-                    first.setdefault(address, Letter(address, pieces[0]))
                 for letter in first.values():
                     if letter.address in self._busy:
                         continue
@@ -4491,12 +4488,6 @@ class Post:
         self.pace.take(letter.address)
         for who in ("", letter.address):
             self._tries.pop(who, None)
-        with self._state.changed:
-            if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
-                self._lists[letter.address] = pieces[1:]
-                if not pieces[1:]:
-                    del self._lists[letter.address]
-                return
         # A crash before it is written sends the letter again, whether it is waited for or not.
         self._state.change(lambda facts: facts.without_letter(letter), is_waiting=False)
 
@@ -5346,15 +5337,15 @@ class Callback:
         is_new = app.chat.recall(message.id) is None
 
         def say(text: str) -> Reply:
-            pieces = [channel.render(text)]
-            if len(pieces[0].encode()) > channel.limit_bytes:
-                letters = channel.letters(message.address, text, message.id)
-                pieces = [letter.text for letter in letters]  # marked: no duplicate of an older one
-            if is_new and pieces[1:]:
-                post.send_list(message.address, pieces[1:])
+            reply = channel.render(text)
+            if len(reply.encode()) > channel.limit_bytes:
+                first, *rest = channel.letters(message.address, text, message.id)
+                reply = first.text  # marked: no duplicate of an older one
+                if is_new:
+                    app.state.change(lambda facts: facts.with_list(rest), is_waiting=False)
             now = app.now()
             inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
-            inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": pieces[0]}
+            inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": reply}
             kind = "application/json" if as_json else "application/xml"
             return Reply(200, seal(crypto, inner, as_json, now), kind)
 
@@ -5860,9 +5851,8 @@ class Robot(Channel):
                 self._streams.pop(message.id, None)
             return
         stream.is_ending = True
-        if more:
-            app.posts[self.name].send_list(message.address, [letter.text for letter in more])
-        app.state.change(lambda facts: facts.with_letters([first._replace(message_id=message.id)]))
+        first = first._replace(message_id=message.id)
+        app.state.change(lambda facts: facts.with_letters([first]).with_list(more))
 
     # -- what people send
 
