@@ -9769,10 +9769,11 @@ class Shaky(wxsync.Channel):
 
 def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
     """Tries while nobody could be reached do not count against a message."""
-    log = wxsync.Log("ERROR", [], io.StringIO())
-    state, chat = wxsync.State(tmp_path, log, time.time), Shaky()
+    settings, log = load(**ROBOT, STATE_DIR=str(tmp_path)), wxsync.Log("ERROR", [], io.StringIO())
+    app = wxsync.build_app(settings, log, time.time, lambda seconds: None)
+    state, chat = app.state, Shaky()
     state.load()
-    post = wxsync.Post(chat, state, log, lambda seconds: None)
+    post = wxsync.Post(app, chat)
     post.pace = wxsync.Pace([(1000.0, 0.001)])
     state.change(lambda facts: facts.with_letters([wxsync.Letter("ann", "result")]))
     while state.facts.letters:

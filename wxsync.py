@@ -3183,10 +3183,9 @@ class State:
 
     VERSION = 1
 
-    def __init__(self, folder: Path, log: Log, now: Callable[[], float]) -> None:
+    def __init__(self, folder: Path, log: Log) -> None:
         self._path = folder / "wxsync.state"
         self._log = log
-        self._now = now
         self.changed = threading.Condition()  # the one lock; notified after each change
         self.facts = self._next = Facts()  # _next: with what waits for the disk
         self.resumed: frozenset[str] = frozenset()  # ids of tasks of an earlier process
@@ -3214,7 +3213,7 @@ class State:
             raise Failure(f"{name} 是更新的版本写的（version {version}），请用新版本启动")
         facts, damaged = read_facts(data)
         if damaged:
-            aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
+            aside = self._path.with_name(f"wxsync.state.damaged-{int(time.time())}")
             with contextlib.suppress(OSError):
                 write_atomically(aside, written)
             text = f"❌ 状态文件有 {len(damaged)} 处读不懂，原文件另存为 {aside.name}"
@@ -3235,8 +3234,8 @@ class State:
         return [task for task in tasks if self._next.task(task.id, lane)]
 
     def is_cancelled(self, task: Task) -> bool:
-        """Tell whether the person has called a task off."""
-        return task.id in self.facts.cancelled
+        """Tell whether the person has called a task off; it may be gone already."""
+        return task.id in self.facts.cancelled or not self.facts.task(task.id, task.lane)
 
     # -- changing
 
@@ -4361,7 +4360,7 @@ class App:
         has_store = settings.QINGSTOR_ACCESS_KEY_ID
         self.store = QingStor(settings, self.network, log, sleep) if has_store else None
         folder = Path(settings.STATE_DIR)
-        self.images, self.state = ImageList(folder, log), State(folder, log, now)
+        self.images, self.state = ImageList(folder, log), State(folder, log)
         self.progress = Progress()
         self.chat = Chat(settings, log, now, self.state, self.images, self.progress, self.trouble)
         self.channels: dict[str, Channel] = {}
@@ -4376,10 +4375,9 @@ class App:
 
     def trouble(self) -> str:
         """Return what is wrong now, "" for nothing."""
-        posts = (post.trouble for post in self.posts.values())
-        lines = (channel.trouble for channel in self.channels.values())
-        own = (self.state.trouble, self.images.trouble, self.github.trouble)
-        return next(filter(None, [*own, *lines, *posts]), "")
+        own: list[Any] = [self.state, self.images, self.github]
+        parts = [*own, *self.channels.values(), *self.posts.values()]
+        return next((part.trouble for part in parts if part.trouble), "")
 
 
 # ---- The post: messages on their way, one Post a channel ---------------------------------------
@@ -4419,14 +4417,10 @@ class Post:
     of life comes; an odd errcode holds up only its address. Lists (long replies) give way.
     """
 
-    def __init__(
-        self, channel: Channel, state: State, log: Log, sleep: Callable[[float], None]
-    ) -> None:
+    def __init__(self, app: App, channel: Channel) -> None:
+        self._app = app
         self._channel = channel
         self._name = channel.name or "wecom"
-        self._state = state
-        self._log = log
-        self._sleep = sleep
         self.pace = Pace(channel.pace())
         self._busy: set[str] = set()  # addresses; this and the next one under state.changed
         self._not_before: dict[str, float] = {}  # address -> monotonic
@@ -4434,7 +4428,7 @@ class Post:
         self._lives = 0  # signs of life so far
         self.dropped = 0  # messages given up since the start
         self.trouble = ""  # until a message goes again
-        for address in {letter.address for letter in state.facts.letters}:
+        for address in {letter.address for letter in app.state.facts.letters}:
             # It may have got as many as it may just before a restart.
             self.pace.take(address, channel.pace()[0][0])
 
@@ -4442,29 +4436,28 @@ class Post:
         """Try at once what an outage or an errcode holds up: the other side was just heard."""
         self._lives += 1
         if address in self._not_before:
-            with self._state.changed:
+            with self._app.state.changed:
                 self._not_before.pop(address, None)
-                self._state.changed.notify_all()
+                self._app.state.changed.notify_all()
 
     def _next(self) -> Letter:
         """Wait for a message that may go now and return it, its address marked as busy."""
-        with self._state.changed:
+        state, name = self._app.state, self._channel.name
+        with state.changed:
             while True:
-                now, wait = time.monotonic(), None
-                first: dict[str, Letter] = {}
-                for letter in sorted(self._state.facts.letters, key=lambda a: a.is_list):
-                    if split_address(letter.address)[1] == self._channel.name:
-                        first.setdefault(letter.address, letter)
-                for letter in first.values():
-                    if letter.address in self._busy:
+                passed, wait = set(self._busy), None
+                for letter in sorted(state.facts.letters, key=lambda a: a.is_list):
+                    address = letter.address
+                    if address in passed or split_address(address)[1] != name:
                         continue
-                    seconds = self._not_before.get(letter.address, 0.0) - now
-                    seconds = max(seconds, self.pace.wait_seconds(letter.address))
+                    seconds = self._not_before.get(address, 0.0) - time.monotonic()
+                    seconds = max(seconds, self.pace.wait_seconds(address))
                     if seconds <= 0:
-                        self._busy.add(letter.address)
+                        self._busy.add(address)
                         return letter
+                    passed.add(address)
                     wait = min(seconds, wait or seconds)
-                self._state.changed.wait(wait)
+                state.changed.wait(wait)
 
     def step(self) -> None:
         """Send one message, or note why it could not be sent."""
@@ -4472,9 +4465,9 @@ class Post:
         try:
             self._try(letter)
         finally:
-            with self._state.changed:
+            with self._app.state.changed:
                 self._busy.discard(letter.address)
-                self._state.changed.notify_all()
+                self._app.state.changed.notify_all()
 
     def _try(self, letter: Letter) -> None:
         """Send a message, and forget it once it was sent or is given up."""
@@ -4489,7 +4482,7 @@ class Post:
         for who in ("", letter.address):
             self._tries.pop(who, None)
         # A crash before it is written sends the letter again, whether it is waited for or not.
-        self._state.change(lambda facts: facts.without_letter(letter), is_waiting=False)
+        self._app.state.change(lambda facts: facts.without_letter(letter), is_waiting=False)
 
     def _failed(self, letter: Letter, failure: Failure) -> bool:
         """Note a failure; tell whether the message is given up."""
@@ -4500,11 +4493,11 @@ class Post:
         if not least or (is_odd and tries > KEEP_TRIES):
             self.dropped += 1
             self.trouble = f"有 {self.dropped} 条消息没有送到，已丢弃"
-            self._log.error(f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃")
+            self._app.log.error(f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃")
             return True
         self.trouble = str(failure)
         pause = max(least, min(most, 2.0 ** min(tries, 10)))
-        self._log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
+        self._app.log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
         if is_odd:
             self._not_before[letter.address] = time.monotonic() + pause
         else:
@@ -4516,7 +4509,7 @@ class Post:
         lives, can_end = self._lives, seconds <= OUTAGE_SECONDS
         while seconds > 0 and self._lives == lives:
             step = min(5.0, seconds) if can_end else seconds
-            self._sleep(step)
+            self._app.sleep(step)
             seconds -= step
 
 
@@ -4589,8 +4582,7 @@ def advance(app: App, task: Task, **changes: Any) -> Task:
 
 def stop_if_cancelled(app: App, task: Task) -> None:
     """Raise Cancelled where the person has said so."""
-    facts = app.state.facts
-    if task.id in facts.cancelled or facts.task(task.id, task.lane) is None:
+    if app.state.is_cancelled(task):
         raise Cancelled
 
 
@@ -6315,9 +6307,7 @@ def take_up(app: App) -> None:
     letters = [Letter(app.channel(a).home(a), text) for a, text, *_ in app.state.facts.letters]
     if letters != list(app.state.facts.letters):  # a channel has been turned off
         app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
-    app.posts.update(
-        {name: Post(c, app.state, app.log, app.sleep) for name, c in app.channels.items()}
-    )
+    app.posts.update({name: Post(app, channel) for name, channel in app.channels.items()})
 
 
 def start_threads(app: App) -> None:
