@@ -4423,9 +4423,9 @@ class Post:
         self._name = channel.name or "wecom"
         self.pace = Pace(channel.pace())
         self._busy: set[str] = set()  # addresses; this and the next one under state.changed
-        self._not_before: dict[str, float] = {}  # address -> monotonic
-        self._tries: dict[str, int] = {}  # in vain: address, or "" for what meets all -> how many
-        self._lives = 0  # signs of life so far
+        # Of an address, or of "" for what meets all: when to try again (monotonic), tries in vain.
+        self._not_before: dict[str, float] = {}
+        self._tries: dict[str, int] = {}
         self.dropped = 0  # messages given up since the start
         self.trouble = ""  # until a message goes again
         for address in {letter.address for letter in app.state.facts.letters}:
@@ -4433,12 +4433,15 @@ class Post:
             self.pace.take(address, channel.pace()[0][0])
 
     def sign_of_life(self, address: str = "") -> None:
-        """Try at once what an outage or an errcode holds up: the other side was just heard."""
-        self._lives += 1
-        if address in self._not_before:
-            with self._app.state.changed:
-                self._not_before.pop(address, None)
-                self._app.state.changed.notify_all()
+        """Try at once what an outage or an errcode holds up: the other side was just heard.
+
+        But not what is held up for hours, as after a wrong secret.
+        """
+        for who in ("", address):
+            if 0 < self._not_before.get(who, 0.0) - time.monotonic() <= ODD_SECONDS:
+                with self._app.state.changed:
+                    self._not_before.pop(who, None)
+                    self._app.state.changed.notify_all()
 
     def _next(self) -> Letter:
         """Wait for a message that may go now and return it, its address marked as busy."""
@@ -4450,8 +4453,8 @@ class Post:
                     address = letter.address
                     if address in passed or split_address(address)[1] != name:
                         continue
-                    seconds = self._not_before.get(address, 0.0) - time.monotonic()
-                    seconds = max(seconds, self.pace.wait_seconds(address))
+                    until = max(self._not_before.get(who, 0.0) for who in ("", address))
+                    seconds = max(until - time.monotonic(), self.pace.wait_seconds(address))
                     if seconds <= 0:
                         self._busy.add(address)
                         return letter
@@ -4481,13 +4484,14 @@ class Post:
         self.pace.take(letter.address)
         for who in ("", letter.address):
             self._tries.pop(who, None)
+            self._not_before.pop(who, None)
         # A crash before it is written sends the letter again, whether it is waited for or not.
         self._app.state.change(lambda facts: facts.without_letter(letter), is_waiting=False)
 
     def _failed(self, letter: Letter, failure: Failure) -> bool:
         """Note a failure; tell whether the message is given up."""
         is_odd = isinstance(failure, ChannelError) and not failure.is_known
-        least = failure.pause_seconds if isinstance(failure, ChannelError) else 1.0
+        least = failure.pause_seconds if isinstance(failure, ChannelError) else 0.01
         who, most = (letter.address, ODD_SECONDS) if is_odd else ("", OUTAGE_SECONDS)
         tries = self._tries[who] = self._tries.get(who, 0) + 1
         if not least or (is_odd and tries > KEEP_TRIES):
@@ -4498,19 +4502,8 @@ class Post:
         self.trouble = str(failure)
         pause = max(least, min(most, 2.0 ** min(tries, 10)))
         self._app.log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
-        if is_odd:
-            self._not_before[letter.address] = time.monotonic() + pause
-        else:
-            self._sit_out(pause)
+        self._not_before[who] = time.monotonic() + pause
         return False
-
-    def _sit_out(self, seconds: float) -> None:
-        """Wait for an outage to pass; a short one ends with a sign of life."""
-        lives, can_end = self._lives, seconds <= OUTAGE_SECONDS
-        while seconds > 0 and self._lives == lives:
-            step = min(5.0, seconds) if can_end else seconds
-            self._app.sleep(step)
-            seconds -= step
 
 
 # ---- What ends a request -----------------------------------------------------------------------
