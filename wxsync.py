@@ -107,16 +107,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import (
-    Any,
-    NamedTuple,
-    NoReturn,
-    TextIO,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, get_args, get_type_hints
 from xml.parsers import expat
 
 try:
@@ -157,6 +148,7 @@ MAX_PASTE_BYTES = 256 * 1024  # of a sent file; a typed message is far shorter
 MAX_COMMAND_WORDS = 500  # of one docker command in a paste
 MAX_LINE_CHARACTERS = 64 * 1024  # of a paste's line; a whole manifest may be one
 KEEP_TRIES = 60  # of one message whose errcode nobody knows: about half a day
+ODD_SECONDS = 900.0  # the longest pause between them
 OUTAGE_SECONDS = 60.0  # the longest pause between looks at a service that is away
 # The robot (facts of WeCom's document 101463).
 MAX_MARKDOWN_BYTES = 20_480
@@ -2937,31 +2929,30 @@ class ImageList:
     def __init__(self, folder: Path, log: Log) -> None:
         self.path = folder / LIST_PATH
         self._log = log
-        self._lock = threading.RLock()
-        self._unwritten: str | None = None  # what the disk did not take
+        self._lock = threading.Lock()
+        self._unwritten: bytes | None = None  # what the disk did not take
         self.trouble = ""
 
-    def read(self) -> str:
+    def read(self) -> bytes:
         """Return the list; raise Failure."""
         if self._unwritten is not None:
             return self._unwritten
         try:
-            return self.path.read_bytes().decode("utf-8", "surrogateescape")
+            return self.path.read_bytes()
         except FileNotFoundError:
-            return ""
+            return b""
         except OSError as error:
             text = f"读取 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
             raise Failure(text) from error
 
-    def _write(self, lines: Iterable[str]) -> bytes:
+    def _write(self, lines: Iterable[bytes]) -> bytes:
         """Replace the file, return its bytes; what a full disk does not take waits for `save`."""
-        text = "".join(f"{line}\n" for line in lines)
-        data = text.encode("utf-8", "surrogateescape")
+        data = b"".join(line + b"\n" for line in lines)
         try:
             write_atomically(self.path, data)
             self._unwritten, self.trouble = None, ""
         except OSError as error:
-            self._unwritten = text
+            self._unwritten = data
             self.trouble = f"写入 {LIST_PATH} 失败：{error.strerror}，请检查 `STATE_DIR`"
             self._log.error(f"❌ {self.trouble}")
         return data
@@ -2973,30 +2964,28 @@ class ImageList:
                 self._write(self._unwritten.splitlines())
 
     def add(self, lines: Sequence[str]) -> bytes:
-        """Append the lines that are not there yet; return the whole content. Raises Failure.
+        """Append the lines, if one is not there yet; return the whole content. Raises Failure.
 
         What `plan` would refuse is kept out, so that an edit by hand can always run: an older line
-        with the target of a new one goes, and so do the oldest lines over MAX_LIST_LINES.
+        with the target of one of these goes, and so do the oldest lines over MAX_LIST_LINES.
         """
+        taken = {read_image(line).target("") for line in lines}
+
+        def is_free(line: bytes) -> bool:
+            images = read_list(line.decode(errors="replace"))[0]
+            return taken.isdisjoint(read_image(image).target("") for image in images)
+
         with self._lock:
-            text = self.read()
-            old = text.splitlines()
-            present = {line.strip() for line in old}
-            new = [line for line in lines if line not in present]
-            if not new and (self.path.exists() or self._unwritten):
-                return text.encode("utf-8", "surrogateescape")
-            taken = {read_image(line).target("") for line in new}
-            targets = {line: [read_image(i).target("") for i in read_list(line)[0]] for line in old}
-            kept = [line for line in old if taken.isdisjoint(targets[line])]
-            older = [line for line in kept if targets[line] and line.strip() not in lines]
-            over = sum(bool(targets[line]) for line in kept) + len(new) - MAX_LIST_LINES
-            for line in older[: max(0, over)]:
-                kept.remove(line)
-            return self._write([*kept, *new])
+            old, new = self.read().splitlines(), [line.encode() for line in lines]
+            if {line.strip() for line in old}.issuperset(new):
+                return self.read()
+            kept = [line for line in old if is_free(line)]
+            over = len(kept) + len(new) - MAX_LIST_LINES
+            return self._write([*kept[max(0, over) :], *new])
 
     def remove(self, uploaded: bytes) -> None:
         """Take out what was uploaded; lines that came meanwhile stay."""
-        gone = set(uploaded.decode("utf-8", "surrogateescape").splitlines())
+        gone = set(uploaded.splitlines())
         with self._lock:
             self._write(line for line in self.read().splitlines() if line not in gone)
 
@@ -3004,13 +2993,14 @@ class ImageList:
 class Letter(NamedTuple):
     """A message to be sent: to an address, in the form of its channel.
 
-    Where a message that lives can show it, that is named: in this process alone, never on disk.
+    What has a default is of this process alone, never on disk.
     """
 
     address: str
     text: str
-    message_id: str = ""
+    message_id: str = ""  # where a message that lives can show it
     is_last: bool = True  # it ends the message that lives
+    is_list: bool = False  # the rest of a long reply: any other message goes first
 
 
 class Finished(NamedTuple):
@@ -3032,8 +3022,7 @@ class Said(NamedTuple):
 STAGES = ("queued", "committed", "dispatching", "running", "late")
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """An accepted request. `stage` says how far it is, for a restart to go on from there."""
 
     id: str
@@ -3085,7 +3074,7 @@ class Facts:
     def with_task(self, task: Task, **changes: Any) -> Facts:
         """Return Facts in which a task has other fields."""
         same = self.task(task.id, task.lane)
-        tasks = (replace(t, **changes) if t is same else t for t in self.tasks)
+        tasks = (t._replace(**changes) if t is same else t for t in self.tasks)
         return replace(self, tasks=tuple(tasks))
 
     def without_task(self, task: Task) -> Facts:
@@ -3098,34 +3087,44 @@ class Facts:
         """Return Facts with more messages to be sent."""
         return replace(self, letters=(*self.letters, *letters))
 
+    def with_list(self, rest: Sequence[Letter]) -> Facts:
+        """Return Facts with the rest of a long reply, in place of an older one that still waits."""
+        addresses = {letter.address for letter in rest}
+        others = (a for a in self.letters if not (a.is_list and a.address in addresses))
+        return replace(self, letters=(*others, *(a._replace(is_list=True) for a in rest)))
+
+    def without_letter(self, letter: Letter) -> Facts:
+        """Return Facts without a message, if it is still to be sent."""
+        letters = list(self.letters)
+        if letter in letters:
+            letters.remove(letter)
+        return replace(self, letters=tuple(letters))
+
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
         """Return Facts that know what came of a request, or of one more part of it."""
         last = self.finished.get(task.person)
         before = last.failed if last and last.id == task.id else ()
-        people = {k: v for k, v in self.finished.items() if k != task.person}
-        people = newest(people, MAX_REMEMBERED - 1)
-        people[task.person] = Finished(task.id, at, title, (*before, *failed))
-        return replace(self, finished=people)
+        others = {k: v for k, v in self.finished.items() if k != task.person}
+        result = Finished(task.id, at, title, (*before, *failed))
+        return replace(self, finished=newest({**others, task.person: result}, MAX_REMEMBERED))
 
     def with_seen(self, message_id: str, at: float, reply: str, keep_seconds: float) -> Facts:
         """Return Facts that remember the reply to a message, and no more than need be."""
         seen = {k: v for k, v in self.seen.items() if at - v.at < keep_seconds}
-        seen = newest(seen, MAX_REMEMBERED - 1)
-        return replace(self, seen={**seen, message_id: Said(at, reply)})
+        return replace(self, seen=newest({**seen, message_id: Said(at, reply)}, MAX_REMEMBERED))
 
 
 def revive(kind: Any, value: Any) -> Any:
-    """Return what JSON has kept as it was; raise TypeError or ValueError where it is no `kind`.
+    """Return what JSON has kept as it was; raise some error where that is no `kind`.
 
-    `kind` is a type of Facts' fields. Unknown fields of a Task are those of other versions; fields
-    of a tuple that have a default are this process's own, and not kept.
+    A tuple is written as an object or as a list of its first fields; unknown fields are those of
+    other versions.
     """
     if get_args(kind):  # tuple[X, ...]
         return tuple(revive(get_args(kind)[0], entry) for entry in revive(list, value))
-    if kind is Task or issubclass(kind, tuple):
-        own = () if kind is Task else kind._field_defaults
-        hints = {k: hint for k, hint in get_type_hints(kind).items() if k not in own}
-        pairs = zip(hints, revive(list, value), strict=True) if kind is not Task else value.items()
+    if issubclass(kind, tuple):
+        hints = get_type_hints(kind)
+        pairs = zip(hints, value, strict=False) if isinstance(value, list) else value.items()
         return kind(**{k: revive(hints[k], entry) for k, entry in pairs if k in hints})
     if not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(kind)
@@ -3133,17 +3132,25 @@ def revive(kind: Any, value: Any) -> Any:
 
 
 def read_task(entry: Any) -> Task:
-    """Return the Task that was written as entry; raise TypeError or ValueError where it is none."""
+    """Return the Task that was written as entry; raise some error where it is none.
+
+    An upload that was on its way when the process died may be why.
+    """
     task: Task = revive(Task, entry)
     is_known = task.lane in ("images", "files") and task.stage in STAGES
     is_whole = task.items and len(task.upload) in (0, 3)
     if not is_known or not is_whole or not USER_PATTERN.fullmatch(task.person):
         raise ValueError("lane, stage, items, upload or user")
-    if not re.fullmatch(r"(https?://[\x21-\x7e]{1,200})?", task.run_url):
-        task = replace(task, run_url="")
     if task.lane == "images":  # a line is taken as it is now canonical
-        task = replace(task, items=tuple(read_image(line).line for line in task.items))
+        task = task._replace(items=tuple(read_image(line).line for line in task.items))
+    if task.upload and "deaths" in entry:  # who stops in peace leaves it out
+        task = task._replace(deaths=task.deaths + 1)
     return task
+
+
+# What Facts hold many of -> its kind.
+KINDS: dict[str, type[Any]] = {"tasks": Task, "letters": Letter, "orphans": Upload}
+KINDS |= {"seen": Said, "finished": Finished, "cancelled": str}
 
 
 def read_facts(data: Mapping[str, Any]) -> tuple[Facts, list[tuple[str, Any]]]:
@@ -3151,22 +3158,15 @@ def read_facts(data: Mapping[str, Any]) -> tuple[Facts, list[tuple[str, Any]]]:
     bad: list[tuple[str, Any]] = []
     day = data.get("midnight")
     found: dict[str, Any] = {"midnight": day if isinstance(day, str) else ""}
-    for name, kind in get_type_hints(Facts).items():
-        if name in found:
-            continue
-        is_map = get_origin(kind) is Mapping
-        written = data.get(name)
-        if not isinstance(written, dict if is_map else list):
-            bad += [(name, written)] if name in data else []
-            continue
-        inside = get_args(kind)[1 if is_map else 0]
-        kept: dict[Any, Any] = {}
-        for key, entry in written.items() if isinstance(written, dict) else enumerate(written):
+    for name, kind in KINDS.items():
+        written, kept = data.get(name, []), dict[Any, Any]()
+        listed = written if isinstance(written, list) else [written]  # what is no list is bad
+        for key, entry in written.items() if isinstance(written, dict) else enumerate(listed):
             try:
-                kept[key] = read_task(entry) if name == "tasks" else revive(inside, entry)
-            except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
+                kept[key] = read_task(entry) if kind is Task else revive(kind, entry)
+            except (TypeError, ValueError, AttributeError, OverflowError):
                 bad.append((name, entry))
-        found[name] = kept if is_map else tuple(kept.values())
+        found[name] = kept if kind in (Said, Finished) else tuple(kept.values())
     return Facts(**found), bad
 
 
@@ -3184,10 +3184,9 @@ class State:
 
     VERSION = 1
 
-    def __init__(self, folder: Path, log: Log, now: Callable[[], float]) -> None:
+    def __init__(self, folder: Path, log: Log) -> None:
         self._path = folder / "wxsync.state"
         self._log = log
-        self._now = now
         self.changed = threading.Condition()  # the one lock; notified after each change
         self.facts = self._next = Facts()  # _next: with what waits for the disk
         self.resumed: frozenset[str] = frozenset()  # ids of tasks of an earlier process
@@ -3204,29 +3203,31 @@ class State:
         """Read the file and start writing; return the tasks in it that could not be read.
 
         What is damaged is set aside, never a reason not to start. Raises Failure for a file of a
-        later version. An upload that was on its way when the process died may be why.
+        later version.
         """
         written = self._path.read_bytes() if self._path.exists() else b"{}"
         lines = (read_json(line, dict) for line in [written, *reversed(written.splitlines())])
-        data = next((line for line in lines if line is not None), None)  # a crash may tear the last
-        facts, damaged = read_facts(data or {})
-        version = (data or {}).get("version", 1)
-        if isinstance(version, int | float) and version > self.VERSION:
+        # A crash may tear the last line. Where none is whole that is damage, too.
+        data = next((line for line in lines if line is not None), {"tasks": None})
+        if (version := data.get("version", self.VERSION)) != self.VERSION:
             name = self._path.name
             raise Failure(f"{name} 是更新的版本写的（version {version}），请用新版本启动")
-        if damaged or data is None:
-            aside = self._path.with_name(f"wxsync.state.damaged-{int(self._now())}")
+        facts, damaged = read_facts(data)
+        if damaged:
+            aside = self._path.with_name(f"wxsync.state.damaged-{int(time.time())}")
             with contextlib.suppress(OSError):
-                aside.touch(0o600)
-                aside.write_bytes(written)
-            text = f"❌ 状态文件有 {len(damaged) or 1} 处读不懂，原文件另存为 {aside.name}"
+                write_atomically(aside, written)
+            text = f"❌ 状态文件有 {len(damaged)} 处读不懂，原文件另存为 {aside.name}"
             self._log.error(f"{text}；受影响的请求请重发")
-        died = not (data or {}).get("closed")
-        tasks = (replace(t, deaths=t.deaths + (died and t.upload != ())) for t in facts.tasks)
-        self.facts = self._next = replace(facts, tasks=tuple(tasks))
+        self.facts = self._next = facts
         self.resumed = frozenset(task.id for task in facts.tasks)
         self._writer.start()
         return [entry for name, entry in damaged if name == "tasks"]
+
+    def wait_for(self, look: Callable[[Facts], T]) -> T:
+        """Wait until a look at the facts finds something, and return that."""
+        with self.changed:
+            return self.changed.wait_for(lambda: look(self.facts))
 
     def ready(self, lane: str) -> list[Task]:
         """Return the tasks of a lane but those whose end waits for the disk."""
@@ -3234,8 +3235,8 @@ class State:
         return [task for task in tasks if self._next.task(task.id, lane)]
 
     def is_cancelled(self, task: Task) -> bool:
-        """Tell whether the person has called a task off."""
-        return task.id in self.facts.cancelled
+        """Tell whether the person has called a task off; it may be gone already."""
+        return task.id in self.facts.cancelled or not self.facts.task(task.id, task.lane)
 
     # -- changing
 
@@ -3272,63 +3273,59 @@ class State:
     # -- writing
 
     def _write_for_ever(self) -> None:
-        is_dirty = False
+        why = ""
         while True:
-            with self.changed:
-                while not (self._waiting or self._stopping):
-                    if not self.changed.wait(REWRITE_SECONDS if is_dirty else None) and is_dirty:
-                        break
+            with self.changed:  # after a failure it is tried again, though nothing may have come
+                pause = REWRITE_SECONDS if why else None
+                self.changed.wait_for(lambda: self._waiting or self._stopping, pause)
                 if self._stopping and not self._waiting:
                     return
                 batch, self._waiting, self._since = self._waiting, [], []
                 facts = self._next
-            is_dirty = not self._write(facts)
-            why = self.trouble
+            why = self._write(facts)
             with self.changed:
-                if is_dirty:  # what waits for the disk is refused, all of it
+                if why:  # what waits for the disk is refused, all of it
                     batch, self._waiting = batch + self._waiting, []
                     self._next = self.facts
                 else:
                     self.facts = functools.reduce(lambda f, change: change(f), self._since, facts)
-            if is_dirty:
+            if why:
                 self._write(self.facts)  # a restart must not find what is refused
             with self.changed:
                 for answer in batch:
                     answer.append(why)
                 self.changed.notify_all()
 
-    def _write(self, facts: Facts) -> bool:
-        """Add a line to the journal, or begin it anew; tell whether the disk took it."""
-        size_bytes, is_append = self._size_bytes, False
+    def _write(self, facts: Facts) -> str:
+        """Add a line to the journal, or begin it anew; return why the disk did not take it."""
+        why, is_append = "", False
         try:
             line = self._dump(facts)
             if hasattr(os, "statvfs") and not os.statvfs(self._path.parent).f_bavail:
                 # A line might still fit where the file ends, but nothing else that follows from it.
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            is_append = size_bytes + len(line) <= JOURNAL_BYTES
-            if not is_append:
-                write_atomically(self._path, line)
-                self._size_bytes = len(line)
-            else:
+            if is_append := self._size_bytes + len(line) <= JOURNAL_BYTES:
                 with open(self._path, "ab") as file:
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
-                self._size_bytes += len(line)
+            else:
+                write_atomically(self._path, line)
+                self._size_bytes = 0
+            self._size_bytes += len(line)
         except (OSError, MemoryError, ValueError) as error:
             if is_append:
                 with contextlib.suppress(OSError):
-                    os.truncate(self._path, size_bytes)
+                    os.truncate(self._path, self._size_bytes)
             self._size_bytes = JOURNAL_BYTES  # whatever is there now: begun anew next time
-            self.trouble = f"写入 {self._path.name} 失败：{explain(error)}"
-            self._log.error(f"❌ {self.trouble}")
-            return False
-        self.trouble = ""
-        return True
+            why = f"写入 {self._path.name} 失败：{explain(error)}"
+            self._log.error(f"❌ {why}")
+        self.trouble = why
+        return why
 
     def _dump(self, facts: Facts, closed: bool = False) -> bytes:
-        data = {"version": self.VERSION, "closed": closed, **vars(facts)}
-        data["tasks"] = [{**vars(task)} for task in facts.tasks]
+        data = {"version": self.VERSION, **vars(facts)}
+        data["tasks"] = [task._asdict() for task in facts.tasks]
         data["letters"] = [(letter.address, letter.text) for letter in facts.letters]
         # Version 1.0.0, should somebody go back to it, wants the one and cannot read the other.
         data["last"] = ""
@@ -3348,29 +3345,29 @@ class State:
                 write_atomically(self._path, self._dump(self.facts, closed=True))
 
 
-class StateLock:
-    """STATE_DIR/wxsync.lock: held while the process lives, freed by the system when it dies."""
+def take_lock(folder: Path) -> BinaryIO:
+    """Return STATE_DIR/wxsync.lock, locked until it is closed or the process dies.
 
-    def __init__(self, folder: Path) -> None:
-        """Take the lock; raise Failure when another process has it or it cannot be written."""
-        path = folder / "wxsync.lock"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115 - open as long as the process
-        except OSError as error:
-            raise Failure(f"STATE_DIR {folder} 不能写：{error.strerror}") from error
-        try:
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                import msvcrt
+    Raises Failure when another process has it or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "wxsync.lock", "a+b")  # noqa: SIM115 - open as long as the process
+    except OSError as error:
+        raise Failure(f"STATE_DIR {folder} 不能写：{error.strerror}") from error
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
 
-                lock: Any = msvcrt
-                self._file.seek(0)
-                lock.locking(self._file.fileno(), lock.LK_NBLCK, 1)
-        except OSError as error:
-            self._file.close()
-            raise Failure(f"另一个 wxsync 正在使用 STATE_DIR {folder}，请先停掉它") from error
+            lock: Any = msvcrt
+            file.seek(0)
+            lock.locking(file.fileno(), lock.LK_NBLCK, 1)
+    except OSError as error:
+        file.close()
+        raise Failure(f"另一个 wxsync 正在使用 STATE_DIR {folder}，请先停掉它") from error
+    return file
 
 
 # ================================================================================================
@@ -4190,7 +4187,7 @@ class Chat:
 
     def _list(self) -> str:
         try:
-            lines = self._images.read().encode(errors="replace").decode().strip()
+            lines = self._images.read().decode(errors="replace").strip()
         except Failure as failure:
             raise Failure(f"❌ {failure}") from failure
         lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
@@ -4359,7 +4356,7 @@ class App:
         has_store = settings.QINGSTOR_ACCESS_KEY_ID
         self.store = QingStor(settings, self.network, log, sleep) if has_store else None
         folder = Path(settings.STATE_DIR)
-        self.images, self.state = ImageList(folder, log), State(folder, log, now)
+        self.images, self.state = ImageList(folder, log), State(folder, log)
         self.progress = Progress()
         self.chat = Chat(settings, log, now, self.state, self.images, self.progress, self.trouble)
         self.channels: dict[str, Channel] = {}
@@ -4374,10 +4371,9 @@ class App:
 
     def trouble(self) -> str:
         """Return what is wrong now, "" for nothing."""
-        posts = (post.trouble for post in self.posts.values())
-        lines = (channel.trouble for channel in self.channels.values())
-        own = (self.state.trouble, self.images.trouble, self.github.trouble)
-        return next(filter(None, [*own, *lines, *posts]), "")
+        own: list[Any] = [self.state, self.images, self.github]
+        parts = [*own, *self.channels.values(), *self.posts.values()]
+        return next((part.trouble for part in parts if part.trouble), "")
 
 
 # ---- The post: messages on their way, one Post a channel ---------------------------------------
@@ -4390,185 +4386,120 @@ class Pace:
     def __init__(self, buckets: Sequence[tuple[float, float]]) -> None:
         self._buckets = buckets
         self._lock = threading.Lock()
-        self._left: dict[str, list[tuple[float, float]]] = {}  # tokens and when (monotonic)
-
-    def _now(self, address: str) -> list[tuple[float, float]]:
-        now, kept = time.monotonic(), self._left.get(address)
-        if kept is None:
-            return [(burst, now) for burst, _ in self._buckets]
-        pairs = zip(self._buckets, kept, strict=True)
-        return [(min(burst, left + (now - at) / each), now) for (burst, each), (left, at) in pairs]
+        self._full: dict[str, list[float]] = {}  # when each bucket is full again (monotonic)
 
     def wait_seconds(self, address: str, spare: float = 0.0) -> float:
         """Return the seconds until a message may go that leaves `spare` tokens."""
-        with self._lock:
-            pairs = zip(self._buckets, self._now(address), strict=True)
-            return max(0.0, *((1 + spare - left) * each for (_, each), (left, _) in pairs))
+        now = time.monotonic()
+        pairs = zip(self._buckets, self._full.get(address, []), strict=False)
+        waits = [at - now - (burst - 1 - spare) * each for (burst, each), at in pairs]
+        return max([0.0, *waits])
 
     def take(self, address: str, tokens: float = 1.0) -> None:
-        """Count a message."""
+        """Count a message that has just arrived."""
         with self._lock:
-            left = [(left - tokens, at) for left, at in self._now(address)]
-            self._left.pop(address, None)  # so that the first one is the longest unused
-            self._left[address] = left
-            if len(self._left) > MAX_REMEMBERED:
-                del self._left[next(iter(self._left))]
-
-    def restart(self, address: str) -> None:
-        """Count the time for one more from now on: the message that was taken has arrived."""
-        with self._lock:
-            if address in self._left:
-                now = time.monotonic()
-                self._left[address] = [(left, now) for left, _ in self._left[address]]
+            now = time.monotonic()
+            before = self._full.get(address, [now] * len(self._buckets))
+            pairs = zip(self._buckets, before, strict=True)
+            full = [max(now, at) + tokens * each for (_, each), at in pairs]
+            others = {k: v for k, v in self._full.items() if k != address}
+            self._full = newest({**others, address: full}, MAX_REMEMBERED)
 
 
 class Post:
     """Sends a channel's letters: for each address in order, the oldest first, at its pace.
 
     What fails for everybody holds up all, and is tried again every minute at least, or when a sign
-    of life comes; an odd errcode holds up only its address. Lists (long replies) wait in memory
-    until no letter does; a newer one replaces an older.
+    of life comes; an odd errcode holds up only its address. Lists (long replies) give way.
     """
 
-    def __init__(
-        self, channel: Channel, state: State, log: Log, sleep: Callable[[float], None]
-    ) -> None:
+    def __init__(self, app: App, channel: Channel) -> None:
+        self._app = app
         self._channel = channel
         self._name = channel.name or "wecom"
-        self._state = state
-        self._log = log
-        self._sleep = sleep
         self.pace = Pace(channel.pace())
-        self._busy: set[str] = set()  # addresses; this and the rest under state.changed
-        self._lists: dict[str, list[str]] = {}
-        self._not_before: dict[str, float] = {}  # address -> monotonic
+        self._busy: set[str] = set()  # addresses; this and the next one under state.changed
+        # Of an address, or of "" for what meets all: when to try again (monotonic), tries in vain.
+        self._not_before: dict[str, float] = {}
         self._tries: dict[str, int] = {}
-        self._outage_tries = 0
-        self._lives = 0  # signs of life so far
-        self._dropped_at = 0.0
         self.dropped = 0  # messages given up since the start
-        self._trouble = ""
-        for address in {letter.address for letter in state.facts.letters}:
+        self.trouble = ""  # until a message goes again
+        for address in {letter.address for letter in app.state.facts.letters}:
             # It may have got as many as it may just before a restart.
             self.pace.take(address, channel.pace()[0][0])
 
-    @property
-    def trouble(self) -> str:
-        """Return what is wrong with sending; a dropped message counts for an hour."""
-        if not self._trouble and self._dropped_at and time.monotonic() < self._dropped_at + 3600:
-            return f"有 {self.dropped} 条消息没有送到，已丢弃"
-        return self._trouble
-
-    def send_list(self, address: str, pieces: list[str]) -> None:
-        """Send the rest of a long reply, in place of an older one that still waits."""
-        with self._state.changed:
-            self._lists[address] = pieces
-            self._state.changed.notify_all()
-
     def sign_of_life(self, address: str = "") -> None:
-        """Try at once what an outage or an errcode holds up: the other side was just heard."""
-        self._lives += 1
-        if address in self._not_before:
-            with self._state.changed:
-                self._not_before.pop(address, None)
-                self._state.changed.notify_all()
+        """Try at once what an outage or an errcode holds up: the other side was just heard.
+
+        But not what is held up for hours, as after a wrong secret.
+        """
+        for who in ("", address):
+            if 0 < self._not_before.get(who, 0.0) - time.monotonic() <= ODD_SECONDS:
+                with self._app.state.changed:
+                    self._not_before.pop(who, None)
+                    self._app.state.changed.notify_all()
 
     def _next(self) -> Letter:
         """Wait for a message that may go now and return it, its address marked as busy."""
-        with self._state.changed:
+        state, name = self._app.state, self._channel.name
+        with state.changed:
             while True:
-                now, wait = time.monotonic(), None
-                first: dict[str, Letter] = {}
-                for letter in self._state.facts.letters:
-                    if self._owns(letter.address):
-                        first.setdefault(letter.address, letter)
-                for address, pieces in self._lists.items():
-                    first.setdefault(address, Letter(address, pieces[0]))
-                for letter in first.values():
-                    if letter.address in self._busy:
+                passed, wait = set(self._busy), None
+                for letter in sorted(state.facts.letters, key=lambda a: a.is_list):
+                    address = letter.address
+                    if address in passed or split_address(address)[1] != name:
                         continue
-                    seconds = self._not_before.get(letter.address, 0.0) - now
-                    seconds = max(seconds, self.pace.wait_seconds(letter.address))
+                    until = max(self._not_before.get(who, 0.0) for who in ("", address))
+                    seconds = max(until - time.monotonic(), self.pace.wait_seconds(address))
                     if seconds <= 0:
-                        self._busy.add(letter.address)
-                        self.pace.take(letter.address)
+                        self._busy.add(address)
                         return letter
+                    passed.add(address)
                     wait = min(seconds, wait or seconds)
-                self._state.changed.wait(wait)
-
-    def _owns(self, address: str) -> bool:
-        return split_address(address)[1] == self._channel.name
+                state.changed.wait(wait)
 
     def step(self) -> None:
         """Send one message, or note why it could not be sent."""
         letter = self._next()
         try:
+            self._try(letter)
+        finally:
+            with self._app.state.changed:
+                self._busy.discard(letter.address)
+                self._app.state.changed.notify_all()
+
+    def _try(self, letter: Letter) -> None:
+        """Send a message, and forget it once it was sent or is given up."""
+        try:
             self._channel.send(letter)
         except Failure as failure:
-            is_over = self._failed(letter, failure)
-        except BaseException:
-            with self._state.changed:
-                self._busy.discard(letter.address)
-            raise
-        else:
-            is_over, self._trouble, self._outage_tries = True, "", 0
-        if is_over:
-            self._forget(letter)
-        with self._state.changed:
-            self._busy.discard(letter.address)
-            self._state.changed.notify_all()
-
-    def _forget(self, letter: Letter) -> None:
-        """Take a message that was sent or given up off the disk."""
-        self._tries.pop(letter.address, None)
-        self.pace.restart(letter.address)
-        with self._state.changed:
-            if (pieces := self._lists.get(letter.address)) and letter.text == pieces[0]:
-                self._lists[letter.address] = pieces[1:]
-                if not pieces[1:]:
-                    del self._lists[letter.address]
+            if not self._failed(letter, failure):
                 return
-
-        def change(facts: Facts) -> Facts:
-            letters = list(facts.letters)
-            if letter in letters:
-                letters.remove(letter)
-            return replace(facts, letters=tuple(letters))
-
+        else:
+            self.trouble = ""
+        self.pace.take(letter.address)
+        for who in ("", letter.address):
+            self._tries.pop(who, None)
+            self._not_before.pop(who, None)
         # A crash before it is written sends the letter again, whether it is waited for or not.
-        self._state.change(change, is_waiting=False)
+        self._app.state.change(lambda facts: facts.without_letter(letter), is_waiting=False)
 
     def _failed(self, letter: Letter, failure: Failure) -> bool:
         """Note a failure; tell whether the message is given up."""
-        known = not isinstance(failure, ChannelError) or failure.is_known
-        least = failure.pause_seconds if isinstance(failure, ChannelError) else 1.0
-        with self._state.changed:
-            tries = self._tries[letter.address] = self._tries.get(letter.address, 0) + (not known)
-            if not least or (not known and tries > KEEP_TRIES):
-                self.dropped += 1
-                self._dropped_at, self._trouble = time.monotonic(), ""
-                text = f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃"
-                self._log.error(text)
-                return True
-            self._trouble = str(failure)
-            if known:
-                self._outage_tries += 1
-                pause = max(least, min(OUTAGE_SECONDS, 2.0 ** min(self._outage_tries, 9)))
-            else:
-                pause = max(least, min(900.0, 5.0 * 2.0 ** min(tries - 1, 8)))
-                self._not_before[letter.address] = time.monotonic() + pause
-        self._log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
-        if known:
-            self._sit_out(pause)
+        is_odd = isinstance(failure, ChannelError) and not failure.is_known
+        least = failure.pause_seconds if isinstance(failure, ChannelError) else 0.01
+        who, most = (letter.address, ODD_SECONDS) if is_odd else ("", OUTAGE_SECONDS)
+        tries = self._tries[who] = self._tries.get(who, 0) + 1
+        if not least or (is_odd and tries > KEEP_TRIES):
+            self.dropped += 1
+            self.trouble = f"有 {self.dropped} 条消息没有送到，已丢弃"
+            self._app.log.error(f"{self._name}: {failure}；给 {shown(letter.address)} 的消息已丢弃")
+            return True
+        self.trouble = str(failure)
+        pause = max(least, min(most, 2.0 ** min(tries, 10)))
+        self._app.log.warning(f"{self._name}: {failure}；{pause:.0f} 秒后重试")
+        self._not_before[who] = time.monotonic() + pause
         return False
-
-    def _sit_out(self, seconds: float) -> None:
-        """Wait for an outage to pass; a short one ends with a sign of life."""
-        lives, can_end = self._lives, seconds <= OUTAGE_SECONDS
-        while seconds > 0 and self._lives == lives:
-            step = min(5.0, seconds) if can_end else seconds
-            self._sleep(step)
-            seconds -= step
 
 
 # ---- What ends a request -----------------------------------------------------------------------
@@ -4621,7 +4552,7 @@ def finish(
         if not item or not items:
             return facts.without_task(task)
         others = [t for t in facts.tasks if t is not current]
-        rest = replace(current, items=tuple(items), upload=(), deaths=0)
+        rest = current._replace(items=tuple(items), upload=(), deaths=0)
         return replace(facts, tasks=(*others, rest))
 
     try:
@@ -4635,13 +4566,12 @@ def finish(
 def advance(app: App, task: Task, **changes: Any) -> Task:
     """Change fields of a task; on disk on return. Returns the Task as it is then."""
     app.state.change(lambda facts: facts.with_task(task, **changes))
-    return replace(task, **changes)
+    return task._replace(**changes)
 
 
 def stop_if_cancelled(app: App, task: Task) -> None:
     """Raise Cancelled where the person has said so."""
-    facts = app.state.facts
-    if task.id in facts.cancelled or facts.task(task.id, task.lane) is None:
+    if app.state.is_cancelled(task):
         raise Cancelled
 
 
@@ -4808,9 +4738,8 @@ def sync_images(app: App, task: Task) -> None:
             task = advance(app, task, stage="committed")
         if task.stage in ("committed", "dispatching"):
             task = find_or_start_run(app, task, patience)
-        with app.state.changed:  # it is followed beside the lane, until it ends or takes long
-            while any(waiting.id == task.id for waiting in app.state.facts.lane("images")):
-                app.state.changed.wait()
+        # It is followed beside the lane, until it ends or takes long.
+        app.state.wait_for(lambda facts: all(t.id != task.id for t in facts.lane("images")))
 
 
 def follow(app: App, task: Task) -> None:
@@ -4846,9 +4775,7 @@ def follow(app: App, task: Task) -> None:
 
 def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
     """Look once at the runs of these tasks, and at the clock of the one that waits for GitHub."""
-    with app.state.changed:
-        while not (tasks := which(app.state.facts)):
-            app.state.changed.wait()
+    tasks = app.state.wait_for(which)
     began = time.monotonic()
     for task in tasks:
         work = app.progress.of(task)
@@ -4946,10 +4873,7 @@ def relay_file(app: App, task: Task) -> None:
 
 def keep_settling(app: App) -> None:
     """Drop what uploads that failed have left behind, trying every minute while there is any."""
-    with app.state.changed:
-        while not (orphans := app.state.facts.orphans):
-            app.state.changed.wait()
-    for orphan in orphans:
+    for orphan in app.state.wait_for(lambda facts: facts.orphans):
         try:
             if app.store:
                 app.store.drop(orphan)
@@ -4971,10 +4895,7 @@ def keep_settling(app: App) -> None:
 
 def work(app: App, lane: str) -> None:
     """Do one task of a lane, or the first part of one."""
-    with app.state.changed:
-        while not (tasks := app.state.ready(lane)):
-            app.state.changed.wait()
-    task = tasks[0]
+    task = app.state.wait_for(lambda facts: app.state.ready(lane))[0]
     begun(app, task)
     step = sync_images if lane == "images" else relay_file
     attempt(app, task, functools.partial(step, app, task))
@@ -4991,37 +4912,32 @@ def seconds_to_midnight(moment: float) -> float:
     return max(0.0, time.mktime((year, month, day + 1, 0, 0, 0, 0, 0, -1)) - moment)
 
 
-def set_midnight(app: App, day: str) -> None:
-    """Note the day up to which the list has been emptied."""
-    app.state.change(lambda facts: replace(facts, midnight=day))
-
-
 def empty_list(app: App, day: str) -> None:
     """Upload images.txt and empty it, when no image request runs; raise Failure."""
     with app.list_lock:
-        if uploaded := app.images.read().encode("utf-8", "surrogateescape"):
+        if uploaded := app.images.read():
             message = f"wxsync: 每日列表 {day} [skip ci]"
             app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
             app.images.remove(uploaded)
-        set_midnight(app, day_of(app.now()))
+    app.log.info(f"midnight: 列表已上传并清空 day={day}")
 
 
 def keep_midnight(app: App) -> float:
     """Do midnight's work if a day has begun since it was done; return the seconds to wait."""
     now, last = app.now(), app.state.facts.midnight
-    today = day_of(now)
     app.images.save()
-    if not last or last > today:
-        set_midnight(app, today)  # the first start, or the clock has been ahead
-    elif last < today:
-        try:
+    try:
+        if last and last < day_of(now):
             empty_list(app, last)
-            app.log.info(f"midnight: 列表已上传并清空 day={last}")
-        except Failure as failure:
-            app.log.warning(f"midnight: {failure}；{MIDNIGHT_RETRY_SECONDS:.0f} 秒后重试")
-            return MIDNIGHT_RETRY_SECONDS
+            now = app.now()
+    except Failure as failure:
+        app.log.warning(f"midnight: {failure}；{MIDNIGHT_RETRY_SECONDS:.0f} 秒后重试")
+        return MIDNIGHT_RETRY_SECONDS
+    # The list is today's now, as it is at the first start and where the clock has been ahead.
+    if last != (today := day_of(now)):
+        app.state.change(lambda facts: replace(facts, midnight=today))
     # In short steps, for a clock that is set meanwhile does not end a long one.
-    return min(CLOCK_LOOK_SECONDS, seconds_to_midnight(app.now()))
+    return min(CLOCK_LOOK_SECONDS, seconds_to_midnight(now))
 
 
 # ================================================================================================
@@ -5402,15 +5318,15 @@ class Callback:
         is_new = app.chat.recall(message.id) is None
 
         def say(text: str) -> Reply:
-            pieces = [channel.render(text)]
-            if len(pieces[0].encode()) > channel.limit_bytes:
-                letters = channel.letters(message.address, text, message.id)
-                pieces = [letter.text for letter in letters]  # marked: no duplicate of an older one
-            if is_new and pieces[1:]:
-                post.send_list(message.address, pieces[1:])
+            reply = channel.render(text)
+            if len(reply.encode()) > channel.limit_bytes:
+                first, *rest = channel.letters(message.address, text, message.id)
+                reply = first.text  # marked: no duplicate of an older one
+                if is_new:
+                    app.state.change(lambda facts: facts.with_list(rest), is_waiting=False)
             now = app.now()
             inner = {"ToUserName": message.user, "FromUserName": app.settings.CORP_ID}
-            inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": pieces[0]}
+            inner |= {"CreateTime": str(int(now)), "MsgType": "text", "Content": reply}
             kind = "application/json" if as_json else "application/xml"
             return Reply(200, seal(crypto, inner, as_json, now), kind)
 
@@ -5854,8 +5770,8 @@ class Robot(Channel):
             self._streams.pop(message.id, None)
             return
         stream.request = ""
-        letters = [first._replace(message_id=message.id), *more]
-        app.state.change(lambda facts: facts.with_letters(letters))
+        first = first._replace(message_id=message.id)
+        app.state.change(lambda facts: facts.with_letters([first]).with_list(more))
 
     # -- what people send
 
@@ -5906,9 +5822,7 @@ class Robot(Channel):
 
     def refresh(self, app: App) -> None:
         """Look once at the messages that live: show how far they are, end those that are old."""
-        with app.state.changed:
-            while not self._streams:
-                app.state.changed.wait()
+        app.state.wait_for(lambda facts: self._streams)
         for stream in list(self._streams.values()):
             if stream.begun:
                 self._look(app, stream, stream.request)
@@ -6048,7 +5962,7 @@ class Doctor:
             return
         folder = Path(settings.STATE_DIR)
         try:  # where no service has ever been nothing is written
-            lock = StateLock(folder) if (folder / "wxsync.lock").exists() else None
+            lock = take_lock(folder) if (folder / "wxsync.lock").exists() else None
         except Failure:
             state = ask_service(settings, "GET", "/health", b"").body
             is_up = (read_json(state, dict) or {}).get("bot") == "up"
@@ -6278,9 +6192,7 @@ def take_up(app: App) -> None:
     letters = [Letter(app.channel(a).home(a), text) for a, text, *_ in app.state.facts.letters]
     if letters != list(app.state.facts.letters):  # a channel has been turned off
         app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
-    app.posts.update(
-        {name: Post(c, app.state, app.log, app.sleep) for name, c in app.channels.items()}
-    )
+    app.posts.update({name: Post(app, channel) for name, channel in app.channels.items()})
 
 
 def start_threads(app: App) -> None:
@@ -6320,7 +6232,7 @@ def serve(
         for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
             if not is_installed(module) and (module == "Crypto" or settings.QINGSTOR_ACCESS_KEY_ID):
                 raise Failure(f"没有安装 {package}：pip install {package}")
-        lock = StateLock(Path(settings.STATE_DIR))
+        lock = take_lock(Path(settings.STATE_DIR))
         app = build_app(settings, log, now, sleep)
         take_up(app)
         names = settings.TOKEN, settings.ENCODING_AES_KEY, settings.CORP_ID
