@@ -1254,32 +1254,25 @@ class Url(NamedTuple):
         return f"{self.scheme}://{host}{port}{self.target}"
 
 
-def parse_url(text: str) -> Url:
+def parse_url(text: str, base: str = "") -> Url:
     """Return the Url of an address; raise Failure where it is none that we would connect to.
 
     The host is brought to ASCII first (IDNA turns full-width digits and dots into plain ones), so
-    that what is checked is what is connected to.
+    that what is checked is what is connected to. `base` is what a redirect's address is relative
+    to.
     """
     try:
-        parts = urllib.parse.urlsplit(text)
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, text))
         host = (parts.hostname or "").encode("idna").decode("ascii").lower().removesuffix(".")
-        port = parts.port if parts.port is not None else DEFAULT_PORTS.get(parts.scheme, 0)
-        query = f"?{urllib.parse.quote(parts.query, safe=URL_SAFE)}" if parts.query else ""
-        path = urllib.parse.quote(parts.path or "/", safe=URL_SAFE.replace("?", ""))
-    except ValueError as error:
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = urllib.parse.quote(target, safe=URL_SAFE)
+    except (ValueError, KeyError) as error:
         raise Failure(f"链接格式不正确：{quoted(text)}") from error
     odd = re.search(r"[\s\\\x00-\x1f\x7f]", text) or "@" in parts.netloc
-    if odd or parts.scheme not in DEFAULT_PORTS or not re.fullmatch(HOST_PATTERN, host) or not port:
+    if odd or parts.scheme not in DEFAULT_PORTS or not re.fullmatch(HOST_PATTERN, host):
         raise Failure(f"链接格式不正确（不能有空格、反斜杠或用户名密码）：{quoted(text)}")
-    return Url(parts.scheme, host, port, path + query)
-
-
-def follow_location(url: Url, location: str) -> Url:
-    """Return where a redirect from url leads; raise Failure."""
-    try:
-        return parse_url(urllib.parse.urljoin(str(url), location))
-    except ValueError as error:
-        raise Failure(f"{url.host} 的重定向格式不正确") from error
+    return Url(parts.scheme, host, port, target)
 
 
 def is_outside(address: str) -> bool:
@@ -2175,7 +2168,7 @@ class GitHub:
                 if answer.status not in (301, 302, 307, 308):
                     self.trouble = ""
                     return answer
-                location = follow_location(url, answer.headers.get("Location", ""))
+                location = parse_url(answer.headers.get("Location", ""), str(url))
                 if location[:3] != url[:3]:
                     why = f"GitHub 转到别的主机 {location.host}，已拒绝"
                     raise GitHubError(why, answer.status)
@@ -2791,7 +2784,7 @@ class Download:
                 why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
                 text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
                 raise Refusal(text, response.status)
-            url = follow_location(url, _header_text(response.headers.get("Location", "")))
+            url = parse_url(_header_text(response.headers.get("Location", "")), str(url))
         raise Failure("下载失败：链接不停地重定向")
 
     def _resume(self, error: Exception) -> None:
