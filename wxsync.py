@@ -1348,8 +1348,14 @@ def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
-    """Return getaddrinfo's answers for TCP, in a thread for want of a deadline; raise OSError."""
+def resolve(host: str, port: int, seconds: float, vet: bool) -> list[tuple[Any, ...]]:
+    """Return getaddrinfo's answers for TCP, in a thread for want of a deadline; raise OSError.
+
+    With vet it raises Failure for a name or an address of the inside, in any spelling that
+    resolvers know (127.1, 0x7f000001); one inside answer is enough: a mixed one is an attack.
+    """
+    if vet and re.fullmatch(LOCAL_NAME, host):
+        raise Failure(f"不允许访问内网地址：{quoted(host)}")
     answers: list[Any] = [TimeoutError()]
 
     def look_up() -> None:
@@ -1364,32 +1370,9 @@ def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
     if isinstance(answers[0], OSError):
         raise answers[0]
     found: list[tuple[Any, ...]] = answers[0]
+    if vet and not all(is_outside(str(entry[4][0])) for entry in found):
+        raise Failure(f"不允许访问内网地址：{quoted(host)} 在本机解析到内网地址")
     return found
-
-
-def are_outside(found: list[tuple[Any, ...]]) -> bool:
-    """Tell whether every address is public: a mixed answer is an attack."""
-    return all(is_outside(str(entry[4][0])) for entry in found)
-
-
-def refuse_inside(host: str, seconds: float) -> None:
-    """Raise Failure for an inside address or name, where a proxy would resolve it.
-
-    The name is looked up here as well; what cannot be looked up is left to the proxy, since names
-    that are blocked here are what the proxy is for.
-    """
-    try:
-        # inet_aton knows the old spellings (127.1, 0x7f000001, 2130706433), as resolvers do.
-        address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
-    except OSError:
-        inside = bool(re.fullmatch(LOCAL_NAME, host))
-    else:
-        inside = not is_outside(address)
-    if inside:
-        raise Failure(f"不允许访问内网地址：{quoted(host)}")
-    with contextlib.suppress(OSError):
-        if not are_outside(resolve(host, 0, seconds)):
-            raise Failure(f"不允许访问内网地址：{quoted(host)} 在本机解析到内网地址")
 
 
 def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
@@ -1398,20 +1381,16 @@ def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
     Raises Failure when any address of the name is inside, or OSError.
     """
     deadline = time.monotonic() + seconds
-    found = resolve(host, port, seconds)
-    if vet and not are_outside(found):
-        raise Failure(f"不允许访问内网地址：{quoted(host)}")
+    found = resolve(host, port, seconds, vet)
     problem: OSError = socket.gaierror("no address")
-    for index, (family, kind, protocol, _, address) in enumerate(found):
-        sock = socket.socket(family, kind, protocol)
+    for index, (*_, address) in enumerate(found):
+        left = (deadline - time.monotonic()) / (len(found) - index)
         try:
-            left = deadline - time.monotonic()
-            sock.settimeout(max(0.1, left / (len(found) - index)))
-            sock.connect(address)
+            # an address, as getaddrinfo wrote it: nothing is looked up again
+            sock = socket.create_connection(address[:2], max(0.1, left))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except OSError as error:
-            sock.close()
             problem = error
     raise problem
 
@@ -1659,7 +1638,9 @@ class Network:
         proxy = self.proxy if proxied and not self.is_direct(url.host) else None
         if proxy and self.probed.wait(CONNECT_SECONDS) and self._is_up:
             if vet:
-                refuse_inside(url.host, LOOKUP_SECONDS)
+                # What cannot be looked up is left to the proxy: it is for what is blocked here.
+                with contextlib.suppress(OSError):
+                    resolve(url.host, 0, LOOKUP_SECONDS, vet)
             try:
                 return self._connect(url, proxy, False, CONNECT_SECONDS)
             except OSError as error:
