@@ -8170,6 +8170,9 @@ def test_a_short_secret_masks_no_word_of_ours(token: str) -> None:
 
 def test_what_holds_a_password_does_not_show_it() -> None:
     """In no repr, for reprs end in logs."""
+    proxy = wxsync.Proxy("http://user:p%40ss@proxy.example.com:8080")
+    assert (proxy.user, proxy.password) == ("user", "p@ss")
+    assert str(proxy) == "http://***:***@proxy.example.com:8080" and "p%40ss" not in repr(proxy)
     for kind in vars(wxsync).values():
         names = getattr(kind, "__annotations__", {}) if isinstance(kind, type) else {}
         if "password" in names:

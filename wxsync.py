@@ -1395,36 +1395,24 @@ def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
     raise problem
 
 
-@dataclass(frozen=True, repr=False)
 class Proxy:
-    """A PROXY_URL taken apart. Has no repr: it holds a password."""
+    """A PROXY_URL that settings have checked. Has no repr of its own: it holds a password."""
 
-    scheme: str
-    host: str
-    port: int
-    user: str
-    password: str
+    def __init__(self, url: str) -> None:
+        self._url = url
+        parts = urllib.parse.urlsplit(url)
+        self.scheme, self.host, self.port = parts.scheme, parts.hostname or "", parts.port or 0
+        self.user = urllib.parse.unquote(parts.username or "")
+        self.password = urllib.parse.unquote(parts.password or "")
 
     def __str__(self) -> str:
         """Return the address without its credentials."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{'***:***@' if self.user else ''}{host}:{self.port}"
+        return re.sub("//.*@", "//***:***@", self._url)
 
     def credentials(self) -> dict[str, str]:
         """Return the header that an http proxy wants (RFC 9110, 11.7.2), if any."""
-        if not self.user:
-            return {}
         pair = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Proxy-Authorization": f"Basic {pair}"}
-
-
-def parse_proxy(url: str) -> Proxy | None:
-    """Return the Proxy of a PROXY_URL that settings have checked; None when it is empty."""
-    if not url:
-        return None
-    parts = urllib.parse.urlsplit(url)
-    user, password = (urllib.parse.unquote(v or "") for v in (parts.username, parts.password))
-    return Proxy(parts.scheme, parts.hostname or "", parts.port or 0, user, password)
+        return {"Proxy-Authorization": f"Basic {pair}"} if self.user else {}
 
 
 class Answer(NamedTuple):
@@ -1578,7 +1566,7 @@ class Network:
     """Opens connections, directly or through the proxy, whose state it owns."""
 
     def __init__(self, settings: Settings, log: Log) -> None:
-        self.proxy = parse_proxy(settings.PROXY_URL)
+        self.proxy = Proxy(settings.PROXY_URL) if settings.PROXY_URL else None
         self._direct = settings.NO_PROXY_DOMAINS
         self._test_url = parse_url(settings.PROXY_TEST_URL)
         self._log = log
