@@ -1570,10 +1570,8 @@ class Network:
         self._direct = settings.NO_PROXY_DOMAINS
         self._test_url = parse_url(settings.PROXY_TEST_URL)
         self._log = log
-        self._lock = threading.Lock()
-        self._tls: ssl.SSLContext | None = None
+        self._lock = threading.Lock()  # held while the proxy is probed
         self._is_up: bool | None = None  # None: not proven yet
-        self._probing = threading.Lock()
         self.probed = threading.Event()
 
     @property
@@ -1587,35 +1585,32 @@ class Network:
         parents = [name for name in names if not re.fullmatch(r"[\d.]*", name)]
         return host in names or any(host.endswith("." + name) for name in parents)
 
-    def _connect(self, url: Url, proxy: Proxy | None, vet: bool, seconds: float) -> Wire:
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Return the authorities: loading them takes 20 ms, so it is done once."""
+        return ssl.create_default_context()
+
+    def _connect(self, url: Url, proxy: Proxy | None, vet: bool) -> Wire:
         """Return a Wire to url's server; raise OSError or Failure."""
         host, port = (proxy.host, proxy.port) if proxy else (url.host, url.port)
-        sock = dial(host, port, seconds, vet)
+        sock = dial(host, port, CONNECT_SECONDS, vet)
         try:
-            with cut_off(sock, seconds):
+            with cut_off(sock, CONNECT_SECONDS):
                 if proxy and proxy.scheme == "socks5":
                     ask_socks5_proxy(sock, proxy, url)
                 elif proxy and url.scheme == "https":
                     ask_http_proxy(sock, proxy, url)
             if url.scheme == "https":
-                sock = self._context().wrap_socket(
-                    sock,
-                    server_hostname=url.host,
-                    do_handshake_on_connect=False,
-                    suppress_ragged_eofs=False,  # an end that TLS does not confirm is a break
+                sock.settimeout(CONNECT_SECONDS)  # ssl gives it to the handshake as a whole
+                # An end that TLS does not confirm is a break.
+                sock = self._tls.wrap_socket(
+                    sock, server_hostname=url.host, suppress_ragged_eofs=False
                 )
-                with cut_off(sock, seconds):  # wrapping has moved the descriptor to a new object
-                    sock.do_handshake()
         except BaseException:
             sock.close()
             raise
         sock.settimeout(STALL_SECONDS)
         return Wire(url, sock, proxy)
-
-    def _context(self) -> ssl.SSLContext:
-        with self._lock:  # loading the authorities takes 20 ms: once
-            self._tls = self._tls or ssl.create_default_context()
-            return self._tls
 
     def open(self, url: Url, *, proxied: bool, vet: bool = False) -> Wire:
         """Return a Wire to url's server, through the proxy where one is due and up.
@@ -1630,20 +1625,20 @@ class Network:
                 with contextlib.suppress(OSError):
                     resolve(url.host, 0, LOOKUP_SECONDS, vet)
             try:
-                return self._connect(url, proxy, False, CONNECT_SECONDS)
+                return self._connect(url, proxy, False)
             except OSError as error:
                 if self.probe():
                     raise Unreachable(
                         f"通过代理连接 {quoted(url.host)} 失败：{explain(error)}"
                     ) from error
         try:
-            return self._connect(url, None, vet, CONNECT_SECONDS)
+            return self._connect(url, None, vet)
         except OSError as error:
             raise Unreachable(f"连接 {quoted(url.host)} 失败：{explain(error)}") from error
 
     def probe(self) -> bool:
         """Try the proxy with PROXY_TEST_URL, log a change of its state, return whether it is up."""
-        with self._probing:
+        with self._lock:
             problem = self._try_proxy()
             was_up, self._is_up = self._is_up, not problem
             self.probed.set()
@@ -1657,12 +1652,11 @@ class Network:
 
     def _try_proxy(self) -> str:
         """Return what is wrong with the proxy, "" for nothing."""
-        url, seconds = self._test_url, CONNECT_SECONDS
         try:
-            wire = self._connect(url, self.proxy, False, seconds)
+            wire = self._connect(self._test_url, self.proxy, False)
             # The head is enough: a search engine's page may be long.
-            with contextlib.closing(wire), cut_off(wire.link, seconds):
-                status = wire.ask("GET", url.target, {}).status
+            with contextlib.closing(wire), cut_off(wire.link, CONNECT_SECONDS):
+                status = wire.ask("GET", self._test_url.target, {}).status
         except (OSError, http.client.HTTPException) as error:
             return explain(error)
         return f"测试地址答 {status}" if status >= 400 else ""
