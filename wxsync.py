@@ -1709,14 +1709,11 @@ def aes(key: bytes) -> Any:
     return AES.new(key, AES.MODE_CBC, iv=key[:16])
 
 
-def unpad(plain: bytes, least: int) -> bytes:
-    """Return plain without its padding (PKCS#7 to 32 bytes); raise ValueError where it is odd."""
-    pad = plain[-1] if plain else 0
-    if len(plain) % 32 or not 1 <= pad <= 32 or len(plain) < pad + least:
-        raise ValueError("bad padding")
-    if plain[-pad:] != bytes([pad]) * pad:
-        raise ValueError("bad padding")
-    return plain[:-pad]
+def decrypt(key: bytes, data: bytes) -> bytes:
+    """Return data decrypted, without its padding (PKCS#7 to 32 bytes); raise ValueError."""
+    from Crypto.Util.Padding import unpad
+
+    return unpad(aes(key).decrypt(data), 32)
 
 
 class Crypto:
@@ -1748,13 +1745,12 @@ class Crypto:
     def decrypt(self, encrypted: str) -> bytes:
         """Return the message; raise Rejected 400 where it is malformed, 403 for another corp id."""
         try:
-            data = base64.b64decode(encrypted, validate=True)
-            plain = unpad(aes(self._key).decrypt(data), least=20)
+            plain = decrypt(self._key, base64.b64decode(encrypted, validate=True))
         except ValueError as error:
             raise Rejected(400, str(error)) from error
-        (length,) = struct.unpack(">I", plain[16:20])
+        length = int.from_bytes(plain[16:20], "big")
         message, corp_id = plain[20 : 20 + length], plain[20 + length :]
-        if len(message) != length:
+        if len(plain) < 20 + length:
             raise Rejected(400, "bad length")
         if not hmac.compare_digest(corp_id, self._corp_id):
             raise Rejected(403, "corp id")
@@ -5848,8 +5844,7 @@ class Robot(Channel):
         if answer.status != 200:
             raise Failure(f"这个文件取不到（HTTP {answer.status}），请再发一次")
         try:
-            cipher = aes(base64.b64decode(key + "=" * (-len(key) % 4)))
-            plain = unpad(cipher.decrypt(answer.body), 0)
+            plain = decrypt(base64.b64decode(key + "=" * (-len(key) % 4)), answer.body)
             text = plain.decode("utf-8-sig")
             if len(plain) > MAX_PASTE_BYTES or "\0" in text:
                 raise ValueError("no paste")
