@@ -1083,14 +1083,6 @@ class Settings:
         return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
 
 
-class SettingsError(Exception):
-    """Settings are wrong; `problems` has one Chinese line for each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
 # KEY=value as a shell would write it: `export`, quotes, a comment behind a space
 ENV_LINE = (
     r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
@@ -1098,11 +1090,12 @@ ENV_LINE = (
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Read KEY=value lines (comments, `export`, quotes allowed); raise SettingsError with lines."""
+    """Read KEY=value lines (comments, `export`, quotes allowed); raise Failure with a line for
+    each that is none."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([f"{path}: 读不出来：{error}"]) from error
+        raise Failure(f"{path}: 读不出来：{error}") from error
     values, problems = {}, []
     for line_number, line in enumerate(map(str.strip, lines), 1):
         if match := re.fullmatch(ENV_LINE, line):
@@ -1111,7 +1104,7 @@ def read_env_file(path: Path) -> dict[str, str]:
         elif line and not line.startswith("#"):
             problems.append(f"{path} 第 {line_number} 行看不懂，应为 KEY=value")
     if problems:
-        raise SettingsError(problems)
+        raise Failure("\n".join(problems))
     return values
 
 
@@ -1143,7 +1136,7 @@ def _missing_groups(given: Mapping[str, Any]) -> list[str]:
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
-    """Return the Settings in environ; raise SettingsError with everything that is wrong at once."""
+    """Return the Settings in environ; raise Failure, a line for each that is wrong."""
     values: dict[str, Any] = {}
     given: dict[str, str] = {}
     problems = []
@@ -1164,7 +1157,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
             values[entry.name] = ()
     problems += _missing_groups(given)
     if problems:
-        raise SettingsError(problems)
+        raise Failure("\n".join(problems))
     return Settings(**values)
 
 
@@ -6373,8 +6366,8 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     try:
         stored = read_env_file(env_file) if options.env or env_file.exists() else {}
         settings = load_settings({**stored, **environ})
-    except SettingsError as error:
-        for problem in error.problems:
+    except Failure as failure:
+        for problem in str(failure).splitlines():
             print(f"❌ {problem}", file=sys.stderr)
         print("设置不完整：cp env.example .env 后填写，每一项的含义见其中的说明", file=sys.stderr)
         return 1
