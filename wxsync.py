@@ -995,16 +995,14 @@ class Rejected(Exception):
 # README.md.
 
 
-def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
-    """Declare a text setting: None makes it required, pattern is for the whole value."""
-    found = {"pattern": pattern, "meaning": meaning}
-    return field(metadata=found) if default is None else field(default=default, metadata=found)
+def setting(default: Any, rule: str | range = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
+    """Declare a setting: MISSING makes it required, rule is a pattern for the whole value."""
+    return field(default=default, metadata={"rule": rule, "meaning": meaning})
 
 
 def number(default: int, low: int, high: int) -> Any:
     """Declare a setting that is a whole number."""
-    found = {"low": low, "high": high, "meaning": f"应为 {low} 到 {high} 的整数"}
-    return field(default=default, metadata=found)
+    return setting(default, range(low, high + 1), f"应为 {low} 到 {high} 的整数")
 
 
 ADDRESS = (r"https?://[A-Za-z0-9.-]+(:\d+)?(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
@@ -1026,10 +1024,10 @@ CALLBACK_NAMES = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
 class Settings:
     """All settings of the service, by their environment names. Has no repr: it holds secrets."""
 
-    GITHUB_TOKEN: str = setting(None, *PRINTABLE)
-    GITHUB_REPO: str = setting(None, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带网址")
-    DOCKER_REGISTRY: str = setting(None, *REGISTRY)
-    DOCKER_NAMESPACE: str = setting(None, *NAMESPACE)
+    GITHUB_TOKEN: str = setting(MISSING, *PRINTABLE)
+    GITHUB_REPO: str = setting(MISSING, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带网址")
+    DOCKER_REGISTRY: str = setting(MISSING, *REGISTRY)
+    DOCKER_NAMESPACE: str = setting(MISSING, *NAMESPACE)
     BOT_ID: str = setting("", *PRINTABLE)
     BOT_SECRET: str = setting("", *PRINTABLE)
     BOT_URL: str = setting("wss://openws.work.weixin.qq.com", *BOT_ADDRESS)
@@ -1084,9 +1082,7 @@ class Settings:
 
 
 # KEY=value as a shell would write it: `export`, quotes, a comment behind a space
-ENV_LINE = (
-    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
-)
+ENV_LINE = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(["']?)(.*?)\2\s*((?<=\s)#.*)?"""
 
 
 def read_env_file(path: Path) -> dict[str, str]:
@@ -1099,8 +1095,7 @@ def read_env_file(path: Path) -> dict[str, str]:
     values, problems = {}, []
     for line_number, line in enumerate(map(str.strip, lines), 1):
         if match := re.fullmatch(ENV_LINE, line):
-            bare = "" if (match[4] or "").startswith("#") else match[4]
-            values[match[1]] = next(v for v in (match[2], match[3], bare) if v is not None)
+            values[match[1]] = match[3]
         elif line and not line.startswith("#"):
             problems.append(f"{path} 第 {line_number} 行看不懂，应为 KEY=value")
     if problems:
@@ -1111,11 +1106,11 @@ def read_env_file(path: Path) -> dict[str, str]:
 def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
     """Return the value of one setting in its type; raise ValueError where it breaks its rule."""
     if kind == "int":
-        if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
+        if re.fullmatch(r"[0-9]{1,10}", text) and int(text) in rule["rule"]:
             return int(text)
     elif kind == "str":
-        port = re.search(r":([0-9]+)(?:/|$)", text) if ":" in rule["pattern"] else None
-        if re.fullmatch(rule["pattern"], text, re.ASCII) and (not port or int(port[1]) < 65536):
+        port = re.search(r":([0-9]+)(?:/|$)", text) if ":" in rule["rule"] else None
+        if re.fullmatch(rule["rule"], text, re.ASCII) and (not port or int(port[1]) < 65536):
             return text.rstrip("/") if "://" in text else text
     elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
         return items  # a list of nothing but commas is wrong: it would mean everybody
