@@ -1018,6 +1018,7 @@ PRINTABLE = (r"[\x21-\x7e]+", "不能有空格")
 # Either of these groups is a way in; of a begun one all are required.
 ROBOT_NAMES = ("BOT_ID", "BOT_SECRET")
 CALLBACK_NAMES = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
+STORE_NAMES = ("QINGSTOR_ACCESS_KEY_ID", "QINGSTOR_SECRET_ACCESS_KEY")  # both or none
 
 
 @dataclass(frozen=True, repr=False)
@@ -1117,15 +1118,14 @@ def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
     raise ValueError(rule["meaning"])
 
 
-def _missing_groups(given: Mapping[str, Any]) -> list[str]:
-    """Return what is missing of the settings that belong together."""
-    problems = []
-    groups = (ROBOT_NAMES, CALLBACK_NAMES)
-    for group in (*groups, ("QINGSTOR_ACCESS_KEY_ID", "QINGSTOR_SECRET_ACCESS_KEY")):
-        begun = [name for name in group if name in given]
-        problems += [f"{name}: 没有设置" for name in group if begun and name not in given]
-    if not any(name in given for group in groups for name in group):
-        either, other = (", ".join(group) for group in groups)
+def _missing(given: Mapping[str, Any]) -> list[str]:
+    """Return what is missing of the settings that are required, or of groups that are begun."""
+    ways = (ROBOT_NAMES, CALLBACK_NAMES)
+    groups = [tuple(entry.name for entry in fields(Settings) if entry.default is MISSING)]
+    groups += [g for g in (*ways, STORE_NAMES) if any(name in given for name in g)]
+    problems = [f"{name}: 没有设置" for group in groups for name in group if name not in given]
+    if not set(ways) & set(groups):
+        either, other = map(", ".join, ways)
         problems.append(f"{either}: 没有设置（智能机器人长连接）；或者 {other}（自建应用回调）")
     return problems
 
@@ -1133,25 +1133,19 @@ def _missing_groups(given: Mapping[str, Any]) -> list[str]:
 def load_settings(environ: Mapping[str, str]) -> Settings:
     """Return the Settings in environ; raise Failure, a line for each that is wrong."""
     values: dict[str, Any] = {}
-    given: dict[str, str] = {}
     problems = []
     for entry in fields(Settings):
         text = environ.get(entry.name, "").strip()
         needed = entry.default is MISSING or entry.name in ROBOT_NAMES + CALLBACK_NAMES
-        if needed and re.fullmatch(r"(?i)your_\S*", text):
-            text = ""  # a placeholder is no value
-        if text:
-            given[entry.name] = text
+        if text and not (needed and re.fullmatch(r"(?i)your_\S*", text)):  # no placeholder
             try:
                 values[entry.name] = _convert(str(entry.type), entry.metadata, text)
             except ValueError as error:
+                values[entry.name] = None  # given, though
                 problems.append(f"{entry.name}: {error}")
-        elif entry.default is MISSING:
-            problems.append(f"{entry.name}: 没有设置")
         elif entry.name == "NO_PROXY_DOMAINS" and entry.name in environ:
             values[entry.name] = ()
-    problems += _missing_groups(given)
-    if problems:
+    if problems := _missing(values) + problems:
         raise Failure("\n".join(problems))
     return Settings(**values)
 
