@@ -1307,7 +1307,8 @@ def shut(sock: socket.socket) -> None:
 def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
     """Shut sock down after `seconds`, so that the whole of what is done with it has a deadline.
 
-    A socket's own timeout starts anew with each byte. Raises TimeoutError when it was cut.
+    A socket's own timeout starts anew with each byte. Raises OSError alone: TimeoutError when it
+    was cut, and what http.client and the email parser make of an odd answer in words.
     """
     fired: list[bool] = []
 
@@ -1322,10 +1323,12 @@ def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
         yield
         if fired:  # what was read then may have ended there for want of more
             raise TimeoutError
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
         if fired:
             raise TimeoutError from error
-        raise
+        if isinstance(error, OSError):
+            raise
+        raise OSError(0, "对方的回答不是正常的 HTTP") from error
     finally:
         timer.cancel()
 
@@ -1422,6 +1425,12 @@ class Response(http.client.HTTPResponse):
         self.fp.close()
         self.fp = Lines(sock.makefile("rb", buffering=0))
 
+    def begin(self) -> None:
+        super().begin()
+        while 101 < self.status < 200:  # interim answers (103); http.client knows only 100
+            self.headers = None  # type: ignore[assignment]
+            super().begin()
+
     def _read_next_chunk_size(self) -> int:
         size_bytes = int(super()._read_next_chunk_size())  # type: ignore[misc]
         if size_bytes < 0:  # which http.client would take for the rest of the connection
@@ -1454,16 +1463,7 @@ class Wire(http.client.HTTPConnection):
             # In blocks, or the time allowed for one write would be that for the whole.
             asked["Content-Length"], body = str(len(body)), io.BytesIO(body)
         self.request(method, self.prefix + target, body, {**asked, **headers, **self.extra})
-        try:
-            response = self.getresponse()
-            for _ in range(10):  # interim answers (103); http.client knows only 100
-                if response.status >= 200 or response.status == 101:
-                    return response
-                response.headers = None  # type: ignore[assignment]
-                response.begin()
-        except (ValueError, LookupError) as error:  # a header that the email parser chokes on
-            raise http.client.HTTPException("odd head") from error
-        raise http.client.HTTPException("too many interim answers")
+        return self.getresponse()
 
     def exchange(
         self, method: str, target: str, headers: Mapping[str, str], body: Any, seconds: float
@@ -1473,7 +1473,7 @@ class Wire(http.client.HTTPConnection):
             with cut_off(self.link, seconds):
                 response = self.ask(method, target, headers, body)
                 data = response.read(MAX_ANSWER_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             self.close()
             raise Unreachable(f"{self.host}：{explain(error)}") from error
         if response.length or len(data) > MAX_ANSWER_BYTES:  # http.client is silent about it
@@ -1497,11 +1497,8 @@ class Wire(http.client.HTTPConnection):
 def ask_http_proxy(sock: socket.socket, proxy: Proxy, url: Url) -> None:
     """Turn sock into a tunnel to url's server by CONNECT (RFC 9110, 9.3.6); raise OSError."""
     name = f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
-    try:
-        with contextlib.closing(Wire(url, sock.dup())) as wire:  # which closes its socket
-            status = wire.ask("CONNECT", name, proxy.credentials()).status
-    except http.client.HTTPException as error:
-        raise OSError(0, explain(error)) from error
+    with contextlib.closing(Wire(url, sock.dup())) as wire:  # which closes its socket
+        status = wire.ask("CONNECT", name, proxy.credentials()).status
     if status in (401, 407):
         raise OSError(0, "代理的用户名或密码不正确")
     if not 200 <= status < 300:
@@ -1639,7 +1636,7 @@ class Network:
             # The head is enough: a search engine's page may be long.
             with contextlib.closing(wire), cut_off(wire.link, CONNECT_SECONDS):
                 status = wire.ask("GET", self._test_url.target, {}).status
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             return explain(error)
         return f"测试地址答 {status}" if status >= 400 else ""
 
@@ -2714,7 +2711,7 @@ class Download:
             try:
                 with self._waiting(), cut_off(wire.link, STALL_SECONDS):
                     response = wire.ask("GET", url.target, {"Accept": "*/*", **headers})
-            except (OSError, http.client.HTTPException) as error:
+            except OSError as error:
                 wire.close()
                 text = f"下载失败：{quoted(url.host)} {explain(error)}，请检查链接"
                 raise Unreachable(text) from error
@@ -5401,7 +5398,7 @@ class WebSocket:
                 response = wire.ask("GET", url.target, {**headers, "Sec-WebSocket-Version": "13"})
             if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
                 raise OSError(0, f"没有接受 WebSocket（{response.status} {response.reason}）")
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             wire.close()
             raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
         wire.link.settimeout(0.0)
