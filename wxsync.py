@@ -1485,13 +1485,15 @@ class Wire(http.client.HTTPConnection):
         return Answer(response.status, response.headers, data)
 
     def is_fresh(self) -> bool:
-        """Tell whether the idle connection can be used again (the server has not closed it)."""
-        if self.sock is None or time.monotonic() - self.used > KEEP_SECONDS:
-            return False
+        """Tell whether the idle connection can be used again; close it where it cannot."""
+        fresh = self.sock is not None and time.monotonic() - self.used < KEEP_SECONDS
         try:
-            return not select.select([self.sock], [], [], 0)[0]
-        except (OSError, ValueError):  # closed, or its number is over what select takes
-            return False
+            fresh = fresh and not select.select([self.sock], [], [], 0)[0]  # closed by the server
+        except (OSError, ValueError):  # its number is over what select takes
+            fresh = False
+        if not fresh:
+            self.close()
+        return fresh
 
 
 def ask_http_proxy(sock: socket.socket, proxy: Proxy, url: Url) -> None:
@@ -1662,13 +1664,9 @@ class Client:
     ) -> Answer:
         """Make one call within `seconds` and return its Answer; raise Unreachable or Failure."""
         with self._lock:
-            wire, self._wire = self._wire, None
-            if wire is None or not wire.is_fresh():
-                if wire:
-                    wire.close()
-                wire = self._network.open(self.url, proxied=self._proxied)
-            answer = wire.exchange(method, target, headers, body, seconds)
-            self._wire = wire if wire.sock else None
+            if self._wire is None or not self._wire.is_fresh():
+                self._wire = self._network.open(self.url, proxied=self._proxied)
+            answer = self._wire.exchange(method, target, headers, body, seconds)
             with contextlib.suppress(ValueError, TypeError, OverflowError):
                 date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
                 # The header has whole seconds, rounded down.
