@@ -2843,7 +2843,7 @@ class Desk:
         self.after_pause: Callable[[], object] = bool
         self.written = io.StringIO()
         settings = wxsync.load_settings(world.service.settings)
-        log = wxsync.Log("DEBUG", settings.secret_values(), self.written)
+        log = wxsync.Log("DEBUG", settings.secrets().values(), self.written)
         self.app = wxsync.build_app(settings, log, time.time, self.pause)
         wxsync.take_up(self.app)
         self.post, channel = self.app.posts[""], self.app.channels[""]
@@ -2897,7 +2897,7 @@ for name in os.environ:
 if sys.argv[1:]:
     sys.exit(wxsync.main())
 settings = wxsync.load_settings(os.environ)
-log = wxsync.Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr)
+log = wxsync.Log(settings.LOG_LEVEL, settings.secrets().values(), sys.stderr)
 clock = Path(settings.STATE_DIR, "clock")
 def now():
     return time.time() + float(clock.exists() and clock.read_text() or 0)
@@ -3750,7 +3750,7 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
     toy, world = Toy(), World(SCRIPT, PlayedRunner(0.01)).prepare()
     with closing(world):
         settings = wxsync.load_settings(world.service.settings)
-        log = wxsync.Log("ERROR", settings.secret_values(), io.StringIO())
+        log = wxsync.Log("ERROR", settings.secrets().values(), io.StringIO())
         app = wxsync.build_app(settings, log, time.time, lambda seconds: time.sleep(seconds / 50))
         app.channels["toy"] = toy
         wxsync.take_up(app)
@@ -6730,7 +6730,7 @@ class Nights:
         self.start()
 
     def start(self) -> None:
-        log = wxsync.Log("DEBUG", self.settings.secret_values(), sys.stderr)
+        log = wxsync.Log("DEBUG", self.settings.secrets().values(), sys.stderr)
         self.app = wxsync.build_app(self.settings, log, lambda: self.moment, lambda seconds: None)
         self.app.state.load()
 

@@ -1069,13 +1069,9 @@ class Settings:
         """Return every value that must never be written anywhere, by its setting's name."""
         names = "SECRET TOKEN ENCODING_AES_KEY BOT_SECRET GITHUB_TOKEN QINGSTOR_SECRET_ACCESS_KEY"
         values = {name: str(getattr(self, name)) for name in names.split()}
-        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        values["PROXY_URL"] = urllib.parse.unquote(password)  # as log lines would hold it
         return {name: value for name, value in values.items() if value}
-
-    def secret_values(self) -> list[str]:
-        """Return the secrets, the proxy's password also as it is before percent-encoding."""
-        values = self.secrets()
-        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
 
     def weak_secrets(self) -> str:
         """Return the names of secrets that are too short to be masked safely, else ""."""
@@ -6164,7 +6160,7 @@ def build_app(
 
 def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secret_values(), sys.stderr)
+    log = Log("ERROR", settings.secrets().values(), sys.stderr)
     app = build_app(settings, log, time.time, lambda seconds: None)
     app.github.patience_seconds = 0  # a limit is told, not waited for
     target = Client(app.network, f"https://{settings.DOCKER_REGISTRY}", proxied=False)
@@ -6360,7 +6356,7 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     if options.command == "send":
         user = options.user or next(iter(settings.ALLOWED_USERS), "")
         return send_text(settings, options.text, user)
-    return serve(settings, Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr))
+    return serve(settings, Log(settings.LOG_LEVEL, settings.secrets().values(), sys.stderr))
 
 
 if __name__ == "__main__":
