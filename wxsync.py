@@ -1172,14 +1172,14 @@ class Log:
         """Mask value from now on, in place of the last one given (access tokens change)."""
         self._token = self._variants(value)
 
-    def _write(self, level: int, text: str) -> None:
-        if level < self._least:
+    def _write(self, level: str, text: str) -> None:
+        if self.LEVELS.index(level) < self._least:
             return
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.mask(text))
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         # A log that cannot be written (a full disk) is no reason to stop working.
         with self._lock, contextlib.suppress(OSError):
-            self._stream.write(f"{stamp} {self.LEVELS[level]} {text}\n")
+            self._stream.write(f"{stamp} {level} {text}\n")
             self._stream.flush()
 
     def mask(self, text: str) -> str:
@@ -1188,22 +1188,15 @@ class Log:
             text = text.replace(value, "***")
         return text
 
-    def debug(self, text: str) -> None:
-        self._write(0, text)
-
-    def info(self, text: str) -> None:
-        self._write(1, text)
-
-    def warning(self, text: str) -> None:
-        self._write(2, text)
-
-    def error(self, text: str) -> None:
-        self._write(3, text)
+    debug = functools.partialmethod(_write, "DEBUG")
+    info = functools.partialmethod(_write, "INFO")
+    warning = functools.partialmethod(_write, "WARNING")
+    error = functools.partialmethod(_write, "ERROR")
 
     def bug(self, where: str) -> None:
         """Log the exception being handled with its traceback, a line each."""
         for line in traceback.format_exc().splitlines():
-            self._write(3, f"{where} | {line}")
+            self.error(f"{where} | {line}")
 
 
 # ---- Network: addresses, vetted connections, proxies, calls ------------------------------------
