@@ -1297,23 +1297,18 @@ def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
     """Shut sock down after `seconds`, so that the whole of what is done with it has a deadline.
 
     A socket's own timeout starts anew with each byte. Raises OSError alone: TimeoutError when it
-    was cut, and what http.client and the email parser make of an odd answer in words.
+    took too long, and what http.client and the email parser make of an odd answer in words.
     """
-    fired: list[bool] = []
-
-    def cut() -> None:
-        fired.append(True)
-        shut(sock)
-
-    timer = threading.Timer(seconds, cut)
+    deadline = time.monotonic() + seconds
+    timer = threading.Timer(seconds + 0.1, shut, [sock])  # later than the coarsest of clocks says
     timer.daemon = True
     timer.start()
     try:
         yield
-        if fired:  # what was read then may have ended there for want of more
+        if time.monotonic() > deadline:  # what was read may have ended there for want of more
             raise TimeoutError
     except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
-        if fired:
+        if time.monotonic() > deadline:
             raise TimeoutError from error
         if isinstance(error, OSError):
             raise
