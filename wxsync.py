@@ -1208,7 +1208,6 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 # a registered name or an IPv6 address (RFC 3986, 3.2.2), as urlsplit leaves them
 HOST_PATTERN = r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?|[0-9a-f:]*:[0-9a-f:.]*"
 LOCAL_NAME = r"(.*\.)?(localhost|local|internal|lan|home\.arpa|localdomain)|[^.:]*"
-URL_SAFE = "/%:@!$&'()*+,;=~-._?"
 
 
 class Url(NamedTuple):
@@ -1237,7 +1236,7 @@ def parse_url(text: str, base: str = "") -> Url:
         host = (parts.hostname or "").encode("idna").decode("ascii").lower().removesuffix(".")
         port = parts.port or DEFAULT_PORTS[parts.scheme]
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        target = urllib.parse.quote(target, safe=URL_SAFE)
+        target = urllib.parse.quote(target, safe="/%:@!$&'()*+,;=?")
     except (ValueError, KeyError) as error:
         raise Failure(f"链接格式不正确：{quoted(text)}") from error
     odd = re.search(r"[\s\\\x00-\x1f\x7f]", text) or "@" in parts.netloc
@@ -1557,8 +1556,12 @@ class Network:
 
     def _connect(self, url: Url, proxy: Proxy | None, vet: bool) -> Wire:
         """Return a Wire to url's server; raise OSError or Failure."""
+        if proxy and vet:
+            # What cannot be looked up is left to the proxy: it is for what is blocked here.
+            with contextlib.suppress(OSError):
+                resolve(url.host, 0, LOOKUP_SECONDS, vet)
         host, port = (proxy.host, proxy.port) if proxy else (url.host, url.port)
-        sock = dial(host, port, CONNECT_SECONDS, vet)
+        sock = dial(host, port, CONNECT_SECONDS, vet and not proxy)
         try:
             with cut_off(sock, CONNECT_SECONDS):
                 if proxy and proxy.scheme == "socks5":
@@ -1584,22 +1587,15 @@ class Network:
         Unreachable, or Failure for an address that vet refuses.
         """
         proxy = self.proxy if proxied and not self.is_direct(url.host) else None
-        if proxy and self.probed.wait(CONNECT_SECONDS) and self._is_up:
-            if vet:
-                # What cannot be looked up is left to the proxy: it is for what is blocked here.
-                with contextlib.suppress(OSError):
-                    resolve(url.host, 0, LOOKUP_SECONDS, vet)
-            try:
-                return self._connect(url, proxy, False)
-            except OSError as error:
-                if self.probe():
-                    raise Unreachable(
-                        f"通过代理连接 {quoted(url.host)} 失败：{explain(error)}"
-                    ) from error
+        if proxy and not (self.probed.wait(CONNECT_SECONDS) and self._is_up):
+            proxy = None
         try:
-            return self._connect(url, None, vet)
+            return self._connect(url, proxy, vet)
         except OSError as error:
-            raise Unreachable(f"连接 {quoted(url.host)} 失败：{explain(error)}") from error
+            if proxy and not self.probe():
+                return self.open(url, proxied=False, vet=vet)
+            way = "通过代理连接" if proxy else "连接"
+            raise Unreachable(f"{way} {quoted(url.host)} 失败：{explain(error)}") from error
 
     def probe(self) -> bool:
         """Try the proxy with PROXY_TEST_URL, log a change of its state, return whether it is up."""
