@@ -4596,7 +4596,7 @@ ENCODING_AES_KEY ¦ {"x" * 42} ¦ {"x" * 44} ¦ {"x" * 42}=
 GITHUB_TOKEN ¦ github pat
 GITHUB_REPO ¦ mirror ¦ https://github.com/octo/mirror
 GITHUB_BRANCH ¦ a..b
-DOCKER_REGISTRY ¦ https://reg.example.com ¦ reg.example.com/space ¦ reg.example.com:99999
+DOCKER_REGISTRY ¦ - ¦ https://reg.example.com ¦ reg.example.com/space ¦ reg.example.com:99999
 DOCKER_NAMESPACE ¦ Mirror
 PORT ¦ 0 ¦ 65536 ¦ ３０００ ¦ 30.5
 ALLOWED_USERS ¦ ,
@@ -4607,7 +4607,7 @@ SYNC_TIMEOUT ¦ 0
 QUEUE_SIZE ¦ -1
 CALLBACK_MAX_AGE ¦ ten
 LOG_LEVEL ¦ LOUD
-WECOM_API_URL ¦ qyapi.weixin.qq.com
+WECOM_API_URL ¦ qyapi.weixin.qq.com ¦ https://a..b ¦ https://-
 GITHUB_API_URL ¦ ftp://api.github.com ¦ https://user:password@api.github.com ¦ https://a:99999/x
 QINGSTOR_URL ¦ https://
 PROXY_TEST_URL ¦ www.google.com

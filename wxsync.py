@@ -342,7 +342,7 @@ PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9._]+)?")
 DEFAULT_PLATFORM = "linux/amd64"
 DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 # a host as in DOCKER_REGISTRY, a namespace, and what to say of others
-REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:[0-9]+)?", "应只有主机名，不带 https:// 和路径")
+REGISTRY = (rf"(?!.*[A-Z]){_DOMAIN}", "应只有主机名，不带 https:// 和路径")
 NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
 # Names that are images even where nothing else says so: what Docker Hub calls official.
 OFFICIAL_NAMES = (
@@ -1005,9 +1005,9 @@ def number(default: int, low: int, high: int) -> Any:
     return setting(default, range(low, high + 1), f"应为 {low} 到 {high} 的整数")
 
 
-ADDRESS = (r"https?://[A-Za-z0-9.-]+(:\d+)?(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
+ADDRESS = (rf"https?://{_DOMAIN}(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
 BOT_ADDRESS = (
-    r"(wss://[A-Za-z0-9.-]+|ws://(localhost|127(\.\d+){3}|\[::1\]))(:\d+)?(/[\w.~/-]*)?",
+    rf"(wss://{_DOMAIN}|ws://(localhost|127(\.\d+){{3}}|\[::1\])(:\d+)?)(/[\w.~/-]*)?",
     "应为 wss:// 开头的地址（ws:// 只能用于本机）",
 )
 PROXY = (
@@ -1349,7 +1349,7 @@ def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
     Raises Failure when any address of the name is inside, or OSError.
     """
     deadline = time.monotonic() + seconds
-    found = resolve(host, port, seconds, vet)
+    found = resolve(host, port, seconds, vet)[:8]  # a thousand would have 0.1 s each
     problem: OSError = socket.gaierror("no address")
     for index, (*_, address) in enumerate(found):
         left = (deadline - time.monotonic()) / (len(found) - index)
