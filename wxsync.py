@@ -1158,19 +1158,11 @@ class Log:
 
     def __init__(self, level: str, hidden: Iterable[str], stream: TextIO) -> None:
         self._least = self.LEVELS.index(level.upper())
-        self._hidden = {variant for value in hidden for variant in self._variants(value)}
-        self._token: set[str] = set()
+        # Very short values would mask half of every line and protect nobody.
+        plain = [value for value in hidden if len(value) >= 5]
+        self._hidden = sorted({*plain, *(urllib.parse.quote(v, safe="") for v in plain)}, key=len)
         self._stream = stream
         self._lock = threading.Lock()
-
-    @staticmethod
-    def _variants(value: str) -> set[str]:
-        # Very short values would mask half of every line and protect nobody.
-        return {value, urllib.parse.quote(value, safe="")} if len(value) >= 5 else set()
-
-    def hide(self, value: str) -> None:
-        """Mask value from now on, in place of the last one given (access tokens change)."""
-        self._token = self._variants(value)
 
     def _write(self, level: str, text: str) -> None:
         if self.LEVELS.index(level) < self._least:
@@ -1184,7 +1176,7 @@ class Log:
 
     def mask(self, text: str) -> str:
         """Return text without any secret: for what is quoted from others."""
-        for value in sorted(self._hidden | self._token, key=len, reverse=True):
+        for value in reversed(self._hidden):  # the longest first
             text = text.replace(value, "***")
         return text
 
@@ -1830,10 +1822,9 @@ class WeCom:
 
     RENEW = "access_token 失效"
 
-    def __init__(self, settings: Settings, network: Network, log: Log) -> None:
+    def __init__(self, settings: Settings, network: Network) -> None:
         self._settings = settings
         self.client = Client(network, settings.WECOM_API_URL, proxied=False)
-        self._log = log
         self._lock = threading.Lock()
         self._token = ""
         self._token_ends = 0.0
@@ -1862,7 +1853,6 @@ class WeCom:
             odd = not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,1024}", token)
             if odd or not isinstance(seconds, int):
                 raise Unreachable("企业微信的回答里没有 access_token")
-            self._log.hide(token)
             self._token = str(token)
             self._token_ends = time.monotonic() + min(7200, max(60, seconds - 300))
             return self._token
@@ -6136,7 +6126,7 @@ def build_app(
     """Wire the parts of the service; opens no connection and starts no thread."""
     app = App(settings, log, now, sleep)
     if settings.CORP_ID:
-        app.channels[Texts.name] = Texts(WeCom(settings, app.network, log))
+        app.channels[Texts.name] = Texts(WeCom(settings, app.network))
     if settings.BOT_ID:
         app.channels[Robot.name] = Robot(settings, app.network, log)
     return app
