@@ -334,7 +334,7 @@ PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9._]+)?")
 DEFAULT_PLATFORM = "linux/amd64"
 DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
 # a host as in DOCKER_REGISTRY, a namespace, and what to say of others
-REGISTRY = (r"[a-z0-9-]+(\.[a-z0-9-]+)*(:[0-9]+)?", "应只有主机名，不带 https:// 和路径")
+REGISTRY = (rf"(?!.*[A-Z]){_DOMAIN}", "应只有主机名，不带 https:// 和路径")
 NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
 # Names that are images even where nothing else says so: what Docker Hub calls official.
 OFFICIAL_NAMES = (
@@ -987,21 +987,19 @@ class Rejected(Exception):
 # README.md.
 
 
-def setting(default: Any, pattern: str = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
-    """Declare a text setting: None makes it required, pattern is for the whole value."""
-    found = {"pattern": pattern, "meaning": meaning}
-    return field(metadata=found) if default is None else field(default=default, metadata=found)
+def setting(default: Any, rule: str | range = r"[^\r\n]*", meaning: str = "不能换行") -> Any:
+    """Declare a setting: MISSING makes it required, rule is a pattern for the whole value."""
+    return field(default=default, metadata={"rule": rule, "meaning": meaning})
 
 
 def number(default: int, low: int, high: int) -> Any:
     """Declare a setting that is a whole number."""
-    found = {"low": low, "high": high, "meaning": f"应为 {low} 到 {high} 的整数"}
-    return field(default=default, metadata=found)
+    return setting(default, range(low, high + 1), f"应为 {low} 到 {high} 的整数")
 
 
-ADDRESS = (r"https?://[A-Za-z0-9.-]+(:\d+)?(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
+ADDRESS = (rf"https?://{_DOMAIN}(/[\w.~/-]*)?", "应为 http:// 或 https:// 开头的地址")
 BOT_ADDRESS = (
-    r"(wss://[A-Za-z0-9.-]+|ws://(localhost|127(\.\d+){3}|\[::1\]))(:\d+)?(/[\w.~/-]*)?",
+    rf"(wss://{_DOMAIN}|ws://(localhost|127(\.\d+){{3}}|\[::1\])(:\d+)?)(/[\w.~/-]*)?",
     "应为 wss:// 开头的地址（ws:// 只能用于本机）",
 )
 PROXY = (
@@ -1012,16 +1010,17 @@ PRINTABLE = (r"[\x21-\x7e]+", "不能有空格")
 # Either of these groups is a way in; of a begun one all are required.
 ROBOT_NAMES = ("BOT_ID", "BOT_SECRET")
 CALLBACK_NAMES = ("CORP_ID", "AGENT_ID", "SECRET", "TOKEN", "ENCODING_AES_KEY")
+STORE_NAMES = ("QINGSTOR_ACCESS_KEY_ID", "QINGSTOR_SECRET_ACCESS_KEY")  # both or none
 
 
 @dataclass(frozen=True, repr=False)
 class Settings:
     """All settings of the service, by their environment names. Has no repr: it holds secrets."""
 
-    GITHUB_TOKEN: str = setting(None, *PRINTABLE)
-    GITHUB_REPO: str = setting(None, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带网址")
-    DOCKER_REGISTRY: str = setting(None, *REGISTRY)
-    DOCKER_NAMESPACE: str = setting(None, *NAMESPACE)
+    GITHUB_TOKEN: str = setting(MISSING, *PRINTABLE)
+    GITHUB_REPO: str = setting(MISSING, r"[\w-]+/[\w.-]+", "应写成 owner/repo，不带网址")
+    DOCKER_REGISTRY: str = setting(MISSING, *REGISTRY)
+    DOCKER_NAMESPACE: str = setting(MISSING, *NAMESPACE)
     BOT_ID: str = setting("", *PRINTABLE)
     BOT_SECRET: str = setting("", *PRINTABLE)
     BOT_URL: str = setting("wss://openws.work.weixin.qq.com", *BOT_ADDRESS)
@@ -1062,101 +1061,80 @@ class Settings:
         """Return every value that must never be written anywhere, by its setting's name."""
         names = "SECRET TOKEN ENCODING_AES_KEY BOT_SECRET GITHUB_TOKEN QINGSTOR_SECRET_ACCESS_KEY"
         values = {name: str(getattr(self, name)) for name in names.split()}
-        values["PROXY_URL"] = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        password = urllib.parse.urlsplit(self.PROXY_URL).password or ""
+        values["PROXY_URL"] = urllib.parse.unquote(password)  # as log lines would hold it
         return {name: value for name, value in values.items() if value}
-
-    def secret_values(self) -> list[str]:
-        """Return the secrets, the proxy's password also as it is before percent-encoding."""
-        values = self.secrets()
-        return [*values.values(), urllib.parse.unquote(values.get("PROXY_URL", ""))]
 
     def weak_secrets(self) -> str:
         """Return the names of secrets that are too short to be masked safely, else ""."""
         return "、".join(name for name, value in self.secrets().items() if len(value) < 8)
 
 
-class SettingsError(Exception):
-    """Settings are wrong; `problems` has one Chinese line for each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
 # KEY=value as a shell would write it: `export`, quotes, a comment behind a space
-ENV_LINE = (
-    r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(?:"([^"]*)"|'([^']*)'|(.*?))\s*(?:(?:^|\s)\#.*)?"""
-)
+ENV_LINE = r"""(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(["']?)(.*?)\2\s*((?<=\s)#.*)?"""
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Read KEY=value lines (comments, `export`, quotes allowed); raise SettingsError with lines."""
+    """Read KEY=value lines (comments, `export`, quotes allowed); raise Failure with a line for
+    each that is none."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError([f"{path}: 读不出来：{error}"]) from error
+        raise Failure(f"{path}: 读不出来：{error}") from error
     values, problems = {}, []
     for line_number, line in enumerate(map(str.strip, lines), 1):
         if match := re.fullmatch(ENV_LINE, line):
-            bare = "" if (match[4] or "").startswith("#") else match[4]
-            values[match[1]] = next(v for v in (match[2], match[3], bare) if v is not None)
+            values[match[1]] = match[3]
         elif line and not line.startswith("#"):
             problems.append(f"{path} 第 {line_number} 行看不懂，应为 KEY=value")
     if problems:
-        raise SettingsError(problems)
+        raise Failure("\n".join(problems))
     return values
 
 
 def _convert(kind: str, rule: Mapping[str, Any], text: str) -> Any:
     """Return the value of one setting in its type; raise ValueError where it breaks its rule."""
     if kind == "int":
-        if re.fullmatch(r"[0-9]{1,10}", text) and rule["low"] <= int(text) <= rule["high"]:
+        if re.fullmatch(r"[0-9]{1,10}", text) and int(text) in rule["rule"]:
             return int(text)
     elif kind == "str":
-        port = re.search(r":([0-9]+)(?:/|$)", text) if ":" in rule["pattern"] else None
-        if re.fullmatch(rule["pattern"], text, re.ASCII) and (not port or int(port[1]) < 65536):
+        port = re.search(r":([0-9]+)(?:/|$)", text) if ":" in rule["rule"] else None
+        if re.fullmatch(rule["rule"], text, re.ASCII) and (not port or int(port[1]) < 65536):
             return text.rstrip("/") if "://" in text else text
     elif items := tuple(item.strip().lower() for item in text.split(",") if item.strip()):
         return items  # a list of nothing but commas is wrong: it would mean everybody
     raise ValueError(rule["meaning"])
 
 
-def _missing_groups(given: Mapping[str, Any]) -> list[str]:
-    """Return what is missing of the settings that belong together."""
-    problems = []
-    groups = (ROBOT_NAMES, CALLBACK_NAMES)
-    for group in (*groups, ("QINGSTOR_ACCESS_KEY_ID", "QINGSTOR_SECRET_ACCESS_KEY")):
-        begun = [name for name in group if name in given]
-        problems += [f"{name}: 没有设置" for name in group if begun and name not in given]
-    if not any(name in given for group in groups for name in group):
-        either, other = (", ".join(group) for group in groups)
+def _missing(given: Mapping[str, Any]) -> list[str]:
+    """Return what is missing of the settings that are required, or of groups that are begun."""
+    ways = (ROBOT_NAMES, CALLBACK_NAMES)
+    groups = [tuple(entry.name for entry in fields(Settings) if entry.default is MISSING)]
+    groups += [g for g in (*ways, STORE_NAMES) if any(name in given for name in g)]
+    problems = [f"{name}: 没有设置" for group in groups for name in group if name not in given]
+    if not set(ways) & set(groups):
+        either, other = map(", ".join, ways)
         problems.append(f"{either}: 没有设置（智能机器人长连接）；或者 {other}（自建应用回调）")
     return problems
 
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
-    """Return the Settings in environ; raise SettingsError with everything that is wrong at once."""
+    """Return the Settings in environ; raise Failure, a line for each that is wrong."""
     values: dict[str, Any] = {}
-    given: dict[str, str] = {}
     problems = []
     for entry in fields(Settings):
         text = environ.get(entry.name, "").strip()
         needed = entry.default is MISSING or entry.name in ROBOT_NAMES + CALLBACK_NAMES
-        if needed and re.fullmatch(r"(?i)your_\S*", text):
-            text = ""  # a placeholder is no value
-        if text:
-            given[entry.name] = text
+        if text and not (needed and re.fullmatch(r"(?i)your_\S*", text)):  # no placeholder
             try:
                 values[entry.name] = _convert(str(entry.type), entry.metadata, text)
             except ValueError as error:
+                values[entry.name] = None  # given, though
                 problems.append(f"{entry.name}: {error}")
-        elif entry.default is MISSING:
-            problems.append(f"{entry.name}: 没有设置")
         elif entry.name == "NO_PROXY_DOMAINS" and entry.name in environ:
             values[entry.name] = ()
-    problems += _missing_groups(given)
-    if problems:
-        raise SettingsError(problems)
+    if problems := _missing(values) + problems:
+        raise Failure("\n".join(problems))
     return Settings(**values)
 
 
@@ -1172,52 +1150,37 @@ class Log:
 
     def __init__(self, level: str, hidden: Iterable[str], stream: TextIO) -> None:
         self._least = self.LEVELS.index(level.upper())
-        self._hidden = {variant for value in hidden for variant in self._variants(value)}
-        self._token: set[str] = set()
+        # Very short values would mask half of every line and protect nobody.
+        plain = [value for value in hidden if len(value) >= 5]
+        self._hidden = sorted({*plain, *(urllib.parse.quote(v, safe="") for v in plain)}, key=len)
         self._stream = stream
         self._lock = threading.Lock()
 
-    @staticmethod
-    def _variants(value: str) -> set[str]:
-        # Very short values would mask half of every line and protect nobody.
-        return {value, urllib.parse.quote(value, safe="")} if len(value) >= 5 else set()
-
-    def hide(self, value: str) -> None:
-        """Mask value from now on, in place of the last one given (access tokens change)."""
-        self._token = self._variants(value)
-
-    def _write(self, level: int, text: str) -> None:
-        if level < self._least:
+    def _write(self, level: str, text: str) -> None:
+        if self.LEVELS.index(level) < self._least:
             return
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.mask(text))
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         # A log that cannot be written (a full disk) is no reason to stop working.
         with self._lock, contextlib.suppress(OSError):
-            self._stream.write(f"{stamp} {self.LEVELS[level]} {text}\n")
+            self._stream.write(f"{stamp} {level} {text}\n")
             self._stream.flush()
 
     def mask(self, text: str) -> str:
         """Return text without any secret: for what is quoted from others."""
-        for value in sorted(self._hidden | self._token, key=len, reverse=True):
+        for value in reversed(self._hidden):  # the longest first
             text = text.replace(value, "***")
         return text
 
-    def debug(self, text: str) -> None:
-        self._write(0, text)
-
-    def info(self, text: str) -> None:
-        self._write(1, text)
-
-    def warning(self, text: str) -> None:
-        self._write(2, text)
-
-    def error(self, text: str) -> None:
-        self._write(3, text)
+    debug = functools.partialmethod(_write, "DEBUG")
+    info = functools.partialmethod(_write, "INFO")
+    warning = functools.partialmethod(_write, "WARNING")
+    error = functools.partialmethod(_write, "ERROR")
 
     def bug(self, where: str) -> None:
         """Log the exception being handled with its traceback, a line each."""
         for line in traceback.format_exc().splitlines():
-            self._write(3, f"{where} | {line}")
+            self.error(f"{where} | {line}")
 
 
 # ---- Network: addresses, vetted connections, proxies, calls ------------------------------------
@@ -1229,7 +1192,6 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 # a registered name or an IPv6 address (RFC 3986, 3.2.2), as urlsplit leaves them
 HOST_PATTERN = r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?|[0-9a-f:]*:[0-9a-f:.]*"
 LOCAL_NAME = r"(.*\.)?(localhost|local|internal|lan|home\.arpa|localdomain)|[^.:]*"
-URL_SAFE = "/%:@!$&'()*+,;=~-._?"
 
 
 class Url(NamedTuple):
@@ -1246,32 +1208,25 @@ class Url(NamedTuple):
         return f"{self.scheme}://{host}{port}{self.target}"
 
 
-def parse_url(text: str) -> Url:
+def parse_url(text: str, base: str = "") -> Url:
     """Return the Url of an address; raise Failure where it is none that we would connect to.
 
     The host is brought to ASCII first (IDNA turns full-width digits and dots into plain ones), so
-    that what is checked is what is connected to.
+    that what is checked is what is connected to. `base` is what a redirect's address is relative
+    to.
     """
     try:
-        parts = urllib.parse.urlsplit(text)
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, text))
         host = (parts.hostname or "").encode("idna").decode("ascii").lower().removesuffix(".")
-        port = parts.port if parts.port is not None else DEFAULT_PORTS.get(parts.scheme, 0)
-        query = f"?{urllib.parse.quote(parts.query, safe=URL_SAFE)}" if parts.query else ""
-        path = urllib.parse.quote(parts.path or "/", safe=URL_SAFE.replace("?", ""))
-    except ValueError as error:
+        port = parts.port or DEFAULT_PORTS[parts.scheme]
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = urllib.parse.quote(target, safe="/%:@!$&'()*+,;=?")
+    except (ValueError, KeyError) as error:
         raise Failure(f"链接格式不正确：{quoted(text)}") from error
     odd = re.search(r"[\s\\\x00-\x1f\x7f]", text) or "@" in parts.netloc
-    if odd or parts.scheme not in DEFAULT_PORTS or not re.fullmatch(HOST_PATTERN, host) or not port:
+    if odd or parts.scheme not in DEFAULT_PORTS or not re.fullmatch(HOST_PATTERN, host):
         raise Failure(f"链接格式不正确（不能有空格、反斜杠或用户名密码）：{quoted(text)}")
-    return Url(parts.scheme, host, port, path + query)
-
-
-def follow_location(url: Url, location: str) -> Url:
-    """Return where a redirect from url leads; raise Failure."""
-    try:
-        return parse_url(urllib.parse.urljoin(str(url), location))
-    except ValueError as error:
-        raise Failure(f"{url.host} 的重定向格式不正确") from error
+    return Url(parts.scheme, host, port, target)
 
 
 def is_outside(address: str) -> bool:
@@ -1324,31 +1279,35 @@ def shut(sock: socket.socket) -> None:
 def cut_off(sock: socket.socket, seconds: float) -> Iterator[None]:
     """Shut sock down after `seconds`, so that the whole of what is done with it has a deadline.
 
-    A socket's own timeout starts anew with each byte. Raises TimeoutError when it was cut.
+    A socket's own timeout starts anew with each byte. Raises OSError alone: TimeoutError when it
+    took too long, and what http.client and the email parser make of an odd answer in words.
     """
-    fired: list[bool] = []
-
-    def cut() -> None:
-        fired.append(True)
-        shut(sock)
-
-    timer = threading.Timer(seconds, cut)
+    deadline = time.monotonic() + seconds
+    timer = threading.Timer(seconds + 0.1, shut, [sock])  # later than the coarsest of clocks says
     timer.daemon = True
     timer.start()
     try:
         yield
-        if fired:  # what was read then may have ended there for want of more
+        if time.monotonic() > deadline:  # what was read may have ended there for want of more
             raise TimeoutError
-    except (OSError, http.client.HTTPException) as error:
-        if fired:
+    except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+        if time.monotonic() > deadline:
             raise TimeoutError from error
-        raise
+        if isinstance(error, OSError):
+            raise
+        raise OSError(0, "对方的回答不是正常的 HTTP") from error
     finally:
         timer.cancel()
 
 
-def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
-    """Return getaddrinfo's answers for TCP, in a thread for want of a deadline; raise OSError."""
+def resolve(host: str, port: int, seconds: float, vet: bool) -> list[tuple[Any, ...]]:
+    """Return getaddrinfo's answers for TCP, in a thread for want of a deadline; raise OSError.
+
+    With vet it raises Failure for a name or an address of the inside, in any spelling that
+    resolvers know (127.1, 0x7f000001); one inside answer is enough: a mixed one is an attack.
+    """
+    if vet and re.fullmatch(LOCAL_NAME, host):
+        raise Failure(f"不允许访问内网地址：{quoted(host)}")
     answers: list[Any] = [TimeoutError()]
 
     def look_up() -> None:
@@ -1363,32 +1322,9 @@ def resolve(host: str, port: int, seconds: float) -> list[tuple[Any, ...]]:
     if isinstance(answers[0], OSError):
         raise answers[0]
     found: list[tuple[Any, ...]] = answers[0]
+    if vet and not all(is_outside(str(entry[4][0])) for entry in found):
+        raise Failure(f"不允许访问内网地址：{quoted(host)} 在本机解析到内网地址")
     return found
-
-
-def are_outside(found: list[tuple[Any, ...]]) -> bool:
-    """Tell whether every address is public: a mixed answer is an attack."""
-    return all(is_outside(str(entry[4][0])) for entry in found)
-
-
-def refuse_inside(host: str, seconds: float) -> None:
-    """Raise Failure for an inside address or name, where a proxy would resolve it.
-
-    The name is looked up here as well; what cannot be looked up is left to the proxy, since names
-    that are blocked here are what the proxy is for.
-    """
-    try:
-        # inet_aton knows the old spellings (127.1, 0x7f000001, 2130706433), as resolvers do.
-        address = host if ":" in host else socket.inet_ntoa(socket.inet_aton(host))
-    except OSError:
-        inside = bool(re.fullmatch(LOCAL_NAME, host))
-    else:
-        inside = not is_outside(address)
-    if inside:
-        raise Failure(f"不允许访问内网地址：{quoted(host)}")
-    with contextlib.suppress(OSError):
-        if not are_outside(resolve(host, 0, seconds)):
-            raise Failure(f"不允许访问内网地址：{quoted(host)} 在本机解析到内网地址")
 
 
 def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
@@ -1397,54 +1333,38 @@ def dial(host: str, port: int, seconds: float, vet: bool) -> socket.socket:
     Raises Failure when any address of the name is inside, or OSError.
     """
     deadline = time.monotonic() + seconds
-    found = resolve(host, port, seconds)
-    if vet and not are_outside(found):
-        raise Failure(f"不允许访问内网地址：{quoted(host)}")
+    found = resolve(host, port, seconds, vet)[:8]  # a thousand would have 0.1 s each
     problem: OSError = socket.gaierror("no address")
-    for index, (family, kind, protocol, _, address) in enumerate(found):
-        sock = socket.socket(family, kind, protocol)
+    for index, (*_, address) in enumerate(found):
+        left = (deadline - time.monotonic()) / (len(found) - index)
         try:
-            left = deadline - time.monotonic()
-            sock.settimeout(max(0.1, left / (len(found) - index)))
-            sock.connect(address)
+            # an address, as getaddrinfo wrote it: nothing is looked up again
+            sock = socket.create_connection(address[:2], max(0.1, left))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
         except OSError as error:
-            sock.close()
             problem = error
     raise problem
 
 
-@dataclass(frozen=True, repr=False)
 class Proxy:
-    """A PROXY_URL taken apart. Has no repr: it holds a password."""
+    """A PROXY_URL that settings have checked. Has no repr of its own: it holds a password."""
 
-    scheme: str
-    host: str
-    port: int
-    user: str
-    password: str
+    def __init__(self, url: str) -> None:
+        self._url = url
+        parts = urllib.parse.urlsplit(url)
+        self.scheme, self.host, self.port = parts.scheme, parts.hostname or "", parts.port or 0
+        self.user = urllib.parse.unquote(parts.username or "")
+        self.password = urllib.parse.unquote(parts.password or "")
 
     def __str__(self) -> str:
         """Return the address without its credentials."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{'***:***@' if self.user else ''}{host}:{self.port}"
+        return re.sub("//.*@", "//***:***@", self._url)
 
     def credentials(self) -> dict[str, str]:
         """Return the header that an http proxy wants (RFC 9110, 11.7.2), if any."""
-        if not self.user:
-            return {}
         pair = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-        return {"Proxy-Authorization": f"Basic {pair}"}
-
-
-def parse_proxy(url: str) -> Proxy | None:
-    """Return the Proxy of a PROXY_URL that settings have checked; None when it is empty."""
-    if not url:
-        return None
-    parts = urllib.parse.urlsplit(url)
-    user, password = (urllib.parse.unquote(v or "") for v in (parts.username, parts.password))
-    return Proxy(parts.scheme, parts.hostname or "", parts.port or 0, user, password)
+        return {"Proxy-Authorization": f"Basic {pair}"} if self.user else {}
 
 
 class Answer(NamedTuple):
@@ -1471,6 +1391,12 @@ class Response(http.client.HTTPResponse):
         super().__init__(sock, **options)
         self.fp.close()
         self.fp = Lines(sock.makefile("rb", buffering=0))
+
+    def begin(self) -> None:
+        super().begin()
+        while 101 < self.status < 200:  # interim answers (103); http.client knows only 100
+            self.headers = None  # type: ignore[assignment]
+            super().begin()
 
     def _read_next_chunk_size(self) -> int:
         size_bytes = int(super()._read_next_chunk_size())  # type: ignore[misc]
@@ -1504,16 +1430,7 @@ class Wire(http.client.HTTPConnection):
             # In blocks, or the time allowed for one write would be that for the whole.
             asked["Content-Length"], body = str(len(body)), io.BytesIO(body)
         self.request(method, self.prefix + target, body, {**asked, **headers, **self.extra})
-        try:
-            response = self.getresponse()
-            for _ in range(10):  # interim answers (103); http.client knows only 100
-                if response.status >= 200 or response.status == 101:
-                    return response
-                response.headers = None  # type: ignore[assignment]
-                response.begin()
-        except (ValueError, LookupError) as error:  # a header that the email parser chokes on
-            raise http.client.HTTPException("odd head") from error
-        raise http.client.HTTPException("too many interim answers")
+        return self.getresponse()
 
     def exchange(
         self, method: str, target: str, headers: Mapping[str, str], body: Any, seconds: float
@@ -1523,7 +1440,7 @@ class Wire(http.client.HTTPConnection):
             with cut_off(self.link, seconds):
                 response = self.ask(method, target, headers, body)
                 data = response.read(MAX_ANSWER_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             self.close()
             raise Unreachable(f"{self.host}：{explain(error)}") from error
         if response.length or len(data) > MAX_ANSWER_BYTES:  # http.client is silent about it
@@ -1535,23 +1452,22 @@ class Wire(http.client.HTTPConnection):
         return Answer(response.status, response.headers, data)
 
     def is_fresh(self) -> bool:
-        """Tell whether the idle connection can be used again (the server has not closed it)."""
-        if self.sock is None or time.monotonic() - self.used > KEEP_SECONDS:
-            return False
+        """Tell whether the idle connection can be used again; close it where it cannot."""
+        fresh = self.sock is not None and time.monotonic() - self.used < KEEP_SECONDS
         try:
-            return not select.select([self.sock], [], [], 0)[0]
-        except (OSError, ValueError):  # closed, or its number is over what select takes
-            return False
+            fresh = fresh and not select.select([self.sock], [], [], 0)[0]  # closed by the server
+        except (OSError, ValueError):  # its number is over what select takes
+            fresh = False
+        if not fresh:
+            self.close()
+        return fresh
 
 
 def ask_http_proxy(sock: socket.socket, proxy: Proxy, url: Url) -> None:
     """Turn sock into a tunnel to url's server by CONNECT (RFC 9110, 9.3.6); raise OSError."""
     name = f"[{url.host}]:{url.port}" if ":" in url.host else f"{url.host}:{url.port}"
-    try:
-        with contextlib.closing(Wire(url, sock.dup())) as wire:  # which closes its socket
-            status = wire.ask("CONNECT", name, proxy.credentials()).status
-    except http.client.HTTPException as error:
-        raise OSError(0, explain(error)) from error
+    with contextlib.closing(Wire(url, sock.dup())) as wire:  # which closes its socket
+        status = wire.ask("CONNECT", name, proxy.credentials()).status
     if status in (401, 407):
         raise OSError(0, "代理的用户名或密码不正确")
     if not 200 <= status < 300:
@@ -1598,14 +1514,12 @@ class Network:
     """Opens connections, directly or through the proxy, whose state it owns."""
 
     def __init__(self, settings: Settings, log: Log) -> None:
-        self.proxy = parse_proxy(settings.PROXY_URL)
+        self.proxy = Proxy(settings.PROXY_URL) if settings.PROXY_URL else None
         self._direct = settings.NO_PROXY_DOMAINS
         self._test_url = parse_url(settings.PROXY_TEST_URL)
         self._log = log
-        self._lock = threading.Lock()
-        self._tls: ssl.SSLContext | None = None
+        self._lock = threading.Lock()  # held while the proxy is probed
         self._is_up: bool | None = None  # None: not proven yet
-        self._probing = threading.Lock()
         self.probed = threading.Event()
 
     @property
@@ -1619,35 +1533,36 @@ class Network:
         parents = [name for name in names if not re.fullmatch(r"[\d.]*", name)]
         return host in names or any(host.endswith("." + name) for name in parents)
 
-    def _connect(self, url: Url, proxy: Proxy | None, vet: bool, seconds: float) -> Wire:
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        """Return the authorities: loading them takes 20 ms, so it is done once."""
+        return ssl.create_default_context()
+
+    def _connect(self, url: Url, proxy: Proxy | None, vet: bool) -> Wire:
         """Return a Wire to url's server; raise OSError or Failure."""
+        if proxy and vet:
+            # What cannot be looked up is left to the proxy: it is for what is blocked here.
+            with contextlib.suppress(OSError):
+                resolve(url.host, 0, LOOKUP_SECONDS, vet)
         host, port = (proxy.host, proxy.port) if proxy else (url.host, url.port)
-        sock = dial(host, port, seconds, vet)
+        sock = dial(host, port, CONNECT_SECONDS, vet and not proxy)
         try:
-            with cut_off(sock, seconds):
+            with cut_off(sock, CONNECT_SECONDS):
                 if proxy and proxy.scheme == "socks5":
                     ask_socks5_proxy(sock, proxy, url)
                 elif proxy and url.scheme == "https":
                     ask_http_proxy(sock, proxy, url)
             if url.scheme == "https":
-                sock = self._context().wrap_socket(
-                    sock,
-                    server_hostname=url.host,
-                    do_handshake_on_connect=False,
-                    suppress_ragged_eofs=False,  # an end that TLS does not confirm is a break
+                sock.settimeout(CONNECT_SECONDS)  # ssl gives it to the handshake as a whole
+                # An end that TLS does not confirm is a break.
+                sock = self._tls.wrap_socket(
+                    sock, server_hostname=url.host, suppress_ragged_eofs=False
                 )
-                with cut_off(sock, seconds):  # wrapping has moved the descriptor to a new object
-                    sock.do_handshake()
         except BaseException:
             sock.close()
             raise
         sock.settimeout(STALL_SECONDS)
         return Wire(url, sock, proxy)
-
-    def _context(self) -> ssl.SSLContext:
-        with self._lock:  # loading the authorities takes 20 ms: once
-            self._tls = self._tls or ssl.create_default_context()
-            return self._tls
 
     def open(self, url: Url, *, proxied: bool, vet: bool = False) -> Wire:
         """Return a Wire to url's server, through the proxy where one is due and up.
@@ -1656,24 +1571,19 @@ class Network:
         Unreachable, or Failure for an address that vet refuses.
         """
         proxy = self.proxy if proxied and not self.is_direct(url.host) else None
-        if proxy and self.probed.wait(CONNECT_SECONDS) and self._is_up:
-            if vet:
-                refuse_inside(url.host, LOOKUP_SECONDS)
-            try:
-                return self._connect(url, proxy, False, CONNECT_SECONDS)
-            except OSError as error:
-                if self.probe():
-                    raise Unreachable(
-                        f"通过代理连接 {quoted(url.host)} 失败：{explain(error)}"
-                    ) from error
+        if proxy and not (self.probed.wait(CONNECT_SECONDS) and self._is_up):
+            proxy = None
         try:
-            return self._connect(url, None, vet, CONNECT_SECONDS)
+            return self._connect(url, proxy, vet)
         except OSError as error:
-            raise Unreachable(f"连接 {quoted(url.host)} 失败：{explain(error)}") from error
+            if proxy and not self.probe():
+                return self.open(url, proxied=False, vet=vet)
+            way = "通过代理连接" if proxy else "连接"
+            raise Unreachable(f"{way} {quoted(url.host)} 失败：{explain(error)}") from error
 
     def probe(self) -> bool:
         """Try the proxy with PROXY_TEST_URL, log a change of its state, return whether it is up."""
-        with self._probing:
+        with self._lock:
             problem = self._try_proxy()
             was_up, self._is_up = self._is_up, not problem
             self.probed.set()
@@ -1687,13 +1597,12 @@ class Network:
 
     def _try_proxy(self) -> str:
         """Return what is wrong with the proxy, "" for nothing."""
-        url, seconds = self._test_url, CONNECT_SECONDS
         try:
-            wire = self._connect(url, self.proxy, False, seconds)
+            wire = self._connect(self._test_url, self.proxy, False)
             # The head is enough: a search engine's page may be long.
-            with contextlib.closing(wire), cut_off(wire.link, seconds):
-                status = wire.ask("GET", url.target, {}).status
-        except (OSError, http.client.HTTPException) as error:
+            with contextlib.closing(wire), cut_off(wire.link, CONNECT_SECONDS):
+                status = wire.ask("GET", self._test_url.target, {}).status
+        except OSError as error:
             return explain(error)
         return f"测试地址答 {status}" if status >= 400 else ""
 
@@ -1719,13 +1628,9 @@ class Client:
     ) -> Answer:
         """Make one call within `seconds` and return its Answer; raise Unreachable or Failure."""
         with self._lock:
-            wire, self._wire = self._wire, None
-            if wire is None or not wire.is_fresh():
-                if wire:
-                    wire.close()
-                wire = self._network.open(self.url, proxied=self._proxied)
-            answer = wire.exchange(method, target, headers, body, seconds)
-            self._wire = wire if wire.sock else None
+            if self._wire is None or not self._wire.is_fresh():
+                self._wire = self._network.open(self.url, proxied=self._proxied)
+            answer = self._wire.exchange(method, target, headers, body, seconds)
             with contextlib.suppress(ValueError, TypeError, OverflowError):
                 date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
                 # The header has whole seconds, rounded down.
@@ -1745,14 +1650,11 @@ def aes(key: bytes) -> Any:
     return AES.new(key, AES.MODE_CBC, iv=key[:16])
 
 
-def unpad(plain: bytes, least: int) -> bytes:
-    """Return plain without its padding (PKCS#7 to 32 bytes); raise ValueError where it is odd."""
-    pad = plain[-1] if plain else 0
-    if len(plain) % 32 or not 1 <= pad <= 32 or len(plain) < pad + least:
-        raise ValueError("bad padding")
-    if plain[-pad:] != bytes([pad]) * pad:
-        raise ValueError("bad padding")
-    return plain[:-pad]
+def decrypt(key: bytes, data: bytes) -> bytes:
+    """Return data decrypted, without its padding (PKCS#7 to 32 bytes); raise ValueError."""
+    from Crypto.Util.Padding import unpad
+
+    return unpad(aes(key).decrypt(data), 32)
 
 
 class Crypto:
@@ -1784,13 +1686,12 @@ class Crypto:
     def decrypt(self, encrypted: str) -> bytes:
         """Return the message; raise Rejected 400 where it is malformed, 403 for another corp id."""
         try:
-            data = base64.b64decode(encrypted, validate=True)
-            plain = unpad(aes(self._key).decrypt(data), least=20)
+            plain = decrypt(self._key, base64.b64decode(encrypted, validate=True))
         except ValueError as error:
             raise Rejected(400, str(error)) from error
-        (length,) = struct.unpack(">I", plain[16:20])
+        length = int.from_bytes(plain[16:20], "big")
         message, corp_id = plain[20 : 20 + length], plain[20 + length :]
-        if len(message) != length:
+        if len(plain) < 20 + length:
             raise Rejected(400, "bad length")
         if not hmac.compare_digest(corp_id, self._corp_id):
             raise Rejected(403, "corp id")
@@ -1913,10 +1814,9 @@ class WeCom:
 
     RENEW = "access_token 失效"
 
-    def __init__(self, settings: Settings, network: Network, log: Log) -> None:
+    def __init__(self, settings: Settings, network: Network) -> None:
         self._settings = settings
         self.client = Client(network, settings.WECOM_API_URL, proxied=False)
-        self._log = log
         self._lock = threading.Lock()
         self._token = ""
         self._token_ends = 0.0
@@ -1945,7 +1845,6 @@ class WeCom:
             odd = not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,1024}", token)
             if odd or not isinstance(seconds, int):
                 raise Unreachable("企业微信的回答里没有 access_token")
-            self._log.hide(token)
             self._token = str(token)
             self._token_ends = time.monotonic() + min(7200, max(60, seconds - 300))
             return self._token
@@ -2167,7 +2066,7 @@ class GitHub:
                 if answer.status not in (301, 302, 307, 308):
                     self.trouble = ""
                     return answer
-                location = follow_location(url, answer.headers.get("Location", ""))
+                location = parse_url(answer.headers.get("Location", ""), str(url))
                 if location[:3] != url[:3]:
                     why = f"GitHub 转到别的主机 {location.host}，已拒绝"
                     raise GitHubError(why, answer.status)
@@ -2772,7 +2671,7 @@ class Download:
             try:
                 with self._waiting(), cut_off(wire.link, STALL_SECONDS):
                     response = wire.ask("GET", url.target, {"Accept": "*/*", **headers})
-            except (OSError, http.client.HTTPException) as error:
+            except OSError as error:
                 wire.close()
                 text = f"下载失败：{quoted(url.host)} {explain(error)}，请检查链接"
                 raise Unreachable(text) from error
@@ -2783,7 +2682,7 @@ class Download:
                 why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
                 text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
                 raise Refusal(text, response.status)
-            url = follow_location(url, _header_text(response.headers.get("Location", "")))
+            url = parse_url(_header_text(response.headers.get("Location", "")), str(url))
         raise Failure("下载失败：链接不停地重定向")
 
     def _resume(self, error: Exception) -> None:
@@ -5383,7 +5282,7 @@ class WebSocket:
                 response = wire.ask("GET", url.target, {**headers, "Sec-WebSocket-Version": "13"})
             if response.status != 101 or response.headers.get("Sec-WebSocket-Accept") != accept:
                 raise OSError(0, f"没有接受 WebSocket（{response.status} {response.reason}）")
-        except (OSError, http.client.HTTPException) as error:
+        except OSError as error:
             wire.close()
             raise Unreachable(f"连接 {url.host} 失败：{explain(error)}") from error
         wire.link.settimeout(0.0)
@@ -5808,8 +5707,7 @@ class Robot(Channel):
         if answer.status != 200:
             raise Failure(f"这个文件取不到（HTTP {answer.status}），请再发一次")
         try:
-            cipher = aes(base64.b64decode(key + "=" * (-len(key) % 4)))
-            plain = unpad(cipher.decrypt(answer.body), 0)
+            plain = decrypt(base64.b64decode(key + "=" * (-len(key) % 4)), answer.body)
             text = plain.decode("utf-8-sig")
             if len(plain) > MAX_PASTE_BYTES or "\0" in text:
                 raise ValueError("no paste")
@@ -6142,7 +6040,7 @@ def build_app(
     """Wire the parts of the service; opens no connection and starts no thread."""
     app = App(settings, log, now, sleep)
     if settings.CORP_ID:
-        app.channels[Texts.name] = Texts(WeCom(settings, app.network, log))
+        app.channels[Texts.name] = Texts(WeCom(settings, app.network))
     if settings.BOT_ID:
         app.channels[Robot.name] = Robot(settings, app.network, log)
     return app
@@ -6150,7 +6048,7 @@ def build_app(
 
 def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     """Do `wxsync.py check`; return 0 when nothing is wrong."""
-    log = Log("ERROR", settings.secret_values(), sys.stderr)
+    log = Log("ERROR", settings.secrets().values(), sys.stderr)
     app = build_app(settings, log, time.time, lambda seconds: None)
     app.github.patience_seconds = 0  # a limit is told, not waited for
     target = Client(app.network, f"https://{settings.DOCKER_REGISTRY}", proxied=False)
@@ -6334,8 +6232,8 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     try:
         stored = read_env_file(env_file) if options.env or env_file.exists() else {}
         settings = load_settings({**stored, **environ})
-    except SettingsError as error:
-        for problem in error.problems:
+    except Failure as failure:
+        for problem in str(failure).splitlines():
             print(f"❌ {problem}", file=sys.stderr)
         print("设置不完整：cp env.example .env 后填写，每一项的含义见其中的说明", file=sys.stderr)
         return 1
@@ -6344,7 +6242,7 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     if options.command == "send":
         user = options.user or next(iter(settings.ALLOWED_USERS), "")
         return send_text(settings, options.text, user)
-    return serve(settings, Log(settings.LOG_LEVEL, settings.secret_values(), sys.stderr))
+    return serve(settings, Log(settings.LOG_LEVEL, settings.secrets().values(), sys.stderr))
 
 
 if __name__ == "__main__":
