@@ -5796,7 +5796,7 @@ def test_everything_down_at_the_start() -> None:
 
 def test_any_2xx_answer_to_connect_is_a_tunnel() -> None:
     """RFC 9110, 9.3.6; with any other the proxy is told of."""
-    url, proxy = wxsync.parse_url("https://example.com/"), wxsync.Proxy("http", "p", 1, "", "")
+    url, proxy = wxsync.parse_url("https://example.com/"), wxsync.Proxy("http://p:1")
     for status in (200, 204, 299, 302, 401, 407, 503):
         ours, other = socket.socketpair()
         with ours, other:
