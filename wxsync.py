@@ -2664,10 +2664,6 @@ PACKED = r"(?i).*\.(gz|tgz|gzip|z|svgz|emz)"
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-class Refusal(Failure):
-    """The origin answered a download with an HTTP status that is no success."""
-
-
 class Download:
     """A file being downloaded, part by part, resumed where the server allows it.
 
@@ -2789,7 +2785,7 @@ class Download:
             if response.status not in (301, 302, 303, 307, 308):
                 why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
                 text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
-                raise Refusal(text, response.status)
+                raise Failure(text, response.status)
             url = follow_location(url, _header_text(response.headers.get("Location", "")))
         raise Failure("下载失败：链接不停地重定向")
 
@@ -2804,8 +2800,8 @@ class Download:
         wanted = {"Range": f"bytes={done}-", "If-Range": self._validator}
         try:
             self._url, self._response = self._request(self._url, wanted)
-        except Refusal as refusal:
-            if refusal.status not in (401, 403, 404, 410) or self._url == self._first:
+        except Failure as failure:
+            if failure.status not in (401, 403, 404, 410) or self._url == self._first:
                 raise
             self._url, self._response = self._request(self._first, wanted)
         given = self._response.headers.get("Content-Range", "").strip()
