@@ -103,7 +103,7 @@ import traceback
 import urllib.parse
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import (
@@ -2461,27 +2461,22 @@ class QingStor:
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
     def call(
-        self,
-        name: str,
-        *words: str,
-        body: bytes | bytearray = b"",
-        tries: int = TRIES,
-        **options: Any,
+        self, name: str, *words: str, fine: Container[int] = (), tries: int = TRIES, **options: Any
     ) -> Answer:
-        """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
-        if body:
+        """Do one operation, again after a passing fault; return its Answer.
+
+        Raises Unreachable, or Failure for a status that is neither 2xx nor `fine`.
+        """
+        if body := options.get("body"):
             md5 = hashlib.md5(body, usedforsecurity=False).digest()
             options["content_md5"] = base64.b64encode(md5).decode()
+        seconds = PART_SECONDS if body else CALL_SECONDS * TRIES  # completing may take a while
 
         def attempt() -> Answer:
             signed = self._request(name, *words, **options).sign()  # anew: the Date is signed
-            url = urllib.parse.urlsplit(signed.url)
-            headers = {k: v for k, v in signed.headers.items() if k.lower() != "content-length"}
-            data = body or (signed.body or "").encode() or None
-            target = f"{url.path}?{url.query}".removesuffix("?")
-            seconds = PART_SECONDS if body else CALL_SECONDS * TRIES  # completing may take a while
+            asked = (signed.method, signed.path_url, signed.headers, signed.body)
             try:
-                answer = self.client.call(signed.method, target, headers, data, seconds)
+                answer = self.client.call(*asked, seconds)
             except Unreachable as error:
                 raise Unreachable(f"连接 QingStor 失败：{error}，请稍后再试") from error
             if answer.status >= 500:
@@ -2489,11 +2484,8 @@ class QingStor:
             return answer
 
         pauses = (1.0, 2.0)[: tries - 1]
-        return persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
-
-    def require(self, answer: Answer) -> Answer:
-        """Return a 2xx answer; raise Failure with cause and cure for any other."""
-        if 200 <= answer.status < 300:
+        answer = persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
+        if 200 <= answer.status < 300 or answer.status in fine:
             return answer
         found = read_json(answer.body, dict) or {}
         code, said = (self._log.mask(str(found.get(name, ""))) for name in ("code", "message"))
@@ -2508,7 +2500,7 @@ class QingStor:
     def _make(self, name: str, key: str, **options: Any) -> None:
         """Do what makes an object; an answer that got lost is settled by looking."""
         try:
-            self.require(self.call(name, key, **options))
+            self.call(name, key, **options)
         except Failure:
             if not self._is_stored(key):
                 raise
@@ -2521,7 +2513,7 @@ class QingStor:
             name = "initiate_multipart_upload"
             if next(tries):  # it may have begun all the same
                 self._abort_strays(key)
-            answer = self.require(self.call(name, key, tries=1, content_type=content_type))
+            answer = self.call(name, key, tries=1, content_type=content_type)
             upload_id = str((read_json(answer.body, dict) or {}).get("upload_id", ""))
             if not re.fullmatch(UPLOAD_ID, upload_id):
                 raise Failure("QingStor 的回答里没有 upload_id")
@@ -2530,30 +2522,24 @@ class QingStor:
         return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
 
     def _abort(self, key: str, upload_id: str) -> None:
-        answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
-        if answer.status != 404:  # already gone
-            self.require(answer)
+        self.call("abort_multipart_upload", key, fine=(404,), upload_id=upload_id)
 
     def _abort_strays(self, key: str) -> None:
         """Drop uploads of a key that were begun without our learning their id.
 
         Raises Unreachable; a store that does not list them is left alone.
         """
-        try:
-            answer = self.require(self.call("list_multipart_uploads", prefix=key))
-            listed = (read_json(answer.body, dict) or {}).get("uploads")
-            for entry in listed if isinstance(listed, list) else []:
-                upload_id = pick(entry, "upload_id", str)
-                if pick(entry, "key", str).startswith(key) and re.fullmatch(UPLOAD_ID, upload_id):
-                    self._abort(entry["key"], upload_id)
-        except Failure as failure:
-            if isinstance(failure, Unreachable):
-                raise
+        answer = self.call("list_multipart_uploads", fine=range(400, 500), prefix=key)
+        listed = (read_json(answer.body, dict) or {}).get("uploads")
+        for entry in listed if isinstance(listed, list) else []:
+            upload_id = pick(entry, "upload_id", str)
+            if pick(entry, "key", str) == key and re.fullmatch(UPLOAD_ID, upload_id):
+                self._abort(key, upload_id)
 
     def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
         """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
         options: dict[str, Any] = {"part_number": str(part), "upload_id": upload.upload_id}
-        self.require(self.call("upload_multipart", upload.key, body=body, **options))
+        self.call("upload_multipart", upload.key, body=body, **options)
 
     def complete(self, upload: Upload, count: int) -> None:
         """Make an object of its parts."""
@@ -2568,10 +2554,10 @@ class QingStor:
 
     def size_bytes(self, key: str) -> int | None:
         """Return the size of an object, None where there is none."""
-        answer = self.call("head_object", key)
+        answer = self.call("head_object", key, fine=(404,))
         if answer.status == 404:
             return None
-        length = self.require(answer).headers.get("Content-Length") or "0"
+        length = answer.headers.get("Content-Length") or "0"
         if not re.fullmatch(r"[0-9]{1,18}", length):
             raise Failure("QingStor 的回答看不懂：Content-Length")
         return int(length)
@@ -2588,9 +2574,7 @@ class QingStor:
     def drop(self, upload: Upload) -> None:
         """Leave nothing of an upload, finished or not."""
         if self.settle(upload) is not None:
-            answer = self.call("delete_object", upload.key)
-            if answer.status != 404:
-                self.require(answer)
+            self.call("delete_object", upload.key, fine=(404,))
 
     def link(self, key: str, now: float) -> str:
         """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
@@ -6251,7 +6235,7 @@ class Doctor:
         if self.app.store is None:
             yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
             return
-        answer = self.app.store.require(self.app.store.call("get_acl"))
+        answer = self.app.store.call("get_acl")
         name, seconds = self.app.settings.QINGSTOR_BUCKET, self.app.settings.QINGSTOR_LINK_SECONDS
         yield Finding("✅", "QingStor", f"存储桶 {name} 可以访问，密钥正确")
         is_public = b"QS_ALL_USERS" in answer.body
