@@ -2460,9 +2460,7 @@ class QingStor:
         place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
-    def call(
-        self, name: str, *words: str, fine: Container[int] = (), tries: int = TRIES, **options: Any
-    ) -> Answer:
+    def call(self, name: str, *words: str, fine: Container[int] = (), **options: Any) -> Answer:
         """Do one operation, again after a passing fault; return its Answer.
 
         Raises Unreachable, or Failure for a status that is neither 2xx nor `fine`.
@@ -2483,8 +2481,7 @@ class QingStor:
                 raise Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
             return answer
 
-        pauses = (1.0, 2.0)[: tries - 1]
-        answer = persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
+        answer = persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
         if 200 <= answer.status < 300 or answer.status in fine:
             return answer
         found = read_json(answer.body, dict) or {}
@@ -2495,46 +2492,28 @@ class QingStor:
 
     def put(self, key: str, body: bytes | bytearray, content_type: str) -> None:
         """Store a small object whole."""
-        self._make("put_object", key, body=body, content_type=content_type)
-
-    def _make(self, name: str, key: str, **options: Any) -> None:
-        """Do what makes an object; an answer that got lost is settled by looking."""
-        try:
-            self.call(name, key, **options)
-        except Failure:
-            if not self._is_stored(key):
-                raise
+        self.call("put_object", key, body=body, content_type=content_type)
 
     def initiate(self, key: str, content_type: str) -> str:
-        """Begin an object in parts; return its upload id."""
-        tries = itertools.count()
+        """Begin an object in parts; return its upload id, the only one of the key from now on."""
+        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
+        upload_id = str((read_json(answer.body, dict) or {}).get("upload_id", ""))
+        if not re.fullmatch(UPLOAD_ID, upload_id):
+            raise Failure("QingStor 的回答里没有 upload_id")
+        self._abort(key, self._open_ids(key) - {upload_id})
+        return upload_id
 
-        def attempt() -> str:
-            name = "initiate_multipart_upload"
-            if next(tries):  # it may have begun all the same
-                self._abort_strays(key)
-            answer = self.call(name, key, tries=1, content_type=content_type)
-            upload_id = str((read_json(answer.body, dict) or {}).get("upload_id", ""))
-            if not re.fullmatch(UPLOAD_ID, upload_id):
-                raise Failure("QingStor 的回答里没有 upload_id")
-            return upload_id
-
-        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
-
-    def _abort(self, key: str, upload_id: str) -> None:
-        self.call("abort_multipart_upload", key, fine=(404,), upload_id=upload_id)
-
-    def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun without our learning their id.
-
-        Raises Unreachable; a store that does not list them is left alone.
-        """
+    def _open_ids(self, key: str) -> set[str]:
+        """Return the ids of a key's uploads: an answer that named one may have got lost."""
         answer = self.call("list_multipart_uploads", fine=range(400, 500), prefix=key)
         listed = (read_json(answer.body, dict) or {}).get("uploads")
-        for entry in listed if isinstance(listed, list) else []:
-            upload_id = pick(entry, "upload_id", str)
-            if pick(entry, "key", str) == key and re.fullmatch(UPLOAD_ID, upload_id):
-                self._abort(key, upload_id)
+        entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+        return {str(entry.get("upload_id")) for entry in entries if entry.get("key") == key}
+
+    def _abort(self, key: str, upload_ids: set[str]) -> None:
+        for upload_id in upload_ids:
+            if re.fullmatch(UPLOAD_ID, upload_id):
+                self.call("abort_multipart_upload", key, fine=(404,), upload_id=upload_id)
 
     def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
         """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
@@ -2542,39 +2521,25 @@ class QingStor:
         self.call("upload_multipart", upload.key, body=body, **options)
 
     def complete(self, upload: Upload, count: int) -> None:
-        """Make an object of its parts."""
+        """Make an object of its parts; an answer that got lost is settled by looking."""
         parts = [{"part_number": part} for part in range(count)]
         done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
-        self._make("complete_multipart_upload", upload.key, **done)
-
-    def _is_stored(self, key: str) -> bool:
-        with contextlib.suppress(Failure):
-            return self.size_bytes(key) is not None
-        return False
+        try:
+            self.call("complete_multipart_upload", upload.key, **done)
+        except Failure:
+            if self.size_bytes(upload.key) is None:
+                raise
 
     def size_bytes(self, key: str) -> int | None:
-        """Return the size of an object, None where there is none."""
+        """Return the size of an object, None where there is none or its size is not told."""
         answer = self.call("head_object", key, fine=(404,))
-        if answer.status == 404:
-            return None
-        length = answer.headers.get("Content-Length") or "0"
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise Failure("QingStor 的回答看不懂：Content-Length")
-        return int(length)
-
-    def settle(self, upload: Upload) -> int | None:
-        """Undo an interrupted upload; return the object's size if it was finished after all."""
-        size_bytes = self.size_bytes(upload.key)
-        if size_bytes is None and upload.upload_id:
-            self._abort(upload.key, upload.upload_id)
-        if size_bytes is None:  # begun once more, where a full disk kept the new id from us
-            self._abort_strays(upload.key)
-        return size_bytes
+        length = answer.headers.get("Content-Length", "")
+        return int(length) if answer.status == 200 and re.fullmatch("[0-9]{1,18}", length) else None
 
     def drop(self, upload: Upload) -> None:
         """Leave nothing of an upload, finished or not."""
-        if self.settle(upload) is not None:
-            self.call("delete_object", upload.key, fine=(404,))
+        self._abort(upload.key, {upload.upload_id} | self._open_ids(upload.key))
+        self.call("delete_object", upload.key, fine=(404,))
 
     def link(self, key: str, now: float) -> str:
         """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
@@ -4868,9 +4833,6 @@ def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tup
     kind = source.content_type or "application/octet-stream"
     key = make_key(source.name, f"{task.id} {task.items[0]}")
     upload, count, size_bytes = Upload(key, "", source.name), 0, 0
-    # A full disk may have kept from a restart that it was on its way, or there.
-    if task.id in app.state.resumed and (stored := store.settle(upload)) is not None:
-        return key, stored
     work = app.progress.of(task)
     work.total_bytes = source.total_bytes or 0
     advance(app, task, upload=tuple(upload))
@@ -4910,7 +4872,9 @@ def relay_file(app: App, task: Task) -> None:
     size_bytes: int | None = None
     if task.upload:  # this process or one before it was interrupted here
         key, _, name = task.upload
-        size_bytes = store.settle(Upload(*task.upload))
+        size_bytes = store.size_bytes(key)
+        if size_bytes is None:
+            store.drop(Upload(*task.upload))
     if size_bytes is None:
         stop_if_cancelled(app, task)
         vet = settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
