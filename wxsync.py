@@ -4529,15 +4529,6 @@ class Cancelled(Exception):
     """Its person does not want the request any more."""
 
 
-def drop_upload(app: App, task: Task) -> None:
-    """Leave nothing in the bucket; what cannot be dropped now becomes an orphan."""
-    current = app.state.facts.task(task.id, task.lane)
-    if current and current.upload and app.store:
-        with contextlib.suppress(Failure):
-            app.store.drop(Upload(*current.upload))
-            app.state.change(lambda facts: facts.with_task(task, upload=()))
-
-
 def finish(
     app: App,
     task: Task,
@@ -4551,7 +4542,7 @@ def finish(
     """In one change: queue the final message and drop the task (or just the one item of it).
 
     `mark` is what makes the message unlike any other. An upload in the task is an orphan, if it has
-    not been stored. The rest of a task goes behind those of others.
+    not been stored: `keep_settling` drops it. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
     letters = channel.ending(task, channel.letters(task.user, text, mark))
@@ -4573,12 +4564,8 @@ def finish(
         rest = replace(current, items=tuple(items), upload=(), deaths=0)
         return replace(facts, tasks=(*others, rest))
 
-    try:
-        if not is_stored:
-            drop_upload(app, task)
-    finally:  # whatever the store says
-        app.state.change(change)
-        app.progress.end(task)
+    app.state.change(change)
+    app.progress.end(task)
 
 
 def advance(app: App, task: Task, **changes: Any) -> Task:
@@ -4601,7 +4588,7 @@ def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
 
 
 def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
-    """Tell the person that the first link failed; leave nothing in the bucket."""
+    """Tell the person that the first link failed."""
     link = task.items[0]
     number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
     retry = f"；{RETRY}" if can_retry else ""
@@ -4610,7 +4597,7 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
 
 
 def cancel(app: App, task: Task) -> None:
-    """Tell the person that the request has been broken off; leave nothing in the bucket."""
+    """Tell the person that the request has been broken off."""
     is_file = task.lane == "files"
     current = app.state.facts.task(task.id, task.lane) or task
     is_surely_idle = current.stage in ("queued", "committed")
@@ -4893,7 +4880,7 @@ def relay_file(app: App, task: Task) -> None:
 
 
 def keep_settling(app: App) -> None:
-    """Drop what uploads that failed have left behind, trying every minute while there is any."""
+    """Drop what failed uploads have left behind; what cannot be dropped is tried every minute."""
     with app.state.changed:
         while not (orphans := app.state.facts.orphans):
             app.state.changed.wait()
@@ -4909,7 +4896,8 @@ def keep_settling(app: App) -> None:
             return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
 
         app.state.change(change)
-    app.sleep(CLOCK_LOOK_SECONDS)
+    if app.state.facts.orphans:
+        app.sleep(CLOCK_LOOK_SECONDS)
 
 
 # ---- A lane, midnight --------------------------------------------------------------------------
