@@ -8079,7 +8079,7 @@ def test_form_of_links(seconds: str) -> None:
     settings = load(QINGSTOR_LINK_SECONDS=seconds)
     log = wxsync.Log("ERROR", [], sys.stderr)
     store = wxsync.QingStor(settings, network(settings), log, time.sleep)
-    assert re.fullmatch(LINK_FORMS[seconds], store.link(wxsync.make_key("a.pdf"), time.time()))
+    assert re.fullmatch(LINK_FORMS[seconds], store.link(wxsync.make_key("a.pdf", "1"), time.time()))
 
 
 def test_status_shows_how_far(depot: Depot) -> None:

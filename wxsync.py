@@ -2437,11 +2437,10 @@ class QingStor:
         self._settings = settings
         self._log = log
         self._sleep = sleep
-        self._base = parse_url(settings.QINGSTOR_URL)
-        bare = self._base.host == "localhost" or not re.search("[a-z]", self._base.host)
-        self._zone = "" if bare else settings.QINGSTOR_ZONE
-        host = f"{self._zone}.{self._base.host}".removeprefix(".")
-        self.client = Client(network, str(self._base._replace(host=host, target="/")), False)
+        url = parse_url(settings.QINGSTOR_URL)
+        self._has_name = url.host != "localhost" and bool(re.search("[a-z]", url.host))
+        host = f"{settings.QINGSTOR_ZONE}.{url.host}" if self._has_name else url.host
+        self.client = Client(network, str(url._replace(host=host, target="/")), False)
 
     def _request(self, name: str, *words: str, **options: Any) -> Any:
         """Return the SDK's unsigned request for an operation, such as "put_object"."""
@@ -2450,14 +2449,14 @@ class QingStor:
         from qingstor.sdk.service.bucket import Bucket  # 10 MiB, and only for files
 
         config = SimpleNamespace(  # the SDK's own Config installs a root log handler
-            host=self._base.host,
-            port=self._base.port,
-            protocol=self._base.scheme,
+            host=self.client.url.host,
+            port=self.client.url.port,
+            protocol=self.client.url.scheme,
             access_key_id=self._settings.QINGSTOR_ACCESS_KEY_ID,
             secret_access_key=self._settings.QINGSTOR_SECRET_ACCESS_KEY,
             enable_virtual_host_style=False,
         )
-        place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
+        place = {"bucket-name": self._settings.QINGSTOR_BUCKET}
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
     def call(self, name: str, *words: str, fine: Container[int] = (), **options: Any) -> Answer:
@@ -2543,14 +2542,12 @@ class QingStor:
 
     def link(self, key: str, now: float) -> str:
         """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
-        settings = self._settings
-        if settings.QINGSTOR_LINK_SECONDS:
-            expires = int(now) + settings.QINGSTOR_LINK_SECONDS
-            return str(self._request("get_object", key).sign_query(expires).url)
-        host = f"{settings.QINGSTOR_BUCKET}.{self._zone}.{self._base.host}"
-        if not self._zone:
-            key, host = f"{settings.QINGSTOR_BUCKET}/{key}", self._base.host
-        return str(self._base._replace(host=host, target="/" + urllib.parse.quote(key)))
+        url, bucket = self.client.url, self._settings.QINGSTOR_BUCKET
+        if seconds := self._settings.QINGSTOR_LINK_SECONDS:
+            return str(self._request("get_object", key).sign_query(int(now) + seconds).url)
+        if self._has_name:
+            return str(url._replace(host=f"{bucket}.{url.host}", target=f"/{key}"))
+        return str(url._replace(target=f"/{bucket}/{key}"))
 
 
 # ---- Downloads ---------------------------------------------------------------------------------
@@ -2593,13 +2590,12 @@ def read_file_name(disposition: str, *urls: Url) -> str:
     return "download"
 
 
-def make_key(name: str, seed: str = "") -> str:
-    """Return an object key: a uuid (the same for a seed) and the name's cleaned extension."""
+def make_key(name: str, seed: str) -> str:
+    """Return an object key: a uuid that is the seed's, and the name's cleaned extension."""
     import uuid  # takes 2 ms at start, and only files need it
 
     found = re.search(r"(?i)(\.tar)?\.[a-z0-9]{1,10}$", name)
-    key = uuid.uuid5(uuid.NAMESPACE_URL, seed) if seed else uuid.uuid4()
-    return f"{key}{found[0].lower() if found else ''}"
+    return f"{uuid.uuid5(uuid.NAMESPACE_URL, seed)}{found[0].lower() if found else ''}"
 
 
 STATUS_TEXTS = {
