@@ -5396,8 +5396,9 @@ def listen(port):
 
 def fetch(link):
     try:
-        source = wxsync.Download(network, link, True, 2**30, lambda: False)
+        source = wxsync.Download(network, link, True, 2**30)
         try:
+            source.open()
             return b"".join(source.parts()).decode()
         finally:
             source.close()

@@ -188,9 +188,9 @@ WATCH_SECONDS = 6 * 3600.0  # a job may not run longer on GitHub
 TIMED_OUT_SECONDS = 55 * 60.0  # GitHub reports a job that met timeout-minutes as cancelled
 PROBE_SECONDS = 300.0
 PART_BYTES = 4 * 1024 * 1024  # the smallest part QingStor takes; three of them are in memory
-PART_SECONDS = 600.0  # for one part; slower than 7 kB/s is no upload
+PART_SECONDS = 600.0  # for one part; slower than 7 kB/s is no upload and no download
 READ_BYTES = 256 * 1024  # moved at once
-SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
+LEAST_BYTES = 16 * 1024  # from a source that broke off, or it counts as a try without progress
 TRIES = 3  # of a part, of a resumed download without progress
 DOWNLOAD_SECONDS = 6 * 3600.0
 MAX_DEATHS = 2  # of the process, with the same upload on its way: it may be why
@@ -2612,34 +2612,22 @@ GZIP_MAGIC = b"\x1f\x8b"
 class Download:
     """A file being downloaded, part by part, resumed where the server allows it.
 
-    A guard in a thread of its own cuts the connection when it is too slow, when the whole has taken
-    too long, or when `stopped` says so: whatever http.client is reading just then.
+    One thread opens and reads it. Another may close it, whatever http.client is reading just then:
+    a silent source is left by itself, one that drips is not.
     """
 
-    def __init__(
-        self, network: Network, link: str, vet: bool, limit_bytes: int, stopped: Callable[[], bool]
-    ) -> None:
-        """Ask for the file and read the head of the answer; raise Failure."""
+    def __init__(self, network: Network, link: str, vet: bool, limit_bytes: int) -> None:
         self._network = network
         self._vet = vet
         self._limit = limit_bytes
-        self._stopped = stopped
+        self._first = parse_url(link)
         self._wire: Wire | None = None
         self._done_bytes = 0  # as they came over the wire
-        self._waited = 0.0  # seconds spent waiting for the source, without the wait going on now
-        self._since = 0.0  # monotonic; when that began, 0 for none
-        self._cut: Exception | None = None  # why the guard broke off
-        self._closed = threading.Event()
-        threading.Thread(target=self._guard, daemon=True).start()
-        self._first = parse_url(link)
-        try:
-            self._url, self._response = self._request(self._first, {})
-            self._read_head()
-        except BaseException:
-            self.close()
-            raise
+        self._is_closed = False
 
-    def _read_head(self) -> None:
+    def open(self) -> None:
+        """Ask for the file and read the head of the answer; raise Failure."""
+        self._request(self._first, {})
         headers = self._response.headers
         if self._response.status != 200:
             raise Failure("下载失败：来源只给了文件的一部分，请换一个链接")
@@ -2655,7 +2643,8 @@ class Download:
         disposition = _header_text(headers.get("Content-Disposition", ""))
         self.name = read_file_name(disposition, self._url, self._first)
         kind = headers.get("Content-Type", "")
-        self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
+        is_known = re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind)
+        self.content_type = kind if is_known else "application/octet-stream"
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise Failure(f"来源用了不支持的压缩方式 {quoted(encoding)}，请换一个链接")
         self._packed, self._encoding = encoding not in ("", "identity"), encoding
@@ -2673,60 +2662,23 @@ class Download:
         if size_bytes > self._limit:
             raise Failure(f"文件超过上限 {self._limit // 2**20} MB（MAX_FILE_MB）")
 
-    def _guard(self) -> None:
-        """Cut the connection in time. Only waiting for the source counts against its speed."""
-        deadline, mark_waited, mark_bytes = time.monotonic() + DOWNLOAD_SECONDS, 0.0, 0
-        while not self._closed.wait(min(1.0, STALL_SECONDS / 4)):
-            now, since = time.monotonic(), self._since
-            waited = self._waited + (now - since if since else 0.0)
-            if self._stopped():
-                self._cut = Failure("下载中断：已取消")
-            elif now > deadline:
-                hours = DOWNLOAD_SECONDS / 3600
-                self._cut = Failure(f"下载中断：超过 {hours:.0f} 小时仍没有传完")
-            elif waited - mark_waited < STALL_SECONDS:
-                continue
-            elif since and self._done_bytes - mark_bytes < SLOWEST_BYTES:
-                self._cut = TimeoutError()
-            mark_waited, mark_bytes = waited, self._done_bytes
-            if self._cut and self._wire:
-                shut(self._wire.link)
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Count the time that is spent in here as waiting for the source.
-
-        Raises what the guard cut it off for: a body without a length would seem to have ended.
-        """
-        self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waited += time.monotonic() - self._since
-            self._since = 0.0
-            if cut := self._cut:
-                self._cut = cut if isinstance(cut, Failure) else None
-                raise cut
-
-    def _request(
-        self, url: Url, headers: Mapping[str, str]
-    ) -> tuple[Url, http.client.HTTPResponse]:
+    def _request(self, url: Url, headers: Mapping[str, str]) -> None:
         """Follow redirects, each to a checked address, to a 200 or 206; raise Failure."""
         for _ in range(MAX_REDIRECTS):
+            self._hang_up()
             wire = self._wire = self._network.open(url, proxied=True, vet=self._vet)
-            if self._closed.is_set():  # meanwhile
-                wire.close()
+            if self._is_closed:  # meanwhile
+                self._hang_up()
                 raise Failure("下载中断：已取消")
             try:
-                with self._waiting(), cut_off(wire.link, STALL_SECONDS):
+                with cut_off(wire.link, STALL_SECONDS):
                     response = wire.ask("GET", url.target, {"Accept": "*/*", **headers})
             except (OSError, http.client.HTTPException) as error:
-                wire.close()
                 text = f"下载失败：{quoted(url.host)} {explain(error)}，请检查链接"
                 raise Unreachable(text) from error
             if response.status in (200, 206):
-                return url, response
-            wire.close()
+                self._url, self._response = url, response
+                return
             if response.status not in (301, 302, 303, 307, 308):
                 why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
                 text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
@@ -2734,34 +2686,30 @@ class Download:
             url = follow_location(url, _header_text(response.headers.get("Location", "")))
         raise Failure("下载失败：链接不停地重定向")
 
-    def _resume(self, error: Exception) -> None:
+    def _resume(self) -> None:
         """Continue at the next byte (RFC 9110, 14) of the very same file; raise Failure.
 
         An address that was redirected to may have expired: then it is asked for anew.
         """
-        done, total = self._done_bytes, self._sent_bytes
-        if not self._validator or not total:
-            raise Failure(f"下载中断：{explain(error)}，来源不支持续传，请再发一次") from error
+        done, total = self._done_bytes, self._sent_bytes or 0
         wanted = {"Range": f"bytes={done}-", "If-Range": self._validator}
         try:
-            self._url, self._response = self._request(self._url, wanted)
+            self._request(self._url, wanted)
         except Failure as failure:
             if failure.status not in (401, 403, 404, 410) or self._url == self._first:
                 raise
-            self._url, self._response = self._request(self._first, wanted)
+            self._request(self._first, wanted)
         given = self._response.headers.get("Content-Range", "").strip()
         same = self._version(self._response.headers) == (self._validator, self._encoding)
         if self._response.status != 206 or given != f"bytes {done}-{total - 1}/{total}" or not same:
-            raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次") from error
+            raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次")
 
     def _read(self) -> bytes:
-        """Return some bytes as the server sends them, b"" at the end; raise OSError."""
-        left = READ_BYTES
-        if self._sent_bytes is not None:
-            left = min(left, self._sent_bytes - self._done_bytes)
-        with self._waiting():
-            piece = self._response.read1(left) if left else b""
-        if left and not piece and self._sent_bytes is not None:
+        """Return a block as the server sends it, b"" at the end; raise OSError."""
+        total = self._sent_bytes
+        left = READ_BYTES if total is None else min(READ_BYTES, total - self._done_bytes)
+        piece = self._response.read(left)
+        if left and not piece and total is not None:
             raise ConnectionResetError("short body")
         self._done_bytes += len(piece)
         self._check_size(self._done_bytes)
@@ -2770,20 +2718,19 @@ class Download:
     def _sent(self) -> Iterator[bytes]:
         """Yield what the server sends, resuming broken transfers; raise Failure."""
         tries, mark = 0, 0
-        broken: Exception | None = None
         while True:
             try:
-                if broken:
-                    self._resume(broken)
-                broken, piece = None, self._read()
+                if self._wire is None:
+                    self._resume()
+                piece = self._read()
             except (OSError, http.client.HTTPException, ValueError, Unreachable) as error:
-                if self._wire:
-                    self._wire.close()
-                if self._closed.is_set():
-                    raise Failure("下载中断：已取消") from error
-                tries = 1 if self._done_bytes - mark > SLOWEST_BYTES else tries + 1
-                broken, mark = error, self._done_bytes
-                if tries > TRIES:
+                self._hang_up()
+                tries = 1 if self._done_bytes - mark > LEAST_BYTES else tries + 1
+                mark = self._done_bytes
+                if not self._validator or not self._sent_bytes:
+                    text = f"下载中断：{explain(error)}，来源不支持续传，请再发一次"
+                    raise Failure(text) from error
+                if self._is_closed or tries > TRIES:
                     raise Unreachable(f"下载中断：{explain(error)}，请再发一次") from error
                 continue
             if not piece:
@@ -2835,11 +2782,15 @@ class Download:
             yield part
 
     def close(self) -> None:
-        """Break off, even while another thread reads."""
-        self._closed.set()
-        if self._wire:
-            shut(self._wire.link)
-            self._wire.close()
+        """Break off for good, even while another thread reads."""
+        self._is_closed = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire:
+            shut(wire.link)
+            wire.close()
 
 
 # ================================================================================================
@@ -4796,83 +4747,70 @@ def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
 # disk before the first byte is stored under it.
 
 
-def read_ahead(source: Download) -> Iterator[bytearray]:
-    """Yield the source's parts, each next one read while the last one is being worked on."""
-    from concurrent.futures import ThreadPoolExecutor  # 5 ms at start
+def upload_file(app: App, store: QingStor, task: Task) -> tuple[Upload, int]:
+    """Stream the first link into the bucket; return what it is there, and its size in bytes."""
+    from concurrent.futures import Future, ThreadPoolExecutor, wait  # 5 ms at start
 
-    parts = source.parts()
-    with ThreadPoolExecutor(1) as pool:
-        try:
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+
+    def awaited(reading: Future[T]) -> T:
+        """Return what the source gives, unless nobody wants it any more or it takes too long."""
+        end, is_done = min(deadline, time.monotonic() + PART_SECONDS), False
+        while not is_done:
+            is_done = bool(wait([reading], 1.0).done)
+            stop_if_cancelled(app, task)
+            if time.monotonic() > end:
+                raise Unreachable("下载中断：传输太慢，请换一个链接或稍后再试")
+        return reading.result()
+
+    vet = app.settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
+    source = Download(app.network, task.items[0], vet, app.settings.MAX_FILE_MB * 2**20)
+    # The source is closed first: the pool waits for its thread.
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(source):
+        awaited(pool.submit(source.open))
+        kind, work = source.content_type, app.progress.of(task)
+        upload = Upload(make_key(source.name, f"{task.id} {task.items[0]}"), "", source.name)
+        advance(app, task, upload=tuple(upload))
+        work.total_bytes = source.total_bytes or 0
+        parts, count, size_bytes = source.parts(), 0, 0
+        coming = pool.submit(next, parts, None)
+        while (part := awaited(coming)) is not None:
             coming = pool.submit(next, parts, None)
-            while (part := coming.result()) is not None:
-                coming = pool.submit(next, parts, None)
-                yield part
-        finally:
-            source.close()  # or the pool would wait for a read that nobody wants
-
-
-def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tuple[str, int]:
-    """Stream the source into the bucket; return the object's key and its size in bytes."""
-    kind = source.content_type or "application/octet-stream"
-    key = make_key(source.name, f"{task.id} {task.items[0]}")
-    upload, count, size_bytes = Upload(key, "", source.name), 0, 0
-    work = app.progress.of(task)
-    work.total_bytes = source.total_bytes or 0
-    advance(app, task, upload=tuple(upload))
-    for part in read_ahead(source):
-        stop_if_cancelled(app, task)
-        size_bytes += len(part)
-        if count == 0 and len(part) < PART_BYTES:
-            store.put(key, part, kind)
-            return key, size_bytes
-        if count == 0:
-            upload = upload._replace(upload_id=store.initiate(key, kind))
-            advance(app, task, upload=tuple(upload))
-        store.put_part(upload, count, part)
-        count += 1
-        work.done_bytes = size_bytes
-    stop_if_cancelled(app, task)
-    store.complete(upload, count)
-    return key, size_bytes
-
-
-def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
-    """Tell the person where the file is."""
-    text = (
-        f"✅ 文件上传成功！\n\n文件名: `{shown(name, 150)}`\n文件大小: {size_bytes} 字节\n"
-        f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {store.link(key, app.now())}"
-    )
-    app.log.info(f"files: id={task.id} bytes={size_bytes} key={key}")
-    finish(app, task, text, key, f"文件 {quoted(name)}：成功", (), task.items[0], is_stored=True)
+            size_bytes += len(part)
+            if count == 0 and len(part) < PART_BYTES:
+                store.put(upload.key, part, kind)
+                return upload, size_bytes
+            if count == 0:
+                upload = upload._replace(upload_id=store.initiate(upload.key, kind))
+                advance(app, task, upload=tuple(upload))
+            store.put_part(upload, count, part)
+            count += 1
+            work.done_bytes = size_bytes
+        store.complete(upload, count)
+    return upload, size_bytes
 
 
 def relay_file(app: App, task: Task) -> None:
     """Bring the first link of a file request into the bucket and tell the person; raise Failure."""
-    store, settings = app.store, app.settings
+    store = app.store
     if store is None:
         raise Failure("没有设置 QingStor，文件功能已关闭")
-    name = key = ""
-    size_bytes: int | None = None
-    if task.upload:  # this process or one before it was interrupted here
-        key, _, name = task.upload
-        size_bytes = store.size_bytes(key)
-        if size_bytes is None:
-            store.drop(Upload(*task.upload))
-    if size_bytes is None:
-        stop_if_cancelled(app, task)
-        vet = settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
-        limit_bytes = settings.MAX_FILE_MB * 2**20
-
-        def stopped() -> bool:
-            return app.state.is_cancelled(task)
-
+    upload = Upload(*task.upload) if task.upload else None  # of a process before this one
+    size_bytes = store.size_bytes(upload.key) if upload else None
+    if upload is None or size_bytes is None:
+        if upload:
+            store.drop(upload)
         if task.deaths >= MAX_DEATHS:
             raise Failure("传输时服务多次异常退出，不再尝试，请联系管理员查看日志")
-        source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
-        with contextlib.closing(source):
-            name = source.name
-            key, size_bytes = upload_parts(app, store, task, source)
-    tell_file(app, store, task, name, key, size_bytes)
+        upload, size_bytes = upload_file(app, store, task)
+    link = store.link(upload.key, app.now())
+    text = (
+        f"✅ 文件上传成功！\n\n文件名: `{shown(upload.name, 150)}`\n文件大小: {size_bytes} 字节\n"
+        f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {link}"
+    )
+    app.log.info(f"files: id={task.id} bytes={size_bytes} key={upload.key}")
+    what = f"文件 {quoted(upload.name)}：成功"
+    finish(app, task, text, upload.key, what, (), task.items[0], is_stored=True)
 
 
 def keep_settling(app: App) -> None:
