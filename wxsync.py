@@ -2744,15 +2744,13 @@ class Download:
         (as wget stores it), unless it was packed once more for the way.
         """
         pieces, inflate = self._sent(), zlib.decompressobj(47)
-        stored, head = False, b""
-        if re.fullmatch(PACKED, self.name):
-            while len(head) < 1024 and (piece := next(pieces, b"")):
-                head += piece
-            stored = zlib.decompressobj(47).decompress(head, 2) != GZIP_MAGIC
-        for piece in itertools.chain([head], pieces):
-            if stored:
-                yield piece
-                continue
+        first = next(pieces, b"")
+        is_packed_twice = zlib.decompressobj(47).decompress(first, 2) == GZIP_MAGIC
+        if re.fullmatch(PACKED, self.name) and not is_packed_twice:
+            yield first
+            yield from pieces
+            return
+        for piece in itertools.chain([first], pieces):
             while piece:
                 if inflate.eof:
                     if not piece.startswith(GZIP_MAGIC[: len(piece)]):
@@ -2760,11 +2758,11 @@ class Download:
                     inflate = zlib.decompressobj(47)
                 yield inflate.decompress(piece, READ_BYTES)
                 piece = inflate.unconsumed_tail or inflate.unused_data
-        if not stored and not inflate.eof:
+        if not inflate.eof:
             raise Unreachable("下载中断：压缩数据不完整，请再发一次")
 
     def parts(self) -> Iterator[bytearray]:
-        """Yield the file in parts of PART_BYTES (the last one shorter, an empty file as one)."""
+        """Yield the file in parts of PART_BYTES at least (but the last; an empty file is one)."""
         part, written = bytearray(), 0
         try:
             for piece in self._unpacked() if self._packed else self._sent():
@@ -2772,10 +2770,8 @@ class Download:
                 written += len(piece)
                 self._check_size(written)
                 if len(part) >= PART_BYTES:
-                    rest = part[PART_BYTES:]
-                    del part[PART_BYTES:]
                     yield part
-                    part = rest
+                    part = bytearray()
         except zlib.error as error:
             raise Failure("来源的压缩数据已损坏，请再发一次") from error
         if part or not written:
