@@ -104,7 +104,7 @@ import traceback
 import urllib.parse
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, get_args, get_type_hints
@@ -181,9 +181,9 @@ WATCH_SECONDS = 6 * 3600.0  # a job may not run longer on GitHub
 TIMED_OUT_SECONDS = 55 * 60.0  # GitHub reports a job that met timeout-minutes as cancelled
 PROBE_SECONDS = 300.0
 PART_BYTES = 4 * 1024 * 1024  # the smallest part QingStor takes; three of them are in memory
-PART_SECONDS = 600.0  # for one part; slower than 7 kB/s is no upload
+PART_SECONDS = 600.0  # for one part; slower than 7 kB/s is no upload and no download
 READ_BYTES = 256 * 1024  # moved at once
-SLOWEST_BYTES = 16 * 1024  # in STALL_SECONDS; a source that drips would hold the lane for hours
+LEAST_BYTES = 16 * 1024  # from a source that broke off, or it counts as a try without progress
 TRIES = 3  # of a part, of a resumed download without progress
 DOWNLOAD_SECONDS = 6 * 3600.0
 MAX_DEATHS = 2  # of the process, with the same upload on its way: it may be why
@@ -2329,11 +2329,10 @@ class QingStor:
         self._settings = settings
         self._log = log
         self._sleep = sleep
-        self._base = parse_url(settings.QINGSTOR_URL)
-        bare = self._base.host == "localhost" or not re.search("[a-z]", self._base.host)
-        self._zone = "" if bare else settings.QINGSTOR_ZONE
-        host = f"{self._zone}.{self._base.host}".removeprefix(".")
-        self.client = Client(network, str(self._base._replace(host=host, target="/")), False)
+        url = parse_url(settings.QINGSTOR_URL)
+        self._has_name = url.host != "localhost" and bool(re.search("[a-z]", url.host))
+        host = f"{settings.QINGSTOR_ZONE}.{url.host}" if self._has_name else url.host
+        self.client = Client(network, str(url._replace(host=host, target="/")), False)
 
     def _request(self, name: str, *words: str, **options: Any) -> Any:
         """Return the SDK's unsigned request for an operation, such as "put_object"."""
@@ -2342,50 +2341,39 @@ class QingStor:
         from qingstor.sdk.service.bucket import Bucket  # 10 MiB, and only for files
 
         config = SimpleNamespace(  # the SDK's own Config installs a root log handler
-            host=self._base.host,
-            port=self._base.port,
-            protocol=self._base.scheme,
+            host=self.client.url.host,
+            port=self.client.url.port,
+            protocol=self.client.url.scheme,
             access_key_id=self._settings.QINGSTOR_ACCESS_KEY_ID,
             secret_access_key=self._settings.QINGSTOR_SECRET_ACCESS_KEY,
             enable_virtual_host_style=False,
         )
-        place = {"bucket-name": self._settings.QINGSTOR_BUCKET, "zone": self._zone}
+        place = {"bucket-name": self._settings.QINGSTOR_BUCKET}
         return getattr(Bucket(config, place, None), f"{name}_request")(*words, **options)
 
-    def call(
-        self,
-        name: str,
-        *words: str,
-        body: bytes | bytearray = b"",
-        tries: int = TRIES,
-        **options: Any,
-    ) -> Answer:
-        """Do one operation, again after a passing fault; return its Answer, raise Unreachable."""
-        if body:
+    def call(self, name: str, *words: str, fine: Container[int] = (), **options: Any) -> Answer:
+        """Do one operation, again after a passing fault; return its Answer.
+
+        Raises Unreachable, or Failure for a status that is neither 2xx nor `fine`.
+        """
+        if body := options.get("body"):
             md5 = hashlib.md5(body, usedforsecurity=False).digest()
             options["content_md5"] = base64.b64encode(md5).decode()
+        seconds = PART_SECONDS if body else CALL_SECONDS * TRIES  # completing may take a while
 
         def attempt() -> Answer:
             signed = self._request(name, *words, **options).sign()  # anew: the Date is signed
-            url = urllib.parse.urlsplit(signed.url)
-            headers = {k: v for k, v in signed.headers.items() if k.lower() != "content-length"}
-            data = body or (signed.body or "").encode() or None
-            target = f"{url.path}?{url.query}".removesuffix("?")
-            seconds = PART_SECONDS if body else CALL_SECONDS * TRIES  # completing may take a while
+            asked = (signed.method, signed.path_url, signed.headers, signed.body)
             try:
-                answer = self.client.call(signed.method, target, headers, data, seconds)
+                answer = self.client.call(*asked, seconds)
             except Unreachable as error:
                 raise Unreachable(f"连接 QingStor 失败：{error}，请稍后再试") from error
             if answer.status >= 500:
                 raise Unreachable(f"QingStor 暂时不可用（HTTP {answer.status}），请稍后再试")
             return answer
 
-        pauses = (1.0, 2.0)[: tries - 1]
-        return persist(attempt, pauses, self._sleep, lambda e: isinstance(e, Unreachable))
-
-    def require(self, answer: Answer) -> Answer:
-        """Return a 2xx answer; raise Failure with cause and cure for any other."""
-        if 200 <= answer.status < 300:
+        answer = persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
+        if 200 <= answer.status < 300 or answer.status in fine:
             return answer
         found = read_json(answer.body, dict) or {}
         code, said = (self._log.mask(str(found.get(name, ""))) for name in ("code", "message"))
@@ -2395,105 +2383,63 @@ class QingStor:
 
     def put(self, key: str, body: bytes | bytearray, content_type: str) -> None:
         """Store a small object whole."""
-        self._make("put_object", key, body=body, content_type=content_type)
-
-    def _make(self, name: str, key: str, **options: Any) -> None:
-        """Do what makes an object; an answer that got lost is settled by looking."""
-        try:
-            self.require(self.call(name, key, **options))
-        except Failure:
-            if not self._is_stored(key):
-                raise
+        self.call("put_object", key, body=body, content_type=content_type)
 
     def initiate(self, key: str, content_type: str) -> str:
-        """Begin an object in parts; return its upload id."""
-        tries = itertools.count()
+        """Begin an object in parts; return its upload id, the only one of the key from now on."""
+        answer = self.call("initiate_multipart_upload", key, content_type=content_type)
+        upload_id = str((read_json(answer.body, dict) or {}).get("upload_id", ""))
+        if not re.fullmatch(UPLOAD_ID, upload_id):
+            raise Failure("QingStor 的回答里没有 upload_id")
+        self._abort(key, self._open_ids(key) - {upload_id})
+        return upload_id
 
-        def attempt() -> str:
-            name = "initiate_multipart_upload"
-            if next(tries):  # it may have begun all the same
-                self._abort_strays(key)
-            answer = self.require(self.call(name, key, tries=1, content_type=content_type))
-            upload_id = str((read_json(answer.body, dict) or {}).get("upload_id", ""))
-            if not re.fullmatch(UPLOAD_ID, upload_id):
-                raise Failure("QingStor 的回答里没有 upload_id")
-            return upload_id
+    def _open_ids(self, key: str) -> set[str]:
+        """Return the ids of a key's uploads: an answer that named one may have got lost."""
+        answer = self.call("list_multipart_uploads", fine=range(400, 500), prefix=key)
+        listed = (read_json(answer.body, dict) or {}).get("uploads")
+        entries = [e for e in listed if isinstance(e, dict)] if isinstance(listed, list) else []
+        return {str(entry.get("upload_id")) for entry in entries if entry.get("key") == key}
 
-        return persist(attempt, (1.0, 2.0), self._sleep, lambda e: isinstance(e, Unreachable))
-
-    def _abort(self, key: str, upload_id: str) -> None:
-        answer = self.call("abort_multipart_upload", key, upload_id=upload_id)
-        if answer.status != 404:  # already gone
-            self.require(answer)
-
-    def _abort_strays(self, key: str) -> None:
-        """Drop uploads of a key that were begun without our learning their id.
-
-        Raises Unreachable; a store that does not list them is left alone.
-        """
-        try:
-            answer = self.require(self.call("list_multipart_uploads", prefix=key))
-            listed = (read_json(answer.body, dict) or {}).get("uploads")
-            for entry in listed if isinstance(listed, list) else []:
-                upload_id = pick(entry, "upload_id", str)
-                if pick(entry, "key", str).startswith(key) and re.fullmatch(UPLOAD_ID, upload_id):
-                    self._abort(entry["key"], upload_id)
-        except Failure as failure:
-            if isinstance(failure, Unreachable):
-                raise
+    def _abort(self, key: str, upload_ids: set[str]) -> None:
+        for upload_id in upload_ids:
+            if re.fullmatch(UPLOAD_ID, upload_id):
+                self.call("abort_multipart_upload", key, fine=(404,), upload_id=upload_id)
 
     def put_part(self, upload: Upload, part: int, body: bytes | bytearray) -> None:
         """Store one part; they count from 0. (The SDK wants text: an int is a TypeError there.)"""
         options: dict[str, Any] = {"part_number": str(part), "upload_id": upload.upload_id}
-        self.require(self.call("upload_multipart", upload.key, body=body, **options))
+        self.call("upload_multipart", upload.key, body=body, **options)
 
     def complete(self, upload: Upload, count: int) -> None:
-        """Make an object of its parts."""
+        """Make an object of its parts; an answer that got lost is settled by looking."""
         parts = [{"part_number": part} for part in range(count)]
         done: dict[str, Any] = {"upload_id": upload.upload_id, "object_parts": parts}
-        self._make("complete_multipart_upload", upload.key, **done)
-
-    def _is_stored(self, key: str) -> bool:
-        with contextlib.suppress(Failure):
-            return self.size_bytes(key) is not None
-        return False
+        try:
+            self.call("complete_multipart_upload", upload.key, **done)
+        except Failure:
+            if self.size_bytes(upload.key) is None:
+                raise
 
     def size_bytes(self, key: str) -> int | None:
-        """Return the size of an object, None where there is none."""
-        answer = self.call("head_object", key)
-        if answer.status == 404:
-            return None
-        length = self.require(answer).headers.get("Content-Length") or "0"
-        if not re.fullmatch(r"[0-9]{1,18}", length):
-            raise Failure("QingStor 的回答看不懂：Content-Length")
-        return int(length)
-
-    def settle(self, upload: Upload) -> int | None:
-        """Undo an interrupted upload; return the object's size if it was finished after all."""
-        size_bytes = self.size_bytes(upload.key)
-        if size_bytes is None and upload.upload_id:
-            self._abort(upload.key, upload.upload_id)
-        if size_bytes is None:  # begun once more, where a full disk kept the new id from us
-            self._abort_strays(upload.key)
-        return size_bytes
+        """Return the size of an object, None where there is none or its size is not told."""
+        answer = self.call("head_object", key, fine=(404,))
+        length = answer.headers.get("Content-Length", "")
+        return int(length) if answer.status == 200 and re.fullmatch("[0-9]{1,18}", length) else None
 
     def drop(self, upload: Upload) -> None:
         """Leave nothing of an upload, finished or not."""
-        if self.settle(upload) is not None:
-            answer = self.call("delete_object", upload.key)
-            if answer.status != 404:
-                self.require(answer)
+        self._abort(upload.key, {upload.upload_id} | self._open_ids(upload.key))
+        self.call("delete_object", upload.key, fine=(404,))
 
     def link(self, key: str, now: float) -> str:
         """Return the download link: plain, or signed for QINGSTOR_LINK_SECONDS."""
-        settings = self._settings
-        if settings.QINGSTOR_LINK_SECONDS:
-            expires = int(now) + settings.QINGSTOR_LINK_SECONDS
-            return str(self._request("get_object", key).sign_query(expires).url)
-        host = f"{settings.QINGSTOR_BUCKET}.{self._zone}.{self._base.host}"
-        if not self._zone:
-            key, host = f"{settings.QINGSTOR_BUCKET}/{key}", self._base.host
-        return str(self._base._replace(host=host, target="/" + urllib.parse.quote(key)))
+        url, bucket = self.client.url, self._settings.QINGSTOR_BUCKET
+        if seconds := self._settings.QINGSTOR_LINK_SECONDS:
+            return str(self._request("get_object", key).sign_query(int(now) + seconds).url)
+        if self._has_name:
+            return str(url._replace(host=f"{bucket}.{url.host}", target=f"/{key}"))
+        return str(url._replace(target=f"/{bucket}/{key}"))
 
 
 # ---- Downloads ---------------------------------------------------------------------------------
@@ -2536,13 +2482,12 @@ def read_file_name(disposition: str, *urls: Url) -> str:
     return "download"
 
 
-def make_key(name: str, seed: str = "") -> str:
-    """Return an object key: a uuid (the same for a seed) and the name's cleaned extension."""
+def make_key(name: str, seed: str) -> str:
+    """Return an object key: a uuid that is the seed's, and the name's cleaned extension."""
     import uuid  # takes 2 ms at start, and only files need it
 
     found = re.search(r"(?i)(\.tar)?\.[a-z0-9]{1,10}$", name)
-    key = uuid.uuid5(uuid.NAMESPACE_URL, seed) if seed else uuid.uuid4()
-    return f"{key}{found[0].lower() if found else ''}"
+    return f"{uuid.uuid5(uuid.NAMESPACE_URL, seed)}{found[0].lower() if found else ''}"
 
 
 STATUS_TEXTS = {
@@ -2556,41 +2501,25 @@ PACKED = r"(?i).*\.(gz|tgz|gzip|z|svgz|emz)"
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-class Refusal(Failure):
-    """The origin answered a download with an HTTP status that is no success."""
-
-
 class Download:
     """A file being downloaded, part by part, resumed where the server allows it.
 
-    A guard in a thread of its own cuts the connection when it is too slow, when the whole has taken
-    too long, or when `stopped` says so: whatever http.client is reading just then.
+    One thread opens and reads it. Another may close it, whatever http.client is reading just then:
+    a silent source is left by itself, one that drips is not.
     """
 
-    def __init__(
-        self, network: Network, link: str, vet: bool, limit_bytes: int, stopped: Callable[[], bool]
-    ) -> None:
-        """Ask for the file and read the head of the answer; raise Failure."""
+    def __init__(self, network: Network, link: str, vet: bool, limit_bytes: int) -> None:
         self._network = network
         self._vet = vet
         self._limit = limit_bytes
-        self._stopped = stopped
+        self._first = parse_url(link)
         self._wire: Wire | None = None
         self._done_bytes = 0  # as they came over the wire
-        self._waited = 0.0  # seconds spent waiting for the source, without the wait going on now
-        self._since = 0.0  # monotonic; when that began, 0 for none
-        self._cut: Exception | None = None  # why the guard broke off
-        self._closed = threading.Event()
-        threading.Thread(target=self._guard, daemon=True).start()
-        self._first = parse_url(link)
-        try:
-            self._url, self._response = self._request(self._first, {})
-            self._read_head()
-        except BaseException:
-            self.close()
-            raise
+        self._is_closed = False
 
-    def _read_head(self) -> None:
+    def open(self) -> None:
+        """Ask for the file and read the head of the answer; raise Failure."""
+        self._request(self._first, {})
         headers = self._response.headers
         if self._response.status != 200:
             raise Failure("下载失败：来源只给了文件的一部分，请换一个链接")
@@ -2606,7 +2535,8 @@ class Download:
         disposition = _header_text(headers.get("Content-Disposition", ""))
         self.name = read_file_name(disposition, self._url, self._first)
         kind = headers.get("Content-Type", "")
-        self.content_type = kind if re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind) else ""
+        is_known = re.fullmatch(r"[\w.+/-]+(; ?[\w.=\"-]+)*", kind)
+        self.content_type = kind if is_known else "application/octet-stream"
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise Failure(f"来源用了不支持的压缩方式 {quoted(encoding)}，请换一个链接")
         self._packed, self._encoding = encoding not in ("", "identity"), encoding
@@ -2624,95 +2554,54 @@ class Download:
         if size_bytes > self._limit:
             raise Failure(f"文件超过上限 {self._limit // 2**20} MB（MAX_FILE_MB）")
 
-    def _guard(self) -> None:
-        """Cut the connection in time. Only waiting for the source counts against its speed."""
-        deadline, mark_waited, mark_bytes = time.monotonic() + DOWNLOAD_SECONDS, 0.0, 0
-        while not self._closed.wait(min(1.0, STALL_SECONDS / 4)):
-            now, since = time.monotonic(), self._since
-            waited = self._waited + (now - since if since else 0.0)
-            if self._stopped():
-                self._cut = Failure("下载中断：已取消")
-            elif now > deadline:
-                hours = DOWNLOAD_SECONDS / 3600
-                self._cut = Failure(f"下载中断：超过 {hours:.0f} 小时仍没有传完")
-            elif waited - mark_waited < STALL_SECONDS:
-                continue
-            elif since and self._done_bytes - mark_bytes < SLOWEST_BYTES:
-                self._cut = TimeoutError()
-            mark_waited, mark_bytes = waited, self._done_bytes
-            if self._cut and self._wire:
-                shut(self._wire.link)
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Count the time that is spent in here as waiting for the source.
-
-        Raises what the guard cut it off for: a body without a length would seem to have ended.
-        """
-        self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waited += time.monotonic() - self._since
-            self._since = 0.0
-            if cut := self._cut:
-                self._cut = cut if isinstance(cut, Failure) else None
-                raise cut
-
-    def _request(
-        self, url: Url, headers: Mapping[str, str]
-    ) -> tuple[Url, http.client.HTTPResponse]:
+    def _request(self, url: Url, headers: Mapping[str, str]) -> None:
         """Follow redirects, each to a checked address, to a 200 or 206; raise Failure."""
         for _ in range(MAX_REDIRECTS):
+            self._hang_up()
             wire = self._wire = self._network.open(url, proxied=True, vet=self._vet)
-            if self._closed.is_set():  # meanwhile
-                wire.close()
+            if self._is_closed:  # meanwhile
+                self._hang_up()
                 raise Failure("下载中断：已取消")
             try:
-                with self._waiting(), cut_off(wire.link, STALL_SECONDS):
+                with cut_off(wire.link, STALL_SECONDS):
                     response = wire.ask("GET", url.target, {"Accept": "*/*", **headers})
             except OSError as error:
-                wire.close()
                 text = f"下载失败：{quoted(url.host)} {explain(error)}，请检查链接"
                 raise Unreachable(text) from error
             if response.status in (200, 206):
-                return url, response
-            wire.close()
+                self._url, self._response = url, response
+                return
             if response.status not in (301, 302, 303, 307, 308):
                 why = STATUS_TEXTS.get(response.status, "来源拒绝或出错")
                 text = f"下载失败：{why}（HTTP {response.status}），请检查链接或稍后再试"
-                raise Refusal(text, response.status)
+                raise Failure(text, response.status)
             url = parse_url(_header_text(response.headers.get("Location", "")), str(url))
         raise Failure("下载失败：链接不停地重定向")
 
-    def _resume(self, error: Exception) -> None:
+    def _resume(self) -> None:
         """Continue at the next byte (RFC 9110, 14) of the very same file; raise Failure.
 
         An address that was redirected to may have expired: then it is asked for anew.
         """
-        done, total = self._done_bytes, self._sent_bytes
-        if not self._validator or not total:
-            raise Failure(f"下载中断：{explain(error)}，来源不支持续传，请再发一次") from error
+        done, total = self._done_bytes, self._sent_bytes or 0
         wanted = {"Range": f"bytes={done}-", "If-Range": self._validator}
         try:
-            self._url, self._response = self._request(self._url, wanted)
-        except Refusal as refusal:
-            if refusal.status not in (401, 403, 404, 410) or self._url == self._first:
+            self._request(self._url, wanted)
+        except Failure as failure:
+            if failure.status not in (401, 403, 404, 410) or self._url == self._first:
                 raise
-            self._url, self._response = self._request(self._first, wanted)
+            self._request(self._first, wanted)
         given = self._response.headers.get("Content-Range", "").strip()
         same = self._version(self._response.headers) == (self._validator, self._encoding)
         if self._response.status != 206 or given != f"bytes {done}-{total - 1}/{total}" or not same:
-            raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次") from error
+            raise Failure("下载中断，续传时来源文件已变化或不支持续传，请再发一次")
 
     def _read(self) -> bytes:
-        """Return some bytes as the server sends them, b"" at the end; raise OSError."""
-        left = READ_BYTES
-        if self._sent_bytes is not None:
-            left = min(left, self._sent_bytes - self._done_bytes)
-        with self._waiting():
-            piece = self._response.read1(left) if left else b""
-        if left and not piece and self._sent_bytes is not None:
+        """Return a block as the server sends it, b"" at the end; raise OSError."""
+        total = self._sent_bytes
+        left = READ_BYTES if total is None else min(READ_BYTES, total - self._done_bytes)
+        piece = self._response.read(left)
+        if left and not piece and total is not None:
             raise ConnectionResetError("short body")
         self._done_bytes += len(piece)
         self._check_size(self._done_bytes)
@@ -2721,20 +2610,19 @@ class Download:
     def _sent(self) -> Iterator[bytes]:
         """Yield what the server sends, resuming broken transfers; raise Failure."""
         tries, mark = 0, 0
-        broken: Exception | None = None
         while True:
             try:
-                if broken:
-                    self._resume(broken)
-                broken, piece = None, self._read()
+                if self._wire is None:
+                    self._resume()
+                piece = self._read()
             except (OSError, http.client.HTTPException, ValueError, Unreachable) as error:
-                if self._wire:
-                    self._wire.close()
-                if self._closed.is_set():
-                    raise Failure("下载中断：已取消") from error
-                tries = 1 if self._done_bytes - mark > SLOWEST_BYTES else tries + 1
-                broken, mark = error, self._done_bytes
-                if tries > TRIES:
+                self._hang_up()
+                tries = 1 if self._done_bytes - mark > LEAST_BYTES else tries + 1
+                mark = self._done_bytes
+                if not self._validator or not self._sent_bytes:
+                    text = f"下载中断：{explain(error)}，来源不支持续传，请再发一次"
+                    raise Failure(text) from error
+                if self._is_closed or tries > TRIES:
                     raise Unreachable(f"下载中断：{explain(error)}，请再发一次") from error
                 continue
             if not piece:
@@ -2748,15 +2636,13 @@ class Download:
         (as wget stores it), unless it was packed once more for the way.
         """
         pieces, inflate = self._sent(), zlib.decompressobj(47)
-        stored, head = False, b""
-        if re.fullmatch(PACKED, self.name):
-            while len(head) < 1024 and (piece := next(pieces, b"")):
-                head += piece
-            stored = zlib.decompressobj(47).decompress(head, 2) != GZIP_MAGIC
-        for piece in itertools.chain([head], pieces):
-            if stored:
-                yield piece
-                continue
+        first = next(pieces, b"")
+        is_packed_twice = zlib.decompressobj(47).decompress(first, 2) == GZIP_MAGIC
+        if re.fullmatch(PACKED, self.name) and not is_packed_twice:
+            yield first
+            yield from pieces
+            return
+        for piece in itertools.chain([first], pieces):
             while piece:
                 if inflate.eof:
                     if not piece.startswith(GZIP_MAGIC[: len(piece)]):
@@ -2764,11 +2650,11 @@ class Download:
                     inflate = zlib.decompressobj(47)
                 yield inflate.decompress(piece, READ_BYTES)
                 piece = inflate.unconsumed_tail or inflate.unused_data
-        if not stored and not inflate.eof:
+        if not inflate.eof:
             raise Unreachable("下载中断：压缩数据不完整，请再发一次")
 
     def parts(self) -> Iterator[bytearray]:
-        """Yield the file in parts of PART_BYTES (the last one shorter, an empty file as one)."""
+        """Yield the file in parts of PART_BYTES at least (but the last; an empty file is one)."""
         part, written = bytearray(), 0
         try:
             for piece in self._unpacked() if self._packed else self._sent():
@@ -2776,21 +2662,23 @@ class Download:
                 written += len(piece)
                 self._check_size(written)
                 if len(part) >= PART_BYTES:
-                    rest = part[PART_BYTES:]
-                    del part[PART_BYTES:]
                     yield part
-                    part = rest
+                    part = bytearray()
         except zlib.error as error:
             raise Failure("来源的压缩数据已损坏，请再发一次") from error
         if part or not written:
             yield part
 
     def close(self) -> None:
-        """Break off, even while another thread reads."""
-        self._closed.set()
-        if self._wire:
-            shut(self._wire.link)
-            self._wire.close()
+        """Break off for good, even while another thread reads."""
+        self._is_closed = True
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire:
+            shut(wire.link)
+            wire.close()
 
 
 # ================================================================================================
@@ -4410,15 +4298,6 @@ class Cancelled(Exception):
     """Its person does not want the request any more."""
 
 
-def drop_upload(app: App, task: Task) -> None:
-    """Leave nothing in the bucket; what cannot be dropped now becomes an orphan."""
-    current = app.state.facts.task(task.id, task.lane)
-    if current and current.upload and app.store:
-        with contextlib.suppress(Failure):
-            app.store.drop(Upload(*current.upload))
-            app.state.change(lambda facts: facts.with_task(task, upload=()))
-
-
 def finish(
     app: App,
     task: Task,
@@ -4432,7 +4311,7 @@ def finish(
     """In one change: queue the final message and drop the task (or just the one item of it).
 
     `mark` is what makes the message unlike any other. An upload in the task is an orphan, if it has
-    not been stored. The rest of a task goes behind those of others.
+    not been stored: `keep_settling` drops it. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
     letters = channel.ending(task.id, channel.letters(task.user, text, mark))
@@ -4454,12 +4333,8 @@ def finish(
         rest = current._replace(items=tuple(items), upload=(), deaths=0)
         return replace(facts, tasks=(*others, rest))
 
-    try:
-        if not is_stored:
-            drop_upload(app, task)
-    finally:  # whatever the store says
-        app.state.change(change)
-        app.progress.end(task)
+    app.state.change(change)
+    app.progress.end(task)
 
 
 def advance(app: App, task: Task, **changes: Any) -> Task:
@@ -4481,7 +4356,7 @@ def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
 
 
 def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
-    """Tell the person that the first link failed; leave nothing in the bucket."""
+    """Tell the person that the first link failed."""
     link = task.items[0]
     number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
     retry = f"；{RETRY}" if can_retry else ""
@@ -4490,7 +4365,7 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
 
 
 def cancel(app: App, task: Task) -> None:
-    """Tell the person that the request has been broken off; leave nothing in the bucket."""
+    """Tell the person that the request has been broken off."""
     is_file = task.lane == "files"
     current = app.state.facts.task(task.id, task.lane) or task
     is_surely_idle = current.stage in ("queued", "committed")
@@ -4690,88 +4565,74 @@ def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
 # disk before the first byte is stored under it.
 
 
-def read_ahead(source: Download) -> Iterator[bytearray]:
-    """Yield the source's parts, each next one read while the last one is being worked on."""
-    from concurrent.futures import ThreadPoolExecutor  # 5 ms at start
+def upload_file(app: App, store: QingStor, task: Task) -> tuple[Upload, int]:
+    """Stream the first link into the bucket; return what it is there, and its size in bytes."""
+    from concurrent.futures import Future, ThreadPoolExecutor, wait  # 5 ms at start
 
-    parts = source.parts()
-    with ThreadPoolExecutor(1) as pool:
-        try:
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+
+    def awaited(reading: Future[T]) -> T:
+        """Return what the source gives, unless nobody wants it any more or it takes too long."""
+        end, is_done = min(deadline, time.monotonic() + PART_SECONDS), False
+        while not is_done:
+            is_done = bool(wait([reading], 1.0).done)
+            stop_if_cancelled(app, task)
+            if time.monotonic() > end:
+                raise Unreachable("下载中断：传输太慢，请换一个链接或稍后再试")
+        return reading.result()
+
+    vet = app.settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
+    source = Download(app.network, task.items[0], vet, app.settings.MAX_FILE_MB * 2**20)
+    # The source is closed first: the pool waits for its thread.
+    with ThreadPoolExecutor(1) as pool, contextlib.closing(source):
+        awaited(pool.submit(source.open))
+        kind, work = source.content_type, app.progress.of(task)
+        upload = Upload(make_key(source.name, f"{task.id} {task.items[0]}"), "", source.name)
+        advance(app, task, upload=tuple(upload))
+        work.total_bytes = source.total_bytes or 0
+        parts, count, size_bytes = source.parts(), 0, 0
+        coming = pool.submit(next, parts, None)
+        while (part := awaited(coming)) is not None:
             coming = pool.submit(next, parts, None)
-            while (part := coming.result()) is not None:
-                coming = pool.submit(next, parts, None)
-                yield part
-        finally:
-            source.close()  # or the pool would wait for a read that nobody wants
-
-
-def upload_parts(app: App, store: QingStor, task: Task, source: Download) -> tuple[str, int]:
-    """Stream the source into the bucket; return the object's key and its size in bytes."""
-    kind = source.content_type or "application/octet-stream"
-    key = make_key(source.name, f"{task.id} {task.items[0]}")
-    upload, count, size_bytes = Upload(key, "", source.name), 0, 0
-    # A full disk may have kept from a restart that it was on its way, or there.
-    if task.id in app.state.resumed and (stored := store.settle(upload)) is not None:
-        return key, stored
-    work = app.progress.of(task)
-    work.total_bytes = source.total_bytes or 0
-    advance(app, task, upload=tuple(upload))
-    for part in read_ahead(source):
-        stop_if_cancelled(app, task)
-        size_bytes += len(part)
-        if count == 0 and len(part) < PART_BYTES:
-            store.put(key, part, kind)
-            return key, size_bytes
-        if count == 0:
-            upload = upload._replace(upload_id=store.initiate(key, kind))
-            advance(app, task, upload=tuple(upload))
-        store.put_part(upload, count, part)
-        count += 1
-        work.done_bytes = size_bytes
-    stop_if_cancelled(app, task)
-    store.complete(upload, count)
-    return key, size_bytes
-
-
-def tell_file(app: App, store: QingStor, task: Task, name: str, key: str, size_bytes: int) -> None:
-    """Tell the person where the file is."""
-    text = (
-        f"✅ 文件上传成功！\n\n文件名: `{shown(name, 150)}`\n文件大小: {size_bytes} 字节\n"
-        f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {store.link(key, app.now())}"
-    )
-    app.log.info(f"files: id={task.id} bytes={size_bytes} key={key}")
-    finish(app, task, text, key, f"文件 {quoted(name)}：成功", (), task.items[0], is_stored=True)
+            size_bytes += len(part)
+            if count == 0 and len(part) < PART_BYTES:
+                store.put(upload.key, part, kind)
+                return upload, size_bytes
+            if count == 0:
+                upload = upload._replace(upload_id=store.initiate(upload.key, kind))
+                advance(app, task, upload=tuple(upload))
+            store.put_part(upload, count, part)
+            count += 1
+            work.done_bytes = size_bytes
+        store.complete(upload, count)
+    return upload, size_bytes
 
 
 def relay_file(app: App, task: Task) -> None:
     """Bring the first link of a file request into the bucket and tell the person; raise Failure."""
-    store, settings = app.store, app.settings
+    store = app.store
     if store is None:
         raise Failure("没有设置 QingStor，文件功能已关闭")
-    name = key = ""
-    size_bytes: int | None = None
-    if task.upload:  # this process or one before it was interrupted here
-        key, _, name = task.upload
-        size_bytes = store.settle(Upload(*task.upload))
-    if size_bytes is None:
-        stop_if_cancelled(app, task)
-        vet = settings.DANGEROUSLY_ALLOW_PRIVATE_URLS != "1"
-        limit_bytes = settings.MAX_FILE_MB * 2**20
-
-        def stopped() -> bool:
-            return app.state.is_cancelled(task)
-
+    upload = Upload(*task.upload) if task.upload else None  # of a process before this one
+    size_bytes = store.size_bytes(upload.key) if upload else None
+    if upload is None or size_bytes is None:
+        if upload:
+            store.drop(upload)
         if task.deaths >= MAX_DEATHS:
             raise Failure("传输时服务多次异常退出，不再尝试，请联系管理员查看日志")
-        source = Download(app.network, task.items[0], vet, limit_bytes, stopped)
-        with contextlib.closing(source):
-            name = source.name
-            key, size_bytes = upload_parts(app, store, task, source)
-    tell_file(app, store, task, name, key, size_bytes)
+        upload, size_bytes = upload_file(app, store, task)
+    link = store.link(upload.key, app.now())
+    text = (
+        f"✅ 文件上传成功！\n\n文件名: `{shown(upload.name, 150)}`\n文件大小: {size_bytes} 字节\n"
+        f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {link}"
+    )
+    app.log.info(f"files: id={task.id} bytes={size_bytes} key={upload.key}")
+    what = f"文件 {quoted(upload.name)}：成功"
+    finish(app, task, text, upload.key, what, (), task.items[0], is_stored=True)
 
 
 def keep_settling(app: App) -> None:
-    """Drop what uploads that failed have left behind, trying every minute while there is any."""
+    """Drop what failed uploads have left behind; what cannot be dropped is tried every minute."""
     for orphan in app.state.wait_for(lambda facts: facts.orphans):
         try:
             if app.store:
@@ -4784,7 +4645,8 @@ def keep_settling(app: App) -> None:
             return replace(facts, orphans=tuple(o for o in facts.orphans if o != gone))
 
         app.state.change(change)
-    app.sleep(CLOCK_LOOK_SECONDS)
+    if app.state.facts.orphans:
+        app.sleep(CLOCK_LOOK_SECONDS)
 
 
 # ---- A lane, midnight --------------------------------------------------------------------------
@@ -5958,7 +5820,7 @@ class Doctor:
         if self.app.store is None:
             yield Finding("✅", "QingStor", "没有设置，文件功能关闭")
             return
-        answer = self.app.store.require(self.app.store.call("get_acl"))
+        answer = self.app.store.call("get_acl")
         name, seconds = self.app.settings.QINGSTOR_BUCKET, self.app.settings.QINGSTOR_LINK_SECONDS
         yield Finding("✅", "QingStor", f"存储桶 {name} 可以访问，密钥正确")
         is_public = b"QS_ALL_USERS" in answer.body
