@@ -2014,19 +2014,6 @@ def match_jobs(lines: Sequence[str], jobs: Iterable[Any]) -> list[Any]:
     return [waiting[name].pop(0) for name in names]
 
 
-class Patience:
-    """How long one request may wait for rate limits, all in all."""
-
-    def __init__(self, seconds: float) -> None:
-        self._left = seconds
-
-    def spend(self, seconds: float) -> None:
-        """Take seconds off; raise GitHubError 429 where there are not so many left."""
-        if seconds > self._left:
-            raise GitHubError(f"GitHub 限制调用次数，请 {int(seconds // 60) + 1} 分钟后再试", 429)
-        self._left -= seconds
-
-
 class GitHub:
     """The calls of contract section 6, with retries, rate limits, ETags and words for errors."""
 
@@ -2043,7 +2030,8 @@ class GitHub:
         self._lock = threading.Lock()
         self._cache: dict[str, tuple[str, bytes]] = {}  # path -> (ETag, body), for polling only
         self._quiet_until = 0.0  # monotonic; set by rate limits
-        self.patience_seconds = GITHUB_WAIT_SECONDS  # of a call that nobody gave any
+        # Left for waiting for limits. Who holds the list's lock sets it anew for each request.
+        self.patience_seconds = GITHUB_WAIT_SECONDS
         self.trouble = ""
         self.token_ends = ""  # as GitHub's header says it; for `check`
 
@@ -2076,12 +2064,12 @@ class GitHub:
             raise
         raise GitHubError("GitHub 不停地重定向，请核对 GITHUB_REPO", 310)
 
-    def _obey_limit(self, polling: bool, patience: Patience) -> None:
+    def _obey_limit(self, polling: bool) -> None:
         """Wait while GitHub wants no calls; raise GitHubError 429 when that is too long."""
         while (wait := (until := self._quiet_until) - time.monotonic()) > 0:
-            if polling:
-                raise GitHubError("GitHub 限制调用次数", 429)
-            patience.spend(wait)
+            if polling or wait > self.patience_seconds:
+                raise GitHubError(f"GitHub 限制调用次数，请 {int(wait // 60) + 1} 分钟后再试", 429)
+            self.patience_seconds -= wait
             self._sleep(wait)
             with self._lock:
                 if self._quiet_until == until:  # nobody has been told to wait longer meanwhile
@@ -2102,25 +2090,18 @@ class GitHub:
         return 60.0 if limited else 0.0
 
     def call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        needs: str = "",
-        patience: Patience | None = None,
-        polling: bool = False,
+        self, method: str, path: str, body: Any = None, needs: str = "", polling: bool = False
     ) -> Any:
         """Return the JSON of a 2xx answer (None for an empty one); raise GitHubError, Unreachable.
 
         GET and PUT are retried with growing pauses (PUT carries the sha it replaces), POST is not:
-        it may have been done. A rate limit is waited for, within patience. `needs` names the
-        token's permission. With polling the answer is cached by ETag and failures are left to the
-        poller.
+        it may have been done. A rate limit is waited for, within patience_seconds. `needs` names
+        the token's permission. With polling the answer is cached by ETag and failures are left to
+        the poller.
         """
         target = f"{self.client.url.target.rstrip('/')}/repos/{self._settings.GITHUB_REPO}{path}"
         data = json.dumps(body).encode() if body is not None else None
         etag, cached = self._cache.get(path, ("", b"")) if polling else ("", b"")
-        patience = patience or Patience(self.patience_seconds)
 
         def passes(error: Exception) -> bool:
             if again := isinstance(error, Unreachable):
@@ -2128,7 +2109,7 @@ class GitHub:
             return again
 
         while True:
-            self._obey_limit(polling, patience)
+            self._obey_limit(polling)
             answer = persist(
                 lambda: self._call_once(method, target, data, etag),
                 () if polling or method == "POST" else GITHUB_PAUSES,
@@ -2181,7 +2162,7 @@ class GitHub:
         said = f" {quoted(said, 160)}" if said else ""
         return GitHubError(f"{text}（{status}{said}）", status)
 
-    def upload_list(self, content: bytes, message: str, patience: Patience | None = None) -> bool:
+    def upload_list(self, content: bytes, message: str) -> bool:
         """Make images.txt on GITHUB_BRANCH equal content; return whether that took a commit."""
         path, branch = f"/contents/{LIST_PATH}", self._settings.GITHUB_BRANCH
 
@@ -2190,7 +2171,7 @@ class GitHub:
             change["content"] = base64.b64encode(content).decode()
             try:
                 where = f"{path}?ref={urllib.parse.quote(branch)}"
-                found = self.call("GET", where, needs=self.WRITE, patience=patience)
+                found = self.call("GET", where, needs=self.WRITE)
                 change["sha"] = pick(found, "sha", str)
                 with contextlib.suppress(ValueError):  # a large file is not shown: replace it
                     if base64.b64decode(str(found.get("content"))) == content:
@@ -2198,7 +2179,7 @@ class GitHub:
             except GitHubError as error:
                 if error.status != 404:
                     raise
-            self.call("PUT", path, change, needs=self.WRITE, patience=patience)
+            self.call("PUT", path, change, needs=self.WRITE)
             return True
 
         def passes(error: Exception) -> bool:
@@ -2207,9 +2188,7 @@ class GitHub:
 
         return persist(attempt, (1.0, 2.0, 3.0, 4.0), self._sleep, passes)
 
-    def dispatch(
-        self, lines: Sequence[str], request_id: str, patience: Patience | None = None
-    ) -> Run:
+    def dispatch(self, lines: Sequence[str], request_id: str) -> Run:
         """Start the workflow for these lines, return its Run; after Unreachable it may run, too."""
         inputs = {
             "images": json.dumps(lines, separators=(",", ":")),
@@ -2219,17 +2198,17 @@ class GitHub:
         body = {"ref": self._settings.GITHUB_BRANCH, "inputs": inputs, "return_run_details": True}
         path = f"/actions/workflows/{WORKFLOW}/dispatches"
         try:
-            found = self.call("POST", path, body, self.ACTIONS, patience)
+            found = self.call("POST", path, body, self.ACTIONS)
         except GitHubError as error:
             if error.status != 400:
                 raise
             del body["return_run_details"]  # GitHub Enterprise up to 3.20 does not know it
-            found = self.call("POST", path, body, self.ACTIONS, patience)
+            found = self.call("POST", path, body, self.ACTIONS)
         run_id = found.get("workflow_run_id") if isinstance(found, dict) else None
         if type(run_id) is int and 0 < run_id < 2**63:
             return self._run(run_id, found)
         for _ in range(5):  # 204, or an odd answer: it was accepted, so the run will show up
-            if run := self.find_run(request_id, patience):
+            if run := self.find_run(request_id):
                 return run
         raise Failure("GitHub 接受了请求，但一直没有出现对应的运行，请到 Actions 页查看")
 
@@ -2244,14 +2223,14 @@ class GitHub:
         is_own = re.fullmatch(rf"https?://{host}/[\x21-\x7e]{{1,200}}", str(url))
         return str(url) if is_own else ""
 
-    def find_run(self, request_id: str, patience: Patience | None = None) -> Run | None:
+    def find_run(self, request_id: str) -> Run | None:
         """Return the run whose display_title carries request_id, looking for a while; else None.
 
         Asked for without filters: filtered lists have been seen to lag by minutes.
         """
         path = f"/actions/workflows/{WORKFLOW}/runs?per_page=100"
         for _ in range(int(FIND_RUN_SECONDS / 2) + 1):
-            found = self.call("GET", path, needs=self.ACTIONS, patience=patience)
+            found = self.call("GET", path, needs=self.ACTIONS)
             for run in pick(found, "workflow_runs", list):
                 if isinstance(run, dict) and request_id in str(run.get("display_title")):
                     return self._run(pick(run, "id", int), run)
@@ -4406,18 +4385,18 @@ def running(app: App, task: Task, run: Run) -> Task:
     return advance(app, task, stage="running", **found)
 
 
-def find_or_start_run(app: App, task: Task, patience: Patience) -> Task:
+def find_or_start_run(app: App, task: Task) -> Task:
     """Return the task with its run: found where it may have been started before, else started."""
-    if task.stage == "dispatching" and (run := app.github.find_run(task.id, patience)):
+    if task.stage == "dispatching" and (run := app.github.find_run(task.id)):
         return running(app, task, run)
     for _ in range(TRIES):
         stop_if_cancelled(app, task)
         task = advance(app, task, stage="dispatching")
         try:
-            return running(app, task, app.github.dispatch(task.items, task.id, patience))
+            return running(app, task, app.github.dispatch(task.items, task.id))
         except Unreachable as error:
             app.log.warning(f"github: {error}；查找是否已经启动")
-        if run := app.github.find_run(task.id, patience):
+        if run := app.github.find_run(task.id):
             return running(app, task, run)
     raise Unreachable("GitHub 没有回应，任务没有启动，请稍后重发")
 
@@ -4497,21 +4476,21 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
 def sync_images(app: App, task: Task) -> None:
     """Run one image request from where it stands: commit, dispatch, wait; raise Failure."""
     with app.list_lock:
-        patience = Patience(GITHUB_WAIT_SECONDS)
+        app.github.patience_seconds = GITHUB_WAIT_SECONDS
         content = b""
         if task.stage == "queued":
             stop_if_cancelled(app, task)
             content = app.images.add(task.items)
         # A full disk may have kept from a restart how far it was.
         is_old = task.id in app.state.resumed and task.stage in ("queued", "committed")
-        if is_old and (run := app.github.find_run(task.id, patience)):
+        if is_old and (run := app.github.find_run(task.id)):
             task = running(app, task, run)
         if task.stage == "queued":
             more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
-            app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]", patience)
+            app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]")
             task = advance(app, task, stage="committed")
         if task.stage in ("committed", "dispatching"):
-            task = find_or_start_run(app, task, patience)
+            task = find_or_start_run(app, task)
         # It is followed beside the lane, until it ends or takes long.
         app.state.wait_for(lambda facts: all(t.id != task.id for t in facts.lane("images")))
 
@@ -4677,8 +4656,8 @@ def empty_list(app: App, day: str) -> None:
     """Upload images.txt and empty it, when no image request runs; raise Failure."""
     with app.list_lock:
         if uploaded := app.images.read():
-            message = f"wxsync: 每日列表 {day} [skip ci]"
-            app.github.upload_list(uploaded, message, Patience(MIDNIGHT_WAIT_SECONDS))
+            app.github.patience_seconds = MIDNIGHT_WAIT_SECONDS
+            app.github.upload_list(uploaded, f"wxsync: 每日列表 {day} [skip ci]")
             app.images.remove(uploaded)
     app.log.info(f"midnight: 列表已上传并清空 day={day}")
 
