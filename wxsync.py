@@ -2135,9 +2135,8 @@ class GitHub:
             raise Unreachable("GitHub 的回答不是 JSON")
         etag = answer.headers.get("ETag", "")
         if polling and etag and len(answer.body) <= READ_BYTES:
-            with self._lock:
-                kept = {k: v for k, v in self._cache.items() if k != path}
-                self._cache = {**newest(kept, MAX_ETAGS - 1), path: (etag, answer.body)}
+            # Two threads at once may lose an entry: one answer is read again.
+            self._cache = newest({**self._cache, path: (etag, answer.body)}, MAX_ETAGS)
         return found
 
     def _error(self, answer: Answer, found: Any, needs: str) -> GitHubError:
