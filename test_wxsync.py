@@ -3726,10 +3726,9 @@ def test_the_job_uses_nothing_of_the_service() -> None:
 
 
 def test_a_line_claims_a_job_only_when_it_is_sure() -> None:
-    """The one that was run again; of two jobs of one name in one attempt neither."""
-    for attempts, wanted in (([1], 0), ([1, 2], 1), ([1, 1], None)):
-        jobs = [{"id": n, "name": "a:1", "run_attempt": turn} for n, turn in enumerate(attempts)]
-        (found,) = wxsync.match_jobs(["a:1"], jobs)
+    """Of two jobs of one name neither; one that two pages show is one."""
+    for ids, wanted in (([0], 0), ([0, 0], 0), ([0, 1], None)):
+        (found,) = wxsync.match_jobs(["a:1"], [{"id": n, "name": "a:1"} for n in ids])
         assert (found and found["id"]) == wanted
 
 

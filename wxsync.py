@@ -1960,11 +1960,11 @@ def seconds_between(start: Any, end: Any) -> float:
         return 0.0
 
 
-def read_outcome(line: str, job: Any, mask: Callable[[str], str]) -> Outcome:
+def read_outcome(line: str, job: Any, run: Run, mask: Callable[[str], str]) -> Outcome:
     """Read one job. Its conclusion decides; the name of its last step adds the detail."""
     if job is None:
         return Outcome(line, "missing", "", "")
-    url = shown(str(job.get("html_url") or ""), 200)
+    url = f"{run.url}/job/{job['id']}"
     if job.get("status") != "completed":
         return Outcome(line, "running", "", url)
     listed = job.get("steps")
@@ -1990,27 +1990,20 @@ def match_jobs(lines: Sequence[str], jobs: Iterable[Any]) -> list[Any]:
     """Return the job of each line, None for a line without one.
 
     Jobs are named with their line, cut as GitHub cuts it. Those whose cut names are equal were made
-    in the order of the lines, so they have ids in that order. Of a run that was started again only
-    the latest jobs count.
+    in the order of the lines, so they have ids in that order.
     """
     named: dict[str, dict[int, Any]] = {}
     for job in jobs:
         if isinstance(job, dict) and isinstance(number := job.get("id"), int):
             named.setdefault(str(job.get("name")), {})[number] = job
-
-    def age(job: Any) -> tuple[int, int]:
-        attempt = job.get("run_attempt")
-        return attempt if isinstance(attempt, int) else 0, job["id"]
-
     limit = JOB_NAME_CHARACTERS
     names = [line if len(line) <= limit else f"{line[: limit - 3]}..." for line in lines]
     waiting: dict[str, list[Any]] = {}
     for name in set(names):
-        count = names.count(name)
-        found = sorted(named.get(name, {}).values(), key=age)
-        found = [job for job in found if age(job)[0] == age(found[-1])[0]]
+        found, count = named.get(name, {}), names.count(name)
         # Of those that look alike none may be missing, and none too many.
-        waiting[name] = found if len(found) == count else [None] * count
+        is_sure = len(found) == count
+        waiting[name] = [found[key] for key in sorted(found)] if is_sure else [None] * count
     return [waiting[name].pop(0) for name in names]
 
 
@@ -2244,20 +2237,16 @@ class GitHub:
         return seconds_between(found.get("run_started_at"), found.get("updated_at"))
 
     def outcomes(self, run: Run, lines: Sequence[str]) -> list[Outcome]:
-        """Return an Outcome per line; a line without a job is "missing"."""
+        """Return an Outcome per line, of the run's last attempt; one without a job is "missing"."""
         jobs: list[Any] = []
         for page in range(1, 6):  # until a page is not full: total_count grows while one reads
-            path = f"/actions/runs/{run.id}/jobs?per_page=100&page={page}"
+            path = f"/actions/runs/{run.id}/jobs?filter=latest&per_page=100&page={page}"
             found = pick(self.call("GET", path, needs="Actions: Read", polling=True), "jobs", list)
-            jobs += [
-                {**job, "html_url": self._page(job.get("html_url"))}
-                for job in found
-                if isinstance(job, dict) and job.get("run_id", run.id) == run.id
-            ]
+            jobs += found
             if len(found) < 100:
                 break
         pairs = zip(lines, match_jobs(lines, jobs), strict=True)
-        return [read_outcome(line, job, self._log.mask) for line, job in pairs]
+        return [read_outcome(line, job, run, self._log.mask) for line, job in pairs]
 
     def cancel(self, run: Run) -> None:
         """Ask GitHub to cancel a run; one that has ended (409) is as good. Raises Failure."""
