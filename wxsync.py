@@ -4414,18 +4414,19 @@ def cancel_run(app: App, task: Task, work: Work) -> None:
 
 
 def look(app: App, task: Task, work: Work) -> None:
-    """Look once at a run; tell the result, once its jobs have ended as well. Raises Failure.
+    """Look once at a run, now and then at its jobs; tell the result. Raises Failure.
 
-    Their list lags behind the run. While a job runs its run is not asked for.
+    That is when the run has ended, or after WATCH_SECONDS, and its jobs have as well: their list
+    lags behind the run.
     """
-    seconds = None
-    if is_counted := time.monotonic() >= work.next_count:
-        work.next_count = time.monotonic() + JOBS_SECONDS
-        work.outcomes = app.github.outcomes(task.run, task.items)
-    if not is_counted or not work.is_open:
-        seconds = app.github.run_seconds(task.run)
+    now, seconds = time.monotonic(), app.github.run_seconds(task.run)
+    if now - work.since > WATCH_SECONDS and seconds is None:
+        seconds = WATCH_SECONDS
+    if seconds is None and now < work.next_count:
+        return
+    work.next_count = now + JOBS_SECONDS
+    work.outcomes = app.github.outcomes(task.run, task.items)
     if seconds is not None:
-        work.outcomes = app.github.outcomes(task.run, task.items)
         work.open_looks += work.is_open
         if not work.is_open or work.open_looks * POLL_SECONDS >= SETTLE_SECONDS:
             finish_images(app, task, work.outcomes, seconds)
@@ -4484,7 +4485,7 @@ def sync_images(app: App, task: Task) -> None:
 
 
 def follow(app: App, task: Task) -> None:
-    """Look once at a run; let go of one that takes long, at last with a last look at its jobs."""
+    """Look once at a run; let go of one that takes long."""
     work = begun(app, task)
     work.next_count = work.next_count or time.monotonic() + JOBS_SECONDS
     try:
@@ -4496,19 +4497,11 @@ def follow(app: App, task: Task) -> None:
         # A line that is bad or a limit passes; a run may be unknown (404) for some seconds after it
         # was started, a token refused once. What is odd again and again does not.
         work.odd_looks += not isinstance(failure, Unreachable) and failure.status != 429
-        if work.odd_looks > ODD_ANSWERS:
+        if work.odd_looks > ODD_ANSWERS or time.monotonic() - work.since > WATCH_SECONDS:
             raise
         app.log.debug(f"github: {failure}")
-    if app.state.facts.task(task.id, task.lane) is None:
-        return
-    if time.monotonic() - work.since > WATCH_SECONDS:
-        try:
-            outcomes = app.github.outcomes(task.run, task.items)
-        except Failure as failure:
-            text = "运行 6 小时仍没有结束，不再等待，请到运行地址查看"
-            raise Failure(text) from failure
-        finish_images(app, task, outcomes, WATCH_SECONDS)
-    elif is_late(app, work) and task.stage == "running":
+    is_followed = app.state.facts.task(task.id, task.lane) is not None
+    if is_followed and task.stage == "running" and is_late(app, work):
         with contextlib.suppress(Failure):
             work.outcomes = app.github.outcomes(task.run, task.items)
         tell_late(app, task, stage="late")
