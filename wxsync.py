@@ -1881,8 +1881,7 @@ class WeCom:
 
 # ---- GitHub: the list, one run per request, its jobs -------------------------------------------
 # The run is found by the request's id and by nothing else, jobs by the canonical line they are
-# named with. Only GET and PUT are tried again blindly; a dispatch that may have happened is looked
-# for.
+# named with. A dispatch alone is not tried again blindly: one that may have happened is looked for.
 
 WORKFLOW = "docker-image-sync.yml"
 LIST_PATH = "images.txt"
@@ -2087,7 +2086,7 @@ class GitHub:
     ) -> Any:
         """Return the JSON of a 2xx answer (None for an empty one); raise GitHubError, Unreachable.
 
-        GET and PUT are retried with growing pauses (PUT carries the sha it replaces), POST is not:
+        Calls are retried with growing pauses (PUT carries the sha it replaces) but for a dispatch:
         it may have been done. A rate limit is waited for, within patience_seconds. `needs` names
         the token's permission. With polling the answer is cached by ETag and failures are left to
         the poller.
@@ -2105,7 +2104,7 @@ class GitHub:
             self._obey_limit(polling)
             answer = persist(
                 lambda: self._call_once(method, target, data, etag),
-                () if polling or method == "POST" else GITHUB_PAUSES,
+                () if polling or path.endswith("/dispatches") else GITHUB_PAUSES,
                 self._sleep,
                 passes,
             )
@@ -3696,7 +3695,7 @@ class Work:
     next_count: float = 0.0  # monotonic; when the jobs are counted again
     odd_looks: int = 0  # in a row
     open_looks: int = 0  # since the run ended, with jobs that have not
-    cancels: int = 0  # tries; below 0: done with it
+    is_cancelled: bool = False  # GitHub has been asked
 
     @property
     def is_open(self) -> bool:
@@ -4399,18 +4398,14 @@ def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float)
     finish(app, task, text, task.run_url, what, failed)
 
 
-def cancel_run(app: App, task: Task, work: Work) -> None:
-    """Ask GitHub to cancel a run; where it does not, say so and follow on."""
+def cancel_run(app: App, task: Task) -> None:
+    """Ask GitHub to cancel a run; where it does not, say so."""
     try:
         app.github.cancel(task.run)
-        work.cancels = -1
     except Failure as failure:
-        work.cancels += 1
-        if failure.status in (401, 403, 404) or work.cancels > ODD_ANSWERS:
-            work.cancels = -1
-            text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
-            letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
-            app.state.change(lambda facts: facts.with_letters(letters))
+        text = f"❌ 取消没有成功：{failure}\n运行还在继续，结果照常通知\n{task.run_url}"
+        letters = app.channel(task.user).letters(task.user, text, f"cancel {task.id}")
+        app.state.change(lambda facts: facts.with_letters(letters))
 
 
 def look(app: App, task: Task, work: Work) -> None:
@@ -4488,9 +4483,10 @@ def follow(app: App, task: Task) -> None:
     """Look once at a run; let go of one that takes long."""
     work = begun(app, task)
     work.next_count = work.next_count or time.monotonic() + JOBS_SECONDS
+    if app.state.is_cancelled(task) and not work.is_cancelled:
+        work.is_cancelled = True
+        cancel_run(app, task)
     try:
-        if work.cancels >= 0 and app.state.is_cancelled(task):
-            cancel_run(app, task, work)
         look(app, task, work)
         work.odd_looks = 0
     except Failure as failure:
