@@ -50,7 +50,7 @@ What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent me
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
 What a crash leaves of a request, and what the next start does about it:
     queued          the request: it begins, after a look for a run that a full disk kept quiet
-    committed       the list's commit: a run is started
+    committed       the list's commit: a run is started, after the same look
     dispatching     perhaps a run: looked for by the request's id, and started if there is none
     running, late   a run: it is followed to its end
     a file's upload what was stored whole is told, anything else aborted and begun again
@@ -4372,10 +4372,8 @@ def running(app: App, task: Task, run: Run) -> Task:
     return advance(app, task, stage="running", **found)
 
 
-def find_or_start_run(app: App, task: Task) -> Task:
-    """Return the task with its run: found where it may have been started before, else started."""
-    if task.stage == "dispatching" and (run := app.github.find_run(task.id)):
-        return running(app, task, run)
+def start_run(app: App, task: Task) -> Task:
+    """Return the task with its run, looked for where it may have been started all the same."""
     for _ in range(TRIES):
         stop_if_cancelled(app, task)
         task = advance(app, task, stage="dispatching")
@@ -4465,8 +4463,8 @@ def sync_images(app: App, task: Task) -> None:
         if task.stage == "queued":
             stop_if_cancelled(app, task)
             content = app.images.add(task.items)
-        # A full disk may have kept from a restart how far it was.
-        is_old = task.id in app.state.resumed and task.stage in ("queued", "committed")
+        # Wherever a restart finds it: a full disk may have kept quiet how far it was.
+        is_old = task.id in app.state.resumed and not task.run_id
         if is_old and (run := app.github.find_run(task.id)):
             task = running(app, task, run)
         if task.stage == "queued":
@@ -4474,7 +4472,7 @@ def sync_images(app: App, task: Task) -> None:
             app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]")
             task = advance(app, task, stage="committed")
         if task.stage in ("committed", "dispatching"):
-            task = find_or_start_run(app, task)
+            task = start_run(app, task)
         # It is followed beside the lane, until it ends or takes long.
         app.state.wait_for(lambda facts: all(t.id != task.id for t in facts.lane("images")))
 
