@@ -4260,10 +4260,6 @@ class Post:
 # of the journal, so that no crash can do the one without the other.
 
 
-class Cancelled(Exception):
-    """Its person does not want the request any more."""
-
-
 def finish(
     app: App,
     task: Task,
@@ -4310,19 +4306,17 @@ def advance(app: App, task: Task, **changes: Any) -> Task:
 
 
 def stop_if_cancelled(app: App, task: Task) -> None:
-    """Raise Cancelled where the person has said so."""
+    """Raise Failure where the person does not want the request any more."""
     if app.state.is_cancelled(task):
-        raise Cancelled
+        raise Failure("已取消")
 
 
-def fail_images(app: App, task: Task, why: str, can_retry: bool) -> None:
-    """Tell the person that the request failed as a whole."""
-    text = failed_text(task.items, why, task.run_url, can_retry)
-    finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
-
-
-def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
-    """Tell the person that the first link failed."""
+def fail(app: App, task: Task, why: str, can_retry: bool) -> None:
+    """Tell the person that the images as a whole, or the first link, failed."""
+    if task.lane == "images":
+        text = failed_text(task.items, why, task.run_url, can_retry)
+        finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
+        return
     link = task.items[0]
     number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
     retry = f"；{RETRY}" if can_retry else ""
@@ -4333,30 +4327,28 @@ def fail_file(app: App, task: Task, why: str, can_retry: bool) -> None:
 def cancel(app: App, task: Task) -> None:
     """Tell the person that the request has been broken off."""
     is_file = task.lane == "files"
-    current = app.state.facts.task(task.id, task.lane) or task
-    is_surely_idle = current.stage in ("queued", "committed")
+    is_surely_idle = task.stage in ("queued", "committed")
     head = "已取消上传" if is_file else "已取消，没有开始" if is_surely_idle else "已取消"
     what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
     finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
 
 
-def attempt(app: App, task: Task, step: Callable[[], object]) -> None:
+def attempt(app: App, task: Task, step: Callable[[App, Task], object]) -> None:
     """Do a step of a task: this is where a task's trouble becomes a message."""
-    fail = fail_images if task.lane == "images" else fail_file
     try:
-        step()
-    except Cancelled:
-        cancel(app, task)
+        step(app, task)
+        return
     except Failure as failure:
-        current = app.state.facts.task(task.id, task.lane) or task
-        if app.state.is_cancelled(task) and not current.run_id:
-            cancel(app, current)
-            return
+        why, can_retry = str(failure), isinstance(failure, Unreachable)
         app.log.warning(f"{task.lane}: id={task.id} {failure}")
-        fail(app, current, str(failure), isinstance(failure, Unreachable))
     except Exception:
+        why, can_retry = INTERNAL_ERROR, False
         app.log.bug(f"{task.lane}: id={task.id}")
-        fail(app, app.state.facts.task(task.id, task.lane) or task, INTERNAL_ERROR, False)
+    task = app.state.facts.task(task.id, task.lane) or task
+    if app.state.is_cancelled(task) and not task.run_id:
+        cancel(app, task)
+    else:
+        fail(app, task, why, can_retry)
 
 
 # ---- Images ------------------------------------------------------------------------------------
@@ -4508,7 +4500,7 @@ def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
     for task in tasks:
         work = app.progress.of(task)
         if task.run_id:
-            attempt(app, task, functools.partial(follow, app, task))
+            attempt(app, task, follow)
         elif work.since and not work.is_told and is_late(app, work):
             tell_late(app, task)
     app.sleep(max(POLL_SECONDS / 4, POLL_SECONDS - (time.monotonic() - began)))
@@ -4612,8 +4604,7 @@ def work(app: App, lane: str) -> None:
     """Do one task of a lane, or the first part of one."""
     task = app.state.wait_for(lambda facts: app.state.ready(lane))[0]
     begun(app, task)
-    step = sync_images if lane == "images" else relay_file
-    attempt(app, task, functools.partial(step, app, task))
+    attempt(app, task, sync_images if lane == "images" else relay_file)
 
 
 def day_of(moment: float) -> str:
