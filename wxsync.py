@@ -2052,6 +2052,8 @@ class GitHub:
                     raise GitHubError(why, answer.status)
                 target = location.target
         except Unreachable as error:
+            if self.trouble != str(error):
+                self._log.warning(f"github: {error}，稍后重试")
             self.trouble = str(error)
             raise
         raise GitHubError("GitHub 不停地重定向，请核对 GITHUB_REPO", 310)
@@ -2094,19 +2096,13 @@ class GitHub:
         target = f"{self.client.url.target.rstrip('/')}/repos/{self._settings.GITHUB_REPO}{path}"
         data = json.dumps(body).encode() if body is not None else None
         etag, cached = self._cache.get(path, ("", b"")) if polling else ("", b"")
-
-        def passes(error: Exception) -> bool:
-            if again := isinstance(error, Unreachable):
-                self._log.warning(f"github: {error}，稍后重试")
-            return again
-
         while True:
             self._obey_limit(polling)
             answer = persist(
                 lambda: self._call_once(method, target, data, etag),
                 () if polling or path.endswith("/dispatches") else GITHUB_PAUSES,
                 self._sleep,
-                passes,
+                lambda error: isinstance(error, Unreachable),
             )
             self.token_ends = answer.headers.get("GitHub-Authentication-Token-Expiration", "")
             if answer.status == 304:
