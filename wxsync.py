@@ -1749,8 +1749,7 @@ def read_fields(data: bytes) -> tuple[dict[str, str], bool]:
 
 def _cdata(text: str) -> str:
     # Characters that XML 1.0 (section 2.2) has no place for, and the one end CDATA cannot hold.
-    if not text.replace("\n", "").isprintable():
-        text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
+    text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text)
     return "<![CDATA[" + text.replace("]]>", "]]]]><![CDATA[>") + "]]>"
 
 
@@ -1826,12 +1825,12 @@ class WeCom:
         target = f"{self.client.url.target.rstrip('/')}{path}?{urllib.parse.urlencode(query)}"
         headers = {"Content-Type": "application/json"} if body else {}
         answer = self.client.call(method, target, headers, body.encode() or None)
-        found = read_json(answer.body, dict)
-        code = found.get("errcode") if found is not None else None
+        found = read_json(answer.body, dict) or {}
+        code = found.get("errcode")
         if not isinstance(code, int) or answer.status >= 400:
             raise Unreachable(f"企业微信的回答看不懂（HTTP {answer.status}）")
         if code:
-            raise wecom_error(code, str((found or {}).get("errmsg", "")))
+            raise wecom_error(code, str(found.get("errmsg", "")))
         return found
 
     def token(self, stale: str = "") -> str:
@@ -1841,11 +1840,10 @@ class WeCom:
                 return self._token
             pair = {"corpid": self._settings.CORP_ID, "corpsecret": self._settings.SECRET}
             found = self._ask("GET", "/cgi-bin/gettoken", pair)
-            token, seconds = found.get("access_token"), found.get("expires_in", 7200)
-            odd = not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,1024}", token)
-            if odd or not isinstance(seconds, int):
+            token, seconds = str(found.get("access_token", "")), found.get("expires_in", 7200)
+            if not re.fullmatch(r"[\x21-\x7e]{1,1024}", token) or not isinstance(seconds, int):
                 raise Unreachable("企业微信的回答里没有 access_token")
-            self._token = str(token)
+            self._token = token
             self._token_ends = time.monotonic() + min(7200, max(60, seconds - 300))
             return self._token
 
