@@ -4255,19 +4255,13 @@ class Post:
 
 
 def finish(
-    app: App,
-    task: Task,
-    text: str,
-    mark: str,
-    what: str,
-    failed: Sequence[str],
-    item: str = "",
-    is_stored: bool = False,
+    app: App, task: Task, text: str, mark: str, what: str, failed: Sequence[str], item: str = ""
 ) -> None:
     """In one change: queue the final message and drop the task (or just the one item of it).
 
-    `mark` is what makes the message unlike any other. An upload in the task is an orphan, if it has
-    not been stored: `keep_settling` drops it. The rest of a task goes behind those of others.
+    `mark` is what makes the message unlike any other. The upload of an item that has not failed is
+    stored, any other in the task an orphan: `keep_settling` drops it. The rest of a task goes
+    behind those of others.
     """
     channel = app.channel(task.user)
     letters = channel.ending(task.id, channel.letters(task.user, text, mark))
@@ -4278,15 +4272,13 @@ def finish(
         if current is None:  # cancelled while it waited
             return facts
         facts = facts.with_letters(letters).with_result(task, at, what, failed)
-        if current.upload and not is_stored:
+        if current.upload and (failed or not item):
             facts = replace(facts, orphans=(*facts.orphans, Upload(*current.upload)))
-        items = list(current.items)
-        if item in items:
-            items.remove(item)
-        if not item or not items:
+        items = tuple(other for other in current.items if item and other != item)
+        if not items:
             return facts.without_task(task)
         others = [t for t in facts.tasks if t is not current]
-        rest = current._replace(items=tuple(items), upload=(), deaths=0)
+        rest = current._replace(items=items, upload=(), deaths=0)
         return replace(facts, tasks=(*others, rest))
 
     app.state.change(change)
@@ -4568,7 +4560,7 @@ def relay_file(app: App, task: Task) -> None:
     )
     app.log.info(f"files: id={task.id} bytes={size_bytes} key={upload.key}")
     what = f"文件 {quoted(upload.name)}：成功"
-    finish(app, task, text, upload.key, what, (), task.items[0], is_stored=True)
+    finish(app, task, text, upload.key, what, (), task.items[0])
 
 
 def keep_settling(app: App) -> None:
