@@ -6443,6 +6443,26 @@ def test_a_run_whose_start_is_said_unintelligibly_is_found() -> None:
             assert len(github.dispatches) == number + 1
 
 
+class Nameless(FakeGitHub):
+    """Lists its runs with an id that is none."""
+
+    def _run_json(self, run: Run) -> dict[str, object]:
+        return super()._run_json(run) | {"id": 0}
+
+
+def test_a_run_with_an_id_that_is_none_holds_no_lane() -> None:
+    """There is no run to follow: the person hears so, and the next one is served."""
+    world = quick()
+    world.github = github = Nameless(runner=PlayedRunner(0.01))
+    github.old_dispatch = True
+    with world:
+        world.say("nginx:1")
+        assert "没有出现" in world.hear("成功 0 / 1")
+        github.old_dispatch = False
+        world.say("nginx:2", "bob")
+        world.hear("成功 1 / 1", "bob")
+
+
 @early
 def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
     """The clock is set in the middle of a run: its result is told all the same, and only that."""
