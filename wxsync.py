@@ -2189,24 +2189,23 @@ class GitHub:
                 raise
             del body["return_run_details"]  # GitHub Enterprise up to 3.20 does not know it
             found = self.call("POST", path, body, self.ACTIONS)
-        run_id = found.get("workflow_run_id") if isinstance(found, dict) else None
-        if type(run_id) is int and 0 < run_id < 2**63:
-            return self._run(run_id, found)
+        if run := self._run(found, "workflow_run_id"):
+            return run
         for _ in range(5):  # 204, or an odd answer: it was accepted, so the run will show up
             if run := self.find_run(request_id):
                 return run
         raise Failure("GitHub 接受了请求，但一直没有出现对应的运行，请到 Actions 页查看")
 
-    def _run(self, run_id: int, data: Any) -> Run:
-        url = self._page(data.get("html_url") if isinstance(data, dict) else None)
-        own = f"https://github.com/{self._settings.GITHUB_REPO}/actions/runs/{run_id}"
-        return Run(run_id, url or own)
-
-    def _page(self, url: Any) -> str:
-        """Return the address of a page of GitHub's, "" where it is none."""
+    def _run(self, data: Any, name: str) -> Run | None:
+        """Return the Run in an answer, None where it names none; its page is one of GitHub's."""
+        number = data.get(name) if isinstance(data, dict) else None
+        if type(number) is not int or not 0 < number < 2**63:
+            return None
         host = rf"(?:github\.com|{re.escape(self.client.url.host)})(?::\d+)?"
-        is_own = re.fullmatch(rf"https?://{host}/[\x21-\x7e]{{1,200}}", str(url))
-        return str(url) if is_own else ""
+        url = str(data.get("html_url"))
+        if not re.fullmatch(rf"https?://{host}/[\x21-\x7e]{{1,200}}", url):
+            url = f"https://github.com/{self._settings.GITHUB_REPO}/actions/runs/{number}"
+        return Run(number, url)
 
     def find_run(self, request_id: str) -> Run | None:
         """Return the run whose display_title carries request_id, looking for a while; else None.
@@ -2216,9 +2215,10 @@ class GitHub:
         path = f"/actions/workflows/{WORKFLOW}/runs?per_page=100"
         for _ in range(int(FIND_RUN_SECONDS / 2) + 1):
             found = self.call("GET", path, needs=self.ACTIONS)
-            for run in pick(found, "workflow_runs", list):
-                if isinstance(run, dict) and request_id in str(run.get("display_title")):
-                    return self._run(pick(run, "id", int), run)
+            for entry in pick(found, "workflow_runs", list):
+                run = self._run(entry, "id")
+                if run and request_id in str(entry.get("display_title")):
+                    return run
             self._sleep(2.0)
         return None
 
