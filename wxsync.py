@@ -3953,28 +3953,27 @@ class Work:
 
 
 class Progress:
-    """How far the tasks are. Of this process alone, never on disk."""
+    """How far the tasks are. Of this process alone, never on disk.
+
+    Each method is one step of a dict, so that no lock is needed.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._works: dict[tuple[str, str], Work] = {}
 
     def of(self, task: Task) -> Work:
         """Return what is known of a task; at first all its lines are running."""
         fresh = Work([Outcome(line, "running", "", "") for line in task.items])
-        with self._lock:
-            return self._works.setdefault((task.lane, task.id), fresh)
+        return self._works.setdefault((task.lane, task.id), fresh)
 
     def is_begun(self, task: Task) -> bool:
         """Tell whether a lane has begun with a task, in this process."""
-        with self._lock:
-            work = self._works.get((task.lane, task.id))
-            return bool(work and work.since)
+        work = self._works.get((task.lane, task.id))
+        return bool(work and work.since)
 
     def end(self, task: Task) -> None:
         """Forget a task."""
-        with self._lock:
-            self._works.pop((task.lane, task.id), None)
+        self._works.pop((task.lane, task.id), None)
 
 
 def progress_lines(task: Task, progress: Progress) -> list[str]:
