@@ -3394,15 +3394,8 @@ ghcr.io/open-webui/open-webui:main
 状态：查看进度　列表：今天的镜像
 重试：再做一次失败的　取消：停掉自己的请求"""
 ONLY_TEXT = "📖 只看得懂文字：镜像名（如 `nginx:latest`）、https:// 链接，或发送 帮助"
-ASK_BACK = "如需同步镜像 {0}，请发送 {1}"
-NOTHING_TO_RETRY = "没有可以重试的：您上一个请求没有失败的项目"
-COMMANDS = {
-    **dict.fromkeys(("状态", "status"), "status"),
-    **dict.fromkeys(("列表", "list"), "list"),
-    **dict.fromkeys(("重试", "retry"), "retry"),
-    **dict.fromkeys(("取消", "cancel"), "cancel"),
-    **dict.fromkeys(("帮助", "help"), "help"),
-}
+CHINESE = {"状态": "status", "列表": "list", "重试": "retry", "取消": "cancel", "帮助": "help"}
+COMMANDS = CHINESE | {word: word for word in CHINESE.values()}
 
 # ---- Pastes: texts that are read for their marked positions only -------------------------------
 # What people have is a compose file, a manifest, an error. Each line is held against the marks
@@ -3764,7 +3757,7 @@ def _read_bare(names: list[str]) -> Reading:
     if len(names) > 1 and not OFFICIAL.isdisjoint(names):
         return Reading(images=_read_images(names))
     lines = ", ".join(f"{name}:latest" for name in names)
-    return Reading("help", note=ASK_BACK.format("、".join(names), lines))
+    return Reading("help", note=f"如需同步镜像 {'、'.join(names)}，请发送 {lines}")
 
 
 def _read_items(text: str, items: list[str]) -> Reading:
@@ -4186,7 +4179,7 @@ class Chat:
         """Return what failed of a person's last request; raise Failure for nothing."""
         last = facts.finished.get(message.user)
         if not last or not last.failed:
-            raise Failure(NOTHING_TO_RETRY)
+            raise Failure("没有可以重试的：您上一个请求没有失败的项目")
         links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
         images = tuple(read_image(item) for item in last.failed if item not in links)
         return Reading("retry", images, links)
