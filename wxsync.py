@@ -3811,6 +3811,11 @@ def read_message(text: str) -> Reading:
 # Failures first, each with cause and cure; then what is there, as commands to copy. Success is only
 # what an Outcome says; there is no text for "probably".
 
+# CODE of an outcome -> cause and cure
+REASONS = COPY_REASONS | {
+    "missing": ("运行里没有这个镜像的任务", "请重发这一个"),
+    "running": ("还没有结束", "打开运行地址查看"),
+}
 RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
 RETRY = "发送 重试，再做一次失败的"
 
@@ -3830,16 +3835,14 @@ def bar(done: int, total: int) -> str:
 
 def _hints(outcome: Outcome) -> list[str]:
     """Return what could be sent instead: tags or platforms that do exist."""
-    image, lines = read_image(outcome.line), []
-    option = f"--platform={'+'.join(image.platforms)} " if image.platforms else ""
-    for name in outcome.names:
-        bare = f"--platform={name} {image.source}"
-        if outcome.code == "not-found":
-            bare = f"{option}{re.sub(r':[^/:]*$', '', image.source)}:{name}"
-        with contextlib.suppress(BadImage):
-            if (line := read_image(bare).line) != outcome.line:
-                lines.append(f"   可以发：`{line}`")
-    return lines[:3] if outcome.code == "not-found" else lines[:8]
+    source = read_image(outcome.line).source
+    if outcome.code == "not-found":
+        option = outcome.line.partition(source)[0]
+        repository = re.split(r":[^/:]*$|@", source)[0]
+        lines = [f"{option}{repository}:{tag}" for tag in outcome.names[:3]]
+    else:
+        lines = [f"--platform={platform} {source}" for platform in outcome.names[:8]]
+    return [f"   可以发：`{line}`" for line in lines]
 
 
 def _failed_groups(outcomes: list[Outcome]) -> list[str]:
@@ -3850,12 +3853,7 @@ def _failed_groups(outcomes: list[Outcome]) -> list[str]:
         groups.setdefault((outcome.code, detail), []).append(outcome)
     lines = []
     for (code, detail), members in groups.items():
-        if code == "missing":
-            cause, cure = "运行里没有这个镜像的任务", "请重发这一个"
-        elif code == "running":
-            cause, cure = "还没有结束", "打开运行地址查看"
-        else:
-            cause, cure = COPY_REASONS[code]
+        cause, cure = REASONS[code]
         for member in members:
             lines += [f"❌ `{member.line}`", *_hints(member)]
         said = f"（{quoted(detail, 160)}）" if detail else ""
