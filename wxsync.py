@@ -4078,13 +4078,9 @@ class Channel:
         return letters
 
 
-def is_begun(facts: Facts, task: Task) -> bool:
-    """Tell whether work on a task has begun or is about to."""
-    first = facts.lane(task.lane)[:1]
-    return task.stage != "queued" or bool(task.upload) or task in first
-
-
 Saying = str | Callable[[], str]  # words, or what gives them when the disk has been waited for
+# A change of the facts, its reply and its new tasks; raises Failure where there is none to make.
+Plan = Callable[[Facts, Message], tuple[Facts, str, tuple[Task, ...]]]
 
 
 class Chat:
@@ -4167,20 +4163,25 @@ class Chat:
         if reading.command == "list":
             return self._list()
         if reading.command == "cancel":
-            return lambda: self._cancel(message, channel)
+            return lambda: self._accept(message, channel, self._cancel)
         if reading.command not in ("", "retry"):
             return f"{reading.note}\n\n{HELP}".strip()
-        return lambda: self._start(reading, message, channel)
+        return lambda: self._accept(message, channel, functools.partial(self._begin, reading))
 
     @staticmethod
-    def _again(facts: Facts, message: Message) -> Reading:
-        """Return what failed of a person's last request; raise Failure for nothing."""
-        last = facts.finished.get(message.user)
-        if not last or not last.failed:
+    def _again(facts: Facts, user: str) -> Reading:
+        """Return what failed of a person's last request; raise Failure for nothing.
+
+        What of it has been asked for again, and has not ended yet, is left out.
+        """
+        last = facts.finished.get(user)
+        begun = {item for task in facts.tasks if task.person == user for item in task.items}
+        failed = [item for item in last.failed if item not in begun] if last else []
+        if not failed:
             raise Failure("没有可以重试的：您上一个请求没有失败的项目")
-        links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
-        images = tuple(read_image(item) for item in last.failed if item not in links)
-        return Reading("retry", images, links)
+        links = tuple(item for item in failed if re.match(r"(?i)https?://", item))
+        images = tuple(read_image(item) for item in failed if item not in links)
+        return Reading("", images, links)
 
     def _list(self) -> str:
         try:
@@ -4192,15 +4193,10 @@ class Chat:
 
     # -- work
 
-    def _accept(
-        self,
-        message: Message,
-        channel: Channel,
-        plan: Callable[[Facts], tuple[Facts, str, tuple[Task, ...]]],
-    ) -> str:
+    def _accept(self, message: Message, channel: Channel, plan: Plan) -> str:
         """Make a change and return its reply, both on disk; a repeat gets the first one's reply.
 
-        `plan` returns the new tasks, too. Raises Failure, as plan does.
+        Raises Failure, as plan does.
         """
         reply, tasks = "", tuple[Task, ...]()
 
@@ -4209,7 +4205,7 @@ class Chat:
             if said := facts.seen.get(message.id):  # the first is still being written
                 reply = said.reply
                 return facts
-            facts, reply, tasks = plan(facts)
+            facts, reply, tasks = plan(facts, message)
             facts = replace(facts, tasks=facts.tasks + tasks)
             facts = facts.with_letters(channel.confirm(message, reply, tasks))
             return facts.with_seen(message.id, self._now(), reply, self._keep_seconds)
@@ -4220,27 +4216,12 @@ class Chat:
             self._log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
         return reply
 
-    def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
-        """Accept a request; return its confirmation, raise Failure."""
-
-        def plan(facts: Facts) -> tuple[Facts, str, tuple[Task, ...]]:
-            last = facts.finished.get(message.user)
-            wanted = self._again(facts, message) if reading.command == "retry" else reading
-            tasks, reply = self._plan(facts, wanted, message)
-            if not tasks:
-                raise Failure(reply)
-            if reading.command == "retry" and last:
-                begun = {item for task in tasks for item in task.items}
-                again = last._replace(failed=tuple(i for i in last.failed if i not in begun))
-                facts = replace(facts, finished={**facts.finished, message.user: again})
-            return facts, reply, tasks
-
-        return self._accept(message, channel, plan)
-
-    def _plan(
-        self, facts: Facts, reading: Reading, message: Message
-    ) -> tuple[tuple[Task, ...], str]:
-        """Return the tasks for which there is room, and the reply."""
+    def _begin(
+        self, reading: Reading, facts: Facts, message: Message
+    ) -> tuple[Facts, str, tuple[Task, ...]]:
+        """Plan the tasks for which there is room; raise Failure where there is none."""
+        if reading.command == "retry":
+            reading = self._again(facts, message.user)
         request, tasks, replies = secrets.token_hex(8), [], []
         room = self._settings.QUEUE_SIZE
         half = MAX_TEXT_BYTES // (2 if reading.images and reading.links else 1) - 150
@@ -4268,34 +4249,33 @@ class Chat:
         if not tasks and len(wanted) > 1:
             replies = ["⏳ 已有任务正在处理中，请稍后再试"]
         reply = split_text("\n\n".join(replies) + reading.note, MAX_TEXT_BYTES, 1)[0]
-        return tuple(tasks), reply
+        if not tasks:
+            raise Failure(reply)
+        return facts, reply, tuple(tasks)
 
     def _targets(self, reading: Reading) -> list[str]:
         prefix = self._settings.target_prefix
         pairs = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
         return [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
 
-    def _cancel(self, message: Message, channel: Channel) -> str:
-        """Cancel what is this person's; return what that was, raise Failure for nothing."""
-
-        def plan(facts: Facts) -> tuple[Facts, str, tuple[Task, ...]]:
-            own = [task for task in facts.tasks if task.person == message.user]
-            left = [task for task in own if task.id not in facts.cancelled]
-            if not left:
-                nothing = "没有可以取消的：您没有正在进行或排队的请求"
-                raise Failure("⏹ 正在停止，请稍候" if own else nothing)
-            lines = ["⏹ 已取消您的请求："]
-            for task in left:
-                if is_begun(facts, task):
-                    lines.append(f"正在停止：{title(task, True)}")
-                    facts = replace(facts, cancelled=(*facts.cancelled, task.id))
-                else:
-                    lines.append(f"不再排队：{title(task, True)}")
-                    facts = facts.without_task(task)
-            lines.append("已经完成的镜像不会撤回，结果照常通知")
-            return facts, "\n".join(lines), ()
-
-        return self._accept(message, channel, plan)
+    @staticmethod
+    def _cancel(facts: Facts, message: Message) -> tuple[Facts, str, tuple[Task, ...]]:
+        """Cancel what is this person's; raise Failure for nothing."""
+        own = [task for task in facts.tasks if task.person == message.user]
+        left = [task for task in own if task.id not in facts.cancelled]
+        if not left:
+            nothing = "没有可以取消的：您没有正在进行或排队的请求"
+            raise Failure("⏹ 正在停止，请稍候" if own else nothing)
+        lines = ["⏹ 已取消您的请求："]
+        for task in left:
+            if task in facts.lane(task.lane)[1:]:
+                lines.append(f"不再排队：{title(task, True)}")
+                facts = facts.without_task(task)
+            else:  # it has begun, or is about to
+                lines.append(f"正在停止：{title(task, True)}")
+                facts = replace(facts, cancelled=(*facts.cancelled, task.id))
+        lines.append("已经完成的镜像不会撤回，结果照常通知")
+        return facts, "\n".join(lines), ()
 
     # -- looking
 
