@@ -4079,8 +4079,8 @@ class Channel:
 
 
 Saying = str | Callable[[], str]  # words, or what gives them when the disk has been waited for
-# A change of the facts, its reply and its new tasks; raises Failure where there is none to make.
-Plan = Callable[[Facts, Message], tuple[Facts, str, tuple[Task, ...]]]
+Planned = tuple[Facts, str, tuple[Task, ...]]  # the facts as they will be, the reply, new tasks
+LANES = {"images": ("镜像", "同步"), "files": ("文件", "上传")}
 
 
 class Chat:
@@ -4193,7 +4193,9 @@ class Chat:
 
     # -- work
 
-    def _accept(self, message: Message, channel: Channel, plan: Plan) -> str:
+    def _accept(
+        self, message: Message, channel: Channel, plan: Callable[[Facts, Message], Planned]
+    ) -> str:
         """Make a change and return its reply, both on disk; a repeat gets the first one's reply.
 
         Raises Failure, as plan does.
@@ -4216,50 +4218,40 @@ class Chat:
             self._log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
         return reply
 
-    def _begin(
-        self, reading: Reading, facts: Facts, message: Message
-    ) -> tuple[Facts, str, tuple[Task, ...]]:
+    def _begin(self, reading: Reading, facts: Facts, message: Message) -> Planned:
         """Plan the tasks for which there is room; raise Failure where there is none."""
         if reading.command == "retry":
             reading = self._again(facts, message.user)
-        request, tasks, replies = secrets.token_hex(8), [], []
-        room = self._settings.QUEUE_SIZE
-        half = MAX_TEXT_BYTES // (2 if reading.images and reading.links else 1) - 150
-        half = max(half - len(reading.note.encode()), 400)  # what is too long is cut below
-        wanted: list[tuple[str, str, tuple[str, ...], str]] = []
-        if reading.images:
-            head = f"🔄 正在处理镜像同步请求...\n共 {len(reading.images)} 个镜像："
-            lines = tuple(image.line for image in reading.images)
-            wanted.append(("images", "镜像", lines, _fit(head, self._targets(reading), half, "个")))
-        if reading.links and not self._settings.QINGSTOR_ACCESS_KEY_ID:
-            replies.append("❌ 文件上传没有启用：请管理员设置 `QINGSTOR_ACCESS_KEY_ID` 等")
-        elif reading.links:
-            head = f"🔄 正在处理文件上传请求...\n共 {len(reading.links)} 个文件："
-            shown_links = [quoted(link, 100) for link in reading.links]
-            wanted.append(("files", "文件", reading.links, _fit(head, shown_links, half, "个")))
-        for lane, name, items, text in wanted:
-            ahead = len(facts.lane(lane))
-            what = f"（{name}）" if len(wanted) > 1 else ""
-            if ahead > room:
-                replies.append(f"⏳ 已有任务正在处理中，请稍后再试{what}")
-                continue
-            tasks.append(Task(request, lane, message.address, items, self._now()))
-            queued = f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个{what}\n"
-            replies.append(queued + text.partition("\n")[2] if ahead else text)
-        if not tasks and len(wanted) > 1:
-            replies = ["⏳ 已有任务正在处理中，请稍后再试"]
-        reply = split_text("\n\n".join(replies) + reading.note, MAX_TEXT_BYTES, 1)[0]
+        prefix, request = self._settings.target_prefix, secrets.token_hex(8)
+        lines = tuple(image.line for image in reading.images)
+        targets = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
+        links = [quoted(link, 100) for link in reading.links]
+        said: list[str] = []
+        tasks, full = [], []
+        for lane, items, entries in (("images", lines, targets), ("files", reading.links, links)):
+            ahead, (name, work) = len(facts.lane(lane)), LANES[lane]
+            what = f"（{name}）" if lines and links else ""
+            if items and lane == "files" and not self._settings.QINGSTOR_ACCESS_KEY_ID:
+                said.insert(0, "❌ 文件上传没有启用：请管理员设置 `QINGSTOR_ACCESS_KEY_ID` 等")
+            elif items and ahead > self._settings.QUEUE_SIZE:
+                full.append(what)
+            elif items:
+                tasks.append(Task(request, lane, message.address, items, self._now()))
+                head = f"🔄 正在处理{name}{work}请求..."
+                if ahead:
+                    head = f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个{what}"
+                first, *more = [f"{number}. {entry}" for number, entry in enumerate(entries, 1)]
+                said += [f"\n{head}\n共 {len(items)} 个{name}：\n{first}", *more]
+        if full:
+            said.insert(0, f"⏳ 已有任务正在处理中，请稍后再试{''.join(full)}")
+        note = split_text(reading.note, MAX_TEXT_BYTES // 2, 1)[0]
+        reply = _fit("", said, MAX_TEXT_BYTES - len(note.encode()), "个").strip() + note
         if not tasks:
             raise Failure(reply)
         return facts, reply, tuple(tasks)
 
-    def _targets(self, reading: Reading) -> list[str]:
-        prefix = self._settings.target_prefix
-        pairs = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
-        return [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
-
     @staticmethod
-    def _cancel(facts: Facts, message: Message) -> tuple[Facts, str, tuple[Task, ...]]:
+    def _cancel(facts: Facts, message: Message) -> Planned:
         """Cancel what is this person's; raise Failure for nothing."""
         own = [task for task in facts.tasks if task.person == message.user]
         left = [task for task in own if task.id not in facts.cancelled]
@@ -4282,7 +4274,7 @@ class Chat:
     def status(self, person: str) -> str:
         """Return what runs, what waits and how far, as far as it is this person's business."""
         facts, lines = self._state.facts, ["📊 当前状态"]
-        for lane, name in (("images", "镜像"), ("files", "文件")):
+        for lane, (name, _) in LANES.items():
             tasks = facts.lane(lane)
             if not tasks:
                 lines.append(f"{name}：空闲")
