@@ -4083,41 +4083,30 @@ Planned = tuple[Facts, str, tuple[Task, ...]]  # the facts as they will be, the 
 LANES = {"images": ("镜像", "同步"), "files": ("文件", "上传")}
 
 
+@dataclass
 class Chat:
     """Answers messages: all that is said at once. Owns replies that are not on disk."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        log: Log,
-        now: Callable[[], float],
-        state: State,
-        images: ImageList,
-        progress: Progress,
-        trouble: Callable[[], str],
-    ) -> None:
-        self._settings = settings
-        self._log = log
-        self._now = now
-        self._state = state
-        self._images = images
-        self._progress = progress
-        self._trouble = trouble
-        self._lock = threading.Lock()
-        self._heard: dict[str, str] = {}  # message -> reply, for repeats
-        # A message is valid for so long before and after its time stamp; repeats come within that.
-        self._keep_seconds = max(REMEMBER_SECONDS, 2.0 * settings.CALLBACK_MAX_AGE)
+    settings: Settings
+    log: Log
+    now: Callable[[], float]
+    state: State
+    images: ImageList
+    progress: Progress
+    trouble: Callable[[], str]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    heard: dict[str, str] = field(default_factory=dict)  # message -> reply, for repeats
 
     def recall(self, message_id: str) -> str | None:
         """Return the reply already given to a message, None for a new one."""
-        if found := self._state.facts.seen.get(message_id):
+        if found := self.state.facts.seen.get(message_id):
             return found.reply
-        with self._lock:
-            return self._heard.get(message_id)
+        with self.lock:
+            return self.heard.get(message_id)
 
     def refusal(self, user: str) -> str:
         """Return what to say to somebody who is not in ALLOWED_USERS, "" for who may."""
-        allowed = self._settings.ALLOWED_USERS
+        allowed = self.settings.ALLOWED_USERS
         if not allowed or user.lower() in allowed:
             return ""
         return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
@@ -4146,13 +4135,13 @@ class Chat:
         except Failure as failure:
             said = str(failure)
         except Exception:
-            self._log.bug(f"message: id={shown(message.id)}")
+            self.log.bug(f"message: id={shown(message.id)}")
             said = INTERNAL_ERROR
         if isinstance(said, str):
-            with self._lock:
-                while len(self._heard) >= MAX_REMEMBERED:
-                    del self._heard[next(iter(self._heard))]
-                self._heard[message.id] = said
+            with self.lock:
+                while len(self.heard) >= MAX_REMEMBERED:
+                    del self.heard[next(iter(self.heard))]
+                self.heard[message.id] = said
         return said
 
     def _obey(self, message: Message, channel: Channel) -> Saying:
@@ -4185,7 +4174,7 @@ class Chat:
 
     def _list(self) -> str:
         try:
-            lines = self._images.read().encode(errors="replace").decode().strip()
+            lines = self.images.read().encode(errors="replace").decode().strip()
         except Failure as failure:
             raise Failure(f"❌ {failure}") from failure
         lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
@@ -4210,19 +4199,21 @@ class Chat:
             facts, reply, tasks = plan(facts, message)
             facts = replace(facts, tasks=facts.tasks + tasks)
             facts = facts.with_letters(channel.confirm(message, reply, tasks))
-            return facts.with_seen(message.id, self._now(), reply, self._keep_seconds)
+            # It is valid for so long before and after its time stamp; repeats come within that.
+            keep_seconds = max(REMEMBER_SECONDS, 2.0 * self.settings.CALLBACK_MAX_AGE)
+            return facts.with_seen(message.id, self.now(), reply, keep_seconds)
 
-        self._state.accept(change)
+        self.state.accept(change)
         for task in tasks:
             count, user = len(task.items), shown(message.user)
-            self._log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
+            self.log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
         return reply
 
     def _begin(self, reading: Reading, facts: Facts, message: Message) -> Planned:
         """Plan the tasks for which there is room; raise Failure where there is none."""
         if reading.command == "retry":
             reading = self._again(facts, message.user)
-        prefix, request = self._settings.target_prefix, secrets.token_hex(8)
+        prefix, request = self.settings.target_prefix, secrets.token_hex(8)
         lines = tuple(image.line for image in reading.images)
         targets = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
         links = [quoted(link, 100) for link in reading.links]
@@ -4231,12 +4222,12 @@ class Chat:
         for lane, items, entries in (("images", lines, targets), ("files", reading.links, links)):
             ahead, (name, work) = len(facts.lane(lane)), LANES[lane]
             what = f"（{name}）" if lines and links else ""
-            if items and lane == "files" and not self._settings.QINGSTOR_ACCESS_KEY_ID:
+            if items and lane == "files" and not self.settings.QINGSTOR_ACCESS_KEY_ID:
                 said.insert(0, "❌ 文件上传没有启用：请管理员设置 `QINGSTOR_ACCESS_KEY_ID` 等")
-            elif items and ahead > self._settings.QUEUE_SIZE:
+            elif items and ahead > self.settings.QUEUE_SIZE:
                 full.append(what)
             elif items:
-                tasks.append(Task(request, lane, message.address, items, self._now()))
+                tasks.append(Task(request, lane, message.address, items, self.now()))
                 head = f"🔄 正在处理{name}{work}请求..."
                 if ahead:
                     head = f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个{what}"
@@ -4273,17 +4264,17 @@ class Chat:
 
     def status(self, person: str) -> str:
         """Return what runs, what waits and how far, as far as it is this person's business."""
-        facts, lines = self._state.facts, ["📊 当前状态"]
+        facts, lines = self.state.facts, ["📊 当前状态"]
         for lane, (name, _) in LANES.items():
             tasks = facts.lane(lane)
             if not tasks:
                 lines.append(f"{name}：空闲")
                 continue
-            task, since = tasks[0], self._progress.of(tasks[0]).since
+            task, since = tasks[0], self.progress.of(tasks[0]).since
             seconds = time.monotonic() - since if since else 0.0
             what = title(task, task.person == person)
             lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
-            lines += progress_lines(task, self._progress)
+            lines += progress_lines(task, self.progress)
             if len(tasks) > 1:
                 lines.append(f"　等待 {len(tasks) - 1} 个")
             for ahead, waiting in enumerate(tasks):
@@ -4292,8 +4283,8 @@ class Chat:
         if late := facts.late():
             lines.append(f"超时后仍在跟踪：{len(late)} 个")
         for task in (task for task in late if task.person == person):
-            lines += [f"　您的 {title(task, True)}：", *progress_lines(task, self._progress)]
-        if trouble := self._trouble():
+            lines += [f"　您的 {title(task, True)}：", *progress_lines(task, self.progress)]
+        if trouble := self.trouble():
             lines.append(f"⚠️ {trouble}")
         if last := facts.finished.get(person):
             when = time.strftime("%m-%d %H:%M", time.localtime(last.at))
