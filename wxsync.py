@@ -3745,39 +3745,22 @@ def _is_list(items: list[str]) -> bool:
 
     def fits(item: str) -> bool:
         with contextlib.suppress(BadImage):
-            _read_image(item)
-            return True
+            return bool(_read_image(item))
         return bool(re.fullmatch(r"[\w./:@=+-]*[\w./@=+-]", item))
 
     return all(map(fits, items))
 
 
-def _read_bare(names: list[str]) -> Reading:
-    """Read one or more plain names: images where one is well known, else asked back."""
+def _read_bare(items: list[str]) -> tuple[tuple[Image, ...], str]:
+    """Read plain names: images where one of several is well known, else asked back."""
+    names = [item.lower() if len(items) == 1 else item for item in items]
+    is_plain = all(re.fullmatch(NAME, name) and len(name) <= 128 for name in names)
+    if not is_plain or all(map(is_talk, names)):
+        return (), ""
     if len(names) > 1 and not OFFICIAL.isdisjoint(names):
-        return Reading(images=_read_images(names))
+        return _read_images(names), ""
     lines = ", ".join(f"{name}:latest" for name in names)
-    return Reading("help", note=f"如需同步镜像 {'、'.join(names)}，请发送 {lines}")
-
-
-def _read_items(text: str, items: list[str]) -> Reading:
-    """Read what is no link: a list, a paste, plain names, or talk."""
-    is_list = _is_list(items)
-    if items and is_list and any(map(_is_attempt, items)):
-        return Reading(images=_read_images(items))
-    paste = Paste(text)
-    if paste:
-        note = paste.note()
-        return Reading("" if paste.images else "help", _check_images(paste.images), (), note)
-    if any(map(_is_attempt, items)):
-        return Reading(images=_read_images(items))
-    items = [item.lower() if len(items) == 1 else item for item in items]
-    names = [item for item in items if re.fullmatch(NAME, item) and len(item) <= 128]
-    if items and names == items and not all(map(is_talk, names)):
-        return _read_bare(names)
-    if re.search(r"(?i)https?://", text):
-        raise Failure("❓ 链接要独占一行：一行一个，前后不要有别的文字")
-    return Reading("help")
+    return (), f"如需同步镜像 {'、'.join(names)}，请发送 {lines}"
 
 
 def read_message(text: str) -> Reading:
@@ -3790,21 +3773,21 @@ def read_message(text: str) -> Reading:
     links, items = split_items(text)
     if links and re.search(r"[{\[]\s*\n", text.translate(TIDY)):
         links = []  # lines of JSON, such as a mirror in daemon.json
-    if links and (paste := Paste(text)) and not _is_list(items):
+    is_list, attempted = _is_list(items), any(map(_is_attempt, items))
+    if not (is_list and attempted) and (paste := Paste(text)):
+        images, note = _check_images(paste.images), paste.note()
         # Terminals wrap errors so that a line begins with an address: no link of the person's.
-        return Reading(
-            "" if paste.images else "help", _check_images(paste.images), (), paste.note()
-        )
+        links = links if is_list else []
+    elif attempted:
+        images, note = _read_images(items), ""
+    else:
+        images, note = _read_bare(items)
+        if not images and re.search(r"(?i)https?://", " ".join(items)):
+            raise Failure("❓ 链接要独占一行：一行一个，前后不要有别的文字")
+        if links and not images and items:
+            note = f"\n（没有处理：{quoted('、'.join(items))}）"
     _check_links(links)
-    rest = "\n".join(
-        line for line in text.split("\n") if not re.match(r"\W*https?://", line.lower())
-    )
-    reading = _read_items(rest, items)
-    if not links:
-        return reading
-    left = "" if reading.images else "、".join(items)
-    note = reading.note if reading.images else f"\n（没有处理：{quoted(left)}）" if left else ""
-    return Reading("", reading.images, tuple(links), note)
+    return Reading("" if images or links else "help", images, tuple(links), note)
 
 
 # ---- What came of it, in words -----------------------------------------------------------------
