@@ -153,7 +153,6 @@ MAX_LINKS = 20  # per message; more is a script, not a person
 MAX_REMEMBERED = 1000  # answered messages, people's results: memory and state stay bounded
 REMEMBER_SECONDS = 1800.0  # at least; WeCom repeats within half a minute
 MAX_PASTE_BYTES = 256 * 1024  # of a sent file; a typed message is far shorter
-MAX_COMMAND_WORDS = 500  # of one docker command in a paste
 MAX_LINE_CHARACTERS = 64 * 1024  # of a paste's line; a whole manifest may be one
 KEEP_TRIES = 60  # of one message whose errcode nobody knows: about half a day
 OUTAGE_SECONDS = 60.0  # the longest pause between looks at a service that is away
@@ -3402,8 +3401,17 @@ COMMANDS = CHINESE | {word: word for word in CHINESE.values()}
 # below; what stands at a mark is an image, or is named with the reason; everything else is
 # ignored.
 
+# Options of docker and the like: those that stand alone; the others have a value, which may be the
+# next word.
+ALONE = (
+    r"-[ditqPD]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|debug|"
+    r"no-healthcheck|all-tags|all-platforms|plain-http|skip-verify|insecure|local)"
+)
+VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|\S+)"""
+OPTIONS = rf"(?:\s+(?:(?-i:{ALONE})(?=\s)|-[^\s=]+(?:{VALUE})?)){{0,60}}+"
 # A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
-# tag (prose). What is no plain reference is named, nothing is guessed.
+# tag (prose), `word` what stands in a command. What is no plain reference is named, nothing is
+# guessed.
 MARKS = tuple(
     "(?i)" + "".join(parts)
     for parts in (
@@ -3440,18 +3448,16 @@ MARKS = tuple(
             r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?""",
             r"""(?P<loose>[^\s"'\[\],\\]+)""",
         ),
+        # shell
+        #     sudo docker pull --platform linux/arm64 nginx:1        ctr -n k8s.io images pull a/b:1
+        (
+            rf"(?<![\w.-])(?:docker|podman|nerdctl|crictl|ctr){OPTIONS}(?:\s+(?:images?|i))?\s+",
+            r"(?:pull|(?P<run>run|create))(?=\s)",
+            r"""(?=(?:[^;|&]{0,300}?\s--platform[=\s]\s*["']?(?P<on>[^\s"';|&`]+))?)""",
+            rf"{OPTIONS}\s+(?P<word>[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)",
+            rf"(?:{OPTIONS}\s+(?P<more>[\w.-]+[:/][\w.:/-]+)(?=\s|$))?",
+        ),
     )
-)
-TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
-# Options of pull (and of the tools) whose value is the next word; options of run that have none.
-WITH_VALUE = (
-    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|"
-    r"policy|snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
-    r"runtime-endpoint|image-endpoint|timeout|context|log-level)"
-)
-ALONE = (
-    r"-[ditPq]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|"
-    r"no-healthcheck)|.*=.*"
 )
 # REPOSITORY   TAG   IMAGE ID …        CONTAINER   REPOSITORY   TAG …        IMAGE   ID   DISK USAGE
 TABLE = (
@@ -3542,7 +3548,6 @@ class Paste:
                     self._read_mark(found.groupdict())
                 if mark is self._marks[0] and mark.match(line):
                     return  # what follows is a comment
-            self._read_commands(line)
 
     def _read_row(self, words: list[str], head: re.Match[str]) -> None:
         """Read name and tag below their header."""
@@ -3561,48 +3566,14 @@ class Paste:
             self._stages.add((got["stage"] or "").lower())
         elif "denied" in got:
             self._denied.append(str(got["denied"]))
+        elif word := got.get("word"):
+            is_name = re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
+            if got["run"] or re.search(r"[:/@$<{]", word) or (is_name and got["end"] is not None):
+                self._take(word, got["on"] or "", offer=bool(got["run"]))
+            if got["more"] and not got["run"]:
+                self.named[got["more"]] = "一条 pull 只取一个镜像"
         else:
             self._take(ref or got.get("loose") or "", loose=not ref)
-
-    def _read_commands(self, line: str) -> None:
-        """Read `docker … pull X`, and offer the X of `docker … run X`."""
-        words = re.sub(r"(&&|[;|]|\s#)", r" \1 ", line).replace("`", " ").split()
-        starts = [i for i, w in enumerate(words) if re.split(r"[/(\"'>:$]", w)[-1] in TOOLS]
-        for start, end in zip(starts, [*starts[1:], len(words)], strict=False):
-            self._read_command(words[start + 1 : end][:MAX_COMMAND_WORDS])
-
-    def _read_command(self, words: list[str]) -> None:
-        verb = platform = ""
-        while words:
-            word, *words = words
-            if word.startswith("-"):
-                name, equals, value = word.partition("=")
-                takes = bool(re.fullmatch(WITH_VALUE, word))
-                if verb == "run":
-                    takes = not re.fullmatch(ALONE, word)
-                if takes and not equals and words:
-                    value, *words = words
-                    while value[:1] in ('"', "'") and value.count(value[0]) == 1 and words:
-                        value, words = value + words[0], words[1:]  # a quoted value with blanks
-                platform = value.strip("\"'") if name == "--platform" else platform
-            elif verb:
-                if verb == "pull" and words and words[0].startswith("--platform"):
-                    platform = (words[0].partition("=")[2] or "".join(words[1:2])).strip("\"'")
-                is_last = not words or words[0] in ("&&", ";", "|", "#")
-                is_name = is_last and re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
-                if verb == "run" or re.search(r"[:/@$<{]", word) or is_name:
-                    self._take(word, platform, offer=verb == "run")
-                if (
-                    verb == "pull"
-                    and not is_last
-                    and re.fullmatch(r"[\w.-]+[:/][\w.:/-]+", words[0])
-                ):
-                    self.named[words[0]] = "一条 pull 只取一个镜像"
-                return
-            elif word in ("pull", "run", "create"):
-                verb = "pull" if word == "pull" else "run"
-            elif word not in ("image", "images", "i"):
-                return
 
     def _read_parts(self, text: str) -> None:
         """Offer `repository:` with the `tag:` beside it, as in a chart's values."""
