@@ -3409,7 +3409,7 @@ ALONE = (
 )
 VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|\S+)"""
 OPTIONS = rf"(?:\s+(?:(?-i:{ALONE})(?=\s)|-[^\s=]+(?:{VALUE})?)){{0,60}}+"
-# A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
+# A line's marks: `ref` is what stands there, `loose` what is only taken when it has a
 # tag (prose), `word` what stands in a command. What is no plain reference is named, nothing is
 # guessed.
 MARKS = tuple(
@@ -3419,13 +3419,13 @@ MARKS = tuple(
         #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
         (
             r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?""",
-            r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
+            r"""(?P<ref>"[^"]*|'[^']*|[^\s"'#].*?(?=,?\s*$|\s#))""",
         ),
         # in one line, also with \" around it
         #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25"}]}
         (
             r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
-            r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
+            r"""(?P<ref>"[^"\\]*|'[^'\\]*|[^\s"'{\[][^\s,}]*)""",
         ),
         # Dockerfile, also as a build shows it
         #     FROM --platform=linux/arm64 golang:1.22 AS build        >>> FROM node:20
@@ -3439,10 +3439,8 @@ MARKS = tuple(
             r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|",
             r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
         ),
-        # … and without; docker leaves the tag out behind "denied for"
-        #     pull access denied for team/app, repository does not exist or may require …
+        # … and without
         #     manifest for nginx:9 not found        metadata for docker.io/library/nginx:1.25
-        (r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",),
         (
             r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to ",
             r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?""",
@@ -3464,6 +3462,9 @@ TABLE = (
     r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|"
     r"(?P<one>IMAGE)\s+ID\s+D"
 )
+# docker leaves the tag out here
+#     pull access denied for team/app, repository does not exist or may require …
+DENIED = r"""(?i)\bpull access denied for[ \t]+([^\s,"']{1,300})(?=,)"""
 # a chart's values: registry, repository and tag on lines near each other
 PARTS = (
     r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
@@ -3497,7 +3498,6 @@ class Paste:
         self._is_listed = bool(re.search(KLOG, text))
         self._marks = [re.compile(mark) for mark in MARKS]
         self._stages = {"scratch"}
-        self._denied: list[str] = []
         self._table: re.Match[str] | None = None
         blanks = (
             re.sub(r"\s+", " ", line.strip())[:MAX_LINE_CHARACTERS] for line in text.split("\n")
@@ -3508,7 +3508,7 @@ class Paste:
         for line in lines:
             self._read_line(line)
         named = {re.split(r":[^/]*$|@", line)[0] for line in self.images}
-        for name in self._denied:
+        for name in re.findall(DENIED, text):
             if name not in named:
                 self._take(name)
         self._read_parts(text)
@@ -3556,7 +3556,7 @@ class Paste:
             self._take(name if head["one"] else f"{name}:{tag}", loose=True)
 
     def _read_mark(self, got: dict[str, str | None]) -> None:
-        ref = got.get("a") or got.get("b") or got.get("ref") or ""
+        ref = got.get("ref") or ""
         if "stage" in got:  # a FROM: of SQL, of an earlier stage, of a Dockerfile
             is_sure = re.search("[:/@$]", ref) or ref in OFFICIAL or self._is_build
             known = ref.lower() in self._stages or ref.endswith(":")
@@ -3564,8 +3564,6 @@ class Paste:
                 platform = got["platform"] or ""
                 self._take(ref, "" if "$" in platform else platform)
             self._stages.add((got["stage"] or "").lower())
-        elif "denied" in got:
-            self._denied.append(str(got["denied"]))
         elif word := got.get("word"):
             is_name = re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
             if got["run"] or re.search(r"[:/@$<{]", word) or (is_name and got["end"] is not None):
