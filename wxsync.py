@@ -3412,50 +3412,47 @@ OPTIONS = rf"(?:\s+(?:(?-i:{ALONE})(?=\s)|-[^\s=]+(?:{VALUE})?)){{0,60}}+"
 # A line's marks: `ref` is what stands there, `loose` what is only taken when it has a
 # tag (prose), `word` what stands in a command. What is no plain reference is named, nothing is
 # guessed.
-MARKS = tuple(
-    "(?i)" + "".join(parts)
-    for parts in (
-        # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
-        #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
-        (
-            r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?""",
-            r"""(?P<ref>"[^"]*|'[^']*|[^\s"'#].*?(?=,?\s*$|\s#))""",
-        ),
-        # in one line, also with \" around it
-        #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25"}]}
-        (
-            r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
-            r"""(?P<ref>"[^"\\]*|'[^'\\]*|[^\s"'{\[][^\s,}]*)""",
-        ),
-        # Dockerfile, also as a build shows it
-        #     FROM --platform=linux/arm64 golang:1.22 AS build        >>> FROM node:20
-        (
-            r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)",
-            r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
-        ),
-        # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
-        #     Failed to pull image "nginx:1.25": rpc error: …        PullImage \"nginx:1.25\" failed
-        (
-            r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|",
-            r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
-        ),
-        # … and without
-        #     manifest for nginx:9 not found        metadata for docker.io/library/nginx:1.25
-        (
-            r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to ",
-            r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?""",
-            r"""(?P<loose>[^\s"'\[\],\\]+)""",
-        ),
-        # shell
-        #     sudo docker pull --platform linux/arm64 nginx:1        ctr -n k8s.io images pull a/b:1
-        (
-            rf"(?<![\w.-])(?:docker|podman|nerdctl|crictl|ctr){OPTIONS}(?:\s+(?:images?|i))?\s+",
-            r"(?:pull|(?P<run>run|create))(?=\s)",
-            r"""(?=(?:[^;|&]{0,300}?\s--platform[=\s]\s*["']?(?P<on>[^\s"';|&`]+))?)""",
-            rf"{OPTIONS}\s+(?P<word>[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)",
-            rf"(?:{OPTIONS}\s+(?P<more>[\w.-]+[:/][\w.:/-]+)(?=\s|$))?",
-        ),
-    )
+MARKS = (
+    # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
+    #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
+    (
+        r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?"""
+        r"""(?P<ref>"[^"]*|'[^']*|[^\s"'#].*?(?=,?\s*$|\s#))"""
+    ),
+    # in one line, also with \" around it
+    #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25"}]}
+    (
+        r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*"""
+        r"""(?P<ref>"[^"\\]*|'[^'\\]*|[^\s"'{\[][^\s,}]*)"""
+    ),
+    # Dockerfile, also as a build shows it
+    #     FROM --platform=linux/arm64 golang:1.22 AS build        >>> FROM node:20
+    (
+        r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)"
+        r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$"
+    ),
+    # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
+    #     Failed to pull image "nginx:1.25": rpc error: …        PullImage \"nginx:1.25\" failed
+    (
+        r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|"
+        r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1"""
+    ),
+    # … and without
+    #     manifest for nginx:9 not found        metadata for docker.io/library/nginx:1.25
+    (
+        r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to "
+        r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?"""
+        r"""(?P<loose>[^\s"'\[\],\\]+)"""
+    ),
+    # shell
+    #     sudo docker pull --platform linux/arm64 nginx:1        ctr -n k8s.io images pull a/b:1
+    (
+        rf"(?<![\w.-])(?:docker|podman|nerdctl|crictl|ctr){OPTIONS}(?:\s+(?:images?|i))?\s+"
+        r"(?:pull|(?P<run>run|create))(?=\s)"
+        r"""(?=(?:[^;|&]{0,300}?\s--platform[=\s]\s*["']?(?P<on>[^\s"';|&`]+))?)"""
+        rf"{OPTIONS}\s+(?P<word>[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)"
+        rf"(?:{OPTIONS}\s+(?P<more>[\w.-]+[:/][\w.:/-]+)(?=\s|$))?"
+    ),
 )
 # REPOSITORY   TAG   IMAGE ID …        CONTAINER   REPOSITORY   TAG …        IMAGE   ID   DISK USAGE
 TABLE = (
@@ -3496,7 +3493,7 @@ class Paste:
         self._is_build = bool(re.search(INSTRUCTION, text))
         self._is_sql = bool(re.search(SQL, text))
         self._is_listed = bool(re.search(KLOG, text))
-        self._marks = [re.compile(mark) for mark in MARKS]
+        self._marks = [re.compile(mark, re.IGNORECASE) for mark in MARKS]
         self._stages = {"scratch"}
         self._table: re.Match[str] | None = None
         blanks = (
