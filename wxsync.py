@@ -3462,10 +3462,15 @@ TABLE = (
 # docker leaves the tag out here
 #     pull access denied for team/app, repository does not exist or may require …
 DENIED = r"""(?i)\bpull access denied for[ \t]+([^\s,"']{1,300})(?=,)"""
-# a chart's values: registry, repository and tag on lines near each other
-PARTS = (
-    r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
-    r"""["']?([^\s"',}#{&]*)"""
+# a chart's values, near each other
+#     registry: quay.io         image: elasticsearch
+#     repository: a/b           imageTag: 8.5.1
+#     tag: v1
+CHART = (
+    r"""(?i)(?:\bregistry["']?:\s*["']?(?P<host>[\w.:-]+)["']?,?\s+["']?)?"""
+    r"""\b(?:repository|(?P<image>image))["']?:\s*["']?(?P<name>(?!\S+://)[^\s"',#{}&]+)["']?[\s,]"""
+    r"""(?:(?!\b(?:repository|image)["']?:)[^{}]){0,300}?"""
+    r"""\b(?(image)imageTag|tag)["']?:[ \t]*["']?(?P<tag>[^\s"',#{}&]+)"""
 )
 # what stands at a mark and is none: ids, numbers, YAML's own signs, platforms, files
 NO_IMAGE = (
@@ -3508,7 +3513,7 @@ class Paste:
         for name in re.findall(DENIED, text):
             if name not in named:
                 self._take(name)
-        self._read_parts(text)
+        self._read_charts(text)
 
     def _take(self, ref: str, platform: str = "", loose: bool = False, offer: bool = False) -> None:
         """Take what stands at a mark: an image, or named with the reason, or nothing."""
@@ -3570,23 +3575,14 @@ class Paste:
         else:
             self._take(ref or got.get("loose") or "", loose=not ref)
 
-    def _read_parts(self, text: str) -> None:
+    def _read_charts(self, text: str) -> None:
         """Offer `repository:` with the `tag:` beside it, as in a chart's values."""
-        parts: dict[str, str] = {}
-        end = 0
-        for found in [*re.finditer(PARTS, text), None]:
-            if not found or found[1].lower() in parts or found.start() - end > 300:
-                name, tag = parts.get("repository", ""), parts.get("tag", "")
-                if parts.get("image") and parts.get("imagetag"):
-                    name, tag = parts["image"], parts["imagetag"]
-                    with contextlib.suppress(BadImage):
-                        self.images.pop(read_image(name).line, None)
-                if name and tag and not re.search("[{]|://", name):
-                    host = parts.get("registry", "")
-                    self._take(f"{host}/{name}:{tag}" if host else f"{name}:{tag}", offer=True)
-                parts = {}
-            if found:
-                parts[found[1].lower()], end = found[2], found.end()
+        for found in re.finditer(CHART, text):
+            name = f"{found['host']}/{found['name']}" if found["host"] else found["name"]
+            if found["image"]:  # which was taken without its tag
+                with contextlib.suppress(BadImage):
+                    self.images.pop(read_image(name).line, None)
+            self._take(f"{name}:{found['tag']}", offer=True)
 
     def __bool__(self) -> bool:
         return bool(self.images or self.named or self.offers)
