@@ -3912,24 +3912,23 @@ class Progress:
         self._works.pop((task.lane, task.id), None)
 
 
-def progress_lines(task: Task, progress: Progress) -> list[str]:
-    """Return how far a running task is."""
-    if task.lane == "images":
-        outcomes = progress.of(task).outcomes
-        done = sum(not outcome.is_open for outcome in outcomes)
-        return [f"　{bar(done, len(outcomes))}，已完成 {done}/{len(outcomes)}"]
+def progress_text(task: Task, progress: Progress) -> str:
+    """Return how far a running task is, in one line."""
     work = progress.of(task)
+    if task.lane == "images":
+        done, total = sum(not o.is_open for o in work.outcomes), len(work.outcomes)
+        return f"　{bar(done, total)}，已完成 {done}/{total}"
     done, total = work.done_bytes, work.total_bytes
     known = f"{bar(done, total)}，" if total else ""
     of = f" / {total / 1e6:.1f}" if total else ""
     seconds = max(1.0, time.monotonic() - work.since)
-    return [f"　{known}{done / 1e6:.1f}{of} MB，{done / seconds / 1e6:.1f} MB/s"]
+    return f"　{known}{done / 1e6:.1f}{of} MB，{done / seconds / 1e6:.1f} MB/s"
 
 
 def living_text(task: Task, progress: Progress) -> str:
     """Return what a message that lives shows of its request while it runs."""
     if task.lane == "files":
-        return "\n".join([f"🔄 正在上传 {title(task, True)}", *progress_lines(task, progress)])
+        return f"🔄 正在上传 {title(task, True)}\n{progress_text(task, progress)}"
     outcomes = progress.of(task).outcomes
     ended = [outcome for outcome in outcomes if not outcome.is_open]
     head = f"🔄 正在同步镜像　{len(ended)} / {len(outcomes)}"
@@ -4215,20 +4214,20 @@ class Chat:
             if not tasks:
                 lines.append(f"{name}：空闲")
                 continue
-            task, since = tasks[0], self.progress.of(tasks[0]).since
+            task, *waiting = tasks
+            since = self.progress.of(task).since
             seconds = time.monotonic() - since if since else 0.0
             what = title(task, task.person == person)
             lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
-            lines += progress_lines(task, self.progress)
-            if len(tasks) > 1:
-                lines.append(f"　等待 {len(tasks) - 1} 个")
-            for ahead, waiting in enumerate(tasks):
-                if ahead and waiting.person == person:
-                    lines.append(f"　您的 {title(waiting, True)}：前面还有 {ahead} 个")
+            lines.append(progress_text(task, self.progress))
+            lines += [f"　等待 {len(waiting)} 个"] if waiting else []
+            for ahead, task in enumerate(waiting, 1):
+                if task.person == person:
+                    lines.append(f"　您的 {title(task, True)}：前面还有 {ahead} 个")
         if late := facts.late():
             lines.append(f"超时后仍在跟踪：{len(late)} 个")
         for task in (task for task in late if task.person == person):
-            lines += [f"　您的 {title(task, True)}：", *progress_lines(task, self.progress)]
+            lines += [f"　您的 {title(task, True)}：", progress_text(task, self.progress)]
         if trouble := self.trouble():
             lines.append(f"⚠️ {trouble}")
         if last := facts.finished.get(person):
@@ -5934,7 +5933,7 @@ class Robot(Channel):
         work.is_told = True
         if tasks[0].lane == "images":
             return late_text(work.outcomes, app.settings.target_prefix, tasks[0].run_url)
-        return "\n".join(["⏰ 还在上传，结束后再通知您", *progress_lines(tasks[0], app.progress)])
+        return f"⏰ 还在上传，结束后再通知您\n{progress_text(tasks[0], app.progress)}"
 
     def keep_refreshing(self, app: App) -> None:
         """Wait until a message lives, then look at it every second."""
