@@ -3492,8 +3492,8 @@ class Paste:
         self.images: dict[str, Image] = {}
         self.named: dict[str, str] = {}  # marked, but no plain reference -> why
         self.offers: dict[str, None] = {}  # lines to send, where a person has to say so
-        text = re.sub(r"\r\n?|[\u2028\u2029]", "\n", text.translate(TIDY)).replace("\\\n", " ")
-        text = re.sub(APPLIED, "", re.sub(r"\x1b\[[0-9;]*m", "", text))
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text.translate(TIDY)).replace("\\\n", " ")
+        text = re.sub(APPLIED, "", text)
         text = re.sub(r"(?i)(image:) *[|>]-?\n\s*", r"\1 ", text)
         self._is_build = bool(re.search(INSTRUCTION, text))
         self._is_sql = bool(re.search(SQL, text))
@@ -3614,7 +3614,7 @@ def split_items(text: str) -> tuple[list[str], list[str]]:
     """Return the links (a line each) and the other items of a message, tidied."""
     links: list[str] = []
     items: list[str] = []
-    for line in re.split(r"[\r\n\u2028\u2029]+", text):
+    for line in text.split("\n"):
         link = line.translate({0xFEFF: None, 0x200B: None}).strip(" \t\u3000\"'`“”‘’<>")
         if re.match(r"(?i)https?://", link):
             links.append(link)
@@ -3649,12 +3649,9 @@ def _check_images(images: Mapping[str, Image]) -> tuple[Image, ...]:
     for image in images.values():
         other = targets.setdefault(image.target(""), image)
         if other is not image:
+            why = f"`{other.line}` 和 `{image.line}` 的目标都是 `{image.name}:{image.tag}`"
             renamed = f"{image.line.partition(' => ')[0]} => 新名称"
-            raise Failure(
-                f"❌ 没有开始：`{other.line}` 和 `{image.line}` 的目标都是 "
-                f"`{image.name}:{image.tag}`"
-                f"\n请给其中一个改名：`{renamed}`"
-            )
+            raise Failure(f"❌ 没有开始：{why}\n请给其中一个改名：`{renamed}`")
     return tuple(images.values())
 
 
@@ -3847,10 +3844,9 @@ def late_text(outcomes: Sequence[Outcome], prefix: str, run_url: str) -> str:
 def failed_text(lines: Sequence[str], why: str, run_url: str, can_retry: bool) -> str:
     """Return the final message of an image request that failed as a whole."""
     run = f"\n运行：{run_url}" if run_url else ""
-    names = "\n".join(f"`{shown(line, 100)}`" for line in lines[:10])
-    more = f"\n等 {len(lines)} 个" if len(lines) > 10 else ""
     retry = f"\n{RETRY}" if can_retry else ""
-    return f"❌ 镜像同步失败，成功 0 / {len(lines)}\n{why}{run}{retry}\n\n{names}{more}"
+    head = f"❌ 镜像同步失败，成功 0 / {len(lines)}\n{why}{run}{retry}\n"
+    return _fit(head, [quoted(line, 100) for line in lines], MAX_TEXT_BYTES - 100, "个")
 
 
 def public_link(link: str, is_own: bool) -> str:
@@ -4045,8 +4041,7 @@ class Chat:
         """Return the reply already given to a message, None for a new one."""
         if found := self.state.facts.seen.get(message_id):
             return found.reply
-        with self.lock:
-            return self.heard.get(message_id)
+        return self.heard.get(message_id)
 
     def refusal(self, user: str) -> str:
         """Return what to say to somebody who is not in ALLOWED_USERS, "" for who may."""
