@@ -3405,7 +3405,7 @@ COMMANDS = CHINESE | {word: word for word in CHINESE.values()}
 # next word.
 ALONE = (
     r"-[ditqPD]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|debug|"
-    r"no-healthcheck|all-tags|all-platforms|plain-http|skip-verify|insecure|local)"
+    r"no-healthcheck|all-tags|all-platforms|plain-http|skip-verify|local|disable-content-trust)"
 )
 VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|\S+)"""
 OPTIONS = rf"(?:\s+(?:(?-i:{ALONE})(?=\s)|-[^\s=]+(?:{VALUE})?)){{0,60}}+"
@@ -3491,7 +3491,7 @@ class Paste:
     def __init__(self, text: str) -> None:
         self.images: dict[str, Image] = {}
         self.named: dict[str, str] = {}  # marked, but no plain reference -> why
-        self.offers: dict[str, None] = {}  # lines to send, where a person has to say so
+        self.offers: dict[str, Image] = {}  # lines to send, where a person has to say so
         text = re.sub(r"\x1b\[[0-9;]*m", "", text.translate(TIDY)).replace("\\\n", " ")
         text = re.sub(APPLIED, "", text)
         text = re.sub(r"(?i)(image:) *[|>]-?\n\s*", r"\1 ", text)
@@ -3501,10 +3501,8 @@ class Paste:
         self._marks = [re.compile(mark, re.IGNORECASE) for mark in MARKS]
         self._stages = {"scratch"}
         self._table: re.Match[str] | None = None
-        blanks = (
-            re.sub(r"\s+", " ", line.strip())[:MAX_LINE_CHARACTERS] for line in text.split("\n")
-        )
-        lines = [re.sub(r"^(?:>+ |\d+ *\|)+", "", line).strip() for line in blanks]
+        lines = [" ".join(line[:MAX_LINE_CHARACTERS].split()) for line in text.split("\n")]
+        lines = [re.sub(r"^(?:>+ |\d+ *\|)+", "", line).strip() for line in lines]
         if any(line.startswith(("@@ ", "diff --git")) for line in lines):
             lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("-")]
         for line in lines:
@@ -3530,10 +3528,7 @@ class Paste:
             if not loose:
                 self.named[line] = str(error)
             return
-        if offer:
-            self.offers[image.line] = None
-        else:
-            self.images[image.line] = image
+        (self.offers if offer else self.images)[image.line] = image
 
     def _read_line(self, line: str) -> None:
         if re.match(COMMENT, line):
