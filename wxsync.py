@@ -3991,10 +3991,8 @@ class Channel:
         short = hashlib.sha256(mark.encode()).hexdigest()[:6]
         for index, piece in enumerate(pieces, 1):
             of = f" {index}/{len(pieces)}" if len(pieces) > 1 else ""
-            is_own = not mark or (mark in piece and not of)
-            letters.append(
-                Letter(address, head + piece + ("" if is_own else f"\n（#{short}{of}）"))
-            )
+            tail = f"\n（#{short}{of}）" if mark and (of or mark not in piece) else ""
+            letters.append(Letter(address, head + piece + tail))
         return letters
 
     def send(self, letter: Letter) -> None:
@@ -4085,11 +4083,11 @@ class Chat:
             return self.status(message.user)
         if reading.command == "list":
             return self._list()
-        if reading.command == "cancel":
-            return lambda: self._accept(message, channel, self._cancel)
-        if reading.command not in ("", "retry"):
+        if reading.command == "help":
             return f"{reading.note}\n\n{HELP}".strip()
-        return lambda: self._accept(message, channel, functools.partial(self._begin, reading))
+        begin = functools.partial(self._begin, reading)
+        plan = self._cancel if reading.command == "cancel" else begin
+        return functools.partial(self._accept, message, channel, plan)
 
     @staticmethod
     def _again(facts: Facts, user: str) -> Reading:
@@ -4108,10 +4106,9 @@ class Chat:
 
     def _list(self) -> str:
         try:
-            lines = self.images.read().encode(errors="replace").decode().strip()
+            lines = self.images.read().encode(errors="replace").decode().strip().replace("`", "'")
         except Failure as failure:
             raise Failure(f"❌ {failure}") from failure
-        lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
         return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
 
     # -- work
