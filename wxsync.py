@@ -3958,12 +3958,7 @@ class Channel:
     name = ""
     limit_bytes = MAX_TEXT_BYTES
     senders = 1  # how many messages may be under way at once
-    trouble = ""  # what is wrong with its line
-
-    @property
-    def state(self) -> str:
-        """Return "up" or "down"."""
-        return "up"
+    trouble = ""  # what is wrong with its line, "" where it is up
 
     def pace(self) -> list[tuple[float, float]]:
         """Return what the other side takes of one address: see Pace."""
@@ -5309,10 +5304,9 @@ class Callback:
         app = self._app
         lanes = [len(app.state.facts.lane(lane)) for lane in ("images", "files")]
         proxy, robot = app.network.proxy_state, app.channels.get("robot")
-        bot = robot.state if robot else "off"
-        is_down = proxy == "down" or bot == "down"
+        bot = "off" if robot is None else "down" if robot.trouble else "up"
         return {
-            "status": "degraded" if is_down or app.trouble() else "ok",
+            "status": "degraded" if proxy == "down" or app.trouble() else "ok",
             "version": VERSION,
             "uptime_seconds": int(time.monotonic() - app.started),
             "running": sum(min(ahead, 1) for ahead in lanes),
@@ -5534,10 +5528,6 @@ class Robot(Channel):
         self._faults = 0  # of the line since something came over it
         self.trouble = "智能机器人还没有连上"
 
-    @property
-    def state(self) -> str:
-        return "up" if self._line else "down"
-
     def pace(self) -> list[tuple[float, float]]:
         """Return what WeCom lets a robot send to one chat."""
         return [ROBOT_PACE, HOURLY_PACE]
@@ -5709,7 +5699,7 @@ class Robot(Channel):
 
     def _hang_up(self, line: WebSocket | None) -> None:
         with self._lock:
-            self._line = None
+            self._line, self.trouble = None, self.trouble or LINE_DOWN
             self._streams.clear()
             waiting = [event for event, _ in self._acks.values()]
         for event in waiting:
