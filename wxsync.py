@@ -370,8 +370,8 @@ PASTED = (
 )
 
 
-# "# docker" is a prompt
-COMMENT = r"\s*(?:#(?! (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) )|//)"
+# "# docker" is a prompt, "#2 [internal] …" a step of a build
+COMMENT = r"\s*(?:#(?!\d+ \[| (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) )|//)"
 
 
 class BadImage(ValueError):
