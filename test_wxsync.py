@@ -7735,6 +7735,10 @@ docker: Error response from daemon: Get "https://auth.docker.io/token?scope=repo
 failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
 ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
 → python:3.6
+=== docker build, plain progress
+#2 [internal] load metadata for docker.io/library/python:3.6
+#2 ERROR: docker.io/library/python:3.6: not found
+→ python:3.6
 === podman
 Trying to pull ghcr.io/desktop/dashboard:latest...
 Error: unable to copy from source docker://ghcr.io/desktop/dashboard:latest: reading manifest latest

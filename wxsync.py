@@ -145,7 +145,6 @@ MAX_LINKS = 20  # per message; more is a script, not a person
 MAX_REMEMBERED = 1000  # answered messages, people's results: memory and state stay bounded
 REMEMBER_SECONDS = 1800.0  # at least; WeCom repeats within half a minute
 MAX_PASTE_BYTES = 256 * 1024  # of a sent file; a typed message is far shorter
-MAX_COMMAND_WORDS = 500  # of one docker command in a paste
 MAX_LINE_CHARACTERS = 64 * 1024  # of a paste's line; a whole manifest may be one
 KEEP_TRIES = 60  # of one message whose errcode nobody knows: about half a day
 ODD_SECONDS = 900.0  # the longest pause between them
@@ -364,8 +363,8 @@ PASTED = (
 )
 
 
-# "# docker" is a prompt
-COMMENT = r"\s*(?:#(?! (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) )|//)"
+# "# docker" is a prompt, "#2 [internal] …" a step of a build
+COMMENT = r"\s*(?:#(?!\d+ \[| (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) )|//)"
 
 
 class BadImage(ValueError):
@@ -3139,81 +3138,84 @@ ghcr.io/open-webui/open-webui:main
 状态：查看进度　列表：今天的镜像
 重试：再做一次失败的　取消：停掉自己的请求"""
 ONLY_TEXT = "📖 只看得懂文字：镜像名（如 `nginx:latest`）、https:// 链接，或发送 帮助"
-ASK_BACK = "如需同步镜像 {0}，请发送 {1}"
-NOTHING_TO_RETRY = "没有可以重试的：您上一个请求没有失败的项目"
-COMMANDS = {
-    **dict.fromkeys(("状态", "status"), "status"),
-    **dict.fromkeys(("列表", "list"), "list"),
-    **dict.fromkeys(("重试", "retry"), "retry"),
-    **dict.fromkeys(("取消", "cancel"), "cancel"),
-    **dict.fromkeys(("帮助", "help"), "help"),
-}
+CHINESE = {"状态": "status", "列表": "list", "重试": "retry", "取消": "cancel", "帮助": "help"}
+COMMANDS = CHINESE | {word: word for word in CHINESE.values()}
 
 # ---- Pastes: texts that are read for their marked positions only -------------------------------
 # What people have is a compose file, a manifest, an error. Each line is held against the marks
 # below; what stands at a mark is an image, or is named with the reason; everything else is
 # ignored.
 
-# A line's marks: `a`, `b` and `ref` are what stands there, `loose` what is only taken when it has a
-# tag (prose). What is no plain reference is named, nothing is guessed.
-MARKS = tuple(
-    "(?i)" + "".join(parts)
-    for parts in (
-        # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
-        #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
-        (
-            r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?""",
-            r"""(?:"(?P<a>[^"]*)|'(?P<b>[^']*)|(?P<ref>[^\s"'#].*?)(?=,?\s*$|\s#))""",
-        ),
-        # in one line, also with \" around it
-        #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25"}]}
-        (
-            r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*""",
-            r"""(?:"(?P<a>[^"\\]*)|'(?P<b>[^'\\]*)|(?P<ref>[^\s"'{\[][^\s,}]*))""",
-        ),
-        # Dockerfile, also as a build shows it
-        #     FROM --platform=linux/arm64 golang:1.22 AS build        >>> FROM node:20
-        (
-            r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)",
-            r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$",
-        ),
-        # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
-        #     Failed to pull image "nginx:1.25": rpc error: …        PullImage \"nginx:1.25\" failed
-        (
-            r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|",
-            r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1""",
-        ),
-        # … and without; docker leaves the tag out behind "denied for"
-        #     pull access denied for team/app, repository does not exist or may require …
-        #     manifest for nginx:9 not found        metadata for docker.io/library/nginx:1.25
-        (r"""\bpull access denied for\s+(?P<denied>[^\s,"']{1,300})(?=,)""",),
-        (
-            r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to ",
-            r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?""",
-            r"""(?P<loose>[^\s"'\[\],\\]+)""",
-        ),
-    )
-)
-TOOLS = frozenset(("docker", "podman", "nerdctl", "crictl", "ctr"))
-# Options of pull (and of the tools) whose value is the next word; options of run that have none.
-WITH_VALUE = (
-    r"-[nuHackr]|--(?:platform|creds|auth|username|password|user|authfile|cert-dir|hosts-dir|"
-    r"policy|snapshotter|label|arch|os|variant|pod-config|annotation|config|namespace|host|address|"
-    r"runtime-endpoint|image-endpoint|timeout|context|log-level)"
-)
+# Options of docker and the like: those that stand alone; the others have a value, which may be the
+# next word.
 ALONE = (
-    r"-[ditPq]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|"
-    r"no-healthcheck)|.*=.*"
+    r"-[ditqPD]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|debug|"
+    r"no-healthcheck|all-tags|all-platforms|plain-http|skip-verify|local|disable-content-trust)"
+)
+VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|\S+)"""
+OPTIONS = rf"(?:\s+(?:(?-i:{ALONE})(?=\s)|-[^\s=]+(?:{VALUE})?)){{0,60}}+"
+# A line's marks: `ref` is what stands there, `loose` what is only taken when it has a
+# tag (prose), `word` what stands in a command. What is no plain reference is named, nothing is
+# guessed.
+MARKS = (
+    # YAML, JSON: a line of its own; without a blank where a colon or slash follows (phones)
+    #     - image: "nginx:1.25"  # web        image:nginx:1.25        "image": &base redis:7,
+    (
+        r"""^(?:[-•]\s+)*["']?image["']?\s*:(?:\s+|(?=["'])|(?=[^\s:/]+[:/]))(?:&\S+\s+)?"""
+        r"""(?P<ref>"[^"]*|'[^']*|[^\s"'#].*?(?=,?\s*$|\s#))"""
+    ),
+    # in one line, also with \" around it
+    #     {name: web, image: nginx:1.25}        {"containers":[{"image":"nginx:1.25"}]}
+    (
+        r"""(?<=[{,])\s*\\*(?:["']image\\*["']\s*:\s*|image\s*:\s+)(?:&\S+\s+)?\\*"""
+        r"""(?P<ref>"[^"\\]*|'[^'\\]*|[^\s"'{\[][^\s,}]*)"""
+    ),
+    # Dockerfile, also as a build shows it
+    #     FROM --platform=linux/arm64 golang:1.22 AS build        >>> FROM node:20
+    (
+        r"^(?:>>>\s*)?FROM\s+(?:--platform=(?P<platform>\S+)\s+)?(?P<ref>\S+)"
+        r"(?:\s+AS\s+(?P<stage>\S+))?\s*(?:#.*)?$"
+    ),
+    # kubelet, containerd, docker: in quotes (backslashes before them in logs) …
+    #     Failed to pull image "nginx:1.25": rpc error: …        PullImage \"nginx:1.25\" failed
+    (
+        r"(?<![\w.-])(?:images?(?: tag| reference| name)?|pullimage|reference|"
+        r"""(?:manifest|metadata) for)[:=]?\s+\\*(["'])(?P<ref>[^"'\\]{1,300})\\*\1"""
+    ),
+    # … and without
+    #     manifest for nginx:9 not found        metadata for docker.io/library/nginx:1.25
+    (
+        r"(?<![\w.-])(?:image:?|metadata for|manifest for(?=\s+\S+\s+not found)|failed to "
+        r"""solve:|trying to pull|pull(?:ing|ed)(?=\s+\\*["']))\s+\\*[\["']?"""
+        r"""(?P<loose>[^\s"'\[\],\\]+)"""
+    ),
+    # shell
+    #     sudo docker pull --platform linux/arm64 nginx:1        ctr -n k8s.io images pull a/b:1
+    (
+        rf"(?<![\w.-])(?:docker|podman|nerdctl|crictl|ctr){OPTIONS}(?:\s+(?:images?|i))?\s+"
+        r"(?:pull|(?P<run>run|create))(?=\s)"
+        r"""(?=(?:[^;|&]{0,300}?\s--platform[=\s]\s*["']?(?P<on>[^\s"';|&`]+))?)"""
+        rf"{OPTIONS}\s+(?P<word>[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)"
+        rf"(?:{OPTIONS}\s+(?P<more>[\w.-]+[:/][\w.:/-]+)(?=\s|$))?"
+    ),
 )
 # REPOSITORY   TAG   IMAGE ID …        CONTAINER   REPOSITORY   TAG …        IMAGE   ID   DISK USAGE
 TABLE = (
     r"(?i)(?:(?P<name>REPOSITORY|IMAGE)|\S+\s+(?P<second>REPOSITORY))\s+TAG\s|"
     r"(?P<one>IMAGE)\s+ID\s+D"
 )
-# a chart's values: registry, repository and tag on lines near each other
-PARTS = (
-    r"""(?i)["']?\b(registry|repository|tag|image(?=["']?:)|imageTag)["']?\s*:[ \t]*"""
-    r"""["']?([^\s"',}#{&]*)"""
+# docker leaves the tag out here
+#     pull access denied for team/app, repository does not exist or may require …
+DENIED = r"""(?i)\bpull access denied for[ \t]+([^\s,"']{1,300})(?=,)"""
+# a chart's values, near each other
+#     registry: quay.io         image: elasticsearch
+#     repository: a/b           imageTag: 8.5.1
+#     tag: v1
+CHART = (
+    r"""(?i)(?:\bregistry["']?:\s*["']?(?P<host>[\w.:-]+)["']?,?\s+["']?)?"""
+    r"""\b(?:repository|(?P<image>image))["']?:\s*["']?(?P<name>(?!\S+://)[^\s"',#{}&]+)["']?[\s,]"""
+    r"""(?:(?!\b(?:repository|image)["']?:)[^{}]){0,300}?"""
+    r"""\b(?(image)imageTag|tag)["']?:[ \t]*["']?(?P<tag>[^\s"',#{}&]+)"""
 )
 # what stands at a mark and is none: ids, numbers, YAML's own signs, platforms, files
 NO_IMAGE = (
@@ -3234,30 +3236,27 @@ class Paste:
     def __init__(self, text: str) -> None:
         self.images: dict[str, Image] = {}
         self.named: dict[str, str] = {}  # marked, but no plain reference -> why
-        self.offers: dict[str, None] = {}  # lines to send, where a person has to say so
-        text = re.sub(r"\r\n?|[\u2028\u2029]", "\n", text.translate(TIDY)).replace("\\\n", " ")
-        text = re.sub(APPLIED, "", re.sub(r"\x1b\[[0-9;]*m", "", text))
+        self.offers: dict[str, Image] = {}  # lines to send, where a person has to say so
+        text = re.sub(r"\x1b\[[0-9;]*m", "", text.translate(TIDY)).replace("\\\n", " ")
+        text = re.sub(APPLIED, "", text)
         text = re.sub(r"(?i)(image:) *[|>]-?\n\s*", r"\1 ", text)
         self._is_build = bool(re.search(INSTRUCTION, text))
         self._is_sql = bool(re.search(SQL, text))
         self._is_listed = bool(re.search(KLOG, text))
-        self._marks = [re.compile(mark) for mark in MARKS]
+        self._marks = [re.compile(mark, re.IGNORECASE) for mark in MARKS]
         self._stages = {"scratch"}
-        self._denied: list[str] = []
         self._table: re.Match[str] | None = None
-        blanks = (
-            re.sub(r"\s+", " ", line.strip())[:MAX_LINE_CHARACTERS] for line in text.split("\n")
-        )
-        lines = [re.sub(r"^(?:>+ |\d+ *\|)+", "", line).strip() for line in blanks]
+        lines = [" ".join(line[:MAX_LINE_CHARACTERS].split()) for line in text.split("\n")]
+        lines = [re.sub(r"^(?:>+ |\d+ *\|)+", "", line).strip() for line in lines]
         if any(line.startswith(("@@ ", "diff --git")) for line in lines):
             lines = [line.removeprefix("+").strip() for line in lines if not line.startswith("-")]
         for line in lines:
             self._read_line(line)
         named = {re.split(r":[^/]*$|@", line)[0] for line in self.images}
-        for name in self._denied:
+        for name in re.findall(DENIED, text):
             if name not in named:
                 self._take(name)
-        self._read_parts(text)
+        self._read_charts(text)
 
     def _take(self, ref: str, platform: str = "", loose: bool = False, offer: bool = False) -> None:
         """Take what stands at a mark: an image, or named with the reason, or nothing."""
@@ -3274,10 +3273,7 @@ class Paste:
             if not loose:
                 self.named[line] = str(error)
             return
-        if offer:
-            self.offers[image.line] = None
-        else:
-            self.images[image.line] = image
+        (self.offers if offer else self.images)[image.line] = image
 
     def _read_line(self, line: str) -> None:
         if re.match(COMMENT, line):
@@ -3294,7 +3290,6 @@ class Paste:
                     self._read_mark(found.groupdict())
                 if mark is self._marks[0] and mark.match(line):
                     return  # what follows is a comment
-            self._read_commands(line)
 
     def _read_row(self, words: list[str], head: re.Match[str]) -> None:
         """Read name and tag below their header."""
@@ -3303,7 +3298,7 @@ class Paste:
             self._take(name if head["one"] else f"{name}:{tag}", loose=True)
 
     def _read_mark(self, got: dict[str, str | None]) -> None:
-        ref = got.get("a") or got.get("b") or got.get("ref") or ""
+        ref = got.get("ref") or ""
         if "stage" in got:  # a FROM: of SQL, of an earlier stage, of a Dockerfile
             is_sure = re.search("[:/@$]", ref) or ref in OFFICIAL or self._is_build
             known = ref.lower() in self._stages or ref.endswith(":")
@@ -3311,68 +3306,23 @@ class Paste:
                 platform = got["platform"] or ""
                 self._take(ref, "" if "$" in platform else platform)
             self._stages.add((got["stage"] or "").lower())
-        elif "denied" in got:
-            self._denied.append(str(got["denied"]))
+        elif word := got.get("word"):
+            is_name = re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
+            if got["run"] or re.search(r"[:/@$<{]", word) or (is_name and got["end"] is not None):
+                self._take(word, got["on"] or "", offer=bool(got["run"]))
+            if got["more"] and not got["run"]:
+                self.named[got["more"]] = "一条 pull 只取一个镜像"
         else:
             self._take(ref or got.get("loose") or "", loose=not ref)
 
-    def _read_commands(self, line: str) -> None:
-        """Read `docker … pull X`, and offer the X of `docker … run X`."""
-        words = re.sub(r"(&&|[;|]|\s#)", r" \1 ", line).replace("`", " ").split()
-        starts = [i for i, w in enumerate(words) if re.split(r"[/(\"'>:$]", w)[-1] in TOOLS]
-        for start, end in zip(starts, [*starts[1:], len(words)], strict=False):
-            self._read_command(words[start + 1 : end][:MAX_COMMAND_WORDS])
-
-    def _read_command(self, words: list[str]) -> None:
-        verb = platform = ""
-        while words:
-            word, *words = words
-            if word.startswith("-"):
-                name, equals, value = word.partition("=")
-                takes = bool(re.fullmatch(WITH_VALUE, word))
-                if verb == "run":
-                    takes = not re.fullmatch(ALONE, word)
-                if takes and not equals and words:
-                    value, *words = words
-                    while value[:1] in ('"', "'") and value.count(value[0]) == 1 and words:
-                        value, words = value + words[0], words[1:]  # a quoted value with blanks
-                platform = value.strip("\"'") if name == "--platform" else platform
-            elif verb:
-                if verb == "pull" and words and words[0].startswith("--platform"):
-                    platform = (words[0].partition("=")[2] or "".join(words[1:2])).strip("\"'")
-                is_last = not words or words[0] in ("&&", ";", "|", "#")
-                is_name = is_last and re.fullmatch("[a-z0-9._-]+", word) and word not in PULL_TALK
-                if verb == "run" or re.search(r"[:/@$<{]", word) or is_name:
-                    self._take(word, platform, offer=verb == "run")
-                if (
-                    verb == "pull"
-                    and not is_last
-                    and re.fullmatch(r"[\w.-]+[:/][\w.:/-]+", words[0])
-                ):
-                    self.named[words[0]] = "一条 pull 只取一个镜像"
-                return
-            elif word in ("pull", "run", "create"):
-                verb = "pull" if word == "pull" else "run"
-            elif word not in ("image", "images", "i"):
-                return
-
-    def _read_parts(self, text: str) -> None:
+    def _read_charts(self, text: str) -> None:
         """Offer `repository:` with the `tag:` beside it, as in a chart's values."""
-        parts: dict[str, str] = {}
-        end = 0
-        for found in [*re.finditer(PARTS, text), None]:
-            if not found or found[1].lower() in parts or found.start() - end > 300:
-                name, tag = parts.get("repository", ""), parts.get("tag", "")
-                if parts.get("image") and parts.get("imagetag"):
-                    name, tag = parts["image"], parts["imagetag"]
-                    with contextlib.suppress(BadImage):
-                        self.images.pop(read_image(name).line, None)
-                if name and tag and not re.search("[{]|://", name):
-                    host = parts.get("registry", "")
-                    self._take(f"{host}/{name}:{tag}" if host else f"{name}:{tag}", offer=True)
-                parts = {}
-            if found:
-                parts[found[1].lower()], end = found[2], found.end()
+        for found in re.finditer(CHART, text):
+            name = f"{found['host']}/{found['name']}" if found["host"] else found["name"]
+            if found["image"]:  # which was taken without its tag
+                with contextlib.suppress(BadImage):
+                    self.images.pop(read_image(name).line, None)
+            self._take(f"{name}:{found['tag']}", offer=True)
 
     def __bool__(self) -> bool:
         return bool(self.images or self.named or self.offers)
@@ -3404,7 +3354,7 @@ def split_items(text: str) -> tuple[list[str], list[str]]:
     """Return the links (a line each) and the other items of a message, tidied."""
     links: list[str] = []
     items: list[str] = []
-    for line in re.split(r"[\r\n\u2028\u2029]+", text):
+    for line in text.split("\n"):
         link = line.translate({0xFEFF: None, 0x200B: None}).strip(" \t\u3000\"'`“”‘’<>")
         if re.match(r"(?i)https?://", link):
             links.append(link)
@@ -3439,12 +3389,9 @@ def _check_images(images: Mapping[str, Image]) -> tuple[Image, ...]:
     for image in images.values():
         other = targets.setdefault(image.target(""), image)
         if other is not image:
+            why = f"`{other.line}` 和 `{image.line}` 的目标都是 `{image.name}:{image.tag}`"
             renamed = f"{image.line.partition(' => ')[0]} => 新名称"
-            raise Failure(
-                f"❌ 没有开始：`{other.line}` 和 `{image.line}` 的目标都是 "
-                f"`{image.name}:{image.tag}`"
-                f"\n请给其中一个改名：`{renamed}`"
-            )
+            raise Failure(f"❌ 没有开始：{why}\n请给其中一个改名：`{renamed}`")
     return tuple(images.values())
 
 
@@ -3497,39 +3444,22 @@ def _is_list(items: list[str]) -> bool:
 
     def fits(item: str) -> bool:
         with contextlib.suppress(BadImage):
-            _read_image(item)
-            return True
+            return bool(_read_image(item))
         return bool(re.fullmatch(r"[\w./:@=+-]*[\w./@=+-]", item))
 
     return all(map(fits, items))
 
 
-def _read_bare(names: list[str]) -> Reading:
-    """Read one or more plain names: images where one is well known, else asked back."""
+def _read_bare(items: list[str]) -> tuple[tuple[Image, ...], str]:
+    """Read plain names: images where one of several is well known, else asked back."""
+    names = [item.lower() if len(items) == 1 else item for item in items]
+    is_plain = all(re.fullmatch(NAME, name) and len(name) <= 128 for name in names)
+    if not is_plain or all(map(is_talk, names)):
+        return (), ""
     if len(names) > 1 and not OFFICIAL.isdisjoint(names):
-        return Reading(images=_read_images(names))
+        return _read_images(names), ""
     lines = ", ".join(f"{name}:latest" for name in names)
-    return Reading("help", note=ASK_BACK.format("、".join(names), lines))
-
-
-def _read_items(text: str, items: list[str]) -> Reading:
-    """Read what is no link: a list, a paste, plain names, or talk."""
-    is_list = _is_list(items)
-    if items and is_list and any(map(_is_attempt, items)):
-        return Reading(images=_read_images(items))
-    paste = Paste(text)
-    if paste:
-        note = paste.note()
-        return Reading("" if paste.images else "help", _check_images(paste.images), (), note)
-    if any(map(_is_attempt, items)):
-        return Reading(images=_read_images(items))
-    items = [item.lower() if len(items) == 1 else item for item in items]
-    names = [item for item in items if re.fullmatch(NAME, item) and len(item) <= 128]
-    if items and names == items and not all(map(is_talk, names)):
-        return _read_bare(names)
-    if re.search(r"(?i)https?://", text):
-        raise Failure("❓ 链接要独占一行：一行一个，前后不要有别的文字")
-    return Reading("help")
+    return (), f"如需同步镜像 {'、'.join(names)}，请发送 {lines}"
 
 
 def read_message(text: str) -> Reading:
@@ -3542,27 +3472,32 @@ def read_message(text: str) -> Reading:
     links, items = split_items(text)
     if links and re.search(r"[{\[]\s*\n", text.translate(TIDY)):
         links = []  # lines of JSON, such as a mirror in daemon.json
-    if links and (paste := Paste(text)) and not _is_list(items):
+    is_list, attempted = _is_list(items), any(map(_is_attempt, items))
+    if not (is_list and attempted) and (paste := Paste(text)):
+        images, note = _check_images(paste.images), paste.note()
         # Terminals wrap errors so that a line begins with an address: no link of the person's.
-        return Reading(
-            "" if paste.images else "help", _check_images(paste.images), (), paste.note()
-        )
+        links = links if is_list else []
+    elif attempted:
+        images, note = _read_images(items), ""
+    else:
+        images, note = _read_bare(items)
+        if not images and re.search(r"(?i)https?://", " ".join(items)):
+            raise Failure("❓ 链接要独占一行：一行一个，前后不要有别的文字")
+        if links and not images and items:
+            note = f"\n（没有处理：{quoted('、'.join(items))}）"
     _check_links(links)
-    rest = "\n".join(
-        line for line in text.split("\n") if not re.match(r"\W*https?://", line.lower())
-    )
-    reading = _read_items(rest, items)
-    if not links:
-        return reading
-    left = "" if reading.images else "、".join(items)
-    note = reading.note if reading.images else f"\n（没有处理：{quoted(left)}）" if left else ""
-    return Reading("", reading.images, tuple(links), note)
+    return Reading("" if images or links else "help", images, tuple(links), note)
 
 
 # ---- What came of it, in words -----------------------------------------------------------------
 # Failures first, each with cause and cure; then what is there, as commands to copy. Success is only
 # what an Outcome says; there is no text for "probably".
 
+# CODE of an outcome -> cause and cure
+REASONS = COPY_REASONS | {
+    "missing": ("运行里没有这个镜像的任务", "请重发这一个"),
+    "running": ("还没有结束", "打开运行地址查看"),
+}
 RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
 RETRY = "发送 重试，再做一次失败的"
 
@@ -3582,16 +3517,14 @@ def bar(done: int, total: int) -> str:
 
 def _hints(outcome: Outcome) -> list[str]:
     """Return what could be sent instead: tags or platforms that do exist."""
-    image, lines = read_image(outcome.line), []
-    option = f"--platform={'+'.join(image.platforms)} " if image.platforms else ""
-    for name in outcome.names:
-        bare = f"--platform={name} {image.source}"
-        if outcome.code == "not-found":
-            bare = f"{option}{re.sub(r':[^/:]*$', '', image.source)}:{name}"
-        with contextlib.suppress(BadImage):
-            if (line := read_image(bare).line) != outcome.line:
-                lines.append(f"   可以发：`{line}`")
-    return lines[:3] if outcome.code == "not-found" else lines[:8]
+    source = read_image(outcome.line).source
+    if outcome.code == "not-found":
+        option = outcome.line.partition(source)[0]
+        repository = re.split(r":[^/:]*$|@", source)[0]
+        lines = [f"{option}{repository}:{tag}" for tag in outcome.names[:3]]
+    else:
+        lines = [f"--platform={platform} {source}" for platform in outcome.names[:8]]
+    return [f"   可以发：`{line}`" for line in lines]
 
 
 def _failed_groups(outcomes: list[Outcome]) -> list[str]:
@@ -3602,12 +3535,7 @@ def _failed_groups(outcomes: list[Outcome]) -> list[str]:
         groups.setdefault((outcome.code, detail), []).append(outcome)
     lines = []
     for (code, detail), members in groups.items():
-        if code == "missing":
-            cause, cure = "运行里没有这个镜像的任务", "请重发这一个"
-        elif code == "running":
-            cause, cure = "还没有结束", "打开运行地址查看"
-        else:
-            cause, cure = COPY_REASONS[code]
+        cause, cure = REASONS[code]
         for member in members:
             lines += [f"❌ `{member.line}`", *_hints(member)]
         said = f"（{quoted(detail, 160)}）" if detail else ""
@@ -3656,10 +3584,9 @@ def late_text(outcomes: Sequence[Outcome], prefix: str, run_url: str) -> str:
 def failed_text(lines: Sequence[str], why: str, run_url: str, can_retry: bool) -> str:
     """Return the final message of an image request that failed as a whole."""
     run = f"\n运行：{run_url}" if run_url else ""
-    names = "\n".join(f"`{shown(line, 100)}`" for line in lines[:10])
-    more = f"\n等 {len(lines)} 个" if len(lines) > 10 else ""
     retry = f"\n{RETRY}" if can_retry else ""
-    return f"❌ 镜像同步失败，成功 0 / {len(lines)}\n{why}{run}{retry}\n\n{names}{more}"
+    head = f"❌ 镜像同步失败，成功 0 / {len(lines)}\n{why}{run}{retry}\n"
+    return _fit(head, [quoted(line, 100) for line in lines], MAX_TEXT_BYTES - 100, "个")
 
 
 def public_link(link: str, is_own: bool) -> str:
@@ -3698,48 +3625,46 @@ class Work:
 
 
 class Progress:
-    """How far the tasks are. Of this process alone, never on disk."""
+    """How far the tasks are. Of this process alone, never on disk.
+
+    Each method is one step of a dict, so that no lock is needed.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._works: dict[tuple[str, str], Work] = {}
 
     def of(self, task: Task) -> Work:
         """Return what is known of a task; at first all its lines are running."""
         fresh = Work([Outcome(line, "running", "", "") for line in task.items])
-        with self._lock:
-            return self._works.setdefault((task.lane, task.id), fresh)
+        return self._works.setdefault((task.lane, task.id), fresh)
 
     def is_begun(self, task: Task) -> bool:
         """Tell whether a lane has begun with a task, in this process."""
-        with self._lock:
-            work = self._works.get((task.lane, task.id))
-            return bool(work and work.since)
+        work = self._works.get((task.lane, task.id))
+        return bool(work and work.since)
 
     def end(self, task: Task) -> None:
         """Forget a task."""
-        with self._lock:
-            self._works.pop((task.lane, task.id), None)
+        self._works.pop((task.lane, task.id), None)
 
 
-def progress_lines(task: Task, progress: Progress) -> list[str]:
-    """Return how far a running task is."""
-    if task.lane == "images":
-        outcomes = progress.of(task).outcomes
-        done = sum(not outcome.is_open for outcome in outcomes)
-        return [f"　{bar(done, len(outcomes))}，已完成 {done}/{len(outcomes)}"]
+def progress_text(task: Task, progress: Progress) -> str:
+    """Return how far a running task is, in one line."""
     work = progress.of(task)
+    if task.lane == "images":
+        done, total = sum(not o.is_open for o in work.outcomes), len(work.outcomes)
+        return f"　{bar(done, total)}，已完成 {done}/{total}"
     done, total = work.done_bytes, work.total_bytes
     known = f"{bar(done, total)}，" if total else ""
     of = f" / {total / 1e6:.1f}" if total else ""
     seconds = max(1.0, time.monotonic() - work.since)
-    return [f"　{known}{done / 1e6:.1f}{of} MB，{done / seconds / 1e6:.1f} MB/s"]
+    return f"　{known}{done / 1e6:.1f}{of} MB，{done / seconds / 1e6:.1f} MB/s"
 
 
 def living_text(task: Task, progress: Progress) -> str:
     """Return what a message that lives shows of its request while it runs."""
     if task.lane == "files":
-        return "\n".join([f"🔄 正在上传 {title(task, True)}", *progress_lines(task, progress)])
+        return f"🔄 正在上传 {title(task, True)}\n{progress_text(task, progress)}"
     outcomes = progress.of(task).outcomes
     ended = [outcome for outcome in outcomes if not outcome.is_open]
     head = f"🔄 正在同步镜像　{len(ended)} / {len(outcomes)}"
@@ -3806,10 +3731,8 @@ class Channel:
         short = hashlib.sha256(mark.encode()).hexdigest()[:6]
         for index, piece in enumerate(pieces, 1):
             of = f" {index}/{len(pieces)}" if len(pieces) > 1 else ""
-            is_own = not mark or (mark in piece and not of)
-            letters.append(
-                Letter(address, head + piece + ("" if is_own else f"\n（#{short}{of}）"))
-            )
+            tail = f"\n（#{short}{of}）" if mark and (of or mark not in piece) else ""
+            letters.append(Letter(address, head + piece + tail))
         return letters
 
     def send(self, letter: Letter) -> None:
@@ -3828,50 +3751,34 @@ class Channel:
         return letters
 
 
-def is_begun(facts: Facts, task: Task) -> bool:
-    """Tell whether work on a task has begun or is about to."""
-    first = facts.lane(task.lane)[:1]
-    return task.stage != "queued" or bool(task.upload) or task in first
-
-
 Saying = str | Callable[[], str]  # words, or what gives them when the disk has been waited for
+Planned = tuple[Facts, str, tuple[Task, ...]]  # the facts as they will be, the reply, new tasks
+LANES = {"images": ("镜像", "同步"), "files": ("文件", "上传")}
 
 
+@dataclass
 class Chat:
     """Answers messages: all that is said at once. Owns replies that are not on disk."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        log: Log,
-        now: Callable[[], float],
-        state: State,
-        images: ImageList,
-        progress: Progress,
-        trouble: Callable[[], str],
-    ) -> None:
-        self._settings = settings
-        self._log = log
-        self._now = now
-        self._state = state
-        self._images = images
-        self._progress = progress
-        self._trouble = trouble
-        self._lock = threading.Lock()
-        self._heard: dict[str, str] = {}  # message -> reply, for repeats
-        # A message is valid for so long before and after its time stamp; repeats come within that.
-        self._keep_seconds = max(REMEMBER_SECONDS, 2.0 * settings.CALLBACK_MAX_AGE)
+    settings: Settings
+    log: Log
+    now: Callable[[], float]
+    state: State
+    images: ImageList
+    progress: Progress
+    trouble: Callable[[], str]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    heard: dict[str, str] = field(default_factory=dict)  # message -> reply, for repeats
 
     def recall(self, message_id: str) -> str | None:
         """Return the reply already given to a message, None for a new one."""
-        if found := self._state.facts.seen.get(message_id):
+        if found := self.state.facts.seen.get(message_id):
             return found.reply
-        with self._lock:
-            return self._heard.get(message_id)
+        return self.heard.get(message_id)
 
     def refusal(self, user: str) -> str:
         """Return what to say to somebody who is not in ALLOWED_USERS, "" for who may."""
-        allowed = self._settings.ALLOWED_USERS
+        allowed = self.settings.ALLOWED_USERS
         if not allowed or user.lower() in allowed:
             return ""
         return "抱歉，您没有使用权限，请联系管理员把您的账号加入 `ALLOWED_USERS`"
@@ -3900,13 +3807,13 @@ class Chat:
         except Failure as failure:
             said = str(failure)
         except Exception:
-            self._log.bug(f"message: id={shown(message.id)}")
+            self.log.bug(f"message: id={shown(message.id)}")
             said = INTERNAL_ERROR
         if isinstance(said, str):
-            with self._lock:
-                while len(self._heard) >= MAX_REMEMBERED:
-                    del self._heard[next(iter(self._heard))]
-                self._heard[message.id] = said
+            with self.lock:
+                while len(self.heard) >= MAX_REMEMBERED:
+                    del self.heard[next(iter(self.heard))]
+                self.heard[message.id] = said
         return said
 
     def _obey(self, message: Message, channel: Channel) -> Saying:
@@ -3916,41 +3823,42 @@ class Chat:
             return self.status(message.user)
         if reading.command == "list":
             return self._list()
-        if reading.command == "cancel":
-            return lambda: self._cancel(message, channel)
-        if reading.command not in ("", "retry"):
+        if reading.command == "help":
             return f"{reading.note}\n\n{HELP}".strip()
-        return lambda: self._start(reading, message, channel)
+        begin = functools.partial(self._begin, reading)
+        plan = self._cancel if reading.command == "cancel" else begin
+        return functools.partial(self._accept, message, channel, plan)
 
     @staticmethod
-    def _again(facts: Facts, message: Message) -> Reading:
-        """Return what failed of a person's last request; raise Failure for nothing."""
-        last = facts.finished.get(message.user)
-        if not last or not last.failed:
-            raise Failure(NOTHING_TO_RETRY)
-        links = tuple(item for item in last.failed if re.match(r"(?i)https?://", item))
-        images = tuple(read_image(item) for item in last.failed if item not in links)
-        return Reading("retry", images, links)
+    def _again(facts: Facts, user: str) -> Reading:
+        """Return what failed of a person's last request; raise Failure for nothing.
+
+        What of it has been asked for again, and has not ended yet, is left out.
+        """
+        last = facts.finished.get(user)
+        begun = {item for task in facts.tasks if task.person == user for item in task.items}
+        failed = [item for item in last.failed if item not in begun] if last else []
+        if not failed:
+            raise Failure("没有可以重试的：您上一个请求没有失败的项目")
+        links = tuple(item for item in failed if re.match(r"(?i)https?://", item))
+        images = tuple(read_image(item) for item in failed if item not in links)
+        return Reading("", images, links)
 
     def _list(self) -> str:
         try:
-            lines = self._images.read().decode(errors="replace").strip()
+            lines = self.images.read().decode(errors="replace").strip().replace("`", "'")
         except Failure as failure:
             raise Failure(f"❌ {failure}") from failure
-        lines = "\n".join(line.replace("`", "'") for line in lines.split("\n"))
         return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
 
     # -- work
 
     def _accept(
-        self,
-        message: Message,
-        channel: Channel,
-        plan: Callable[[Facts], tuple[Facts, str, tuple[Task, ...]]],
+        self, message: Message, channel: Channel, plan: Callable[[Facts, Message], Planned]
     ) -> str:
         """Make a change and return its reply, both on disk; a repeat gets the first one's reply.
 
-        `plan` returns the new tasks, too. Raises Failure, as plan does.
+        Raises Failure, as plan does.
         """
         reply, tasks = "", tuple[Task, ...]()
 
@@ -3959,119 +3867,95 @@ class Chat:
             if said := facts.seen.get(message.id):  # the first is still being written
                 reply = said.reply
                 return facts
-            facts, reply, tasks = plan(facts)
+            facts, reply, tasks = plan(facts, message)
             facts = replace(facts, tasks=facts.tasks + tasks)
             facts = facts.with_letters(channel.confirm(message, reply, tasks))
-            return facts.with_seen(message.id, self._now(), reply, self._keep_seconds)
+            # It is valid for so long before and after its time stamp; repeats come within that.
+            keep_seconds = max(REMEMBER_SECONDS, 2.0 * self.settings.CALLBACK_MAX_AGE)
+            return facts.with_seen(message.id, self.now(), reply, keep_seconds)
 
-        self._state.accept(change)
+        self.state.accept(change)
         for task in tasks:
             count, user = len(task.items), shown(message.user)
-            self._log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
+            self.log.info(f"{task.lane}: id={task.id} user={user} accepted={count}")
         return reply
 
-    def _start(self, reading: Reading, message: Message, channel: Channel) -> str:
-        """Accept a request; return its confirmation, raise Failure."""
+    def _begin(self, reading: Reading, facts: Facts, message: Message) -> Planned:
+        """Plan the tasks for which there is room; raise Failure where there is none."""
+        if reading.command == "retry":
+            reading = self._again(facts, message.user)
+        prefix, request = self.settings.target_prefix, secrets.token_hex(8)
+        lines = tuple(image.line for image in reading.images)
+        targets = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
+        links = [quoted(link, 100) for link in reading.links]
+        said: list[str] = []
+        tasks, full = [], []
+        for lane, items, entries in (("images", lines, targets), ("files", reading.links, links)):
+            ahead, (name, work) = len(facts.lane(lane)), LANES[lane]
+            what = f"（{name}）" if lines and links else ""
+            if items and lane == "files" and not self.settings.QINGSTOR_ACCESS_KEY_ID:
+                said.insert(0, "❌ 文件上传没有启用：请管理员设置 `QINGSTOR_ACCESS_KEY_ID` 等")
+            elif items and ahead > self.settings.QUEUE_SIZE:
+                full.append(what)
+            elif items:
+                tasks.append(Task(request, lane, message.address, items, self.now()))
+                head = f"🔄 正在处理{name}{work}请求..."
+                if ahead:
+                    head = f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个{what}"
+                first, *more = [f"{number}. {entry}" for number, entry in enumerate(entries, 1)]
+                said += [f"\n{head}\n共 {len(items)} 个{name}：\n{first}", *more]
+        if full:
+            said.insert(0, f"⏳ 已有任务正在处理中，请稍后再试{''.join(full)}")
+        note = split_text(reading.note, MAX_TEXT_BYTES // 2, 1)[0]
+        reply = _fit("", said, MAX_TEXT_BYTES - len(note.encode()), "个").strip() + note
+        if not tasks:
+            raise Failure(reply)
+        return facts, reply, tuple(tasks)
 
-        def plan(facts: Facts) -> tuple[Facts, str, tuple[Task, ...]]:
-            last = facts.finished.get(message.user)
-            wanted = self._again(facts, message) if reading.command == "retry" else reading
-            tasks, reply = self._plan(facts, wanted, message)
-            if not tasks:
-                raise Failure(reply)
-            if reading.command == "retry" and last:
-                begun = {item for task in tasks for item in task.items}
-                again = last._replace(failed=tuple(i for i in last.failed if i not in begun))
-                facts = replace(facts, finished={**facts.finished, message.user: again})
-            return facts, reply, tasks
-
-        return self._accept(message, channel, plan)
-
-    def _plan(
-        self, facts: Facts, reading: Reading, message: Message
-    ) -> tuple[tuple[Task, ...], str]:
-        """Return the tasks for which there is room, and the reply."""
-        request, tasks, replies = secrets.token_hex(8), [], []
-        room = self._settings.QUEUE_SIZE
-        half = MAX_TEXT_BYTES // (2 if reading.images and reading.links else 1) - 150
-        half = max(half - len(reading.note.encode()), 400)  # what is too long is cut below
-        wanted: list[tuple[str, str, tuple[str, ...], str]] = []
-        if reading.images:
-            head = f"🔄 正在处理镜像同步请求...\n共 {len(reading.images)} 个镜像："
-            lines = tuple(image.line for image in reading.images)
-            wanted.append(("images", "镜像", lines, _fit(head, self._targets(reading), half, "个")))
-        if reading.links and not self._settings.QINGSTOR_ACCESS_KEY_ID:
-            replies.append("❌ 文件上传没有启用：请管理员设置 `QINGSTOR_ACCESS_KEY_ID` 等")
-        elif reading.links:
-            head = f"🔄 正在处理文件上传请求...\n共 {len(reading.links)} 个文件："
-            shown_links = [quoted(link, 100) for link in reading.links]
-            wanted.append(("files", "文件", reading.links, _fit(head, shown_links, half, "个")))
-        for lane, name, items, text in wanted:
-            ahead = len(facts.lane(lane))
-            what = f"（{name}）" if len(wanted) > 1 else ""
-            if ahead > room:
-                replies.append(f"⏳ 已有任务正在处理中，请稍后再试{what}")
-                continue
-            tasks.append(Task(request, lane, message.address, items, self._now()))
-            queued = f"⏳ 已有任务正在处理中，已排队，前面还有 {ahead} 个{what}\n"
-            replies.append(queued + text.partition("\n")[2] if ahead else text)
-        if not tasks and len(wanted) > 1:
-            replies = ["⏳ 已有任务正在处理中，请稍后再试"]
-        reply = split_text("\n\n".join(replies) + reading.note, MAX_TEXT_BYTES, 1)[0]
-        return tuple(tasks), reply
-
-    def _targets(self, reading: Reading) -> list[str]:
-        prefix = self._settings.target_prefix
-        pairs = [f"`{image.line}` → `{image.target(prefix)}`" for image in reading.images]
-        return [f"{number}. {pair}" for number, pair in enumerate(pairs, 1)]
-
-    def _cancel(self, message: Message, channel: Channel) -> str:
-        """Cancel what is this person's; return what that was, raise Failure for nothing."""
-
-        def plan(facts: Facts) -> tuple[Facts, str, tuple[Task, ...]]:
-            own = [task for task in facts.tasks if task.person == message.user]
-            left = [task for task in own if task.id not in facts.cancelled]
-            if not left:
-                nothing = "没有可以取消的：您没有正在进行或排队的请求"
-                raise Failure("⏹ 正在停止，请稍候" if own else nothing)
-            lines = ["⏹ 已取消您的请求："]
-            for task in left:
-                if is_begun(facts, task):
-                    lines.append(f"正在停止：{title(task, True)}")
-                    facts = replace(facts, cancelled=(*facts.cancelled, task.id))
-                else:
-                    lines.append(f"不再排队：{title(task, True)}")
-                    facts = facts.without_task(task)
-            lines.append("已经完成的镜像不会撤回，结果照常通知")
-            return facts, "\n".join(lines), ()
-
-        return self._accept(message, channel, plan)
+    @staticmethod
+    def _cancel(facts: Facts, message: Message) -> Planned:
+        """Cancel what is this person's; raise Failure for nothing."""
+        own = [task for task in facts.tasks if task.person == message.user]
+        left = [task for task in own if task.id not in facts.cancelled]
+        if not left:
+            nothing = "没有可以取消的：您没有正在进行或排队的请求"
+            raise Failure("⏹ 正在停止，请稍候" if own else nothing)
+        lines = ["⏹ 已取消您的请求："]
+        for task in left:
+            if task in facts.lane(task.lane)[1:]:
+                lines.append(f"不再排队：{title(task, True)}")
+                facts = facts.without_task(task)
+            else:  # it has begun, or is about to
+                lines.append(f"正在停止：{title(task, True)}")
+                facts = replace(facts, cancelled=(*facts.cancelled, task.id))
+        lines.append("已经完成的镜像不会撤回，结果照常通知")
+        return facts, "\n".join(lines), ()
 
     # -- looking
 
     def status(self, person: str) -> str:
         """Return what runs, what waits and how far, as far as it is this person's business."""
-        facts, lines = self._state.facts, ["📊 当前状态"]
-        for lane, name in (("images", "镜像"), ("files", "文件")):
+        facts, lines = self.state.facts, ["📊 当前状态"]
+        for lane, (name, _) in LANES.items():
             tasks = facts.lane(lane)
             if not tasks:
                 lines.append(f"{name}：空闲")
                 continue
-            task, since = tasks[0], self._progress.of(tasks[0]).since
+            task, *waiting = tasks
+            since = self.progress.of(task).since
             seconds = time.monotonic() - since if since else 0.0
             what = title(task, task.person == person)
             lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
-            lines += progress_lines(task, self._progress)
-            if len(tasks) > 1:
-                lines.append(f"　等待 {len(tasks) - 1} 个")
-            for ahead, waiting in enumerate(tasks):
-                if ahead and waiting.person == person:
-                    lines.append(f"　您的 {title(waiting, True)}：前面还有 {ahead} 个")
+            lines.append(progress_text(task, self.progress))
+            lines += [f"　等待 {len(waiting)} 个"] if waiting else []
+            for ahead, task in enumerate(waiting, 1):
+                if task.person == person:
+                    lines.append(f"　您的 {title(task, True)}：前面还有 {ahead} 个")
         if late := facts.late():
             lines.append(f"超时后仍在跟踪：{len(late)} 个")
         for task in (task for task in late if task.person == person):
-            lines += [f"　您的 {title(task, True)}：", *progress_lines(task, self._progress)]
-        if trouble := self._trouble():
+            lines += [f"　您的 {title(task, True)}：", progress_text(task, self.progress)]
+        if trouble := self.trouble():
             lines.append(f"⚠️ {trouble}")
         if last := facts.finished.get(person):
             when = time.strftime("%m-%d %H:%M", time.localtime(last.at))
@@ -5345,7 +5229,7 @@ class Robot(Channel):
                 pause = error.pause_seconds
             self._faults = min(self._faults + 1, 5)
         finally:
-            self._line = None
+            self._line, self.trouble = None, self.trouble or LINE_DOWN
             self._streams.clear()
             for answers in list(self._acks.values()):
                 answers.put({})  # none will come
