@@ -368,11 +368,7 @@ COMMENT = r"\s*(?:#(?!\d+ \[| (?:sudo )?\S*(?:docker|podman|nerdctl|crictl|ctr) 
 
 
 class BadImage(ValueError):
-    """An item that is no image line; str() is the reason, `suggestion` what was likely meant."""
-
-    def __init__(self, reason: str, suggestion: str = "") -> None:
-        super().__init__(reason)
-        self.suggestion = suggestion
+    """An item that is no image line; str() is the reason."""
 
 
 class Image(NamedTuple):
@@ -438,7 +434,8 @@ def _read_reference(text: str) -> tuple[str, str, str, str]:
     return host, path, match["tag"] or ("" if digest else "latest"), digest
 
 
-def _read_image(text: str) -> Image:
+def read_image(text: str) -> Image:
+    """Return the Image of one line (chat, images.txt, `copy`); raise BadImage."""
     source, arrow, renamed = (part.strip() for part in text.partition("=>"))
     option = re.search(r"(?:^|\s)--platform(?:=|\s+)(\S+)", source)
     platforms = _read_platforms(option[1].lower()) if option else ()
@@ -485,28 +482,20 @@ def _lines_of(words: list[str]) -> list[str]:
     for word in words:
         if is_official or (re.search(likely, word) and not is_talk(word)):
             with contextlib.suppress(BadImage):
-                lines.append(_read_image(word).line)
+                lines.append(read_image(word).line)
     return lines
 
 
-def _suggest(text: str) -> str:
+def suggest(text: str) -> str:
     """Return the valid line that text was likely meant to be, or ""."""
     words = re.split(r"[\s\u2e80-\uffff\U00010000-\U0010ffff]+", text)
     text = re.sub(r"\s*([:/@])\s*", r"\1", text.strip().rstrip(".。!！,，;；:"))
     text = re.sub(r"(?i)^https?://(?:hub\.docker\.com/(?:r/|_/))?", "", text).strip("/")
     for attempt in (text, text.lower()):
         with contextlib.suppress(BadImage):
-            return _read_image(attempt).line
+            return read_image(attempt).line
     is_prose = len(words) > 1 and not re.search(r"[&|;$=`<>]|(?:^|\s)-", text)
     return ", ".join(_lines_of(words)) if is_prose else ""
-
-
-def read_image(text: str) -> Image:
-    """Return the Image of one line (chat, images.txt, `copy`); raise BadImage with a suggestion."""
-    try:
-        return _read_image(text)
-    except BadImage as error:
-        raise BadImage(str(error), _suggest(text)) from error
 
 
 def tidy(item: str) -> str:
@@ -3410,7 +3399,8 @@ def _read_images(items: list[str]) -> tuple[Image, ...]:
             image = read_image(item)
             images[image.line] = image
         except BadImage as error:
-            meant = f"\n   您是不是要：{quoted(error.suggestion, 160)}" if error.suggestion else ""
+            line = suggest(item)
+            meant = f"\n   您是不是要：{quoted(line, 160)}" if line else ""
             bad.append(f"• {quoted(item, 80)}\n   {error}{meant}")
     if bad:
         raise Failure(_fit("❌ 没有开始，请改好后重发：", bad, MAX_TEXT_BYTES - 100, "项"))
@@ -3434,7 +3424,7 @@ def _is_attempt(item: str) -> bool:
     if name and (name[1] in OFFICIAL or "/" in name[1]):
         return True
     if re.search(r"[\u2e80-\uffff\U00010000-\U0010ffff]", item) or re.search(r"\s", item):
-        likely = "" if re.match(r"[\w .-]+:\s", item) else _suggest(item)
+        likely = "" if re.match(r"[\w .-]+:\s", item) else suggest(item)
         return bool(likely) or re.search(r"(?:^|\s)-\w?-?\w", item) is not None
     return True
 
@@ -3444,7 +3434,7 @@ def _is_list(items: list[str]) -> bool:
 
     def fits(item: str) -> bool:
         with contextlib.suppress(BadImage):
-            return bool(_read_image(item))
+            return bool(read_image(item))
         return bool(re.fullmatch(r"[\w./:@=+-]*[\w./@=+-]", item))
 
     return all(map(fits, items))
