@@ -848,9 +848,7 @@ def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple
     """Copy one image; return whether anything was copied, and the target's digest."""
     name, _, digest = image.source.partition("@")
     repository, _, tag = name.rpartition(":") if re.search(r":[^/]*$", name) else (name, "", "")
-    # docker.io must be written out; a tag and a digest together are refused, the digest is exact.
-    if not re.match(r"[^/]*[.:][^/]*/|localhost/", repository):
-        repository = f"docker.io/{'' if '/' in repository else 'library/'}{repository}"
+    # A tag and a digest together are refused by skopeo; the digest is exact.
     source, target = Source(skopeo, repository), image.target(prefix)
     try:
         raw = source.manifest(digest) if digest else skopeo.raw(f"{repository}:{tag}")
