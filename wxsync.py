@@ -227,7 +227,8 @@ COPY_REASONS = {
 
 # ---- Small tools -------------------------------------------------------------------------------
 # Text that others wrote is shown through `shown` and `quoted` only, cut by `split_text` only, tried
-# again by `persist` only and parsed by `read_json` only: one place each to look at.
+# again by `persist` only and parsed by `read_json` only: one place each to look at. (A copy's
+# manifests are parsed where they are read; `try_copy` makes one result of all that is odd in them.)
 
 T = TypeVar("T")
 
@@ -588,14 +589,6 @@ def digest_of(manifest: bytes) -> str:
     return "sha256:" + hashlib.sha256(manifest).hexdigest()
 
 
-def read_manifest(data: bytes) -> dict[str, Any]:
-    """Return a manifest, index or config; raise CopyFailure where it is none."""
-    found = read_json(data, dict)
-    if found is None:
-        raise CopyFailure("error", "odd manifest: not a JSON object")
-    return found
-
-
 class Skopeo:
     """Runs skopeo with auth files that only this user can read, never with secrets as arguments."""
 
@@ -673,7 +666,8 @@ class Skopeo:
     def config(self, reference: str) -> dict[str, Any]:
         """Return the config of a single-platform image."""
         arguments = ["inspect", "--config", "--authfile", self._source, f"docker://{reference}"]
-        return read_manifest(self._run(arguments, INSPECT_SECONDS))
+        found: dict[str, Any] = json.loads(self._run(arguments, INSPECT_SECONDS))
+        return found
 
     def tags(self, repository: str) -> list[str]:
         """Return the tags of a source repository, none where it does not tell them in time."""
@@ -737,7 +731,7 @@ class Source(NamedTuple):
             if _is_attestation(entry):
                 continue
             if entry.get("mediaType") in INDEX_TYPES:
-                inner = read_manifest(self.manifest(entry["digest"]))
+                inner = json.loads(self.manifest(entry["digest"]))
                 found += self.leaves(inner, depth + 1)
             else:
                 found.append(entry)
@@ -806,7 +800,7 @@ def copy_index(
     source: Source, image: Image, raw: bytes, target: str, folder: Path
 ) -> tuple[bool, str]:
     """Copy the wanted platforms by digest, then an index that holds just those."""
-    skopeo, index = source.skopeo, read_manifest(raw)
+    skopeo, index = source.skopeo, json.loads(raw)
     entries = source.leaves(index)
     if image.platforms != ("all",):
         wanted = [choose(entries, name) for name in image.platforms]
@@ -857,13 +851,13 @@ def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple
             raise
         near = nearest_tags(tag, skopeo.tags(repository))
         raise CopyFailure("not-found", with_list(str(failure), "nearest", near)) from failure
-    manifest = read_manifest(raw)
+    manifest = json.loads(raw)
     if is_index(manifest):
         if len(image.platforms) > 1 or image.platforms == ("all",):
             return copy_index(source, image, raw, target, folder)
         wanted = (image.platforms or (DEFAULT_PLATFORM,))[0]
         digest = choose(source.leaves(manifest), wanted)["digest"]
-        if is_index(read_manifest(source.manifest(digest))):  # which its entry has not said
+        if is_index(json.loads(source.manifest(digest))):  # which its entry has not said
             raise CopyFailure("rejected", "an index where its entry says an image")
     else:
         digest = digest_of(raw)
