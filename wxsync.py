@@ -195,7 +195,6 @@ REWRITE_SECONDS = 5.0  # between tries to write to a disk that did not take it
 INSPECT_SECONDS = 120.0
 TAGS_SECONDS = 20.0
 COPY_SECONDS = 50 * 60.0  # all of it
-MAX_NESTING = 4  # of indexes in an index
 MAX_TAGS = 20_000  # that are compared with a missing one
 
 # CODE of a failed copy -> cause and cure. The codes are the contract with the workflow.
@@ -695,12 +694,6 @@ def is_index(manifest: Mapping[str, Any]) -> bool:
     return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
 
 
-def _is_attestation(entry: Mapping[str, Any]) -> bool:
-    platform = entry.get("platform") or {}
-    marked = "vnd.docker.reference.type" in (entry.get("annotations") or {})
-    return marked or platform.get("architecture") == "unknown"
-
-
 def _platform(described: Mapping[str, Any]) -> str:
     """Return os/arch[/variant] in the one spelling (as containerd normalises it)."""
     names = (described.get(name) for name in ("os", "architecture", "variant"))
@@ -719,24 +712,20 @@ class Source(NamedTuple):
         """Return the bytes of the source's manifest that has this digest; raise CopyFailure."""
         return self.skopeo.raw(f"{self.repository}@{digest}")
 
-    def leaves(self, index: Mapping[str, Any], depth: int = 1) -> list[dict[str, Any]]:
-        """Return the entries of an index that are images: indexes inside it are opened.
+    def leaves(self, index: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the entries of an index that are images, then those of indexes inside it.
 
         Attestations are left out: ACR refuses them.
         """
-        found: list[dict[str, Any]] = []
-        if depth > MAX_NESTING:
-            raise CopyFailure("rejected", "indexes nested too deeply")
-        for entry in index["manifests"]:
-            if _is_attestation(entry):
-                continue
-            if entry.get("mediaType") in INDEX_TYPES:
-                inner = json.loads(self.manifest(entry["digest"]))
-                found += self.leaves(inner, depth + 1)
-            else:
-                found.append(entry)
-            if len(found) > MAX_IMAGES:
+        found = []
+        entries = list(index["manifests"])
+        for entry in entries:  # which grow meanwhile
+            if len(entries) > MAX_IMAGES:
                 raise CopyFailure("rejected", "index with too many entries")
+            if entry.get("mediaType") in INDEX_TYPES:
+                entries += json.loads(self.manifest(entry["digest"]))["manifests"]
+            elif (entry.get("platform") or {}).get("architecture") != "unknown":
+                found.append(entry)
         return found
 
 
