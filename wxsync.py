@@ -689,11 +689,6 @@ class Skopeo:
         self._run([*arguments, *options, source, f"docker://{target}"], COPY_SECONDS)
 
 
-def is_index(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether a manifest lists others, by its type or, where that is missing, its field."""
-    return manifest.get("mediaType") in INDEX_TYPES or "manifests" in manifest
-
-
 def _platform(described: Mapping[str, Any]) -> str:
     """Return os/arch[/variant] in the one spelling (as containerd normalises it)."""
     names = (described.get(name) for name in ("os", "architecture", "variant"))
@@ -702,31 +697,22 @@ def _platform(described: Mapping[str, Any]) -> str:
     return {**same, "linux/amd64/v1": "linux/amd64"}.get(text, text)
 
 
-class Source(NamedTuple):
-    """Where an image comes from."""
+def leaves(skopeo: Skopeo, repository: str, index: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of an index that are images, then those of indexes inside it.
 
-    skopeo: Skopeo
-    repository: str  # with its host
-
-    def manifest(self, digest: str) -> bytes:
-        """Return the bytes of the source's manifest that has this digest; raise CopyFailure."""
-        return self.skopeo.raw(f"{self.repository}@{digest}")
-
-    def leaves(self, index: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return the entries of an index that are images, then those of indexes inside it.
-
-        Attestations are left out: ACR refuses them.
-        """
-        found = []
-        entries = list(index["manifests"])
-        for entry in entries:  # which grow meanwhile
-            if len(entries) > MAX_IMAGES:
-                raise CopyFailure("rejected", "index with too many entries")
-            if entry.get("mediaType") in INDEX_TYPES:
-                entries += json.loads(self.manifest(entry["digest"]))["manifests"]
-            elif (entry.get("platform") or {}).get("architecture") != "unknown":
-                found.append(entry)
-        return found
+    Attestations are left out: ACR refuses them.
+    """
+    found = []
+    entries = list(index["manifests"])
+    for entry in entries:  # which grow meanwhile
+        if len(entries) > MAX_IMAGES:
+            raise CopyFailure("rejected", "index with too many entries")
+        if entry.get("mediaType") in INDEX_TYPES:
+            inner = skopeo.raw(f"{repository}@{entry['digest']}")
+            entries += json.loads(inner)["manifests"]
+        elif (entry.get("platform") or {}).get("architecture") != "unknown":
+            found.append(entry)
+    return found
 
 
 def with_list(detail: str, word: str, names: Sequence[str]) -> str:
@@ -785,75 +771,72 @@ def target_digest(skopeo: Skopeo, target: str) -> str:
         return ""
 
 
-def copy_index(
-    source: Source, image: Image, raw: bytes, target: str, folder: Path
-) -> tuple[bool, str]:
-    """Copy the wanted platforms by digest, then an index that holds just those."""
-    skopeo, index = source.skopeo, json.loads(raw)
-    entries = source.leaves(index)
-    if image.platforms != ("all",):
-        wanted = [choose(entries, name) for name in image.platforms]
-        entries = [entry for entry in entries if entry in wanted]  # in the source's order
-    if not entries:
-        raise CopyFailure("no-platform", "no image in the index")
-    if entries != index["manifests"]:
-        raw = json.dumps({**index, "manifests": entries}, indent=2).encode()
-    digest = digest_of(raw)
-    if target_digest(skopeo, target) == digest:
-        return False, digest
-    base = target.rpartition(":")[0]
-    for entry in entries:
-        source.manifest(entry["digest"])
-        name = f"{source.repository}@{entry['digest']}"
-        skopeo.copy(f"docker://{name}", f"{base}@{entry['digest']}")
-    layout = folder / "index"
-    layout.mkdir()
-    (layout / "manifest.json").write_bytes(raw)
-    (layout / "version").write_text("Directory Transport Version: 1.1\n")
-    skopeo.copy(f"dir:{layout}", target, "--multi-arch", "index-only")
-    return True, digest
-
-
-def check_platform(source: Source, image: Image, digest: str, manifest: dict[str, Any]) -> None:
-    """Raise CopyFailure where a single-platform image is not of the wanted platform.
-
-    skopeo would copy it all the same and say nothing.
-    """
-    if manifest.get("schemaVersion") != 2 or "config" not in manifest:
-        raise CopyFailure("rejected", "docker schema 1 image, long out of use")
-    if image.platforms != ("all",):
-        entries = [{"platform": source.skopeo.config(f"{source.repository}@{digest}")}]
-        for name in image.platforms or (DEFAULT_PLATFORM,):
-            choose(entries, name)
-
-
-def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple[bool, str]:
-    """Copy one image; return whether anything was copied, and the target's digest."""
-    name, _, digest = image.source.partition("@")
-    repository, _, tag = name.rpartition(":") if re.search(r":[^/]*$", name) else (name, "", "")
-    # A tag and a digest together are refused by skopeo; the digest is exact.
-    source, target = Source(skopeo, repository), image.target(prefix)
+def read_source(skopeo: Skopeo, repository: str, tag: str, digest: str) -> bytes:
+    """Return the manifest or index of a source; a missing tag is told with those nearest to it."""
     try:
-        raw = source.manifest(digest) if digest else skopeo.raw(f"{repository}:{tag}")
+        # A tag and a digest together are refused by skopeo; the digest is exact.
+        return skopeo.raw(f"{repository}@{digest}" if digest else f"{repository}:{tag}")
     except CopyFailure as failure:
         if failure.code != "not-found" or digest:
             raise
         near = nearest_tags(tag, skopeo.tags(repository))
         raise CopyFailure("not-found", with_list(str(failure), "nearest", near)) from failure
-    manifest = json.loads(raw)
-    if is_index(manifest):
-        if len(image.platforms) > 1 or image.platforms == ("all",):
-            return copy_index(source, image, raw, target, folder)
-        wanted = (image.platforms or (DEFAULT_PLATFORM,))[0]
-        digest = choose(source.leaves(manifest), wanted)["digest"]
-        if is_index(json.loads(source.manifest(digest))):  # which its entry has not said
-            raise CopyFailure("rejected", "an index where its entry says an image")
+
+
+def choose_images(
+    skopeo: Skopeo, repository: str, raw: bytes, platforms: tuple[str, ...]
+) -> tuple[list[str], bytes]:
+    """Return the digests of the wanted images, and the index that is to hold them.
+
+    The index is empty where one image is wanted, which needs none.
+    """
+    manifest, is_all = json.loads(raw), platforms == ("all",)
+    is_index = "manifests" in manifest
+    if is_index:
+        entries = leaves(skopeo, repository, manifest)
+    elif "config" in manifest:
+        entries = [{"digest": digest_of(raw)}]
+        if not is_all:  # skopeo would copy any platform and say nothing
+            entries[0]["platform"] = skopeo.config(f"{repository}@{digest_of(raw)}")
     else:
-        digest = digest_of(raw)
-        check_platform(source, image, digest, manifest)
+        raise CopyFailure("rejected", "docker schema 1 image, long out of use")
+    if not is_all:
+        wanted = [choose(entries, name) for name in platforms]
+        entries = [entry for entry in entries if entry in wanted]  # in the source's order
+    if not entries:
+        raise CopyFailure("no-platform", "no image in the index")
+    digests = [entry["digest"] for entry in entries]
+    if not is_index or (len(platforms) == 1 and not is_all):
+        return digests[:1], b""
+    if entries != manifest["manifests"]:
+        raw = json.dumps({**manifest, "manifests": entries}, indent=2).encode()
+    return digests, raw
+
+
+def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple[bool, str]:
+    """Copy one image, or several by digest and then the index that holds just those.
+
+    Return whether anything was copied, and the target's digest.
+    """
+    name, _, digest = image.source.partition("@")
+    repository, _, tag = name.rpartition(":") if re.search(r":[^/]*$", name) else (name, "", "")
+    raw = read_source(skopeo, repository, tag, digest)
+    platforms = image.platforms or (DEFAULT_PLATFORM,)
+    digests, index = choose_images(skopeo, repository, raw, platforms)
+    digest, target = digest_of(index) if index else digests[0], image.target(prefix)
     if target_digest(skopeo, target) == digest:
         return False, digest
-    skopeo.copy(f"docker://{repository}@{digest}", target)
+    for each in digests:
+        if "manifests" in json.loads(skopeo.raw(f"{repository}@{each}")):
+            raise CopyFailure("rejected", "an index where its entry says an image")
+        by_digest = f"{target.rpartition(':')[0]}@{each}"
+        skopeo.copy(f"docker://{repository}@{each}", by_digest if index else target)
+    if index:
+        layout = folder / "index"
+        layout.mkdir()
+        (layout / "manifest.json").write_bytes(index)
+        (layout / "version").write_text("Directory Transport Version: 1.1\n")
+        skopeo.copy(f"dir:{layout}", target, "--multi-arch", "index-only")
     return True, digest
 
 
