@@ -544,6 +544,7 @@ INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
+PLATFORM_FIELDS = ("os", "architecture", "variant")
 JOB_SECRETS = ("DOCKER_USERNAME", "DOCKER_PASSWORD", "SOURCE_AUTH")
 REGISTRIES_CONF = 'unqualified-search-registries = ["docker.io"]\n'
 # What skopeo and registries say -> CODE, the first that matches. Where two codes stand, the first
@@ -691,8 +692,7 @@ class Skopeo:
 
 def _platform(described: Mapping[str, Any]) -> str:
     """Return os/arch[/variant] in the one spelling (as containerd normalises it)."""
-    names = (described.get(name) for name in ("os", "architecture", "variant"))
-    text = "/".join(str(name) for name in names if name)
+    text = "/".join(str(described[name]) for name in PLATFORM_FIELDS if described.get(name))
     same = {"linux/arm64/v8": "linux/arm64", "linux/arm": "linux/arm/v7"}
     return {**same, "linux/amd64/v1": "linux/amd64"}.get(text, text)
 
@@ -727,11 +727,9 @@ def with_list(detail: str, word: str, names: Sequence[str]) -> str:
 def choose(entries: Sequence[Mapping[str, Any]], wanted: str) -> Any:
     """Return the entry of an index for os/arch[/variant]; raise CopyFailure no-platform."""
     offered = [_platform(entry.get("platform") or {}) for entry in entries]
-    system, architecture, *variant = wanted.split("/")
-    described = {"os": system, "architecture": architecture, "variant": "".join(variant)}
-    for entry, platform in zip(entries, offered, strict=True):
-        if platform == _platform(described):
-            return entry
+    platform = _platform(dict(zip(PLATFORM_FIELDS, wanted.split("/"), strict=False)))
+    if platform in offered:
+        return entries[offered.index(platform)]
     names = dict.fromkeys(name for name in offered if PLATFORM.fullmatch(name))
     raise CopyFailure("no-platform", with_list(f"no {wanted}", "has", list(names)[:12]))
 
