@@ -673,12 +673,11 @@ class Skopeo:
         """Return the tags of a source repository, none where it does not tell them in time."""
         arguments = ["list-tags", "--authfile", self._source, f"docker://{repository}"]
         try:
-            found = read_json(self._run_once(arguments, TAGS_SECONDS, False), dict) or {}
+            found = json.loads(self._run_once(arguments, TAGS_SECONDS, False))
         except CopyFailure:  # that the tag is missing is told all the same
             return []
-        listed = found.get("Tags")
-        tags = listed[:MAX_TAGS] if isinstance(listed, list) else []
-        return [tag for tag in tags if isinstance(tag, str) and re.fullmatch(TAG, tag)]
+        listed = (found["Tags"] or [])[:MAX_TAGS]  # skopeo's own JSON, which it made of the answer
+        return [tag for tag in listed if re.fullmatch(TAG, tag)]
 
     def copy(self, source: str, target: str, *options: str) -> None:
         """Copy one manifest with its layers, or what the options say; the digest stays the same.
