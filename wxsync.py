@@ -595,9 +595,8 @@ class Skopeo:
     def __init__(self, environ: Mapping[str, str], registry: str, folder: Path) -> None:
         self._environ = {k: v for k, v in environ.items() if k not in JOB_SECRETS}
         self._deadline = time.monotonic() + COPY_SECONDS
-        conf = environ.get("CONTAINERS_REGISTRIES_CONF") or self._file(
-            folder / "registries.conf", REGISTRIES_CONF
-        )
+        conf = self._file(folder / "registries.conf", REGISTRIES_CONF)
+        conf = environ.get("CONTAINERS_REGISTRIES_CONF") or conf
         # Older skopeo ignores the variable, and runner images have shipped broken files.
         self._command = ["skopeo", "--registries-conf", conf]
         self._password = environ.get("DOCKER_PASSWORD") or "\0"
@@ -650,24 +649,22 @@ class Skopeo:
         detail = re.sub(r'^Error parsing image name "[^"]*": ', "", said[-1].replace('\\"', '"'))
         raise CopyFailure(classify(text, at_target), detail)
 
+    def inspect(self, what: str, reference: str, at_target: bool = False) -> bytes:
+        """Return what skopeo inspect tells, `--raw` or `--config`."""
+        auth = self._target if at_target else self._source
+        arguments = ["inspect", what, "--authfile", auth, f"docker://{reference}"]
+        return self._run(arguments, INSPECT_SECONDS, at_target)
+
     def raw(self, reference: str, at_target: bool = False) -> bytes:
         """Return the manifest or index of a reference as the registry has it.
 
         skopeo hands on whatever bytes came for a digest, so they are compared with it here.
         """
-        auth = self._target if at_target else self._source
-        arguments = ["inspect", "--raw", "--authfile", auth, f"docker://{reference}"]
-        data = self._run(arguments, INSPECT_SECONDS, at_target)
+        data = self.inspect("--raw", reference, at_target)
         asked = reference.partition("@")[2]
         if asked and digest_of(data) != asked:
             raise CopyFailure("error", f"registry answered other bytes than the digest {asked}")
         return data
-
-    def config(self, reference: str) -> dict[str, Any]:
-        """Return the config of a single-platform image."""
-        arguments = ["inspect", "--config", "--authfile", self._source, f"docker://{reference}"]
-        found: dict[str, Any] = json.loads(self._run(arguments, INSPECT_SECONDS))
-        return found
 
     def tags(self, repository: str) -> list[str]:
         """Return the tags of a source repository, none where it does not tell them in time."""
@@ -785,7 +782,8 @@ def choose_images(
     elif "config" in manifest:
         entries = [{"digest": digest_of(raw)}]
         if not is_all:  # skopeo would copy any platform and say nothing
-            entries[0]["platform"] = skopeo.config(f"{repository}@{digest_of(raw)}")
+            config = skopeo.inspect("--config", f"{repository}@{digest_of(raw)}")
+            entries[0]["platform"] = json.loads(config)
     else:
         raise CopyFailure("rejected", "docker schema 1 image, long out of use")
     if not is_all:
