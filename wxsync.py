@@ -849,10 +849,8 @@ def try_copy(image: Image, environ: Mapping[str, str]) -> tuple[int, str]:
         return 0, f"{'copied' if copied else 'unchanged'} {digest}"
     except CopyFailure as failure:
         return 1, f"failed {failure.code} {harmless(str(failure), 260)}"
-    except OSError as error:
-        return 1, f"failed error {harmless(str(error.strerror))}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return 1, f"failed error odd manifest ({type(error).__name__})"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return 1, f"failed error {harmless(repr(error))}"  # our disk, their odd manifest
 
 
 def run_copy(line: str, environ: Mapping[str, str]) -> int:
