@@ -864,11 +864,8 @@ def run_copy(line: str, environ: Mapping[str, str]) -> int:
     status, result = try_copy(image, environ)
     print(f"wxsync: {result}", flush=True)
     if path := environ.get("GITHUB_OUTPUT"):
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"result=wxsync: {result}\n")
-        except OSError as error:
-            print(f"wxsync: GITHUB_OUTPUT: {error.strerror}", file=sys.stderr)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"result=wxsync: {result}\n")
     return status
 
 
