@@ -324,14 +324,16 @@ NAME = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
 _DOMAIN = rf"{_LABEL}(?:\.{_LABEL})*(?::[0-9]+)?"
 TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+_HOST = "(?:[^/]*[.:][^/]*|(?i:localhost))/"  # a first part like this is one, any other is path
 REFERENCE = re.compile(
-    rf"(?:(?P<host>{_DOMAIN})/)?(?P<path>{NAME}(?:/{NAME})*)"
+    rf"(?:(?={_HOST})(?P<host>{_DOMAIN})/|(?!{_HOST}))(?P<path>{NAME}(?:/{NAME})*)"
     rf"(?::(?P<tag>{TAG}))?(?:@(?P<digest>sha256:[0-9a-f]{{64}}))?"
 )
+MAX_REFERENCE = 255 + 128 + 72  # path, tag, digest
 # os/arch[/variant], as in the OCI image index
 PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9_]+(?:/[a-z0-9._]+)?")
 DEFAULT_PLATFORM = "linux/amd64"
-DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+DOCKER_HUB = r"^(?:index\.|registry-1\.)?docker\.io/(?:library/(?=[^/]+$))?"
 # a host as in DOCKER_REGISTRY, a namespace, and what to say of others
 REGISTRY = (rf"(?!.*[A-Z]){_DOMAIN}", "应只有主机名，不带 https:// 和路径")
 NAMESPACE = (rf"{NAME}(?:/{NAME})*", "应为小写字母、数字和 . _ -")
@@ -403,6 +405,8 @@ def _read_platforms(text: str) -> tuple[str, ...]:
 
 def _why_not(text: str) -> str:
     name, _, digest = text.partition("@")
+    if len(text) > MAX_REFERENCE:
+        return "太长"
     if re.search(r"\s", text):
         return "中间有空格；多个镜像请分行或用逗号隔开"
     if re.search(r"[^\x21-\x7e]", text):
@@ -416,22 +420,15 @@ def _why_not(text: str) -> str:
     return "不是镜像名"
 
 
-def _read_reference(text: str) -> tuple[str, str, str, str]:
-    """Return host ("" for Docker Hub), path, tag and digest of a SOURCE; raise BadImage."""
-    if len(text) > 255 + 128 + 72:
-        raise BadImage("太长")
-    host, _, rest = text.partition("/")
-    if rest and ("." in host or ":" in host or host.lower() == "localhost"):
-        match = REFERENCE.fullmatch(text)
-    else:  # without such a first part the whole is a path on Docker Hub
-        match = REFERENCE.fullmatch(f"docker.io/{text}")
-    if not match or not match["host"] or len(match["path"]) > 255:
+def read_reference(text: str) -> tuple[str, str, str]:
+    """Return repository (host unless Docker Hub, path), tag and digest of a SOURCE."""
+    match = REFERENCE.fullmatch(text) if len(text) <= MAX_REFERENCE else None
+    if not match:
         raise BadImage(_why_not(text))
-    host, path = match["host"].lower(), match["path"]
-    if host in DOCKER_HUB:
-        host, path = "", re.sub(r"^library/(?=[^/]+$)", "", path)
+    host = (match["host"] or "docker.io").lower()
+    repository = re.sub(DOCKER_HUB, "", f"{host}/{match['path']}")
     digest = match["digest"] or ""
-    return host, path, match["tag"] or ("" if digest else "latest"), digest
+    return repository, match["tag"] or ("" if digest else "latest"), digest
 
 
 def read_image(text: str) -> Image:
@@ -443,19 +440,19 @@ def read_image(text: str) -> Image:
         source = f"{source[: option.start()]} {source[option.end() :]}".strip()
     if source.startswith("-"):
         raise BadImage("只支持选项 --platform")
-    host, path, tag, digest = _read_reference(source)
-    prefix = f"{host.replace(':', '-')}_" if host else ""
-    name, target_tag = prefix + path.replace("/", "_"), tag or f"sha256-{digest[7:19]}"
+    repository, tag, digest = read_reference(source)
+    name = repository.replace(":", "-").replace("/", "_")
+    target_tag = tag or f"sha256-{digest[7:19]}"
     if len(platforms) == 1 and platforms[0] not in (DEFAULT_PLATFORM, "all"):
         target_tag += "-" + platforms[0].removeprefix("linux/").replace("/", "-")
     if arrow:
         if not (match := re.fullmatch(rf"({NAME})(?::({TAG}))?", renamed)):
             raise BadImage("=> 后面应为 名称 或 名称:标签，小写，不带 /")
         name, target_tag = match[1], match[2] or target_tag
-    if len(name) > 255 or len(target_tag) > 128:
-        raise BadImage("目标名称或标签太长")
-    reference = (f"{host}/" if host else "") + path + (f":{tag}" if tag else "")
-    return Image(platforms, reference + (f"@{digest}" if digest else ""), name, target_tag, renamed)
+    if len(repository) > 255 or len(name) > 255 or len(target_tag) > 128:
+        raise BadImage("名称或标签太长")
+    source = repository + (f":{tag}" if tag else "") + (f"@{digest}" if digest else "")
+    return Image(platforms, source, name, target_tag, renamed)
 
 
 def is_talk(word: str) -> bool:
@@ -804,8 +801,7 @@ def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple
 
     Return whether anything was copied, and the target's digest.
     """
-    name, _, digest = image.source.partition("@")
-    repository, _, tag = name.rpartition(":") if re.search(r":[^/]*$", name) else (name, "", "")
+    repository, tag, digest = read_reference(image.source)
     raw = read_source(skopeo, repository, tag, digest)
     platforms = image.platforms or (DEFAULT_PLATFORM,)
     digests, index = choose_images(skopeo, repository, raw, platforms)
