@@ -361,8 +361,8 @@ TIDY = {
 }
 PASTED = (
     r"(?i)(?:[-*•]\s+)?(?:\$\s+|#\s+(?=(?:sudo\s+)?docker\s))?(?:sudo\s+)?"
-    r"(?:docker\s+(?:image\s+)?pull\s+)?(?:image\s*:\s+)?"
-)
+    r"(?:docker\s+(?:image\s+)?pull\s+)?(?:image\s*:(?:\s+|(?=[^/:\s]+[/:])))?"
+)  # but not the image "image"
 
 
 # "# docker" is a prompt, "#2 [internal] …" a step of a build
@@ -395,10 +395,8 @@ class Image(NamedTuple):
 
 def _read_platforms(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split("+")))
-    if names == ("all",):
-        return names
     for name in names:
-        if not PLATFORM.fullmatch(name):
+        if names != ("all",) and not PLATFORM.fullmatch(name):
             raise BadImage(f"架构 {quoted(name, 30)} 应写成 linux/arm64，多个用 + 连接，全部用 all")
     return names
 
@@ -499,8 +497,6 @@ def tidy(item: str) -> str:
     """Return an item without what comes with it from a phone, a terminal or a compose file."""
     item = re.sub("—+", "--", item).translate(TIDY)
     item = re.sub(PASTED, "", item.strip().strip("\"'`").strip(), count=1)
-    if re.match(r"(?i)image:[^/:\s]+[/:]", item):  # but not the image "image"
-        item = item[6:]
     return re.sub(r"\s+", " ", item).strip("\"'` ")
 
 
