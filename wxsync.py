@@ -465,14 +465,15 @@ def is_talk(word: str) -> bool:
     return bool(re.fullmatch(rf"(?i){numeric}|{plain}|{pair}/{pair}|{host}|tel:\d+", word))
 
 
-INTENT = frozenset(("pull", "sync", "mirror", "image", "同步", "拉取", "镜像"))
+INTENT = r"\b(?:pull|sync|mirror|image)\b|同步|拉取|镜像"
 
 
-def _lines_of(words: list[str]) -> list[str]:
-    """Return the canonical lines of the words that look like an image by themselves."""
+def _lines_of(text: str) -> list[str]:
+    """Return the canonical lines of a sentence's words that look like an image by themselves."""
     lines = []
+    words = re.split(r"[\s\u2e80-\uffff\U00010000-\U0010ffff]+", text)
     words = [word.strip(":,.!?") for word in words]
-    likely = r":[\w.-]+$|\.[^/]*/|@sha256" + ("|/" if INTENT.intersection(words) else "")
+    likely = r":[\w.-]+$|\.[^/]*/|@sha256" + ("|/" if re.search(INTENT, text) else "")
     is_official = OFFICIAL.issuperset(words)
     for word in words:
         if is_official or (re.search(likely, word) and not is_talk(word)):
@@ -483,14 +484,13 @@ def _lines_of(words: list[str]) -> list[str]:
 
 def suggest(text: str) -> str:
     """Return the valid line that text was likely meant to be, or ""."""
-    words = re.split(r"[\s\u2e80-\uffff\U00010000-\U0010ffff]+", text)
-    text = re.sub(r"\s*([:/@])\s*", r"\1", text.strip().rstrip(".。!！,，;；:"))
-    text = re.sub(r"(?i)^https?://(?:hub\.docker\.com/(?:r/|_/))?", "", text).strip("/")
-    for attempt in (text, text.lower()):
+    line = re.sub(r"\s*([:/@])\s*", r"\1", text.strip().rstrip(".。!！,，;；:"))
+    line = re.sub(r"(?i)^https?://(?:hub\.docker\.com/(?:r/|_/))?", "", line).strip("/")
+    for attempt in (line, line.lower()):
         with contextlib.suppress(BadImage):
             return read_image(attempt).line
-    is_prose = len(words) > 1 and not re.search(r"[&|;$=`<>]|(?:^|\s)-", text)
-    return ", ".join(_lines_of(words)) if is_prose else ""
+    is_prose = not re.search(r"[&|;$=`<>]|(?:^|\s)-", line)
+    return ", ".join(_lines_of(text)) if is_prose else ""
 
 
 def tidy(item: str) -> str:
