@@ -266,18 +266,17 @@ def split_text(text: str, limit_bytes: int, most: int = 99, unit: str = "行") -
             line = line[len(lines[-1]) :]
         lines.append(line)
     pieces: list[list[str]] = [[]]
-    fenced = False
-    for index, line in enumerate(lines):
+    for line in lines:
         if pieces[-1] and len("\n".join([*pieces[-1], line]).encode()) > room:
-            if len(pieces) == most:
-                pieces[-1] = _counted(pieces[-1], len(lines) - index, room, unit)
-                fenced = pieces[-1].count("```") % 2 == 1
-                break
-            pieces[-1] += ["```"] if fenced else []
-            pieces.append(["```"] if fenced else [])
-        fenced ^= line == "```"
+            pieces.append([])
         pieces[-1].append(line)
-    pieces[-1] += ["```"] if fenced else []
+    if left := sum(map(len, pieces[most:])):
+        pieces[most - 1 :] = [_counted(pieces[most - 1], left, room, unit)]
+    fence: list[str] = []
+    for piece in pieces:
+        piece[:0] = fence
+        fence = ["```"] * (piece.count("```") % 2)
+        piece += fence
     joined = ["\n".join(piece) for piece in pieces]
     return [piece for piece in joined if piece.strip("`\n ")] or [""]
 
