@@ -532,10 +532,7 @@ def read_list(text: str) -> tuple[list[str], list[str]]:
 # that do not have it are refused. skopeo moves the layers from registry to registry, nothing
 # touches the job's disk but auth files that only this user can read and one small index.
 
-INDEX_TYPES = (
-    "application/vnd.oci.image.index.v1+json",
-    "application/vnd.docker.distribution.manifest.list.v2+json",
-)
+INDEX_TYPE = r"application/vnd\.(oci\.image\.index|docker\.distribution\.manifest\.list)\."
 PLATFORM_FIELDS = ("os", "architecture", "variant")
 JOB_SECRETS = ("DOCKER_USERNAME", "DOCKER_PASSWORD", "SOURCE_AUTH")
 REGISTRIES_CONF = 'unqualified-search-registries = ["docker.io"]\n'
@@ -695,7 +692,7 @@ def leaves(skopeo: Skopeo, repository: str, index: Mapping[str, Any]) -> list[di
     for entry in entries:  # which grow meanwhile
         if len(entries) > MAX_IMAGES:
             raise CopyFailure("rejected", "index with too many entries")
-        if entry.get("mediaType") in INDEX_TYPES:
+        if re.match(INDEX_TYPE, str(entry.get("mediaType"))):
             inner = skopeo.raw(f"{repository}@{entry['digest']}")
             entries += json.loads(inner)["manifests"]
         elif (entry.get("platform") or {}).get("architecture") != "unknown":
