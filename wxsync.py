@@ -473,9 +473,8 @@ def _lines_of(text: str) -> list[str]:
     words = re.split(r"[\s\u2e80-\uffff\U00010000-\U0010ffff]+", text)
     words = [word.strip(":,.!?") for word in words]
     likely = r":[\w.-]+$|\.[^/]*/|@sha256" + ("|/" if re.search(INTENT, text) else "")
-    is_official = OFFICIAL.issuperset(words)
     for word in words:
-        if is_official or (re.search(likely, word) and not is_talk(word)):
+        if re.search(likely, word) and not is_talk(word):
             with contextlib.suppress(BadImage):
                 lines.append(read_image(word).line)
     return lines
