@@ -431,10 +431,9 @@ def read_reference(text: str) -> tuple[str, str, str]:
 def read_image(text: str) -> Image:
     """Return the Image of one line (chat, images.txt, `copy`); raise BadImage."""
     source, arrow, renamed = (part.strip() for part in text.partition("=>"))
-    option = re.search(r"(?:^|\s)--platform(?:=|\s+)(\S+)", source)
-    platforms = _read_platforms(option[1].lower()) if option else ()
-    if option:
-        source = f"{source[: option.start()]} {source[option.end() :]}".strip()
+    before, *option = re.split(r"(?:^|\s)--platform(?:=|\s+)(\S+)", source, maxsplit=1)
+    platforms = _read_platforms(option[0].lower()) if option else ()
+    source = " ".join([before, *option[1:]]).strip()
     if source.startswith("-"):
         raise BadImage("只支持选项 --platform")
     repository, tag, digest = read_reference(source)
