@@ -599,15 +599,13 @@ class Skopeo:
         return str(path)
 
     def _run(self, arguments: list[str], seconds: float, at_target: bool = False) -> bytes:
-        """Return stdout, trying again after a quick fault of the network; raise CopyFailure.
+        """Return stdout, trying again after a fault of the network; raise CopyFailure.
 
         skopeo's own --retry-times leaves out HTTP 500 and DNS, and repeats a 429 for minutes.
         """
-        quick_until = time.monotonic() + CONNECT_SECONDS
 
         def passes(error: Exception) -> bool:
-            is_network = isinstance(error, CopyFailure) and error.code == "network"
-            return is_network and time.monotonic() < quick_until
+            return isinstance(error, CopyFailure) and error.code == "network"
 
         once = functools.partial(self._run_once, arguments, seconds, at_target)
         return persist(once, (1.0, 3.0), time.sleep, passes)
