@@ -660,6 +660,7 @@ class Skopeo:
     def copy(self, source: str, target: str, *options: str) -> None:
         """Copy one manifest with its layers, or what the options say; the digest stays the same.
 
+        Of a source by digest skopeo itself refuses other bytes (containers/image, UnparsedImage).
         Signatures are left behind: ACR would not store them, and fetching them can fail.
         """
         auth = ["--src-authfile", self._source, "--dest-authfile", self._target]
@@ -793,8 +794,6 @@ def copy_image(skopeo: Skopeo, image: Image, prefix: str, folder: Path) -> tuple
     if target_digest(skopeo, target) == digest:
         return False, digest
     for each in digests:
-        if "manifests" in json.loads(skopeo.raw(f"{repository}@{each}")):
-            raise CopyFailure("rejected", "an index where its entry says an image")
         by_digest = f"{target.rpartition(':')[0]}@{each}"
         skopeo.copy(f"docker://{repository}@{each}", by_digest if index else target)
     if index:
