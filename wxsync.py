@@ -5659,16 +5659,6 @@ def keep_probing(app: App) -> None:
     app.sleep(PROBE_SECONDS)
 
 
-def warm_up() -> None:
-    """Load AES before the first message waits for it; give back what compiling this file took."""
-    aes(bytes(32))
-    if sys.platform == "linux":
-        import ctypes  # the AES library has loaded it already
-
-        with contextlib.suppress(AttributeError):  # musl has no such function
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 def take_up(app: App) -> None:
     """Read the state and tell people of what could not be read; raise Failure."""
     for entry in app.state.load():
@@ -5708,7 +5698,8 @@ def start_threads(app: App) -> None:
     if isinstance(robot, Robot):
         start(lambda: robot.run(app))
         start(lambda: robot.refresh(app))
-    threading.Thread(target=warm_up, daemon=True).start()
+    # Loads AES before the first message waits for it.
+    threading.Thread(target=aes, args=(bytes(32),), daemon=True).start()
 
 
 def serve(
