@@ -5677,10 +5677,7 @@ def take_up(app: App) -> None:
 
 def start_threads(app: App) -> None:
     """Start everything that does not answer requests."""
-
-    def start(step: Callable[[], object]) -> None:
-        repeat(app.log, app.sleep, step)
-
+    start = functools.partial(repeat, app.log, app.sleep)
     if proxy := app.network.proxy:
         app.log.info(f"🌐 检测到代理配置: {proxy}")
         app.log.info(f"   直连域名: {', '.join(app.settings.NO_PROXY_DOMAINS)}")
