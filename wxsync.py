@@ -1434,6 +1434,7 @@ class Network:
         self._lock = threading.Lock()  # held while the proxy is probed
         self._is_up: bool | None = None  # None: not proven yet
         self.probed = threading.Event()
+        self.clock_gaps: dict[str, float] = {}  # address -> seconds, by its last answer
 
     @property
     def proxy_state(self) -> str:
@@ -1529,7 +1530,6 @@ class Client:
         self._proxied = proxied
         self._lock = threading.Lock()
         self._wire: Wire | None = None
-        self.clock_gap: float | None = None  # as its last answer showed it; for `check`
 
     def call(
         self,
@@ -1547,7 +1547,8 @@ class Client:
             with contextlib.suppress(ValueError, TypeError, OverflowError):
                 date = email.utils.parsedate_to_datetime(answer.headers.get("Date", ""))
                 # The header has whole seconds, rounded down.
-                self.clock_gap = time.time() - date.timestamp() - 0.5
+                gap = time.time() - date.timestamp() - 0.5
+                self._network.clock_gaps[str(self.url)] = gap
             return answer
 
 
@@ -5389,7 +5390,6 @@ class Doctor:
 
     app: App
     env_file: Path
-    target: Client
 
     # -- this machine
 
@@ -5412,13 +5412,13 @@ class Doctor:
                 cure = f"没有安装：pip install {package}"
                 yield finding(package, is_installed(module), "已安装", cure)
 
-    def clock(self, clients: Mapping[str, Client]) -> Iterator[Finding]:
+    def clock(self) -> Iterator[Finding]:
         """Compare this machine's clock with the servers' Date headers; tell the largest gap."""
-        gaps = {name: abs(client.clock_gap) for name, client in clients.items() if client.clock_gap}
+        gaps = [(abs(gap), host) for host, gap in dict(self.app.network.clock_gaps).items()]
         if gaps:
-            name = max(gaps, key=gaps.__getitem__)
-            text = f"与 {name} 相差 {gaps[name]:.0f} 秒"
-            yield finding("时钟", gaps[name] <= 60, text, f"{text}：timedatectl set-ntp true")
+            gap, host = max(gaps)
+            text = f"与 {host} 相差 {gap:.0f} 秒"
+            yield finding("时钟", gap <= 60, text, f"{text}：timedatectl set-ntp true")
 
     def proxy(self) -> Iterator[Finding]:
         """Try the proxy as the service would."""
@@ -5540,7 +5540,8 @@ class Doctor:
         cure = f"{name} 不像 ACR 个人版的地址：registry.cn-….aliyuncs.com 或 crpi-….personal.cr.…"
         found = re.fullmatch(acr, name) is not None
         yield finding("目标仓库", found, f"{name} 是 ACR 地址", cure, "⚠️")
-        answer = self.target.call("GET", "/v2/", {})
+        target = Client(self.app.network, f"https://{name}", proxied=False)
+        answer = target.call("GET", "/v2/", {})
         text = f"{name} 可以访问（账号密码只在工作流里用，这里无法检查）"
         cure = f"{name} 答 HTTP {answer.status}，不像镜像仓库：核对 DOCKER_REGISTRY"
         yield finding("目标仓库", answer.status in (200, 401), text, cure)
@@ -5563,12 +5564,6 @@ class Doctor:
 
 def run_checks(doctor: Doctor) -> list[Finding]:
     """Ask every system side by side, for CHECK_SECONDS in all; return what was found, in order."""
-    app = doctor.app
-    clients = {"GitHub": app.github.client, "目标仓库": doctor.target}
-    if isinstance(channel := app.channels.get(Texts.name), Texts):
-        clients["企业微信"] = channel.wecom.client
-    if app.store:
-        clients["QingStor"] = app.store.client
     steps = {
         "本机": (doctor.host, "检查 STATE_DIR"),
         "代理": (doctor.proxy, "检查 PROXY_URL"),
@@ -5602,7 +5597,7 @@ def run_checks(doctor: Doctor) -> list[Finding]:
         if thread.is_alive():
             late = Finding("❌", name, f"{CHECK_SECONDS:.0f} 秒内没有回答；{steps[name][1]}")
             findings[name] = [*findings[name], late]
-    findings["时钟"] = list(doctor.clock(clients))
+    findings["时钟"] = list(doctor.clock())
     return [found for group in findings.values() for found in group]
 
 
@@ -5643,9 +5638,8 @@ def run_check(settings: Settings, env_file: Path, as_json: bool) -> int:
     log = Log("ERROR", settings.secrets().values(), sys.stderr)
     app = build_app(settings, log, time.time, lambda seconds: None)
     app.github.patience_seconds = 0  # a limit is told, not waited for
-    target = Client(app.network, f"https://{settings.DOCKER_REGISTRY}", proxied=False)
-    doctor = Doctor(app, env_file, target)
-    findings = [found._replace(text=found.text.replace("`", "")) for found in run_checks(doctor)]
+    found = run_checks(Doctor(app, env_file))
+    findings = [entry._replace(text=entry.text.replace("`", "")) for entry in found]
     if as_json:
         print(json.dumps([found._asdict() for found in findings], ensure_ascii=False))
     else:
