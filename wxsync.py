@@ -5579,13 +5579,11 @@ def run_checks(doctor: Doctor) -> list[Finding]:
         check, hint = steps[name]
         try:
             findings[name].extend(check())
-        except Unreachable as failure:
-            findings[name].append(Finding("❌", name, f"{failure}；{hint}"))
         except Failure as failure:
-            findings[name].append(Finding("❌", name, str(failure)))
-        except (OSError, ImportError, ValueError, LookupError, AttributeError, TypeError) as error:
-            said = f"（{explain(error)}）" if isinstance(error, OSError) else ""
-            text = f"看不懂对方的回答{said}：核对地址；{hint}"
+            text = f"{failure}；{hint}" if isinstance(failure, Unreachable) else str(failure)
+            findings[name].append(Finding("❌", name, text))
+        except Exception as error:  # whatever an odd answer led to
+            text = f"看不懂对方的回答（{explain(error)}）：核对地址；{hint}"
             findings[name].append(Finding("❌", name, text))
 
     threads = {n: threading.Thread(target=collect, args=(n,), daemon=True) for n in steps}
@@ -5595,8 +5593,8 @@ def run_checks(doctor: Doctor) -> list[Finding]:
     for name, thread in threads.items():
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
-            late = Finding("❌", name, f"{CHECK_SECONDS:.0f} 秒内没有回答；{steps[name][1]}")
-            findings[name] = [*findings[name], late]
+            text = f"{CHECK_SECONDS:.0f} 秒内没有回答；{steps[name][1]}"
+            findings[name].append(Finding("❌", name, text))
     findings["时钟"] = list(doctor.clock())
     return [found for group in findings.values() for found in group]
 
