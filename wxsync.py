@@ -5365,11 +5365,13 @@ def finding(name: str, good: bool, text: str, cure: str, mark: str = "❌") -> F
     return Finding("✅", name, text) if good else Finding(mark, name, cure)
 
 
-def is_installed(module: str) -> bool:
-    """Tell whether a module can be imported, without importing it."""
+def missing_packages(settings: Settings) -> str:
+    """Return the names of packages that these settings need and that cannot be imported."""
     import importlib.util
 
-    return importlib.util.find_spec(module) is not None
+    needed = {"pycryptodome": "Crypto"}
+    needed |= {"qingstor-sdk": "qingstor"} if settings.QINGSTOR_ACCESS_KEY_ID else {}
+    return " ".join(name for name in needed if not importlib.util.find_spec(needed[name]))
 
 
 def ask_service(settings: Settings, method: str, target: str, body: bytes) -> Answer:
@@ -5407,10 +5409,8 @@ class Doctor:
             yield finding(".env", not mode & 0o077, text, cure, "⚠️")
         if weak := self.app.settings.weak_secrets():
             yield Finding("⚠️", "密钥", f"{weak} 太短（不到 8 个字符），请换长的")
-        for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
-            if module == "Crypto" or self.app.store:
-                cure = f"没有安装：pip install {package}"
-                yield finding(package, is_installed(module), "已安装", cure)
+        missing = missing_packages(self.app.settings)
+        yield finding("程序库", not missing, "已安装", f"没有安装：pip install {missing}")
 
     def clock(self) -> Iterator[Finding]:
         """Compare this machine's clock with the servers' Date headers; tell the largest gap."""
@@ -5699,9 +5699,8 @@ def serve(
 ) -> int:
     """Run the service until a signal comes; return the exit status."""
     try:
-        for module, package in (("Crypto", "pycryptodome"), ("qingstor", "qingstor-sdk")):
-            if not is_installed(module) and (module == "Crypto" or settings.QINGSTOR_ACCESS_KEY_ID):
-                raise Failure(f"没有安装 {package}：pip install {package}")
+        if missing := missing_packages(settings):
+            raise Failure(f"没有安装：pip install {missing}")
         lock = take_lock(Path(settings.STATE_DIR))
         app = build_app(settings, log, now, sleep)
         take_up(app)
