@@ -5738,6 +5738,7 @@ def send_text(settings: Settings, text: str, user: str) -> int:
     try:
         if not settings.CORP_ID:
             raise Failure("send 需要回调的设置：CORP_ID、AGENT_ID、SECRET、TOKEN、ENCODING_AES_KEY")
+        user = user or next(iter(settings.ALLOWED_USERS), "")
         if not user:
             user = "wxsync"
             print(f"以用户 {user} 发送；后来的结果发给这个人，可用 --user 指明", file=sys.stderr)
@@ -5745,11 +5746,11 @@ def send_text(settings: Settings, text: str, user: str) -> int:
         now = time.time()
         inner = {"ToUserName": settings.CORP_ID, "FromUserName": user, "CreateTime": str(int(now))}
         inner |= {"MsgType": "text", "Content": text, "MsgId": str(secrets.randbits(62))}
-        envelope, _ = read_fields(seal(crypto, inner, False, now))
+        sealed = seal(crypto, inner, False, now)
+        envelope, _ = read_fields(sealed)
         query = {"msg_signature": envelope["msgsignature"], "timestamp": envelope["timestamp"]}
         target = f"{Callback.PATH}?{urllib.parse.urlencode({**query, 'nonce': envelope['nonce']})}"
-        body = write_xml({"ToUserName": settings.CORP_ID, "Encrypt": envelope["encrypt"]}).encode()
-        answer = ask_service(settings, "POST", target, body)
+        answer = ask_service(settings, "POST", target, sealed)
         if answer.status != 200:
             why = SEND_ERRORS.get(answer.status, "看它的日志")
             raise Failure(f"服务答 {answer.status}：{why}")
@@ -5811,8 +5812,7 @@ def main(arguments: list[str] | None = None, environ: Mapping[str, str] = os.env
     if options.command == "check":
         return run_check(settings, env_file, options.json)
     if options.command == "send":
-        user = options.user or next(iter(settings.ALLOWED_USERS), "")
-        return send_text(settings, options.text, user)
+        return send_text(settings, options.text, options.user)
     return serve(settings, Log(settings.LOG_LEVEL, settings.secrets().values(), sys.stderr))
 
 
