@@ -9219,7 +9219,7 @@ def test_another_program_takes_the_robot_over() -> None:
         world.ask("slow/a:1")
         world.gateway.subscriptions[0] = (time.time(), 0)
         world.gateway.throw_out()
-        assert wait_until(lambda: not world.is_up()) and "另一个" in world.service.log
+        assert wait_until(lambda: not world.is_up() and "另一个" in world.service.log)
         world.open()
         waits(world, [600])
         world.pushed()

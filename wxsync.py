@@ -3128,7 +3128,8 @@ DENIED = r"""(?i)\bpull access denied for[ \t]+([^\s,"']{1,300})(?=,)"""
 #     tag: v1
 CHART = (
     r"""(?i)(?:\bregistry["']?:\s*["']?(?P<host>[\w.:-]+)["']?,?\s+["']?)?"""
-    r"""\b(?:repository|(?P<image>image))["']?:\s*["']?(?P<name>(?!\S+://)[^\s"',#{}&]+)["']?[\s,]"""
+    r"""\b(?:repository|(?P<image>image))["']?:\s*["']?"""
+    r"""(?P<name>(?!\S+://)[^\s"',#{}&]+)["']?[\s,]"""
     r"""(?:(?!\b(?:repository|image)["']?:)[^{}]){0,300}?"""
     r"""\b(?(image)imageTag|tag)["']?:[ \t]*["']?(?P<tag>[^\s"',#{}&]+)"""
 )
@@ -5142,7 +5143,7 @@ class Robot(Channel):
             self.trouble = f"{LINE_DOWN}：{explain(error)}"
             pause = min(30.0, 2.0**self._faults)
             if isinstance(error, ChannelError):  # refused, or taken over
-                pause = error.pause_seconds
+                self.trouble, pause = str(error), error.pause_seconds
             self._faults = min(self._faults + 1, 5)
         finally:
             self._line, self.trouble = None, self.trouble or LINE_DOWN
@@ -5172,7 +5173,7 @@ class Robot(Channel):
             if part(found, "headers").get("req_id") == req_id:
                 pause = REFUSED_PAUSES[min(self._refusals, len(REFUSED_PAUSES) - 1)]
                 self._refusals += 1
-                self._check(found, "拒绝订阅，核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
+                self._check(found, "订阅被拒绝：核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
                 self._refusals = 0
                 return early
             if data and len(early) < self.MOST_REPLIES:
