@@ -2144,10 +2144,10 @@ class GitHub:
         return seconds_between(found.get("run_started_at"), found.get("updated_at"))
 
     def outcomes(self, run: Run, lines: Sequence[str]) -> list[Outcome]:
-        """Return an Outcome per line, of the run's last attempt; one without a job is "missing"."""
+        """Return an Outcome per line, of the last attempt; a line without a job is "missing"."""
         jobs: list[Any] = []
         for page in range(1, 6):  # until a page is not full: total_count grows while one reads
-            path = f"/actions/runs/{run.id}/jobs?filter=latest&per_page=100&page={page}"
+            path = f"/actions/runs/{run.id}/jobs?per_page=100&page={page}"
             found = pick(self.call("GET", path, needs="Actions: Read", polling=True), "jobs", list)
             jobs += found
             if len(found) < 100:
