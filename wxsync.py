@@ -3067,8 +3067,11 @@ ALONE = (
     r"-[ditqPD]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|debug|"
     r"no-healthcheck|all-tags|all-platforms|plain-http|skip-verify|local|disable-content-trust)"
 )
-VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|\S+)"""
-OPTIONS = rf"(?:\s+(?:(?-i:{ALONE})(?=\s)|-[^\s=]+(?:{VALUE})?)){{0,60}}+"
+VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|(?!"[^"]*"|'[^']*')\S+)"""
+# Each alternative shuts out the others: an option's value is never taken for the image. (Possessive
+# quantifiers would say it shorter; they are wrong in Python 3.11.2.)
+OPTION = rf"(?-i:{ALONE})(?=\s)|(?!(?-i:{ALONE})\s)-[^\s=]+(?:{VALUE}|(?!{VALUE}))"
+OPTIONS = rf"(?:\s+(?:{OPTION})){{0,60}}"
 # A line's marks: `ref` is what stands there, `loose` what is only taken when it has a
 # tag (prose), `word` what stands in a command. What is no plain reference is named, nothing is
 # guessed.
@@ -3110,7 +3113,7 @@ MARKS = (
         rf"(?<![\w.-])(?:docker|podman|nerdctl|crictl|ctr){OPTIONS}(?:\s+(?:images?|i))?\s+"
         r"(?:pull|(?P<run>run|create))(?=\s)"
         r"""(?=(?:[^;|&]{0,300}?\s--platform[=\s]\s*["']?(?P<on>[^\s"';|&`]+))?)"""
-        rf"{OPTIONS}\s+(?P<word>[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)"
+        rf"{OPTIONS}\s+(?P<word>(?!-)[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)"
         rf"(?:{OPTIONS}\s+(?P<more>[\w.-]+[:/][\w.:/-]+)(?=\s|$))?"
     ),
 )
