@@ -5126,13 +5126,13 @@ class Robot(Channel):
             self._acks.pop(req_id, None)
         if not found:
             raise Unreachable(LINE_DOWN)
-        self._check(found, "拒绝了一条消息", 5.0)
+        self._check(found, "智能机器人拒绝了一条消息", 5.0)
 
     def _check(self, found: Mapping[str, Any], what: str, pause_seconds: float) -> None:
         """Raise ChannelError where an answer has another errcode than 0."""
         if found.get("errcode") != 0:
             said = shown(self._log.mask(f"{found.get('errcode')} {found.get('errmsg', '')}"), 80)
-            raise ChannelError(f"智能机器人{what}（{said}）", pause_seconds, False)
+            raise ChannelError(f"{what}（{said}）", pause_seconds, False)
 
     # -- the line
 
@@ -5176,7 +5176,8 @@ class Robot(Channel):
             if part(found, "headers").get("req_id") == req_id:
                 pause = REFUSED_PAUSES[min(self._refusals, len(REFUSED_PAUSES) - 1)]
                 self._refusals += 1
-                self._check(found, "订阅被拒绝：核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
+                why = "智能机器人订阅被拒绝：核对 BOT_ID、BOT_SECRET 和长连接方式"
+                self._check(found, why, pause)
                 self._refusals = 0
                 return early
             if data and len(early) < self.MOST_REPLIES:
