@@ -60,9 +60,9 @@ Threads. The main one holds every HTTP connection and waits for nothing; one alo
 Each lane (images, files) is one; runs, those that take long, orphans, midnight, the proxy and
 living messages have one each that looks now and then; letters go out by one for WeCom and four for
 the robot, whose line is read by one. What waits for the disk, a message to the robot and a download
-have their own while they last. Locks may be held together in this order only: App.list_lock,
-ImageList's; a Client's, Network's; State.changed, a Pace's; Robot's, Chat's; a Stream's,
-WebSocket's. All others are held alone.
+have their own while they last. Locks may be held together in this order only: App.list_lock
+and any other; WeCom's, a Client's, Network's; State.changed, a Pace's; a Stream's, WebSocket's. All
+others are held alone, the Log's last.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
 Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images, and
@@ -4356,7 +4356,14 @@ def relay_file(app: App, task: Task) -> None:
             store.drop(upload)
         if task.deaths >= MAX_DEATHS:
             raise Failure("传输时服务多次异常退出，不再尝试，请联系管理员查看日志")
-        upload, size_bytes = upload_file(app, store, task)
+        try:
+            upload, size_bytes = upload_file(app, store, task)
+        except Failure:
+            current = app.state.facts.task(task.id, task.lane)
+            with contextlib.suppress(Failure):  # then `keep_settling` goes on trying
+                if current and current.upload:  # who is told finds nothing in the bucket
+                    store.drop(Upload(*current.upload))
+            raise
     link = store.link(upload.key, app.now())
     text = (
         f"✅ 文件上传成功！\n\n文件名: `{shown(upload.name, 150)}`\n文件大小: {size_bytes} 字节\n"
