@@ -3684,7 +3684,6 @@ class Chat:
     images: ImageList
     progress: Progress
     trouble: Callable[[], str]
-    lock: threading.Lock = field(default_factory=threading.Lock)
     heard: dict[str, str] = field(default_factory=dict)  # message -> reply, for repeats
 
     def recall(self, message_id: str) -> str | None:
@@ -3727,10 +3726,8 @@ class Chat:
             self.log.bug(f"message: id={shown(message.id)}")
             said = INTERNAL_ERROR
         if isinstance(said, str):
-            with self.lock:
-                while len(self.heard) >= MAX_REMEMBERED:
-                    del self.heard[next(iter(self.heard))]
-                self.heard[message.id] = said
+            # Two threads at once may lose an entry: that message would be read again.
+            self.heard = newest({**self.heard, message.id: said}, MAX_REMEMBERED)
         return said
 
     def _obey(self, message: Message, channel: Channel) -> Saying:
@@ -3762,10 +3759,7 @@ class Chat:
         return Reading("", images, links)
 
     def _list(self) -> str:
-        try:
-            lines = self.images.read().decode(errors="replace").strip().replace("`", "'")
-        except Failure as failure:
-            raise Failure(f"❌ {failure}") from failure
+        lines = self.images.read().decode(errors="replace").strip().replace("`", "'")
         return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
 
     # -- work
