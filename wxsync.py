@@ -2756,10 +2756,7 @@ class Facts:
 
     def without_letter(self, letter: Letter) -> Facts:
         """Return Facts without a message, if it is still to be sent."""
-        letters = list(self.letters)
-        if letter in letters:
-            letters.remove(letter)
-        return replace(self, letters=tuple(letters))
+        return replace(self, letters=tuple(a for a in self.letters if a != letter))
 
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
         """Return Facts that know what came of a request, or of one more part of it."""
@@ -3498,14 +3495,6 @@ def late_text(outcomes: Sequence[Outcome], prefix: str, run_url: str) -> str:
     return "\n".join([*lines, "", *_failed_groups(failed), *_done_lines(done, prefix, False)])
 
 
-def failed_text(lines: Sequence[str], why: str, run_url: str, can_retry: bool) -> str:
-    """Return the final message of an image request that failed as a whole."""
-    run = f"\n运行：{run_url}" if run_url else ""
-    retry = f"\n{RETRY}" if can_retry else ""
-    head = f"❌ 镜像同步失败，成功 0 / {len(lines)}\n{why}{run}{retry}\n"
-    return _fit(head, [quoted(line, 100) for line in lines], MAX_TEXT_BYTES - 100, "个")
-
-
 def public_link(link: str, is_own: bool) -> str:
     """Return what may be shown of a link: one's own without its query, of others the host."""
     parts = urllib.parse.urlsplit(link)
@@ -4094,15 +4083,16 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 def fail(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the images as a whole, or the first link, failed."""
-    if task.lane == "images":
-        text = failed_text(task.items, why, task.run_url, can_retry)
-        finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
-        return
-    link = task.items[0]
-    number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
+    items, item = task.items, ""
+    head = f"镜像同步失败，成功 0 / {len(items)}"
+    if task.lane == "files":
+        items, item, head = items[:1], items[0], "文件上传失败"
+    run = f"\n运行：{task.run_url}" if task.run_url else ""
     retry = f"；{RETRY}" if can_retry else ""
-    text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
-    finish(app, task, text, number, "文件：失败", (link,), item=link)
+    names = [quoted(name, 300) for name in items]
+    text = _fit(f"❌ {head}\n{why}{retry}{run}\n", names, MAX_TEXT_BYTES - 100, "个")
+    what = f"{LANES[task.lane][0]} {title(task, True)}：失败"
+    finish(app, task, text, f"{task.id} {item}", what, items, item)
 
 
 def cancel(app: App, task: Task) -> None:
