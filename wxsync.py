@@ -49,9 +49,8 @@ Promises, each with the test that holds it (in test_wxsync.py).
 What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
 What a crash leaves of a request, and what the next start does about it:
-    queued          the request: it begins, after a look for a run that a full disk kept quiet
-    committed       the list's commit: a run is started, after the same look
-    dispatching     perhaps a run: looked for by the request's id, and started if there is none
+    queued          perhaps a run: looked for by the request's id; if there is none, the request
+                    begins again (a list that is there already takes no second commit)
     running, late   a run: it is followed to its end
     a file's upload what was stored whole is told, anything else aborted and begun again
     finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
@@ -2680,7 +2679,8 @@ class Said(NamedTuple):
     reply: str
 
 
-STAGES = ("queued", "committed", "dispatching", "running", "late")
+STAGES = ("queued", "running", "late")
+OLD_STAGES = ("committed", "dispatching")  # of versions before: as good as queued
 
 
 class Task(NamedTuple):
@@ -2795,7 +2795,7 @@ def read_task(entry: Any) -> Task:
     An upload that was on its way when the process died may be why.
     """
     task: Task = revive(Task, entry)
-    is_known = task.lane in ("images", "files") and task.stage in STAGES
+    is_known = task.lane in ("images", "files") and task.stage in STAGES + OLD_STAGES
     is_whole = task.items and len(task.upload) in (0, 3)
     if not is_known or not is_whole or not USER_PATTERN.fullmatch(task.person):
         raise ValueError("lane, stage, items, upload or user")
@@ -4069,10 +4069,9 @@ def finish(
     app.progress.end(task)
 
 
-def advance(app: App, task: Task, **changes: Any) -> Task:
-    """Change fields of a task; on disk on return. Returns the Task as it is then."""
+def advance(app: App, task: Task, **changes: Any) -> None:
+    """Change fields of a task; on disk on return."""
     app.state.change(lambda facts: facts.with_task(task, **changes))
-    return task._replace(**changes)
 
 
 def stop_if_cancelled(app: App, task: Task) -> None:
@@ -4098,8 +4097,7 @@ def fail(app: App, task: Task, why: str, can_retry: bool) -> None:
 def cancel(app: App, task: Task) -> None:
     """Tell the person that the request has been broken off."""
     is_file = task.lane == "files"
-    is_surely_idle = task.stage in ("queued", "committed")
-    head = "已取消上传" if is_file else "已取消，没有开始" if is_surely_idle else "已取消"
+    head = "已取消上传" if is_file else "已取消"
     what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
     finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
 
@@ -4123,29 +4121,24 @@ def attempt(app: App, task: Task, step: Callable[[App, Task], object]) -> None:
 
 
 # ---- Images ------------------------------------------------------------------------------------
-# queued -> committed -> dispatching -> running (-> late). Each stage is on disk before the call
-# that follows it, so that a restart knows what may have been done already and looks before doing
-# it again.
+# queued -> running (-> late). A restart looks whether what is queued has been started already,
+# before it is done again.
 
 
-def running(app: App, task: Task, run: Run) -> Task:
-    """Note that GitHub runs the task: from here on the run decides what came of it."""
-    app.log.info(f"images: id={task.id} run={run.id}")
-    found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
-    return advance(app, task, stage="running", **found)
-
-
-def start_run(app: App, task: Task) -> Task:
-    """Return the task with its run, looked for where it may have been started all the same."""
+def start_run(app: App, task: Task) -> Run:
+    """Commit the list and return a new run, looked for where a call for it got lost."""
+    stop_if_cancelled(app, task)
+    content = app.images.add(task.items)
+    more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
+    app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]")
     for _ in range(TRIES):
         stop_if_cancelled(app, task)
-        task = advance(app, task, stage="dispatching")
         try:
-            return running(app, task, app.github.dispatch(task.items, task.id))
+            return app.github.dispatch(task.items, task.id)
         except Unreachable as error:
             app.log.warning(f"github: {error}；查找是否已经启动")
         if run := app.github.find_run(task.id):
-            return running(app, task, run)
+            return run
     raise Unreachable("GitHub 没有回应，任务没有启动，请稍后重发")
 
 
@@ -4219,23 +4212,18 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
 
 
 def sync_images(app: App, task: Task) -> None:
-    """Run one image request from where it stands: commit, dispatch, wait; raise Failure."""
+    """Run one image request from where it stands, and wait for its run; raise Failure."""
     with app.list_lock:
         app.github.patience_seconds = GITHUB_WAIT_SECONDS
-        content = b""
-        if task.stage == "queued":
-            stop_if_cancelled(app, task)
-            content = app.images.add(task.items)
-        # Wherever a restart finds it: a full disk may have kept quiet how far it was.
-        is_old = task.id in app.state.resumed and not task.run_id
-        if is_old and (run := app.github.find_run(task.id)):
-            task = running(app, task, run)
-        if task.stage == "queued":
-            more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
-            app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]")
-            task = advance(app, task, stage="committed")
-        if task.stage in ("committed", "dispatching"):
-            task = start_run(app, task)
+        if not task.run_id:
+            is_old = task.id in app.state.resumed
+            if is_old and (run := app.github.find_run(task.id)):
+                app.images.add(task.items)  # a full disk may not have taken it
+            else:
+                run = start_run(app, task)
+            app.log.info(f"images: id={task.id} run={run.id}")
+            found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
+            advance(app, task, stage="running", **found)
         # It is followed beside the lane, until it ends or takes long.
         app.state.wait_for(lambda facts: all(t.id != task.id for t in facts.lane("images")))
 
