@@ -4192,15 +4192,17 @@ def begun(app: App, task: Task) -> Work:
     return work
 
 
-def is_late(app: App, work: Work) -> bool:
-    """Tell whether a request has outlived SYNC_TIMEOUT, waiting for GitHub included."""
-    return time.monotonic() - work.since >= app.settings.SYNC_TIMEOUT
+def tell_late(app: App, task: Task) -> None:
+    """Where a request has outlived SYNC_TIMEOUT, waiting for GitHub included: say so, once.
 
-
-def tell_late(app: App, task: Task, **changes: Any) -> None:
-    """In one change: queue the message that it takes long, unless it was, and change the task."""
-    letters: list[Letter] = []
-    work = app.progress.of(task)
+    The lane lets go of it in the same change, if it has a run.
+    """
+    work, letters = app.progress.of(task), list[Letter]()
+    age_seconds = time.monotonic() - work.since if work.since else 0.0
+    is_known = task.stage == "late" or (work.is_told and not task.run_id)
+    is_gone = app.state.facts.task(task.id, task.lane) is None
+    if is_known or is_gone or age_seconds < app.settings.SYNC_TIMEOUT:
+        return
     if not work.is_told:
         work.is_told = True
         channel = app.channel(task.user)
@@ -4208,7 +4210,8 @@ def tell_late(app: App, task: Task, **changes: Any) -> None:
         text = split_text(text, channel.limit_bytes - 200, 1)[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
         letters = channel.ending(task.id, letters)
-    app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
+    stage = "late" if task.run_id else task.stage
+    app.state.change(lambda facts: facts.with_task(task, stage=stage).with_letters(letters))
 
 
 def sync_images(app: App, task: Task) -> None:
@@ -4229,9 +4232,8 @@ def sync_images(app: App, task: Task) -> None:
 
 
 def follow(app: App, task: Task) -> None:
-    """Look once at a run; let go of one that takes long."""
+    """Look once at a run; raise Failure where it is given up."""
     work = begun(app, task)
-    work.next_count = work.next_count or time.monotonic() + JOBS_SECONDS
     if app.state.is_cancelled(task) and not work.is_cancelled:
         work.is_cancelled = True
         cancel_run(app, task)
@@ -4245,23 +4247,16 @@ def follow(app: App, task: Task) -> None:
         if work.odd_looks > ODD_ANSWERS or time.monotonic() - work.since > WATCH_SECONDS:
             raise
         app.log.debug(f"github: {failure}")
-    is_followed = app.state.facts.task(task.id, task.lane) is not None
-    if is_followed and task.stage == "running" and is_late(app, work):
-        with contextlib.suppress(Failure):
-            work.outcomes = app.github.outcomes(task.run, task.items)
-        tell_late(app, task, stage="late")
 
 
 def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
-    """Look once at the runs of these tasks, and at the clock of the one that waits for GitHub."""
+    """Look once at the runs of these tasks, and at the clock."""
     tasks = app.state.wait_for(which)
     began = time.monotonic()
     for task in tasks:
-        work = app.progress.of(task)
         if task.run_id:
             attempt(app, task, follow)
-        elif work.since and not work.is_told and is_late(app, work):
-            tell_late(app, task)
+        tell_late(app, task)
     app.sleep(max(POLL_SECONDS / 4, POLL_SECONDS - (time.monotonic() - began)))
 
 
