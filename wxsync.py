@@ -4039,17 +4039,18 @@ class Post:
 
 
 def finish(
-    app: App, task: Task, text: str, mark: str, what: str, failed: Sequence[str], item: str = ""
+    app: App, task: Task, text: str, mark: str, end: str, failed: Sequence[str], item: str = ""
 ) -> None:
     """In one change: queue the final message and drop the task (or just the one item of it).
 
-    `mark` is what makes the message unlike any other. The upload of an item that has not failed is
-    stored, any other in the task an orphan: `keep_settling` drops it. The rest of a task goes
-    behind those of others.
+    `mark` is what makes the message unlike any other, `end` says in a few words what came of it.
+    The upload of an item that has not failed is stored, any other in the task an orphan:
+    `keep_settling` drops it. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
     letters = channel.ending(task.id, channel.letters(task.user, text, mark))
-    at = app.now()
+    done = task._replace(items=(item,)) if item else task
+    at, what = app.now(), f"{LANES[task.lane][0]} {title(done, True)}：{end}"
 
     def change(facts: Facts) -> Facts:
         current = facts.task(task.id, task.lane)
@@ -4090,16 +4091,7 @@ def fail(app: App, task: Task, why: str, can_retry: bool) -> None:
     retry = f"；{RETRY}" if can_retry else ""
     names = [quoted(name, 300) for name in items]
     text = _fit(f"❌ {head}\n{why}{retry}{run}\n", names, MAX_TEXT_BYTES - 100, "个")
-    what = f"{LANES[task.lane][0]} {title(task, True)}：失败"
-    finish(app, task, text, f"{task.id} {item}", what, items, item)
-
-
-def cancel(app: App, task: Task) -> None:
-    """Tell the person that the request has been broken off."""
-    is_file = task.lane == "files"
-    head = "已取消上传" if is_file else "已取消"
-    what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
-    finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
+    finish(app, task, text, f"{task.id} {item}", "失败", items, item)
 
 
 def attempt(app: App, task: Task, step: Callable[[App, Task], object]) -> None:
@@ -4115,7 +4107,8 @@ def attempt(app: App, task: Task, step: Callable[[App, Task], object]) -> None:
         app.log.bug(f"{task.lane}: id={task.id}")
     task = app.state.facts.task(task.id, task.lane) or task
     if app.state.is_cancelled(task) and not task.run_id:
-        cancel(app, task)
+        text = f"⏹ 已取消{LANES[task.lane][1]}：{title(task, True)}"
+        finish(app, task, text, task.id, "已取消", ())
     else:
         fail(app, task, why, can_retry)
 
@@ -4148,8 +4141,7 @@ def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float)
     failed = [outcome.line for outcome in outcomes if not outcome.is_done]
     done = len(outcomes) - len(failed)
     app.log.info(f"images: id={task.id} done={done} of={len(outcomes)} seconds={seconds:.0f}")
-    what = f"镜像 {title(task, True)}：成功 {done} / {len(outcomes)}"
-    finish(app, task, text, task.run_url, what, failed)
+    finish(app, task, text, task.run_url, f"成功 {done} / {len(outcomes)}", failed)
 
 
 def cancel_run(app: App, task: Task) -> None:
@@ -4327,8 +4319,7 @@ def relay_file(app: App, task: Task) -> None:
         f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {link}"
     )
     app.log.info(f"files: id={task.id} bytes={size_bytes} key={upload.key}")
-    what = f"文件 {quoted(upload.name)}：成功"
-    finish(app, task, text, upload.key, what, (), task.items[0])
+    finish(app, task, text, upload.key, "成功", (), task.items[0])
 
 
 def keep_settling(app: App) -> None:
