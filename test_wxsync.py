@@ -8321,10 +8321,10 @@ alice> slow/a:1, b:1, nosuch:1
 bob> next:1
 alice< ⏰
 +/actions/runs/
-+docker pull PREFIX/b:1
-+1 / 3
-+nosuch:1
--slow_a
++2 / 3
++✅ b:1
++❌ nosuch:1
++⏳ slow/a:1
 bob< 成功 1 / 1
 alice> 状态
 ~仍在跟踪\D*1[\s\S]*slow/a:1[\s\S]*2/3

@@ -3414,6 +3414,7 @@ REASONS = COPY_REASONS | {
 }
 RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
 RETRY = "发送 重试，再做一次失败的"
+LATE = "⏰ 还没有完成，结束后再通知您"
 
 
 def duration(seconds: float) -> str:
@@ -3482,17 +3483,6 @@ def result_text(outcomes: list[Outcome], prefix: str, seconds: float, run_url: s
     lines += [""] if failed and done else []
     with_tags = len(outcomes) <= 5 and len("\n".join(lines)) < MAX_TEXT_BYTES // 3
     return "\n".join([*lines, *_done_lines(done, prefix, with_tags)])
-
-
-def late_text(outcomes: Sequence[Outcome], prefix: str, run_url: str) -> str:
-    """Return the message of a request that outlives SYNC_TIMEOUT."""
-    done = [outcome for outcome in outcomes if outcome.is_done]
-    failed = [o for o in outcomes if not o.is_done and not o.is_open]
-    open_names = [f"`{outcome.line}`" for outcome in outcomes if outcome.is_open]
-    head = f"⏰ 还在同步，完成 {len(done)} / {len(outcomes)}，失败 {len(failed)}；结束后再通知您"
-    waiting = "还在同步：" + "、".join(open_names[:5]) + (" 等" if len(open_names) > 5 else "")
-    lines = [head, run_url or "（还在等 GitHub，没有开始运行）", *([waiting] if open_names else [])]
-    return "\n".join([*lines, "", *_failed_groups(failed), *_done_lines(done, prefix, False)])
 
 
 def public_link(link: str, is_own: bool) -> str:
@@ -3568,7 +3558,7 @@ def progress_text(task: Task, progress: Progress) -> str:
 
 
 def living_text(task: Task, progress: Progress) -> str:
-    """Return what a message that lives shows of its request while it runs."""
+    """Return what is shown of a request while it runs, or when it takes long."""
     if task.lane == "files":
         return f"🔄 正在上传 {title(task, True)}\n{progress_text(task, progress)}"
     outcomes = progress.of(task).outcomes
@@ -4198,8 +4188,9 @@ def tell_late(app: App, task: Task) -> None:
     if not work.is_told:
         work.is_told = True
         channel = app.channel(task.user)
-        text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
-        text = split_text(text, channel.limit_bytes - 200, 1)[0]
+        where = task.run_url or "（还在等 GitHub，没有开始运行）"
+        text = f"{LATE}\n{where}\n\n{living_text(task, app.progress)}"
+        text = split_text(text, channel.limit_bytes - 200, 1, "个")[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
         letters = channel.ending(task.id, letters)
     stage = "late" if task.run_id else task.stage
@@ -5293,7 +5284,7 @@ class Robot(Channel):
         elif request:
             for task in begun:
                 app.progress.of(task).is_told = True
-            text = f"⏰ 还没有完成，结束后再通知您\n\n{text}".strip() if tasks else "⏹ 已取消"
+            text = f"{LATE}\n\n{text}".strip() if tasks else "⏹ 已取消"
             letters = self.ending(request, self.letters(stream.message.address, text, "")[:1])
             if letters[0].message_id:  # else something else has ended it meanwhile
                 app.state.change(functools.partial(Facts.with_letters, letters=letters))
