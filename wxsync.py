@@ -3828,29 +3828,26 @@ class Chat:
         facts, lines = self.state.facts, ["📊 当前状态"]
         for lane, (name, _) in LANES.items():
             tasks = facts.lane(lane)
-            if not tasks:
-                lines.append(f"{name}：空闲")
-                continue
-            task, *waiting = tasks
-            since = self.progress.of(task).since
-            seconds = time.monotonic() - since if since else 0.0
-            what = title(task, task.person == person)
-            lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
-            lines.append(progress_text(task, self.progress))
-            lines += [f"　等待 {len(waiting)} 个"] if waiting else []
-            for ahead, task in enumerate(waiting, 1):
-                if task.person == person:
-                    lines.append(f"　您的 {title(task, True)}：前面还有 {ahead} 个")
+            lines += [] if tasks else [f"{name}：空闲"]
+            for ahead, task in enumerate(tasks):
+                what = title(task, task.person == person)
+                if ahead == 0:
+                    since = self.progress.of(task).since or time.monotonic()
+                    used = duration(time.monotonic() - since)
+                    lines.append(f"{name}：进行中 {what}，已用 {used}，等待 {len(tasks) - 1} 个")
+                    lines.append(progress_text(task, self.progress))
+                elif task.person == person:
+                    lines.append(f"　您的 {what}：前面还有 {ahead} 个")
         if late := facts.late():
             lines.append(f"超时后仍在跟踪：{len(late)} 个")
         for task in (task for task in late if task.person == person):
             lines += [f"　您的 {title(task, True)}：", progress_text(task, self.progress)]
         if trouble := self.trouble():
             lines.append(f"⚠️ {trouble}")
+        result = "还没有"
         if last := facts.finished.get(person):
-            when = time.strftime("%m-%d %H:%M", time.localtime(last.at))
-            return "\n".join([*lines, f"您的上一个结果：{when} {last.title}"])
-        return "\n".join([*lines, "您的上一个结果：还没有"])
+            result = f"{time.strftime('%m-%d %H:%M', time.localtime(last.at))} {last.title}"
+        return "\n".join([*lines, f"您的上一个结果：{result}"])
 
 
 # ================================================================================================
