@@ -3514,11 +3514,6 @@ class Work:
     open_looks: int = 0  # since the run ended, with jobs that have not
     is_cancelled: bool = False  # GitHub has been asked
 
-    @property
-    def is_open(self) -> bool:
-        """Tell whether there is an image of which there is nothing to say yet."""
-        return any(outcome.is_open for outcome in self.outcomes)
-
 
 class Progress:
     """How far the tasks are. Of this process alone, never on disk.
@@ -3605,11 +3600,6 @@ class Channel:
         """Return what the other side takes of one address: see Pace."""
         return [(1.0, MESSAGE_INTERVAL_SECONDS), HOURLY_PACE]
 
-    def home(self, address: str) -> str:
-        """Return the address as one of this channel's: another's may have been turned off."""
-        user, name, _ = split_address(address)
-        return address if name == self.name else f"{user} {self.name}".strip()
-
     def render(self, text: str) -> str:
         """Return text in this channel's form; here: without backticks and blocks."""
         return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
@@ -3619,8 +3609,7 @@ class Channel:
 
         With a unique mark each is unlike any other ever sent.
         """
-        address, letters = self.home(address), []
-        user, _, group = split_address(address)
+        letters, (user, _, group) = [], split_address(address)
         head = f"`{user}`：\n" if group else ""
         room_bytes = self.limit_bytes - len(head.encode()) - 64
         pieces = split_text(self.render(text), room_bytes, MAX_RESULT_MESSAGES)
@@ -3959,13 +3948,13 @@ class Post:
 
     def _next(self) -> Letter:
         """Wait for a message that may go now and return it, its address marked as busy."""
-        state, name = self._app.state, self._channel.name
+        app, state = self._app, self._app.state
         with state.changed:
             while True:
                 passed, wait = set(self._busy), None
                 for letter in sorted(state.facts.letters, key=lambda a: a.is_list):
                     address = letter.address
-                    if address in passed or split_address(address)[1] != name:
+                    if address in passed or app.channel(address) is not self._channel:
                         continue
                     until = max(self._not_before.get(who, 0.0) for who in ("", address))
                     seconds = max(until - time.monotonic(), self.pace.wait_seconds(address))
@@ -4155,8 +4144,9 @@ def look(app: App, task: Task, work: Work) -> None:
     work.next_count = now + JOBS_SECONDS
     work.outcomes = app.github.outcomes(task.run, task.items)
     if seconds is not None:
-        work.open_looks += work.is_open
-        if not work.is_open or work.open_looks * POLL_SECONDS >= SETTLE_SECONDS:
+        is_open = any(outcome.is_open for outcome in work.outcomes)
+        work.open_looks += is_open
+        if not is_open or work.open_looks * POLL_SECONDS >= SETTLE_SECONDS:
             finish_images(app, task, work.outcomes, seconds)
 
 
@@ -4659,7 +4649,7 @@ class Texts(Channel):
         self.wecom = wecom
 
     def send(self, letter: Letter) -> None:
-        self.wecom.send(letter.address, letter.text)
+        self.wecom.send(split_address(letter.address)[0], letter.text)
 
 
 class Posted(NamedTuple):
@@ -5608,9 +5598,6 @@ def take_up(app: App) -> None:
             text = "\n".join(["❌ 您有一个请求在重启后读不出来，请重发：", *items[:10]])
             letters = app.channel(user).letters(user, text, secrets.token_hex(4))
             app.state.change(functools.partial(Facts.with_letters, letters=letters))
-    letters = [Letter(app.channel(a).home(a), text) for a, text, *_ in app.state.facts.letters]
-    if letters != list(app.state.facts.letters):  # a channel has been turned off
-        app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
     app.posts.update({name: Post(app, channel) for name, channel in app.channels.items()})
 
 
