@@ -9822,6 +9822,7 @@ def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
     settings, log = load(**ROBOT, STATE_DIR=str(tmp_path)), wxsync.Log("ERROR", [], io.StringIO())
     app = wxsync.build_app(settings, log, time.time, lambda seconds: None)
     state, chat = app.state, Shaky()
+    app.channels = {"": chat}
     state.load()
     post = wxsync.Post(app, chat)
     post.pace = wxsync.Pace([(1000.0, 0.001)])
