@@ -713,13 +713,6 @@ class Reply(Answer):
     fields: dict[str, str] = field(default_factory=dict)  # all of the decrypted reply
 
 
-@dataclass(frozen=True)
-class Post:
-    query: dict[str, str]
-    body: bytes
-    headers: dict[str, str]
-
-
 def xml_document(fields: Mapping[str, object]) -> str:
     text = ""
     for name, value in fields.items():
@@ -785,7 +778,8 @@ class WeComClient:
 
     def build(
         self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
-    ) -> Post:
+    ) -> tuple[bytes, dict[str, str], dict[str, str]]:
+        """Return body, query and headers of a message."""
         as_json = fmt == "json"
         text = json.dumps(fields, ensure_ascii=False) if as_json else xml_document(fields)
         encrypted = self.encrypt(text)
@@ -793,7 +787,7 @@ class WeComClient:
         small = {name.lower(): value for name, value in outer.items()}
         body = json.dumps(small) if as_json else xml_document(outer)
         kind = {"Content-Type": "application/json" if as_json else "text/xml"}
-        return Post(self.signed(encrypted, timestamp), body.encode(), kind)
+        return body.encode(), self.signed(encrypted, timestamp), kind
 
     def text_fields(self, user: str, text: str, msg_id: int | None = None) -> dict[str, object]:
         return {
@@ -806,9 +800,6 @@ class WeComClient:
             "AgentID": self.agent_id,
         }
 
-    def post(self, post: Post) -> Reply:
-        return self.post_raw(post.body, post.query, post.headers)
-
     def post_text(
         self,
         user: str,
@@ -817,15 +808,15 @@ class WeComClient:
         timestamp: object = None,
         fmt: str = "xml",
     ) -> Reply:
-        return self.post(self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
+        return self.post(*self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
 
     def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
         fields = self.text_fields(user, "") | {"MsgType": kind} | more
         for name in ("Content", "MsgId")[: 1 + (kind == "event")]:  # an event has no MsgId
             del fields[name]
-        return self.post(self.build(fields, fmt))
+        return self.post(*self.build(fields, fmt))
 
-    def post_raw(
+    def post(
         self,
         body: bytes,
         query: Mapping[str, str] | None = None,
@@ -1390,17 +1381,6 @@ class Registry(Daemon):
         return value
 
 
-def random_layer(name: str, size: int, seed: str) -> tuple[bytes, str]:
-    raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as archive:
-        entry = tarfile.TarInfo(name)
-        entry.size = size
-        archive.addfile(entry, io.BytesIO(random.Random(seed).randbytes(size)))
-    plain = raw.getvalue()
-    packed = gzip.compress(plain, 0, mtime=0)  # random bytes do not get smaller
-    return packed, "sha256:" + hashlib.sha256(plain).hexdigest()
-
-
 class Publisher:
     def __init__(self, registry: Registry, repo: str, tag: str) -> None:
         self.registry, self.repo, self.tag = registry, repo, tag
@@ -1421,11 +1401,11 @@ class Publisher:
     def image(self, arch: str, sizes: Sequence[int]) -> dict[str, object]:
         name, _, variant = arch.partition("/")
         cpu = {"architecture": name} | ({"variant": variant} if variant else {})
-        seed = f"{self.repo}:{self.tag} {arch}"
-        made = [random_layer(f"file{n}.bin", size, f"{seed} {n}") for n, size in enumerate(sizes)]
-        layers = [self.blob(packed, OCI + "image.layer.v1.tar+gzip") for packed, _ in made]
+        chance = random.Random(f"{self.repo}:{self.tag} {arch}")  # nobody unpacks its layers
+        kind = OCI + "image.layer.v1.tar+gzip"
+        layers = [self.blob(chance.randbytes(size), kind) for size in sizes]
         config: dict[str, object] = {"os": "linux", "config": {"Cmd": ["/bin/true"]}}
-        config["rootfs"] = {"type": "layers", "diff_ids": [diff_id for _, diff_id in made]}
+        config["rootfs"] = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
         whole = self.blob(json.dumps(config | cpu).encode(), OCI + "image.config.v1+json")
         parts = {"config": whole, "layers": layers}
         return self.document(parts, "image.manifest.v1+json", platform={"os": "linux"} | cpu)
@@ -4742,7 +4722,7 @@ def test_the_reply_has_the_envelope_of_the_message(talk: Talk, fmt: str) -> None
         for change in (str.lower, str.upper):  # WeCom's own documents disagree about them
             fields = talk.client.text_fields(talk.user, "nginx").items()
             built = talk.client.build({change(name): value for name, value in fields}, "json")
-            assert "nginx:latest" in talk.client.post(built).reply
+            assert "nginx:latest" in talk.client.post(*built).reply
 
 
 def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
@@ -4816,7 +4796,7 @@ def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
     for text in map(talk.client.encrypt, INNER):
         posts.append((xml_document({"Encrypt": text}), talk.client.signed(text)))
     for text, query in posts:
-        reply = talk.client.post_raw(text.encode(), query)
+        reply = talk.client.post(text.encode(), query)
         assert (reply.status, reply.body) == (400, b""), text[:60]
     assert talk.commits == [] and talk.inputs == []
 
@@ -9866,12 +9846,12 @@ def test_a_replayed_callback_starts_nothing() -> None:
     """The same bytes again and again, after a restart, and after a thousand other messages."""
     with quick(CALLBACK_MAX_AGE="600") as world:
         post = world.client.build(world.client.text_fields("alice", "nginx:1"))
-        replies = [world.client.post(post).reply for _ in range(5)]
+        replies = [world.client.post(*post).reply for _ in range(5)]
         world.service.restart()
-        replies.append(world.client.post(post).reply)
+        replies.append(world.client.post(*post).reply)
         for _ in range(1100):
             world.say("帮助", "bob")
-        assert {*replies, world.client.post(post).reply} == {replies[0]}
+        assert {*replies, world.client.post(*post).reply} == {replies[0]}
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
 
 
@@ -9885,14 +9865,14 @@ def test_what_was_recorded_cannot_be_posted_as_something_else(talk: Talk) -> Non
     outer = envelope_fields(client.post_text("alice", "状态").body.decode())
     again = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
     body = xml_document({"Encrypt": outer["encrypt"]}).encode()
-    assert client.post_raw(body, again | {"nonce": outer["nonce"]}).reply == ""
+    assert client.post(body, again | {"nonce": outer["nonce"]}).reply == ""
 
 
 def test_a_sender_is_one_person(talk: Talk) -> None:
     """What message/send would take for several people, or all, is no sender."""
     for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
         post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
-        assert talk.client.post(post).status == 400 and talk.calls() == [], sender
+        assert talk.client.post(*post).status == 400 and talk.calls() == [], sender
 
 
 @early
@@ -9920,7 +9900,7 @@ def test_half_characters_in_json_do_no_harm() -> None:
             fields = world.client.text_fields("alice", "nginx:1") | change
             encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
             body = json.dumps({"encrypt": encrypted}).encode()
-            got = world.client.post_raw(body, world.client.signed(encrypted))
+            got = world.client.post(body, world.client.signed(encrypted))
             assert got.status in (200, 400)
         assert "正在处理" in world.say("redis:7", "bob")
 
@@ -11381,10 +11361,10 @@ def measure_memory(bench: Benchmark) -> Sequence[Any]:
 
 
 def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
-    post = client.build(client.text_fields(user, text))
-    lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
-    lines += [f"Content-Length: {len(post.body)}", f"Connection: {connection}", "", ""]
-    return "\r\n".join(lines).encode() + post.body
+    body, query, _ = client.build(client.text_fields(user, text))
+    lines = [f"POST /wechat/callback?{urlencode(query)} HTTP/1.1", "Host: localhost"]
+    lines += [f"Content-Length: {len(body)}", f"Connection: {connection}", "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 def reply_to(client: WeComClient, answer: bytes) -> str:
