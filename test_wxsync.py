@@ -5806,8 +5806,9 @@ def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
 PINNED = [f"--platform=linux/arm64 ghcr.io/o/w@sha256:{HEX} => {'pin' * 9}:{n}" for n in range(3)]
 DOTS = "x/" + "a" * 93 + ":1"  # 97 characters
 CUT = [*PINNED, f"{DOTS}...", f"{DOTS}bbbb", f"x/{'c' * 96}:1", f"x/{'c' * 97}:1"]
-HTML = b"<!DOCTYPE html><title>Unicorn! &middot; GitHub</title>"
-NO_RIGHT = b'{"message": "Resource not accessible by personal access token"}'
+
+
+NO_ACCESS = "Resource not accessible by personal access token"
 
 
 def limit(seconds: int) -> What:
@@ -5876,60 +5877,6 @@ def test_jobs_that_never_end_have_not_succeeded() -> None:
         assert "docker pull" not in world.hear("成功 0 / 1", timeout=50)
 
 
-SAID = [  # how the job ended | its last step; a part of what is said of it
-    ("success|wx***: unchanged sha256:" + HEX, "（已是最新）"),  # a Secret called "sync"
-    ("failure|***sync: failed not-found manifest unknown", "不存在"),
-    ("failure|***: failed no-platform linux/s390x", "没有这个架构"),
-    ("success|\x1b[2Jwxsync: failed\r\n\x00", "docker pull"),
-    ("failure|wxsync: copied sha256:" + HEX, "❌"),
-    ("failure|wxsync: failed error \x1b[31m\u202e<a href='x'>\x07\nx" + "x" * 9000, "复制失败"),
-    ("cancelled after 56", "超时"),  # GitHub says cancelled of what ran into timeout-minutes: 60
-    ("cancelled after 54", "任务被取消"),
-]
-
-
-def test_what_a_job_says_of_itself(talk: Talk) -> None:
-    """Nothing in a step name, masked or cut off anywhere, is believed against the conclusion."""
-    for number, (outcome, wanted) in enumerate(SAID):
-        talk = Talk(talk.world, talk.runner)
-        talk.runner.outcomes[f"says:{number}"] = outcome
-        text, done = talk.ask(f"says:{number}"), outcome.startswith("success")
-        assert f"成功 {int(done)} / 1" in text and wanted in text
-        assert ("docker pull" in text) is done and len(talk.messages) == 1
-        assert [c for c in text if c in "\x00\x07\x1b\r\u202e"] == []
-    bad, good = "wxsync: failed not-found manifest; nearest 1.2 1.3", "wxsync: unchanged sha256:01"
-    fates = [f"failure|{bad[:end]}" for end in range(len(bad))]
-    fates += [f"success|{good[:end]}" for end in range(len(good))]
-    lines = {f"x/cut{number}:1": fate for number, fate in enumerate(fates)}
-    talk = Talk(talk.world, talk.runner)
-    talk.runner.outcomes |= lines
-    talk.say("\n".join(lines))
-    assert f"成功 {len(good)} / {len(lines)}" in talk.hear("成功 ")
-    assert set(told_failed(talk)) == {line for line, fate in lines.items() if "failure" in fate}
-
-
-@early
-def test_a_rerun_is_followed_to_its_end() -> None:
-    """Run again under the same id before its end was seen: its last attempt counts."""
-    runner = SlowRunner("")
-    runner.outcomes[PINNED[0]] = "wxsync: failed network refused"
-    with quick(runner) as world:
-        world.say("\n".join(PINNED[:2]))
-        assert wait_until(lambda: world.github.runs)
-        world.service.kill()
-        runner.go.set()
-        assert wait_until(lambda: world.github.runs[0].status == "completed")
-        runner.outcomes.clear()
-        runner.go.clear()
-        world.github.rerun(world.github.runs[0])
-        world.service.start()
-        time.sleep(0.5)
-        assert finals(world, "alice") == []
-        runner.go.set()
-        world.hear("成功 2 / 2", "alice")
-        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) == 1
-
-
 def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
     """204 without an id: by its title, whatever others are called; filtered lists lag."""
     talk.github.old_dispatch, talk.github.list_lag = True, 0.2
@@ -5940,97 +5887,7 @@ def test_a_run_is_found_among_others_without_a_filter(talk: Talk) -> None:
     assert looks and [look for look in looks if FakeGitHub.FILTERS & set(look.query)] == []
 
 
-@pytest.mark.parametrize("body", [NO_RIGHT, HTML], ids=["JSON", "HTML"])
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_refusal_counts_when_it_lasts(talk: Talk, status: int, body: bytes) -> None:
-    """Once nothing has happened; else it is told with its number, whatever the body."""
-    for where in ("GET actions/runs/", "GET jobs"):
-        talk.github.fail(where, (status, {}, body))
-    assert "成功 1 / 1" in talk.ask(f"once-{status}:1")
-    for number, where in enumerate(("PUT contents", "POST dispatches", "GET actions/runs/")):
-        talk = Talk(talk.world, talk.runner)
-        talk.github.fail(where, (status, {"Content-Type": "text/html"}, body), 100)
-        text = talk.ask(f"always-{len(body)}-{status}:{number}")
-        assert "成功 0 / 1" in text and str(status) in text and "<" not in text
-        assert len(talk.calls("POST dispatches")) <= 1
-        talk.github.faults.clear()
-
-
-@early
-def test_a_deleted_run_is_told_soon() -> None:
-    """While it is followed late: after some looks, with the true reason, not after six hours."""
-    with late() as (world, _):
-        world.github.runs.clear()
-        before = len(world.github.calls)
-        text = world.hear("成功 0 / 1", "alice")
-        assert re.search("404|删除|不存在", text) and "6 小时" not in text
-        assert 3 <= len(world.github.calls) - before <= 20
-
-
-PROTECTED = [
-    (409, "Repository rule violations found\n\nChanges must be made through a pull request.\n\n"),
-    (409, "Could not update file: Changes must be made through a pull request."),  # classic
-    (422, "Repository rule violations found\n\nSecret detected in content"),
-    (403, "You're not authorized to push to this branch."),
-]
-
-
-def test_a_protected_branch_is_told_at_once(talk: Talk) -> None:
-    """No second try will be taken: what it is, what to do (BobAnkh/auto-generate-changelog#78)."""
-    for number, (status, said) in enumerate(PROTECTED):
-        talk = Talk(talk.world, talk.runner)
-        talk.github.fail("PUT", (status, {}, json.dumps({"message": said}).encode()), 20)
-        text = talk.ask(f"protected:{number}")
-        assert re.search("保护|规则", text) and "main" in text and said[:20] in text
-        assert len(talk.calls("PUT")) == len(talk.messages) == 1 and talk.inputs == []
-        talk.github.faults.clear()
-
-
 # -- limits of calls
-
-
-@early
-def test_a_limit_without_end_is_told() -> None:
-    """429 with Retry-After 1 for ever: seen in /health and 状态, told after ten minutes (0.6 s)."""
-    with quick(SCALE="0.001") as world:
-        world.github.fail("contents", limit(1), 100_000)
-        world.say("limited:1")
-        assert wait_until(lambda: world.service.health()["status"] == "degraded")
-        assert re.search("⚠️.*限", world.say("状态"))
-        assert "限" in world.hear("成功 0 / 1") and len(world.github.calls) <= 620
-        world.github.faults.clear()
-        world.say("after:1", "bob")
-        assert "✅" in world.hear("成功 1 / 1", "bob") and len(world.github.dispatches) == 1
-        assert wait_until(lambda: world.service.health()["status"] == "ok")
-
-
-@early
-def test_the_waits_of_one_request_are_added_up() -> None:
-    """For its commit and its dispatch together it waits ten minutes (3 s here), not for each."""
-    for puts, posts, final, tries in ((2, 3, "成功 1 / 1", 4), (4, 4, "成功 0 / 1", 3)):
-        with quick(SCALE="0.005") as world:
-            world.github.fail("PUT contents", limit(100), puts)
-            world.github.fail("POST dispatches", limit(100), posts)
-            world.say("adds:1")
-            assert final in world.hear("成功 ")
-            assert len(world.github.calls_to("POST dispatches")) <= tries
-
-
-@early
-def test_midnight_does_not_hold_up_requests_for_ever() -> None:
-    """It has the list while GitHub wants quiet, gives it back, and is done when GitHub answers."""
-    with quick(SCALE="0.001", CALLBACK_MAX_AGE="0") as world:
-        world.say("today:1")
-        world.hear("成功 1 / 1")
-        before = len(world.github.calls)
-        world.github.fail("contents", limit(1), 100_000)
-        (world.service.state_dir / "clock").write_text("86400")
-        assert wait_until(lambda: len(world.github.calls) > before)
-        world.say("tomorrow:1", "bob")
-        assert "限" in world.wecom.wait_message("", "bob").text
-        world.github.faults.clear()
-        images = world.service.state_dir / "images.txt"
-        assert wait_until(lambda: "today" not in images.read_text())
 
 
 @early
@@ -6050,34 +5907,6 @@ def test_the_longer_of_two_waits_holds() -> None:
             assert len(world.github.calls) == before
 
 
-@early
-def test_waiting_for_github_counts_as_work() -> None:
-    """SYNC_TIMEOUT passes before the dispatch: ⏰, then the result, kill -9 or not."""
-    for restart in (False, True):
-        with quick(SYNC_TIMEOUT="1") as world:
-            world.github.fail("POST dispatches", limit(80), 3)
-            world.say("patient:1")
-            assert "patient:1" in world.hear("⏰", "alice")
-            assert world.service.health()["status"] == "degraded" and "⚠️" in world.say("状态")
-            assert world.github.dispatches == [] and finals(world, "alice") == []
-            if restart:
-                world.service.restart()
-            assert "✅" in world.hear("成功 1 / 1", timeout=12) and wait_until(lambda: idle(world))
-            assert len(world.github.dispatches) == 1 and len(world.wecom.messages) == 2
-
-
-@early
-def test_six_hours_end_with_a_last_look() -> None:
-    """A run that has not ended by then: its jobs that have are told as what they are."""
-    with half_done(SYNC_TIMEOUT="1") as (world, _):
-        world.hear("⏰", "alice")
-        world.service.kill()
-        (world.service.state_dir / "clock").write_text(str(7 * 3600))
-        world.service.start()
-        text = world.hear("成功 1 / 2", "alice")
-        assert f"docker pull {PREFIX}/b:1" in text and "❌ slow/a:1" in text
-
-
 # -- 取消 and 重试
 
 
@@ -6089,28 +5918,11 @@ def check_cancelled(world: World) -> None:
     assert world.github.runs[0].conclusion == "cancelled"
 
 
-@early
-def test_cancel_ends_all_that_is_ones_own() -> None:
-    """And nothing else: what runs and what waits, named at once; what was done is told as done."""
-    with half_done() as (world, _):
-        assert "没有" in world.say("取消", "bob")
-        world.say("later:1")
-        for user in ("bob", "carol"):
-            world.say(f"{user}:1", user)
-        assert "bob:1" in world.say("cancel", "bob") and "没有" in world.say("取消", "bob")
-        assert world.github.calls_to("POST cancel") == []
-        reply = world.say("取消")
-        assert "slow/a:1" in reply and "later:1" in reply and "carol" not in reply
-        check_cancelled(world)
-        world.hear("成功 1 / 1", "carol")
-        assert len(world.github.dispatches) == 2 and len(world.github.calls_to("POST cancel")) == 1
-
-
 CANCELS: list[tuple[What, int, str, str]] = [  # answer, times; what comes of it, what is said
     ("lost", 1, "成功 1 / 2", "取消"),
     ((409, {}, b'{"message": "Cannot cancel a completed run."}'), 9, "成功 2 / 2", ""),
     ((500, {}, b"{}"), 10_000, "成功 2 / 2", "500"),
-    ((403, {}, NO_RIGHT), 10_000, "成功 2 / 2", "Actions"),
+    ((403, {}, json.dumps({"message": NO_ACCESS}).encode()), 10_000, "成功 2 / 2", "Actions"),
 ]
 
 
@@ -6170,27 +5982,6 @@ def test_what_is_cancelled_does_not_begin_while_the_disk_is_slow() -> None:
         assert "b:1" not in str(world.github.commits) and not world.wecom.messages_for("bob")
 
 
-@early
-def test_cancel_before_there_is_a_run() -> None:
-    """While it waits for GitHub nothing is started; a dispatch under way is cancelled behind it."""
-    with quick(SlowRunner()) as world:
-        world.github.fail("PUT contents", limit(60), 4)
-        world.say("early:1")
-        assert wait_until(lambda: world.github.calls_to("PUT contents"))
-        assert "early:1" in world.say("取消")
-        time.sleep(0.3)
-        world.github.faults.clear()
-        world.github.delay = 0.4
-        world.say("slow/a:1")
-        assert wait_until(lambda: world.github.calls_to("POST dispatches"))
-        assert "slow/a:1" in world.say("取消")
-        world.github.delay = 0.0
-        world.hear("成功 0 / 1", "alice")
-        assert wait_until(lambda: idle(world)) and len(finals(world, "alice")) <= 2
-        assert [d.inputs["images"] for d in world.github.dispatches] == ['["slow/a:1"]']
-        assert wait_until(lambda: world.github.runs[0].conclusion == "cancelled")
-
-
 CANCEL_KILLS = """
 github POST /cancel hang 300
 github POST /cancel mute 1
@@ -6213,36 +6004,6 @@ def test_killed_at_any_step_of_a_cancel_it_is_cancelled_once() -> None:
             assert wait_until(lambda: not peer.faults), step  # noqa: B023 - at once
             world.service.restart()
             check_cancelled(world)
-
-
-@early
-def test_retry_does_what_failed_again() -> None:
-    """Only that, only one's own, after kill -9 too, and once, however often it is said at once."""
-    lines = ["a:1", "--platform=all c:1"]
-    runner = PlayedRunner(0.01, dict.fromkeys(lines, "wxsync: failed network refused"))
-    with quick(runner) as world:
-        assert "没有" in world.say("重试")
-        world.say(f"{lines[0]}, b:1, {lines[1]}")
-        assert "重试" in world.hear("成功 1 / 3", "alice")
-        assert "没有" in world.say("retry", "bob")
-        assert wait_until(lambda: idle(world))
-        world.service.restart()
-        runner.outcomes.clear()
-        with ThreadPoolExecutor(4) as pool:
-            (reply,) = (text for text in pool.map(world.say, ["重试"] * 4) if "🔄" in text)
-        assert "共 2 个镜像" in reply and "b:1" not in reply
-        world.hear("成功 2 / 2", "alice")
-        assert json.loads(world.github.dispatches[1].inputs["images"]) == lines
-        assert "没有" in world.say("重试") and len(world.github.dispatches) == 2
-        runner.outcomes["d:1"] = "wxsync: failed not-found manifest unknown"
-        world.say("d:1", "bob")
-        assert "重试" not in world.hear("成功 0 / 1", "bob")  # it would not help
-        world.github.fail("GET contents", (401, {}, b"{}"), 9)
-        world.say("whole:1, whole:2", "carol")
-        world.hear("成功 0 / 2", "carol")
-        world.github.faults.clear()
-        assert "共 2 个镜像" in world.say("重试", "carol")
-        world.hear("成功 2 / 2", "carol")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6321,25 +6082,6 @@ def test_a_late_run_with_odd_jobs_does_not_stop_the_others() -> None:
             world.hear("成功 ", user)
 
 
-CENTURIES = [{"Retry-After": seconds} for seconds in ("9" * 400, "99999999")]
-CENTURIES += [
-    {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": reset}
-    for reset in ("253402300799", "9" * 400)
-]
-
-
-@pytest.mark.parametrize("headers", CENTURIES, ids=range(4))
-def test_a_rate_limit_of_centuries_is_not_believed(desk: Desk, headers: dict[str, str]) -> None:
-    """GitHub counts by the hour: nothing it says keeps us from asking again after that."""
-    desk.github.fail("GET contents", (429, headers, b"{}"))
-    try:
-        assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
-        assert len(desk.pauses) == 1 and desk.pauses[0] <= 3600
-    except wxsync.Failure as failure:
-        (minutes,) = re.findall(r"(\d+) 分钟", str(failure))
-        assert int(minutes) <= 61
-
-
 class Garbling(FakeGitHub):
     """Starts each run, but says it unintelligibly."""
 
@@ -6381,21 +6123,6 @@ def test_a_run_with_an_id_that_is_none_holds_no_lane() -> None:
         world.hear("成功 1 / 1", "bob")
 
 
-@early
-def test_a_jump_of_the_clock_does_not_fail_a_run() -> None:
-    """The clock is set in the middle of a run: its result is told all the same, and only that."""
-    for hours in (-30, 7):
-        with quick(runner := SlowRunner("")) as world:
-            world.say("nginx:1")
-            assert wait_until(lambda: world.github.runs)
-            (world.service.state_dir / "clock").write_text(str(hours * 3600))
-            time.sleep(0.5)
-            runner.go.set()
-            world.hear("✅", "alice")
-            assert wait_until(lambda: idle(world))
-            assert not [text for text in world.wecom.messages_for("alice") if "❌" in text]
-
-
 def hang_once(where: str) -> None:
     """Let one call hang: after its deadline it is tried again, or the run is looked for."""
     with quick() as world:
@@ -6413,22 +6140,6 @@ def test_calls_that_hang_have_a_deadline() -> None:
     calls = [where for where in CALLS if " " in where]
     with ThreadPoolExecutor(len(calls)) as pool:
         list(pool.map(hang_once, calls))
-
-
-@early
-def test_health_and_verification_answer_while_everything_hangs() -> None:
-    """GitHub, WeCom and QingStor keep silent; both lanes are busy."""
-    with Depot() as world:
-        world.github.hang = world.wecom.hang = world.store.hang = True
-        world.say("nginx:1")
-        world.say(world.source.add("/a.bin", 1000))
-        assert wait_until(lambda: world.github.calls and world.store.calls)
-        for _ in range(20):
-            asked = time.monotonic()
-            assert world.service.healthy() and "进行中" in world.say("状态")
-            assert world.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
-            assert time.monotonic() - asked < 1
-            time.sleep(0.1)
 
 
 NO_REGISTRY = "127.0.0.1:9"  # nobody listens there
@@ -6597,24 +6308,19 @@ def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
         assert code == 0 and seconds < 5 and len(saved(world)["tasks"]) == 20
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_folder_that_can_never_be_synced_fails_nothing(number: int) -> None:
-    """Some mounts have no such thing."""
-    with quick(None, BAD_DISK) as world:
-        disk_is(world, folder=number)
-        assert "正在处理" in world.say("app:1") and "✅" in world.hear("成功 1 / 1")
-        assert world.service.health()["status"] == "ok"
+SYNCS = [("file", errno.EIO), ("file", errno.ENOSPC), ("folder", errno.EIO)]
+SYNCS += [("folder", errno.EINVAL), ("folder", errno.ENOTSUP)]  # some mounts have no such thing
 
 
-@pytest.mark.parametrize(
-    "fails", [{"file": errno.EIO}, {"file": errno.ENOSPC}, {"folder": errno.EIO}], ids=str
-)
-def test_what_a_sync_that_fails_refuses_never_runs(fails: dict[str, int]) -> None:
-    """Nothing half is left: what was refused does not run after a kill, what was taken does."""
+@pytest.mark.parametrize(("what", "number"), SYNCS)
+def test_what_a_sync_that_fails_refuses_never_runs(what: str, number: int) -> None:
+    """Nothing half is left: what was refused does not run after a kill, what was taken does. What
+    can never be synced refuses nothing."""
     with quick(None, BAD_DISK) as world:
-        disk_is(world, **fails)
+        disk_is(world, **{what: number})
         reply = world.say("app1:1")
-        assert "正在处理" in reply or "无法保存" in reply
+        assert "正在处理" in reply or (number in (errno.EIO, errno.ENOSPC) and "无法保存" in reply)
+        assert "无法" in reply or number == errno.EIO or world.service.health()["status"] == "ok"
         world.service.kill()
         disk_is(world)
         world.service.start()
@@ -6791,22 +6497,6 @@ def test_a_line_added_during_the_upload_is_kept(nights: Callable[[str], Nights])
     berlin.step("= redis:7")
 
 
-@early
-def test_midnight_waits_for_the_request_that_runs() -> None:
-    """The day ends in the middle of a run: only after it the list is emptied."""
-    with quick(SlowRunner(""), TZ=zone_of(23.98)) as world:
-        assert wait_until(world.state_file.exists)
-        world.say("nginx:1")
-        assert wait_until(lambda: world.github.runs)
-        (world.service.state_dir / "clock").write_text("120")
-        time.sleep(2)  # more than a look at the clock takes here
-        assert world.images.read_text() == "nginx:1\n" and len(world.github.commits) == 1
-        world.open()
-        world.hear("成功 1 / 1")
-        assert wait_until(lambda: world.images.read_text() == "")
-        assert len(world.github.commits) == 1, "equal content was committed"
-
-
 # What Windows has in place of fcntl, made of what Linux has in place of it.
 WINDOWS = """
 import os, sys, types
@@ -6837,24 +6527,33 @@ def test_a_second_service_says_so_and_exits(tmp_path: Path, system: str) -> None
             assert other.healthy() and other.terminate()[0] == 0
 
 
-@pytest.mark.parametrize("what", ["github", "store", "source drip", "source hang"])
-def test_sigterm_ends_it_within_2_seconds_while_everything_hangs(what: str) -> None:
-    """Exit 0, nothing lost: the next start does the rest."""
+@pytest.mark.parametrize("fault", ["", "drip", "hang"])
+def test_everything_hangs(fault: str) -> None:
+    """GitHub, WeCom, and QingStor or a source: /health, 状态 and WeCom's verification answer; SIGTERM
+    ends it with 0 within two seconds, nothing is lost: the next start does the rest."""
     with Depot(STALL_SECONDS="30") as world:
-        link, (who, *fault) = world.source.add("/a.bin", 1000), what.split()
-        peer: Peer = getattr(world, who)
+        link, files = world.source.add("/a.bin", 1000), world.source if fault else world.store
+        silent: list[Peer] = [world.github, world.wecom, *[world.store] * (not fault)]
+        for peer in silent:
+            peer.hang = True
         if fault:
-            peer.fail("GET /a.bin", fault[0])
-        else:
-            peer.hang = world.wecom.hang = True
-        world.say("nginx:latest" if who == "github" else link)
-        assert wait_until(lambda: peer.calls)
-        time.sleep(0.3)
+            world.source.fail("GET /a.bin", fault)
+        world.say("nginx:1")
+        world.say(link)
+        assert wait_until(lambda: world.github.calls and files.calls)
+        for _ in range(8):
+            asked = time.monotonic()
+            assert world.service.healthy() and "进行中" in world.say("状态")
+            assert world.client.verify_url("5927782489442352469") == (200, "5927782489442352469")
+            assert time.monotonic() - asked < 1
+            time.sleep(0.1)
         code, seconds = world.service.terminate(5)
         assert code == 0 and seconds < 2
-        peer.hang = world.wecom.hang = False
+        for peer in silent:
+            peer.hang = False
         world.service.start()
-        assert "成功" in world.hear("✅") and len(world.github.commits) == (who == "github")
+        assert world.hear("文件上传成功") and world.hear("成功 1 / 1")
+        assert len(world.github.commits) == len(world.store.objects) == 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6990,16 +6689,6 @@ def test_killed_at_random_moments_nothing_is_lost_or_done_twice() -> None:
     with ThreadPoolExecutor(2) as pool:
         seeds = [secrets.randbits(32), secrets.randbits(32)]
         list(pool.map(kill_at_random, seeds, [250 if LONG else 20 if BIG else 10] * 2))
-
-
-def test_a_request_is_on_disk_before_it_is_answered() -> None:
-    """Right after the 200 the state file has the request, and so it survives kill -9."""
-    with quick(SlowRunner(""), QUEUE_SIZE="20") as world:
-        for number in range(20):
-            world.say(f"app{number}:1")
-            assert [f"app{number}:1"] in [task["items"] for task in saved(world)["tasks"]]
-        world.service.kill()
-        assert len(saved(world)["tasks"]) == 20
 
 
 def test_repeats_get_the_same_reply_and_start_nothing() -> None:
@@ -7285,8 +6974,6 @@ def test_odd_answers_of_wecom_lose_no_message(desk: Desk) -> None:
 # message itself.
 IMAGES_READ = rows("""
 nginx:latest ¦ =
-docker.io/library/nginx:latest ¦ nginx:latest
-ghcr.io/open-webui/open-webui:main ¦ = | ghcr.io_open-webui_open-webui:main
 localhost:5000/a/b:1 ¦ = | localhost-5000_a_b:1
 --platform=linux/arm64 nginx:latest ¦ = | nginx:latest-arm64
 --platform=all nginx:1 ¦ = | nginx:1
@@ -7297,13 +6984,11 @@ registry.k8s.io/pause:3.9 => pause:3.9 ¦ = | pause:3.9
 a/b ¦ a/b:latest | a_b:latest
 index.docker.io/library/nginx ¦ nginx:latest
 registry-1.docker.io/a/b:1 ¦ a/b:1 | a_b:1
-library/nginx:1 ¦ nginx:1
 docker.io/nginx:1 ¦ nginx:1
 quay.io/library/x:1 ¦ = | quay.io_library_x:1
 GHCR.IO/a/b:1 ¦ ghcr.io/a/b:1 | ghcr.io_a_b:1
 a__b/c-d.e:V1_x-2 ¦ = | a__b_c-d.e:V1_x-2
 nginx:HEXHEX ¦ =
---platform linux/arm64 nginx ¦ --platform=linux/arm64 nginx:latest | nginx:latest-arm64
 nginx:1   --platform  linux/arm64 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 --platform=LINUX/ARM64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 —platform=linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
@@ -7316,23 +7001,17 @@ a/b:1=>c:2 ¦ a/b:1 => c:2 | c:2
 a/b:1→c:2 ¦ a/b:1 => c:2 | c:2
 a／b＠sha256：HEX ¦ a/b@sha256:HEX | a_b:sha256-0123456789ab
 ｎｇｉｎｘ：１．２５ ¦ nginx:1.25
-“nginx:latest” ¦ nginx:latest
 「nginx:1」 ¦ nginx:1
 \u3000nginx:1\u200b\xa0 ¦ nginx:1
 $ sudo docker pull a/b ¦ a/b:latest | a_b:latest
-docker pull --platform linux/arm64 nginx:1 ¦ --platform=linux/arm64 nginx:1 | nginx:1-arm64
 ␣␣- image: "redis:7" ¦ redis:7
 image:1 ¦ =
 nginx，redis、alpine;busybox；perl,mongo ¦ ⤶
 nginx:latest, redis:latest, alpine:latest, busybox:latest, perl:latest, mongo:latest
-nginx\r⏎redis:7⏎ ¦ nginx:latest, redis:7
 a:1\u2028b:1 ¦ a:1, b:1
 #redis:6⏎# redis:6⏎// x:1⏎nginx:1 ¦ nginx:1
 nginx:1,,⏎, ¦ nginx:1
-nginx⏎docker.io/library/nginx:latest ¦ nginx:latest
 a/b:1 => c:1, a_b:1 ¦ a/b:1 => c:1 | c:1, a_b:1
-ghcr.io/immich-app/postgres:14-vc@sha256:HEX ¦ = | ghcr.io_immich-app_postgres:14-vc
-docker.io/xhofe:alist ¦ xhofe:alist
 """)
 
 
@@ -7359,7 +7038,6 @@ Nginx:latest ¦ Nginx:latest → nginx:latest
 nginx: latest ¦ nginx: latest → nginx:latest
 a:1⏎::set-output ¦ ::set-output
 ../x:1 ¦ =
-acryldata/docker-action: v0.14.1 ¦ docker-action: v0.14.1 → acryldata/docker-action:v0.14.1
 developer-wlj/Windows-MoviePilot/tree/v2 ¦ Windows-MoviePilot → ⤶
 developer-wlj/windows-moviepilot/tree/v2:latest
 “platform”：“” ¦ platform
@@ -7381,7 +7059,6 @@ nginx:-1 ¦ =
 ghcr.io_a/b:1 ¦ =
 nginx:1HEXHEX ¦ nginx:101
 nginx@sha256:0HEX ¦ nginx@sha256:
-nginx@sha256:0123… ¦ nginx@sha256:
 --platform=linux nginx:1 ¦ =
 --platform=all+linux/arm64 nginx:1 ¦ all+linux/arm64
 --platform nginx:1 ¦ =
@@ -7476,15 +7153,6 @@ def test_whatever_is_typed_canonical_lines_are_safe_and_stable() -> None:
 # names replaced. `=== kind`, the text with what must start between « and », and what else must come
 # of it: `→` canonical lines; `✗` pieces of what is named, not done; `✎` lines that are offered.
 PASTES_FOUND = r"""
-=== compose
-  immich-server:
-    image: ghcr.io/immich-app/immich-server:${IMMICH_VERSION:-release}
-    #   service: cpu # set to one of [nvenc, quicksync, rkmpp]
-    volumes: ["${UPLOAD_LOCATION}:/data", "/etc/localtime:/etc/localtime:ro"]
-  redis:
-    image: docker.io/valkey/valkey:8-bookworm@sha256:HEX
-→ valkey/valkey:8-bookworm@sha256:HEX
-✗ ghcr.io/immich-app/immich-server:${IMMICH_VERSION
 === compose with comments
   image: «registry.gitlab.com/timvisee/send:latest» # official image
   #image: l4rm4nd/send:latest # image of a fork with darkmode only
@@ -7514,18 +7182,6 @@ On Feb 28 at 7:03 PM, someone wrote:
 @@ -10,7 +10,7 @@ services:
 -    image: dpage/pgadmin4:8.5
 +    image: «dpage/pgadmin4:8.6»
-=== GitLab CI
-image: «docker:24.0.5»
-services:
-  - docker:24.0.5-dind
-  image:
-    name: gcr.io/kaniko-project/executor:v1.23.2-debug
-  image: "«python:3.11-slim»"
-=== GitHub Actions
-  runs-on: ubuntu-latest
-  container:
-    image: «node:20-bookworm»
-    - uses: actions/checkout@v4
 === Ansible
   community.docker.docker_container:
     image: "{{ app_image }}:{{ app_tag }}"
@@ -7537,12 +7193,6 @@ services:
         image: «registry.k8s.io/redis:e2e»  # or just image: redis
 ---
       - image: «gcr.io/google_samples/gb-redisslave:v1»
-=== Kubernetes, names of other images
-    image: "«quay.io/jetstack/controller:v1.14.4»"
-  args:
-  - --acme-http01-solver-image=quay.io/jetstack/acmesolver:v1.14.4
-  - name: RELATED_IMAGE
-    value: quay.io/jetstack/webhook:v1.14.4
 === Kubernetes, folded
   image: >-
     «image-registry.svc:5000/openshift/httpd:latest»
@@ -7558,19 +7208,10 @@ services:
     imageID: docker.io/library/nginx@sha256:HEX
   - image: sha256:HEX
     imageID: docker-pullable://mysql@sha256:HEX
-=== devcontainer.json
-	// Or use a Dockerfile. More info: https://containers.dev/guide/dockerfile
-	"image": "«mcr.microsoft.com/devcontainers/python:1-3.11-bullseye»",
-	"features": {"ghcr.io/devcontainers/features/node:1": {}},
 === docker inspect
   "Id": "HEX",
   "Image": "sha256:HEX",
       "Image": "«portainer/portainer-ce:2.20.3»",
-=== chart template
-  image: "{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}"
-    image: bitnami/kubectl
-→ bitnami/kubectl:latest
-✗ {{ .Values.image.repository }}
 === values.yaml with a registry
   image:
     registry: quay.io
@@ -7578,19 +7219,6 @@ services:
     tag: v0.22.1
     sha: ""
 ✎ quay.io/brancz/kube-rbac-proxy:v0.22.1
-=== values.yaml
-image:
-  repository: ghcr.io/jukie/k8s-pull-secret-injector
-  tag: "v1.0.0"
-logstash:
-  image: grafana/logstash-output-loki
-→ grafana/logstash-output-loki:latest
-✎ ghcr.io/jukie/k8s-pull-secret-injector:v1.0.0
-=== values.yaml without a tag
-image:
-  registry: registry.k8s.io
-  repository: kube-state-metrics/kube-state-metrics
-  tag: ""
 === values.yaml with imageTag
 image: "docker.elastic.co/elasticsearch/elasticsearch"
 imageTag: "8.5.1"
@@ -7610,22 +7238,12 @@ FROM argocd-base
 FROM golang:${GO_VERSION}-alpine AS build
 FROM ${BASE:-alpine}
 ✗ golang:${GO_VERSION}-alpine, ${BASE
-=== Dockerfile for Windows
-# escape=`
-FROM «mcr.microsoft.com/windows/servercore:ltsc2022»
-COPY setup.exe C:\
 === Dockerfile in small letters
 from «node:lts-buster-slim» as development
 run npm ci
 from development as dev-envs
 FROM --platform=linux/arm64 nginx:1.13-alpine
 → --platform=linux/arm64 nginx:1.13-alpine
-=== Dockerfile with comments
-#FROM debian:bookworm-slim
-FROM r.j3ss.co/osquery AS osquery
-FROM ubuntu
-COPY --from=r.j3ss.co/wireguard:install /usr/bin/wg /usr/bin/wg
-→ r.j3ss.co/osquery:latest, ubuntu:latest
 === kubelet through a translator
 Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image ⤶
 "registry. k8s. io/pause: 3.6": Error response from daemon: Head“ https://asia-docker.
@@ -7636,23 +7254,10 @@ Failed to create pod sandbox: rpc error: code=Unknown desc=failed pulling image 
 === containerd
 level=info msg="ImageCreate event &ImageCreate{Name:harbor.example.com/k8s/pause@sha256:HEX,}"
 level=info msg="PullImage \"«h.example.com/pause:3.2»\" returns image reference \"sha256:HEX\""
-=== kubeadm init
-	[ERROR ImagePull]: failed to pull image registry.k8s.io/proxy:v1.28.2: output: E0920 ⤶
-10:00:37.381343  208045 remote_image.go:171] "PullImage from image service failed" err="failed ⤶
-to unpack image \"«registry.k8s.io/proxy:v1.28.2»\": Head \"https://registry.k8s.io/v2/proxy/⤶
-manifests/v1.28.2\": dial tcp: timeout" image="registry.k8s.io/proxy:v1.28.2"
 === kubeadm init, older
 	[ERROR ImagePull]: failed to pull image [«k8s.gcr.io/etcd-ppc64le:3.2.18»]: exit status 1
 === dockerd
 level=error msg="POST /v1.24/images/create returned error: manifest for «mariadb:10.1» not found"
-=== docker run that cannot pull
-$ docker run hello-world⏎Unable to find image '«hello-world:latest»' locally
-docker: Error response from daemon: Get "https://auth.docker.io/token?scope=repository%3Alibrary⤶
-%2Fhello-world%3Apull&service=registry.docker.io": deadline exceeded.⏎See 'docker run --help'.
-=== docker build
-failed to authorize: failed to fetch anonymous token: Get "https://auth.docker.io/token"
-ERROR [internal] load metadata for docker.io/library/python:3.6             30.0s
-→ python:3.6
 === docker build, plain progress
 #2 [internal] load metadata for docker.io/library/python:3.6
 #2 ERROR: docker.io/library/python:3.6: not found
@@ -7693,9 +7298,6 @@ git pull origin main && helm pull bitnami/redis --version 19.0.1
 `crictl pull {{image:tag}}`⏎docker pull <path to GCR image>
 docker pull [OPTIONS] NAME[:TAG|@DIGEST]
 ✗ {{image:tag}}
-=== shell, quoted in chat
-「张三：docker pull «ghcr.io/open-webui/open-webui:main»」⏎- - - - - - - - - - - - - - -
-这个一直拉不下来，帮忙弄一下
 === shell on Windows
 C:\Users\someone\Desktop>docker pull «xhofe/alist:v3.35.0»
 PS C:\Users\someone> docker pull «ghcr.io/devcontainers/color:latest»
@@ -7704,18 +7306,6 @@ docker run -d \⏎  --name open-webui -p 3000:8080 \
   --add-host=host.docker.internal:host-gateway \⏎  -v open-webui:/app/backend/data \
   --restart always \⏎  ghcr.io/open-webui/open-webui:main
 ✎ ghcr.io/open-webui/open-webui:main
-=== docker images
- REPOSITORY             TAG       IMAGE ID       CREATED          SIZE
-inventree-dev-server   latest    9cdf27fa25da   10 minutes ago   1.02GB
-<none>                 <none>    e06963446dfe   10 minutes ago   1.22GB
-postgres               13        faa0ddfa0c0f   8 days ago       371MB
-thanks for looking
-→ inventree-dev-server:latest, postgres:13
-=== docker images --digests
-REPOSITORY  TAG     DIGEST       IMAGE ID      CREATED      SIZE
-alpine      <none>  sha256:HEX   baa5d63471ea  2 months ago 4.8 MB
-redis       7.2     sha256:HEX   14119a10abf4  7 weeks ago  5.6MB
-→ redis:7.2
 === docker images since version 29
                                          i Info →   U  In Use
 IMAGE             ID             DISK USAGE   CONTENT SIZE   EXTRA
@@ -7736,40 +7326,16 @@ docker.io/library/nginx    <none>   cd5239a0906a6   109MB
 -----------------------------------------------------------------
 example_backend_2    nginx              latest   35c43ace9216   133.1 MB
 → nginx:latest
-=== docker compose images
-$ docker compose images
-CONTAINER      REPOSITORY          TAG   PLATFORM      IMAGE ID       SIZE     CREATED
-truc-hello-1   ghcr.io/truc/hello  2.0   linux/arm64   00dd0d06b496   87.9MB   2 hours ago
-→ ghcr.io/truc/hello:2.0
 === kubeadm config images list
 [root@master ~]# kubeadm config images list
 W0110 15:02:41.125312   23251 version.go:101] unable to get URL "https://dl.k8s.io/release/1.txt"
 «k8s.gcr.io/kube-apiserver:v1.16.1»
-=== kubeadm config images list through a translator
-master0@master0 :~$kubeadm config images list
-Registry. k8s. io/kube apiserver: v1.27.3
-=== kubectl describe pod
-Node:           node1/10.3.147.253⏎Init Containers:⏎  upgrade-ipam:
-    Image:         «calico/cni:v3.10.3»⏎    Image ID:⏎    Port:          <none>
-    Image ID:       docker-pullable://calico/node@sha256:HEX
-=== kubectl describe pod, events
-  Type    Reason     Age  From       Message
-  Normal  Scheduled  17s  scheduler  Successfully assigned default/hello-k55jk to node1
-  Normal  Pulling    12s  kubelet    Pulling image "«anjia0532/echoserver:1.4»"
-  Normal  Pulled     10s  kubelet    Container image "«busybox:1.36»" already present on machine
-=== kubectl -o jsonpath
-nginx:1.27 registry.k8s.io/pause:3.9 docker.io/calico/node:v3.27.3
-✎ nginx:1.27, registry.k8s.io/pause:3.9, calico/node:v3.27.3
 """
 
 # Texts with nothing to start, found in the same places.
 NOTHING_FOUND = r"""
 WARNING: The requested image's platform (linux/amd64) does not match the detected host platform
-docker: Error response from daemon: toomanyrequests: https://www.docker.com/increase-rate-limit
 用 docker pull 报这个错：⏎no matching manifest for linux/arm64/v8 in the manifest list entries
- ✘ heygem-asr Error Get "https://registry-1.docker.io/v2/": net/http: request canceled while ... 15s
-Error response from daemon: Head "https://registry-1.docker.io/v2/library/nginx/manifests/1.25": EOF
-error pulling image configuration: Get https://cloudflare.docker.com/registry-v2/blobs/66
 [+] Running 0/4⏎ ⠴ mariadb Pulling    2.4s⏎ ⠿ nginx Pulled    2.4s⏎8c7716127147 Pulling fs layer
 docker build -t a/web:1 .⏎docker tag a/web:1 h.example.com/web:1⏎docker push h.example.com/web:1⏎⤶
 docker save -o web.tar a/web:1⏎docker-compose pull web
@@ -7778,60 +7344,41 @@ CONTAINER ID   IMAGE          COMMAND     STATUS       PORTS                NAME
 1467f91a2709   nginx:latest   "nginx -g"  Up 2 hours   0.0.0.0:80->80/tcp   web
 NAME            READY   STATUS       RESTARTS   AGE⏎my-nginx-k55jk  0/1   ErrImagePull   0   39m
 {⏎  "registry-mirrors": [⏎    "https://k8s.gcr.io"⏎  ]⏎}
-sudo tee /etc/docker/daemon.json <<EOF⏎{⏎"registry-mirrors": [⏎ "https://m.example.com",⏎⤶
-    "https://k8s.gcr.io"⏎  ],⏎  "insecure-registries": ["registry.me:5000"]⏎}⏎EOF
 images:⏎- name: nginx⏎  newName: registry.example.com/nginx⏎  newTag: 1.27.0
 dependencies:⏎  - name: redis⏎    version: 19.0.1⏎    repository: https://charts.bitnami.com/bitnami
-{⏎  "repository": {"type": "git", "url": "git+https://github.com/acme/web.git"},⏎⤶
-"dependencies": {"tag": "1.0"}⏎}
-{"code": 0, "msg": "ok", "data": {"id": 42, "url": "http://a.example.com/x", "time": "10:30"}}
 {"image": "avatar.png", "thumb": {"image": "data:image/png;base64,iVBORw0KGgo="}, "images": []}
----⏎title: Hello⏎image: /assets/img/cover.png⏎date: 2026-04-12 10:30:00⏎---
 Traceback (most recent call last):⏎  File "/urllib/request.py", line 1348, in x⏎⤶
     h.request()⏎ConnectionRefusedError: [Errno 111] Connection refused
-2026-04-12 10:01:02,123 INFO  [main] c.e.App: Started in 3.2s, http://localhost:8080⏎⤶
-10.0.0.5 - - [12/Apr/2026:10:01:02 +0800] "GET /v2/nginx/manifests/1.25 HTTP/1.1" 200 1234
 SELECT u.id⏎FROM users AS u⏎WHERE u.created_at > '2026-04-12 10:30:00';
-From: someone@example.com⏎Subject: Re: image: please check⏎From now on we pull from the mirror.
 from redis import Redis⏎from flask import Flask, request⏎import os
 module example.com/app⏎require (⏎	github.com/gin-gonic/gin v1.9.1⏎)
-steps:⏎- uses: actions/checkout@v4⏎  - uses: docker/build-push-action@v6⏎  with: {tags: user/app:1}
-git@github.com:docker/compose.git
 DB_URL=postgres://app:app@db:5432/app⏎REDIS_HOST=redis⏎IMAGE_TAG=1.25
 drwxr-xr-x 2 root root 4096 Nov 24 10:30 nginx⏎-rw-r--r-- 1 root root  118 Nov 24 10:31 redis.conf
-1. 时间：周三 14:00-15:30，地点：3/F 会议室⏎2. 参加：张三、李四⏎3. 内容：镜像加速方案 A/B 对比
-You can pull an image from the registry, the image "of the day" is shown, and the manifest⏎⤶
-for the release is not found. Images and pulls are free; see image 3.
 ## Install⏎1. Run `npm install`⏎- [x] image: done⏎- [ ] docker pull and run
 image: 这个字段是什么意思
 docker pull 一直失败，怎么办？用的 --platform linux/amd64
-message: pulled 'podinfo' chart with version '5.2.1'⏎- name: Set image save/load command for docker
 a: # Sets the metadata for the application namespace.⏎toolbox.image: ceph/ceph:v18
 TCP/IP, CI/CD
-《k8s/docker 入门》今晚 8:00 直播
 """
 
 # Talk, ¦ between messages: help.
 TALK_HEARD = r"""
-14:30 ¦ 会议改到 14:30 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 12:30, 13:30 ¦ 24/7 ¦ 1/2, 3/4 ¦ 2026/11/24
-10086 ¦ 3.14 ¦ 1,2 ¦ and/or ¦ ok,thanks ¦ 👍:ok ¦ 进度 50% ¦ 好的: 谢谢 ¦ 你好，在吗 ¦ hello world
+会议改到 14:30 ¦ 10:30-11:00 ¦ 2026-11-24 10:30 ¦ 24/7 ¦ 2026/11/24
+10086 ¦ 3.14 ¦ and/or ¦ ok,thanks ¦ hello world
 192.168.1.1:8080 ¦ 10.0.0.0/8 ¦ 10.0.0.1:1, 10.0.0.2:2 ¦ localhost ¦ localhost:3000
-key: value ¦ 备注：下周再说 ¦ name: web⏎port: 8080⏎time: 10:30 ¦ help ¦ 帮助 ¦ ¦ ␣⏎，
+key: value ¦ name: web⏎port: 8080⏎time: 10:30 ¦ help ¦ 帮助 ¦ ¦ ␣⏎，
 a@example.com, b@example.com ¦ C:\Users\me\a.txt ¦ D:/work/app ¦ /etc/nginx/nginx.conf ¦ ./run.sh
 File "/app/main.py", line 3, in <module>⏎    main()⏎KeyError: 'a' ¦ From China with love
-拉取镜像失败，请问是什么原因呢，谢谢 ¦ 镜像同步 Issue 模板 ¦ docker拉取 ¦ docker pull 好慢啊
-docker pull ¦ docker pull error! ¦ docker login ¦ docker-compose up -d ¦ docker compose pull 3x-ui
+拉取镜像失败，请问是什么原因呢，谢谢 ¦ 镜像同步 Issue 模板 ¦ docker pull 好慢啊
+docker pull ¦ docker pull error! ¦ docker compose pull 3x-ui
 """
 
 # Message ¦ canonical lines ¦ lines that are offered; no other word may be offered.
 WORDS_HEARD = rows("""
-please sync nginx:1.25 ¦ ¦ nginx:1.25
 麻烦同步一下：nginx:1.25 ¦ ¦ nginx:1.25
 麻烦同步一下⏎nginx:1.25⏎redis:7 ¦ ¦
 帮我同步 nginx:1.25 和 bitnami/redis:7.0 谢谢 ¦ ¦ nginx:1.25, bitnami/redis:7.0
-docker run nginx:1 ¦ ¦ nginx:1
 podman run --rm -it quay.io/podman/hello ¦ ¦ quay.io/podman/hello:latest
-nginx:1 redis:2 ¦ ¦ nginx:1, redis:2
 2 registry.k8s.io/pause:3.9 ¦ ¦ registry.k8s.io/pause:3.9
 14:30 前同步 24/7 的 nginx:1.25 ¦ ¦ nginx:1.25
 please sync bitnami/redis to ours ¦ ¦ bitnami/redis:latest
@@ -7843,7 +7390,6 @@ Nginx ¦ ¦ nginx:latest
 hi,there ¦ ¦ hi:latest, there:latest
 nginx⏎myapp ¦ nginx:latest, myapp:latest ¦
 postgres、openresty；mysql ¦ postgres:latest, openresty:latest, mysql:latest ¦
-my-app，other-app ¦ ¦ my-app:latest, other-app:latest
 myapp⏎myworker⏎mydb ¦ ¦ myapp:latest, myworker:latest, mydb:latest
 hello world, nginx ¦ ¦
 Nginx, Redis ¦ ¦
@@ -8253,7 +7799,7 @@ alice< 成功 2 / 3
 * told alice bob alice
 * images slow/a:1 b:1 nosuch:1 | next:1
 === The status shows each what is theirs: of another's link the host, of one's own no query
-* serve /private/salary.pdf 3000000 2000000
+* serve /private/salary.pdf 3000000 1000000
 bob> slow/app1:1, b:1, c:1
 alice> app2:1⏎SOURCE/private/salary.pdf?token=hunter2
 * hits /private/salary.pdf
@@ -8277,7 +7823,7 @@ bob> 状态
 -salary
 -hunter2
 === Files have a queue of their own beside that of images; QUEUE_SIZE=1
-* serve /slow.bin 8000000 8000000
+* serve /slow.bin 8000000 2000000
 * serve /quick.bin 1000 1000000
 alice> slow/a:1⏎SOURCE/slow.bin
 * hits /slow.bin
@@ -8315,14 +7861,192 @@ alice< 成功 1 / 1
 * lag 0.1
 alice> nginx:1
 alice< 成功 1 / 1
+=== Six hours end with a last look: jobs that have ended are told as what they are; SYNC_TIMEOUT=1
+alice> slow/a:1, b:1
+alice< ⏰
+* done b:1
+* kill
+* clock 7
+* start
+alice< 成功 1 / 2
++docker pull PREFIX/b:1
++❌ slow/a:1
+=== A deleted run that is late is told after some looks, with the true reason; SYNC_TIMEOUT=1
+alice> slow/a:1
+alice< ⏰
+* forget
+alice< 成功 0 / 1
+~404|删除|不存在
+-6 小时
+* calls 3 20
+=== A limit without end is seen, and told after ten minutes (0.6 s), not to the next; SCALE=0.001
+* fail 100000 429:1 contents
+alice> limited:1
+* health degraded
+alice> 状态
+~⚠️.*限
+alice< 成功 0 / 1
++限
+* calls 2 620
+* heal
+bob> after:1
+bob< 成功 1 / 1
+* images after:1
+* health ok
+=== The waits of one request add up to ten minutes (3 s) for commit and dispatch; SCALE=0.005
+* fail 2 429:100 PUT contents
+* fail 3 429:100 POST dispatches
+alice> adds:1
+alice< 成功 1 / 1
+* fail 4 429:100 PUT contents
+* fail 4 429:100 POST dispatches
+bob> adds:2
+bob< 成功 0 / 1
+=== Midnight gives the list back while GitHub wants quiet; SCALE=0.001 CALLBACK_MAX_AGE=0
+alice> today:1
+alice< 成功 1 / 1
+* fail 100000 429:1 contents
+* clock 24
+* called contents
+bob> tomorrow:1
+bob< 限
+* heal
+* kept
+=== Midnight waits for the request that runs: only after it the list is emptied
+alice> slow/a:1
+* runs 1
+* clock 24
+* pause 1
+* kept slow/a:1
+* go
+alice< 成功 1 / 1
+* kept
+* commits wxsync: slow/a:1 [skip ci]
+=== A run that is run again under its id before its end was seen: its last attempt counts
+* fate wxsync: failed network refused ¦ slow/a:1
+alice> slow/a:1, b:1
+* runs 1
+* kill
+* go
+* ended failure
+* hold
+* fate ¦ slow/a:1
+* rerun
+* start
+* pause 0.5
+* told
+* go
+alice< 成功 2 / 2
+* told alice
+=== Waiting for GitHub counts as work: late, then done, kill -9 or not; SYNC_TIMEOUT=1
+* fail 3 429:160 POST dispatches
+alice> patient:1
+alice< ⏰
++patient:1
+* health degraded
+alice> 状态
++⚠️
+* images
+* told alice
+* restart
+alice< 成功 1 / 1
+* images patient:1
+* told alice alice
+=== A jump of the clock fails no run: the result is told, and only that; CALLBACK_MAX_AGE=0
+alice> slow/a:1
+* runs 1
+* clock -30
+* pause 0.5
+* go
+alice< ✅
+* hold
+alice> slow/b:1
+* runs 2
+* clock 7
+* pause 0.5
+* go
+alice< slow_b
+* told alice alice
+=== A cancel ends all that is one's own and nothing else; what was done is told as done
+alice> slow/a:1, b:1
+* done b:1
+bob> 取消
++没有
+alice> later:1
+bob> bob:1
+carol> carol:1
+bob> cancel
++bob:1
+bob> 取消
++没有
+* cancels 0
+alice> 取消
++slow/a:1
++later:1
+-carol
+alice< 成功 1 / 2
++docker pull PREFIX/b:1
++取消
+-slow_a
+carol< 成功 1 / 1
+* cancels 1
+* images slow/a:1 b:1 | carol:1
+* ended cancelled success
+* told alice carol
+=== A cancel before there is a run: nothing is started; what is under way is cancelled behind it
+* fail 4 429:60 PUT contents
+alice> early:1
+* called PUT contents
+alice> 取消
++early:1
+* pause 0.3
+* heal
+* delay 0.4
+alice> slow/a:1
+* called POST dispatches
+alice> 取消
++slow/a:1
+* delay 0
+alice< 成功 0 / 1
+* images slow/a:1
+* ended cancelled
+=== A retry does what failed again: that only, one's own only, after kill -9, said at once or not
+alice> 重试
++没有
+* fate wxsync: failed network refused ¦ a:1 ¦ --platform=all c:1
+alice> a:1, b:1, --platform=all c:1
+alice< 成功 1 / 3
++重试
+bob> retry
++没有
+* restart
+* fate ¦ a:1 ¦ --platform=all c:1
+* at-once 重试
++共 2 个镜像
+-b:1
+alice< 成功 2 / 2
+alice> 重试
++没有
+* images a:1 b:1 --platform=all c:1 | a:1 --platform=all c:1
+bob> nosuch:1
+bob< 成功 0 / 1
+-重试
+* fail 9 401 GET contents
+carol> whole:1, whole:2
+carol< 成功 0 / 2
+* heal
+carol> 重试
++共 2 个镜像
+carol< 成功 2 / 2
 """
 
 
 class Play:
     """Plays a transcript in a world of its own."""
 
-    def __init__(self, world: Depot) -> None:
-        self.world, self.github, self.heard = world, world.github, ""
+    def __init__(self, world: Depot, runner: SlowRunner) -> None:
+        self.world, self.github, self.runner = world, world.github, runner
+        self.heard, self.before = "", 0  # how many calls GitHub had before something went wrong
 
     def line(self, line: str) -> None:
         found = re.fullmatch(r"(\w*)([><+~=*-]) ?(.*)", line)
@@ -8334,62 +8058,118 @@ class Play:
         elif mark == "<":
             self.heard = self.world.hear(text, who)
         elif mark == "*":
-            assert wait_until(lambda: self.happens(*text.partition(" ")[::2])), line
+            what, _, rest = text.partition(" ")
+            if not self.happens(what, rest):
+                assert wait_until(lambda: self.holds(what, rest)), (line, self.world.service.log)
         else:
             count = len(re.findall(text if mark == "~" else re.escape(text), self.heard))
             assert count == 1 if mark == "=" else (count > 0) == (mark != "-"), (line, self.heard)
 
     def happens(self, what: str, rest: str) -> bool:
-        """Do what a line with * says, or tell whether it holds."""
-        inputs = [dispatch.inputs for dispatch in self.github.dispatches]
-        images = [" ".join(json.loads(given["images"])) for given in inputs]
-        messages, health = self.world.wecom.messages, self.world.service.health()
-        if what == "go":
-            self.world.open()
-        elif what == "serve":
-            path, size, rate = rest.split()
-            self.world.source.add(path, int(size), rate=float(rate))
-        elif what == "status":
-            return rest in self.world.say("状态")
-        elif what == "restart":
-            self.world.service.restart()  # after kill -9
-        elif what == "lag":
-            self.github.run_lag = float(rest)
-        elif what == "by-hand":
-            self.github.commit("images.txt", f"{rest}\n".encode(), "by hand")
-        seen = {
-            "calls": str(len(self.github.calls)),
-            "runs": str(len({given["request"] for given in inputs})),
-            "images": " | ".join(images),
-            "commits": " | ".join(commit.message for commit in self.github.commits),
-            "list": " ".join(self.github.files.get("images.txt", b"").decode().split()),
-            "hits": " ".join(sorted(self.world.source.hits)),
-            "told": " ".join(message.user for message in messages),
-            "health": f"{health['running']} {health['queued']}",
+        """Do what a line with * says, tell whether it says to do something."""
+        service, github = self.world.service, self.github
+        acts: dict[str, Callable[[], object]] = {
+            "go": self.runner.go.set,
+            "hold": self.runner.go.clear,
+            "kill": service.kill,
+            "start": service.start,
+            "restart": service.restart,  # after kill -9
+            "clock": lambda: (service.state_dir / "clock").write_text(str(3600 * int(rest))),
+            "pause": lambda: time.sleep(float(rest)),
+            "serve": lambda: self.serve(*rest.split()),
+            "fate": lambda: self.fate(*map(str.strip, rest.split("¦"))),
+            "at-once": lambda: self.at_once(rest),
+            "fail": lambda: self.fail(*rest.split(" ", 2)),
+            "heal": github.faults.clear,
+            "forget": github.runs.clear,
+            "rerun": lambda: github.rerun(github.runs[0]),
+            "delay": lambda: setattr(github, "delay", float(rest)),
+            "lag": lambda: setattr(github, "run_lag", float(rest)),
+            "by-hand": lambda: github.commit("images.txt", f"{rest}\n".encode(), "by hand"),
         }
-        return seen.get(what, rest) == rest
+        if what in ("fail", "forget"):
+            self.before = len(github.calls)
+        if what in acts:
+            acts[what]()
+        return what in acts
+
+    def serve(self, path: str, size: str, rate: str) -> None:
+        self.world.source.add(path, int(size), rate=float(rate))
+
+    def fate(self, fate: str, *lines: str) -> None:
+        self.runner.outcomes |= dict.fromkeys(lines, fate)
+
+    def at_once(self, text: str) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            replies = pool.map(self.world.say, [text] * 4, ["alice"] * 4)
+        (self.heard,) = (reply for reply in replies if "🔄" in reply)
+
+    def fail(self, times: str, how: str, where: str) -> None:
+        status, _, pause = how.partition(":")
+        headers = {"Retry-After": pause} if pause else {}
+        self.github.fail(where, (int(status), headers, b"{}"), int(times))
+
+    def holds(self, what: str, rest: str) -> bool:
+        """Tell whether what a line with * says is so."""
+        service, github, calls = self.world.service, self.github, self.github.calls[self.before :]
+        if what == "calls":
+            least, most = map(int, rest.split())
+            return least <= len(calls) <= most
+        if what == "called":
+            return any(holds(call.line, rest) for call in calls)
+        if what == "status":
+            return rest in self.world.say("状态")
+        if what == "health":
+            health = service.health()
+            return rest in (health["status"], f"{health['running']} {health['queued']}")
+        inputs = [dispatch.inputs for dispatch in github.dispatches]
+        jobs = [job for run in github.runs for job in run.jobs if job.conclusion == "success"]
+        kept = self.world.images.read_text() if self.world.images.exists() else ""
+        seen = {
+            "runs": str(len({given["request"] for given in inputs})),
+            "images": " | ".join(" ".join(json.loads(given["images"])) for given in inputs),
+            "done": " ".join(job.name for job in jobs),
+            "ended": " ".join(run.conclusion or "-" for run in github.runs),
+            "cancels": str(len(github.calls_to("POST cancel"))),
+            "commits": " | ".join(commit.message for commit in github.commits),
+            "list": " ".join(github.files.get("images.txt", b"").decode().split()),
+            "kept": " ".join(kept.split()),
+            "hits": " ".join(sorted(self.world.source.hits)),
+            "told": " ".join(message.user for message in self.world.wecom.messages),
+        }
+        return seen[what] == rest
 
 
-@pytest.mark.parametrize(
-    "story",
-    unfold(TRANSCRIPTS).removeprefix("=== ").split("\n=== "),
-    ids=lambda s: s.split("\n")[0],
-)
-def test_a_story(story: str) -> None:
-    """What is typed, what is seen."""
+def play(story: str) -> None:
     title, *lines = story.replace("PREFIX", PREFIX).split("\n")
     runner = SlowRunner()
     runner.outcomes["nosuch:1"] = "wxsync: failed not-found manifest unknown"
     runner.outcomes["same:1"] = "wxsync: unchanged sha256:" + HEX
-    with Depot(runner, **dict(re.findall("(QUEUE_SIZE|SYNC_TIMEOUT)=(.*)", title))) as world:
-        play = Play(world)
+    with Depot(runner, **dict(re.findall(r"([A-Z_]+)=(\S+)", title))) as world:
+        play = Play(world, runner)
         for line in lines:
             play.line(line)
         assert world.broken() == []
 
 
-# What became of a line's job ¦ a part of what is said of it.
-NOT_DONE = rows("""
+PLAYED: dict[str, str] = {}
+for text in unfold(TRANSCRIPTS).removeprefix("=== ").split("\n=== "):
+    PLAYED[text.split("\n")[0]] = text
+    if "kill -9 or not" in text:
+        PLAYED[text.split("\n")[0] + " (not)"] = text.replace("\n* restart", "")
+STORIES |= {f"test_a_story[{title}]": functools.partial(play, PLAYED[title]) for title in PLAYED}
+
+
+@pytest.mark.parametrize("title", PLAYED)
+def test_a_story(title: str, told: Told) -> None:
+    """What is typed, what is seen."""
+    told[f"test_a_story[{title}]"].result()
+
+
+# What became of a line's job, as `PlayedRunner` plays it ¦ a part of what is said of it. A name may
+# be masked: a Secret may be called "sync". GitHub says cancelled of what ran into its timeout of 60
+# minutes.
+FATES = rows("""
 failure ¦ 失败的步骤：Copy
 cancelled ¦ 任务被取消
 timed_out ¦ 复制超时
@@ -8405,21 +8185,38 @@ wxsync: failed rejected unknown manifest class ¦ 不接受
 wxsync: failed timeout ¦ 超时
 wxsync: failed error out of luck ¦ out of luck
 wxsync: failed of-tomorrow new ¦
+success ¦
+success|wx***: unchanged sha256:HEX ¦ （已是最新）
+failure|***sync: failed not-found manifest unknown ¦ 不存在
+failure|***: failed no-platform linux/s390x ¦ 没有这个架构
+failure|wxsync: copied sha256:HEX ¦
+cancelled after 56 ¦ 超时
+cancelled after 54 ¦ 任务被取消
 """)
+FATES += [["success|\x1b[2Jwxsync: failed\r\n\x00", ""]]
+FATES += [
+    ["failure|wxsync: failed error \x1b[31m\u202e<a href='x'>\x07\nx" + "x" * 9000, "复制失败"]
+]
 
 
 def test_whatever_is_not_said_to_have_succeeded_has_failed(talk: Talk) -> None:
-    """Cancelled, missing, without a step name, of a code unknown: each is told as failed."""
-    lines = {f"x/fate-{number}:1": fate for number, (fate, _) in enumerate(NOT_DONE)}
-    talk.runner.outcomes |= lines | {"x/silent:1": "success"}
-    talk.say("\n".join([*lines, "x/silent:1"]))
-    head = talk.hear("成功 ")
-    assert f"❌ 镜像同步没有全部完成，成功 1 / {len(lines) + 1}" in head
-    assert wait_until(lambda: f"docker pull {PREFIX}/x_silent:1" in "\n".join(talk.messages))
-    told = "\n".join(talk.messages)
-    assert told.count("docker pull ") == 1
-    assert lacking([f"❌ {line}" for line in lines], told) == []
-    assert lacking([part for _, part in NOT_DONE], told) == []
+    """Cancelled, missing, of a code unknown; nothing in a step's name, masked or cut off anywhere,
+    is believed against the conclusion, and only text is shown of it."""
+    bad, good = "wxsync: failed not-found manifest; nearest 1.2 1.3", "wxsync: unchanged sha256:01"
+    fates = [fate for fate, _ in FATES]
+    fates += [f"failure|{bad[:end]}" for end in range(len(bad))]
+    fates += [f"success|{good[:end]}" for end in range(len(good))]
+    lines = {f"x/fate{number}:1": fate for number, fate in enumerate(fates)}
+    done = {line for line, fate in lines.items() if fate.startswith("success")}
+    talk.runner.outcomes |= lines
+    talk.say("\n".join(lines))
+    head = f"❌ 镜像同步没有全部完成，成功 {len(done)} / {len(lines)}"
+    assert head in talk.hear("成功 ") and set(told_failed(talk)) == lines.keys() - done
+    told = "\n".join(all_letters(talk.world, talk.user))
+    images = re.findall(f"^docker pull {PREFIX}/x_(.*?:1)", told, re.MULTILINE)
+    assert {f"x/{image}" for image in images} == done and told.count("docker pull ") == len(done)
+    assert lacking([part for _, part in FATES], told) == []
+    assert [c for c in told if c in "\x00\x07\x1b\r\u202e"] == []
 
 
 ATTACKS = ["$(reboot):1", "--all x:1", "a:1\n::set-output", "../x:1", "https://" + "a" * 9_992]
@@ -8489,85 +8286,102 @@ def test_one_connection_and_three_calls_before_polling() -> None:
         assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
 
 
-# Calls of GitHub that go wrong, how often, how -> how many GET, PUT and POST there are then.
-# GitHub itself redirects to its own new address: method and body stay. A list may lag: 0.15 s is
-# 7.5 s here. A dispatch that never arrived is made again after ten seconds, 0.2 s here.
+# Calls of GitHub that go wrong ¦ how often ¦ how, HTML is a page ¦ how many GET, PUT and POST there
+# are then ¦ where it lasts, parts of what the person reads. GitHub itself redirects to its own new
+# address: method and body stay. A list may lag: 0.15 s is 7.5 s here. A dispatch that never arrived
+# is made again after ten seconds, 0.2 s here. A protected branch takes no second try
+# (BobAnkh/auto-generate-changelog#78).
 LIST = "/repos/octo/mirror/contents/images.txt"
-MISHAPS = rows(r"""
+MISHAPS = rows(rf"""
 POST dispatches ¦ 1 ¦ 400 "return_run_details" is not a permitted key. ¦ 1 1 2
 PUT ¦ 2 ¦ 409 images.txt does not match 0123 ¦ 3 3 1
 PUT ¦ 2 ¦ 422 "sha" wasn't supplied. ¦ 3 3 1
 PUT ¦ 1 ¦ lost ¦ 2 2 1
 POST dispatches ¦ 1 ¦ lost ¦ 1 1 1
-POST dispatches ¦ 1 ¦ lost ¦ 1 1 1 ¦ the list lags
 POST dispatches ¦ 1 ¦ reset ¦ 1 1 2
 GET contents ¦ 1 ¦ 301 ¦ 2 1 1
 PUT ¦ 1 ¦ 307 ¦ 1 2 1
+GET actions/runs/ ¦ 2 ¦ 401 HTML ¦ 1 1 1
+GET actions/runs/ ¦ 2 ¦ 403 {NO_ACCESS} ¦ 1 1 1
+GET actions/runs/ ¦ 2 ¦ 404 HTML ¦ 1 1 1
+GET jobs ¦ 1 ¦ 401 ¦ 1 1 1
+GET jobs ¦ 1 ¦ 403 HTML ¦ 1 1 1
+GET jobs ¦ 1 ¦ 404 ¦ 1 1 1
+GET contents ¦ 20 ¦ 401 Bad credentials ¦ 1 0 0 ¦ GITHUB_TOKEN ¦ 过期
+PUT ¦ 20 ¦ 401 HTML ¦ 1 1 0 ¦ 401
+PUT ¦ 20 ¦ 403 {NO_ACCESS} ¦ 1 1 0 ¦ Contents
+PUT ¦ 20 ¦ 403 HTML ¦ 1 1 0 ¦ 403
+PUT ¦ 20 ¦ 404 Not Found ¦ 1 1 0 ¦ octo/mirror ¦ main ¦ Contents ¦ 404
+PUT ¦ 20 ¦ 409 Repository rule violations found⏎⏎Changes must be made through a pull request. ¦ ⤶
+1 1 0 ¦ 受保护 ¦ main ¦ Repository rule viol
+PUT ¦ 20 ¦ 409 Could not update file: Changes must be made through a pull request. ¦ 1 1 0 ¦ 受保护
+PUT ¦ 20 ¦ 422 Repository rule violations found⏎⏎Secret detected in content ¦ 1 1 0 ¦ 受保护
+PUT ¦ 20 ¦ 403 You're not authorized to push to this branch. ¦ 1 1 0 ¦ 受保护 ¦ You're not
+POST dispatches ¦ 20 ¦ 401 ¦ 1 1 1 ¦ 401
+POST dispatches ¦ 20 ¦ 403 {NO_ACCESS} ¦ 1 1 1 ¦ Actions
+POST dispatches ¦ 20 ¦ 404 HTML ¦ 1 1 1 ¦ octo/mirror ¦ Actions ¦ 404
+POST dispatches ¦ 20 ¦ 422 No ref found for: main ¦ 1 1 1 ¦ No ref found for: main
+POST dispatches ¦ 20 ¦ 422 Workflow does not have 'workflow_dispatch' trigger ¦ 1 1 1 ¦ ⤶
+workflow_dispatch
+GET actions/runs/ ¦ 20 ¦ 401 HTML ¦ 1 1 1 ¦ 401
+GET actions/runs/ ¦ 20 ¦ 403 {NO_ACCESS} ¦ 1 1 1 ¦ Actions
+GET actions/runs/ ¦ 20 ¦ 404 HTML ¦ 1 1 1 ¦ 404
 """)
 
 
 @pytest.mark.parametrize("number", range(len(MISHAPS)))
 def test_what_goes_wrong_at_github_makes_nothing_twice(talk: Talk, number: int) -> None:
-    """It is read again, looked for, or made again: one commit, one run, one result."""
-    where, times, how, wanted, *lag = MISHAPS[number]
+    """It is read again, looked for, or made again: one commit, one run, one result; a refusal that
+    lasts is told once, whatever its body: what it means, which permission is missing."""
+    where, times, how, wanted, *told = MISHAPS[number]
     status, _, message = how.partition(" ")
     body = json.dumps({"message": message}).encode()
-    what: What = (int(status), {"Location": LIST}, body) if status.isdigit() else how
+    head = {"Location": LIST, "Content-Type": "text/html"}
+    body = b"<!DOCTYPE html><title>Unicorn! &middot; GitHub</title>" if message == "HTML" else body
+    what: What = (int(status), head, body) if status.isdigit() else how
     talk.github.fail(where, what, int(times))
-    talk.github.list_lag, talk.github.old_dispatch = 0.15 * len(lag), "return" in how
-    assert "成功 1 / 1" in talk.ask(f"mishap-{number}:1")
+    talk.github.list_lag, talk.github.old_dispatch = 0.15 * (how == "lost"), "return" in how
+    text = talk.ask(f"mishap-{number}:1")
+    assert f"成功 {0 if told else 1} / 1" in text and ("❌" in text.splitlines()[0]) == bool(told)
+    assert lacking(told, text) == [] and "<" not in text and len(talk.messages) == 1
     calls = [talk.calls(call) for call in ("GET contents", "PUT contents", "POST dispatches")]
     assert [len(made) for made in calls] == list(map(int, wanted.split()))
-    assert len(talk.inputs) == len(talk.commits) == 1
+    assert told or len(talk.inputs) == len(talk.commits) == 1
     assert how != "reset" or calls[2][1].time - calls[2][0].time > 0.2
     assert "return" not in how or "return_run_details" not in calls[2][1].json()
 
 
-# What GitHub says to a call ¦ parts of what the person reads.
-NO_ACCESS = "Resource not accessible by personal access token"
-DENIED = rows(f"""
-GET contents ¦ 401 ¦ Bad credentials ¦ GITHUB_TOKEN ¦ 过期
-PUT contents ¦ 403 ¦ {NO_ACCESS} ¦ Contents
-POST dispatches ¦ 403 ¦ {NO_ACCESS} ¦ Actions
-GET actions/runs/ ¦ 403 ¦ {NO_ACCESS} ¦ Actions
-PUT contents ¦ 404 ¦ Not Found ¦ octo/mirror ¦ main ¦ Contents
-POST dispatches ¦ 404 ¦ Not Found ¦ octo/mirror ¦ Actions
-POST dispatches ¦ 422 ¦ No ref found for: main ¦ No ref found for: main
-POST dispatches ¦ 422 ¦ Workflow does not have 'workflow_dispatch' trigger ¦ workflow_dispatch
+# What GitHub says: a status ¦ a header ¦ a body ¦ more than which pause, and at most which. GitHub
+# counts by the hour: nothing it says keeps us from asking again after that.
+LIMITS = rows(f"""
+429 ¦ Retry-After: 7 ¦ ¦ 6 7
+403 ¦ Retry-After: 61 ¦ ¦ 60 61
+403 ¦ ¦ You have exceeded a secondary rate limit. ¦ 59 60
+429 ¦ ¦ ¦ 59 60
+403 ¦ X-RateLimit-Reset: in 90 s ¦ API rate limit exceeded ¦ 85 95
+429 ¦ Retry-After: 99999999 ¦ ¦ 3000 3660
+429 ¦ Retry-After: {"9" * 400} ¦ ¦ 0 3660
+429 ¦ X-RateLimit-Reset: 253402300799 ¦ ¦ 3000 3660
+429 ¦ X-RateLimit-Reset: {"9" * 400} ¦ ¦ 0 3660
 """)
 
 
-@pytest.mark.parametrize("row", DENIED, ids=lambda row: " ".join(row[:2]))
-def test_a_refusal_of_github_is_told_in_words(talk: Talk, row: list[str]) -> None:
-    """What it means for the user's token, and which permission is missing."""
-    where, status, said, *wanted = row
-    talk.github.fail(where, (int(status), {}, json.dumps({"message": said}).encode()), 20)
-    result = talk.ask(f"denied-{status}:1")
-    assert "❌" in result.splitlines()[0] and "成功 0 / 1" in result
-    assert lacking(wanted, result) == [] and len(talk.messages) == 1
-
-
-# What GitHub says -> more than which pause, and at most which.
-QUOTA = {"X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "in 90 s"}
-LIMITS: dict[str, tuple[int, dict[str, str], bytes, int, int]] = {
-    "retry-after": (429, {"Retry-After": "7"}, b"{}", 6, 7),
-    "a secondary limit": (403, {"Retry-After": "61"}, b"{}", 60, 61),
-    "in words only": (403, {}, b'{"message": "You have exceeded a secondary rate limit."}', 59, 60),
-    "429 alone": (429, {}, b"", 59, 60),
-    "a used-up quota": (403, QUOTA, b'{"message": "API rate limit exceeded"}', 85, 95),
-}
-
-
 @pytest.mark.parametrize("method", ["GET", "PUT"])
-@pytest.mark.parametrize("name", LIMITS)
-def test_a_rate_limit_is_waited_for(desk: Desk, name: str, method: str) -> None:
-    """For as long as it says, then the call is made again."""
-    status, headers, body, least, most = LIMITS[name]
-    headers = {n: v.replace("in 90 s", str(int(time.time()) + 90)) for n, v in headers.items()}
-    desk.github.fail(f"{method} contents", (status, headers, body))
-    assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
-    assert len(desk.pauses) == 1 and least < desk.pauses[0] <= most
-    assert len(desk.github.commits) == 1
+@pytest.mark.parametrize("number", range(len(LIMITS)))
+def test_a_rate_limit_is_waited_for(desk: Desk, number: int, method: str) -> None:
+    """For as long as it says, then the call is made again; or the minutes are told."""
+    status, head, body, pause = LIMITS[number]
+    head = head.replace("in 90 s", str(int(time.time()) + 90))
+    headers = {"X-RateLimit-Remaining": "0"} | dict([head.split(": ")] if head else [])
+    desk.github.fail(f"{method} contents", (int(status), headers, body.encode()))
+    try:
+        assert desk.app.github.upload_list(b"nginx:1\n", "wxsync: nginx:1")
+        assert len(desk.github.commits) == 1
+    except wxsync.Failure as failure:
+        desk.pauses += [60 * int(said) for said in re.findall(r"(\d+) 分钟", str(failure))]
+    (waited,) = desk.pauses
+    least, most = map(int, pause.split())
+    assert least < waited <= most
 
 
 def test_github_wants_quiet(talk: Talk) -> None:
