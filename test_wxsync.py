@@ -1624,6 +1624,7 @@ class ActLog:
 
 class ActRunner(Closing):
     FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
+    event = "workflow_dispatch"
 
     def __init__(
         self, project: Path, secret_values: Mapping[str, str], environment: Mapping[str, str]
@@ -1661,7 +1662,7 @@ class ActRunner(Closing):
         return missing_program("git", "skopeo") or ("" if cls.program() else "act not installed")
 
     def command(self, inputs: Mapping[str, str]) -> list[str]:
-        words = [self.program(), "workflow_dispatch", "--json", "--no-cache-server"]
+        words = [self.program(), self.event, "--json", "--no-cache-server"]
         words += ["--pull=false", "-P", "ubuntu-24.04=-self-hosted", "-W", self.FILES[2]]
         words += ["--secret-file", str(self.secret_file)]
         for name, value in inputs.items():
@@ -8711,128 +8712,99 @@ def test_256_failures_fit_in_ten_messages(fates: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class PushRunner(ActRunner):
-    def command(self, inputs: Mapping[str, str]) -> list[str]:
-        return [word.replace("workflow_dispatch", "push") for word in super().command(inputs)]
-
-
-class Factory:
-    """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
-
-    def __init__(self, space: Space) -> None:
-        self.space, self.acr = space, space.mirror.acr.host
-        own = {name: space.settings[f"DOCKER_{name}"] for name in ("USERNAME", "PASSWORD")}
-        self.place = {"DOCKER_REGISTRY": self.acr, "DOCKER_NAMESPACE": space.namespace}
-        self.secrets = {f"DOCKER_{name}": value for name, value in own.items()} | self.place
-        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
-
-    def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
-        with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
-            (runner.checkout / "images.txt").write_text(images_txt)
-            run = Run(1, inputs, "main")
-            runner(inputs, run)
-        return run
-
-
 @pytest.fixture
-def factory(space: Space) -> Factory:
+def factory(space: Space) -> Iterator[ActRunner]:
+    """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
     needs(ActRunner.missing())
-    return Factory(space)
+    environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
+    own = space.settings | {"DOCKER_REGISTRY": space.mirror.acr.host}
+    with ActRunner(SCRIPT.parent, own, environment) as runner:
+        yield runner
 
 
 def results(run: Run) -> dict[str, str]:
-    """Return for each job that ran the name of its last step, which is its result."""
-    return {job.name: job.steps[-1].name for job in run.jobs if job.name != "plan"}
+    """Return for each job the name of its last step, which is its result; of plan how it ended."""
+    ended = {job.name: (job.conclusion, *(step.name for step in job.steps)) for job in run.jobs}
+    assert all(
+        (e[0] == "success") == ("copied" in e[-1] or "unchanged" in e[-1])
+        for n, e in ended.items()
+        if n != "plan"
+    )
+    return {name: str(end[-1 if name != "plan" else 0]) for name, end in ended.items()}
 
 
-def conclusions(run: Run) -> dict[str, str | None]:
-    return {job.name: job.conclusion for job in run.jobs}
-
-
-def ask(world: World, text: str) -> tuple[str, Run]:
-    """Say something about images, return the final message and the run that it tells about."""
-    before = len(world.wecom.messages)
-    assert "🔄" in world.say(text)
-    message = world.wecom.wait_message("成功 ", "", 60, before).text
-    return message, world.github.runs[-1]
-
-
-def test_from_chat_to_registry(factory: Factory) -> None:
+def test_from_chat_to_registry(space: Space, factory: ActRunner) -> None:
     """One message, one run: what is good arrives, what is not is told with its reason. Several
     platforms of an image with attestations go into a registry that refuses those, and a second
     request finds everything up to date."""
-    space, pull = factory.space, f"docker pull {factory.acr}/{factory.space.namespace}/app"
+    pull = f"docker pull {factory.secrets['DOCKER_REGISTRY']}/{space.namespace}/app"
     digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
     bad = {"app:absent": "not-found", "--platform=linux/s390x app:multi": "no-platform"}
-    expected = {"app:multi": f"copied {digest}", line: "copied "}
-    expected |= {name: f"failed {code} " for name, code in bad.items()}
-    with (
-        ActRunner(SCRIPT.parent, factory.secrets, factory.environment) as runner,
-        World(SCRIPT, runner, factory.place) as world,
-    ):
-        text, run = ask(
-            world,
+    expected = {"plan": "skipped", "app:multi": f"wxsync: copied {digest}", line: "wxsync: copied "}
+    expected |= {name: f"wxsync: failed {code} " for name, code in bad.items()}
+    place = {name: factory.secrets[name] for name in ("DOCKER_REGISTRY", "DOCKER_NAMESPACE")}
+    with World(SCRIPT, factory, place) as world:
+        assert "🔄" in world.say(
             f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
-            "app:multi --platform linux/s390x",
+            "app:multi --platform linux/s390x"
         )
+        text, (run,) = world.hear("成功 ", timeout=60), world.github.runs
         assert text.startswith("❌") and "成功 2 / 4" in text and "已是最新" not in text
         assert lacking([f"{pull}:multi", f"/actions/runs/{run.id}", *bad], text) == []
         assert all(lacking(wxsync.COPY_REASONS[code], text) == [] for code in bad.values())
-        assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
-        assert all(results(run)[k].startswith(f"wxsync: {v}") for k, v in expected.items())
-        assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
+        found = results(run)
+        assert set(found) == set(expected)  # jobs are named with the canonical lines
+        assert all(found[name].startswith(result) for name, result in expected.items())
+        assert len(world.github.commits) == 1
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
-        text, run = ask(world, line)
+        world.say(line)
+        text = world.hear("成功 1 / 1", timeout=60)
         assert text.startswith("✅") and f"{pull}:attested（已是最新）" in text
-        assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
+        assert results(world.github.runs[1])[line].endswith(f" {space.digest('app:attested')}")
         assert world.broken() == []
     assert space.digest("app:multi") == digest
 
 
-def test_whoever_starts_a_run_cannot_move_the_target_or_run_a_command(factory: Factory) -> None:
-    """Nor do changed Secrets, behind the chat. Lines are chosen, nothing else by them."""
-    target = {"request": "r1", "target": "registry.example.com/other"}
-    run = factory.run(ActRunner, "", images='["app:one"]', **target)
-    assert conclusions(run)["app:one"] == "failure"
-    assert results(run)["app:one"].startswith("wxsync: failed target-mismatch ")
-    assert factory.space.digest("app:one") == ""
-    mark = factory.space.home / "mark"
-    lines = [f"$(touch {mark}):1", f'"; touch {mark}; "', f"`touch {mark}`", f"x'; touch {mark}; '"]
-    run = factory.run(ActRunner, "", images=json.dumps(lines))
-    assert run.conclusion == "failure" and len(run.jobs) == 1 + len(lines)
-    assert not mark.exists() and set(results(run).values()) == {"no result"}
-
-
 BY_HAND = "# mine\ndocker.io/library/app:one\n\n--platform linux/arm64 app:multi\napp:one\n"
-STARTS = [(PushRunner, {}), (ActRunner, {}), (ActRunner, {"request": "r1", "images": ""})]
+ONE, ARM = "app:one", "--platform=linux/arm64 app:multi"
+LISTED = {"plan": "success", ONE: "wxsync: copied {one}", ARM: "wxsync: copied {arm}"}
+EVIL = ["$(touch {mark}):1", '"; touch {mark}; "', "`touch {mark}`", "x'; touch {mark}; '"]
+# images.txt; inputs, None for a push of it -> each job's result
+STARTS: list[tuple[str, dict[str, object] | None, dict[str, str]]] = [
+    (BY_HAND, None, LISTED),
+    (BY_HAND, {}, LISTED),  # "Run workflow" with nothing filled in
+    (BY_HAND, {"request": "r1", "images": ""}, LISTED),
+    ("# nothing yet\n", None, {"plan": "success"}),
+    ("app:one\nApp:one\n", None, {"plan": "failure"}),
+    ("App:bad\n", {"images": [f"{ONE} => mine"]}, {f"{ONE} => mine": "wxsync: copied {one}"}),
+    ("", {"images": [ONE], "target": "r.example.com/x"}, {ONE: "wxsync: failed target-mismatch "}),
+    ("", {"images": EVIL}, dict.fromkeys(EVIL, "no result")),
+]
 
 
-@pytest.mark.parametrize(("kind", "inputs"), STARTS, ids=["push", "button", "empty inputs"])
-def test_the_list_edited_on_github_is_copied(
-    factory: Factory, kind: type[ActRunner], inputs: dict[str, str]
+@pytest.mark.parametrize("start", STARTS)
+def test_what_a_run_does_follows_from_its_list_alone(
+    space: Space, factory: ActRunner, start: tuple[str, dict[str, object] | None, dict[str, str]]
 ) -> None:
-    """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
-    mirror = factory.space.mirror
-    arm, run = mirror.digest("multi", "arm64/v8"), factory.run(kind, BY_HAND, **inputs)
-    assert run.conclusion == conclusions(run)["plan"] == "success", run.log
-    assert results(run) == {
-        "app:one": f"wxsync: copied {mirror.digest('one')}",
-        "--platform=linux/arm64 app:multi": f"wxsync: copied {arm}",
-    }
-    assert factory.space.digest("app:multi-arm64") == arm
-
-
-def test_plan_decides_what_runs(factory: Factory) -> None:
-    """An empty list is fine and starts no job; a bad line stops the whole list. A dispatch with
-    images goes straight to the matrix, and images.txt is not looked at."""
-    for images_txt, how in (("# nothing yet\n", "success"), ("app:one\nApp:one\n", "failure")):
-        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": how}
-        assert factory.space.digest("app:one") == ""
-    run = factory.run(ActRunner, "App:bad\n", images='["app:one => mine"]', request="r2")
-    assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
-    assert results(run)["app:one => mine"].startswith("wxsync: copied sha256:")
-    assert factory.space.digest("mine:one") == factory.space.mirror.digest("one")
+    """Without the service images.txt is copied, an empty one starts no job, a bad line stops all;
+    lines of a dispatch go straight to the matrix. Whoever starts a run moves no target (nor do
+    changed Secrets, behind the chat) and runs no command."""
+    images_txt, given, wanted = start
+    words = {"one": space.mirror.digest("one"), "arm": space.mirror.digest("multi", "arm64/v8")}
+    words["mark"] = str(mark := space.home / "mark")
+    factory.event = "push" if given is None else factory.event
+    (factory.checkout / "images.txt").write_text(images_txt)
+    inputs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (given or {}).items()}
+    inputs = {name: value.replace("{mark}", str(mark)) for name, value in inputs.items()}
+    factory(inputs, run := Run(1, inputs, "main"))
+    found, whole = results(run), {"plan": "skipped"} | wanted
+    assert set(found) == {name.format(**words) for name in whole}, run.log
+    told = {name: result.format(**words) for name, result in whole.items()}
+    assert all(found[name.format(**words)].startswith(told[name]) for name in told)
+    names = ("app:one", "app:multi-arm64", "mine:one")
+    copied = [result.split()[-1] for result in told.values() if "copied" in result]
+    assert sorted(filter(None, map(space.digest, names))) == sorted(copied) and not mark.exists()
 
 
 @pytest.mark.skipif(not os.environ.get("CI"), reason="30 seconds: only in CI")
