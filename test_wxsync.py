@@ -8742,13 +8742,11 @@ def factory(space: Space) -> Iterator[ActRunner]:
 
 def results(run: Run) -> dict[str, str]:
     """Return for each job the name of its last step, which is its result; of plan how it ended."""
-    ended = {job.name: (job.conclusion, *(step.name for step in job.steps)) for job in run.jobs}
-    assert all(
-        (e[0] == "success") == ("copied" in e[-1] or "unchanged" in e[-1])
-        for n, e in ended.items()
-        if n != "plan"
-    )
-    return {name: str(end[-1 if name != "plan" else 0]) for name, end in ended.items()}
+    found = {job.name: job.steps[-1].name for job in run.jobs if job.name != "plan"}
+    good = [name for name in found if re.match("wxsync: (copied|unchanged) ", found[name])]
+    ended = {job.name: str(job.conclusion) for job in run.jobs}
+    assert [name for name in found if ended[name] == "success"] == good
+    return ended | found
 
 
 def test_from_chat_to_registry(space: Space, factory: ActRunner) -> None:
@@ -9671,21 +9669,28 @@ def flood(stranger: socket.socket, seconds: float, reads: bool) -> None:
                     stranger.recv(1 << 18)
 
 
+@early
+def test_a_client_that_never_reads_costs_nothing() -> None:
+    """Endless pipelined requests whose answers nobody reads do not fill the memory."""
+    with World(SCRIPT) as world, ExitStack() as stack:
+        before, (connection,) = world.service.rss_bytes(), connected(world, stack)
+        connection.setblocking(False)
+        flood(connection, 2, reads=False)
+        assert wait_until(world.service.healthy)
+        assert world.service.rss_bytes() - before < 16 * MIB
+
+
 @alone
-def test_whoever_pipelines_has_no_more_turns_and_fills_no_memory() -> None:
-    """30 strangers send requests by the thousand, one never reads; WeCom is answered at once."""
+def test_whoever_pipelines_has_no_more_turns_than_others() -> None:
+    """30 strangers send requests by the thousand; WeCom is answered within a second."""
     with World(SCRIPT) as world, ExitStack() as stack, ThreadPoolExecutor(30) as pool:
-        before = world.service.rss_bytes()
-        for number, stranger in enumerate(connected(world, stack, 30)):
+        for stranger in connected(world, stack, 30):
             stranger.setblocking(False)
-            pool.submit(flood, stranger, 2.5, reads=number > 0)
+            pool.submit(flood, stranger, 2.5, reads=True)
         time.sleep(0.5)
         begun = time.monotonic()
         assert "当前状态" in world.say("状态")
         assert time.monotonic() - begun < 2
-        pool.shutdown()
-        assert wait_until(world.service.healthy)
-        assert world.service.rss_bytes() - before < 32 * MIB
 
 
 # ---------------------------------------------------------------------------------------------
