@@ -34,7 +34,7 @@ Promises, each with the test that holds it (in test_wxsync.py).
     test_forged_and_stale_callbacks_are_403_with_an_empty_body
     test_garbage_does_not_end_the_service
  3. No secret is written anywhere, no redirect takes the token to another host.
-    test_no_secret_is_written_in_any_story, test_no_redirect_takes_the_token_elsewhere
+    test_no_secret_is_written_whatever_others_say, test_no_redirect_takes_the_token_elsewhere
  4. The registry's password is in no argument and goes to no registry but the promised one.
     test_passwords_are_in_no_argument_and_in_private_files, test_the_promised_target_is_copied_to
  5. No address inside our network is fetched, by name, redirect or proxy.
