@@ -1381,6 +1381,17 @@ class Registry(Daemon):
         return value
 
 
+def random_layer(name: str, size: int, seed: str) -> tuple[bytes, str]:
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        entry = tarfile.TarInfo(name)
+        entry.size = size
+        archive.addfile(entry, io.BytesIO(random.Random(seed).randbytes(size)))
+    plain = raw.getvalue()
+    packed = gzip.compress(plain, 0, mtime=0)  # random bytes do not get smaller
+    return packed, "sha256:" + hashlib.sha256(plain).hexdigest()
+
+
 class Publisher:
     def __init__(self, registry: Registry, repo: str, tag: str) -> None:
         self.registry, self.repo, self.tag = registry, repo, tag
@@ -1401,11 +1412,11 @@ class Publisher:
     def image(self, arch: str, sizes: Sequence[int]) -> dict[str, object]:
         name, _, variant = arch.partition("/")
         cpu = {"architecture": name} | ({"variant": variant} if variant else {})
-        chance = random.Random(f"{self.repo}:{self.tag} {arch}")  # nobody unpacks its layers
-        kind = OCI + "image.layer.v1.tar+gzip"
-        layers = [self.blob(chance.randbytes(size), kind) for size in sizes]
+        seed = f"{self.repo}:{self.tag} {arch}"
+        made = [random_layer(f"file{n}.bin", size, f"{seed} {n}") for n, size in enumerate(sizes)]
+        layers = [self.blob(packed, OCI + "image.layer.v1.tar+gzip") for packed, _ in made]
         config: dict[str, object] = {"os": "linux", "config": {"Cmd": ["/bin/true"]}}
-        config["rootfs"] = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
+        config["rootfs"] = {"type": "layers", "diff_ids": [diff_id for _, diff_id in made]}
         whole = self.blob(json.dumps(config | cpu).encode(), OCI + "image.config.v1+json")
         parts = {"config": whole, "layers": layers}
         return self.document(parts, "image.manifest.v1+json", platform={"os": "linux"} | cpu)
