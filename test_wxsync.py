@@ -1491,10 +1491,9 @@ def passed_on(call: Call, host: str, *more: str) -> Answer:
 class PickyRegistry(Peer):
     """Stands before a Registry: records every call, refuses attestation manifests as ACR does."""
 
-    def __init__(self, registry: Registry, picky: bool = True) -> None:
+    def __init__(self, registry: Registry) -> None:
         super().__init__()
-        self.registry, self.picky = registry, picky
-        self.refused = 0
+        self.registry, self.refused = registry, 0
 
     @property
     def layer_reads(self) -> list[Call]:
@@ -1502,7 +1501,7 @@ class PickyRegistry(Peer):
 
     def handle(self, call: Call) -> Answer:
         manifest = call.method == "PUT" and "/manifests/" in call.path
-        if self.picky and manifest and EMPTY_CONFIG.encode() in call.body:
+        if manifest and EMPTY_CONFIG.encode() in call.body:
             self.refused += 1
             return registry_error(403, "DENIED", f"unknown manifest class for {EMPTY_CONFIG}")
         return passed_on(call, self.registry.host)
@@ -2187,7 +2186,6 @@ class FakeQingStor(Peer):
         self.objects: dict[str, StoredObject] = {}
         self.open_uploads: dict[str, OpenUpload] = {}
         self.parts_received: list[tuple[str, int]] = []  # upload id, number; repeats included
-        self.aborted: list[str] = []
         self.bucket_missing = self.bucket_full = self.forbidden = self.public = False
         self.rate_bytes_per_second = 0.0  # at which bodies are taken; 0: as they come
         self.clock: Callable[[], float] = time.time
@@ -2335,7 +2333,6 @@ class FakeQingStor(Peer):
     def DELETE_upload_id(self, call: Call, key: str) -> Answer:
         self._upload(call, key)
         del self.open_uploads[call.query["upload_id"]]
-        self.aborted.append(call.query["upload_id"])
         return Answer(204)
 
     def GET_key(self, call: Call, key: str) -> Answer:
@@ -2565,9 +2562,10 @@ class MicroSocks(ProxyProcess):
 
 ENTER = """set -e
 ip link set lo up
-for address in $PUBLIC; do ip address add "$address" dev lo; done
-mount --bind "$FOLDER/hosts" /etc/hosts
-exec "$PYTHON" "$FOLDER/program.py"
+for address in 8.8.4.4 2400:3200::1 168.63.129.16 10.0.0.1 169.254.169.254 100.100.100.200 \\
+    192.168.0.1 172.16.0.1; do ip address add "$address" dev lo; done
+mount --bind "$HOSTS" /etc/hosts
+exec "$PYTHON" -
 """
 
 
@@ -2577,23 +2575,6 @@ def namespace_missing() -> str:
         return why
     tried = run_command(["unshare", "-n", "-m", "true"])
     return "" if tried.returncode == 0 else f"unshare: {tried.stderr.strip()}"
-
-
-def in_namespace(
-    program: str, hosts: Mapping[str, Sequence[str]], public: Sequence[str]
-) -> subprocess.CompletedProcess[str]:
-    """Run a Python program where only loopback exists, `public` are addresses of it, and names
-    mean what `hosts` says."""
-    with temporary_folder("namespace") as name:
-        folder = Path(name)
-        lines = [f"{address} {host}\n" for host, many in hosts.items() for address in many]
-        (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
-        (folder / "program.py").write_text(program)
-        lengths = [f"{a}/{128 if ':' in a else 32}" for a in public]
-        own = {"PUBLIC": " ".join(lengths), "FOLDER": name, "PYTHON": sys.executable}
-        own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        words = ["unshare", "-n", "-m", "sh", "-c", ENTER]
-        return run_command(words, timeout=60, env=dict(os.environ) | own)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3702,29 +3683,20 @@ def test_a_second_chat_needs_no_change_elsewhere() -> None:
         assert world.wecom.messages == []
 
 
-IMPORT = """
-import os, sys, threading, time
-sys.pycache_prefix = {cache!r}
-sys.path.insert(0, {folder!r})
-begun = time.perf_counter()
-import wxsync
-print(time.perf_counter() - begun)
-assert threading.active_count() == 1 and os.listdir(".") == []
-"""
-
-
 @alone
 def test_importing_it_is_quick_and_does_nothing(tmp_path: Path) -> None:
     """Under 0.2 s once it is compiled; no thread, no file, not a word."""
     here, seconds = tmp_path / "here", [1.0]
     here.mkdir()
-    code = IMPORT.format(cache=str(tmp_path / "cache"), folder=str(ROOT))
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    code = "import threading, wxsync; assert threading.active_count() == 1"
+    own = {"PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path / "cache")}
+    command = [sys.executable, "-S", "-X", "importtime", "-c", code]
     while min(seconds) >= 0.2 and len(seconds) < 12:  # a busy machine may be free for one of them
-        done = run_command([sys.executable, "-S", "-c", code], cwd=here, env=environ, check=True)
-        assert done.stderr == ""
-        seconds.append(float(done.stdout))
-    assert min(seconds) < 0.2
+        done = run_command(command, cwd=here, env=clean_environment(here, own), check=True)
+        told = re.fullmatch(r"(import time: .*\n)+import time: .* (\d+) \| wxsync\n", done.stderr)
+        assert told and done.stdout == ""
+        seconds.append(int(told[2]) / 1e6)
+    assert min(seconds) < 0.2 and list(here.iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3842,7 +3814,6 @@ library/app:buildx amd64 +
 library/app:some arm64 arm/v7 +
 library/app:v1-of-two amd64/v3 amd64/v1 arm64
 library/app:v1 amd64/v1
-acme/team/app:1 amd64
 """.strip().splitlines()  # +: with attestations, as `docker buildx build --push` makes by default
 
 
@@ -3852,7 +3823,7 @@ class Mirror:
     def __init__(self, stack: ExitStack) -> None:
         self.source = stack.enter_context(Registry())
         self.target = stack.enter_context(Registry("robot", PASSWORD))
-        self.front = stack.enter_context(PickyRegistry(self.source, picky=False))
+        self.front = stack.enter_context(PickyRegistry(self.source))
         self.acr = stack.enter_context(PickyRegistry(self.target))
         folder = Path(stack.enter_context(temporary_folder("mirror")))
         names = {"docker.io": self.front.host, "dead.example.com": f"127.0.0.1:{free_port()}"}
@@ -3887,9 +3858,7 @@ class Mirror:
         self.source.put("library/app", tag, body, OCI_INDEX)
 
     def digest(self, tag: str, arch: str = "") -> str:
-        """Return the digest of app:TAG (or acme) in the source, or of one architecture in it."""
-        if tag == "acme":
-            return self.source.digest("acme/team/app", "1")
+        """Return the digest of app:TAG in the source, or of one architecture in it."""
         if not arch:
             return self.source.digest("library/app", tag)
         name, _, variant = arch.partition("/")
@@ -3962,10 +3931,6 @@ def test_copy_then_unchanged(space: Space) -> None:
         assert space.digest("app:one") == done.digest and front.faults == []
         assert paths & {call.path for call in front.layer_reads} == wanted
         front.calls.clear()
-    for line in ("app:multi", "--platform=all app:attested"):
-        assert space.copy(line).code == "copied"
-        front.calls.clear()
-        assert space.copy(line).code == "unchanged" and front.layer_reads == []
     assert space.copy("app:multi => app:one").code == "copied"
     assert space.digest("app:one") == space.mirror.digest("multi", "amd64")
 
@@ -3974,10 +3939,7 @@ def test_copy_then_unchanged(space: Space) -> None:
 # which tag's platforms an index, or why nothing
 COPIES = """
 app:one | | one
-docker.io/library/app:one | app:one | one
-acme/team/app:1 | acme_team_app:1 | acme
-{host}/acme/team/app:1 | {host_}_acme_team_app:1 | acme
-app:one => renamed | renamed:one | one
+{host}/library/app:one | {host_}_library_app:one | one
 app:one => renamed:2.0 | | one
 app:multi | | multi amd64
 app:buildx | | buildx amd64
@@ -3987,7 +3949,6 @@ app:nested | | multi amd64
 --platform=linux/arm64 app:multi | app:multi-arm64 | multi arm64/v8
 --platform=linux/arm64/v8 app:attested | app:attested-arm64-v8 | attested arm64
 --platform=linux/arm/v7 app:multi | app:multi-arm-v7 | multi arm/v7
---platform=linux/arm64 app:multi => app:mine | | multi arm64/v8
 --platform=linux/arm64 app:arm | app:arm-arm64 | arm
 --platform=linux/arm64 app:nested | app:nested-arm64 | multi arm64/v8
 --platform=linux/arm64 app:nested-arm | app:nested-arm-arm64 | multi arm64/v8
@@ -4015,7 +3976,6 @@ app:some | | no-platform linux/arm64 linux/arm/v7
 --platform=linux/amd64+linux/arm64 app:some | | no-platform linux/arm64 linux/arm/v7
 --platform=linux/arm64 app:one | | no-platform
 --platform=linux/arm/v6 app:multi | | no-platform
---platform=linux/amd64+linux/s390x app:multi | | no-platform
 --platform=linux/amd64+linux/arm64 app:one | | no-platform
 """
 
@@ -4046,8 +4006,9 @@ def test_what_a_line_copies(space: Space, case: str) -> None:
     index = mirror.target.manifest(repo, name.partition(":")[2])
     entries = [entry["digest"] for entry in index["manifests"]]
     assert sorted(entries) == sorted(mirror.digest(tag, arch) for arch in archs.split())
-    assert [mirror.target.fetch(repo, digest).status for digest in entries] == [200] * len(entries)
+    space.front.calls.clear()
     assert space.copy(line, **own).out == f"wxsync: unchanged {done.digest}\n" and not acr.refused
+    assert space.front.layer_reads == []
 
 
 def test_the_refusing_registry_refuses(space: Space) -> None:
@@ -4087,72 +4048,34 @@ def test_a_hostile_registry_cannot_forge_a_result(space: Space) -> None:
         space.front.faults.clear()
 
 
-def watch(process: subprocess.Popen[bytes], temporary: Path) -> tuple[set[str], set[int]]:
-    """Return the arguments of all processes, and the modes of the copy's files, until it ends."""
-    arguments, modes = set[str](), set[int]()
-    while process.poll() is None:
-        for place in itertools.chain(Path("/proc").glob("[0-9]*/cmdline"), temporary.rglob("*")):
-            with suppress(OSError):  # it ended meanwhile
-                if place.name == "cmdline":
-                    arguments.add(place.read_text(errors="replace"))
-                elif place.is_file():
-                    modes.add(place.stat().st_mode & 0o777)
-        time.sleep(0.005)
-    return arguments, modes
+def noting(home: Path, then: str = "exit 1") -> dict[str, str]:
+    """Return a PATH where `skopeo` notes how it is run, its files' modes too, then does `then`."""
+    script = home / "bin" / "skopeo"
+    script.parent.mkdir()
+    files = f"find {home}/tmp -type f -printf 'mode %m\\n'"
+    script.write_text(f'#!/bin/sh\n(echo "ran $@"; env; {files}) >> {home}/ran\n{then}\n')
+    script.chmod(0o755)
+    return {"PATH": f"{script.parent}:{os.environ['PATH']}"}
 
 
 def test_passwords_are_in_no_argument_and_in_private_files(space: Space) -> None:
-    """Anybody on the machine can read arguments; the auth files are for the owner, and go."""
-    needs("" if Path("/proc/self/cmdline").exists() else "/proc not there")
-    temporary = space.home / "tmp"
-    temporary.mkdir()
-    source = login("private.example.com", "robot", PASSWORD)
-    settings = space.settings | {"SOURCE_AUTH": source, "TMPDIR": str(temporary)}
-    command = [sys.executable, str(SCRIPT), "copy", "app:multi"]
-    space.front.delay, quiet = 0.1, subprocess.DEVNULL
-    environment = clean_environment(space.home, settings)
-    with subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) as process:
-        arguments, modes = watch(process, temporary)
-    assert process.returncode == 0
-    assert any("skopeo\0" in words and "\0copy\0" in words for words in arguments)
-    auth = json.loads(source)["auths"]["private.example.com"]["auth"]
-    assert not [words for words in arguments if PASSWORD in words or auth in words]
-    assert modes == {0o600} and list(temporary.iterdir()) == []
-
-
-def test_passwords_are_never_printed_and_nothing_is_left(space: Space) -> None:
-    """Also not when the copy fails because of them: a wrong one, no JSON, no base64."""
-    broken = (f"robot:{PASSWORD}", json.dumps({"auths": {"docker.io": {"auth": PASSWORD}}}))
-    for changed in (
-        {},
-        {"DOCKER_PASSWORD": f"{PASSWORD}-old"},
-        *({"SOURCE_AUTH": x} for x in broken),
-    ):
-        done = space.copy("app:one", **changed)
-        assert PASSWORD not in done.out + done.log + done.output
-        assert done.left == [] and "Traceback" not in done.log
+    """Anybody on the machine can read arguments; nor are they in the environment of skopeo. Auth
+    files are for the owner, and go. Without skopeo there is a result."""
+    source = login("a.example.com", "robot", PASSWORD)
+    path = noting(space.home, f'exec {shutil.which("skopeo")} "$@"')
+    done = space.copy("app:multi", SOURCE_AUTH=source, **path)
+    ran = (space.home / "ran").read_text()
+    assert (*done.end, done.left) == (0, "copied", []) and " copy " in ran
+    assert set(re.findall("(?<=^mode ).*", ran, re.MULTILINE)) == {"600"}
+    assert ran.count("ran ") == ran.count(f"ran --registries-conf {space.mirror.conf} ")
+    assert not re.search(PASSWORD + "|" + source.split('"')[-2], ran)
+    done = space.copy("app:one", PATH=str(space.home))
+    assert (*done.end, done.output) == (1, "error", f"result={done.out}") and "skopeo" in done.out
 
 
 # ---------------------------------------------------------------------------------------------
 # copy: what it refuses before anything runs, and logins
 # ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path) -> dict[str, str]:
-    """Return settings in which `skopeo` is a script that only notes that it was run, and how."""
-    script = tmp_path / "bin" / "skopeo"
-    script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\nenv >> {tmp_path}/ran\nexit 1\n')
-    script.chmod(0o755)
-    return {
-        "PATH": f"{script.parent}:{os.environ['PATH']}",
-        "DOCKER_REGISTRY": "registry.example.com",
-        "DOCKER_NAMESPACE": "mirror-space",
-        "DOCKER_USERNAME": "robot",
-        "DOCKER_PASSWORD": PASSWORD,
-        "SOURCE_AUTH": json.dumps({"auths": {"a.example.com": {"auth": PASSWORD}}}),
-    }
 
 
 BAD_LINES = """
@@ -4171,28 +4094,20 @@ WXSYNC_TARGET=registry.example.com target-mismatch
 """
 
 
-def test_a_bad_line_and_wrong_secrets_run_nothing(stand_in: dict[str, str], tmp_path: Path) -> None:
+def test_a_bad_line_and_wrong_secrets_run_nothing(tmp_path: Path) -> None:
     """Nothing becomes a workflow command, no password goes elsewhere than the chat promised."""
+    target = {"DOCKER_REGISTRY": "registry.example.com", "DOCKER_NAMESPACE": "mirror-space"}
+    settings = target | noting(tmp_path)
     for line in [*re.split(" ¦ |\n", BAD_LINES.strip("\n")), "x" * 10_000]:
-        done = copy(line.replace("⏎", "\n"), tmp_path, stand_in)
+        done = copy(line.replace("⏎", "\n"), tmp_path, settings)
         assert (done.status, done.out, done.output) == (2, "", ""), line
         assert 0 < len(done.log) < 500 and "Traceback" not in done.log
         assert not re.search(r"^\s*::|##\[", done.log, re.MULTILINE)
     for setting, code in map(str.split, WRONG_SECRETS.strip().splitlines()):
-        done = copy("nginx:1", tmp_path, stand_in | dict([unquote(setting).split("=")]))
+        done = copy("nginx:1", tmp_path, settings | dict([unquote(setting).split("=")]))
         assert (*done.end, done.output) == (1, code, f"result={done.out}")
         assert code != "error" or "DOCKER_" in done.out  # says which Secret
     assert not (tmp_path / "ran").exists()
-
-
-def test_skopeo_gets_no_secret_in_its_environment(stand_in: dict[str, str], tmp_path: Path) -> None:
-    """It gets files, the registries.conf as an option. Without skopeo there is a result."""
-    conf = registries_conf(tmp_path / "mine.conf", {})
-    done = copy("nginx:1", tmp_path, stand_in | {"CONTAINERS_REGISTRIES_CONF": str(conf)})
-    ran = (tmp_path / "ran").read_text()
-    assert done.status == 1 and f"--registries-conf {conf} " in ran and PASSWORD not in ran
-    done = copy("nginx:1", tmp_path, stand_in | {"PATH": str(tmp_path)})
-    assert (*done.end, done.output) == (1, "error", f"result={done.out}") and "skopeo" in done.out
 
 
 def test_the_promised_target_is_copied_to(space: Space) -> None:
@@ -4202,10 +4117,12 @@ def test_the_promised_target_is_copied_to(space: Space) -> None:
     assert space.copy("app:one", WXSYNC_TARGET="").code == "unchanged"
 
 
+AUTH = '{"auths": {"%s": {"auth": "%s"}}}'
+
+
 def login(host: str, user: str, password: str) -> str:
     """Return a docker config.json that logs in to one host, as SOURCE_AUTH holds it."""
-    auth = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return json.dumps({"auths": {host: {"auth": auth}}})
+    return AUTH % (host, base64.b64encode(f"{user}:{password}".encode()).decode())
 
 
 @pytest.fixture(scope="session")
@@ -4288,16 +4205,6 @@ def test_classify() -> None:
             assert code == "-" or wxsync.classify(line, target) == code, text
 
 
-def test_an_image_named_like_an_error_is_judged_by_the_error(space: Space) -> None:
-    """The name is part of skopeo's message, and is not the message."""
-    assert [space.copy(f"{n}:1").code for n in ("denied", "unauthorized", "403")] == [
-        "not-found"
-    ] * 3
-    with FakeRegistry("denied") as denying:
-        for name in ("eof", "x509", "writing", "uploading-x"):
-            assert space.copy(f"{name}:1", **space.lead(hub=denying.host)).code == "source-denied"
-
-
 # what is wrong -> CODE where that is the source, CODE where that is the target (- = it cannot be)
 TROUBLES = """
 hubmissing source-denied target-denied
@@ -4315,7 +4222,10 @@ invalid-manifest - rejected
 missing-tag not-found -
 missing-repository not-found -
 missing-digest not-found -
+auth-no-JSON error -
+auth-no-base64 error -
 """
+ODD_NAME = "writing/x509-eof-uploading:1"  # is judged by the error, not by how it is named
 RATE_LIMIT = ("429", "source")  # skopeo itself tries for 30 s
 MEETINGS = {
     (trouble, side): code
@@ -4337,8 +4247,10 @@ ASKED: dict[str, tuple[str, dict[str, str]]] = {
     "wrong-password": ("app:one", {"DOCKER_PASSWORD": "wrong-one"}),
     "no-password": ("app:one", {"DOCKER_USERNAME": "", "DOCKER_PASSWORD": ""}),
     "missing-tag": ("app:absent", {}),
-    "missing-repository": ("nosuch/app:1", {}),
+    "missing-repository": ("denied/unauthorized-403:1", {}),
     "missing-digest": (f"app@sha256:{'0' * 64}", {}),
+    "auth-no-JSON": ("app:one", {"SOURCE_AUTH": f"robot:{PASSWORD}"}),
+    "auth-no-base64": ("app:one", {"SOURCE_AUTH": AUTH % ("HOST", PASSWORD)}),
 }
 
 
@@ -4352,6 +4264,7 @@ def meet(trouble: str, side: str, mirror: Mirror) -> Copied:
             return space.copy(line, CONTAINERS_REGISTRIES_CONF="")
         if trouble in ASKED:
             line, changed = ASKED[trouble]
+            changed = {k: v.replace("HOST", mirror.source.host) for k, v in changed.items()}
             return space.copy(line, **space.lead(), **changed)
         hosts = {"unknown-host": "registry.invalid", "refused-port": f"127.0.0.1:{free_port()}"}
         if trouble == "invalid-manifest":
@@ -4361,7 +4274,7 @@ def meet(trouble: str, side: str, mirror: Mirror) -> Copied:
             hosts[trouble] = strict.host
         host = hosts.get(trouble) or stack.enter_context(FakeRegistry(trouble)).host
         if side == "source":
-            return space.copy("app:one", **space.lead(host, hub=host))
+            return space.copy(ODD_NAME, **space.lead(host, hub=host))
         return space.copy("app:one", DOCKER_REGISTRY=host, **space.lead(host))
 
 
@@ -4375,8 +4288,10 @@ def met(mirror: Mirror) -> Iterator[Met]:
 
 @pytest.mark.parametrize("row", MEETINGS, ids=" ".join)
 def test_each_trouble_has_its_code(met: Met, row: tuple[str, str]) -> None:
-    """What goes wrong at either registry, and the CODE from which the chat gives advice."""
+    """What goes wrong at either registry, and the CODE from which the chat gives advice; also
+    where a password is what is wrong, it is not printed."""
     done = met[row].result()
+    assert PASSWORD not in str(done) and "Traceback" not in done.log
     assert (*done.end, done.output, done.left) == (1, MEETINGS[row], f"result={done.out}", [])
 
 
@@ -4667,37 +4582,33 @@ def test_a_service_without_files_never_imports_qingstor() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Encryption: the published vectors, another implementation, forgeries
+# Encryption: a published vector, another implementation, forgeries
 # ---------------------------------------------------------------------------------------------
 
-# Who published it: token, key, corp id; then timestamp, nonce, signature, text, encrypted.
+# Published by Tencent: token, key, corp id; timestamp, nonce, signature, text, encrypted.
 TENCENT = ("QDG6eK", "jWmYm7qr5nMoAUwZRjGtBxmz3KA1tkAj3ykkR6q2B2C", "wx5823bf96d3bd56c7")
-VECTORS = f"""
-{" ".join(TENCENT)}
-1409659589 263014780 5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3 1616140317555161061
-P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ==
-123456 kWxPEV2UEDyxWpmPdKC3F4dgPDmOvfKX1HGnEUDS1aR wx49f0ab532d5d035a
-1411443780 437374425 dd6b9c95b495b3f7e2901bfbc76c664930ffdb96 5927782489442352469
-4ByGGj+sVCYcvGeQYhaKIk1o0pQRNbRjxybjTGblXrBaXlTXeOo1+bXFXDQQb1o6co6Yh9Bv41n7hOchLF6p+Q==
-kjr2TKI8umCBfVF3wAHk8JiPwma5VBme 4Ma3YBrSBbX2aez8MJpXGBne5LSDwgGqHbhM9WPYIws ww6a112864f8022910
-1583940690 VHh7ymSeb0jc4lSb 1ba3cb09c0d2c2b3ed6900d37f91a6efae6cb011 94966531020182955848408
-6KmUQuPVu7UhjyVqRdbo5SfcRqaHvbUlKSHFvBV2ZuR6TIlKsygcfeSd1GDplg1C5KSKr6UPHCaC/nIX3ZNt9w==
-""".split()
+VECTOR = [
+    "1409659589",
+    "263014780",
+    "5c45ff5e21c57e6ad56bac8758b79b1d9ac89fd3",
+    "1616140317555161061",
+]
+VECTOR += [
+    "P9nAzCzyDtyTWESHep1vC5X9xho/qYX3Zpb4yKa9SKld1DsH3Iyt3tP3zNdtp+4RPcs8TgAE7OaBO+FZXvnaqQ=="
+]
 
 
 def test_a_published_vector() -> None:
-    """As published (by Tencent, wechatpy, go-workwx); with one changed digit anywhere it is not."""
-    for at in range(0, len(VECTORS), 8):
-        token, key, corp_id, stamp, nonce, signature, text, encrypted = VECTORS[at : at + 8]
-        crypto = wxsync.Crypto(token, key, corp_id)
-        assert crypto.is_signed(signature, stamp, nonce, encrypted)
-        assert crypto.decrypt(encrypted).decode() == text
-        assert not crypto.is_signed(signature[:-1] + "x", stamp, nonce, encrypted)
-        assert not crypto.is_signed(signature, stamp, nonce + "0", encrypted)
-        assert not crypto.is_signed("签名", stamp, nonce, encrypted)
-        with pytest.raises(wxsync.Rejected) as caught:  # it was meant for somebody else
-            wxsync.Crypto(token, key, "wx5823bf96d3bd56c8").decrypt(encrypted)
-        assert caught.value.status == 403
+    """As published; with one changed digit anywhere it is not, nor for another company."""
+    (stamp, nonce, signature, text, encrypted), crypto = VECTOR, wxsync.Crypto(*TENCENT)
+    assert crypto.is_signed(signature, stamp, nonce, encrypted)
+    assert crypto.decrypt(encrypted).decode() == text
+    assert not crypto.is_signed(signature[:-1] + "x", stamp, nonce, encrypted)
+    assert not crypto.is_signed(signature, stamp, nonce + "0", encrypted)
+    assert not crypto.is_signed("签名", stamp, nonce, encrypted)
+    with pytest.raises(wxsync.Rejected) as caught:
+        wxsync.Crypto(*TENCENT[:2], "wx5823bf96d3bd56c8").decrypt(encrypted)
+    assert caught.value.status == 403
 
 
 def test_another_implementation_reads_what_we_write_and_we_what_it_writes() -> None:
@@ -4961,7 +4872,7 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
 # Content-Disposition ¦ the name ¦ the addresses, the last one first, unless it is …/page.html
 NAMES = rows(r"""
 attachment; filename="report.pdf" ¦ report.pdf
-attachment;filename=report.pdf;size=3 ¦ report.pdf
+attachment;filename=b.pdf;size=3 ¦ b.pdf
 attachment; FileName = "two words.txt" ¦ two words.txt
 attachment; filename*=UTF-8''%E6%96%87%E6%A1%A3.pdf; filename="x.pdf" ¦ 文档.pdf
 attachment; filename="x.pdf"; filename*=utf-8'zh'%E6%96%87.pdf ¦ 文.pdf
@@ -4973,12 +4884,9 @@ attachment; filename="文档.pdf" ¦ 文档.pdf
 attachment; filename="../../etc/passwd" ¦ passwd
 attachment; filename="..\\..\\boot.ini" ¦ boot.ini
 attachment; filename*=UTF-8''..%2F..%2Fetc%2Fpasswd ¦ passwd
-attachment; filename*=UTF-8''a%00b%0A%0Dc.txt ¦ abc.txt
 attachment; filename*=UTF-8''evil%E2%80%AEfdp.exe ¦ evilfdp.exe
 attachment; filename="...hidden" ¦ hidden
 attachment; filename="" ¦ page.html
-attachment; filename="/" ¦ page.html
-attachment; filename="..." ¦ page.html
 attachment; filename*=idna''%ff ¦ page.html
 attachment; filename*=undefined''%41 ¦ page.html
 attachment; xfilename="evil.exe"; filename="ok.txt" ¦ ok.txt
@@ -4986,8 +4894,6 @@ attachment; filename="a; filename*=UTF-8''b.exe" ¦ a; filename*=UTF-8''b.exe
 inline ¦ page.html
 ¦ 文.zip ¦ example.com/a/%E6%96%87.zip?x=1
 ¦ tool.tar.gz ¦ cdn.example.com/0a1b2c example.com/v1/tool.tar.gz
-¦ real.zip ¦ cdn.example.com/real.zip example.com/latest
-¦ download ¦ example.com/download
 ¦ download ¦ example.com/
 ¦ b.txt ¦ example.com/a%2Fb.txt
 ¦ download ¦ example.com/%00%0A
@@ -5021,9 +4927,9 @@ def test_the_name_that_is_shown_may_be_any_the_key_never_is(depot: Depot) -> Non
     """Of the name, only a cleaned extension is in the key. A Chinese address works as typed."""
     for line in SHOWN_NAMES.strip().splitlines():
         charset, said, _, name, *extension = line.split(" ")
-        said = f"attachment; {said}".encode(charset).decode("latin-1")
-        more: dict[str, Any] = {"headers": {"Content-Disposition": said}}
-        text = depot.relay(depot.source.add("/named", body=b"x", **more))
+        head = f"attachment; {said}".encode(charset).decode("latin-1")
+        link = depot.source.add("/named", body=b"x", headers={"Content-Disposition": head})
+        text = depot.relay(link)
         assert read_result(text)["name"] == name
         assert check_object(depot, "/named", text)[36:] == "".join(extension)
     depot.source.add("/下载/文 件.txt", body="内容".encode())
@@ -5077,14 +4983,10 @@ def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
 BROKEN: dict[str, Any] = {"cut_after": [5_000_000] * 20, "etag": '"1"', "ranges": "good"}
 GO: dict[str, Any] = {"status": 302}
 SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
+    *(({"status": status}, f"HTTP {status}") for status in (204, 403, 418, 429, 503)),
     ({"status": 404}, "文件不存在（HTTP 404）"),
     ({"status": 410}, "文件已删除"),
     ({"status": 401}, "需要登录"),
-    ({"status": 403}, "HTTP 403"),
-    ({"status": 429}, "HTTP 429"),
-    ({"status": 503}, "来源拒绝或出错（HTTP 503）"),
-    ({"status": 418}, "来源拒绝或出错（HTTP 418）"),
-    ({"status": 204}, "HTTP 204"),
     ({"raw": b"\x16\x03\x01 this is no HTTP\r\n\r\n"}, "不是正常的 HTTP"),
     (GO | {"location": "/trouble-9"}, "不停地重定向"),
     (GO | {"location": "file:///etc/passwd"}, "格式不正确"),
@@ -5127,56 +5029,36 @@ def test_bad_sources(depot: Depot, troubles: list[tuple[dict[str, Any], str]]) -
     assert set(depot.store.objects) == before
 
 
-def test_the_limit_is_exact() -> None:
+def test_the_limit_is_exact(impatient: Depot) -> None:
     """A file of just MAX_FILE_MB passes; with one byte more it is refused and nothing is left."""
-    with Depot(MAX_FILE_MB="5") as depot:
-        for length in LENGTHS:
-            fits = depot.source.add("/fits.bin", 5 * MIB, length=length)
-            check_object(depot, "/fits.bin", depot.relay(fits))
-            text = depot.relay(depot.source.add("/over.bin", 5 * MIB + 1, length=length))
-            check_refusal(text, "文件超过上限 5 MB（MAX_FILE_MB）")
-        assert len(depot.store.objects) == len(LENGTHS)
+    for length in LENGTHS:
+        for size in (MIB, MIB + 1):
+            text = impatient.relay(impatient.source.add("/a.bin", size, length=length))
+            if size == MIB:
+                check_object(impatient, "/a.bin", text)
+            else:
+                check_refusal(text, "文件超过上限 1 MB（MAX_FILE_MB）")
 
 
-PASSING: list[Any] = [  # call, what goes wrong, how often, size of the file
-    *(("PUT part_number=0&", what, 1, 9_000_000) for what in ("reset", "lost")),
-    *(("PUT part_number=2&", what, 1, 13_000_000) for what in ("reset", "lost")),
-    *((f"PUT part_number={number}&", (500, {}, b"{}"), 2, 13_000_000) for number in (0, 2)),
-    *(("POST uploads", what, 1, 9_000_000) for what in ("reset", "lost")),
-    *(("POST upload_id", what, 1, 9_000_000) for what in ("reset", "lost")),
-    *(("PUT /tmp/", what, 1, 100_000) for what in ("reset", "lost")),
-]
-HANGING = [
-    pytest.param(f"PUT part_number={n}&", "hang", 1, 13_000_000, marks=in_ci) for n in (0, 2)
-]
+UPLOADING = {  # a call of QingStor -> the size of a file that needs it
+    "PUT part_number=0&": 9_000_000,
+    "PUT part_number=2&": 13_000_000,
+    "POST uploads": 9_000_000,
+    "POST upload_id": 9_000_000,
+    "PUT /tmp/": 100_000,
+}
+PASSING = ["reset", "lost", (500, {}, b"{}"), pytest.param("hang", marks=in_ci)]
 
 
-@pytest.mark.parametrize(("where", "what", "times", "size"), PASSING + HANGING, ids=str)
+@pytest.mark.parametrize("what", PASSING, ids=str)
+@pytest.mark.parametrize("where", UPLOADING)
 def test_a_call_of_qingstor_that_fails_once_is_made_again(
-    depot: Depot, where: str, what: What, times: int, size: int
+    depot: Depot, where: str, what: What
 ) -> None:
     """Nothing is lost or doubled, nor left open, also where only the answer was lost."""
-    depot.store.fail(where, what, times)
-    check_object(depot, "/once.bin", depot.relay(depot.source.add("/once.bin", size)))
+    depot.store.fail(where, what, 2 if isinstance(what, tuple) else 1)
+    check_object(depot, "/once.bin", depot.relay(depot.source.add("/once.bin", UPLOADING[where])))
     assert not depot.store.faults
-
-
-def test_part_fails_always(depot: Depot) -> None:
-    """A part that cannot be sent ends the upload, which is taken back."""
-    busy = "QingStor 暂时不可用（HTTP 503），请稍后再试"
-    denied = qingstor_answer({"code": "permission_denied", "message": "no"}, 403)
-    for how, why in (
-        ((503, {}, b""), busy),
-        ("reset", "连接 QingStor 失败"),
-        ((403, denied.headers, denied.body), "没有权限写入存储桶"),
-    ):
-        before, aborted = set(depot.store.objects), len(depot.store.aborted)
-        depot.store.fail("PUT part_number=1&", how, 3)
-        text = depot.relay(depot.source.add("/always.bin", 10_000_000))
-        depot.store.faults.clear()
-        check_refusal(text, why)
-        assert wait_until(lambda: len(depot.store.aborted) == aborted + 1)  # noqa: B023 - at once
-        assert set(depot.store.objects) == before
 
 
 TEMPERS: list[tuple[dict[str, Any], str]] = [
@@ -5188,10 +5070,16 @@ TEMPERS: list[tuple[dict[str, Any], str]] = [
     ({"clock": lambda: time.time() + 3600}, "本机时钟不准：请校准时间"),
     ({"clock": lambda: time.time() - 3600}, "本机时钟不准：请校准时间"),
 ]
+PART_TROUBLES: list[tuple[What, str]] = [
+    ((503, {}, b"{}"), "QingStor 暂时不可用（HTTP 503），请稍后再试"),
+    ((403, PLAIN_JSON, b'{"code": "permission_denied"}'), "没有权限写入存储桶"),
+    ("reset", "连接 QingStor 失败"),
+]
 
 
 def test_refusals_of_qingstor(depot: Depot) -> None:
-    """Each is told with what to do about it: of a small file, a big one, in the middle of one."""
+    """Each is told with what to do about it: of a small file, a big one, in the middle of one; an
+    upload that is not whole is taken back (see `depot`)."""
     for changes, why in TEMPERS:
         before = {name: getattr(depot.store, name) for name in changes}
         vars(depot.store).update(changes)
@@ -5199,6 +5087,10 @@ def test_refusals_of_qingstor(depot: Depot) -> None:
         vars(depot.store).update(before)
         for text in texts:
             check_refusal(text, why)
+    for what, why in PART_TROUBLES:
+        depot.store.fail("PUT part_number=1&", what, 3)
+        check_refusal(depot.relay(depot.source.add("/refused", 10_000_000)), why)
+        depot.store.faults.clear()
     user = depot.begin(depot.source.add("/filling.bin", 20_000_000, rate=10_000_000.0))
     depot.store.bucket_full = True
     text = depot.hear("", user)
@@ -5221,26 +5113,11 @@ def test_qingstor_goes_and_comes_back(killed: bool) -> None:
             depot.service.start()
         assert "连接 QingStor 失败" in depot.hear("", user) and [*depot.store.open_uploads] == [old]
         depot.store.start()
-        assert wait_until(lambda: depot.store.aborted == [old])
+        assert wait_until(lambda: not depot.store.open_uploads) and not depot.store.objects
         check_object(depot, "/down.bin", depot.relay(link))
         depot.service.restart()
         time.sleep(0.3)
         assert len(depot.wecom.messages_for(user)) == 1
-
-
-@in_ci
-def test_killed_again_and_again() -> None:
-    """Wherever it is killed, one file is in the bucket in the end, and one message is sent."""
-    with Depot() as depot:
-        for turn, pause in enumerate((0.0, 0.1, 0.3, 0.6), 1):
-            user = depot.ask(depot.source.add("/again.bin", 9_000_000, rate=15_000_000.0))
-            time.sleep(pause)
-            depot.service.restart()
-            text = depot.hear("", user)
-            assert read_result(text)["size"] == "9000000" and depot.broken() == []
-            assert wait_until(depot.is_idle) and len(depot.store.objects) == turn
-            # The very same text may be sent twice: WeCom's duplicate check is what drops it.
-            assert set(depot.wecom.messages_for(user)) == {text}
 
 
 def check_deadly(end: str, tries: int) -> None:
@@ -5325,11 +5202,10 @@ def test_allowed_addresses() -> None:
 
 # In a net of its own: whoever connects to an address that is not meant to be reached is seen.
 INSIDE = """
-import json, socket, sys, threading
-sys.path[:0] = {paths!r}
+import json, socket, threading
 import test_wxsync as t, wxsync
 
-touched, answers, network = [], {{}}, t.network(t.load())
+touched, answers, network = [], {}, t.network(t.load())
 
 def listen(port):
     server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -5359,13 +5235,17 @@ outside.add("/file", body=b"content")
 
 
 def run_inside(program: str, **hosts: str) -> Any:
-    """Run a program after INSIDE in a net of its own; return what it puts into `answers`."""
+    """Run a program after INSIDE where only loopback exists, with addresses of ENTER, and names
+    mean what `hosts` says; return what it puts into `answers`."""
     needs(namespace_missing())
-    paths = [str(Path(__file__).parent), str(SCRIPT.parent)]
-    names = {f"{name}.example.com": addresses.split() for name, addresses in hosts.items()}
-    inner = ["10.0.0.1", "169.254.169.254", "100.100.100.200", "192.168.0.1", "172.16.0.1"]
-    text = INSIDE.format(paths=paths) + program + "\nprint(json.dumps(answers))\n"
-    done = in_namespace(text, names, ["8.8.4.4", "2400:3200::1", "168.63.129.16", *inner])
+    names = [f"{one} {name}.example.com\n" for name, many in hosts.items() for one in many.split()]
+    with temporary_folder("namespace") as folder:
+        file, paths = Path(folder, "hosts"), [Path(__file__).parent, ROOT, *filter(None, sys.path)]
+        file.write_text("127.0.0.1 localhost\n" + "".join(names))
+        own = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HOSTS": str(file)}
+        environment = dict(os.environ) | own | {"PYTHON": sys.executable}
+        text = f"{INSIDE}{program}\nprint(json.dumps(answers))\n"
+        done = run_command(["unshare", "-n", "-m", "sh", "-c", ENTER], text, 60, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -5398,12 +5278,14 @@ listen(8001)
 for name in ("mixed", "mixed6", "inner"):
     answers[name] = fetch(f"http://{name}.example.com:8001/file")
 look_up, asked = socket.getaddrinfo, []
-def rebinding(host, *more, **options):
+
+def changing(host, *more, **named):
     if host == "rebind.example.org":
         asked.append(host)
         host = "8.8.4.4" if len(asked) == 1 else "127.0.0.1"
-    return look_up(host, *more, **options)
-socket.getaddrinfo = rebinding
+    return look_up(host, *more, **named)
+
+socket.getaddrinfo = changing
 good = fetch("http://rebind.example.org:8000/file"), len(asked), outside.calls[0].headers["host"]
 answers["second"] = fetch("http://rebind.example.org:8000/file")
 asked.clear()
@@ -5485,7 +5367,7 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
     # Many servers label a packed file with its packing; its checksum is that of what is sent.
     "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
     "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
-    "gzip is its type, in members": (coded(MEMBERS, path="/x", headers=GZ), [MEMBERS]),
+    "gzip is its type, in members": ({"body": MEMBERS, "headers": GZ}, [MEMBERS]),
     "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
     "compressed twice": (
         wire(OK + "Content-Encoding: gzip\nContent-Encoding: gzip", gzip.compress(PACKED)),
@@ -5676,21 +5558,13 @@ def test_through_a_proxy(kind: type[ProxyProcess], user: str, password: str) -> 
         assert not password or (password not in depot.log and user + ":" not in depot.log)
 
 
-@contextmanager
-def tls_source(folder: Path) -> Iterator[tuple[Source, dict[str, str]]]:
-    """A source with TLS, and the settings by which it is trusted and asked for at the start."""
-    needs(missing_program("openssl"))
-    context, certificate = make_tls(folder, "127.0.0.1")
-    with Source(tls=context) as source:
-        probe = source.add("/probe", body=b"ok")
-        yield source, {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": probe}
-
-
 def test_tls_through_a_proxy(tmp_path: Path) -> None:
     """https goes through an http proxy by CONNECT, with the certificate checked."""
-    needs(TinyProxy.missing())
-    with tls_source(tmp_path) as (source, trust), TinyProxy("user", "secret") as proxy:
+    needs(TinyProxy.missing() or missing_program("openssl"))
+    context, certificate = make_tls(tmp_path, "127.0.0.1")
+    with Source(tls=context) as source, TinyProxy("user", "secret") as proxy:
         link = source.add("/tls.bin", 9_000_000)
+        trust = {"SSL_CERT_FILE": str(certificate), "PROXY_TEST_URL": source.add("/probe")}
         with ProxyDepot(proxy, **trust) as depot:
             assert depot.proxy_is("up"), depot.log
             depot.source.files |= source.files
@@ -5702,12 +5576,12 @@ def test_tls_through_a_proxy(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [TinyProxy, MicroSocks])
-def test_wrong_password_of_a_proxy(kind: type[ProxyProcess], tmp_path: Path) -> None:
+def test_wrong_password_of_a_proxy(kind: type[ProxyProcess]) -> None:
     """A proxy that does not let us in is told of and done without."""
     needs(kind.missing())
-    with tls_source(tmp_path) as (_, trust), kind("user", "right") as proxy:
+    with kind("user", "right") as proxy:
         wrong = {"PROXY_URL": proxy.url.replace(":right@", ":wrong-one@")}
-        with ProxyDepot(proxy, **trust, **wrong) as depot:
+        with ProxyDepot(proxy, **wrong, PROXY_TEST_URL="https://127.0.0.1:9") as depot:
             assert wait_until(lambda: DOWN in depot.log) and depot.proxy_is("down")
             assert "⚠️  代理连接失败: 代理的用户名或密码不正确" in depot.said()
             assert "   将使用非代理模式继续运行" in depot.said() and "wrong-one" not in depot.log
@@ -5754,7 +5628,7 @@ def test_any_2xx_answer_to_connect_is_a_tunnel() -> None:
             if 200 <= status < 300:
                 wxsync.ask_http_proxy(ours, proxy, url)
             else:
-                with pytest.raises(OSError, match="代理"):
+                with pytest.raises(OSError, match="密码" if status in (401, 407) else "代理拒绝"):
                     wxsync.ask_http_proxy(ours, proxy, url)
 
 
@@ -5818,6 +5692,7 @@ def test_a_gibibyte(capsys: pytest.CaptureFixture[str]) -> None:
     rate = 25e6
     alone = 1024 * MIB / rate
     with Depot(MAX_FILE_MB="2048", STALL_SECONDS="30") as depot:
+        room(depot, MIB)  # no file can be greater
         depot.source.add("/big.bin", 1024 * MIB, rate=rate)
         depot.store.rate_bytes_per_second = rate
         added, seconds = watched_relay(depot, "/big.bin", 20 * alone)
@@ -11345,7 +11220,7 @@ def measure_unchanged(bench: Benchmark) -> Sequence[Any]:
     with Lane(bench.source.host) as lane:
         lane.copy(image)
         took = [timed(lambda: lane.copy(image, "unchanged")) for _ in range(bench.times(9, 3))]
-    with PickyRegistry(bench.source, picky=False) as door, Lane(door.host) as lane:
+    with PickyRegistry(bench.source) as door, Lane(door.host) as lane:
         lane.copy(image)
         copied = len(door.layer_reads)
         lane.copy(image, "unchanged")
