@@ -710,20 +710,10 @@ class FakeWeCom(Peer):
             self.messages.append(message)
 
 
-@dataclass(frozen=True)
-class Reply:
-    status: int
-    raw: bytes
-    headers: dict[str, str]
+@dataclass
+class Reply(Answer):
     reply: str = ""
     fields: dict[str, str] = field(default_factory=dict)  # all of the decrypted reply
-
-
-@dataclass(frozen=True)
-class Post:
-    query: dict[str, str]
-    body: bytes
-    headers: dict[str, str]
 
 
 def xml_document(fields: Mapping[str, object]) -> str:
@@ -791,7 +781,8 @@ class WeComClient:
 
     def build(
         self, fields: Mapping[str, object], fmt: str = "xml", timestamp: object = None
-    ) -> Post:
+    ) -> tuple[bytes, dict[str, str], dict[str, str]]:
+        """Return body, query and headers of a message."""
         as_json = fmt == "json"
         text = json.dumps(fields, ensure_ascii=False) if as_json else xml_document(fields)
         encrypted = self.encrypt(text)
@@ -799,7 +790,7 @@ class WeComClient:
         small = {name.lower(): value for name, value in outer.items()}
         body = json.dumps(small) if as_json else xml_document(outer)
         kind = {"Content-Type": "application/json" if as_json else "text/xml"}
-        return Post(self.signed(encrypted, timestamp), body.encode(), kind)
+        return body.encode(), self.signed(encrypted, timestamp), kind
 
     def text_fields(self, user: str, text: str, msg_id: int | None = None) -> dict[str, object]:
         return {
@@ -812,9 +803,6 @@ class WeComClient:
             "AgentID": self.agent_id,
         }
 
-    def post(self, post: Post) -> Reply:
-        return self.post_raw(post.body, post.query, post.headers)
-
     def post_text(
         self,
         user: str,
@@ -823,15 +811,15 @@ class WeComClient:
         timestamp: object = None,
         fmt: str = "xml",
     ) -> Reply:
-        return self.post(self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
+        return self.post(*self.build(self.text_fields(user, text, msg_id), fmt, timestamp))
 
     def post_kind(self, user: str, kind: str, fmt: str = "xml", **more: object) -> Reply:
         fields = self.text_fields(user, "") | {"MsgType": kind} | more
         for name in ("Content", "MsgId")[: 1 + (kind == "event")]:  # an event has no MsgId
             del fields[name]
-        return self.post(self.build(fields, fmt))
+        return self.post(*self.build(fields, fmt))
 
-    def post_raw(
+    def post(
         self,
         body: bytes,
         query: Mapping[str, str] | None = None,
@@ -990,13 +978,6 @@ class Commit(NamedTuple):
     branch: str
 
 
-class Dispatch(NamedTuple):
-    time: float
-    ref: str
-    inputs: dict[str, str]
-    run_id: int
-
-
 def blob_sha(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
@@ -1038,7 +1019,7 @@ class FakeGitHub(Peer):
         self.branches = {"main"}
         self.files: dict[str, bytes] = {}
         self.commits: list[Commit] = []
-        self.dispatches: list[Dispatch] = []
+        self.dispatches: list[Run] = []
         self.runs: list[Run] = []
         self.workflow_state = "active"
         names = ("REGISTRY", "NAMESPACE", "USERNAME", "PASSWORD")
@@ -1065,7 +1046,8 @@ class FakeGitHub(Peer):
         if refusal := self._refusal(call):
             return refusal
         runs, flow = "/actions/runs", f"/actions/workflows/{self.WORKFLOW}"
-        run = runs + r"/(\d+)"
+        run, allowed = runs + r"/(\d+)", {"enabled": self.actions_enabled}
+        names: list[dict[str, object]] = [{"name": name} for name in sorted(self.secrets)]
         routes: list[tuple[str, str, Callable[..., Answer]]] = [
             ("GET metadata=read", "", self._repository),
             ("GET contents=read", "/contents/(.+)", self._get_contents),
@@ -1074,11 +1056,15 @@ class FakeGitHub(Peer):
             ("POST actions=write", flow + "/dispatches", self._dispatch),
             ("GET actions=read", flow + "/runs", self._list_runs),
             ("GET actions=read", runs, self._list_runs),
-            ("GET actions=read", run, self._get_run),
+            ("GET actions=read", run, lambda _, run: json_answer(self._run_json(run))),
             ("GET actions=read", run + "/jobs", self._list_jobs),
             ("POST actions=write", run + "/cancel", self._cancel),
-            ("GET secrets=read", "/actions/secrets", self._list_secrets),
-            ("GET administration=read", "/actions/permissions", self._permissions),
+            (
+                "GET secrets=read",
+                "/actions/secrets",
+                lambda call: self._page(call, "secrets", names),
+            ),
+            ("GET administration=read", "/actions/permissions", lambda _: json_answer(allowed)),
         ]
         for route, path, action in routes:
             method, _, right = route.partition(" ")
@@ -1177,7 +1163,7 @@ class FakeGitHub(Peer):
         if said := next((text for text, is_so in wrong.items() if is_so), ""):
             return problem(422, said)
         run = self.new_run(inputs, ref)
-        self.dispatches.append(Dispatch(run.created, ref, inputs, run.id))
+        self.dispatches.append(run)
         if self.old_dispatch or not wish.get("return_run_details"):
             return Answer(204)
         page = f"{self.web}/actions/runs/{run.id}"
@@ -1222,9 +1208,6 @@ class FakeGitHub(Peer):
         start = size * (int(call.query.get("page", "1")) - 1)
         return json_answer({"total_count": len(rows), name: rows[start : start + size]})
 
-    def _get_run(self, call: Call, run: Run) -> Answer:
-        return json_answer(self._run_json(run))
-
     def _list_jobs(self, call: Call, run: Run) -> Answer:
         with run.lock:
             seen, all_attempts = time.time() - self.jobs_lag, call.query.get("filter") == "all"
@@ -1256,12 +1239,6 @@ class FakeGitHub(Peer):
             return problem(409, "Cannot cancel a workflow run that is completed.")
         threading.Timer(0.1, run.stop.set).start()
         return json_answer({}, 202)
-
-    def _permissions(self, call: Call) -> Answer:
-        return json_answer({"enabled": self.actions_enabled})
-
-    def _list_secrets(self, call: Call) -> Answer:
-        return self._page(call, "secrets", [{"name": name} for name in sorted(self.secrets)])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1407,17 +1384,6 @@ class Registry(Daemon):
         return value
 
 
-def random_layer(name: str, size: int, seed: str) -> tuple[bytes, str]:
-    raw = io.BytesIO()
-    with tarfile.open(fileobj=raw, mode="w") as archive:
-        entry = tarfile.TarInfo(name)
-        entry.size = size
-        archive.addfile(entry, io.BytesIO(random.Random(seed).randbytes(size)))
-    plain = raw.getvalue()
-    packed = gzip.compress(plain, 0, mtime=0)  # random bytes do not get smaller
-    return packed, "sha256:" + hashlib.sha256(plain).hexdigest()
-
-
 class Publisher:
     def __init__(self, registry: Registry, repo: str, tag: str) -> None:
         self.registry, self.repo, self.tag = registry, repo, tag
@@ -1438,11 +1404,11 @@ class Publisher:
     def image(self, arch: str, sizes: Sequence[int]) -> dict[str, object]:
         name, _, variant = arch.partition("/")
         cpu = {"architecture": name} | ({"variant": variant} if variant else {})
-        seed = f"{self.repo}:{self.tag} {arch}"
-        made = [random_layer(f"file{n}.bin", size, f"{seed} {n}") for n, size in enumerate(sizes)]
-        layers = [self.blob(packed, OCI + "image.layer.v1.tar+gzip") for packed, _ in made]
+        chance = random.Random(f"{self.repo}:{self.tag} {arch}")  # nobody unpacks its layers
+        kind = OCI + "image.layer.v1.tar+gzip"
+        layers = [self.blob(chance.randbytes(size), kind) for size in sizes]
         config: dict[str, object] = {"os": "linux", "config": {"Cmd": ["/bin/true"]}}
-        config["rootfs"] = {"type": "layers", "diff_ids": [diff_id for _, diff_id in made]}
+        config["rootfs"] = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
         whole = self.blob(json.dumps(config | cpu).encode(), OCI + "image.config.v1+json")
         parts = {"config": whole, "layers": layers}
         return self.document(parts, "image.manifest.v1+json", platform={"os": "linux"} | cpu)
@@ -1627,6 +1593,7 @@ class ActLog:
 
 class ActRunner(Closing):
     FILES = ("wxsync.py", "images.txt", ".github/workflows/docker-image-sync.yml")
+    event = "workflow_dispatch"
 
     def __init__(
         self, project: Path, secret_values: Mapping[str, str], environment: Mapping[str, str]
@@ -1664,7 +1631,7 @@ class ActRunner(Closing):
         return missing_program("git", "skopeo") or ("" if cls.program() else "act not installed")
 
     def command(self, inputs: Mapping[str, str]) -> list[str]:
-        words = [self.program(), "workflow_dispatch", "--json", "--no-cache-server"]
+        words = [self.program(), self.event, "--json", "--no-cache-server"]
         words += ["--pull=false", "-P", "ubuntu-24.04=-self-hosted", "-W", self.FILES[2]]
         words += ["--secret-file", str(self.secret_file)]
         for name, value in inputs.items():
@@ -1860,10 +1827,26 @@ class World(Closing):
     def broken(self) -> list[str]:
         return self.wecom.errors + self.github.errors + self.wecom.violations
 
-    def secret_values(self) -> list[str]:
-        names = ("SECRET", "TOKEN", "ENCODING_AES_KEY", "GITHUB_TOKEN")
-        tokens = [call.query.get("access_token", "") for call in self.wecom.calls]
-        return [self.service.settings[name] for name in names] + sorted({t for t in tokens if t})
+    def secret_values(self) -> set[str]:
+        own = self.service.settings
+        found = {own[name] for name in own if re.search("SECRET$|TOKEN$|_KEY$", name)}
+        found |= {call.query.get("access_token", "") for call in self.wecom.calls}
+        login = urlsplit(own.get("PROXY_URL", "")).netloc.rpartition("@")[0]
+        return (found | {login, unquote(login).partition(":")[2]}) - {""}
+
+    def leaks(self, *more: str) -> list[str]:
+        """Return which secrets are in what the service has written, or in more, in any form."""
+        texts = [self.service.log, *more, str(self.wecom.messages + self.wecom.duplicates)]
+        texts += [str(self.github.commits), str(self.github.dispatches)]
+        with suppress(OSError):  # the folder is gone, or a file was renamed meanwhile
+            files = self.service.state_dir.iterdir()
+            texts += [path.read_text(errors="replace") for path in files if path.is_file()]
+        forms = {"access_token=", "corpsecret=", "Bearer "}
+        for secret in self.secret_values():
+            data, safe = secret.encode(), base64.urlsafe_b64encode(secret.encode()).decode()
+            forms |= {secret, quote(secret), quote(secret, safe=""), data.hex(), safe}
+            forms |= {repr(secret)[1:-1], base64.b64encode(data).decode().rstrip("=")}
+        return [form for form in forms if any(form in text for text in texts)]
 
     def start(self) -> Self:
         with ExitStack() as undo:
@@ -1894,9 +1877,7 @@ class ByRobot(World):
         return super().prepare()
 
     def broken(self) -> list[str]:
-        shown = self.service.settings["BOT_SECRET"] in self.service.log
-        own = self.gateway.errors + self.gateway.violations + ["BOT_SECRET"] * shown
-        return super().broken() + own
+        return super().broken() + self.gateway.errors + self.gateway.violations
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2006,31 +1987,28 @@ class Stage(ByRobot):
         return self._enter(ActRunner(ROOT, target.settings("mirror-space"), environment))
 
 
-class Scene(NamedTuple):
-    text: str
-    reply: tuple[str, ...]  # must occur in the message that answers it, as it is at first
-    final: tuple[str, ...]  # must occur in what that becomes; () if it stays as it is
-
-
+# What is typed; what occurs in the message that answers it, as it is at first; and in what that
+# becomes, () if it stays as it is.
 STORY = (
-    Scene("nginx:latest", ("共 1 个镜像", "nginx:latest →"), ("✅", "成功 1 / 1", "docker pull ")),
-    Scene(
+    ("nginx:latest", ("共 1 个镜像", "nginx:latest →"), ("✅", "成功 1 / 1", "docker pull ")),
+    (
         f"redis:7.2，alpine:3.20、{ABSENT}",
         ("共 3 个镜像", "redis:7.2 →", f"{ABSENT} →"),
         ("❌", "成功 2 / 3", ABSENT, "源镜像或标签不存在", "docker pull "),
     ),
-    Scene(
+    (
         "services:\n  cache:\n    image: bitnami/redis:7.0\n  web:\n    image: nginx:${TAG}",
         ("共 1 个镜像", "bitnami/redis:7.0 →", "没有处理", "nginx:${TAG}"),
         ("✅", "成功 1 / 1", "bitnami_redis:7.0"),
     ),
-    Scene("今天天气怎么样", ("镜像",), ()),
+    ("今天天气怎么样", ("镜像",), ()),
 )
 
 
-def play_scene(scene: Scene, world: ByRobot, transcript: Transcript) -> list[str]:
+def play_scene(
+    world: ByRobot, transcript: Transcript, text: str, reply: Sequence[str], final: Sequence[str]
+) -> list[str]:
     """Type a message of the story, return what was wrong with what came of it."""
-    text, reply, final = scene
     github, messages = world.github, world.gateway.messages
     commits, runs, heard = len(github.commits), len(github.dispatches), len(messages)
     transcript.show("你", text)
@@ -2055,7 +2033,7 @@ def play_scene(scene: Scene, world: ByRobot, transcript: Transcript) -> list[str
 
 def play_story(world: Stage, transcript: Transcript) -> list[str]:
     """Play STORY without a terminal, return what was wrong, nothing if all was right."""
-    wrong = [line for scene in STORY for line in play_scene(scene, world, transcript)]
+    wrong = [line for scene in STORY for line in play_scene(world, transcript, *scene)]
     for name in ("nginx:latest", "redis:7.2", "alpine:3.20") if world.registries else ():
         source, target = world.registries  # what was copied must be what the source has
         repo, tag = name.split(":")
@@ -2166,6 +2144,10 @@ class OpenUpload:
 PLAIN_JSON = {"Content-Type": "application/json"}
 
 
+def qingstor_answer(value: object, status: int = 200) -> Answer:
+    return json_answer(value, status, PLAIN_JSON)
+
+
 class Refused(Exception):
     """QingStor does not do it: status and code."""
 
@@ -2212,12 +2194,6 @@ class FakeQingStor(Peer):
             "QINGSTOR_SECRET_ACCESS_KEY": self.secret,
         }
 
-    def fail_part(self, number: int, times: int = 1, how: int | str = 500) -> None:
-        code = "permission_denied" if how == 403 else "internal_error"
-        body = json.dumps({"code": code, "message": "as the test wants it"}).encode()
-        what = how if isinstance(how, str) else (how, PLAIN_JSON, body)
-        self.fail(f"PUT part_number={number}&", what, times)
-
     def serve(self, call: Call, handler: PeerHandler) -> None:
         begun = time.monotonic()
         try:
@@ -2237,7 +2213,7 @@ class FakeQingStor(Peer):
         except Refused as refused:
             status, code = refused.args
             body = {"code": code, "message": code.replace("_", " "), "request_id": "1f2e"}
-            answer = json_answer(body, status, PLAIN_JSON)
+            answer = qingstor_answer(body, status)
         if call.body and (left := self._busy_until - time.monotonic()) > 0:
             self.stopping.wait(left)
         return answer
@@ -2299,7 +2275,7 @@ class FakeQingStor(Peer):
         if self.public:
             grantees.append(({"type": "group", "name": "QS_ALL_USERS"}, "READ"))
         entries = [{"grantee": who, "permission": what} for who, what in grantees]
-        return json_answer({"acl": entries, "owner": {"id": "usr-Example1"}}, headers=PLAIN_JSON)
+        return qingstor_answer({"acl": entries, "owner": {"id": "usr-Example1"}})
 
     def PUT_key(self, call: Call, key: str) -> Answer:
         digest = hashlib.sha256(call.body).hexdigest()
@@ -2311,8 +2287,7 @@ class FakeQingStor(Peer):
     def POST_uploads(self, call: Call, key: str) -> Answer:
         upload_id = secrets.token_hex(16)
         self.open_uploads[upload_id] = OpenUpload(key, call.headers.get("content-type", ""))
-        body = {"bucket": self.bucket, "key": key, "upload_id": upload_id}
-        return json_answer(body, headers=PLAIN_JSON)
+        return qingstor_answer({"bucket": self.bucket, "key": key, "upload_id": upload_id})
 
     def GET_uploads(self, call: Call, key: str) -> Answer:
         prefix = call.query.get("prefix", "")
@@ -2321,8 +2296,8 @@ class FakeQingStor(Peer):
             for upload_id, upload in self.open_uploads.items()
             if upload.key.startswith(prefix)
         ]
-        answer = {"name": self.bucket, "prefix": prefix, "uploads": found, "has_more": False}
-        return json_answer(answer, headers=PLAIN_JSON)
+        told = {"name": self.bucket, "prefix": prefix, "uploads": found, "has_more": False}
+        return qingstor_answer(told)
 
     def _upload(self, call: Call, key: str) -> OpenUpload:
         upload = self.open_uploads.get(call.query["upload_id"])
@@ -2386,9 +2361,6 @@ class Served:
     body: bytes | None = None  # None: made up as it goes
     length: str = "known"  # or "chunked", or "close" (the end of the connection is the end)
     status: int = 200
-    disposition: str = ""  # as bytes of UTF-8, or of `charset`
-    charset: str = "utf-8"
-    content_type: str = "application/octet-stream"
     gzip: bool = False
     location: str = ""  # {turn} in it is how often this path was asked for
     ranges: str = ""  # "", "good", "ignored" (200 and all), "wrong" (starts elsewhere), "500"
@@ -2396,8 +2368,7 @@ class Served:
     modified: str = ""
     then: Mapping[str, Any] = field(default_factory=dict)  # what changes after the first answer
     cut_after: Sequence[int] = ()  # bytes after which the connection breaks, one for each answer
-    stall_after: int = -1
-    stalls: int = 1
+    stall_after: Sequence[int] = ()  # or no more comes
     rate: float = 0.0
     headers: Mapping[str, str] = field(default_factory=dict)
     raw: bytes = b""  # the answer, byte for byte; then `again` twenty times a second, without end
@@ -2492,12 +2463,11 @@ class Source(Peer):
         # As bytes: http.server would refuse what is not Latin-1.
         where = served.location.replace("{turn}", str(turn)).encode()
         told = {
-            "Content-Type": served.content_type,
+            "Content-Type": "application/octet-stream",
             "ETag": served.etag,
             "Last-Modified": served.modified,
             "Location": where.decode("latin-1"),
             "Content-Encoding": "gzip" * served.gzip,
-            "Content-Disposition": served.disposition.encode(served.charset).decode("latin-1"),
             "Content-Range": f"bytes {start}-{served.size - 1}/{served.size}" * (status == 206),
         }
         length = "known" if where else served.length
@@ -2522,8 +2492,8 @@ class Source(Peer):
         self, blocks: Iterable[bytes], served: Served, turn: int, handler: PeerHandler
     ) -> Iterator[bytes]:
         """Yield the blocks at the wanted speed, up to where the trouble comes."""
-        cut = served.cut_after[turn - 1] if turn <= len(served.cut_after) else -1
-        stall = served.stall_after if turn <= served.stalls else -1
+        plans = (served.cut_after, served.stall_after)
+        cut, stall = (plan[turn - 1] if turn <= len(plan) else -1 for plan in plans)
         end = min((at for at in (cut, stall) if at >= 0), default=-1)
         begun, sent = time.monotonic(), 0
         for block in blocks:
@@ -2589,7 +2559,6 @@ ENTER = """set -e
 ip link set lo up
 for address in $PUBLIC; do ip address add "$address" dev lo; done
 mount --bind "$FOLDER/hosts" /etc/hosts
-mount --bind "$FOLDER/resolv.conf" /etc/resolv.conf
 exec "$PYTHON" "$FOLDER/program.py"
 """
 
@@ -2603,100 +2572,70 @@ def namespace_missing() -> str:
 
 
 def in_namespace(
-    program: str, hosts: Mapping[str, Sequence[str]], public: Sequence[str], timeout: float = 60
+    program: str, hosts: Mapping[str, Sequence[str]], public: Sequence[str]
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python program where only loopback exists, `public` are addresses of it, and names
-    mean what `hosts` says. Names that are not in it are asked of a server on 127.0.0.1:53.
-    """
+    mean what `hosts` says."""
     with temporary_folder("namespace") as name:
         folder = Path(name)
         lines = [f"{address} {host}\n" for host, many in hosts.items() for address in many]
         (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
-        (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
         (folder / "program.py").write_text(program)
         lengths = [f"{a}/{128 if ':' in a else 32}" for a in public]
         own = {"PUBLIC": " ".join(lengths), "FOLDER": name, "PYTHON": sys.executable}
         own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         words = ["unshare", "-n", "-m", "sh", "-c", ENTER]
-        return run_command(words, timeout=timeout, env=dict(os.environ) | own)
-
-
-class NameServer:
-    """A DNS server (UDP) whose answers for one name change from one look-up to the next."""
-
-    def __init__(self, answers: Sequence[str]) -> None:
-        self.answers, self.asked = list(answers), 0
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("127.0.0.1", 53))
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            query, client = self._socket.recvfrom(512)
-            self._socket.sendto(self.answer(query), client)
-
-    def answer(self, query: bytes) -> bytes:
-        """Answer an A question with the next address (the last one stays), others with nothing."""
-        end = query.index(0, 12) + 5
-        kind = struct.unpack(">H", query[end - 4 : end - 2])[0]
-        found = b""
-        if kind == 1:
-            address = self.answers[min(self.asked, len(self.answers) - 1)]
-            self.asked += 1
-            found = struct.pack(">HHHIH", 0xC00C, 1, 1, 0, 4) + socket.inet_aton(address)
-        head = query[:2] + struct.pack(">HHHHH", 0x8180, 1, bool(found), 0, 0)
-        return head + query[12:end] + found
+        return run_command(words, timeout=60, env=dict(os.environ) | own)
 
 
 # ---------------------------------------------------------------------------------------------
 # Addresses
 # ---------------------------------------------------------------------------------------------
 
-_FORBIDDEN_HOSTS: dict[str, str] = {
-    "loopback": "127.0.0.1 127.255.255.254 127.1 0177.1 2130706433 0x7f000001 0X7F000001",
-    "loopback, octal and hex": "0177.0.0.1 0x7f.0x0.0x0.0x1 127.0.0.0x1 00177.00.00.01",
-    "loopback, trailing dot": "127.0.0.1. localhost.",
-    "this host": "0.0.0.0 0 0x0 00000000000 0.1.2.3",
-    "private": "10.0.0.1 10.1 10.255.255.255 172.16.0.1 172.31.255.255 192.168.0.1 192.168.257",
-    "private, disguised": "0xa000001 3232235521 0300.0250.0.1 012.0.0.1",
-    "link-local": "169.254.0.1 169.254.169.254 0xa9fea9fe 0251.0376.0251.0376 169.254.43518",
-    "metadata of Alibaba": "100.100.100.200 1684301000 0x646464c8",
-    "wire server of Azure": "168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] [64:ff9b::a83f:8110]",
-    "CGNAT": "100.64.0.1 100.127.255.255",
-    "protocols": "192.0.0.1 192.0.0.9 192.0.0.170 192.0.0.255",
-    "6to4 relay": "192.88.99.1",
-    "documentation": "192.0.2.1 198.51.100.1 203.0.113.1",
-    "benchmarks": "198.18.0.1 198.19.255.255",
-    "multicast": "224.0.0.1 232.1.1.1 239.255.255.250 0xe0000001",
-    "reserved": "240.0.0.1 254.1.1.1 255.255.255.255 4294967295",
-    "IPv6 loopback": "[::1] [0000::0001] [::0.0.0.1] [::]",
-    "IPv6 private": "[fc00::1] [fd00:ec2::254] [fec0::1]",
-    "IPv6 link-local": "[fe80::1] [febf::1] [fe80::1%25lo] [fe80::1%lo]",
-    "IPv6 multicast": "[ff02::1] [ff0e::1]",
-    "IPv6 documentation": "[2001:db8::1] [100::1]",
-    "IPv4-mapped": "[::ffff:127.0.0.1] [::ffff:7f00:1] [::ffff:10.0.0.1] [::ffff:100.100.100.200]"
-    " [::ffff:0.0.0.0] [::ffff:224.0.0.1]",
-    "IPv4-compatible": "[::7f00:1] [::169.254.169.254]",
-    "IPv4-translated": "[::ffff:0:127.0.0.1] [::ffff:0:a00:1]",
-    "NAT64": "[64:ff9b::7f00:1] [64:ff9b::10.0.0.1]",
-    "NAT64, local prefix": "[64:ff9b:1::7f00:1] [64:ff9b:1:ffff::10.0.0.1]",
-    "6to4": "[2002:7f00:1::] [2002:a9fe:a9fe::1]",
-    "Teredo": "[2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::1]",
-    "local name": "localhost LocalHost foo.localhost localhost.localdomain ip6-localhost"
-    " router.local nas.lan printer.home.arpa metadata.google.internal metadata intranet",
-    "other digits and stops": "１２７.０.０.１ ２130706433 127。0。0。1 10｡0｡0｡1 localhost。 ①②⑦.⓪.⓪.①",
-    "other letters": "ｌｏｃａｌｈｏｓｔ ⓛⓞⓒⓐⓛⓗⓞⓢⓣ ０ｘ７ｆ０００００１",
-    "userinfo": "example.com@127.0.0.1 127.0.0.1@example.com user:pw@example.com @127.0.0.1",
-    "backslash": "example.com\\@127.0.0.1 127.0.0.1\\.example.com",
-    "percent": "%31%32%37.0.0.1 127.0.0.1%00.example.com 127.0.0.1%2f.example.com",
-    "odd port": "127.0.0.1:0 example.com:99999 example.com:80:80 example.com:x",
-    "odd brackets": "[127.0.0.1] [::1].example.com [localhost] []",
-}
-
-FORBIDDEN: list[tuple[str, str]] = [
-    (f"{scheme}://{host}/", why)
-    for why, hosts in _FORBIDDEN_HOSTS.items()
-    for host in hosts.split()
+_FORBIDDEN_HOSTS = r"""
+loopback: 127.0.0.1 127.255.255.254 127.1 0177.1 2130706433 0x7f000001 0X7F000001
+loopback, octal and hex: 0177.0.0.1 0x7f.0x0.0x0.0x1 127.0.0.0x1 00177.00.00.01
+loopback, trailing dot: 127.0.0.1. localhost.
+this host: 0.0.0.0 0 0x0 00000000000 0.1.2.3
+private: 10.0.0.1 10.1 10.255.255.255 172.16.0.1 172.31.255.255 192.168.0.1 192.168.257
+private, disguised: 0xa000001 3232235521 0300.0250.0.1 012.0.0.1
+link-local: 169.254.0.1 169.254.169.254 0xa9fea9fe 0251.0376.0251.0376 169.254.43518
+metadata of Alibaba: 100.100.100.200 1684301000 0x646464c8
+wire server of Azure: 168.63.129.16 0xa83f8110 [::ffff:168.63.129.16] [64:ff9b::a83f:8110]
+CGNAT: 100.64.0.1 100.127.255.255
+protocols: 192.0.0.1 192.0.0.9 192.0.0.170 192.0.0.255
+6to4 relay: 192.88.99.1
+documentation: 192.0.2.1 198.51.100.1 203.0.113.1
+benchmarks: 198.18.0.1 198.19.255.255
+multicast: 224.0.0.1 232.1.1.1 239.255.255.250 0xe0000001
+reserved: 240.0.0.1 254.1.1.1 255.255.255.255 4294967295
+IPv6 loopback: [::1] [0000::0001] [::0.0.0.1] [::]
+IPv6 private: [fc00::1] [fd00:ec2::254] [fec0::1]
+IPv6 link-local: [fe80::1] [febf::1] [fe80::1%25lo] [fe80::1%lo]
+IPv6 multicast: [ff02::1] [ff0e::1]
+IPv6 documentation: [2001:db8::1] [100::1]
+IPv4-mapped: [::ffff:127.0.0.1] [::ffff:7f00:1] [::ffff:10.0.0.1] [::ffff:100.100.100.200]
+IPv4-mapped: [::ffff:0.0.0.0] [::ffff:224.0.0.1]
+IPv4-compatible: [::7f00:1] [::169.254.169.254]
+IPv4-translated: [::ffff:0:127.0.0.1] [::ffff:0:a00:1]
+NAT64: [64:ff9b::7f00:1] [64:ff9b::10.0.0.1]
+NAT64, local prefix: [64:ff9b:1::7f00:1] [64:ff9b:1:ffff::10.0.0.1]
+6to4: [2002:7f00:1::] [2002:a9fe:a9fe::1]
+Teredo: [2001:0:4136:e378:8000:63bf:80ff:fffe] [2001::1]
+local name: localhost LocalHost foo.localhost localhost.localdomain ip6-localhost router.local
+local name: nas.lan printer.home.arpa metadata.google.internal metadata intranet
+other digits and stops: １２７.０.０.１ ２130706433 127。0。0。1 10｡0｡0｡1 localhost。 ①②⑦.⓪.⓪.①
+other letters: ｌｏｃａｌｈｏｓｔ ⓛⓞⓒⓐⓛⓗⓞⓢⓣ ０ｘ７ｆ０００００１
+userinfo: example.com@127.0.0.1 127.0.0.1@example.com user:pw@example.com @127.0.0.1
+backslash: example.com\@127.0.0.1 127.0.0.1\.example.com
+percent: %31%32%37.0.0.1 127.0.0.1%00.example.com 127.0.0.1%2f.example.com
+odd port: 127.0.0.1:0 example.com:99999 example.com:80:80 example.com:x
+odd brackets: [127.0.0.1] [::1].example.com [localhost] []
+"""
+FORBIDDEN = [
+    f"{scheme}://{host}/"
+    for line in _FORBIDDEN_HOSTS.splitlines()
+    for host in line.partition(": ")[2].split()
     for scheme in ("http", "https")
 ]
 NO_HTTP = (
@@ -2704,7 +2643,7 @@ NO_HTTP = (
     "¦http:127.0.0.1¦http:///etc/passwd¦http://¦http://?¦https:¦http://127.0.0.1 .example.com/"
     "¦http://127.0.0.1\t/¦http://exa\nmple.com/¦http://example.com/\r\nX: y"
 )
-FORBIDDEN += [(url, "no http address") for url in NO_HTTP.split("¦")]
+FORBIDDEN += NO_HTTP.split("¦")
 
 _ALLOWED = """
 1.1.1.1 9.255.255.255 11.0.0.0 126.255.255.255 128.0.0.1 100.63.255.255 100.128.0.0
@@ -2716,29 +2655,15 @@ ALLOWED = _ALLOWED.split()
 
 
 class PeakMemory:
-    base = peak = 0
+    """What a process takes from now on; the kernel keeps the peak (5: and begins it anew)."""
 
-    def __init__(self, pid: int, pause: float = 0.005) -> None:
-        self.pid, self.pause = pid, pause
-        self._done = threading.Event()
+    def __init__(self, pid: int) -> None:
+        self.pid, self.base = pid, status_of(pid, "VmRSS")
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     @property
     def added(self) -> int:
-        return self.peak - self.base
-
-    def _watch(self) -> None:
-        while not self._done.wait(self.pause):
-            self.peak = max(self.peak, status_of(self.pid, "VmRSS"))
-
-    def __enter__(self) -> Self:
-        self.base = self.peak = status_of(self.pid, "VmRSS")
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+        return status_of(self.pid, "VmHWM") - self.base
 
 
 PREFIX = "registry.cn-hangzhou.aliyuncs.com/mirror-space"  # of every target in a World
@@ -2865,7 +2790,7 @@ class Desk:
             if not self.app.state.facts.letters:
                 return
             self.post.step()
-            if until := self.post._not_before.pop("", 0.0):
+            if until := max(self.post._not_before.pop(who, 0.0) for who in ("", user)):
                 self.pause(round(until - time.monotonic()))
         raise TimeoutError(f"tried in vain, pauses {self.pauses}")
 
@@ -2971,7 +2896,8 @@ def is_calm(log: str) -> bool:
 class Quick(World):
     """A world whose service does not dawdle. `state` is its state file at the start.
 
-    Leaving it checks that no fake saw anything wrong and that the log shows no bug.
+    Leaving it checks that no fake saw anything wrong, that the log shows no bug, and that no secret
+    was written.
     """
 
     def __init__(
@@ -2995,7 +2921,7 @@ class Quick(World):
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.open()
-        log, wrong = self.service.log, [] if kind else self.broken()
+        log, wrong = self.service.log, [] if kind else self.broken() + self.leaks()
         super().__exit__(kind, value, trace)
         assert kind or (wrong == [] and is_calm(log)), f"{wrong} {log[-3000:]}"
 
@@ -3079,16 +3005,13 @@ def hasty(letters: Sequence[tuple[str, str]] = (), **settings: str) -> Quick:
     return world
 
 
-def last_state(journal: bytes) -> dict[str, Any]:
+def saved(world: World, path: Path | None = None) -> dict[str, Any]:
+    journal = (path or world.service.state_dir / "wxsync.state").read_bytes()
     for line in reversed(journal.split(b"\n")):
         with suppress(ValueError):
             value: dict[str, Any] = json.loads(line)
             return value
     raise ValueError(f"no whole line in {journal[:200]!r}")
-
-
-def saved(world: World) -> dict[str, Any]:
-    return last_state((world.service.state_dir / "wxsync.state").read_bytes())
 
 
 def idle(world: World) -> bool:
@@ -4595,6 +4518,7 @@ def test_all_there_is_to_mend_is_told_at_once() -> None:
 WRONG = rows(f"""
 CORP_ID ¦ ww 01
 AGENT_ID ¦ agent ¦ 0
+BOT_URL ¦ ws://wecom.example.com ¦ https://wecom.example.com
 SECRET ¦ two words
 TOKEN ¦ with-dash ¦ {"x" * 33}
 ENCODING_AES_KEY ¦ {"x" * 42} ¦ {"x" * 44} ¦ {"x" * 42}=
@@ -4620,6 +4544,8 @@ DANGEROUSLY_ALLOW_PRIVATE_URLS ¦ yes
 """)
 RIGHT = rows("""
 PORT ¦ 65535 ¦ 65535
+BOT_URL ¦ wss://wecom.example.com:8443/path ¦ 'wss://wecom.example.com:8443/path'
+BOT_URL ¦ ws://localhost:1 ¦ 'ws://localhost:1'
 QUEUE_SIZE ¦ 0 ¦ 0
 CALLBACK_MAX_AGE ¦ 0 ¦ 0
 ALLOWED_USERS ¦ ␣Alice, bob , ¦ ('alice', 'bob')
@@ -4808,11 +4734,11 @@ def test_the_reply_has_the_envelope_of_the_message(talk: Talk, fmt: str) -> None
     assert fmt in reply.headers["content-type"]
     assert reply.fields["tousername"] == talk.user and reply.fields["msgtype"] == "text"
     if fmt == "json":
-        assert set(json.loads(reply.raw)) == {"encrypt", "msgsignature", "timestamp", "nonce"}
+        assert set(json.loads(reply.body)) == {"encrypt", "msgsignature", "timestamp", "nonce"}
         for change in (str.lower, str.upper):  # WeCom's own documents disagree about them
             fields = talk.client.text_fields(talk.user, "nginx").items()
             built = talk.client.build({change(name): value for name, value in fields}, "json")
-            assert "nginx:latest" in talk.client.post(built).reply
+            assert "nginx:latest" in talk.client.post(*built).reply
 
 
 def framed(client: WeComClient, length: int, pad: bytes, size: int = 64) -> str:
@@ -4861,7 +4787,7 @@ def test_forged_and_stale_callbacks_are_403_with_an_empty_body(talk: Talk) -> No
             assert (got.status, got.body) == (status, b""), (encrypted, change)
     for age, status in ((-590, 200), (590, 200), (-610, 403), (610, 403)):
         reply = client.post_text(talk.user, "nginx", timestamp=int(time.time()) + age)
-        assert (reply.status, status == 200 or reply.raw) == (status, status == 200 or b""), age
+        assert (reply.status, status == 200 or reply.body) == (status, status == 200 or b""), age
 
 
 DOCTYPE = '<?xml version="1.0"?><!DOCTYPE xml [<!ENTITY e "nginx:1">]>'
@@ -4886,8 +4812,8 @@ def test_what_is_no_envelope_or_no_message_is_400(talk: Talk) -> None:
     for text in map(talk.client.encrypt, INNER):
         posts.append((xml_document({"Encrypt": text}), talk.client.signed(text)))
     for text, query in posts:
-        reply = talk.client.post_raw(text.encode(), query)
-        assert (reply.status, reply.raw) == (400, b""), text[:60]
+        reply = talk.client.post(text.encode(), query)
+        assert (reply.status, reply.body) == (400, b""), text[:60]
     assert talk.commits == [] and talk.inputs == []
 
 
@@ -5011,7 +4937,7 @@ def test_every_byte_arrives(depot: Depot, length: str) -> None:
     kind, first = "application/gzip", len(depot.store.calls)
     for size in (0, 1, PART - 1, PART, PART + 1, 2 * PART, 30_000_000):
         path, before = f"/{length}-{size}.tar.gz", len(depot.store.parts_received)
-        link = depot.source.add(path, size, length=length, content_type=kind)
+        link = depot.source.add(path, size, length=length, headers={"Content-Type": kind})
         key = check_object(depot, path, depot.relay(link))
         assert key.endswith(".tar.gz") and depot.store.objects[key].content_type == kind
         parts = len(depot.store.parts_received) - before
@@ -5087,7 +5013,8 @@ def test_the_name_that_is_shown_may_be_any_the_key_never_is(depot: Depot) -> Non
     """Of the name, only a cleaned extension is in the key. A Chinese address works as typed."""
     for line in SHOWN_NAMES.strip().splitlines():
         charset, said, _, name, *extension = line.split(" ")
-        more: dict[str, Any] = {"disposition": f"attachment; {said}", "charset": charset}
+        said = f"attachment; {said}".encode(charset).decode("latin-1")
+        more: dict[str, Any] = {"headers": {"Content-Disposition": said}}
         text = depot.relay(depot.source.add("/named", body=b"x", **more))
         assert read_result(text)["name"] == name
         assert check_object(depot, "/named", text)[36:] == "".join(extension)
@@ -5125,7 +5052,7 @@ def test_resume(depot: Depot, cuts: list[int]) -> None:
 def test_resume_of_a_source_that(depot: Depot, how: str) -> None:
     """Stands still, is gone for a moment, or breaks the next try, too: the rest is asked for."""
     path, options = f"/{how}.iso", dict[str, Any](etag='"s"', ranges="good")
-    options |= {"stall_after": 5_000_000} if how == "stalls" else {"rate": 8_000_000}
+    options |= {"stall_after": [5_000_000]} if how == "stalls" else {"rate": 8_000_000}
     user = depot.begin(depot.source.add(path, 9_000_000, **options))
     if how == "restarts":
         depot.source.restart()
@@ -5168,8 +5095,8 @@ SOURCE_TROUBLES: list[tuple[dict[str, Any], str]] = [
 ]
 SLOW_SOURCES: list[tuple[dict[str, Any], str]] = [  # which are asked again and again
     (BROKEN | {"cut_after": [5_000_000] + [1] * 20}, "下载中断：连接中断"),
-    ({"stall_after": 5_000_000, "stalls": 99}, "下载中断：超时"),
-    ({"stall_after": 0, "stalls": 99}, "下载中断：超时"),
+    ({"stall_after": [5_000_000] * 99}, "下载中断：超时"),
+    ({"stall_after": [0] * 99}, "下载中断：超时"),
     ({"rate": 3_000.0, "length": "chunked"}, "下载中断：超时"),
     ({"length": "chunked", "cut_after": [5_000_000]}, "下载中断"),
     ({"gzip": True, "cut_after": [3_000_000]}, "下载中断"),
@@ -5229,9 +5156,14 @@ def test_a_call_of_qingstor_that_fails_once_is_made_again(
 def test_part_fails_always(depot: Depot) -> None:
     """A part that cannot be sent ends the upload, which is taken back."""
     busy = "QingStor 暂时不可用（HTTP 503），请稍后再试"
-    for how, why in ((503, busy), ("reset", "连接 QingStor 失败"), (403, "没有权限写入存储桶")):
+    denied = qingstor_answer({"code": "permission_denied", "message": "no"}, 403)
+    for how, why in (
+        ((503, {}, b""), busy),
+        ("reset", "连接 QingStor 失败"),
+        ((403, denied.headers, denied.body), "没有权限写入存储桶"),
+    ):
         before, aborted = set(depot.store.objects), len(depot.store.aborted)
-        depot.store.fail_part(1, 3, how)
+        depot.store.fail("PUT part_number=1&", how, 3)
         text = depot.relay(depot.source.add("/always.bin", 10_000_000))
         depot.store.faults.clear()
         check_refusal(text, why)
@@ -5344,8 +5276,8 @@ def network(settings: wxsync.Settings) -> wxsync.Network:
     return wxsync.Network(settings, wxsync.Log("ERROR", [], sys.stderr))
 
 
-@pytest.mark.parametrize(("link", "why"), FORBIDDEN)
-def test_forbidden_addresses(link: str, why: str) -> None:
+@pytest.mark.parametrize("link", FORBIDDEN)
+def test_forbidden_addresses(link: str) -> None:
     """No disguise leads inside, neither directly nor by way of a proxy."""
     try:
         url = wxsync.parse_url(link)
@@ -5434,7 +5366,7 @@ REDIRECTED = """
 listen(80), listen(443)
 answers["plain"] = fetch("http://files.example.com:8000/file")
 answers["address"] = fetch("http://8.8.4.4:8000/file")
-for link, why in t.FORBIDDEN:
+for link in t.FORBIDDEN:
     if link.isprintable():
         outside.add("/go", status=302, location=link)
         answers[link] = fetch("http://files.example.com:8000/go")
@@ -5457,10 +5389,16 @@ MIXED = """
 listen(8001)
 for name in ("mixed", "mixed6", "inner"):
     answers[name] = fetch(f"http://{name}.example.com:8001/file")
-names = t.NameServer(["8.8.4.4", "127.0.0.1"])
-good = fetch("http://rebind.example.org:8000/file"), names.asked, outside.calls[0].headers["host"]
+look_up, asked = socket.getaddrinfo, []
+def rebinding(host, *more, **options):
+    if host == "rebind.example.org":
+        asked.append(host)
+        host = "8.8.4.4" if len(asked) == 1 else "127.0.0.1"
+    return look_up(host, *more, **options)
+socket.getaddrinfo = rebinding
+good = fetch("http://rebind.example.org:8000/file"), len(asked), outside.calls[0].headers["host"]
 answers["second"] = fetch("http://rebind.example.org:8000/file")
-names.asked = 0
+asked.clear()
 outside.add("/again", status=302, location="http://rebind.example.org:8001/file")
 answers["redirected"] = fetch("http://rebind.example.org:8000/again")
 answers |= {"good": good, "touched": touched}
@@ -5528,7 +5466,7 @@ def fetched(depot: Depot, path: str = "/a.bin", **options: Any) -> bytes | None:
 
 
 BOTH: list[bytes | None] = [FIRST + SECOND]
-GZ = 'attachment; filename="a.gz"'
+GZ = {"Content-Encoding": "gzip", "Content-Disposition": 'attachment; filename="a.gz"'}
 # how a file is served -> what may be stored (None: it is refused, in words)
 ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
     "members": (coded(MEMBERS), BOTH),
@@ -5539,7 +5477,7 @@ ORIGINS: dict[str, tuple[dict[str, Any], list[bytes | None]]] = {
     # Many servers label a packed file with its packing; its checksum is that of what is sent.
     "gzip is its type": (coded(PACKED, path="/a.tar.gz"), [PACKED]),
     "x-gzip is its type": (coded(PACKED, "x-gzip", path="/a.tgz", length="chunked"), [PACKED]),
-    "gzip is its type, in members": (coded(MEMBERS, path="/x", disposition=GZ), [MEMBERS]),
+    "gzip is its type, in members": (coded(MEMBERS, path="/x", headers=GZ), [MEMBERS]),
     "packed and compressed": (coded(gzip.compress(PACKED), path="/a.tar.gz"), [PACKED, None]),
     "compressed twice": (
         wire(OK + "Content-Encoding: gzip\nContent-Encoding: gzip", gzip.compress(PACKED)),
@@ -5578,8 +5516,8 @@ def test_a_file_is_stored_as_its_origin_means_it(impatient: Depot, name: str) ->
 def test_bytes_behind_the_end_take_no_memory(impatient: Depot) -> None:
     """What comes on the wire counts against MAX_FILE_MB, not only what becomes of it."""
     body = gzip.compress(b"ok") + bytes(64 * MIB)
-    with PeakMemory(impatient.service.pid) as memory:
-        assert fetched(impatient, **coded(body, length="chunked")) is None
+    memory = PeakMemory(impatient.service.pid)
+    assert fetched(impatient, **coded(body, length="chunked")) is None
     assert memory.added < 24 * MIB
 
 
@@ -5851,19 +5789,18 @@ def watched_relay(depot: Depot, path: str, timeout: float) -> tuple[int, float]:
     """Relay a file; return the added memory and the seconds, and see that no file was written."""
     opened: list[str] = []
     begun, open_files = time.monotonic(), Path(f"/proc/{depot.service.pid}/fd")
-    with PeakMemory(depot.service.pid) as memory:
-        user = depot.ask(depot.source.url + path)
-        while not depot.wecom.messages_for(user) and time.monotonic() < begun + timeout:
-            for link in open_files.iterdir():
-                with suppress(OSError):  # closed meanwhile
-                    is_big = link.is_file() and link.stat().st_size > MIB
-                    opened += [os.readlink(link)] * is_big
-            time.sleep(0.02)
-    seconds = time.monotonic() - begun
+    memory, user = PeakMemory(depot.service.pid), depot.ask(depot.source.url + path)
+    while not depot.wecom.messages_for(user) and time.monotonic() < begun + timeout:
+        for link in open_files.iterdir():
+            with suppress(OSError):  # closed meanwhile
+                is_big = link.is_file() and link.stat().st_size > MIB
+                opened += [os.readlink(link)] * is_big
+        time.sleep(0.02)
+    seconds, added = time.monotonic() - begun, memory.added
     check_object(depot, path, depot.hear("", user, 1))
     files = [file for file in depot.service.folder.rglob("*") if file.is_file()]
     assert not opened and sum(file.stat().st_size for file in files) < 4 * MIB
-    return memory.added, seconds
+    return added, seconds
 
 
 @alone
@@ -6343,7 +6280,7 @@ def test_a_slow_disk_delays_the_acknowledgement_and_nothing_else() -> None:
         def ask(number: int) -> float:
             begun, image = time.monotonic(), f"app{number}:1"
             assert image in world.say(image, f"user{number}")
-            assert image in str(last_state((world.service.folder / "safe").read_bytes()))
+            assert image in str(saved(world, world.service.folder / "safe"))
             return time.monotonic() - begun
 
         asked = [pool.submit(ask, number) for number in range(20)]
@@ -7835,10 +7772,10 @@ alice> slow/a:1, b:1, nosuch:1
 bob> next:1
 alice< ⏰
 +/actions/runs/
-+docker pull PREFIX/b:1
-+1 / 3
-+nosuch:1
--slow_a
++2 / 3
++✅ b:1
++❌ nosuch:1
++⏳ slow/a:1
 bob< 成功 1 / 1
 alice> 状态
 ~仍在跟踪\D*1[\s\S]*slow/a:1[\s\S]*2/3
@@ -8311,7 +8248,7 @@ def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) ->
     """No work, no repeat by WeCom; who sends a picture hears what is understood."""
     for event in EVENTS.split():
         reply = talk.client.post_kind(talk.user, "event", fmt, Event=event, EventKey="nginx:1")
-        assert (reply.status, reply.raw) == (200, b""), event
+        assert (reply.status, reply.body) == (200, b""), event
     for kind in ("image", "voice", "video", "location", "link", "file"):
         assert "镜像" in talk.client.post_kind(talk.user, kind, fmt, **FIELDS).reply, kind
     assert talk.calls() == [] and talk.messages == []
@@ -8321,7 +8258,7 @@ def test_events_get_an_empty_200_and_other_kinds_a_word(talk: Talk, fmt: str) ->
 
 
 def test_one_connection_and_three_calls_before_polling() -> None:
-    """GET and PUT of the list, the dispatch; then the run, and its jobs once."""
+    """GET and PUT of the list, the dispatch; then the run, its jobs at first and at the end."""
     with quick(PlayedRunner(0.3)) as world:
         world.say("nginx:1")
         world.hear("成功 1 / 1")
@@ -8330,7 +8267,8 @@ def test_one_connection_and_three_calls_before_polling() -> None:
         first = ["GET /contents/images.txt", "PUT /contents/images.txt"]
         first += ["POST /actions/workflows/docker-image-sync.yml/dispatches"]
         polls = [c.headers for c in world.github.calls_to(run) if "jobs" not in c.path]
-        assert calls == [*first, *[run] * len(polls), f"{run}/jobs"] and len(polls) > 2
+        jobs, more = f"{run}/jobs", [run] * (len(polls) - 1)
+        assert calls == [*first, run, jobs, *more, jobs] and len(polls) > 2
         assert world.github.connections == 1 and all("if-none-match" in p for p in polls[1:])
         assert 5000 - world.github.rate_remaining < len(calls)  # those with 304 cost nothing
 
@@ -8494,128 +8432,97 @@ def test_256_failures_fit_in_ten_messages(fates: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class PushRunner(ActRunner):
-    def command(self, inputs: Mapping[str, str]) -> list[str]:
-        return [word.replace("workflow_dispatch", "push") for word in super().command(inputs)]
-
-
-class Factory:
-    """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
-
-    def __init__(self, space: Space) -> None:
-        self.space, self.acr = space, space.mirror.acr.host
-        own = {name: space.settings[f"DOCKER_{name}"] for name in ("USERNAME", "PASSWORD")}
-        self.place = {"DOCKER_REGISTRY": self.acr, "DOCKER_NAMESPACE": space.namespace}
-        self.secrets = {f"DOCKER_{name}": value for name, value in own.items()} | self.place
-        self.environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
-
-    def run(self, kind: type[ActRunner], images_txt: str, **inputs: str) -> Run:
-        with kind(SCRIPT.parent, self.secrets, self.environment) as runner:
-            (runner.checkout / "images.txt").write_text(images_txt)
-            run = Run(1, inputs, "main")
-            runner(inputs, run)
-        return run
-
-
 @pytest.fixture
-def factory(space: Space) -> Factory:
+def factory(space: Space) -> Iterator[ActRunner]:
+    """The workflow run by act, between the registries of a mirror; the target refuses as ACR."""
     needs(ActRunner.missing())
-    return Factory(space)
+    environment = {"CONTAINERS_REGISTRIES_CONF": str(space.mirror.conf)} | NO_WAY_OUT
+    own = space.settings | {"DOCKER_REGISTRY": space.mirror.acr.host}
+    with ActRunner(SCRIPT.parent, own, environment) as runner:
+        yield runner
 
 
 def results(run: Run) -> dict[str, str]:
-    """Return for each job that ran the name of its last step, which is its result."""
-    return {job.name: job.steps[-1].name for job in run.jobs if job.name != "plan"}
+    """Return for each job the name of its last step, which is its result; of plan how it ended."""
+    found = {job.name: job.steps[-1].name for job in run.jobs if job.name != "plan"}
+    good = [name for name in found if re.match("wxsync: (copied|unchanged) ", found[name])]
+    ended = {job.name: str(job.conclusion) for job in run.jobs}
+    assert [name for name in found if ended[name] == "success"] == good
+    return ended | found
 
 
-def conclusions(run: Run) -> dict[str, str | None]:
-    return {job.name: job.conclusion for job in run.jobs}
-
-
-def ask(world: World, text: str) -> tuple[str, Run]:
-    """Say something about images, return the final message and the run that it tells about."""
-    before = len(world.wecom.messages)
-    assert "🔄" in world.say(text)
-    message = world.wecom.wait_message("成功 ", "", 60, before).text
-    return message, world.github.runs[-1]
-
-
-def test_from_chat_to_registry(factory: Factory) -> None:
+def test_from_chat_to_registry(space: Space, factory: ActRunner) -> None:
     """One message, one run: what is good arrives, what is not is told with its reason. Several
     platforms of an image with attestations go into a registry that refuses those, and a second
     request finds everything up to date."""
-    space, pull = factory.space, f"docker pull {factory.acr}/{factory.space.namespace}/app"
+    pull = f"docker pull {factory.secrets['DOCKER_REGISTRY']}/{space.namespace}/app"
     digest, line = space.mirror.digest("multi", "amd64"), "--platform=all app:attested"
     bad = {"app:absent": "not-found", "--platform=linux/s390x app:multi": "no-platform"}
-    expected = {"app:multi": f"copied {digest}", line: "copied "}
-    expected |= {name: f"failed {code} " for name, code in bad.items()}
-    with (
-        ActRunner(SCRIPT.parent, factory.secrets, factory.environment) as runner,
-        World(SCRIPT, runner, factory.place) as world,
-    ):
-        text, run = ask(
-            world,
+    expected = {"plan": "skipped", "app:multi": f"wxsync: copied {digest}", line: "wxsync: copied "}
+    expected |= {name: f"wxsync: failed {code} " for name, code in bad.items()}
+    place = {name: factory.secrets[name] for name in ("DOCKER_REGISTRY", "DOCKER_NAMESPACE")}
+    with World(SCRIPT, factory, place) as world:
+        assert "🔄" in world.say(
             f"docker pull docker.io/library/app：multi，{line}，app:absent\n"
-            "app:multi --platform linux/s390x",
+            "app:multi --platform linux/s390x"
         )
+        text, (run,) = world.hear("成功 ", timeout=60), world.github.runs
         assert text.startswith("❌") and "成功 2 / 4" in text and "已是最新" not in text
         assert lacking([f"{pull}:multi", f"/actions/runs/{run.id}", *bad], text) == []
         assert all(lacking(wxsync.COPY_REASONS[code], text) == [] for code in bad.values())
-        assert set(results(run)) == set(expected)  # jobs are named with the canonical lines
-        assert all(results(run)[k].startswith(f"wxsync: {v}") for k, v in expected.items())
-        assert (len(world.github.commits), len(world.github.runs)) == (1, 1)
+        found = results(run)
+        assert set(found) == set(expected)  # jobs are named with the canonical lines
+        assert all(found[name].startswith(result) for name, result in expected.items())
+        assert len(world.github.commits) == 1
         printed = [world.service.log, *run.log, *(m.text for m in world.wecom.messages)]
         assert PASSWORD not in "\n".join(printed)
-        text, run = ask(world, line)
+        world.say(line)
+        text = world.hear("成功 1 / 1", timeout=60)
         assert text.startswith("✅") and f"{pull}:attested（已是最新）" in text
-        assert results(run) == {line: f"wxsync: unchanged {space.digest('app:attested')}"}
+        assert results(world.github.runs[1])[line].endswith(f" {space.digest('app:attested')}")
         assert world.broken() == []
     assert space.digest("app:multi") == digest
 
 
-def test_whoever_starts_a_run_cannot_move_the_target_or_run_a_command(factory: Factory) -> None:
-    """Nor do changed Secrets, behind the chat. Lines are chosen, nothing else by them."""
-    target = {"request": "r1", "target": "registry.example.com/other"}
-    run = factory.run(ActRunner, "", images='["app:one"]', **target)
-    assert conclusions(run)["app:one"] == "failure"
-    assert results(run)["app:one"].startswith("wxsync: failed target-mismatch ")
-    assert factory.space.digest("app:one") == ""
-    mark = factory.space.home / "mark"
-    lines = [f"$(touch {mark}):1", f'"; touch {mark}; "', f"`touch {mark}`", f"x'; touch {mark}; '"]
-    run = factory.run(ActRunner, "", images=json.dumps(lines))
-    assert run.conclusion == "failure" and len(run.jobs) == 1 + len(lines)
-    assert not mark.exists() and set(results(run).values()) == {"no result"}
-
-
 BY_HAND = "# mine\ndocker.io/library/app:one\n\n--platform linux/arm64 app:multi\napp:one\n"
-STARTS = [(PushRunner, {}), (ActRunner, {}), (ActRunner, {"request": "r1", "images": ""})]
+ONE, ARM = "app:one", "--platform=linux/arm64 app:multi"
+LISTED = {"plan": "success", ONE: "wxsync: copied {one}", ARM: "wxsync: copied {arm}"}
+EVIL = ["$(touch {mark}):1", '"; touch {mark}; "', "`touch {mark}`", "x'; touch {mark}; '"]
+# images.txt; inputs, None for a push of it -> each job's result
+STARTS: list[tuple[str, dict[str, object] | None, dict[str, str]]] = [
+    (BY_HAND, None, LISTED),
+    (BY_HAND, {}, LISTED),  # "Run workflow" with nothing filled in
+    (BY_HAND, {"request": "r1", "images": ""}, LISTED),
+    ("# nothing yet\n", None, {"plan": "success"}),
+    ("app:one\nApp:one\n", None, {"plan": "failure"}),
+    ("App:bad\n", {"images": [f"{ONE} => mine"]}, {f"{ONE} => mine": "wxsync: copied {one}"}),
+    ("", {"images": [ONE], "target": "r.example.com/x"}, {ONE: "wxsync: failed target-mismatch "}),
+    ("", {"images": EVIL}, dict.fromkeys(EVIL, "no result")),
+]
 
 
-@pytest.mark.parametrize(("kind", "inputs"), STARTS, ids=["push", "button", "empty inputs"])
-def test_the_list_edited_on_github_is_copied(
-    factory: Factory, kind: type[ActRunner], inputs: dict[str, str]
+@pytest.mark.parametrize("start", STARTS)
+def test_what_a_run_does_follows_from_its_list_alone(
+    space: Space, factory: ActRunner, start: tuple[str, dict[str, object] | None, dict[str, str]]
 ) -> None:
-    """Without the service: a push of images.txt, or "Run workflow" with nothing filled in."""
-    mirror = factory.space.mirror
-    arm, run = mirror.digest("multi", "arm64/v8"), factory.run(kind, BY_HAND, **inputs)
-    assert run.conclusion == conclusions(run)["plan"] == "success", run.log
-    assert results(run) == {
-        "app:one": f"wxsync: copied {mirror.digest('one')}",
-        "--platform=linux/arm64 app:multi": f"wxsync: copied {arm}",
-    }
-    assert factory.space.digest("app:multi-arm64") == arm
-
-
-def test_plan_decides_what_runs(factory: Factory) -> None:
-    """An empty list is fine and starts no job; a bad line stops the whole list. A dispatch with
-    images goes straight to the matrix, and images.txt is not looked at."""
-    for images_txt, how in (("# nothing yet\n", "success"), ("app:one\nApp:one\n", "failure")):
-        assert conclusions(factory.run(PushRunner, images_txt)) == {"plan": how}
-        assert factory.space.digest("app:one") == ""
-    run = factory.run(ActRunner, "App:bad\n", images='["app:one => mine"]', request="r2")
-    assert conclusions(run) == {"plan": "skipped", "app:one => mine": "success"}
-    assert results(run)["app:one => mine"].startswith("wxsync: copied sha256:")
-    assert factory.space.digest("mine:one") == factory.space.mirror.digest("one")
+    """Without the service images.txt is copied, an empty one starts no job, a bad line stops all;
+    lines of a dispatch go straight to the matrix. Whoever starts a run moves no target (nor do
+    changed Secrets, behind the chat) and runs no command."""
+    images_txt, given, wanted = start
+    words = {"one": space.mirror.digest("one"), "arm": space.mirror.digest("multi", "arm64/v8")}
+    words["mark"] = str(mark := space.home / "mark")
+    factory.event = "push" if given is None else factory.event
+    (factory.checkout / "images.txt").write_text(images_txt)
+    inputs = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (given or {}).items()}
+    inputs = {name: value.replace("{mark}", str(mark)) for name, value in inputs.items()}
+    factory(inputs, run := Run(1, inputs, "main"))
+    found, whole = results(run), {"plan": "skipped"} | wanted
+    assert set(found) == {name.format(**words) for name in whole}, run.log
+    told = {name: result.format(**words) for name, result in whole.items()}
+    assert all(found[name.format(**words)].startswith(told[name]) for name in told)
+    names = ("app:one", "app:multi-arm64", "mine:one")
+    copied = [result.split()[-1] for result in told.values() if "copied" in result]
+    assert sorted(filter(None, map(space.digest, names))) == sorted(copied) and not mark.exists()
 
 
 @pytest.mark.skipif(not os.environ.get("CI"), reason="30 seconds: only in CI")
@@ -8635,11 +8542,8 @@ PATIENCE = {"REFRESH_SECONDS": "10", "ACK_SECONDS": "1", "JOBS_SECONDS": "0.1"}
 
 
 class RobotWorld(ByRobot, Quick):
-    def __init__(
-        self, runner: Runner | None = None, both: bool = False, before: str = "", /, **more: str
-    ) -> None:
-        super().__init__(runner, before, **PATIENCE | more)
-        self.both = both
+    def __init__(self, *before: Any, **more: str) -> None:
+        super().__init__(*before, **PATIENCE | more)
 
     def ask(self, text: str, user: str = "alice", group: str = "") -> ChatMessage:
         """Type `text`, return the message that answers it and goes on living."""
@@ -8691,15 +8595,6 @@ def robot(shared_robot: RobotWorld) -> Iterator[RobotWorld]:
     """A world that many tests use: each with people of its own (`next(PEOPLE)`)."""
     yield shared_robot
     assert wait_until(shared_robot.is_idle) and wait_until(shared_robot.is_up)
-
-
-def test_no_message_stays_open_whose_last_frame_is_refused() -> None:
-    """The result comes by itself, and the message says so."""
-    with RobotWorld() as world:
-        world.gateway.fail('"finish":true', 45009)
-        message = world.ask("nginx:1")
-        world.pushed()
-        assert wait_until(lambda: message.finished) and "请看下一条" in message.text
 
 
 @early
@@ -8844,7 +8739,8 @@ FRAMES = {  # of one person's request: how the first one of a kind is known
 
 @early
 def test_what_is_not_acknowledged_is_pushed() -> None:
-    """An answer, a confirmation, a result; and a push is pushed until it is acknowledged."""
+    """An answer, a confirmation, a result; and a push is pushed until it is acknowledged. No
+    message stays open, but where nobody knows what became of its last frame."""
     cases = {f"user{n}x": case for n, case in enumerate(itertools.product(FRAMES, MOODS))}
     with RobotWorld(QUEUE_SIZE="100", ACK_SECONDS="2") as world:
         for user, (frame, mood) in cases.items():
@@ -8862,57 +8758,45 @@ def test_what_is_not_acknowledged_is_pushed() -> None:
         helped = [user for user, (frame, _) in cases.items() if frame == "help"]
         world.check_copies(helped, "使用说明")
         world.check_copies(cases.keys() - helped)
+        unknown = {
+            user for user, (frame, mood) in cases.items() if frame == "push" or mood == "ignore"
+        }
+        assert {m.chat for m in world.gateway.messages if not m.finished} <= unknown
+
+
+def breaking(world: World, wrong: range, what: str, kills: bool) -> Callable[[str], Mood]:
+    """Return what befalls the line at these frames, where the service may be killed as well."""
+    frames = itertools.count()
+
+    def mood(frame: str) -> Mood:
+        if next(frames) not in wrong:
+            return None
+        if kills:
+            world.service.kill()
+        return what
+
+    return mood
 
 
 @early
-def test_the_line_may_break_at_every_frame() -> None:
-    """At the n-th frame, or at each of the first n: confirmation, refresh, result, push, login."""
+def test_the_line_may_break_or_the_service_die_at_every_frame() -> None:
+    """At the n-th frame, or at each of the first n: confirmation, refresh, result, push, login.
+    One commit, one run, and the result, also by aibot_send_msg after a restart."""
+    ways = [*itertools.product(range(4), (0, 3), [False]), *itertools.product((0, 1), [3], [True])]
     with RobotWorld() as world:
-        for last, what, first in itertools.product(range(4), ("cut", "lost"), (0, 3)):
-            frames, user, wrong = itertools.count(), next(PEOPLE), range(min(first, last), last + 1)
-            moods = (what if number in wrong else None for number in frames)
-            world.gateway.mood = lambda frame, moods=moods: next(moods)  # type: ignore[misc]
+        for (last, first, kills), what in itertools.product(ways, ("cut", "lost")):
+            wrong, user = range(min(first, last), last + 1), next(PEOPLE)
+            world.gateway.mood = breaking(world, wrong, what, kills)
             world.gateway.say(f"{user}:1", user)
+            if kills:
+                assert wait_until(lambda: not world.service.alive())
+                world.service.start()
             world.result(chat=user)
             assert wait_until(world.is_idle)
         time.sleep(1.5)  # what ACK_SECONDS may bring once more
         world.check_copies({message.chat for message in world.gateway.messages})
-
-
-ROBOT_KILLS = [step for step in KILLS if "github" in step] + ["0 cut", "1 cut", "0 lost", "1 lost"]
-
-
-def check_robot_kill(step: str) -> None:
-    """Kill the service at this call or frame of an image request, and start it again."""
-    frames = itertools.count()
-
-    def mood(frame: str) -> Mood:
-        if next(frames) != int(step[0]):
-            return None
-        world.service.kill()
-        return step[2:]
-
-    with RobotWorld() as world:
-        assert wait_until(world.is_up)
-        if "github" in step:
-            kill_at(world, step, world.gateway.say)
-        else:
-            world.gateway.mood = mood
-            world.gateway.say("nginx:latest")
-            assert wait_until(lambda: not world.service.alive()), step
-            world.service.start()
-        world.result()
-        assert wait_until(world.is_idle), step
-        time.sleep(0.2)
-        world.check_copies(["alice"])
-        assert (len(world.github.commits), len(world.github.dispatches)) == (1, 1), step
-
-
-@early
-def test_killed_at_any_step_the_robot_answers() -> None:
-    """One commit, one run, and the result by aibot_send_msg after the restart."""
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(check_robot_kill, ROBOT_KILLS))
+        happened = len(world.github.commits), len(world.github.dispatches)
+        assert happened == (2 * len(ways),) * 2
 
 
 @early
@@ -9267,7 +9151,9 @@ def test_with_the_robot_alone_http_serves_health_only(robot: RobotWorld) -> None
 @early
 def test_both_entrances_side_by_side() -> None:
     """Each is answered where it came in; a proxy that is down holds GitHub up, not the robot."""
-    with RobotWorld(None, True, HTTPS_PROXY=NOWHERE) as world:
+    world = RobotWorld(HTTPS_PROXY=NOWHERE)
+    world.both = True
+    with world:
         assert "共 1 个镜像" in world.say("a:1", "bob")
         world.ask("b:1")
         assert "a:1" in world.hear("成功 1 / 1", "bob") and "b:1" in world.result().text
@@ -9276,26 +9162,22 @@ def test_both_entrances_side_by_side() -> None:
         assert wait_until(world.is_up) and "使用说明" in world.ask("help").text
 
 
-def test_the_gateways_certificate_is_checked(tls_registry: Trusted) -> None:
-    """An unknown one is shown nothing, not even the handshake."""
-    server, trust = tls_registry
-    for certificate, wanted in ((os.devnull, "证书"), (trust["SSL_CERT_FILE"], "（404")):
-        before = len(server.calls)
-        with RobotWorld(BOT_URL=f"wss://{server.host}", SSL_CERT_FILE=certificate) as world:
-            assert wait_until(lambda: wanted in world.service.log)  # noqa: B023
-        assert (len(server.calls) > before) == (wanted == "（404")
-
-
-def test_a_message_that_lives_over_tls() -> None:
-    """As over a plain line: nothing comes before it is asked for, frames and records differ."""
+def test_over_tls_the_certificate_is_checked_and_a_message_lives() -> None:
+    """An unknown one is shown nothing, not even the handshake. Else all is as over a plain line:
+    nothing comes before it is asked for, frames and records differ."""
     needs(missing_program("openssl"))
     with temporary_folder("tls") as name:
         tls, certificate = make_tls(Path(name), "127.0.0.1")
-        world = RobotWorld(SSL_CERT_FILE=str(certificate))
-        world.gateway.tls = tls
-        with world:
-            message = world.ask(", ".join(f"{'long' * 60}/app{n}:1" for n in range(200)))
-            assert world.result("成功 200 / 200") is message
+        for trusted in (os.devnull, str(certificate)):
+            world = RobotWorld(SSL_CERT_FILE=trusted)
+            world.gateway.tls = tls
+            with world:
+                if trusted == os.devnull:
+                    assert wait_until(lambda: "证书" in world.service.log)  # noqa: B023
+                    assert world.gateway.calls == []
+                    continue
+                message = world.ask(", ".join(f"{'long' * 60}/app{n}:1" for n in range(200)))
+                assert world.result("成功 200 / 200") is message
 
 
 def test_check_tries_the_robot_only_when_nobody_holds_it() -> None:
@@ -9326,10 +9208,6 @@ GROUPS: list[tuple[dict[str, str], set[str]]] = [
     (ROBOT | {"TOKEN": "t" * 20}, set(CALLBACK) - {"TOKEN"}),
     (ENOUGH | {"BOT_SECRET": "s" * 20}, {"BOT_ID"}),
     (ROBOT | {"BOT_SECRET": "your_bot_secret"}, {"BOT_SECRET"}),
-    (ROBOT | {"BOT_URL": "ws://wecom.example.com"}, {"BOT_URL"}),
-    (ROBOT | {"BOT_URL": "https://wecom.example.com"}, {"BOT_URL"}),
-    (ROBOT | {"BOT_URL": "wss://wecom.example.com:8443/path"}, set()),
-    (ROBOT | {"BOT_URL": "ws://localhost:1"}, set()),
 ]
 
 
@@ -9560,61 +9438,42 @@ def test_what_nobody_wants_any_more_is_not_asked_for_again() -> None:
 @early
 def test_the_robot_says_what_was_cancelled() -> None:
     """The reply to 取消 is a message of its own, and nothing waits for more of it."""
-    runner = SlowRunner()
-    with RobotWorld(runner) as world:
+    with RobotWorld(SlowRunner()) as world:
         world.ask("slow/a:1")
         said = world.ask("取消")
         assert "正在停止" in said.text and "slow/a:1" in said.text
         assert wait_until(lambda: said.finished, 5)
-        runner.go.set()
-        world.gateway.hear(lambda m: "已取消" in m.text and m is not said, "alice")
+        world.gateway.hear(lambda m: "取消" in m.text and m is not said, "alice")
 
 
-@pytest.mark.parametrize("where", ["DELETE upload_id", "GET uploads"])
-def test_an_upload_whose_id_was_lost_goes_though_the_store_stumbles(where: str) -> None:
-    """The answer that named it was lost, and then it could not be dropped at once."""
-    with Depot() as depot:
-        depot.store.fail("POST uploads", "lost")
-        depot.store.fail(where, (500, {}, b""), 3)
-        depot.relay(depot.source.add("/big.bin", 9_000_000))
-        assert wait_until(lambda: not depot.store.open_uploads)
+# what the store does to an upload in parts, at two steps, how often
+STUMBLES: list[list[tuple[str, What, int]]] = [
+    [("POST uploads", "lost", 1), ("DELETE upload_id", (500, {}, b""), 3)],
+    [("POST uploads", "lost", 1), ("GET uploads", (500, {}, b""), 3)],
+    [("POST upload_id", "lost", 3), ("HEAD", "reset", 6)],
+]
 
 
 @early
-def test_an_object_of_an_upload_that_was_told_as_failed_goes() -> None:
-    """The answer to its completion was lost and the store away: later it is taken back."""
-    with Depot() as depot:
-        depot.store.fail("POST upload_id", "lost", 3)
-        depot.store.fail("HEAD", "reset", 6)
-        assert "❌" in depot.relay(depot.source.add("/big.bin", 9_000_000))
-        assert wait_until(lambda: not depot.store.objects, 15)
+def test_nothing_is_left_of_an_upload_though_the_store_stumbles() -> None:
+    """The answer that named it was lost, and it could not be dropped at once; or the answer to its
+    completion, and what was told as failed is taken back later."""
+    for faults in STUMBLES:
+        with Depot() as depot:
+            for fault in faults:
+                depot.store.fail(*fault)
+            assert "❌" in depot.relay(depot.source.add("/big.bin", 9_000_000))
+            store = depot.store
+            assert wait_until(lambda: not store.objects and not store.open_uploads, 15)  # noqa: B023
 
 
-class Shaky(wxsync.Channel):
-    """A chat that is away for long, then refuses once with a code that nobody knows."""
-
-    def __init__(self) -> None:
-        away = [wxsync.Unreachable("away")] * 2 * wxsync.KEEP_TRIES
-        self.faults = iter([*away, wxsync.ChannelError("odd", 0.01, is_known=False)])
-
-    def send(self, letter: wxsync.Letter) -> None:
-        if fault := next(self.faults, None):
-            raise fault
-
-
-def test_an_outage_uses_up_no_patience(tmp_path: Path) -> None:
-    """Tries while nobody could be reached do not count against a message."""
-    settings, log = load(**ROBOT, STATE_DIR=str(tmp_path)), wxsync.Log("ERROR", [], io.StringIO())
-    app = wxsync.build_app(settings, log, time.time, lambda seconds: None)
-    state, chat = app.state, Shaky()
-    state.load()
-    post = wxsync.Post(app, chat)
-    post.pace = wxsync.Pace([(1000.0, 0.001)])
-    state.change(lambda facts: facts.with_letters([wxsync.Letter("ann", "result")]))
-    while state.facts.letters:
-        post.sign_of_life("ann")
-        post.step()
-    assert post.dropped == 0 and next(chat.faults, None) is None
+def test_an_outage_uses_up_no_patience(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries while nobody could be reached do not count against a message, whose code is odd once."""
+    monkeypatch.setattr(wxsync, "KEEP_TRIES", 3)
+    desk.wecom.fail(SEND, "reset", 6)
+    desk.wecom.refuse(99999)
+    desk.send("result")
+    assert len(desk.pauses) == 7 and len(desk.wecom.messages) == 1
 
 
 def test_an_address_whose_pace_was_forgotten_can_be_written_to() -> None:
@@ -9708,12 +9567,12 @@ def test_a_replayed_callback_starts_nothing() -> None:
     """The same bytes again and again, after a restart, and after a thousand other messages."""
     with quick(CALLBACK_MAX_AGE="600") as world:
         post = world.client.build(world.client.text_fields("alice", "nginx:1"))
-        replies = [world.client.post(post).reply for _ in range(5)]
+        replies = [world.client.post(*post).reply for _ in range(5)]
         world.service.restart()
-        replies.append(world.client.post(post).reply)
+        replies.append(world.client.post(*post).reply)
         for _ in range(1100):
             world.say("帮助", "bob")
-        assert {*replies, world.client.post(post).reply} == {replies[0]}
+        assert {*replies, world.client.post(*post).reply} == {replies[0]}
         assert wait_until(lambda: idle(world)) and len(world.github.dispatches) == 1
 
 
@@ -9724,17 +9583,26 @@ def test_what_was_recorded_cannot_be_posted_as_something_else(talk: Talk) -> Non
     query = urlencode(client.signed(encrypted) | {"echostr": encrypted})
     got = http_request("GET", f"{client.callback_url}?{query}")
     assert b"private" not in got.body and got.status in (400, 403)
-    outer = envelope_fields(client.post_text("alice", "状态").raw.decode())
+    outer = envelope_fields(client.post_text("alice", "状态").body.decode())
     again = {"msg_signature": outer["msgsignature"], "timestamp": outer["timestamp"]}
     body = xml_document({"Encrypt": outer["encrypt"]}).encode()
-    assert client.post_raw(body, again | {"nonce": outer["nonce"]}).reply == ""
+    assert client.post(body, again | {"nonce": outer["nonce"]}).reply == ""
 
 
-def test_a_sender_is_one_person(talk: Talk) -> None:
-    """What message/send would take for several people, or all, is no sender."""
-    for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65):
-        post = talk.client.build(talk.client.text_fields(sender, "nginx:1"), "json")
-        assert talk.client.post(post).status == 400 and talk.calls() == [], sender
+def test_odd_fields_do_no_harm(talk: Talk) -> None:
+    """What message/send would take for several people, or all, is no sender. A lone surrogate is no
+    text: it must neither show a bug nor poison the state."""
+
+    def post(**change: str) -> int:
+        fields = talk.client.text_fields("alice", "nginx:1") | change
+        encrypted = talk.client.encrypt(json.dumps(fields))  # as escapes that JSON allows
+        body = json.dumps({"encrypt": encrypted}).encode()
+        return talk.client.post(body, talk.client.signed(encrypted)).status
+
+    for sender in ("alice|bob", "@all", "@ALL", "", "a\nb", "x" * 65, "a\ud800"):
+        assert post(FromUserName=sender) == 400 and talk.calls() == [], sender
+    assert {post(MsgId="a\ud800"), post(Content="https://example.com/\ud800")} <= {200, 400}
+    assert "正在处理" in talk.say("redis:7")
 
 
 @early
@@ -9748,23 +9616,6 @@ def test_a_stranger_gets_one_refusal_and_nothing_happens() -> None:
         assert not world.github.calls and not world.wecom.calls
         assert not (world.service.state_dir / "images.txt").exists()
         assert "正在处理" in world.say("nginx:1", "aLICE")
-
-
-@early
-def test_half_characters_in_json_do_no_harm() -> None:
-    """A lone surrogate is no text: it must neither show a bug nor poison the state."""
-    with quick() as world:
-        for change in (
-            {"MsgId": "a\ud800"},
-            {"Content": "https://example.com/\ud800"},
-            {"FromUserName": "a\ud800"},
-        ):
-            fields = world.client.text_fields("alice", "nginx:1") | change
-            encrypted = world.client.encrypt(json.dumps(fields))  # as the escape that JSON allows
-            body = json.dumps({"encrypt": encrypted}).encode()
-            got = world.client.post_raw(body, world.client.signed(encrypted))
-            assert got.status in (200, 400)
-        assert "正在处理" in world.say("redis:7", "bob")
 
 
 PIECES = b"]]> <![CDATA[ &#0; &amp; \0 \xff\xfe \\ud800 -1 1e999 null [[[[ </xml> <Encrypt>".split()
@@ -9852,92 +9703,40 @@ def test_mutated_requests_show_no_bug(talk: Talk) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-class ForwardProxy(Peer):
-    """An http proxy that wants a password and passes plain http on."""
-
-    login = base64.b64encode("robot:p@ss/Wörd-123456".encode()).decode()
-    url_login = "robot:p%40ss%2FW%C3%B6rd-123456"
-
-    def handle(self, call: Call) -> Answer:
-        if call.headers.get("proxy-authorization") != f"Basic {self.login}":
-            return Answer(407)
-        if call.path == "/generate_204":
-            return Answer(204)
-        return passed_on(call, call.headers["host"], "proxy-authorization")
+FAULTS: tuple[What, ...] = ("short", "reset", "garbage", "lost", (500, {}, b"no"), (200, {}, b"[]"))
+WRONG_TOKENS = {"SECRET": "x7/q+w", "GITHUB_TOKEN": "ghp_wrong0token0value"}
 
 
-def written(world: World) -> Iterator[tuple[str, str]]:
-    """Yield everything that the service has written or shows, with where it was found."""
-    yield "the log", world.service.log
-    for path in world.service.state_dir.iterdir():
-        with suppress(FileNotFoundError):  # a temporary file, renamed meanwhile
-            yield path.name, path.read_text(errors="replace")
-    yield "a message", str(world.wecom.messages + world.wecom.duplicates)
-    yield "GitHub", f"{world.github.commits} {world.github.dispatches}"
-    yield "/health", json.dumps(world.service.health())
-    yield "the arguments", Path(f"/proc/{world.service.pid}/cmdline").read_text()
-    for words in (("check",), ("send", "状态")):
-        done = world.service.command(*words)
-        yield words[0], done.stdout + done.stderr
-
-
-def search(world: World, hidden: Iterable[str]) -> None:
-    """Assert that no secret is in what was written, in no form in which it may leak."""
-    forms = set[str]()
-    for secret in (*hidden, *world.secret_values()):
-        data = secret.encode()
-        forms |= {secret, quote(secret), quote(secret, safe=""), data.hex(), repr(secret)[1:-1]}
-        forms |= {base64.b64encode(data).decode().rstrip("=")}
-        forms |= {base64.urlsafe_b64encode(data).decode()}
-    for where, text in written(world):
-        assert not re.search(r"access_token=|corpsecret=|Bearer ", text), f"a query is in {where}"
-        assert [form for form in forms if form in text] == [], where
-
-
-@early
-def test_no_secret_is_written_in_any_story() -> None:
-    """Success and failures of all kinds at DEBUG, through a proxy with a password."""
-    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID-123", "QINGSTOR_SECRET_ACCESS_KEY": "q/ng+st0r-secret"}
-    with ForwardProxy() as proxy:
-        settings = {"PROXY_URL": f"http://{proxy.url_login}@{proxy.host}", "QINGSTOR_URL": NOWHERE}
-        settings |= {"PROXY_TEST_URL": f"{proxy.url}/generate_204", "DOCKER_REGISTRY": NO_REGISTRY}
-        with quick(**settings, **keys, NO_PROXY_DOMAINS="qingstor.com") as world:
-            wecom, github = world.wecom, world.github
-            assert wait_until(lambda: world.service.health()["proxy"] == "up")
-            faults: tuple[What, ...] = ("short", "reset", "garbage", "lost", (500, {}, b"no"))
-            for what in (*faults, (200, {}, b"[]")):
-                wecom.fail("POST message/send", what)
-                github.fail("PUT", what)
-            wecom.fail("GET gettoken", "reset")
-            wecom.refuse(60020, "not allow to access from your ip, from ip: 203.0.113.7")
-            for number, user in enumerate(("alice", "bob", "carol")):
-                world.say(f"app{number}:1", user)
-            assert wait_until(lambda: len(wecom.calls_to("message/send")) >= 3)
+@pytest.mark.parametrize("wrong", [{}, WRONG_TOKENS], ids=["right", "wrong"])
+def test_no_secret_is_written_whatever_others_say(wrong: dict[str, str]) -> None:
+    """At DEBUG, with failures of all kinds, by the service and by commands: nor does any other
+    story write one, see `Quick`."""
+    keys = {"QINGSTOR_ACCESS_KEY_ID": "KEYID", "QINGSTOR_SECRET_ACCESS_KEY": "q/ng+st0r-secret"}
+    places = {"QINGSTOR_URL": NOWHERE, "DOCKER_REGISTRY": NO_REGISTRY}
+    with quick(**keys, **places, **wrong) as world:
+        wecom, github = world.wecom, world.github
+        said = json.dumps({"message": f"bad token {world.service.settings['GITHUB_TOKEN']}"})
+        for what in FAULTS:
+            wecom.fail("POST message/send", what)
+            github.fail("PUT", what)
+        wecom.fail("GET gettoken", "reset")
+        wecom.refuse(60020, "not allow to access from your ip, from ip: 203.0.113.7")
+        github.fail("GET /contents", (401, {}, said.encode()))
+        github.fail("GET /contents", (302, {"Location": "http://evil.example/x"}, b""))
+        github.fail("POST /dispatches", (422, {}, said.encode()))
+        for number, text in enumerate(("a:1", "b:1", "c:1", "d:1", "https://127.0.0.1/x", "状态")):
+            world.say(text, f"user{number}")
+        world.client.post_text("mallory", "x", timestamp=1)
+        if wrong:
+            assert wait_until(lambda: "40001" in world.service.log)
+            assert "SECRET 太短" in world.service.log  # to be masked
+        else:
             wecom.expire_tokens(40014)
-            said = json.dumps({"message": f"bad token {github.token}"}).encode()
-            github.fail("GET /contents", (401, {}, said))
-            github.fail("GET /contents", (302, {"Location": "http://evil.example/x"}, b""))
-            for number, user in enumerate(("dave", "erin", "frank")):
-                world.say(f"site{number}:1", user)
-            world.say("https://127.0.0.1/x", "grace")
-            world.say("状态", "heidi")
-            world.client.post_text("mallory", "x", timestamp=1)
-            assert wait_until(lambda: world.say("状态", "heidi") and finals(world, "frank"), 20)
-            github.fail("POST /dispatches", (422, {}, said))
-            proxy.stop()
-            world.say("late:1", "ivan")
-            assert "bad token" in world.hear("成功 0 / 1", "ivan")
-            search(world, [*keys.values(), "p@ss/Wörd-123456", proxy.url_login, proxy.login])
-
-
-def test_no_secret_is_written_when_it_is_wrong() -> None:
-    """Both tokens are refused: the words for it do not repeat them."""
-    wrong = {"SECRET": "x7/q+w", "GITHUB_TOKEN": "ghp_wrong0token0value"}
-    with quick(**wrong, DOCKER_REGISTRY="127.0.0.1:9") as world:
-        world.say("nginx:1")
-        assert wait_until(lambda: "40001" in world.service.log)
-        assert "SECRET 太短" in world.service.log  # to be masked
-        search(world, wrong.values())
+            assert wait_until(lambda: world.say("状态") and "bad token" in str(wecom.messages), 20)
+            assert wait_until(lambda: world.say("状态") and idle(world), 20)
+        shown = [world.service.command(*words).stdout for words in (["check"], ["send", "状态"])]
+        command = Path(f"/proc/{world.service.pid}/cmdline").read_text()
+        assert world.leaks(*shown, json.dumps(world.service.health()), command) == []
 
 
 def test_users_cannot_forge_log_lines() -> None:
@@ -10029,8 +9828,10 @@ def checked(world: World, **changed: str) -> list[Found]:
         status = wxsync.main(["--env", str(file), "check"], {})
     found = findings(out.getvalue())
     assert status == int("❌" in out.getvalue())
-    hidden = {settings[name] for name in settings if re.search("SECRET|TOKEN|_KEY$", name)}
-    assert not [value for value in hidden | set(world.secret_values()) if value in out.getvalue()]
+    hidden = world.secret_values() | {
+        v for n, v in changed.items() if re.search("SECRET$|TOKEN", n)
+    }
+    assert not [value for value in hidden if value in out.getvalue()]
     return found
 
 
@@ -10182,22 +9983,23 @@ def test_check_of_a_registry_with_tls(tls_registry: Trusted) -> None:
     peer.files["/v2/"].status, peer.skew = 200, 0.0
 
 
-def test_check_takes_seconds_while_every_server_hangs() -> None:
-    """Side by side, so that the slowest one decides; each says that it did not answer."""
-    impatient = "import sys, wxsync; wxsync.CHECK_SECONDS = 1.5; sys.exit(wxsync.main(['check']))"
+def test_check_takes_seconds_while_every_server_hangs(
+    healthy: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side, so that the slowest one decides; each says that it did not answer, and no
+    thread holds the end up."""
+    assert wxsync.CHECK_SECONDS <= 15
+    monkeypatch.setattr(wxsync, "CHECK_SECONDS", 1.5)
+    before, own = threading.enumerate(), {"NO_PROXY_DOMAINS": "nobody.example.com"}
     with socket.create_server(("127.0.0.1", 0)) as silent, Source() as proxy:
-        more = {"PROXY_URL": proxy.url, "NO_PROXY_DOMAINS": "nobody.example.com"}
-        more |= {"DOCKER_REGISTRY": f"127.0.0.1:{silent.getsockname()[1]}"}
-        with closing(Patient(SCRIPT, None, more).prepare()) as world:
-            for peer in (world.wecom, world.github, world.store, proxy):
-                peer.hang = True
-            begun, own = time.monotonic(), world.service.settings | {"PYTHONPATH": str(ROOT)}
-            folder = world.service.folder
-            done = run_here(sys.executable, "-c", impatient, folder=folder, settings=own)
-            taken = time.monotonic() - begun
-    wrong = sorted(line.name for line in findings(done.stdout) if line.mark == "❌")
-    assert (done.returncode, taken < 2.5, wxsync.CHECK_SECONDS <= 15) == (1, True, True)
-    assert wrong == sorted(["代理", "企业微信", "GitHub", "目标仓库", "QingStor"])
+        own |= {"PROXY_URL": proxy.url, "DOCKER_REGISTRY": f"127.0.0.1:{silent.getsockname()[1]}"}
+        for peer in (healthy.wecom, healthy.github, healthy.store, proxy):
+            peer.hang = True
+        begun = time.monotonic()
+        wrong = [line.name for line in checked(healthy, **own) if line.mark == "❌"]
+        assert time.monotonic() - begun < 2.5
+        assert [t for t in threading.enumerate() if t not in before and not t.daemon] == []
+    assert sorted(wrong) == sorted(["代理", "企业微信", "GitHub", "目标仓库", "QingStor"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10328,8 +10130,8 @@ def test_readme_is_read_in_one_sitting() -> None:
 def test_compose_uses_settings_and_their_defaults() -> None:
     """What docker-compose.yml publishes is what the code listens on."""
     services, code = document_yaml("docker-compose.yml")["services"], settings_of_code()
-    used = re.findall(r"\$\{(\w+):-([^}]*)\}", document("docker-compose.yml"))
-    assert dict(used) == {n: code[n] for n in ("HOST", "PORT")}
+    port = f"${{PORT:-{code['PORT']}}}"
+    assert services["image-sync"]["ports"] == [f"${{HOST:-{code['HOST']}}}:{port}:{port}"]
     assert set(services["image-sync"]["environment"]) <= set(code)
     named = re.findall(r"docker compose (?:run --rm|exec) (\S+)", document("README.md"))
     assert set(named) == set(services) == {"image-sync"}
@@ -10380,31 +10182,29 @@ def test_ci_runs_the_first_two_commands_of_readme() -> None:
     assert [f"{step['run']}\n" for step in plain] == commands
 
 
-# section ¦ the thing ¦ behind it in its line: the number
-README_LIMITS = rows(f"""
-一条消息的镜像 ¦ {wxsync.MAX_IMAGES} 个
-一个镜像的复制时间 ¦ {wxsync.COPY_SECONDS / 60:.0f} 分钟
-跟踪一次运行 ¦ {wxsync.WATCH_SECONDS / 3600:.0f} 小时
-排队 ¦ {settings_of_code()["QUEUE_SIZE"]} 个
-单个文件 ¦ {settings_of_code()["MAX_FILE_MB"]} MB
-一条企业微信消息 ¦ {wxsync.MAX_TEXT_BYTES} 字节
-发给同一个人 ¦ 每分钟 28 条、每小时 950 条
-images.txt 的行 ¦ {wxsync.MAX_LIST_LINES} 行
-发给机器人的文本文件 ¦ {wxsync.MAX_PASTE_BYTES // 1024} KiB
-一条机器人消息 ¦ {wxsync.MAX_MARKDOWN_BYTES} 字节
-一个文件的传输时间 ¦ {wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时
-传输时服务异常退出 ¦ {wxsync.TRIES - 1} 次
-结果 ¦ 最多 {wxsync.MAX_RESULT_MESSAGES} 条消息
-回调请求 ¦ {wxsync.MAX_BODY_BYTES // 1024} KiB
-一条消息的链接 ¦ {wxsync.MAX_LINKS} 个
-""")
+# section ¦ what stands in one of its lines
 NUMBERS = rows(f"""
+限制 ¦ 一条消息的镜像.* {wxsync.MAX_IMAGES} 个
+限制 ¦ 一个镜像的复制时间.* {wxsync.COPY_SECONDS / 60:.0f} 分钟
+限制 ¦ 跟踪一次运行.* {wxsync.WATCH_SECONDS / 3600:.0f} 小时
+限制 ¦ 排队.* {settings_of_code()["QUEUE_SIZE"]} 个
+限制 ¦ 单个文件.* {settings_of_code()["MAX_FILE_MB"]} MB
+限制 ¦ 一条企业微信消息.* {wxsync.MAX_TEXT_BYTES} 字节
+限制 ¦ 发给同一个人.* 每分钟 28 条、每小时 950 条
+限制 ¦ images.txt 的行.* {wxsync.MAX_LIST_LINES} 行
+限制 ¦ 发给机器人的文本文件.* {wxsync.MAX_PASTE_BYTES // 1024} KiB
+限制 ¦ 一条机器人消息.* {wxsync.MAX_MARKDOWN_BYTES} 字节
+限制 ¦ 一个文件的传输时间.* {wxsync.DOWNLOAD_SECONDS / 3600:.0f} 小时
+限制 ¦ 传输时服务异常退出.* {wxsync.TRIES - 1} 次
+限制 ¦ 结果.* 最多 {wxsync.MAX_RESULT_MESSAGES} 条消息
+限制 ¦ 回调请求.* {wxsync.MAX_BODY_BYTES // 1024} KiB
+限制 ¦ 一条消息的链接.* {wxsync.MAX_LINKS} 个
 限制 ¦ 分块 {wxsync.PART_BYTES // MIB} MiB
-限制 ¦ 5 分半钟
+限制 ¦ {wxsync.ROBOT_STREAM_SECONDS / 60 - 0.5:.0f} 分半钟
 怎么用 ¦ 最多等 {wxsync.WATCH_SECONDS / 3600:.0f} 小时
 按日志 ¦ 两小时内不再尝试
-按日志 ¦ 10 分钟后再试
-按日志 ¦ 最多等 10 分钟
+按日志 ¦ {wxsync.TAKEOVER_SECONDS / 60:.0f} 分钟后再试
+按日志 ¦ 最多等 {wxsync.GITHUB_WAIT_SECONDS / 60:.0f} 分钟
 审计与核对 ¦ 超过 {wxsync.JOURNAL_BYTES // MIB} MiB 就重写
 """)
 
@@ -10413,18 +10213,15 @@ def test_readme_states_the_true_numbers() -> None:
     """Those of the table of limits, and those that stand elsewhere."""
     workflow = document_yaml(".github/workflows/docker-image-sync.yml")
     minutes = workflow["jobs"]["copy"]["timeout-minutes"]
-    told = table(section("限制"))
-    assert [what for what, text in README_LIMITS if text not in told[what][0]] == []
-    for title, text in [*NUMBERS, ["限制", f"任务 {minutes} 分钟"]]:
-        assert text in section(title)
+    told = [*NUMBERS, ["限制", f"任务 {minutes} 分钟"]]
+    assert [text for title, text in told if not re.search(text, section(title))] == []
     assert minutes * 60 > wxsync.COPY_SECONDS and int(60 / wxsync.MESSAGE_INTERVAL_SECONDS) == 28
+    assert wxsync.WECOM_ERRORS[40001][1] == 7200
     for (burst, seconds), window, count in (
         (wxsync.ROBOT_PACE, 60, 28),
         (wxsync.HOURLY_PACE, 3600, 950),
     ):
         assert burst + window / seconds == count
-    assert (wxsync.ROBOT_STREAM_SECONDS, wxsync.WECOM_ERRORS[40001][1]) == (330, 7200)
-    assert wxsync.TAKEOVER_SECONDS == wxsync.GITHUB_WAIT_SECONDS == 600
 
 
 def test_readme_explains_what_people_look_up() -> None:
@@ -10603,33 +10400,28 @@ class Newcomer:
         return printed
 
 
-@pytest.fixture(scope="module")
-def settled() -> Iterator[Newcomer]:
-    """Somebody who has typed the first block of step four."""
-    with temporary_folder("newcomer") as name:
-        newcomer = Newcomer(Path(name))
-        newcomer.types(code_blocks(section("第四步：填设置，检查，启动"), "sh")[0], newcomer.home)
-        yield newcomer
-
-
 @in_ci
 @POSIX
-def test_what_readme_shows_works_as_it_stands(settled: Newcomer, tls_registry: Trusted) -> None:
-    """Checking, starting, sending, upgrading and the audit, with nothing changed but .env."""
-    _, start = code_blocks(section("第四步：填设置，检查，启动"), "sh")
+def test_what_readme_shows_works_as_it_stands(tmp_path: Path, tls_registry: Trusted) -> None:
+    """Cloning, checking, starting, sending, upgrading, the audit; nothing changed but .env."""
+    newcomer = Newcomer(tmp_path)
+    install, start = code_blocks(section("第四步：填设置，检查，启动"), "sh")
+    newcomer.types(install, newcomer.home)
     (send,) = code_blocks(section("另一条路：自建应用的回调"), "sh")
     with closing(World(SCRIPT, None, tls_registry[1]).prepare()) as world:
-        settled.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
-        (settled.place / ".env").write_text(env_file(world.service.settings), "utf-8")
-        with settled.starts(start, settled.place) as process:
+        newcomer.environment["SSL_CERT_FILE"] = world.service.settings.pop("SSL_CERT_FILE")
+        (newcomer.place / ".env").write_text(env_file(world.service.settings), "utf-8")
+        with newcomer.starts(start, newcomer.place) as process:
             assert wait_until(world.service.healthy, 20)
-            assert "\n如需同步镜像 nginx" in settled.types(send)
+            assert "\n如需同步镜像 nginx" in newcomer.types(send)
             os.killpg(process.pid, signal.SIGTERM)
             printed, _ = process.communicate(timeout=10)
         assert ("❌" in printed, "已停止" in printed) == (False, True), printed
         (upgrade,) = code_blocks(section("升级与回退"), "sh")
-        assert "systemctl restart wxsync\n" in settled.types(upgrade)
-    version, checksum = settled.types(code_blocks(section("审计与核对"), "sh")[0]).splitlines()[-2:]
+        assert "systemctl restart wxsync\n" in newcomer.types(upgrade)
+    version, checksum = newcomer.types(code_blocks(section("审计与核对"), "sh")[0]).splitlines()[
+        -2:
+    ]
     assert checksum.startswith(version.rpartition(":")[2])
 
 
@@ -10754,10 +10546,10 @@ def wrapped(line: str) -> list[str]:
 def chat_of(world: ByRobot) -> list[tuple[str, str]]:
     """Return who says what in the story, with nothing in it that differs each time."""
     said = []
-    for scene, message in zip(STORY, world.gateway.messages, strict=True):
+    for (text, _, final), message in zip(STORY, world.gateway.messages, strict=True):
         first, last = (plain(shown) for _, shown in (message.shown[0], message.shown[-1]))
-        said += [("me", scene.text), ("wxsync", first)]
-        if scene.final:
+        said += [("me", text), ("wxsync", first)]
+        if final:
             last = re.sub(r"用时 .+", "用时 41 秒", last)
             last = re.sub(r"runs/3(\d{10})", lambda found: f"runs/{int(found[1])}", last)
             said += [("note", "片刻后，同一条消息变成"), ("wxsync", last)]
@@ -10795,32 +10587,28 @@ def draw_chat(said: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*head, *parts, "</svg>", ""])
 
 
-def picture(argv: Sequence[str]) -> int:
-    """Draw the picture of README.md from the sandbox's story; return 0 when the story is right."""
-    parser = argparse.ArgumentParser(
-        prog="test_wxsync.py picture", description="演一遍沙盒的故事，把对话画成 .github/chat.svg"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / ".github" / "chat.svg")
-    options = parser.parse_args(argv)
+def play_chat() -> tuple[list[str], str]:
+    """Play the sandbox's story, return what was wrong and the picture of it."""
     with Stage(True, lambda text: None) as world:
         wrong = play_story(world, Transcript(world, io.StringIO()))
-        drawn = draw_chat(chat_of(world))
+        return wrong, draw_chat(chat_of(world))
+
+
+def picture(_: Sequence[str]) -> int:
+    """Draw the picture of README.md from the sandbox's story; return 0 when the story is right."""
+    wrong, drawn = play_chat()
     if wrong:
         print("❌ 故事演得不对，没有画：", *wrong, sep="\n   ", file=sys.stderr)
         return 1
-    options.out.write_text(drawn, "utf-8", newline="\n")
-    print(options.out)
+    (ROOT / ".github/chat.svg").write_text(drawn, "utf-8", newline="\n")
     return 0
 
 
 @early
 def test_the_picture_shows_what_the_program_says_now() -> None:
     """Run `python3 test_wxsync.py picture` when this fails: a text has changed since."""
-    with temporary_folder("picture") as name:
-        file = Path(name, "chat.svg")
-        assert picture(["--out", str(file)]) == 0
-        drawn = file.read_text("utf-8")
-    assert drawn.splitlines() == document(".github/chat.svg").splitlines()
+    wrong, drawn = play_chat()
+    assert wrong == [] and drawn.splitlines() == document(".github/chat.svg").splitlines()
     text = "".join(part.text or "" for part in ET.fromstring(drawn).iter())
     assert [line for line in wxsync.HELP.splitlines() if line not in text] == []
     assert "🔄 正在处理镜像同步请求..." in text and "✅ 镜像同步完成，成功 1 / 1" in text
@@ -10831,7 +10619,7 @@ def test_the_picture_fits_a_page_and_loads_nothing() -> None:
     text = document(".github/chat.svg")
     assert ET.fromstring(text).get("width") == str(WIDTH) and len(text) < 30_000
     assert not re.search(r"<script|<image|<foreignObject|href|url\((?!#)|@import", text)
-    for line in ("", "docker pull " + "a/" * 60, "镜像" * 40, "x" * 200, STORY[1].text):
+    for line in ("", "docker pull " + "a/" * 60, "镜像" * 40, "x" * 200, STORY[1][0]):
         assert "".join(wrapped(line)) == line  # nothing of it is lost
         assert max(map(columns, wrapped(line))) <= MOST_COLUMNS
 
@@ -10978,29 +10766,24 @@ class Engine:
         return json.loads(self.docker("inspect", "--format", f"{{{{json {what}}}}}", name))
 
 
-def build_engine(stack: ExitStack) -> Engine:
-    """Return a dockerd with the project built, until the stack is closed."""
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """A dockerd with the project built."""
     needs("" if os.name == "posix" and os.geteuid() == 0 else "dockerd needs root")
     needs(missing_program("dockerd", "docker", "ldd"))
     needs("" if compose_program() else "docker compose not installed")
-    folder = Path(stack.enter_context(temporary_folder("docker")))
-    engine, base = Engine(folder, stack.enter_context(dockerd(folder))), str(folder / "base.tar")
-    fill_root(folder / "root")
-    assert run_here("tar", "-C", f"{folder}/root", "-cf", base, ".").returncode == 0
-    values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
-    engine.docker("import", "--change", f"ENV LANG=C.UTF-8 {values}", base, base_image())
-    engine.types("cp env.example .env")
-    built = engine.types("docker compose build", 110)
-    said = built.stdout + built.stderr
-    needs("no package index can be reached" * ("NewConnectionError" in said))
-    assert built.returncode == 0, said[-3000:]
-    return engine
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with ExitStack() as stack:
-        yield build_engine(stack)
+    with temporary_folder("docker") as name, dockerd(Path(name)) as address:
+        engine, base = Engine(Path(name), address), f"{name}/base.tar"
+        fill_root(Path(name, "root"))
+        assert run_here("tar", "-C", f"{name}/root", "-cf", base, ".").returncode == 0
+        values = f"PIP_CERT={TRUST} SSL_CERT_FILE={TRUST} PATH=/usr/local/bin:/usr/bin:/bin"
+        engine.docker("import", "--change", f"ENV LANG=C.UTF-8 {values}", base, base_image())
+        engine.types("cp env.example .env")
+        built = engine.types("docker compose build", 110)
+        said = built.stdout + built.stderr
+        needs("no package index can be reached" * ("NewConnectionError" in said))
+        assert built.returncode == 0, said[-3000:]
+        yield engine
 
 
 def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
@@ -11023,24 +10806,6 @@ def test_the_image_holds_the_program_and_no_settings(engine: Engine) -> None:
     added = engine.inspect("wxsync", ".Size") - engine.inspect(base_image(), ".Size")
     (told,) = re.findall(r"增加约 (\d+) MB", section("Docker Compose"))
     assert abs(added / 1e6 - int(told)) < 6
-
-
-def test_commands_run_in_the_image(engine: Engine) -> None:
-    """Read-only and without a right or a network, as a stranger would try it."""
-    words = "docker run --rm -i --network none --read-only --cap-drop ALL --security-opt"
-    words += " no-new-privileges wxsync python wxsync.py"
-    for command in ("--version", "plan -", "check"):
-        done = engine.run(*words.split(), *command.split())
-        assert (done.returncode, "Traceback" in done.stderr) == (int(command == "check"), False)
-
-
-def test_the_compose_file_is_valid(engine: Engine) -> None:
-    """As docker compose itself reads it, the ports published as .env says."""
-    said = engine.docker("compose", "-f", "docker-compose.yml", "config", "--format", "json")
-    service = json.loads(said)["services"]["image-sync"]
-    assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
-    assert service["ports"][0]["published"] == str(service["ports"][0]["target"])
-    assert service["environment"]["STATE_DIR"] == "/data"
 
 
 @pytest.fixture(scope="module")
@@ -11223,10 +10988,10 @@ def measure_memory(bench: Benchmark) -> Sequence[Any]:
 
 
 def built(client: WeComClient, user: str, text: str, connection: str = "close") -> bytes:
-    post = client.build(client.text_fields(user, text))
-    lines = [f"POST /wechat/callback?{urlencode(post.query)} HTTP/1.1", "Host: localhost"]
-    lines += [f"Content-Length: {len(post.body)}", f"Connection: {connection}", "", ""]
-    return "\r\n".join(lines).encode() + post.body
+    body, query, _ = client.build(client.text_fields(user, text))
+    lines = [f"POST /wechat/callback?{urlencode(query)} HTTP/1.1", "Host: localhost"]
+    lines += [f"Content-Length: {len(body)}", f"Connection: {connection}", "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
 def reply_to(client: WeComClient, answer: bytes) -> str:
@@ -11374,7 +11139,7 @@ def dispatch_one(world: World, image: str) -> tuple[float, int, int]:
     begun = time.time()
     world.say(image)
     world.wecom.wait_message("成功 1 / 1", "", 60, told)
-    dispatched = github.dispatches[runs].time
+    dispatched = github.dispatches[runs].created
     until = [call for call in github.calls[calls:] if call.time <= dispatched]
     return dispatched - begun, len(until), github.connections - connections
 
@@ -11407,7 +11172,7 @@ def watch_run(seconds: float) -> tuple[float, float, float]:
         world.say("nginx:latest")
         world.hear("成功 1 / 1", timeout=seconds + 30)
         github, told = world.github, world.wecom.messages[-1].time
-        begun, ended = github.dispatches[0].time, github.runs[0].completed or 0.0
+        begun, ended = github.dispatches[0].created, github.runs[0].completed or 0.0
         waiting = sum(call.time > begun for call in github.calls)
         free = len(github.calls) - (5000 - github.rate_remaining)
     return told - ended, waiting * 60 / (told - begun), free / waiting
@@ -11568,17 +11333,15 @@ def relay(size: int, rate: float = 0.0) -> Relayed:
             time.sleep(1)
             service, peers = world.service, time.process_time()
             cpu = service.cpu_seconds()
-            with PeakMemory(service.pid, 0.02) as memory:
-                told = list[str]()
-                seconds = timed(
-                    lambda: told.extend((world.say(link), world.hear("文件", timeout=300)))
-                )
+            memory, told = PeakMemory(service.pid), list[str]()
+            seconds = timed(lambda: told.extend((world.say(link), world.hear("文件", timeout=300))))
+            added = memory.added
             cpu, peers = service.cpu_seconds() - cpu, time.process_time() - peers
             time.sleep(1)
             after = service.rss_bytes() - memory.base
         sums = [stored.sha256 for stored in store.objects.values()]
         assert "文件上传成功" in told[1] and sums == [source.sha256("/big.bin")]
-    return Relayed(seconds, cpu, peers, memory.added, after)
+    return Relayed(seconds, cpu, peers, added, after)
 
 
 def curl(*words: str) -> float:
@@ -11743,6 +11506,7 @@ def bench(argv: Sequence[str]) -> int:
 
 SIDE_BY_SIDE = os.name == "posix"  # a test that is `alone` needs a lock that others can share
 # Fixtures that are made once: all tests that ask for one of a line run in one process, one by one.
+# What takes longest comes first.
 FAMILIES = """
 told
 mirror met space factory private
@@ -11753,23 +11517,8 @@ shared_hasty impatient
 shared_robot robot
 patient healthy
 running
-tls_registry settled
+tls_registry
 """
-
-
-def family(test: str) -> str:
-    """Return which fixtures a test asks for, a line of FAMILIES; its own name if there is none."""
-    asked = set(inspect.signature(globals()[re.split(r"::|\[", test)[1]]).parameters)
-    return next((line for line in FAMILIES.split("\n") if asked & {*line.split()}), test)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand tests to the processes one by one, but a family together."""
-    from xdist.scheduler import LoadScopeScheduling  # not before pytest has looked at it
-
-    scheduler = LoadScopeScheduling(config, log)
-    scheduler._split_scope = family
-    return scheduler
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -11778,14 +11527,22 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(8, (os.cpu_count() or 1) + 2)
 
 
+def group(item: pytest.Item) -> str:
+    """Return "alone", or which fixtures a test asks for, a line of FAMILIES, "" if there is none."""
+    if mark := item.get_closest_marker("xdist_group"):
+        return str(mark.args[0])
+    asked = {*getattr(item, "fixturenames", ())}
+    return next((line for line in FAMILIES.split("\n") if asked & {*line.split()}), "")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with families, what takes longest first; end with the tests that run `alone`."""
-
-    def turn(item: pytest.Item) -> tuple[bool, int]:
-        at = FAMILIES.find(family(item.nodeid))
-        return item.get_closest_marker("xdist_group") is not None, at if at >= 0 else len(FAMILIES)
-
-    items.sort(key=turn)
+    """Begin with families, each for one process; end with the tests that run `alone`."""
+    order = [*FAMILIES.split("\n")[1:], "alone"]
+    items.sort(key=lambda item: order.index(group(item)))
+    for item in items:
+        if name := group(item):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -11795,8 +11552,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         if SIDE_BY_SIDE:
             import fcntl
 
-            is_alone = item.get_closest_marker("xdist_group")
-            fcntl.flock(file, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+            fcntl.flock(file, fcntl.LOCK_EX if group(item) == "alone" else fcntl.LOCK_SH)
         return (yield)
 
 
@@ -11804,7 +11560,7 @@ def main(arguments: Sequence[str]) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
     # quietly, with the reason of each test that is skipped, and the hooks above
     options = ["-q", "-rs", "-p", Path(__file__).stem, "--no-loadscope-reorder"]
-    options += ["-n", "auto" if SIDE_BY_SIDE else "0"]
+    options += ["--dist", "loadgroup", "-n", "auto" if SIDE_BY_SIDE else "0"]
     commands["test"] = lambda words: pytest.main([*options, __file__, *words])
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])

@@ -49,9 +49,8 @@ Promises, each with the test that holds it (in test_wxsync.py).
 What survives a crash. STATE_DIR/wxsync.state holds accepted requests, unsent messages and the ids
 of answered ones; a request is in it before it is acknowledged. STATE_DIR/images.txt is the list.
 What a crash leaves of a request, and what the next start does about it:
-    queued          the request: it begins, after a look for a run that a full disk kept quiet
-    committed       the list's commit: a run is started, after the same look
-    dispatching     perhaps a run: looked for by the request's id, and started if there is none
+    queued          perhaps a run: looked for by the request's id; if there is none, the request
+                    begins again (a list that is there already takes no second commit)
     running, late   a run: it is followed to its end
     a file's upload what was stored whole is told, anything else aborted and begun again
     finished        a letter: it is sent; WeCom drops one that it has had, the robot shows it again
@@ -60,9 +59,9 @@ Threads. The main one holds every HTTP connection and waits for nothing; one alo
 Each lane (images, files) is one; runs, those that take long, orphans, midnight, the proxy and
 living messages have one each that looks now and then; letters go out by one for WeCom and four for
 the robot, whose line is read by one. What waits for the disk, a message to the robot and a download
-have their own while they last. Locks may be held together in this order only: App.list_lock,
-ImageList's; a Client's, Network's; State.changed, a Pace's; Robot's, Chat's; a Stream's,
-WebSocket's. All others are held alone.
+have their own while they last. Locks may be held together in this order only: App.list_lock
+and any other; WeCom's, a Client's, Network's; State.changed, a Pace's; a Stream's, WebSocket's. All
+others are held alone, the Log's last.
 
 How to read it. Top to bottom; each part uses only those above it. One message travels: Callback or
 Robot -> Chat.hear -> read_message -> State.accept; then in the thread of a lane sync_images, and
@@ -2680,7 +2679,8 @@ class Said(NamedTuple):
     reply: str
 
 
-STAGES = ("queued", "committed", "dispatching", "running", "late")
+STAGES = ("queued", "running", "late")
+OLD_STAGES = ("committed", "dispatching")  # of versions before: as good as queued
 
 
 class Task(NamedTuple):
@@ -2756,10 +2756,7 @@ class Facts:
 
     def without_letter(self, letter: Letter) -> Facts:
         """Return Facts without a message, if it is still to be sent."""
-        letters = list(self.letters)
-        if letter in letters:
-            letters.remove(letter)
-        return replace(self, letters=tuple(letters))
+        return replace(self, letters=tuple(a for a in self.letters if a != letter))
 
     def with_result(self, task: Task, at: float, title: str, failed: Iterable[str]) -> Facts:
         """Return Facts that know what came of a request, or of one more part of it."""
@@ -2798,7 +2795,7 @@ def read_task(entry: Any) -> Task:
     An upload that was on its way when the process died may be why.
     """
     task: Task = revive(Task, entry)
-    is_known = task.lane in ("images", "files") and task.stage in STAGES
+    is_known = task.lane in ("images", "files") and task.stage in STAGES + OLD_STAGES
     is_whole = task.items and len(task.upload) in (0, 3)
     if not is_known or not is_whole or not USER_PATTERN.fullmatch(task.person):
         raise ValueError("lane, stage, items, upload or user")
@@ -3067,8 +3064,11 @@ ALONE = (
     r"-[ditqPD]+|--(?:rm|privileged|init|detach|interactive|tty|read-only|publish-all|quiet|debug|"
     r"no-healthcheck|all-tags|all-platforms|plain-http|skip-verify|local|disable-content-trust)"
 )
-VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|\S+)"""
-OPTIONS = rf"(?:\s+(?:(?-i:{ALONE})(?=\s)|-[^\s=]+(?:{VALUE})?)){{0,60}}+"
+VALUE = r"""(?:=|\s+(?!-))(?:"[^"]*"|'[^']*'|(?!"[^"]*"|'[^']*')\S+)"""
+# Each alternative shuts out the others: an option's value is never taken for the image. (Possessive
+# quantifiers would say it shorter; they are wrong in Python 3.11.2.)
+OPTION = rf"(?-i:{ALONE})(?=\s)|(?!(?-i:{ALONE})\s)-[^\s=]+(?:{VALUE}|(?!{VALUE}))"
+OPTIONS = rf"(?:\s+(?:{OPTION})){{0,60}}"
 # A line's marks: `ref` is what stands there, `loose` what is only taken when it has a
 # tag (prose), `word` what stands in a command. What is no plain reference is named, nothing is
 # guessed.
@@ -3110,7 +3110,7 @@ MARKS = (
         rf"(?<![\w.-])(?:docker|podman|nerdctl|crictl|ctr){OPTIONS}(?:\s+(?:images?|i))?\s+"
         r"(?:pull|(?P<run>run|create))(?=\s)"
         r"""(?=(?:[^;|&]{0,300}?\s--platform[=\s]\s*["']?(?P<on>[^\s"';|&`]+))?)"""
-        rf"{OPTIONS}\s+(?P<word>[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)"
+        rf"{OPTIONS}\s+(?P<word>(?!-)[^\s;|&`]+)(?=(?P<end>`?\s*(?:$|&&|[;|#]))?)"
         rf"(?:{OPTIONS}\s+(?P<more>[\w.-]+[:/][\w.:/-]+)(?=\s|$))?"
     ),
 )
@@ -3417,6 +3417,7 @@ REASONS = COPY_REASONS | {
 }
 RETRY_CODES = ("network", "rate-limited", "timeout", "missing", "running")
 RETRY = "发送 重试，再做一次失败的"
+LATE = "⏰ 还没有完成，结束后再通知您"
 
 
 def duration(seconds: float) -> str:
@@ -3487,25 +3488,6 @@ def result_text(outcomes: list[Outcome], prefix: str, seconds: float, run_url: s
     return "\n".join([*lines, *_done_lines(done, prefix, with_tags)])
 
 
-def late_text(outcomes: Sequence[Outcome], prefix: str, run_url: str) -> str:
-    """Return the message of a request that outlives SYNC_TIMEOUT."""
-    done = [outcome for outcome in outcomes if outcome.is_done]
-    failed = [o for o in outcomes if not o.is_done and not o.is_open]
-    open_names = [f"`{outcome.line}`" for outcome in outcomes if outcome.is_open]
-    head = f"⏰ 还在同步，完成 {len(done)} / {len(outcomes)}，失败 {len(failed)}；结束后再通知您"
-    waiting = "还在同步：" + "、".join(open_names[:5]) + (" 等" if len(open_names) > 5 else "")
-    lines = [head, run_url or "（还在等 GitHub，没有开始运行）", *([waiting] if open_names else [])]
-    return "\n".join([*lines, "", *_failed_groups(failed), *_done_lines(done, prefix, False)])
-
-
-def failed_text(lines: Sequence[str], why: str, run_url: str, can_retry: bool) -> str:
-    """Return the final message of an image request that failed as a whole."""
-    run = f"\n运行：{run_url}" if run_url else ""
-    retry = f"\n{RETRY}" if can_retry else ""
-    head = f"❌ 镜像同步失败，成功 0 / {len(lines)}\n{why}{run}{retry}\n"
-    return _fit(head, [quoted(line, 100) for line in lines], MAX_TEXT_BYTES - 100, "个")
-
-
 def public_link(link: str, is_own: bool) -> str:
     """Return what may be shown of a link: one's own without its query, of others the host."""
     parts = urllib.parse.urlsplit(link)
@@ -3534,11 +3516,6 @@ class Work:
     odd_looks: int = 0  # in a row
     open_looks: int = 0  # since the run ended, with jobs that have not
     is_cancelled: bool = False  # GitHub has been asked
-
-    @property
-    def is_open(self) -> bool:
-        """Tell whether there is an image of which there is nothing to say yet."""
-        return any(outcome.is_open for outcome in self.outcomes)
 
 
 class Progress:
@@ -3579,7 +3556,7 @@ def progress_text(task: Task, progress: Progress) -> str:
 
 
 def living_text(task: Task, progress: Progress) -> str:
-    """Return what a message that lives shows of its request while it runs."""
+    """Return what is shown of a request while it runs, or when it takes long."""
     if task.lane == "files":
         return f"🔄 正在上传 {title(task, True)}\n{progress_text(task, progress)}"
     outcomes = progress.of(task).outcomes
@@ -3626,11 +3603,6 @@ class Channel:
         """Return what the other side takes of one address: see Pace."""
         return [(1.0, MESSAGE_INTERVAL_SECONDS), HOURLY_PACE]
 
-    def home(self, address: str) -> str:
-        """Return the address as one of this channel's: another's may have been turned off."""
-        user, name, _ = split_address(address)
-        return address if name == self.name else f"{user} {self.name}".strip()
-
     def render(self, text: str) -> str:
         """Return text in this channel's form; here: without backticks and blocks."""
         return re.sub(r"(?m)^```$\n?|`", "", text).rstrip("\n")
@@ -3640,8 +3612,7 @@ class Channel:
 
         With a unique mark each is unlike any other ever sent.
         """
-        address, letters = self.home(address), []
-        user, _, group = split_address(address)
+        letters, (user, _, group) = [], split_address(address)
         head = f"`{user}`：\n" if group else ""
         room_bytes = self.limit_bytes - len(head.encode()) - 64
         pieces = split_text(self.render(text), room_bytes, MAX_RESULT_MESSAGES)
@@ -3684,7 +3655,6 @@ class Chat:
     images: ImageList
     progress: Progress
     trouble: Callable[[], str]
-    lock: threading.Lock = field(default_factory=threading.Lock)
     heard: dict[str, str] = field(default_factory=dict)  # message -> reply, for repeats
 
     def recall(self, message_id: str) -> str | None:
@@ -3727,10 +3697,8 @@ class Chat:
             self.log.bug(f"message: id={shown(message.id)}")
             said = INTERNAL_ERROR
         if isinstance(said, str):
-            with self.lock:
-                while len(self.heard) >= MAX_REMEMBERED:
-                    del self.heard[next(iter(self.heard))]
-                self.heard[message.id] = said
+            # Two threads at once may lose an entry: that message would be read again.
+            self.heard = newest({**self.heard, message.id: said}, MAX_REMEMBERED)
         return said
 
     def _obey(self, message: Message, channel: Channel) -> Saying:
@@ -3762,10 +3730,7 @@ class Chat:
         return Reading("", images, links)
 
     def _list(self) -> str:
-        try:
-            lines = self.images.read().decode(errors="replace").strip().replace("`", "'")
-        except Failure as failure:
-            raise Failure(f"❌ {failure}") from failure
+        lines = self.images.read().decode(errors="replace").strip().replace("`", "'")
         return f"📋 今天的镜像列表：\n```\n{lines}\n```" if lines else "📋 今天的镜像列表是空的"
 
     # -- work
@@ -3855,29 +3820,26 @@ class Chat:
         facts, lines = self.state.facts, ["📊 当前状态"]
         for lane, (name, _) in LANES.items():
             tasks = facts.lane(lane)
-            if not tasks:
-                lines.append(f"{name}：空闲")
-                continue
-            task, *waiting = tasks
-            since = self.progress.of(task).since
-            seconds = time.monotonic() - since if since else 0.0
-            what = title(task, task.person == person)
-            lines.append(f"{name}：进行中 {what}，已用 {duration(seconds)}")
-            lines.append(progress_text(task, self.progress))
-            lines += [f"　等待 {len(waiting)} 个"] if waiting else []
-            for ahead, task in enumerate(waiting, 1):
-                if task.person == person:
-                    lines.append(f"　您的 {title(task, True)}：前面还有 {ahead} 个")
+            lines += [] if tasks else [f"{name}：空闲"]
+            for ahead, task in enumerate(tasks):
+                what = title(task, task.person == person)
+                if ahead == 0:
+                    since = self.progress.of(task).since or time.monotonic()
+                    used = duration(time.monotonic() - since)
+                    lines.append(f"{name}：进行中 {what}，已用 {used}，等待 {len(tasks) - 1} 个")
+                    lines.append(progress_text(task, self.progress))
+                elif task.person == person:
+                    lines.append(f"　您的 {what}：前面还有 {ahead} 个")
         if late := facts.late():
             lines.append(f"超时后仍在跟踪：{len(late)} 个")
         for task in (task for task in late if task.person == person):
             lines += [f"　您的 {title(task, True)}：", progress_text(task, self.progress)]
         if trouble := self.trouble():
             lines.append(f"⚠️ {trouble}")
+        result = "还没有"
         if last := facts.finished.get(person):
-            when = time.strftime("%m-%d %H:%M", time.localtime(last.at))
-            return "\n".join([*lines, f"您的上一个结果：{when} {last.title}"])
-        return "\n".join([*lines, "您的上一个结果：还没有"])
+            result = f"{time.strftime('%m-%d %H:%M', time.localtime(last.at))} {last.title}"
+        return "\n".join([*lines, f"您的上一个结果：{result}"])
 
 
 # ================================================================================================
@@ -3989,13 +3951,13 @@ class Post:
 
     def _next(self) -> Letter:
         """Wait for a message that may go now and return it, its address marked as busy."""
-        state, name = self._app.state, self._channel.name
+        app, state = self._app, self._app.state
         with state.changed:
             while True:
                 passed, wait = set(self._busy), None
                 for letter in sorted(state.facts.letters, key=lambda a: a.is_list):
                     address = letter.address
-                    if address in passed or split_address(address)[1] != name:
+                    if address in passed or app.channel(address) is not self._channel:
                         continue
                     until = max(self._not_before.get(who, 0.0) for who in ("", address))
                     seconds = max(until - time.monotonic(), self.pace.wait_seconds(address))
@@ -4056,17 +4018,18 @@ class Post:
 
 
 def finish(
-    app: App, task: Task, text: str, mark: str, what: str, failed: Sequence[str], item: str = ""
+    app: App, task: Task, text: str, mark: str, end: str, failed: Sequence[str], item: str = ""
 ) -> None:
     """In one change: queue the final message and drop the task (or just the one item of it).
 
-    `mark` is what makes the message unlike any other. The upload of an item that has not failed is
-    stored, any other in the task an orphan: `keep_settling` drops it. The rest of a task goes
-    behind those of others.
+    `mark` is what makes the message unlike any other, `end` says in a few words what came of it.
+    The upload of an item that has not failed is stored, any other in the task an orphan:
+    `keep_settling` drops it. The rest of a task goes behind those of others.
     """
     channel = app.channel(task.user)
     letters = channel.ending(task.id, channel.letters(task.user, text, mark))
-    at = app.now()
+    done = task._replace(items=(item,)) if item else task
+    at, what = app.now(), f"{LANES[task.lane][0]} {title(done, True)}：{end}"
 
     def change(facts: Facts) -> Facts:
         current = facts.task(task.id, task.lane)
@@ -4086,10 +4049,9 @@ def finish(
     app.progress.end(task)
 
 
-def advance(app: App, task: Task, **changes: Any) -> Task:
-    """Change fields of a task; on disk on return. Returns the Task as it is then."""
+def advance(app: App, task: Task, **changes: Any) -> None:
+    """Change fields of a task; on disk on return."""
     app.state.change(lambda facts: facts.with_task(task, **changes))
-    return task._replace(**changes)
 
 
 def stop_if_cancelled(app: App, task: Task) -> None:
@@ -4100,24 +4062,15 @@ def stop_if_cancelled(app: App, task: Task) -> None:
 
 def fail(app: App, task: Task, why: str, can_retry: bool) -> None:
     """Tell the person that the images as a whole, or the first link, failed."""
-    if task.lane == "images":
-        text = failed_text(task.items, why, task.run_url, can_retry)
-        finish(app, task, text, task.id, f"镜像 {title(task, True)}：失败", task.items)
-        return
-    link = task.items[0]
-    number = hashlib.sha256(f"{task.id} {link}".encode()).hexdigest()[:6]
+    items, item = task.items, ""
+    head = f"镜像同步失败，成功 0 / {len(items)}"
+    if task.lane == "files":
+        items, item, head = items[:1], items[0], "文件上传失败"
+    run = f"\n运行：{task.run_url}" if task.run_url else ""
     retry = f"；{RETRY}" if can_retry else ""
-    text = f"❌ 文件上传失败\n{why}{retry}\n\n{quoted(link, 300)}\n（#{number}）"
-    finish(app, task, text, number, "文件：失败", (link,), item=link)
-
-
-def cancel(app: App, task: Task) -> None:
-    """Tell the person that the request has been broken off."""
-    is_file = task.lane == "files"
-    is_surely_idle = task.stage in ("queued", "committed")
-    head = "已取消上传" if is_file else "已取消，没有开始" if is_surely_idle else "已取消"
-    what = "文件：已取消" if is_file else f"镜像 {title(task, True)}：已取消"
-    finish(app, task, f"⏹ {head}：{title(task, True)}", task.id, what, ())
+    names = [quoted(name, 300) for name in items]
+    text = _fit(f"❌ {head}\n{why}{retry}{run}\n", names, MAX_TEXT_BYTES - 100, "个")
+    finish(app, task, text, f"{task.id} {item}", "失败", items, item)
 
 
 def attempt(app: App, task: Task, step: Callable[[App, Task], object]) -> None:
@@ -4133,35 +4086,31 @@ def attempt(app: App, task: Task, step: Callable[[App, Task], object]) -> None:
         app.log.bug(f"{task.lane}: id={task.id}")
     task = app.state.facts.task(task.id, task.lane) or task
     if app.state.is_cancelled(task) and not task.run_id:
-        cancel(app, task)
+        text = f"⏹ 已取消{LANES[task.lane][1]}：{title(task, True)}"
+        finish(app, task, text, task.id, "已取消", ())
     else:
         fail(app, task, why, can_retry)
 
 
 # ---- Images ------------------------------------------------------------------------------------
-# queued -> committed -> dispatching -> running (-> late). Each stage is on disk before the call
-# that follows it, so that a restart knows what may have been done already and looks before doing
-# it again.
+# queued -> running (-> late). A restart looks whether what is queued has been started already,
+# before it is done again.
 
 
-def running(app: App, task: Task, run: Run) -> Task:
-    """Note that GitHub runs the task: from here on the run decides what came of it."""
-    app.log.info(f"images: id={task.id} run={run.id}")
-    found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
-    return advance(app, task, stage="running", **found)
-
-
-def start_run(app: App, task: Task) -> Task:
-    """Return the task with its run, looked for where it may have been started all the same."""
+def start_run(app: App, task: Task) -> Run:
+    """Commit the list and return a new run, looked for where a call for it got lost."""
+    stop_if_cancelled(app, task)
+    content = app.images.add(task.items)
+    more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
+    app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]")
     for _ in range(TRIES):
         stop_if_cancelled(app, task)
-        task = advance(app, task, stage="dispatching")
         try:
-            return running(app, task, app.github.dispatch(task.items, task.id))
+            return app.github.dispatch(task.items, task.id)
         except Unreachable as error:
             app.log.warning(f"github: {error}；查找是否已经启动")
         if run := app.github.find_run(task.id):
-            return running(app, task, run)
+            return run
     raise Unreachable("GitHub 没有回应，任务没有启动，请稍后重发")
 
 
@@ -4171,8 +4120,7 @@ def finish_images(app: App, task: Task, outcomes: list[Outcome], seconds: float)
     failed = [outcome.line for outcome in outcomes if not outcome.is_done]
     done = len(outcomes) - len(failed)
     app.log.info(f"images: id={task.id} done={done} of={len(outcomes)} seconds={seconds:.0f}")
-    what = f"镜像 {title(task, True)}：成功 {done} / {len(outcomes)}"
-    finish(app, task, text, task.run_url, what, failed)
+    finish(app, task, text, task.run_url, f"成功 {done} / {len(outcomes)}", failed)
 
 
 def cancel_run(app: App, task: Task) -> None:
@@ -4199,8 +4147,9 @@ def look(app: App, task: Task, work: Work) -> None:
     work.next_count = now + JOBS_SECONDS
     work.outcomes = app.github.outcomes(task.run, task.items)
     if seconds is not None:
-        work.open_looks += work.is_open
-        if not work.is_open or work.open_looks * POLL_SECONDS >= SETTLE_SECONDS:
+        is_open = any(outcome.is_open for outcome in work.outcomes)
+        work.open_looks += is_open
+        if not is_open or work.open_looks * POLL_SECONDS >= SETTLE_SECONDS:
             finish_images(app, task, work.outcomes, seconds)
 
 
@@ -4215,51 +4164,49 @@ def begun(app: App, task: Task) -> Work:
     return work
 
 
-def is_late(app: App, work: Work) -> bool:
-    """Tell whether a request has outlived SYNC_TIMEOUT, waiting for GitHub included."""
-    return time.monotonic() - work.since >= app.settings.SYNC_TIMEOUT
+def tell_late(app: App, task: Task) -> None:
+    """Where a request has outlived SYNC_TIMEOUT, waiting for GitHub included: say so, once.
 
-
-def tell_late(app: App, task: Task, **changes: Any) -> None:
-    """In one change: queue the message that it takes long, unless it was, and change the task."""
-    letters: list[Letter] = []
-    work = app.progress.of(task)
+    The lane lets go of it in the same change, if it has a run.
+    """
+    work, letters = app.progress.of(task), list[Letter]()
+    age_seconds = time.monotonic() - work.since if work.since else 0.0
+    is_known = task.stage == "late" or (work.is_told and not task.run_id)
+    is_gone = app.state.facts.task(task.id, task.lane) is None
+    if is_known or is_gone or age_seconds < app.settings.SYNC_TIMEOUT:
+        return
     if not work.is_told:
         work.is_told = True
         channel = app.channel(task.user)
-        text = late_text(work.outcomes, app.settings.target_prefix, task.run_url)
-        text = split_text(text, channel.limit_bytes - 200, 1)[0]
+        where = task.run_url or "（还在等 GitHub，没有开始运行）"
+        text = f"{LATE}\n{where}\n\n{living_text(task, app.progress)}"
+        text = split_text(text, channel.limit_bytes - 200, 1, "个")[0]
         letters = channel.letters(task.user, text, task.run_url or f"late {task.id}")[:1]
         letters = channel.ending(task.id, letters)
-    app.state.change(lambda facts: facts.with_task(task, **changes).with_letters(letters))
+    stage = "late" if task.run_id else task.stage
+    app.state.change(lambda facts: facts.with_task(task, stage=stage).with_letters(letters))
 
 
 def sync_images(app: App, task: Task) -> None:
-    """Run one image request from where it stands: commit, dispatch, wait; raise Failure."""
+    """Run one image request from where it stands, and wait for its run; raise Failure."""
     with app.list_lock:
         app.github.patience_seconds = GITHUB_WAIT_SECONDS
-        content = b""
-        if task.stage == "queued":
-            stop_if_cancelled(app, task)
-            content = app.images.add(task.items)
-        # Wherever a restart finds it: a full disk may have kept quiet how far it was.
-        is_old = task.id in app.state.resumed and not task.run_id
-        if is_old and (run := app.github.find_run(task.id)):
-            task = running(app, task, run)
-        if task.stage == "queued":
-            more = f" (+{len(task.items) - 1})" if len(task.items) > 1 else ""
-            app.github.upload_list(content, f"wxsync: {task.items[0]}{more} [skip ci]")
-            task = advance(app, task, stage="committed")
-        if task.stage in ("committed", "dispatching"):
-            task = start_run(app, task)
+        if not task.run_id:
+            is_old = task.id in app.state.resumed
+            if is_old and (run := app.github.find_run(task.id)):
+                app.images.add(task.items)  # a full disk may not have taken it
+            else:
+                run = start_run(app, task)
+            app.log.info(f"images: id={task.id} run={run.id}")
+            found = {"run_id": run.id, "run_url": run.url, "started": app.now()}
+            advance(app, task, stage="running", **found)
         # It is followed beside the lane, until it ends or takes long.
         app.state.wait_for(lambda facts: all(t.id != task.id for t in facts.lane("images")))
 
 
 def follow(app: App, task: Task) -> None:
-    """Look once at a run; let go of one that takes long."""
+    """Look once at a run; raise Failure where it is given up."""
     work = begun(app, task)
-    work.next_count = work.next_count or time.monotonic() + JOBS_SECONDS
     if app.state.is_cancelled(task) and not work.is_cancelled:
         work.is_cancelled = True
         cancel_run(app, task)
@@ -4273,23 +4220,16 @@ def follow(app: App, task: Task) -> None:
         if work.odd_looks > ODD_ANSWERS or time.monotonic() - work.since > WATCH_SECONDS:
             raise
         app.log.debug(f"github: {failure}")
-    is_followed = app.state.facts.task(task.id, task.lane) is not None
-    if is_followed and task.stage == "running" and is_late(app, work):
-        with contextlib.suppress(Failure):
-            work.outcomes = app.github.outcomes(task.run, task.items)
-        tell_late(app, task, stage="late")
 
 
 def follow_runs(app: App, which: Callable[[Facts], tuple[Task, ...]]) -> None:
-    """Look once at the runs of these tasks, and at the clock of the one that waits for GitHub."""
+    """Look once at the runs of these tasks, and at the clock."""
     tasks = app.state.wait_for(which)
     began = time.monotonic()
     for task in tasks:
-        work = app.progress.of(task)
         if task.run_id:
             attempt(app, task, follow)
-        elif work.since and not work.is_told and is_late(app, work):
-            tell_late(app, task)
+        tell_late(app, task)
     app.sleep(max(POLL_SECONDS / 4, POLL_SECONDS - (time.monotonic() - began)))
 
 
@@ -4353,15 +4293,21 @@ def relay_file(app: App, task: Task) -> None:
             store.drop(upload)
         if task.deaths >= MAX_DEATHS:
             raise Failure("传输时服务多次异常退出，不再尝试，请联系管理员查看日志")
-        upload, size_bytes = upload_file(app, store, task)
+        try:
+            upload, size_bytes = upload_file(app, store, task)
+        except Failure:
+            current = app.state.facts.task(task.id, task.lane)
+            with contextlib.suppress(Failure):  # then `keep_settling` goes on trying
+                if current and current.upload:  # who is told finds nothing in the bucket
+                    store.drop(Upload(*current.upload))
+            raise
     link = store.link(upload.key, app.now())
     text = (
         f"✅ 文件上传成功！\n\n文件名: `{shown(upload.name, 150)}`\n文件大小: {size_bytes} 字节\n"
         f"存储桶: {app.settings.QINGSTOR_BUCKET}\n下载链接: {link}"
     )
     app.log.info(f"files: id={task.id} bytes={size_bytes} key={upload.key}")
-    what = f"文件 {quoted(upload.name)}：成功"
-    finish(app, task, text, upload.key, what, (), task.items[0])
+    finish(app, task, text, upload.key, "成功", (), task.items[0])
 
 
 def keep_settling(app: App) -> None:
@@ -4713,7 +4659,7 @@ class Texts(Channel):
         self.wecom = wecom
 
     def send(self, letter: Letter) -> None:
-        self.wecom.send(letter.address, letter.text)
+        self.wecom.send(split_address(letter.address)[0], letter.text)
 
 
 class Posted(NamedTuple):
@@ -5123,13 +5069,13 @@ class Robot(Channel):
             self._acks.pop(req_id, None)
         if not found:
             raise Unreachable(LINE_DOWN)
-        self._check(found, "拒绝了一条消息", 5.0)
+        self._check(found, "智能机器人拒绝了一条消息", 5.0)
 
     def _check(self, found: Mapping[str, Any], what: str, pause_seconds: float) -> None:
         """Raise ChannelError where an answer has another errcode than 0."""
         if found.get("errcode") != 0:
             said = shown(self._log.mask(f"{found.get('errcode')} {found.get('errmsg', '')}"), 80)
-            raise ChannelError(f"智能机器人{what}（{said}）", pause_seconds, False)
+            raise ChannelError(f"{what}（{said}）", pause_seconds, False)
 
     # -- the line
 
@@ -5173,7 +5119,8 @@ class Robot(Channel):
             if part(found, "headers").get("req_id") == req_id:
                 pause = REFUSED_PAUSES[min(self._refusals, len(REFUSED_PAUSES) - 1)]
                 self._refusals += 1
-                self._check(found, "订阅被拒绝：核对 BOT_ID、BOT_SECRET 和长连接方式", pause)
+                why = "智能机器人订阅被拒绝：核对 BOT_ID、BOT_SECRET 和长连接方式"
+                self._check(found, why, pause)
                 self._refusals = 0
                 return early
             if data and len(early) < self.MOST_REPLIES:
@@ -5335,7 +5282,7 @@ class Robot(Channel):
         elif request:
             for task in begun:
                 app.progress.of(task).is_told = True
-            text = f"⏰ 还没有完成，结束后再通知您\n\n{text}".strip() if tasks else "⏹ 已取消"
+            text = f"{LATE}\n\n{text}".strip() if tasks else "⏹ 已取消"
             letters = self.ending(request, self.letters(stream.message.address, text, "")[:1])
             if letters[0].message_id:  # else something else has ended it meanwhile
                 app.state.change(functools.partial(Facts.with_letters, letters=letters))
@@ -5662,9 +5609,6 @@ def take_up(app: App) -> None:
             text = "\n".join(["❌ 您有一个请求在重启后读不出来，请重发：", *items[:10]])
             letters = app.channel(user).letters(user, text, secrets.token_hex(4))
             app.state.change(functools.partial(Facts.with_letters, letters=letters))
-    letters = [Letter(app.channel(a).home(a), text) for a, text, *_ in app.state.facts.letters]
-    if letters != list(app.state.facts.letters):  # a channel has been turned off
-        app.state.change(lambda facts: replace(facts, letters=tuple(letters)))
     app.posts.update({name: Post(app, channel) for name, channel in app.channels.items()})
 
 
