@@ -1845,14 +1845,15 @@ class World(Closing):
         return (found | {login, unquote(login).partition(":")[2]}) - {""}
 
     def leaks(self, *more: str) -> list[str]:
-        """Return which secrets are in what the service has written, or in more, in any form."""
+        """Return which secrets are in what the service has written, or in more, in any form; what
+        is but a word may be one of its own."""
         texts = [self.service.log, *more, str(self.wecom.messages + self.wecom.duplicates)]
         texts += [str(self.github.commits), str([d.inputs for d in self.github.dispatches])]
         with suppress(OSError):  # the folder is gone, or a file was renamed meanwhile
             files = self.service.state_dir.iterdir()
             texts += [path.read_text(errors="replace") for path in files if path.is_file()]
         forms = {"access_token=", "corpsecret=", "Bearer "}
-        for secret in self.secret_values():
+        for secret in (value for value in self.secret_values() if not value.isalpha()):
             data, safe = secret.encode(), base64.urlsafe_b64encode(secret.encode()).decode()
             forms |= {secret, quote(secret), quote(secret, safe=""), data.hex(), safe}
             forms |= {repr(secret)[1:-1], base64.b64encode(data).decode().rstrip("=")}
