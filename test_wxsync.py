@@ -7665,7 +7665,7 @@ dave> again:1
 dave< 成功 1 / 1
 * list slow/full:1 again:1
 * images slow/full:1 | again:1
-=== A run that takes long: what is done so far, the next one starts, kill -9; SYNC_TIMEOUT=1
+=== A run that takes long: what is done so far, the next one starts, kill -9; SYNC_TIMEOUT=1 JOBS_SECONDS=0.2
 alice> slow/a:1, b:1, nosuch:1
 bob> next:1
 alice< ⏰
@@ -7683,7 +7683,7 @@ alice< 成功 2 / 3
 +docker pull PREFIX/slow_a:1
 * told alice bob alice
 * images slow/a:1 b:1 nosuch:1 | next:1
-=== The status shows each what is theirs: of another's link the host, of one's own no query
+=== The status shows each what is theirs: of another's link the host, of one's own no query; JOBS_SECONDS=0.2
 * serve /private/salary.pdf 3000000 1000000
 bob> slow/app1:1, b:1, c:1
 alice> app2:1⏎SOURCE/private/salary.pdf?token=hunter2
@@ -8039,9 +8039,10 @@ def play(story: str) -> None:
 
 PLAYED: dict[str, str] = {}
 for text in unfold(TRANSCRIPTS).removeprefix("=== ").split("\n=== "):
-    PLAYED[text.split("\n")[0]] = text
-    if "kill -9 or not" in text:
-        PLAYED[text.split("\n")[0] + " (not)"] = text.replace("\n* restart", "")
+    title = re.sub("; [A-Z_]+=.*", "", text.split("\n")[0])
+    PLAYED[title] = text
+    if "kill -9 or not" in title:
+        PLAYED[f"{title} (not)"] = text.replace("\n* restart", "")
 STORIES |= {f"test_a_story[{title}]": functools.partial(play, PLAYED[title]) for title in PLAYED}
 
 
