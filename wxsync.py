@@ -4177,6 +4177,9 @@ def tell_late(app: App, task: Task) -> None:
         return
     if not work.is_told:
         work.is_told = True
+        if task.run_id:
+            with contextlib.suppress(Failure):
+                work.outcomes = app.github.outcomes(task.run, task.items)
         channel = app.channel(task.user)
         where = task.run_url or "（还在等 GitHub，没有开始运行）"
         text = f"{LATE}\n{where}\n\n{living_text(task, app.progress)}"
