@@ -11405,7 +11405,6 @@ def bench(argv: Sequence[str]) -> int:
 
 SIDE_BY_SIDE = os.name == "posix"  # a test that is `alone` needs a lock that others can share
 # Fixtures that are made once: all tests that ask for one of a line run in one process, one by one.
-# What takes longest comes first.
 FAMILIES = """
 told
 mirror met space factory private
@@ -11420,28 +11419,35 @@ tls_registry
 """
 
 
+def family(test: str) -> str:
+    """Return which fixtures a test asks for, a line of FAMILIES; its own name if there is none."""
+    asked = set(inspect.signature(globals()[re.split(r"::|\[", test)[1]]).parameters)
+    return next((line for line in FAMILIES.split("\n") if asked & {*line.split()}), test)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand tests to the processes one by one, but a family together."""
+    from xdist.scheduler import LoadScopeScheduling  # not before pytest has looked at it
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = family
+    return scheduler
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return how many processes: most tests wait most of their time."""
     return min(8, (os.cpu_count() or 1) + 2)
 
 
-def group(item: pytest.Item) -> str:
-    """Return "alone", or which fixtures a test asks for, a line of FAMILIES, "" if there is none."""
-    if mark := item.get_closest_marker("xdist_group"):
-        return str(mark.args[0])
-    asked = {*getattr(item, "fixturenames", ())}
-    return next((line for line in FAMILIES.split("\n") if asked & {*line.split()}), "")
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with families, each for one process; end with the tests that run `alone`."""
-    order = [*FAMILIES.split("\n")[1:], "alone"]
-    items.sort(key=lambda item: order.index(group(item)))
-    for item in items:
-        if name := group(item):
-            item.add_marker(pytest.mark.xdist_group(name))
+    """Begin with families, what takes longest first; end with the tests that run `alone`."""
+
+    def turn(item: pytest.Item) -> tuple[bool, int]:
+        at = FAMILIES.find(family(item.nodeid))
+        return item.get_closest_marker("xdist_group") is not None, at if at >= 0 else len(FAMILIES)
+
+    items.sort(key=turn)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -11451,7 +11457,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         if SIDE_BY_SIDE:
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX if group(item) == "alone" else fcntl.LOCK_SH)
+            is_alone = item.get_closest_marker("xdist_group")
+            fcntl.flock(file, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
         return (yield)
 
 
@@ -11459,7 +11466,7 @@ def main(arguments: Sequence[str]) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "picture": picture}
     # quietly, with the reason of each test that is skipped, and the hooks above
     options = ["-q", "-rs", "-p", Path(__file__).stem, "--no-loadscope-reorder"]
-    options += ["--dist", "loadgroup", "-n", "auto" if SIDE_BY_SIDE else "0"]
+    options += ["-n", "auto" if SIDE_BY_SIDE else "0"]
     commands["test"] = lambda words: pytest.main([*options, __file__, *words])
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
