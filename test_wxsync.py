@@ -9218,6 +9218,7 @@ MALFORMED = [
     (b"GET /health HTTP/1.1\r\nX: " + b"x" * 20000, 400),
     (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 400),
     (b"hello\r\n\r\n", 400),
+    (b"GET /health HTTP/1.1\r\nX : y\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
     (b"GET /health HTTP/9.9\r\n\r\n", 400),
     (b"GET /wechat/callback/ HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
     (b"PUT /wechat/callback HTTP/1.1\r\nConnection: close\r\n\r\n", 404),
