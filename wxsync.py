@@ -169,7 +169,7 @@ MAX_REDIRECTS = 10
 GITHUB_PAUSES = (1.0, 3.0, 6.0, 12.0)  # between tries of one call
 GITHUB_WAIT_SECONDS = 600.0  # the longest that rate limits may hold up one request, all in all
 MIDNIGHT_WAIT_SECONDS = 60.0  # the same for midnight, which holds up requests meanwhile
-POLL_SECONDS = 3.22  # 25 calls a minute with the jobs; a finished run is told within 5 s
+POLL_SECONDS = 3.2  # 19 calls a minute; a finished run is told within 5 s
 JOBS_SECONDS = 9.0  # how often the jobs of a running run are counted; shown counts are under 10 s
 SETTLE_SECONDS = 30.0  # a completed run whose jobs still say "in_progress" is asked again so long
 MAX_ETAGS = 64  # answers of up to READ_BYTES that are kept, two for each run that is followed
@@ -3655,6 +3655,7 @@ class Chat:
     images: ImageList
     progress: Progress
     trouble: Callable[[], str]
+    lock: threading.Lock = field(default_factory=threading.Lock)
     heard: dict[str, str] = field(default_factory=dict)  # message -> reply, for repeats
 
     def recall(self, message_id: str) -> str | None:
@@ -3697,8 +3698,10 @@ class Chat:
             self.log.bug(f"message: id={shown(message.id)}")
             said = INTERNAL_ERROR
         if isinstance(said, str):
-            # Two threads at once may lose an entry: that message would be read again.
-            self.heard = newest({**self.heard, message.id: said}, MAX_REMEMBERED)
+            with self.lock:
+                while len(self.heard) >= MAX_REMEMBERED:
+                    del self.heard[next(iter(self.heard))]
+                self.heard[message.id] = said
         return said
 
     def _obey(self, message: Message, channel: Channel) -> Saying:
@@ -4139,14 +4142,17 @@ def look(app: App, task: Task, work: Work) -> None:
     That is when the run has ended, or after WATCH_SECONDS, and its jobs have as well: their list
     lags behind the run.
     """
-    now, seconds = time.monotonic(), app.github.run_seconds(task.run)
-    if now - work.since > WATCH_SECONDS and seconds is None:
+    now, seconds = time.monotonic(), None
+    if is_counted := now >= work.next_count:
+        work.next_count = now + JOBS_SECONDS
+        work.outcomes = app.github.outcomes(task.run, task.items)
+    # While a job runs its run is not asked for: that would be a call more.
+    if not is_counted or not any(outcome.is_open for outcome in work.outcomes):
+        seconds = app.github.run_seconds(task.run)
+    if seconds is None and now - work.since > WATCH_SECONDS:
         seconds = WATCH_SECONDS
-    if seconds is None and now < work.next_count:
-        return
-    work.next_count = now + JOBS_SECONDS
-    work.outcomes = app.github.outcomes(task.run, task.items)
     if seconds is not None:
+        work.outcomes = app.github.outcomes(task.run, task.items)
         is_open = any(outcome.is_open for outcome in work.outcomes)
         work.open_looks += is_open
         if not is_open or work.open_looks * POLL_SECONDS >= SETTLE_SECONDS:
